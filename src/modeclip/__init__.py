@@ -1,0 +1,39 @@
+"""modeclip: train, route and use CLIP data experts (MoDE).
+
+    Catalog    image-caption pairs, a row each
+    MoDE       a bundle of experts, asked for one task at a time
+    route      class embeddings and cluster centres -> the experts' weights
+    load_recipe, run    a recipe -> the whole method in one folder
+
+Names are loaded at their first use, so importing modeclip is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeclip.catalog import Catalog
+    from modeclip.errors import ModeclipError
+    from modeclip.mixture import MoDE
+    from modeclip.pipeline import Recipe, load_recipe, run
+    from modeclip.report import write_report
+
+__version__ = "0.1.0"
+_HOMES = {
+    "Catalog": "catalog",
+    "MoDE": "mixture",
+    "ModeclipError": "errors",
+    "Recipe": "pipeline",
+    "load_recipe": "pipeline",
+    "run": "pipeline",
+    "write_report": "report",
+}
+__all__ = ["Catalog", "MoDE", "ModeclipError", "Recipe", "load_recipe", "run", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"modeclip.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'modeclip' has no attribute {name!r}")

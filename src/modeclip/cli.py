@@ -1,0 +1,239 @@
+"""The command line: each command parses, calls one function and prints what it returns; no logic of its own.
+
+A user's mistake is one line on standard error and exit code 2. Results go to standard output, as a table or with
+``--json``; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from modeclip.errors import ModeclipError
+from modeclip.progress import console, log, print_table
+from modeclip.routing import RULES
+
+Json = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
+Classes = Annotated[str, arg(help="A file with one class name a line, or the names with commas: 'cat,dog'.")]
+Rule = Annotated[str | None, arg(help=f"Routing rule, one of {', '.join(RULES)}; default: the bundle's.")]
+Temperature = Annotated[float | None, arg(help="Temperature of the rule; default: the bundle's, or the rule's own.")]
+
+
+def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: Json = False) -> None:
+    """Run the whole method on real icons, from data to report: `modeclip run` of a recipe that ships with it."""
+    from modeclip.pipeline import demo_recipe
+
+    run(demo_recipe(), out, as_json=as_json)
+
+
+def run(
+    recipe: Positional[Annotated[Path, arg(help="Recipe (YAML); docs/own-data.md has every field.")]],
+    out: Annotated[Path | None, arg(help="Folder of the run; default: runs/NAME.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe's stages, leaving out what is already done; a killed run continues where it was."""
+    from modeclip import pipeline
+
+    loaded = pipeline.load_recipe(recipe)
+    result = pipeline.run(loaded, out or Path("runs") / loaded.name)
+    if as_json:
+        _print_json(result.results)
+    else:
+        _print_results(result.results)
+    log(f"bundle: {result.bundle}\nreport: {result.report}")
+
+
+def route(
+    bundle: Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]],
+    classes: Classes,
+    rule: Rule = None,
+    temperature: Temperature = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show which experts a task is routed to, and why: nearest fine clusters, example captions, weights, entropy."""
+    from modeclip.mixture import MoDE
+
+    found = MoDE.load(bundle).route(read_classes(classes), rule=rule, temperature=temperature)
+    reasons = found.explain()
+    mean = found.class_weights.mean(axis=0)
+    if as_json:
+        content = {"rule": found.rule, "temperature": found.temperature, "entropy": found.routing.entropy}
+        _print_json(content | {"weights": mean.tolist(), "classes": [asdict(reason) for reason in reasons]})
+        return
+    names = [expert.name for expert in found.bundle.experts]
+    rows = [
+        (
+            reason.name,
+            ", ".join(reason.clusters[0].captions[:3]),
+            f"{reason.clusters[0].distance:.2f}",
+            names[reason.clusters[0].expert],
+            *(f"{weight:.3f}" for weight in reason.weights),
+        )
+        for reason in reasons
+    ]
+    rows.append(("all classes", "", "", "", *(f"{weight:.3f}" for weight in mean)))
+    title = f"rule {found.rule}, temperature {found.temperature:g}, entropy {found.routing.entropy:.3f} nats"
+    print_table(title, ["class", "nearest fine cluster", "distance", "its expert", *names], rows)
+
+
+def classify(
+    bundle: Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]],
+    pictures: Positional[Annotated[tuple[Path, ...], arg(help="Image files.")]],
+    classes: Classes,
+    rule: Rule = None,
+    top: Annotated[int, arg(help="Classes shown for each picture.")] = 5,
+    *,
+    template: Annotated[tuple[str, ...], arg(help="Prompts with {} for the class name; default: the bundle's.")] = (),
+    as_json: Json = False,
+) -> None:
+    """Name the class of pictures, by the experts that the class names are routed to."""
+    from modeclip.mixture import MoDE
+
+    names = read_classes(classes)
+    if not pictures:
+        raise ModeclipError("classify: no picture given; modeclip classify BUNDLE PICTURE... --classes CLASSES")
+    images = [_open_picture(path) for path in pictures]
+    task = MoDE.load(bundle).task(names, templates=template or None, rule=rule)
+    predictions = task.classify(images)
+    content = [
+        {
+            "picture": str(path),
+            "classes": [
+                {"name": name, "probability": probability}
+                for name, probability in zip(p.classnames[:top], p.probabilities[:top], strict=True)
+            ],
+        }
+        for path, p in zip(pictures, predictions, strict=True)
+    ]
+    if as_json:
+        _print_json(content)
+        return
+    for item in content:
+        rows = [(entry["name"], f"{entry['probability']:.3f}") for entry in item["classes"]]
+        print_table(str(item["picture"]), ["class", "probability"], rows)
+
+
+def report(
+    folder: Positional[Annotated[Path, arg(help="Folder of a run.")]],
+    out: Annotated[Path | None, arg(help="The HTML file; default: report.html in the folder.")] = None,
+) -> None:
+    """Write the report of a run again."""
+    from modeclip.report import write_report
+
+    if not (folder / "results.json").is_file():
+        raise ModeclipError(f"{folder} is no finished run: results.json is missing; `modeclip run` makes it")
+    print(write_report(folder, out))
+
+
+def train(job: Positional[Annotated[Path, arg(help="A job.json of a run's models folder.")]]) -> None:
+    """Train one model of a run by itself: the same as the run would do, here or on another machine."""
+    from modeclip.jobs import TrainJob
+    from modeclip.training import train as train_job
+
+    result = train_job(TrainJob.load(job))
+    print(f"{job.parent}: {result.samples:,} samples in {result.seconds:.0f} s")
+
+
+def read_classes(text: str) -> list[str]:
+    """Return the class names of a file (one a line) or of a list with commas."""
+    path = Path(text)
+    if path.is_file():
+        try:
+            names = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ModeclipError(f"classes {path}: no UTF-8 text ({error})") from None
+    elif path.suffix and "," not in text:
+        raise ModeclipError(f"classes {path}: no such file; give a file with one class name a line, or 'cat,dog'")
+    else:
+        names = text.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ModeclipError(f"classes {text!r}: no class names in it; give a file with one a line, or 'cat,dog'")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what the ``modeclip`` command calls."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    commands: dict[str, Any] = {f.__name__: f for f in (demo, run, route, classify, report, train)}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="modeclip", description="CLIP data experts: cluster, train, route, evaluate.", args=arguments
+        )
+    except ModeclipError as error:
+        _fail(str(error))
+    except FileNotFoundError as error:
+        _fail(f"{error.filename or error}: no such file or folder")
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT} and "No space left" not in str(error):
+            raise
+        place = error.filename or "the run"
+        _fail(f"disk full while writing {place}: free some space and run the same command again; what is done is kept")
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to continue")
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+    print(f"modeclip: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _open_picture(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ModeclipError(f"picture {path}: no such file") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ModeclipError(f"picture {path}: no image that can be decoded ({error})") from None
+
+
+def _print_json(content: Any) -> None:
+    json.dump(content, sys.stdout, indent=1, ensure_ascii=False)
+    print()
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    """Print the result table: a row a model, accuracies in percent."""
+    tasks = [task["name"] for task in results["tasks"]]
+    if not tasks:
+        log("no held-out tasks in the recipe (data.tasks or data.holdout_fraction): nothing was evaluated")
+        return
+    rows = []
+    for model in results["models"]:
+        name = f"mixture, {model['rule']}" if model["rule"] else model["name"]
+        low, high = model["interval"]
+        entropy = f"{sum(model['entropy'].values()) / len(tasks):.2f}" if model["entropy"] else ""
+        rows.append(
+            (
+                f"{name} *" if model["default"] else name,
+                f"{model['samples']:,}",
+                f"{100 * model['average']:.1f}",
+                f"{100 * low:.1f}-{100 * high:.1f}",
+                *(f"{100 * model['accuracy'][task]:.1f}" for task in tasks),
+                entropy,
+            )
+        )
+    title = (
+        f"{results['name']}: zero-shot accuracy in % on held-out tasks, seed {results['seed']} (95 %: bootstrap over "
+        "the images; *: default rule; best single and oracle look at the labels)"
+    )
+    print_table(title, ["model", "samples", "average", "95 %", *tasks, "entropy"], rows)
+
+
+if __name__ == "__main__":
+    main()

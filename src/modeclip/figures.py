@@ -1,0 +1,172 @@
+"""Arrays in, positions on a page out: axes with round ticks, curves, a map of clusters, labels that do not collide.
+
+Knows nothing of run folders or HTML: the report's template turns these positions into inline SVG. Page coordinates
+start at the upper left corner, so a larger height lies further down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Json = dict[str, Any]
+
+MAX_CURVE_POINTS = 160  # a curve is the means of this many stretches: more is finer than a screen shows
+MAP_SIZE = (940.0, 640.0)
+MAX_LABELS = 64  # more words hide the map
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A map from values ``low``..``high`` to positions ``start``..``end`` on the page, linear or logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Return the position of a value."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(max(value, low))
+        return self.start + (value - low) / (high - low or 1.0) * (self.end - self.start)
+
+    def ticks(self, count: int = 5) -> list[tuple[float, float]]:
+        """Return about ``count`` round values inside the axis, each with its position.
+
+        Examples:
+            >>> Axis(0, 1, 0, 100).ticks(3)
+            [(0.0, 0.0), (0.5, 50.0), (1.0, 100.0)]
+        """
+        if self.log and self.high > 12 * self.low:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+            return [(step, self.place(step)) for step in steps if self.low <= step <= self.high]
+        raw = (self.high - self.low or 1.0) / count
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(index * step, self.place(index * step)) for index in range(first, last + 1)]
+
+
+def draw_curves(
+    logs: Mapping[str, Mapping[str, np.ndarray]],
+    field: str,
+    branch: float | None,
+    *,
+    size: tuple[float, float],
+    right: float,
+) -> Json:
+    """Place one curve a model on a chart: ticks, points, values for the pointer, and labels that do not collide.
+
+    Args:
+        logs: Columns of each model's training log.
+        field: The column to draw against samples.
+        branch: Samples at which the experts leave the seed, or None.
+        size: Width and height of the chart in its own units.
+        right: Room to the right of the curves, for their names.
+    """
+    short = {name: (thin(log["samples"]), thin(log[field])) for name, log in logs.items()}
+    values = np.concatenate([column for _, column in short.values()])
+    low, high = float(values.min()), float(values.max())
+    across = Axis(0.0, max(float(samples[-1]) for samples, _ in short.values()), 46, size[0] - right)
+    if field == "loss" and low > 0:
+        up = Axis(low / 1.06, high * 1.06, size[1] - 34, 10, log=True)
+    else:
+        up = Axis(min(low, 0.0), high + 0.06 * (high - min(low, 0.0) or 1.0), size[1] - 34, 10)
+    lines = [
+        {
+            "name": name,
+            "samples": [float(f"{sample:.6g}") for sample in samples],
+            "values": [float(f"{value:.5g}") for value in column],
+            "points": [
+                (round(across.place(sample), 1), round(up.place(value), 1))
+                for sample, value in zip(samples.tolist(), column.tolist(), strict=True)
+            ],
+        }
+        for name, (samples, column) in short.items()
+    ]
+    heights = spread([line["points"][-1][1] for line in lines], gap=14, low=14, high=size[1] - 38)
+    labels = [(line["name"], line["points"][-1][0], height) for line, height in zip(lines, heights, strict=True)]
+    return {
+        "field": field,
+        "size": size,
+        "frame": (across.start, up.end, across.end, up.start),
+        "x_ticks": across.ticks(6 if size[0] > 500 else 5),
+        "y_ticks": up.ticks(5 if size[1] > 250 else 3),
+        "lines": lines,
+        "labels": labels if right > 50 else [],
+        "branch": None if branch is None else across.place(branch),
+    }
+
+
+def thin(values: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " points"]:
+    """Return the means of at most ``MAX_CURVE_POINTS`` equal stretches; the first and last value stay as they are."""
+    if len(values) <= MAX_CURVE_POINTS:
+        return values
+    pieces = np.array_split(values[1:-1], MAX_CURVE_POINTS - 2)
+    return np.array([values[0], *(piece.mean() for piece in pieces), values[-1]])
+
+
+def spread(heights: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+    """Move heights apart until neighbours are ``gap`` apart, keeping their order and staying in ``low``..``high``.
+
+    Examples:
+        >>> spread([10.0, 12.0, 50.0], gap=10, low=0, high=60)
+        [10.0, 20.0, 50.0]
+    """
+    order = np.argsort(heights, kind="stable")
+    placed = list(heights)
+    floor = low
+    for index in order:
+        placed[index] = max(placed[index], floor)
+        floor = placed[index] + gap
+    ceiling = high
+    for index in order[::-1]:
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed
+
+
+def project(centers: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M 2"]:
+    """Map points to a plane so that neighbours stay neighbours (t-SNE); a handful by their principal components."""
+    if len(centers) < 8:
+        centred = centers - centers.mean(axis=0)
+        axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
+        flat = np.zeros((len(centers), 2), dtype=np.float32)
+        flat[:, : len(axes)] = centred @ axes.T
+        return flat
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(centers) - 1) / 3)
+    return np.asarray(TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(centers))
+
+
+def fit_box(points: Float[np.ndarray, "M 2"], size: tuple[float, float], margin: float) -> Float[np.ndarray, "M 2"]:
+    """Scale points so that they fill a box of a given size, axis by axis, leaving a margin."""
+    low, extent = points.min(axis=0), np.ptp(points, axis=0)
+    unit = np.where(extent > 0, (points - low) / np.where(extent > 0, extent, 1), 0.5)
+    return margin + unit * (np.asarray(size) - 2 * margin)
+
+
+def choose_labels(dots: Iterable[Json]) -> list[Json]:
+    """Label the largest clusters with their first key word, leaving out words that would cover another."""
+    labels: list[Json] = []
+    for dot in dots:
+        word = str(dot["keywords"][0])[:18] if dot["keywords"] else ""
+        half = 3.6 * len(word) + 5
+        x = min(max(dot["x"], half), MAP_SIZE[0] - half)
+        y = dot["y"] if dot["r"] > 11 else dot["y"] - dot["r"] - 7
+        free = all(abs(x - old["x"]) > half + old["half"] or abs(y - old["y"]) > 20 for old in labels)
+        if word and free and all(word != old["word"] for old in labels):
+            labels.append({"x": x, "y": y, "half": half, "word": word, "expert": dot["expert"]})
+        if len(labels) == MAX_LABELS:
+            break
+    return labels

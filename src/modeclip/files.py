@@ -1,0 +1,54 @@
+"""What every stage does with files: replace them as a whole, hash them, keep other processes out of a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+from modeclip.errors import ModeclipError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file as a whole: a reader sees the old content or the new one, never a part."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def only_process(folder: Path, patience_seconds: float = 0.0) -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process however that ends.
+
+    Args:
+        folder: An existing folder.
+        patience_seconds: How long to wait for another process that holds it.
+
+    Raises:
+        ModeclipError: Another process still holds it.
+    """
+    deadline = time.monotonic() + patience_seconds
+    with (folder / "lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ModeclipError(
+                        f"{folder}: another process is at work in this folder; wait for it, stop it, or choose another"
+                    ) from None
+                time.sleep(0.2)
+        yield

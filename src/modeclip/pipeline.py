@@ -1,0 +1,378 @@
+"""A recipe -> the stages of the method, run in order into one folder; what is done and not stale is not done again.
+
+    index -> embed -> cluster -> train -> bundle -> evaluate -> report
+
+Each stage leaves a record in ``stages/`` with the digest of all that decided its result: its own settings, the digests
+of the stages before it, the state of the source. The same command again runs the stages whose digest has changed or
+whose output is gone. A run that is killed at any moment continues with the same numbers, because no stage leaves
+anything half-written that a later run would take for whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from modeclip.bundle import save_bundle
+from modeclip.catalog import Catalog
+from modeclip.clustering import ClusterConfig, Clustering, cluster
+from modeclip.encoders import EmbedConfig, embed
+from modeclip.errors import ModeclipError, unknown
+from modeclip.evaluation import EvaluateConfig, evaluate
+from modeclip.experts import ExpertsConfig, plan_jobs, run_jobs
+from modeclip.files import only_process, write_atomically
+from modeclip.indexing import index
+from modeclip.jobs import TrainConfig, TrainResult
+from modeclip.progress import log
+from modeclip.sources import DataConfig
+
+STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")
+STAGE_FORMAT = 1  # raise it when a stage starts to produce something else from the same settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run is made from."""
+
+    name: str
+    """Name of the run, shown in its report."""
+    data: DataConfig
+    """Where the pairs come from."""
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    """How captions become vectors."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """How captions are clustered and experts are formed."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How each model is trained."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """Budget of the experts, and the controls."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Templates and routing rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run offers."""
+
+    folder: Path
+    """The run's folder."""
+    results: dict[str, Any]
+    """Content of ``results.json``."""
+    report: Path
+    """The report."""
+    bundle: Path
+    """The bundle."""
+
+
+def demo_recipe() -> Path:
+    """Return the path of the recipe that ``modeclip demo`` runs."""
+    return Path(str(files("modeclip") / "recipes" / "demo.yaml"))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from YAML; paths in it are relative to its folder.
+
+    Raises:
+        ModeclipError: It is missing, is no YAML, or a field is unknown, missing or of a wrong type.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModeclipError(f"recipe {path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ModeclipError(f"recipe {path}: no valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        recipe = parse_recipe({"name": path.stem} | content if isinstance(content, dict) else content)
+    except ModeclipError as error:
+        raise ModeclipError(f"recipe {path}: {error}") from None
+    return replace(recipe, data=_relative_to(recipe.data, path.parent))
+
+
+def parse_recipe(content: Any) -> Recipe:
+    """Turn what YAML gave into a recipe, every field checked.
+
+    Raises:
+        ModeclipError: A field is unknown, missing, of a wrong type or out of its range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(content, dict):
+        raise ModeclipError(f"expected sections such as `data:`, got {type(content).__name__}")
+    _check_fields(Recipe, content, ())
+    try:
+        return TypeAdapter(Recipe).validate_python(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # a range that the section itself checks; its message names the field
+        raise ModeclipError(problem["msg"].removeprefix("Value error, "))
+    got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    raise ModeclipError(f"{place}: {problem['msg']}{got}")
+
+
+def run(recipe: Recipe, out: Path) -> RunResult:
+    """Run what is missing or stale of a recipe's stages.
+
+    Args:
+        recipe: What to do.
+        out: The run's folder; made if it is not there.
+
+    Raises:
+        ModeclipError: A stage cannot do its work, or another process is running in the folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out):
+        write_atomically(out / "recipe.yaml", yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False))
+        _Run(recipe, out).all_stages()
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    return RunResult(folder=out, results=results, report=out / "report.html", bundle=out / "bundle")
+
+
+class _Run:
+    """The stages of one run, each a method that does the work and returns one line about it."""
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+        self.digests: dict[str, str] = {}
+
+    def all_stages(self) -> None:
+        recipe = self.recipe
+        self.stage("index", self.index, [asdict(recipe.data), _source_state(recipe.data)], "catalog.lance")
+        self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], "catalog.lance")
+        self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], "clusters")
+        training = [asdict(recipe.train), asdict(recipe.experts), self.digests["cluster"]]
+        self.stage("train", self.train, training, "models/seed/done.json")
+        self.stage("bundle", self.bundle, [asdict(recipe.evaluate), self.digests["train"]], "bundle/mode.json")
+        self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], "results.json")
+        self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], "report.html")
+
+    def stage(self, name: str, work: Callable[[], str], inputs: list[Any], output: str) -> None:
+        """Do a stage unless its record says that it was done from the same inputs."""
+        text = json.dumps([STAGE_FORMAT, name, _plain(inputs)], sort_keys=True)
+        self.digests[name] = digest = sha256(text.encode()).hexdigest()[:16]
+        path = self.out / "stages" / f"{name}.json"
+        record = _read_record(path)
+        if record is not None and record["digest"] == digest and (self.out / output).exists():
+            log(f"{name:<9} done: {record['detail']}")
+            return
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        started = time.monotonic()
+        _reset_peak_memory()
+        detail = work()
+        seconds = time.monotonic() - started
+        content = {"name": name, "digest": digest, "seconds": round(seconds, 2), "detail": detail}
+        content["peak_memory_gb"] = round(self.peak_memory_gb(name), 3)
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
+        log(f"{name:<9} {seconds:6.1f} s: {detail}")
+
+    def index(self) -> str:
+        result = index(self.recipe.data, self.out)
+        held_out = sum(images for _, images in result.tasks.values())
+        skipped = ", ".join(f"{count:,} {cause}" for cause, count in sorted(result.skipped.items())) or "none"
+        return (
+            f"{result.num_samples:,} pairs with {result.num_captions:,} captions from {result.kind}; "
+            f"{held_out:,} images in {len(result.tasks)} held-out tasks; skipped: {skipped}"
+        )
+
+    def embed(self) -> str:
+        result = embed(self.catalog, self.recipe.embed)
+        return f"{result.num_distinct:,} distinct captions as {result.dimension} numbers by {result.encoder}"
+
+    def cluster(self) -> str:
+        result = cluster(self.catalog, self.recipe.cluster)
+        result.save(self.out / "clusters")
+        sizes = ", ".join(f"{card.size:,}" for card in result.experts)
+        return f"{len(result.fine):,} fine clusters in {len(result.experts)} experts of {sizes} pairs"
+
+    def train(self) -> str:
+        experts = self.recipe.experts
+        jobs = self.jobs()
+        results = run_jobs(jobs, experts.jobs)
+        samples = sum(result.samples for result in results.values())
+        return f"{len(jobs)} models, {samples:,} samples in all"
+
+    def jobs(self) -> list[Any]:
+        clustering = self.clustering()
+        recipe, models = self.recipe, self.out / "models"
+        sizes = (clustering.num_experts, recipe.train, recipe.experts)
+        return plan_jobs(self.out / "catalog.lance", self.digests["cluster"], models, *sizes)
+
+    def bundle(self) -> str:
+        cards = json.loads((self.out / "clusters" / "cards.json").read_text(encoding="utf-8"))
+        clustering, config = self.clustering(), self.recipe.evaluate
+        jobs = self.jobs()
+        save_bundle(
+            self.out / "bundle",
+            models={job.name: Path(job.folder) for job in jobs if job.name == "seed" or job.expert is not None},
+            fine_centers=clustering.fine_centers,
+            expert_of_fine=clustering.expert_of_fine,
+            cards=cards,
+            manifest={
+                "name": self.recipe.name,
+                "encoder": self.recipe.embed.encoder,
+                "rule": config.rule,
+                "temperature": config.temperature_of(config.rule),
+                "templates": list(config.templates),
+                "lineage": {
+                    "stages": {stage: self.digests[stage] for stage in ("index", "embed", "cluster", "train")},
+                    "jobs": {job.name: job.digest for job in jobs},
+                    "recipe": _plain(asdict(self.recipe)),
+                    "versions": _versions(),
+                },
+            },
+        )
+        return f"seed and {clustering.num_experts} experts, rule {config.rule}"
+
+    def evaluate(self) -> str:
+        path = self.out / "tasks.lance"
+        base = {
+            "name": self.recipe.name,
+            "date": datetime.now(UTC).date().isoformat(),
+            "seed": self.recipe.train.seed,
+            "machine": _machine(),
+        }
+        if path.exists():
+            jobs = self.jobs()
+            done = {job.name: result for job in jobs if (result := TrainResult.read(job)) is not None}
+            scores = evaluate(
+                Catalog.open(path),
+                {job.name: Path(job.folder) for job in jobs},
+                {name: result.samples for name, result in done.items()},
+                self.clustering(),
+                self.recipe.embed.encoder,
+                self.recipe.evaluate,
+            )
+        else:
+            scores = {"tasks": [], "chance": {}, "models": [], "routing": {}}
+        write_atomically(self.out / "results.json", json.dumps(base | scores, indent=1) + "\n")
+        models, tasks = len(scores["models"]), len(scores["tasks"])
+        return f"{models} rows on {tasks} tasks" if tasks else "no held-out tasks: nothing was evaluated"
+
+    def report(self) -> str:
+        from modeclip.report import write_report
+
+        return str(write_report(self.out))
+
+    @property
+    def catalog(self) -> Catalog:
+        return Catalog.open(self.out / "catalog.lance")
+
+    def clustering(self) -> Clustering:
+        return Clustering.load(self.out / "clusters")
+
+    def peak_memory_gb(self, stage: str) -> float:
+        """Return the highest resident memory of a stage; of training, with as many jobs as run at a time."""
+        own = _peak_memory_gb()
+        if stage != "train":
+            return own
+        peaks = [result.peak_memory_gb for job in self.jobs() if (result := TrainResult.read(job)) is not None]
+        return own + sum(sorted(peaks)[-self.recipe.experts.jobs :])
+
+
+def stage_records(out: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's finished stages, in order: name, seconds, peak memory, one line of detail."""
+    records = (_read_record(out / "stages" / f"{name}.json") for name in STAGES)
+    return [record for record in records if record is not None]
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return content
+
+
+def _relative_to(data: DataConfig, folder: Path) -> DataConfig:
+    """Return the data section with its paths taken from the recipe's folder."""
+    if data.source == "icons":
+        return data
+    source = "::".join(str(folder / part) for part in data.source.split("::"))
+    named = (task.rpartition("=") for task in data.tasks)
+    tasks = tuple(f"{name}{equals}{folder / path}" for name, equals, path in named)
+    return replace(data, source=source, tasks=tasks)
+
+
+def _source_state(data: DataConfig) -> list[str]:
+    """Return what shows a change of the source: versions of the icon packages, or names, sizes and times of files."""
+    if data.source == "icons":
+        from modeclip.icons import package_versions
+
+        return package_versions()
+    places = [Path(part) for part in (*data.source.split("::"), *(task.rpartition("=")[2] for task in data.tasks))]
+    found = []
+    for place in places:
+        # A brace range names no file itself: whatever lies in its folder decides.
+        pattern = place.rglob("*") if place.is_dir() else place.parent.glob("*")
+        for file in sorted(pattern):
+            stat = file.stat()
+            found.append(f"{file} {stat.st_size} {stat.st_mtime_ns}")
+    return found
+
+
+def _check_fields(section: type, content: dict[str, Any], place: tuple[str, ...]) -> None:
+    """Raise for the first field that a section of the recipe does not have."""
+    types = get_type_hints(section)
+    for name, value in content.items():
+        if name not in types:
+            raise unknown("field", ".".join((*place, str(name))), types)
+        if is_dataclass(types[name]) and isinstance(value, dict):
+            _check_fields(types[name], value, (*place, name))  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON and YAML know it: tuples as lists, keys as text."""
+    return json.loads(json.dumps(value))
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("modeclip", "torch", "open_clip_torch", "numpy", "pylance")}
+
+
+def _machine() -> dict[str, Any]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    versions = _versions()
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "python": platform.python_version(),
+        "torch": versions["torch"],
+        "open_clip": versions["open_clip_torch"],
+        "modeclip": versions["modeclip"],
+    }
+
+
+def _reset_peak_memory() -> None:
+    """Start the kernel's record of this process's highest memory anew (Linux; elsewhere the record just goes on)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _peak_memory_gb() -> float:
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

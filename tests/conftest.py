@@ -1,0 +1,66 @@
+"""What every test runs under: no network, one thread, the same examples each time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before torch or a tokenizer is imported. Subprocesses inherit it, so that the commands that tests run are
+# deterministic and cannot reach for a download.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+SMALL_RECIPE = """
+name: small
+data: {source: icons, train_sets: [octicons], tasks: [heroicons, lucide]}
+cluster: {num_fine: 16, num_experts: 2}
+train: {samples: 2048, batch_size: 32, checkpoint_seconds: 0}
+evaluate: {rule: per_class}
+"""
+
+
+@pytest.fixture(scope="session")
+def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of the whole method on a few hundred real icons, seconds long."""
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(SMALL_RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_run(small_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run folder of that recipe, made by the real command."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    done = modeclip_command("run", small_recipe, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def modeclip_command(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run the real command line, with warnings as errors."""
+    command = [sys.executable, "-W", "error", "-m", "modeclip.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

@@ -1,0 +1,146 @@
+"""The command line: what it prints, and one clear line with exit code 2 for each of a user's mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import modeclip_command
+
+from modeclip.cli import main, read_classes
+from modeclip.errors import ModeclipError
+
+COMMANDS = ("demo", "run", "route", "classify", "report", "train")
+
+
+@pytest.fixture(scope="module")
+def heart(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real picture of a heart, as a file."""
+    from modeclip.catalog import Catalog
+
+    catalog = Catalog.open(small_run / "catalog.lance")
+    [row, *_] = catalog.select(caption="heart")
+    path = tmp_path_factory.mktemp("picture") / "heart.png"
+    path.write_bytes(catalog.read(["image"], rows=[row] if isinstance(row, int) else row.reshape(1))["image"][0])
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that must fail; return its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith("modeclip: error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_complete(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "Show this help" in (text := capsys.readouterr().out) or "show this help" in text
+
+
+def test_classify_prints_table_and_json(small_run: Path, heart: Path, tmp_path: Path) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("heart\narrow left\nbell\n")
+    done = modeclip_command("classify", small_run / "bundle", heart, "--classes", classes)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("heart", "arrow left", "bell", "probability"))
+    done = modeclip_command("classify", small_run / "bundle", heart, "--classes", "heart,arrow left,bell", "--json")
+    [picture] = json.loads(done.stdout)
+    assert sum(entry["probability"] for entry in picture["classes"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_route_prints_weights_clusters_and_entropy(small_run: Path) -> None:
+    words = ("route", small_run / "bundle", "--classes", "heart,arrow left", "--rule", "eq6")
+    done = modeclip_command(*words)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("heart", "expert-0", "expert-1", "rule eq6", "entropy", "distance"))
+    content = json.loads(modeclip_command(*words, "--json").stdout)
+    assert sum(content["weights"]) == pytest.approx(1)
+    assert content["rule"] == "eq6"
+    assert content["classes"][0]["clusters"][0]["captions"]
+
+
+def test_class_names_from_file_or_list(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\n\n hot dog \n")
+    assert read_classes(str(tmp_path / "classes.txt")) == ["cat", "hot dog"]
+    assert read_classes("cat, hot dog,") == ["cat", "hot dog"]
+    with pytest.raises(ModeclipError, match="no class names in it"):
+        read_classes(" , ")
+
+
+def write_recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+RECIPE_MISTAKES = {
+    "data: {source: nowhere}": "nowhere",
+    "data: {source: icons, train_sets: [emoji]}": "unknown icon set 'emoji'; known: ",
+    "data: {sauce: icons}": "unknown field 'data.sauce'; known: source, ",
+    "dota: {source: icons}": "unknown field 'dota'; known: name, data, ",
+    "train: {samples: 4096}": "data: Field required",
+    "data: {source: icons}\ntrain: {samples: many}": "train.samples: Input should be a valid integer",
+    "data: {source: icons}\ntrain: {batch_size: 1}": "train.batch_size must be at least 2",
+    "data: {source: icons}\nexperts: {budget: free}": "experts.budget: Input should be 'paper' or 'matched', got 'free'",
+    "data: {source: icons}\nevaluate: {rule: best}": "unknown rule 'best'; known: paper, eq6",
+    "data: {source: icons}\nembed: {encoder: bert}": "unknown encoder 'bert'; known: minilm",
+    "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, ViT-B-32",
+    "- a list": "expected sections such as `data:`, got list",
+    "data: {source: [": "no valid YAML",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), RECIPE_MISTAKES.items())
+def test_mistakes_in_a_recipe(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, "run", write_recipe(tmp_path, text), "--out", tmp_path / "run")
+    assert message in line
+
+
+def test_more_clusters_than_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
+    text = f"data: {{source: {own_folder}}}\ncluster: {{num_fine: 100}}\ntrain: {{samples: 512, batch_size: 16}}"
+    line = fails(capsys, "run", write_recipe(tmp_path, text), "--out", tmp_path / "run")
+    assert "num_fine" in line
+    assert "100" in line
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """Twenty pairs in a folder."""
+    from PIL import Image
+
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (32, 32), (12 * i, 0, 99)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"colour {i}")
+    return folder
+
+
+def test_mistakes_in_other_arguments(
+    small_run: Path, heart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = small_run / "bundle"
+    (tmp_path / "text.png").write_text("no picture")
+    mistakes = {
+        ("run", tmp_path / "none.yaml"): "none.yaml: no such file",
+        ("route", tmp_path, "--classes", "a,b"): "is no bundle: mode.json is missing",
+        ("route", bundle, "--classes", tmp_path / "none.txt"): "none.txt: no such file",
+        ("route", bundle, "--classes", "a,b", "--rule", "best"): "unknown rule 'best'; known: paper, eq6",
+        ("route", bundle, "--classes", "a,b", "--rule", "eq6", "--temperature", "0"): "temperature: expected",
+        ("classify", bundle, tmp_path / "none.png", "--classes", "a,b"): "none.png: no such file",
+        ("classify", bundle, tmp_path / "text.png", "--classes", "a,b"): "no image that can be decoded",
+        ("classify", bundle, heart, "--classes", "a,b", "--template", "x"): "template 'x' has no {}",
+        ("report", tmp_path): "is no finished run: results.json is missing",
+        ("train", tmp_path / "job.json"): "cannot be read",
+    }
+    for words, message in mistakes.items():
+        assert message in fails(capsys, *words)

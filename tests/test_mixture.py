@@ -1,0 +1,211 @@
+"""The mixture is one CLIP: its dot products are the weighted cosines that plain open_clip gives, expert by expert."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import modeclip.mixture
+from modeclip import MoDE
+from modeclip.bundle import load_bundle
+from modeclip.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.evaluation import load_tasks
+from modeclip.routing import RULES
+
+CLASSES = ["heart", "arrow left", "bell", "book", "an unheard-of thing"]
+
+
+@pytest.fixture(scope="module")
+def bundle(small_run: Path) -> Path:
+    return small_run / "bundle"
+
+
+@pytest.fixture(scope="module")
+def pictures(small_run: Path) -> list[Image.Image]:
+    catalog = Catalog.open(small_run / "tasks.lance")
+    return catalog.images(np.arange(0, len(catalog), max(1, len(catalog) // 20)))
+
+
+def expert_cosines(bundle: Path, expert: int, pictures: list[Image.Image], texts: list[str]) -> torch.Tensor:
+    """Cosines as open_clip alone computes them from the expert's folder."""
+    name = f"local-dir:{bundle / f'expert-{expert}'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    with torch.inference_mode():
+        images = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
+        return images @ model.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True).T
+
+
+@contextmanager
+def counted_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
+    """Count the forward passes of each model's image tower."""
+    counts: Counter[int] = Counter()
+    original = modeclip.mixture.encode_image
+
+    def counting(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        counts[id(model)] += 1
+        return original(model, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modeclip.mixture.encode_image", counting)
+        yield counts
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_dot_product_is_the_weighted_sum_of_cosines(
+    bundle: Path, pictures: list[Image.Image], rule: str, normalize: bool
+) -> None:
+    mode = MoDE.load(bundle)
+    task = mode.task(CLASSES, templates=["{}"], rule=rule)
+    weights = np.broadcast_to(task.weights, (len(CLASSES), 2))
+    expected = sum(
+        torch.from_numpy(weights[:, k].astype(np.float32)) * expert_cosines(bundle, k, pictures, CLASSES)
+        for k in range(2)
+    )
+    with torch.inference_mode():
+        images = task.encode_image(torch.stack([task.preprocess(p) for p in pictures]), normalize=normalize)
+        texts = task.encode_text(task.tokenizer(CLASSES), normalize=normalize)
+        got = images @ texts.T
+    if normalize:
+        for vectors in (images, texts):
+            torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=1e-5, rtol=0)
+        got = got * len(task.active) ** 0.5
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        task.classifier(normalize), task.encode_text(CLASSES, normalize), atol=1e-5, rtol=0
+    )
+
+
+def test_expert_without_weight_is_not_run(
+    bundle: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = MoDE.load(bundle)
+    with counted_passes(monkeypatch) as counts:
+        mode.task(CLASSES, rule="uniform").classify(pictures)
+    assert sorted(counts.values()) == [1, 1]
+    with counted_passes(monkeypatch) as counts:
+        mode.task(CLASSES, rule="top1").classify(pictures)
+    assert list(counts.values()) == [1]
+
+
+def test_expert_without_weight_is_not_loaded(bundle: Path) -> None:
+    mode = MoDE.load(bundle)
+    task = mode.task(CLASSES, rule="top1")
+    assert len(task.models) == len(mode._clips) == 1
+
+
+@pytest.mark.parametrize("rule", ["paper", "per_class"])
+def test_works_in_open_clips_own_classifier(bundle: Path, pictures: list[Image.Image], rule: str) -> None:
+    """A tool of open_clip's, given the mixture where it expects a CLIP, orders the classes as the mixture does."""
+    task = MoDE.load(bundle).task(CLASSES, templates=["{}"], rule=rule)
+    classifier = open_clip.build_zero_shot_classifier(task, task.tokenizer, CLASSES, ["{}"], use_tqdm=False)
+    with torch.inference_mode():
+        scores = task.encode_image(torch.stack([task.preprocess(p) for p in pictures]), normalize=True) @ classifier
+    best = [CLASSES[i] for i in scores.argmax(dim=1).tolist()]
+    assert best == [prediction.classnames[0] for prediction in task.classify(pictures)]
+    image, text, scale = task(torch.stack([task.preprocess(pictures[0])]), task.tokenizer(CLASSES))
+    probabilities = (scale * image @ text.T).softmax(dim=-1).sort(descending=True).values[0]
+    expected = torch.tensor(task.classify(pictures[:1])[0].probabilities)
+    torch.testing.assert_close(probabilities, expected, atol=1e-4, rtol=0)
+
+
+def test_unknown_text_is_routed_by_itself(bundle: Path) -> None:
+    mode = MoDE.load(bundle)
+    task = mode.task(CLASSES, rule="per_class")
+    alone = mode.task(["a red umbrella"], rule="per_class")
+    torch.testing.assert_close(
+        task.encode_text(["a red umbrella"]), alone.encode_text(["a red umbrella"]), atol=1e-4, rtol=0
+    )
+
+
+def test_templates_are_averaged_as_unit_vectors(bundle: Path) -> None:
+    task = MoDE.load(bundle).task(["heart"], templates=["{}", "a {} icon"], rule="top1")
+    one, two = (task.encode_text([text])[0] for text in ("heart", "a heart icon"))
+    expected = torch.nn.functional.normalize(one / one.norm() + two / two.norm(), dim=0)
+    torch.testing.assert_close(task.classifier()[0], expected, atol=1e-5, rtol=0)
+
+
+def test_evaluation_scores_what_the_task_answers(small_run: Path) -> None:
+    """The table's accuracy is that of the object that the user gets."""
+    catalog = Catalog.open(small_run / "tasks.lance")
+    task = load_tasks(catalog)[0]
+    images = catalog.images(task.rows)
+    results = json.loads((small_run / "results.json").read_text())
+    for rule in ("eq6", "per_class"):
+        row = next(model for model in results["models"] if model["rule"] == rule)
+        predictions = MoDE.load(small_run / "bundle").task(task.classnames, rule=rule).classify(images)
+        truth = [task.classnames[label] for label in task.labels]
+        hits = [p.classnames[0] == name for p, name in zip(predictions, truth, strict=True)]
+        assert np.mean(hits) == pytest.approx(row["accuracy"][task.name], abs=1 / len(hits) + 1e-9)
+
+
+def test_explanation_names_the_clusters_that_decide(bundle: Path) -> None:
+    mode = MoDE.load(bundle)
+    task = mode.task(CLASSES, rule="per_class")
+    for reason, weights, nearest in zip(task.explain(), task.weights, task.route.routing.nearest_fine, strict=True):
+        assert reason.weights == pytest.approx(tuple(weights))
+        assert reason.clusters[0].index == nearest
+        assert reason.clusters[0].expert == mode.bundle.expert_of_fine[nearest]
+        assert reason.clusters[0].captions
+        distances = [cluster.distance for cluster in reason.clusters]
+        assert distances == sorted(distances)
+
+
+def test_seed_stands_in_for_a_missing_expert(small_run: Path, tmp_path: Path, pictures: list[Image.Image]) -> None:
+    from modeclip.bundle import save_bundle
+
+    whole = load_bundle(small_run / "bundle")
+    cards = json.loads((small_run / "clusters" / "cards.json").read_text())
+    names = {name: small_run / "models" / name for name in ("seed", "expert-1")}
+    manifest = {"encoder": "minilm", "rule": "uniform", "temperature": 0.2, "templates": ["{}"], "lineage": {}}
+    centres = {"fine_centers": whole.fine_centers, "expert_of_fine": whole.expert_of_fine}
+    save_bundle(tmp_path / "part", models=names, cards=cards, manifest=manifest, **centres)
+    partial = MoDE.load(tmp_path / "part")
+    assert [expert.folder for expert in partial.bundle.experts] == ["seed", "expert-1"]
+    assert len(partial.task(CLASSES).classify(pictures)) == len(pictures)
+
+
+@pytest.mark.parametrize("file", ["expert-1/open_clip_model.safetensors", "centres.safetensors"])
+def test_bundle_whose_files_do_not_match_their_hashes(bundle: Path, tmp_path: Path, file: str) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    content = bytearray((copy / file).read_bytes())
+    content[-1] ^= 1
+    (copy / file).write_bytes(content)
+    with pytest.raises(ModeclipError, match=rf"1 of \d+ files are missing or differ from their hash .* first {file}"):
+        MoDE.load(copy)
+
+
+def test_bundle_that_is_none(tmp_path: Path, bundle: Path) -> None:
+    with pytest.raises(ModeclipError, match=r"no such folder; expected a folder with a mode\.json, or a Hub id"):
+        MoDE.load(tmp_path / "nowhere")
+    with pytest.raises(ModeclipError, match=r"is no bundle: mode\.json is missing"):
+        MoDE.load(tmp_path)
+    with pytest.raises(ModeclipError, match="no such folder, and the Hub has no answer"):
+        MoDE.load("nobody/nothing")
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = json.loads((copy / "mode.json").read_text())
+    (copy / "mode.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(ModeclipError, match=r"format 99 is newer than this modeclip reads \(1\); upgrade"):
+        MoDE.load(copy)
+
+
+def test_task_that_cannot_be(bundle: Path) -> None:
+    mode = MoDE.load(bundle)
+    with pytest.raises(ModeclipError, match="needs at least one class name"):
+        mode.task([])
+    with pytest.raises(ModeclipError, match="unknown rule 'best'; known: paper, eq6"):
+        mode.task(CLASSES, rule="best")
+    with pytest.raises(ModeclipError, match=r"template 'a photo' has no \{\}"):
+        mode.task(CLASSES, templates=["a photo"])
