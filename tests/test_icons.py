@@ -8,11 +8,12 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from modeclip import icons
 from modeclip.errors import ModeclipError
 from modeclip.icons import ICON_SETS, TASK_SETS, TRAIN_SETS, icon_caption, list_icons, read_icons, render
 from modeclip.samples import BLANK, DUPLICATE, UNRENDERED, Sample, Skipped, decode_image
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

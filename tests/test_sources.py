@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from modeclip.errors import ModeclipError
 from modeclip.samples import NO_CAPTION, NO_IMAGE, NOT_UTF8, Sample, Skipped
 from modeclip.sources import DataConfig, detect, read_source, read_task

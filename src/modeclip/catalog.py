@@ -152,16 +152,17 @@ class Catalog:
         """Return the positions (ascending) of the rows in which every named column has the value given.
 
         Raises:
-            ModeclipError: There is no such column.
+            ModeclipError: There is no such column, or it never holds such a value.
         """
         names = list(equals)
         self._require(names)
+        types = self._dataset.schema
+        wanted = {name: _to_scalar(name, value, types.field(name).type) for name, value in equals.items()}
         found, start = [np.empty(0, np.int64)], 0
         for batch in self._dataset.to_batches(columns=names or ["offset"]):
             mask = pa.array(np.ones(batch.num_rows, bool))
-            for name, value in equals.items():
-                column = batch[name]
-                mask = pc.and_(mask, pc.equal(column, pa.scalar(value, column.type)))
+            for name in names:
+                mask = pc.and_(mask, pc.equal(batch[name], wanted[name]))
             found.append(start + np.flatnonzero(mask.fill_null(False).to_numpy(False)))
             start += batch.num_rows
         return np.concatenate(found)
@@ -312,6 +313,13 @@ class Writer:
             self._file.close()
             self._finished.append((self._file_name(), self._rows))
             self._file, self._rows = None, 0
+
+
+def _to_scalar(name: str, value: object, kind: pa.DataType) -> pa.Scalar:
+    try:
+        return pa.scalar(value, kind)
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise ModeclipError(f"column {name!r} holds {kind}, which {value!r} is not") from error
 
 
 def _to_numpy(column: pa.Array) -> Shaped[np.ndarray, "n *_"]:

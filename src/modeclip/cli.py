@@ -106,22 +106,17 @@ def classify(
     images = [_open_picture(path) for path in pictures]
     task = MoDE.load(bundle).task(names, templates=template or None, rule=rule)
     predictions = task.classify(images)
-    content = [
-        {
-            "picture": str(path),
-            "classes": [
-                {"name": name, "probability": probability}
-                for name, probability in zip(p.classnames[:top], p.probabilities[:top], strict=True)
-            ],
-        }
-        for path, p in zip(pictures, predictions, strict=True)
-    ]
+    best = [list(zip(p.classnames, p.probabilities, strict=True))[:top] for p in predictions]
     if as_json:
-        _print_json(content)
+        _print_json(
+            [
+                {"picture": str(path), "classes": [{"name": name, "probability": share} for name, share in classes]}
+                for path, classes in zip(pictures, best, strict=True)
+            ]
+        )
         return
-    for item in content:
-        rows = [(entry["name"], f"{entry['probability']:.3f}") for entry in item["classes"]]
-        print_table(str(item["picture"]), ["class", "probability"], rows)
+    for path, shown in zip(pictures, best, strict=True):
+        print_table(str(path), ["class", "probability"], [(name, f"{share:.3f}") for name, share in shown])
 
 
 def report(

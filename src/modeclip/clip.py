@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,13 @@ class Clip:
     preprocess: Any
     """Callable: PIL image -> (3, H, W) float32, open_clip's transform for inference."""
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Width and height that the image tower takes, in pixels."""
+        size = self.model.visual.image_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return int(width), int(height)
+
     def images(self, pictures: Sequence[Image]) -> Tensor:
         """Turn pictures into a (B, 3, H, W) float32 batch, equal to ``preprocess`` on each of them.
 
@@ -56,9 +64,7 @@ class Clip:
         """
         import torch
 
-        size = self.model.visual.image_size
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        if any(picture.size != (width, height) or picture.mode != "RGB" for picture in pictures):
+        if any(picture.size != self.image_size or picture.mode != "RGB" for picture in pictures):
             return torch.stack([self.preprocess(picture) for picture in pictures])
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
         batch = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
@@ -145,6 +151,31 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     if projection is not None:
         x = projection(x) if callable(projection) else x @ projection
     return F.normalize(x, dim=-1)
+
+
+def random_crops(
+    pictures: Sequence[Image], size: tuple[int, int], min_share: float, draw: np.random.Generator
+) -> list[Image]:
+    """Cut a random box out of each picture and scale it to the model's size, as open_clip does in training.
+
+    Args:
+        pictures: Any pictures.
+        size: Width and height of the results, in pixels.
+        min_share: A box has a share of the picture's area drawn from [min_share, 1], at a width to height drawn
+            from [3/4, 4/3] (log-uniform), and is narrowed where it would not fit.
+        draw: Source of the randomness.
+    """
+    from PIL.Image import Resampling
+
+    crops = []
+    for picture, (share, shape, left, top) in zip(pictures, draw.random((len(pictures), 4)).tolist(), strict=True):
+        width, height = picture.size
+        area, ratio = (min_share + share * (1 - min_share)) * width * height, (4 / 3) ** (2 * shape - 1)
+        box_width, box_height = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+        left, top = left * (width - box_width), top * (height - box_height)
+        box = (left, top, min(width, left + box_width), min(height, top + box_height))
+        crops.append(picture.resize(size, Resampling.BICUBIC, box=box))
+    return crops
 
 
 @contextmanager

@@ -72,13 +72,15 @@ def nearest(
     return index, squared_distances(rows, points, index)
 
 
-def checked(name: str, x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+def checked(name: str, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "N D"]:
     """Return a matrix as finite, contiguous, writable float32 (torch warns of read-only memory)."""
     if x.ndim != 2:
         raise ModeclipError(f"{name} must have 2 dimensions (rows, features), got {x.ndim}: shape {x.shape}")
     with np.errstate(over="ignore"):
         rows = np.require(x, np.float32, ["C", "W"])
-    bad = [block.start + np.flatnonzero(~np.isfinite(rows[block]).all(1)) for block in blocks(len(rows), ROWS_IN_MEMORY)]
+    bad = [
+        block.start + np.flatnonzero(~np.isfinite(rows[block]).all(1)) for block in blocks(len(rows), ROWS_IN_MEMORY)
+    ]
     where = np.concatenate([np.empty(0, np.int64), *bad])
     if where.size:
         raise ModeclipError(

@@ -31,7 +31,7 @@ class Axis:
     end: float
     log: bool = False
 
-    def place(self, value: float) -> float:
+    def place(self, value: float | int) -> float:
         """Return the position of a value."""
         low, high = self.low, self.high
         if self.log:
@@ -42,7 +42,7 @@ class Axis:
         """Return about ``count`` round values inside the axis, each with its position.
 
         Examples:
-            >>> Axis(0, 1, 0, 100).ticks(3)
+            >>> Axis(0.0, 1.0, 0.0, 100.0).ticks(3)
             [(0.0, 0.0), (0.5, 50.0), (1.0, 100.0)]
         """
         if self.log and self.high > 12 * self.low:
@@ -76,12 +76,12 @@ def draw_curves(
     short = {name: (thin(log["samples"]), thin(log[field])) for name, log in logs.items()}
     values = np.concatenate([column for _, column in short.values()])
     low, high = float(values.min()), float(values.max())
-    across = Axis(0.0, max(float(samples[-1]) for samples, _ in short.values()), 46, size[0] - right)
+    across = Axis(0.0, max(float(samples[-1]) for samples, _ in short.values()), 46.0, size[0] - right)
     if field == "loss" and low > 0:
-        up = Axis(low / 1.06, high * 1.06, size[1] - 34, 10, log=True)
+        up = Axis(low / 1.06, high * 1.06, size[1] - 34, 10.0, log=True)
     else:
-        up = Axis(min(low, 0.0), high + 0.06 * (high - min(low, 0.0) or 1.0), size[1] - 34, 10)
-    lines = [
+        up = Axis(min(low, 0.0), high + 0.06 * (high - min(low, 0.0) or 1.0), size[1] - 34, 10.0)
+    lines: list[Json] = [
         {
             "name": name,
             "samples": [float(f"{sample:.6g}") for sample in samples],
@@ -93,7 +93,7 @@ def draw_curves(
         }
         for name, (samples, column) in short.items()
     ]
-    heights = spread([line["points"][-1][1] for line in lines], gap=14, low=14, high=size[1] - 38)
+    heights = spread([line["points"][-1][1] for line in lines], gap=14.0, low=14.0, high=size[1] - 38)
     labels = [(line["name"], line["points"][-1][0], height) for line, height in zip(lines, heights, strict=True)]
     return {
         "field": field,
@@ -119,7 +119,7 @@ def spread(heights: Sequence[float], *, gap: float, low: float, high: float) -> 
     """Move heights apart until neighbours are ``gap`` apart, keeping their order and staying in ``low``..``high``.
 
     Examples:
-        >>> spread([10.0, 12.0, 50.0], gap=10, low=0, high=60)
+        >>> spread([10.0, 12.0, 50.0], gap=10.0, low=0.0, high=60.0)
         [10.0, 20.0, 50.0]
     """
     order = np.argsort(heights, kind="stable")

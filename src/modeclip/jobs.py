@@ -38,6 +38,8 @@ class TrainConfig:
     """Share of the schedule in which the learning rate rises linearly, in [0, 1)."""
     weight_decay: float = 0.2
     """AdamW's decay of matrices; norms, biases and the logit scale have none (the paper: 0.2)."""
+    min_crop_share: float = 0.9
+    """Least share of a picture's area that its random crop in training keeps, in (0, 1]; 1: no crops (open_clip: 0.9)."""
     precision: str = "auto"
     """``32-true``, ``bf16-mixed`` or ``16-mixed``, as Lightning Fabric names them; ``auto``: bf16 where it is fast."""
     checkpoint_seconds: float = 20.0
@@ -58,6 +60,8 @@ class TrainConfig:
                 f"train.samples must be at least batch_size * total_parts = {self.batch_size * self.total_parts:,} "
                 f"(one step a part), got {self.samples:,}"
             )
+        if not 0 < self.min_crop_share <= 1:
+            raise ModeclipError(f"train.min_crop_share must lie in (0, 1], got {self.min_crop_share}")
         if self.precision not in {"auto", "32-true", "bf16-mixed", "16-mixed"}:
             raise ModeclipError(
                 f"train.precision must be auto, 32-true, bf16-mixed or 16-mixed, got {self.precision!r}"

@@ -1,6 +1,6 @@
 """A bundle and a task's class names -> one CLIP: the experts that the task is routed to, as a single model.
 
-The answer of the mixture is sum_c p_c <u_c, v_c>, the weighted sum of the experts' cosines. That is the dot product of
+The answer of the mixture is `sum_c p_c <u_c, v_c>`, the weighted sum of the experts' cosines. That is the dot product of
 concat(p_c u_c) and concat(v_c), so a routed mixture is one CLIP with longer vectors whose weights sit on the text side
 alone: image vectors can be stored once and used under any weights, also where every class or query has its own. An
 expert without weight is neither loaded nor run.
@@ -137,8 +137,9 @@ class Task(nn.Module):
         clips = [mode.clip(int(expert)) for expert in self.active]
         self._clip = clips[0]
         self.models = nn.ModuleList(clip.model for clip in clips)
-        scales = torch.stack([model.logit_scale.detach().reshape(()).exp() for model in self.models])
+        scales = torch.stack([clip.model.logit_scale.detach().reshape(()).exp() for clip in clips])
         share = torch.from_numpy(route.class_weights[:, self.active].mean(axis=0)).to(scales)
+        self.logit_scale: Tensor
         self.register_buffer("logit_scale", (share * scales).sum().log())
         self._class_of_tokens = {
             key: index
@@ -299,9 +300,14 @@ class MoDE:
             own = rule == self.bundle.rule
             temperature = self.bundle.temperature if own else DEFAULT_TEMPERATURE.get(rule, 0.2)
         embeddings = self.encoder.encode(list(classnames))
-        clusters = (self.bundle.fine_centers, self.bundle.expert_of_fine)
-        sizes = {"num_experts": self.bundle.num_experts}
-        routing = route(embeddings, *clusters, **sizes, rule=rule, temperature=temperature)
+        routing = route(
+            embeddings,
+            self.bundle.fine_centers,
+            self.bundle.expert_of_fine,
+            num_experts=self.bundle.num_experts,
+            rule=rule,
+            temperature=temperature,
+        )
         return Route(
             classnames=tuple(classnames),
             rule=rule,

@@ -332,7 +332,7 @@ def _check_fields(section: type, content: dict[str, Any], place: tuple[str, ...]
         if name not in types:
             raise unknown("field", ".".join((*place, str(name))), types)
         if is_dataclass(types[name]) and isinstance(value, dict):
-            _check_fields(types[name], value, (*place, name))  # type: ignore[arg-type]
+            _check_fields(types[name], value, (*place, name))
 
 
 def _plain(value: Any) -> Any:

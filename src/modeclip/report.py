@@ -40,7 +40,9 @@ MAX_DOTS = 1500  # clusters on the map, largest first: a few seconds of t-SNE, s
 MAX_CLASSES = 10  # classes shown for a task
 MAX_SAMPLES = 40  # pictures shown for an expert
 THUMBNAIL_PIXELS = 96
-SMALL_PIXELS = 64  # pictures up to this side (icons) are kept exactly and shown whole; others are lossy and fill a square
+SMALL_PIXELS = (
+    64  # pictures up to this side (icons) are kept exactly and shown whole; others are lossy and fill a square
+)
 
 GROUPS = (("models", ("seed", "dense")), ("experts", ("expert",)), ("mixtures", ("mixture",)), ("bounds", ("bound",)))
 
@@ -140,7 +142,7 @@ def build_table(results: Json) -> Json | None:
         "best": {name: max(model["accuracy"].get(name, 0.0) for model in honest) for name in names},
         "best_average": max(model["average"] for model in honest),
         "highest": {name: max(model["accuracy"].get(name, 0.0) for model in models) for name in names},
-        "axis": Axis(min(ends) - margin, max(ends) + margin, 0, 100),
+        "axis": Axis(min(ends) - margin, max(ends) + margin, 0.0, 100.0),
         "has_versus": any(model.get("versus_dense_total") for model in models),
         "has_entropy": any(model.get("entropy") for model in models),
     }
@@ -162,8 +164,8 @@ def build_training(run: Path, models: Sequence[Json]) -> Json | None:
     return {
         "names": list(logs),
         "charts": [
-            draw_curves(logs, "loss", branch, size=(720, 520), right=116),
-            draw_curves(logs, "lr", branch, size=(420, 190), right=14),
+            draw_curves(logs, "loss", branch, size=(720.0, 520.0), right=116.0),
+            draw_curves(logs, "lr", branch, size=(420.0, 190.0), right=14.0),
         ],
         "speeds": [
             {"name": name, "rate": float(np.median(log["samples_per_second"])), "wait": float(log["data_wait"].mean())}
@@ -198,7 +200,7 @@ def build_atlas(run: Path, routing: Mapping[str, Json]) -> Json | None:
     cards = json.loads((folder / "cards.json").read_text(encoding="utf-8"))
     shown = sorted(cards["fine"], key=lambda card: (-card["size"], card["index"]))[:MAX_DOTS]
     centers = load_file(folder / "clustering.safetensors")["fine_centers"].astype(np.float32)
-    positions = fit_box(project(centers[[card["index"] for card in shown]]), MAP_SIZE, margin=34)
+    positions = fit_box(project(centers[[card["index"] for card in shown]]), MAP_SIZE, margin=34.0)
     largest = float(np.clip(340 / math.sqrt(len(shown)), 7, 26))
     biggest = max(card["size"] for card in shown) or 1
     met = {name: {item["nearest_fine"] for item in task["classes"]} for name, task in routing.items()}
@@ -315,14 +317,19 @@ def render(**parts: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    filters: dict[str, Callable[..., str]] = {"count": format_count, "duration": format_duration, "label": label, "short": format_short}
+    filters: dict[str, Callable[..., str]] = {
+        "count": format_count,
+        "duration": format_duration,
+        "label": label,
+        "short": format_short,
+    }
     environment.filters |= {**filters, "effective": math.exp, "entropy_limit": lambda count: math.log(max(count, 1))}
     script = environment.get_template("report.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(**parts, script=script, script_hash=digest)
 
 
-def format_count(value: float) -> str:
+def format_count(value: float | int) -> str:
     """Return a count with three digits and a magnitude.
 
     Examples:
@@ -335,7 +342,7 @@ def format_count(value: float) -> str:
     return f"{float(f'{value:.3g}'):g}"
 
 
-def format_short(value: float) -> str:
+def format_short(value: float | int) -> str:
     """Return a number of an axis, with an exponent if it is small.
 
     Examples:
@@ -348,7 +355,7 @@ def format_short(value: float) -> str:
     return f"{value / 10**power:.3g}e{power}"
 
 
-def format_duration(seconds: float) -> str:
+def format_duration(seconds: float | int) -> str:
     """Return a duration in the unit that suits it.
 
     Examples:

@@ -163,9 +163,7 @@ def route(
                 temperature=temperature,
             )
             weights = shares if rule == "per_class" else shares.mean(axis=0)
-    return Routing(
-        weights=weights, nearest_fine=nearest_fine, distance=distance, entropy=entropy(weights)
-    )
+    return Routing(weights=weights, nearest_fine=nearest_fine, distance=distance, entropy=entropy(weights))
 
 
 def share(
@@ -273,9 +271,7 @@ def _release_affinity(distance: np.ndarray) -> np.ndarray:
     return np.exp((add - distance) * mul)
 
 
-def _coarse_clusters(
-    fine_centers: np.ndarray, expert_of_fine: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _coarse_clusters(fine_centers: np.ndarray, expert_of_fine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean fine centre of every expert that has one, and which experts those are."""
     experts = np.unique(expert_of_fine)
     centers = fine_centers.astype(np.float64)
@@ -283,9 +279,7 @@ def _coarse_clusters(
     return means, experts.astype(np.int64)
 
 
-def _squared_distances(
-    embeddings: np.ndarray, centers: np.ndarray
-) -> Iterator[tuple[slice, np.ndarray]]:
+def _squared_distances(embeddings: np.ndarray, centers: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield (rows, squared distance of these rows to every centre), `MAX_DISTANCES` at a time."""
     centers = centers.astype(np.float64)
     squared_norm = np.vecdot(centers, centers)
@@ -307,9 +301,7 @@ def _check(
     """Raise for the first argument that no rule can work with."""
     for name, rows in (("class_embeddings", class_embeddings), ("fine_centers", fine_centers)):
         if rows.ndim != 2 or len(rows) == 0:
-            raise ModeclipError(
-                f"{name}: expected a matrix of 1 or more rows, got shape {rows.shape}"
-            )
+            raise ModeclipError(f"{name}: expected a matrix of 1 or more rows, got shape {rows.shape}")
         is_finite = np.isfinite(rows).all(axis=1)
         if not is_finite.all():
             raise ModeclipError(f"{name}: row {is_finite.argmin()} has a value that is not finite")

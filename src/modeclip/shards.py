@@ -153,10 +153,10 @@ def _walk_tar(shard: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
                     tar.members = []  # type: ignore[attr-defined]
                     if member.isreg():
                         yield tar, member
-                # A header that cannot be read looks like the end to tarfile; the true end is zeros.
+                # tarfile takes a header that it cannot read, or none, for the end; the true end is a block of zeros.
                 file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"neither a member nor the end mark is at byte {tar.offset}")
         except (tarfile.TarError, EOFError) as error:
             raise ModeclipError(
                 f"shard {str(shard)!r} is damaged ({error}): expected a whole tar file;"

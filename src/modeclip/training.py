@@ -36,7 +36,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from modeclip.catalog import Catalog
-from modeclip.clip import Clip, encode_image, encode_text, fast_attention, load_clip, save_clip
+from modeclip.clip import Clip, encode_image, encode_text, fast_attention, load_clip, random_crops, save_clip
 from modeclip.errors import ModeclipError
 from modeclip.files import only_process, write_atomically
 from modeclip.jobs import TrainConfig, TrainJob, TrainResult
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, Sec. 2.5
 LOG_EVERY_STEPS = 10
 LOCK_PATIENCE_SECONDS = 30.0  # for a job whose parent was killed a moment ago
+CROP_STREAM = 1 << 40  # keys of the random streams of crops start here, far from those of the orders of the rows
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 4
 PARENT_VARIABLE = "MODECLIP_PARENT"  # process id of who started the job; the job stops when that process is gone
@@ -174,7 +175,11 @@ class _Trainer:
         def load(step: int) -> tuple[torch.Tensor, torch.Tensor]:
             batch = batch_rows(rows, step, job.config.batch_size, job.config.seed)
             captions = catalog.read(["caption"], batch)["caption"]
-            return self.clip.images(catalog.images(batch)), self.clip.tokens(captions.tolist())
+            pictures = catalog.images(batch)
+            if job.config.min_crop_share < 1:
+                draw = np.random.Generator(np.random.Philox(key=[job.config.seed, CROP_STREAM + step]))
+                pictures = random_crops(pictures, self.clip.image_size, job.config.min_crop_share, draw)
+            return self.clip.images(pictures), self.clip.tokens(captions.tolist())
 
         with fast_attention(device, self.precision):
             for (images, tokens), waited in _ahead(load, range(self.step, job.last_step)):

@@ -1,0 +1,358 @@
+"""Every source becomes the same catalog; what cannot be used is counted, or said in one line; kills leave no half."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeclip.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.icons import read_icons
+from modeclip.indexing import IndexResult, _Distinct, index
+from modeclip.samples import (
+    BOMB,
+    DUPLICATE,
+    EMPTY,
+    MISSING,
+    NO_CAPTION,
+    NOT_UTF8,
+    UNDECODABLE,
+    UNREADABLE,
+    Sample,
+    decode_image,
+)
+from modeclip.sources import DataConfig
+
+
+@pytest.fixture(scope="session")
+def icons() -> list[Sample]:
+    """A few dozen real icons, each with a caption of its own."""
+    samples = (item for item in read_icons(["lucide"], 32) if isinstance(item, Sample))
+    return [Sample(f"{n:03d}", s.caption, s.image) for n, s in enumerate(islice(samples, 40))]
+
+
+def write_folder(folder: Path, icons: list[Sample]) -> Path:
+    folder.mkdir(parents=True)
+    for icon in icons:
+        (folder / f"{icon.key}.png").write_bytes(icon.image)
+        (folder / f"{icon.key}.txt").write_text(icon.caption)
+    return folder
+
+
+def write_table(folder: Path, icons: list[Sample]) -> Path:
+    write_folder(folder, icons)
+    rows = [f"{icon.key}.png\t{icon.caption}" for icon in icons]
+    (folder / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *rows]))
+    return folder / "pairs.tsv"
+
+
+def write_shards(folder: Path, icons: list[Sample]) -> Path:
+    folder.mkdir(parents=True)
+    for number, part in enumerate((icons[:25], icons[25:])):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for icon in part:
+                for suffix, data in (("png", icon.image), ("txt", icon.caption.encode())):
+                    member = tarfile.TarInfo(f"{icon.key}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+SOURCES = {"folder": write_folder, "table": write_table, "shards": write_shards}
+
+
+# ---------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("copy_images", [False, True])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_pairs_come_back_from_every_source(tmp_path: Path, icons, kind, copy_images):
+    source = SOURCES[kind](tmp_path / "data", icons)
+    result = index(DataConfig(source=str(source), copy_images=copy_images), tmp_path / "out")
+    assert result == IndexResult(kind=kind, num_samples=40, num_captions=40, tasks={}, skipped={})
+    assert names_in(tmp_path / "out") == ["catalog.lance"]
+    if copy_images:
+        shutil.rmtree(tmp_path / "data")
+    catalog = Catalog.open(tmp_path / "out" / "catalog.lance")
+    rows = np.arange(40)[::-1]
+    pairs = catalog.read(["caption", "image", "width", "height"], rows)
+    assert pairs["caption"].tolist() == [icon.caption for icon in reversed(icons)]
+    assert pairs["image"].tolist() == [icon.image if copy_images else None for icon in reversed(icons)]
+    assert set(pairs["width"]) == set(pairs["height"]) == {32}
+    expected = [decode_image(icon.image).tobytes() for icon in reversed(icons)]
+    assert [image.tobytes() for image in catalog.images(rows)] == expected
+
+
+def test_the_fingerprint_is_that_of_the_pairs_wherever_they_lie(tmp_path: Path, icons):
+    def fingerprint(name: str, samples: list[Sample], **options: object) -> str:
+        source = write_folder(tmp_path / name, samples)
+        index(DataConfig(source=str(source), **options), tmp_path / f"{name} out")
+        return Catalog.open(tmp_path / f"{name} out" / "catalog.lance").fingerprint
+
+    first = fingerprint("a", icons)
+    assert re.fullmatch("[0-9a-f]{32}", first)
+    assert fingerprint("b", icons[::-1]) == first  # written in another order, elsewhere
+    assert fingerprint("c", icons, copy_images=True) == first
+    image, caption = icons[3].image, icons[3].caption
+    others = [
+        fingerprint("d", icons[:-1]),
+        fingerprint("e", [*icons[:3], Sample("003", caption + "s", image), *icons[4:]]),
+        fingerprint("f", [*icons[:3], Sample("003", caption, image + b" "), *icons[4:]]),
+    ]
+    assert len({first, *others}) == 4
+
+
+def test_icons_are_trained_on_and_held_out(tmp_path: Path):
+    config = DataConfig(source="icons", train_sets=("octicons",), tasks=("heroicons",))
+    result = index(config, tmp_path)
+    catalog, tasks = Catalog.open(tmp_path / "catalog.lance"), Catalog.open(tmp_path / "tasks.lance")
+    captions, classes = catalog.read(["caption"])["caption"], tasks.read(["caption"])["caption"]
+    assert set(classes) <= set(captions)
+    assert set(tasks.read(["task"])["task"]) == {"heroicons"}
+    assert result.kind == "icons"
+    assert (result.num_samples, result.num_captions) == (len(catalog), len(set(captions)))
+    assert result.tasks == {"heroicons": (len(set(classes)), len(tasks))}
+    assert result.skipped[DUPLICATE] > 0
+    assert catalog.columns[-1] == "group"
+    assert tasks.columns[-1] == "task"
+    again = index(config, tmp_path / "again")
+    assert again == result
+    for name, first in (("catalog.lance", catalog), ("tasks.lance", tasks)):
+        second = Catalog.open(tmp_path / "again" / name)
+        assert second.fingerprint == first.fingerprint
+        assert second.read(["key"])["key"].tolist() == first.read(["key"])["key"].tolist()
+
+
+def test_a_share_of_the_pairs_is_held_out_by_their_keys(tmp_path: Path, icons):
+    def held(samples: list[Sample], name: str) -> set[str]:
+        source = write_folder(tmp_path / name, samples)
+        result = index(DataConfig(source=str(source), holdout_fraction=0.3), tmp_path / f"{name} out")
+        catalog, tasks = (Catalog.open(tmp_path / f"{name} out" / f"{n}.lance") for n in ("catalog", "tasks"))
+        train, test = (set(c.read(["caption"])["caption"]) for c in (catalog, tasks))
+        assert not train & test
+        assert train | test == {icon.caption for icon in samples}
+        assert result.tasks == {"holdout": (len(test), len(test))}
+        return test
+
+    all_held = held(icons, "all")
+    assert 3 <= len(all_held) <= 25
+    assert held(icons[:20], "half") == all_held & {icon.caption for icon in icons[:20]}
+
+
+def test_own_tasks_have_their_folders_as_classes(tmp_path: Path, icons):
+    source = write_folder(tmp_path / "data", icons[:30])
+    for number, icon in enumerate(icons[30:]):
+        path = tmp_path / "eval" / f"class {number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(icon.image)
+    tasks = (str(tmp_path / "eval"), f"again={tmp_path / 'eval'}")
+    result = index(DataConfig(source=str(source), tasks=tasks), tmp_path / "out")
+    assert result.tasks == {"eval": (3, 10), "again": (3, 10)}
+    held = Catalog.open(tmp_path / "out" / "tasks.lance")
+    rows = held.select(task="again", caption="class 1")
+    assert held.read(["key"], rows)["key"].tolist() == [f"again/class 1/{n}.png" for n in (1, 4, 7)]
+    index(DataConfig(source=str(source)), tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["catalog.lance"]  # those of the run before are gone
+
+
+# ---------------------------------------------------------------- what cannot be used
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it has 20,000 by 20,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
+
+
+def test_each_kind_of_damage_is_counted_and_the_rest_is_used(tmp_path: Path, icons):
+    folder = write_folder(tmp_path / "data", icons)
+    (folder / "001.png").write_bytes(b"")
+    (folder / "002.png").write_bytes(icons[2].image[:100])
+    (folder / "003.png").write_bytes(b"no image")
+    (folder / "004.png").write_bytes(bomb())
+    (folder / "005.txt").write_bytes(b"caf\xe9")
+    (folder / "006.txt").unlink()
+    (folder / "007.png").unlink()
+    (folder / "007.png").symlink_to(folder / "nowhere.png")
+    (folder / "008.png").unlink()
+    (folder / "008.png").symlink_to(folder / "008.png")
+    shutil.copy(folder / "009.png", os.fsencode(folder) + b"/\xff.png")
+    shutil.copy(folder / "009.txt", os.fsencode(folder) + b"/\xff.txt")
+    result = index(DataConfig(source=str(folder), max_skipped_fraction=0.5), tmp_path / "out")
+    assert result.skipped == {
+        EMPTY: 1,
+        UNDECODABLE: 2,
+        BOMB: 1,
+        NOT_UTF8: 2,
+        NO_CAPTION: 1,
+        MISSING: 1,
+        UNREADABLE: 1,
+    }
+    assert result.num_samples == 41 - 9
+    catalog = Catalog.open(tmp_path / "out" / "catalog.lance")
+    assert catalog.read(["key"])["key"].tolist() == ["000.png", *(f"{n:03d}.png" for n in range(9, 40))]
+    with pytest.raises(ModeclipError) as caught:
+        index(DataConfig(source=str(folder)), tmp_path / "strict")
+    assert str(caught.value) == (
+        f"data.source '{folder}': 3 of 41 pairs cannot be used, more than data.max_skipped_fraction 0.05; stopped"
+        f" there: {UNDECODABLE} 2 (first: '002.png', image file is truncated); {EMPTY} 1 (first: '001.png',"
+        f" {folder}/001.png); mend the data or raise data.max_skipped_fraction"
+    )
+    assert names_in(tmp_path / "strict") == []
+
+
+def test_captions_of_a_table_that_are_not_text_are_counted(tmp_path: Path, icons):
+    table = write_table(tmp_path / "data", icons)
+    table.write_bytes(table.read_bytes().replace(icons[0].caption.encode(), b"caf\xe9", 1))
+    assert index(DataConfig(source=str(table)), tmp_path / "out").skipped == {NOT_UTF8: 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_sets": ("octicon",)}, "unknown icon set 'octicon'; known: fontawesome, heroicons"),
+        ({"tasks": ("luzide",)}, "unknown icon set 'luzide'; known: fontawesome, heroicons"),
+        ({"tasks": ("simple",)}, "icon set 'simple' is in data.tasks and trained on: a task is held out; take it"),
+        ({"tasks": ("lucide", "lucide")}, "data.tasks has 'lucide' twice: give one of them NAME=FOLDER"),
+    ],
+)
+def test_names_of_icon_sets_are_looked_up_before_any_work(tmp_path: Path, options, message):
+    with pytest.raises(ModeclipError) as caught:
+        index(DataConfig(source="icons", **options), tmp_path / "out")
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path: Path, icons):
+    folder = write_folder(tmp_path / "data", icons[:2])
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ModeclipError, match=r"\(folder\) has no pair to train on; 0 held out, skipped: image is empty"):
+        index(DataConfig(source=str(folder), max_skipped_fraction=1.0), tmp_path / "out")
+    (tmp_path / "t.csv").write_text("filepath,title\n")
+    with pytest.raises(ModeclipError, match=r"\(table\) has no pair to train on; 0 held out, skipped: none"):
+        index(DataConfig(source=str(tmp_path / "t.csv")), tmp_path / "out")
+
+
+def test_a_task_without_a_usable_image_is_an_error(tmp_path: Path, icons):
+    folder = write_folder(tmp_path / "data", icons)
+    (tmp_path / "eval" / "cat").mkdir(parents=True)
+    (tmp_path / "eval" / "cat" / "1.png").write_bytes(b"")
+    config = DataConfig(source=str(folder), tasks=(f"pets={tmp_path}/eval",))
+    with pytest.raises(
+        ModeclipError, match=r"task 'pets' of .* has no usable image; skipped: image is empty .*; correct"
+    ):
+        index(config, tmp_path / "out")
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+def start(config: str, out: Path) -> subprocess.Popen[bytes]:
+    code = (
+        f"from modeclip.indexing import index; from modeclip.sources import DataConfig; index({config}, {str(out)!r})"
+    )
+    return subprocess.Popen([sys.executable, "-W", "error", "-c", code], stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_stopped_leaves_no_catalog_and_the_next_one_works(tmp_path: Path, number):
+    config = DataConfig(source="icons", train_sets=("octicons", "heroicons"))
+    process = start(repr(config), tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".catalog.lance.partial" / "data").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == -number, output.decode()
+    assert not (tmp_path / "catalog.lance").exists()
+    assert bool(names_in(tmp_path)) == (number == signal.SIGKILL)  # an interrupt has time to clean up
+    with pytest.raises(ModeclipError, match="no catalog at"):
+        Catalog.open(tmp_path / "catalog.lance")
+    result = index(config, tmp_path)
+    assert names_in(tmp_path) == ["catalog.lance"]
+    assert len(Catalog.open(tmp_path / "catalog.lance")) == result.num_samples
+
+
+def test_a_catalog_stays_until_its_successor_is_whole(tmp_path: Path, icons):
+    index(DataConfig(source=str(write_folder(tmp_path / "good", icons))), tmp_path / "out")
+    bad = write_folder(tmp_path / "bad", icons)
+    (bad / "039.png").write_bytes(b"")
+    with pytest.raises(ModeclipError, match="1 of 40"):
+        index(DataConfig(source=str(bad), max_skipped_fraction=0.0), tmp_path / "out")
+    assert len(Catalog.open(tmp_path / "out" / "catalog.lance")) == 40
+    assert names_in(tmp_path / "out") == ["catalog.lance"]
+    index(DataConfig(source=str(bad)), tmp_path / "out")
+    assert len(Catalog.open(tmp_path / "out" / "catalog.lance")) == 39
+
+
+def can_mount() -> bool:
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounts a small file system")
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path):
+    config = DataConfig(source="icons", train_sets=("heroicons",))
+    code = (
+        "import os\nfrom modeclip.indexing import index\nfrom modeclip.sources import DataConfig\n"
+        f"try:\n    index({config!r}, {str(tmp_path)!r})\n"
+        f"except ValueError as error:\n    print(error, os.listdir({str(tmp_path)!r}))"
+    )
+    script = f'mount -t tmpfs -o size=300k tmpfs "{tmp_path}" && "{sys.executable}" -W error -c "$0"'
+    command = ["unshare", "-rm", "sh", "-c", script, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == (
+        f"disk full while writing '{tmp_path}': free some space and give the same command again;"
+        " nothing half-written is left to be used []\n"
+    ), done.stderr
+
+
+# ---------------------------------------------------------------- counting
+
+
+@given(st.lists(st.text(max_size=3)), st.text(max_size=3))
+def test_distinct_texts_are_counted_as_a_set_does(texts, other):
+    counted = _Distinct()
+    for text in texts:
+        counted.add(text)
+    assert len(counted) == len(set(texts))
+    assert all(text in counted for text in texts)
+    assert (other in counted) == (other in texts)
+
+
+def test_counting_distinct_texts_keeps_little(monkeypatch: pytest.MonkeyPatch):
+    counted = _Distinct()
+    merges = []
+    merge = counted._merge
+    monkeypatch.setattr(counted, "_merge", lambda: merges.append(len(counted._new)) or merge())
+    for number in range(200_000):
+        counted.add(f"caption {number % 1000}")
+    assert len(counted) == 1000
+    assert max(merges) <= 65_537 + 1000
