@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from modeclip.catalog import Catalog
 from modeclip.errors import ModeclipError
@@ -178,6 +179,12 @@ def test_own_tasks_have_their_folders_as_classes(tmp_path: Path, icons):
 # ---------------------------------------------------------------- what cannot be used
 
 
+def shrink(icon: Sample, side: int) -> bytes:
+    file = io.BytesIO()
+    decode_image(icon.image).resize((side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
 def bomb() -> bytes:
     """A PNG of a few bytes that says it has 20,000 by 20,000 pixels."""
 
@@ -226,6 +233,17 @@ def test_each_kind_of_damage_is_counted_and_the_rest_is_used(tmp_path: Path, ico
     assert names_in(tmp_path / "strict") == []
 
 
+@pytest.mark.filterwarnings("default")  # as for a user: Pillow itself only warns up to twice its limit
+def test_an_image_over_the_limit_of_pixels_is_a_bomb_and_no_warning(tmp_path: Path, icons, monkeypatch, recwarn):
+    folder = write_folder(tmp_path / "data", icons[:1])
+    (folder / "small.png").write_bytes(shrink(icons[0], 20))
+    (folder / "small.txt").write_text("small")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    result = index(DataConfig(source=str(folder), max_skipped_fraction=0.5), tmp_path / "out")
+    assert (result.num_samples, result.skipped) == (1, {BOMB: 1})
+    assert not recwarn.list
+
+
 def test_captions_of_a_table_that_are_not_text_are_counted(tmp_path: Path, icons):
     table = write_table(tmp_path / "data", icons)
     table.write_bytes(table.read_bytes().replace(icons[0].caption.encode(), b"caf\xe9", 1))
@@ -268,6 +286,8 @@ def test_a_task_without_a_usable_image_is_an_error(tmp_path: Path, icons):
         ModeclipError, match=r"task 'pets' of .* has no usable image; skipped: image is empty .*; correct"
     ):
         index(config, tmp_path / "out")
+    with pytest.raises(ModeclipError, match=r"task 'holdout' of .* has no usable image; .* or data\.holdout_fraction"):
+        index(DataConfig(source=str(folder), holdout_fraction=1e-9), tmp_path / "out")
 
 
 # ---------------------------------------------------------------- interruptions
@@ -308,8 +328,10 @@ def test_a_catalog_stays_until_its_successor_is_whole(tmp_path: Path, icons):
         index(DataConfig(source=str(bad), max_skipped_fraction=0.0), tmp_path / "out")
     assert len(Catalog.open(tmp_path / "out" / "catalog.lance")) == 40
     assert names_in(tmp_path / "out") == ["catalog.lance"]
+    shutil.copytree(tmp_path / "out" / "catalog.lance", tmp_path / "out" / ".catalog.lance.replaced")  # killed there
     index(DataConfig(source=str(bad)), tmp_path / "out")
     assert len(Catalog.open(tmp_path / "out" / "catalog.lance")) == 39
+    assert names_in(tmp_path / "out") == ["catalog.lance"]
 
 
 def can_mount() -> bool:
@@ -347,12 +369,11 @@ def test_distinct_texts_are_counted_as_a_set_does(texts, other):
     assert (other in counted) == (other in texts)
 
 
-def test_counting_distinct_texts_keeps_little(monkeypatch: pytest.MonkeyPatch):
+def test_counting_distinct_texts_keeps_16_bytes_a_text():
     counted = _Distinct()
-    merges = []
-    merge = counted._merge
-    monkeypatch.setattr(counted, "_merge", lambda: merges.append(len(counted._new)) or merge())
     for number in range(200_000):
-        counted.add(f"caption {number % 1000}")
-    assert len(counted) == 1000
-    assert max(merges) <= 65_537 + 1000
+        counted.add(f"caption {number % 20_000}")
+        if number % 10_000 == 0:
+            assert sum(map(len, counted._new)) <= sum(map(len, counted._sorted)) + 256 * 257
+    assert len(counted) == 20_000
+    assert sum(part.nbytes for part in counted._sorted) == 8 * 20_000

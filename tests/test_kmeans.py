@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import hypothesis.strategies as st
@@ -12,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 import modeclip.balancing as balancing
 from modeclip.balancing import assign_balanced
-from modeclip.distances import checked, squared_distances
+from modeclip.distances import squared_distances
 from modeclip.errors import ModeclipError
 from modeclip.kmeans import KMeansResult, kmeans, nearest
 
@@ -138,7 +139,7 @@ def test_order_of_centres_does_not_change_the_balanced_cost() -> None:
     assert costs[0] == pytest.approx(costs[1], rel=2 * balancing.MAX_GAP)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     num_rows=st.integers(1, 60),
     num_clusters=st.integers(1, 60),
@@ -230,12 +231,12 @@ def test_input_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("ratio", [None, 3.0])
 def test_empty_clusters_are_repaired(ratio: float | None) -> None:
     """Nearly all rows are one point, so that most first centres fall on it; the other points still get theirs."""
-    x = np.concatenate([np.zeros((200, 3)), 5 * np.eye(3), -5 * np.eye(3)]).astype(np.float32)
-    for seed in range(5):
+    x = np.concatenate([np.zeros((60, 3)), 5 * np.eye(3), -5 * np.eye(3)]).astype(np.float32)
+    for seed in range(3):
         result = kmeans(x, 7, max_size_ratio=ratio, seed=seed)
         check_is_consistent(x, result)
         if ratio is None:
-            assert sorted(result.sizes.tolist()) == [1] * 6 + [200]
+            assert sorted(result.sizes.tolist()) == [1] * 6 + [60]
             assert result.objective == 0
         else:
             assert result.sizes.min() >= 1
@@ -314,12 +315,11 @@ def test_mistakes_of_kmeans(arguments: dict[str, object], message: str) -> None:
 )
 def test_mistakes_of_nearest(x: np.ndarray, centers: np.ndarray, chunk_rows: int | None, message: str) -> None:
     with pytest.raises(ModeclipError) as caught:
-        nearest(x, centers, chunk_rows=chunk_rows)
+        inspect.unwrap(nearest)(x, centers, chunk_rows=chunk_rows)  # without the shape checks of tests
     assert message in str(caught.value)
 
 
 def test_mistake_in_dimensions() -> None:
-    """Asked of the check itself: in tests the shapes in the signatures would catch it first."""
     with pytest.raises(ModeclipError) as caught:
-        checked("x", np.zeros((2, 3, 4), np.float32))
+        inspect.unwrap(kmeans)(np.zeros((2, 3, 4), np.float32), 2)
     assert str(caught.value) == "x must have 2 dimensions (rows, features), got 3: shape (2, 3, 4)"

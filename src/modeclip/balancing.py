@@ -23,14 +23,17 @@ from modeclip.distances import ROWS_IN_MEMORY, Scorer, blocks, squared_distances
 
 CANDIDATES = 32
 """Centres that a row of the auction keeps in view."""
-FIRST_STEP = 0.02
-"""Smallest raise of a bid in the first auction, as a fraction of the mean squared distance to the nearest centre."""
+FIRST_STEP = 0.05
+"""Smallest raise of a bid in the first auction, as a fraction of the mean cost of the nearest centre."""
+FIRST_STEP_OF_SEEN = 0.002
+"""What is added to it, as a fraction of the mean cost of all centres in view: matters where rows sit on centres."""
 MAX_GAP = 0.002
 """Largest proven distance from the optimal balanced assignment, as a fraction of its objective."""
-MAX_AUCTIONS = 5
+MAX_AUCTIONS = 4
 """Auctions with an ever smaller step before the best solution so far is taken."""
-MAX_ROUNDS = 20_000
-"""Rounds of bidding before the last rows are placed greedily (many equal rows, capacity without slack)."""
+MAX_ROUNDS = 10_000
+"""Rounds of all auctions of an assignment together; then the last rows are placed greedily. Reached where far more rows
+than fit are equal, so that they outbid each other a step at a time."""
 
 
 class _Offers:
@@ -87,10 +90,10 @@ class _Offers:
         scores: Float[np.ndarray, " M"] = self.scorer.scores(self.x[row : row + 1])[0].cpu().numpy()
         return np.asarray(scores + self.squares[row])
 
-    def scale(self) -> float:
-        """Return the mean cost of the nearest centre, or where that is 0 a small part of the mean cost of all."""
-        nearest = float(self.cost.min(1).mean(dtype=np.float64))
-        return max(nearest, 1e-3 * float(self.cost.mean(dtype=np.float64)), 1e-30)
+    def first_step(self) -> float:
+        """Return the smallest raise of a bid to begin with: small against the costs, yet soon past their spread."""
+        nearest, seen = (float(cost.mean(dtype=np.float64)) for cost in (self.cost.min(1), self.cost))
+        return max(FIRST_STEP * nearest + FIRST_STEP_OF_SEEN * seen, 1e-30)
 
     def lower_bound(self, prices: Float[np.ndarray, " M"], capacity: int) -> float:
         """Return what no assignment within the capacity can cost less than: the dual objective at these prices."""
@@ -116,24 +119,30 @@ def assign_balanced(
         Centre of each row; its cost is within ``MAX_GAP`` of the optimum, unless ``MAX_AUCTIONS`` did not reach that.
     """
     assert capacity * len(centers) >= len(x), "no assignment can respect the capacity"
+    if len(centers) == 1:
+        return np.zeros(len(x), np.int64)
     offers = _Offers(x, centers, device)
-    step = FIRST_STEP * offers.scale()
-    best, best_cost, bound = np.empty(0, np.int64), np.inf, -np.inf
+    step = offers.first_step()
+    best, best_cost, bound, rounds_left = np.empty(0, np.int64), np.inf, -np.inf, MAX_ROUNDS
     for _ in range(MAX_AUCTIONS):
-        assignment, prices = _auction(offers, capacity, step)
-        finished = _fill(offers, assignment, capacity) == 0
+        assignment, prices, rounds = _auction(offers, capacity, step, rounds_left)
+        _fill(offers, assignment, capacity)
         cost = float(squared_distances(x, centers, assignment).sum(dtype=np.float64))
-        bound = max(bound, offers.lower_bound(prices, capacity))
+        for overshoot in (0, step):  # a last bid is up to one step higher than it had to be
+            bound = max(bound, offers.lower_bound(np.maximum(prices - overshoot, 0), capacity))
         if cost < best_cost:
             best, best_cost = assignment, cost
-        if best_cost - bound <= MAX_GAP * best_cost or not finished:  # a smaller step needs even more rounds
-            break
+        rounds_left -= rounds
         step /= 4
+        if best_cost - bound <= MAX_GAP * best_cost or rounds_left < 4 * rounds:  # a quarter of the step: more rounds
+            break
     return best
 
 
-def _auction(offers: _Offers, capacity: int, step: float) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " M"]]:
-    """Let rows bid until all hold a place, or rounds run out; return the assignment (M: none) and the prices.
+def _auction(
+    offers: _Offers, capacity: int, step: float, max_rounds: int
+) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " M"], int]:
+    """Let rows bid until all hold a place, or rounds run out; return the assignment (M: none), prices and rounds.
 
     Invariant: a row's centre costs it, with price, at most ``step`` more than its cheapest; a centre
     with a price is full. So the total is at most N * step above the optimum, and in practice far less.
@@ -143,7 +152,9 @@ def _auction(offers: _Offers, capacity: int, step: float) -> tuple[Int[np.ndarra
     held = np.full((num_centers, capacity), -np.inf)
     prices = np.zeros(num_centers)
     waiting = np.arange(len(offers.x))
-    for _ in range(MAX_ROUNDS):
+    rounds = 0
+    while waiting.size and rounds < max_rounds:
+        rounds += 1
         choice, first, second = offers.best_two(waiting, prices)
         bids = prices[choice] + (second - first) + step
         order = np.lexsort((-bids, choice))
@@ -164,20 +175,16 @@ def _auction(offers: _Offers, capacity: int, step: float) -> tuple[Int[np.ndarra
         prices[hit] = np.maximum(rows_bids[:, capacity - 1], 0)  # -inf while there is room
         lost = rows[:, capacity:]
         waiting = np.concatenate([waiting[~heard], lost[lost >= 0]])
-        if waiting.size == 0:
-            break
     assignment = np.full(len(offers.x), num_centers)
     center, place = np.nonzero(holders >= 0)
     assignment[holders[center, place]] = center
-    return assignment, prices
+    return assignment, prices, rounds
 
 
-def _fill(offers: _Offers, assignment: Int[np.ndarray, " N"], capacity: int) -> int:
-    """Put each row that is still without a centre where it is nearest and there is room; return how many there were."""
+def _fill(offers: _Offers, assignment: Int[np.ndarray, " N"], capacity: int) -> None:
+    """Put each row that is still without a centre where it is nearest and there is room."""
     room = capacity - np.bincount(assignment, minlength=offers.num_centers + 1)[: offers.num_centers]
-    waiting = np.flatnonzero(assignment == offers.num_centers)
-    for row in waiting.tolist():
+    for row in np.flatnonzero(assignment == offers.num_centers).tolist():
         choice = int(np.where(room > 0, offers.costs(row), np.inf).argmin())
         assignment[row] = choice
         room[choice] -= 1
-    return len(waiting)

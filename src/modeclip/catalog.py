@@ -5,7 +5,7 @@ its identity in every stage. Lance gives atomic versions, fast random access and
 rewriting the others; none of that is written here. New data are pushed into files by the calling thread,
 so that Lance's own threads never call Python and an interrupt cannot meet them half-way.
 
-``modeclip.indexing`` makes catalogs. Price: measured rates are in docs/data.md; ``batches``, ``select``
+``modeclip.indexing`` makes catalogs. Price: measured rates are in docs/cost.md; ``batches``, ``select``
 and ``add_columns`` of a stream hold a part of the rows at a time, ``read`` what it returns.
 """
 

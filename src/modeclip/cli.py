@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import sys
+import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,10 +30,12 @@ Temperature = Annotated[float | None, arg(help="Temperature of the rule; default
 
 
 def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: Json = False) -> None:
-    """Run the whole method on real icons, from data to report: `modeclip run` of a recipe that ships with it."""
+    """Run the whole method on real icons and open the report: `modeclip run` of a recipe that ships with modeclip."""
     from modeclip.pipeline import demo_recipe
 
     run(demo_recipe(), out, as_json=as_json)
+    if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
+        webbrowser.open((out / "report.html").resolve().as_uri())
 
 
 def run(
@@ -186,15 +189,12 @@ def _fail(message: str) -> None:
 
 
 def _open_picture(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from modeclip.samples import cause_of, decode_image
 
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise ModeclipError(f"picture {path}: no such file") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ModeclipError(f"picture {path}: no image that can be decoded ({error})") from None
+        return decode_image(path.read_bytes())
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+        raise ModeclipError(f"picture {path}: {cause_of(error)}; give an image file that opens") from None
 
 
 def _print_json(content: Any) -> None:

@@ -33,6 +33,7 @@ from modeclip.progress import progress
 
 CLUSTERING_FILE = "clustering.safetensors"
 CARDS_FILE = "cards.json"
+FORMAT = "modeclip.clustering"
 FORMAT_VERSION = "1"
 ROWS_AT_ONCE = 1 << 17
 """Rows of a block; 200 MB of float32 at 384 dimensions."""
@@ -111,7 +112,7 @@ class Clustering:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={"format": "modeclip.clustering", "version": FORMAT_VERSION})
+        save_file(tensors, part, metadata={FORMAT: FORMAT_VERSION})  # one entry: the order of two is random
         part.replace(path)
 
     @classmethod
@@ -134,10 +135,10 @@ class Clustering:
                 tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise ModeclipError(f"clustering {str(path)!r} is damaged ({error}): {again}") from error
-        if metadata.get("version") != FORMAT_VERSION or names != sorted(_TENSORS):
+        if metadata.get(FORMAT) != FORMAT_VERSION or names != sorted(_TENSORS):
             raise ModeclipError(
                 f"{str(path)!r} is no clustering of format {FORMAT_VERSION}: expected {', '.join(_TENSORS)}, "
-                f"got format {metadata.get('version', 'none')} with {', '.join(names) or 'nothing'}: {again}"
+                f"got format {metadata.get(FORMAT, 'none')} with {', '.join(names) or 'nothing'}: {again}"
             )
         return cls(**tensors)
 

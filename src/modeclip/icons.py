@@ -8,7 +8,7 @@ one icon apart (phosphor's weights, octicons' pixel sizes, every folder) is no p
 Icons are rendered by resvg at the size asked for, keeping proportions, and centred on a white square.
 An icon that comes out blank, does not render, or repeats a pair of its own set is skipped with its cause.
 
-Price: one core; rendering dominates (docs/data.md has the measured rate).
+Price: one core; rendering dominates (docs/cost.md has the measured rate).
 """
 
 from __future__ import annotations

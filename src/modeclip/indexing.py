@@ -6,8 +6,9 @@ is skipped and counted by cause; too many of them are an error. Rows keep the or
 same data give the same catalog. Catalogs are written to hidden folders and renamed when they are whole:
 one that can be opened is complete, and what a killed run left is removed by the next.
 
-Price: one read and one decode of each image, which for a folder of photos is nearly all (docs/data.md has
-measured rates). Memory: some thousand rows, and 8 to 16 bytes a pair to count the distinct captions.
+Price: one read and one decode of each image, which for a folder of photos is nearly all (docs/cost.md has
+measured rates). Memory: what Lance holds back to write whole pages (8 MiB a column), and 8 to 16 bytes a
+pair to count the distinct captions.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def index(config: DataConfig, out: Path | str) -> IndexResult:
     out = Path(out)
     kind = detect(config)
     tasks = _task_names(config, kind)
+    log(f"{config.source!r} is read as {kind}")
     total = _count(config, kind)
-    log(f"reading {config.source!r} as {kind}: {total:,} pairs")
     _remove_leftovers(out)
     skips = _Skips(config, total)
     stream = _read_all(config, kind)
@@ -102,18 +103,18 @@ def index(config: DataConfig, out: Path | str) -> IndexResult:
                 pairs.add(item)
             elif kind != "icons" or not task or item.sample.caption in pairs.captions[""]:
                 held.add(item, task or HOLDOUT)
-        for name in tasks:
-            if not held.num_rows[name]:
-                raise ModeclipError(
-                    f"task {name!r} of {config.source!r} has no usable image"
-                    + (" whose name is a training caption" if kind == "icons" else "")
-                    + f"; skipped: {skips}; correct data.tasks"
-                )
         if not pairs.num_rows[""]:
             raise ModeclipError(
                 f"data.source {config.source!r} ({kind}) has no pair to train on;"
-                f" {sum(held.num_rows.values())} held out, skipped: {skips}"
+                f" {held.num_rows.total()} held out, skipped: {skips}"
             )
+        for name in tasks:
+            if not held.num_rows[name]:
+                where = " whose name is a training caption" if kind == "icons" else ""
+                raise ModeclipError(
+                    f"task {name!r} of {config.source!r} has no usable image{where}; skipped: {skips};"
+                    " correct data.tasks or data.holdout_fraction"
+                )
         pairs.commit()
         if held.num_rows:
             held.commit()
@@ -132,6 +133,8 @@ def index(config: DataConfig, out: Path | str) -> IndexResult:
 
 def _task_names(config: DataConfig, kind: str) -> list[str]:
     """Return the names of the tasks that were asked for, after looking that they make sense."""
+    if config.holdout_fraction:
+        return [HOLDOUT]
     if kind != "icons":
         names = [split_task(task)[0] for task in config.tasks]
     else:
@@ -333,33 +336,40 @@ class _Rows:
 
 
 class _Distinct:
-    """A set of texts that keeps 8 bytes of hash a text (two in a billion texts may be taken for one)."""
+    """A set of texts that keeps 8 to 16 bytes of hash a text.
+
+    The chance that a billion texts are counted one short is 3 % (n² / 2^65).
+
+    Hashes lie in 256 parts by their last byte, each sorted, so that only one at a time is sorted anew.
+    """
 
     def __init__(self) -> None:
-        self._sorted = np.empty(0, np.uint64)
-        self._new = array("Q")
+        self._sorted = [np.empty(0, np.uint64) for _ in range(256)]
+        self._new = [array("Q") for _ in range(256)]
 
     def add(self, text: str) -> None:
-        """Put a text in; memory stays within twice that of the distinct texts."""
-        self._new.append(self._hash(text))
-        if len(self._new) > len(self._sorted) + 65_536:
-            self._merge()
+        """Put a text in."""
+        value = self._hash(text)
+        new = self._new[value % 256]
+        new.append(value)
+        if len(new) > len(self._sorted[value % 256]) + 256:
+            self._merge(value % 256)
 
     def __len__(self) -> int:
-        self._merge()
-        return len(self._sorted)
+        return sum(len(self._merge(part)) for part in range(256))
 
     def __contains__(self, text: str) -> bool:
-        self._merge()
-        wanted = np.uint64(self._hash(text))
-        position = int(np.searchsorted(self._sorted, wanted))
-        return position < len(self._sorted) and bool(self._sorted[position] == wanted)
+        value = self._hash(text)
+        values = self._merge(value % 256)
+        position = int(np.searchsorted(values, np.uint64(value)))
+        return position < len(values) and int(values[position]) == value
 
-    def _merge(self) -> None:
-        if self._new:
-            new = np.frombuffer(self._new, np.uint64)
-            self._sorted = np.unique(np.concatenate([self._sorted, new]))
-            self._new = array("Q")
+    def _merge(self, part: int) -> np.ndarray:
+        if self._new[part]:
+            new = np.frombuffer(self._new[part], np.uint64)
+            self._sorted[part] = np.unique(np.concatenate([self._sorted[part], new]))
+            self._new[part] = array("Q")
+        return self._sorted[part]
 
     @staticmethod
     def _hash(text: str) -> int:

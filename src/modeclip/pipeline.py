@@ -10,6 +10,8 @@ anything half-written that a later run would take for whole.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -178,6 +180,7 @@ class _Run:
         content = {"name": name, "digest": digest, "seconds": round(seconds, 2), "detail": detail}
         content["peak_memory_gb"] = round(self.peak_memory_gb(name), 3)
         write_atomically(path, json.dumps(content, indent=2) + "\n")
+        _return_memory()
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
 
     def index(self) -> str:
@@ -366,6 +369,13 @@ def _reset_peak_memory() -> None:
     """Start the kernel's record of this process's highest memory anew (Linux; elsewhere the record just goes on)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _return_memory() -> None:
+    """Give what a stage has freed back to the system: the processes that train next need it, this one does not."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _peak_memory_gb() -> float:

@@ -1,0 +1,332 @@
+"""Clustering of real icon names, embedded cheaply, against oracles that look at all rows at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import modeclip.clustering as clustering_module
+from modeclip.cards import NUM_KEYWORDS, NUM_NEAREST, Tally, pick_keywords
+from modeclip.catalog import Catalog
+from modeclip.clustering import ClusterConfig, Clustering, ClusterResult, cluster
+from modeclip.errors import ModeclipError
+from modeclip.icons import read_icons
+from modeclip.indexing import index
+from modeclip.samples import Sample
+from modeclip.sources import DataConfig
+
+CONFIG = ClusterConfig(num_fine=24, num_experts=3)
+DIMENSION = 64
+
+
+def embed_cheaply(captions: np.ndarray) -> np.ndarray:
+    """Return unit vectors of hashed character trigrams: what is spelt alike is near."""
+    vectors = np.zeros((len(captions), DIMENSION), np.float32)
+    for row, caption in enumerate(captions):
+        padded = f"  {caption} "
+        for i in range(len(padded) - 2):
+            digest = crc32(padded[i : i + 3].encode())
+            vectors[row, digest % DIMENSION] += 1 if digest & 1 << 20 else -1
+        vectors[row, len(caption) % DIMENSION] += 0.1
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog of some hundred pairs with names of real icons, some of them several times, and embeddings."""
+    folder = tmp_path_factory.mktemp("pairs")
+    samples = (sample for sample in read_icons(("octicons",), 8) if isinstance(sample, Sample))
+    lines = []
+    for number, sample in enumerate(islice(samples, 240)):
+        Image.new("RGB", (4, 4), (number % 256, 0, 0)).save(folder / f"{number}.png")
+        lines += [f"{number}.png\t{sample.caption}"] * (1 + number % 3)
+    (folder / "pairs.tsv").write_text("filepath\ttitle\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    out = tmp_path_factory.mktemp("catalogs")
+    index(DataConfig(source=str(folder / "pairs.tsv")), out)
+    catalog = Catalog.open(out / "catalog.lance")
+    catalog.add_columns({"caption_embedding": embed_cheaply(catalog.read(["caption"])["caption"])})
+    return out / "catalog.lance"
+
+
+@pytest.fixture
+def catalog(embedded: Path, tmp_path: Path) -> Catalog:
+    """A copy that may be changed."""
+    return Catalog.open(shutil.copytree(embedded, tmp_path / "catalog.lance"))
+
+
+@pytest.fixture(scope="module")
+def done(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Catalog, ClusterResult]:
+    """A clustered catalog and the result; not to be changed."""
+    copy = Catalog.open(shutil.copytree(embedded, tmp_path_factory.mktemp("done") / "catalog.lance"))
+    return copy, cluster(copy, CONFIG)
+
+
+def all_distances(x: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(x[:, None].astype(np.float64) - centers[None]).sum(2))
+
+
+def test_every_row_goes_to_its_nearest_centre_and_that_ones_expert(done: tuple[Catalog, ClusterResult]) -> None:
+    catalog, result = done
+    columns = catalog.read(["caption_embedding", "fine_cluster", "expert"])
+    expected = all_distances(columns["caption_embedding"], result.clustering.fine_centers).argmin(1)
+    np.testing.assert_array_equal(columns["fine_cluster"], expected)
+    np.testing.assert_array_equal(columns["expert"], result.clustering.expert_of_fine[expected])
+    assert columns["fine_cluster"].dtype == columns["expert"].dtype == np.int32
+    assert result.clustering.fine_centers.shape == (24, DIMENSION)
+
+
+def test_equal_captions_share_a_cluster(done: tuple[Catalog, ClusterResult]) -> None:
+    columns = done[0].read(["caption", "fine_cluster"])
+    of_caption: dict[str, set[int]] = {}
+    for caption, fine in zip(columns["caption"], columns["fine_cluster"], strict=True):
+        of_caption.setdefault(caption, set()).add(fine)
+    assert max(len(found) for found in of_caption.values()) == 1
+
+
+def test_fine_cards(done: tuple[Catalog, ClusterResult]) -> None:
+    catalog, result = done
+    columns = catalog.read(["caption", "caption_embedding", "fine_cluster"])
+    distances = all_distances(columns["caption_embedding"], result.clustering.fine_centers)
+    for position, card in enumerate(result.fine):
+        rows = np.flatnonzero(columns["fine_cluster"] == position)
+        assert card.index == position
+        assert card.size == len(rows) > 0
+        assert card.expert == result.clustering.expert_of_fine[position]
+        assert card.radius == pytest.approx(distances[rows, position].mean(), rel=1e-5)
+        nearest = rows[np.argsort(distances[rows, position], kind="stable")]
+        distinct = list(dict.fromkeys(columns["caption"][nearest]))[:NUM_NEAREST]
+        assert list(card.nearest_captions) == distinct
+    squared = distances.min(1) ** 2
+    assert result.objective == pytest.approx(squared.mean(), rel=1e-5)
+
+
+def test_expert_cards(done: tuple[Catalog, ClusterResult]) -> None:
+    catalog, result = done
+    sizes = np.bincount(catalog.read(["expert"])["expert"])
+    clustering = result.clustering
+    for position, card in enumerate(result.experts):
+        own = clustering.fine_centers[clustering.expert_of_fine == position].astype(np.float64)
+        assert (card.index, card.size, card.num_fine) == (position, sizes[position], len(own))
+        assert card.range == pytest.approx(np.linalg.norm(own - own.mean(0), axis=1).mean(), rel=1e-5)
+        np.testing.assert_allclose(clustering.coarse_centers[position], own.mean(0), atol=1e-6)
+    assert result.imbalance == pytest.approx(sizes.max() * 3 / sizes.sum())
+    ranges = [card.range for card in result.experts]
+    assert ranges == sorted(ranges, reverse=True)
+    np.testing.assert_allclose(clustering.range_of_expert, ranges)
+    assert max(card.num_fine for card in result.experts) <= math.ceil(1.25 * 24 / 3)
+
+
+def keywords_by_hand(inside: Counter[str], corpus: Counter[str]) -> list[str]:
+    """Monroe et al. 2008, equations 16, 20 and 22, a word at a time."""
+    outside = corpus - inside
+    score = {}
+    for word in inside:
+        prior = 500 * corpus[word] / corpus.total()
+        a, b = inside[word] + prior, outside[word] + prior
+        own = math.log(a / (inside.total() + 500 - a))
+        other = math.log(b / (outside.total() + 500 - b))
+        score[word] = (own - other) / math.sqrt(1 / a + 1 / b)
+    ranked = sorted(score, key=lambda word: (-round(score[word], 9), word))
+    return [word for word in ranked[:NUM_KEYWORDS] if score[word] > 0]
+
+
+def test_keywords(done: tuple[Catalog, ClusterResult]) -> None:
+    catalog, result = done
+    columns = catalog.read(["caption", "fine_cluster", "expert"])
+    words = [re.findall(r"[a-z0-9]{2,}", caption.lower()) for caption in columns["caption"]]
+    corpus = Counter(word for caption in words for word in caption)
+    for name, cards in (("fine_cluster", result.fine), ("expert", result.experts)):
+        for card in cards:
+            inside = Counter(word for row in np.flatnonzero(columns[name] == card.index) for word in words[row])
+            assert list(card.keywords) == keywords_by_hand(inside, corpus)
+    assert any(card.keywords for card in result.fine)
+
+
+def test_keywords_leave_out_what_is_common_everywhere() -> None:
+    corpus = Counter({"arrow": 50, "icon": 1000, "left": 30, "zebra": 1})
+    assert pick_keywords(Counter({"icon": 40, "arrow": 48, "left": 20, "zebra": 1}), corpus)[:2] == ("arrow", "left")
+    assert "icon" not in pick_keywords(Counter({"icon": 4, "arrow": 48}), corpus)
+    assert pick_keywords(Counter(), corpus) == ()
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 100])
+def test_blocks_do_not_matter(
+    rows_at_once: int, catalog: Catalog, done: tuple[Catalog, ClusterResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clustering_module, "ROWS_AT_ONCE", rows_at_once)
+    result = cluster(catalog, CONFIG)
+    assert result.experts == done[1].experts
+    for card, expected in zip(result.fine, done[1].fine, strict=True):
+        assert card.nearest_captions == expected.nearest_captions
+        assert (card.size, card.keywords) == (expected.size, expected.keywords)
+        assert card.radius == pytest.approx(expected.radius)
+    for name in ("fine_cluster", "expert"):
+        np.testing.assert_array_equal(catalog.read([name])[name], done[0].read([name])[name])
+
+
+def test_nearest_captions_across_blocks() -> None:
+    tally = Tally(1)
+    for squared, captions in (([4, 9, 1], "abc"), ([1, 0, 16], "cde"), ([25, 36, 1], "afg")):
+        rows = np.zeros(3, np.int64), np.array(squared, np.float32), np.array(list(captions), object)
+        tally.add(*rows)
+    assert tally.captions == [[(0.0, "d"), (1.0, "c"), (1.0, "g"), (2.0, "a"), (3.0, "b")]]
+    assert tally.sizes.tolist() == [9]
+
+
+def test_same_seed_same_bytes(catalog: Catalog, done: tuple[Catalog, ClusterResult], tmp_path: Path) -> None:
+    cluster(catalog, CONFIG).save(tmp_path / "again")
+    done[1].save(tmp_path / "first")
+    for name in ("clustering.safetensors", "cards.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
+def test_clustering_again_replaces_the_columns(catalog: Catalog) -> None:
+    cluster(catalog, CONFIG)
+    result = cluster(catalog, ClusterConfig(num_fine=5, num_experts=2, seed=1))
+    fine = catalog.read(["fine_cluster"])["fine_cluster"]
+    np.testing.assert_array_equal(np.bincount(fine), [card.size for card in result.fine])
+    assert catalog.columns.count("expert") == 1
+
+
+def test_fit_sees_a_uniform_sample(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = []
+    original = clustering_module.kmeans
+
+    def spy(x: np.ndarray, num_clusters: int, **options: object) -> object:
+        fitted.append(x)
+        return original(x, num_clusters, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(clustering_module, "kmeans", spy)
+    config = ClusterConfig(num_fine=8, num_experts=8, fit_samples=100, seed=2)
+    result = cluster(catalog, config)
+    every = catalog.read(["caption_embedding"])["caption_embedding"].astype(np.float32)
+    rows = np.sort(np.random.default_rng(2).choice(len(catalog), 100, replace=False))
+    np.testing.assert_array_equal(fitted[0], every[rows])
+    assert sum(card.size for card in result.fine) == len(catalog)
+    assert [card.num_fine for card in result.experts] == [1] * 8
+    assert [card.range for card in result.experts] == [0.0] * 8
+    np.testing.assert_array_equal(result.clustering.expert_of_fine, np.arange(8))  # equal ranges: by fine cluster
+
+
+def test_one_expert(catalog: Catalog) -> None:
+    result = cluster(catalog, ClusterConfig(num_fine=4, num_experts=1, max_size_ratio=None, max_expert_ratio=None))
+    assert result.imbalance == 1
+    assert set(catalog.read(["expert"])["expert"].tolist()) == {0}
+
+
+# files
+
+
+def test_save_and_load(done: tuple[Catalog, ClusterResult], tmp_path: Path) -> None:
+    result = done[1]
+    result.save(tmp_path / "new" / "clusters")
+    loaded = Clustering.load(tmp_path / "new" / "clusters")
+    for name in ("fine_centers", "expert_of_fine", "coarse_centers"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(result.clustering, name))
+        assert getattr(loaded, name).dtype == getattr(result.clustering, name).dtype
+    assert (loaded.num_fine, loaded.num_experts) == (24, 3)
+    cards = json.loads((tmp_path / "new" / "clusters" / "cards.json").read_text(encoding="utf-8"))
+    assert list(cards) == ["fine", "experts", "imbalance", "objective"]
+    assert cards["fine"][3]["nearest_captions"] == list(result.fine[3].nearest_captions)
+    assert cards["experts"][0]["range"] == result.experts[0].range
+    assert sorted(path.name for path in (tmp_path / "new" / "clusters").iterdir()) == [
+        "cards.json",
+        "clustering.safetensors",
+    ]
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModeclipError, match=r"^no clustering at '.*clustering.safetensors': make one with modeclip run"
+    ):
+        Clustering.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor", "cut"])
+def test_damaged_file(content: bytes | str, done: tuple[Catalog, ClusterResult], tmp_path: Path) -> None:
+    done[1].save(tmp_path)
+    path = tmp_path / "clustering.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if isinstance(content, str) else content)
+    with pytest.raises(ModeclipError, match=r"^clustering '.*clustering.safetensors' is damaged \(.*\): cluster again"):
+        Clustering.load(tmp_path)
+
+
+def test_file_of_another_kind(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"weight": np.zeros(3)}, tmp_path / "clustering.safetensors")
+    with pytest.raises(ModeclipError, match=r"is no clustering of format 1: expected .*, got format none with weight"):
+        Clustering.load(tmp_path)
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_fine": 0}, "cluster.num_fine: expected 1 or more, got 0"),
+        ({"num_experts": 0}, "cluster.num_experts: expected 1 or more, got 0"),
+        ({"num_iterations": -1}, "cluster.num_iterations: expected 0 or more, got -1"),
+        ({"seed": -1}, "cluster.seed: expected 0 or more, got -1"),
+        ({"max_size_ratio": 0.5}, "cluster.max_size_ratio: expected 1 or more, or null for no limit, got 0.5"),
+        ({"max_expert_ratio": 0.5}, "cluster.max_expert_ratio: expected 1 or more, or null for no limit, got 0.5"),
+        (
+            {"num_fine": 4, "num_experts": 5},
+            "cluster.num_experts: expected at most num_fine, which is 4, got 5: every expert needs a fine cluster",
+        ),
+        ({"fit_samples": 9}, "cluster.fit_samples: expected at least num_fine, which is 256, got 9"),
+    ],
+)
+def test_mistakes_in_the_config(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(ModeclipError) as caught:
+        ClusterConfig(**fields)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_fewer_captions_than_clusters(catalog: Catalog) -> None:
+    distinct = len(set(catalog.read(["caption"])["caption"]))
+    with pytest.raises(ModeclipError) as caught:
+        cluster(catalog, ClusterConfig(num_fine=400))
+    assert re.fullmatch(
+        rf"cluster.num_fine is 400, but '.*catalog.lance' has only {distinct} distinct captions: "
+        rf"set num_fine to {distinct} or less",
+        str(caught.value),
+    )
+    assert "expert" not in catalog.columns
+
+
+def test_fewer_captions_than_clusters_in_the_sample(catalog: Catalog) -> None:
+    with pytest.raises(ModeclipError, match=r"captions in the 30 rows sampled .* or less, or raise fit_samples$"):
+        cluster(catalog, ClusterConfig(num_fine=30, fit_samples=30))
+
+
+def test_catalog_without_embeddings(tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a caption")
+    index(DataConfig(source=str(folder)), tmp_path)
+    with pytest.raises(ModeclipError, match=r"has no column caption_embedding: embed its captions first"):
+        cluster(Catalog.open(tmp_path / "catalog.lance"), CONFIG)
+
+
+@pytest.mark.parametrize("fit_samples", [24, 2_000_000])
+def test_embeddings_with_nan(catalog: Catalog, fit_samples: int) -> None:
+    vectors = catalog.read(["caption_embedding"])["caption_embedding"].copy()
+    vectors[7, 3] = np.nan
+    catalog.add_columns({"caption_embedding": vectors})
+    config = ClusterConfig(num_fine=2, num_experts=1, fit_samples=fit_samples)
+    with pytest.raises(ModeclipError, match=r"has NaN or infinite values, first in row 7: embed its captions again"):
+        cluster(catalog, config)
+    assert "expert" not in catalog.columns
