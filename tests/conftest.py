@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch or a tokenizer is imported. Subprocesses inherit it, so that the commands that tests run are
@@ -55,12 +56,18 @@ def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_run(small_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run folder of that recipe, made by the real command."""
     out = tmp_path_factory.mktemp("runs") / "small"
-    done = modeclip_command("run", small_recipe, "--out", out)
+    done = run_modeclip("run", small_recipe, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def modeclip_command(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run the real command line, with warnings as errors."""
+@pytest.fixture(scope="session")
+def modeclip_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The real command line: a function that runs it with these words."""
+    return run_modeclip
+
+
+def run_modeclip(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, with warnings as errors."""
     command = [sys.executable, "-W", "error", "-m", "modeclip.cli", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modeclip import catalog as catalog_module
-from modeclip.catalog import FINGERPRINT, FORMAT, PAIR_COLUMNS, PENDING, Catalog, Writer, writing
+from modeclip.catalog import FINGERPRINT, FORMAT, PAIR_COLUMNS, PENDING, Catalog, Writer
 from modeclip.errors import ModeclipError
+from modeclip.files import writing
 
 NUM_ROWS = 50
 

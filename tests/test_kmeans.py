@@ -130,6 +130,10 @@ def test_rows_left_when_rounds_run_out_are_placed(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(np.bincount(assign_balanced(x, centers, 10)), 10)
 
 
+def test_one_centre_takes_all() -> None:
+    np.testing.assert_array_equal(assign_balanced(points(5, 3, 0), points(1, 3, 1), 5), 0)
+
+
 def test_order_of_centres_does_not_change_the_balanced_cost() -> None:
     x, centers = points(200, 16, 0), points(10, 16, 1)
     order = np.random.default_rng(0).permutation(10)
@@ -184,6 +188,18 @@ def test_objective_never_rises() -> None:
     objectives = [kmeans(x, 25, num_iterations=n, seed=1).objective for n in range(12)]
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < 0.9 * objectives[0]
+
+
+def test_balanced_objective_never_rises_at_the_final_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    import modeclip.kmeans as module
+
+    monkeypatch.setattr(module, "LOOSE_FRACTION", 0.0)
+    monkeypatch.setattr(module, "MIN_IMPROVEMENT", -math.inf)
+    monkeypatch.setattr(balancing, "FIRST_STEP", 2.0)  # coarse auctions, so that some assignments are worse
+    monkeypatch.setattr(balancing, "MAX_GAP", 1.0)
+    x = points(300, 16, 6, num_groups=30)
+    objectives = [kmeans(x, 25, max_size_ratio=1.1, num_iterations=n).objective for n in range(20)]
+    assert objectives == sorted(objectives, reverse=True)
 
 
 def test_balance_costs_little_and_free_sizes_nothing() -> None:

@@ -83,9 +83,7 @@ def test_dot_product_is_the_weighted_sum_of_cosines(
             torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=1e-5, rtol=0)
         got = got * len(task.active) ** 0.5
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        task.classifier(normalize), task.encode_text(CLASSES, normalize), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(task.classifier(normalize), task.encode_text(CLASSES, normalize), atol=1e-5, rtol=0)
 
 
 def test_expert_without_weight_is_not_run(

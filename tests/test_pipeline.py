@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RECIPE, modeclip_command
 from safetensors.numpy import load_file
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")
 MODELS = ("seed", "dense", "dense-total", "expert-0", "expert-1")
 
@@ -52,7 +53,7 @@ def test_run_leaves_everything_that_it_promises(small_run: Path) -> None:
     assert rows["best single", None]["average"] == best <= rows["oracle", None]["average"]
 
 
-def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Path) -> None:
+def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Path, modeclip_command: Command) -> None:
     before = stage_times(small_run)
     started = time.monotonic()
     done = modeclip_command("run", small_recipe, "--out", small_run, "--json")
@@ -63,7 +64,9 @@ def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Pat
 
 
 @pytest.mark.slow
-def test_killed_run_continues_to_the_same_numbers(small_recipe: Path, small_run: Path, tmp_path: Path) -> None:
+def test_killed_run_continues_to_the_same_numbers(
+    small_recipe: Path, small_run: Path, tmp_path: Path, modeclip_command: Command
+) -> None:
     """Kill -9 at three random moments; what comes out in the end is that of the run that was left alone."""
     draw = random.Random(0)
     out = tmp_path / "killed"
@@ -79,12 +82,14 @@ def test_killed_run_continues_to_the_same_numbers(small_recipe: Path, small_run:
     assert numbers(out) == numbers(small_run)
 
 
-def test_only_what_is_stale_is_done_again(small_recipe: Path, small_run: Path, tmp_path: Path) -> None:
+def test_only_what_is_stale_is_done_again(
+    small_recipe: Path, small_run: Path, tmp_path: Path, modeclip_command: Command
+) -> None:
     out = shutil.copytree(small_run, tmp_path / "run")
     before = stage_times(out)
     trained = weights(out)
     changed = tmp_path / "changed.yaml"
-    changed.write_text(SMALL_RECIPE.replace("rule: per_class", "rule: eq6"))
+    changed.write_text(small_recipe.read_text().replace("rule: per_class", "rule: eq6"))
     done = modeclip_command("run", changed, "--out", out)
     assert done.returncode == 0, done.stderr
     redone = {name for name, moment in stage_times(out).items() if moment != before[name]}
@@ -93,13 +98,15 @@ def test_only_what_is_stale_is_done_again(small_recipe: Path, small_run: Path, t
     assert json.loads((out / "bundle" / "mode.json").read_text())["rule"] == "eq6"
 
 
-def test_two_runs_in_one_folder(small_recipe: Path, tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(small_recipe: Path, tmp_path: Path, modeclip_command: Command) -> None:
     from modeclip.files import only_process
 
     with only_process(tmp_path):
         done = modeclip_command("run", small_recipe, "--out", tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("another process is at work in this folder; wait for it, stop it, or choose another")
+    assert done.stderr.strip().endswith(
+        "another process is at work in this folder; wait for it, stop it, or choose another"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +136,9 @@ def own_pairs(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["folder", "pairs.tsv", "{00000..00001}.tar"])
-def test_own_pairs_from_recipe_to_bundle(own_pairs: Path, tmp_path: Path, source: str) -> None:
+def test_own_pairs_from_recipe_to_bundle(
+    own_pairs: Path, tmp_path: Path, source: str, modeclip_command: Command
+) -> None:
     recipe = own_pairs / f"{source[0]}.yaml"
     recipe.write_text(
         f"data: {{source: '{source}', holdout_fraction: 0.1}}\n"

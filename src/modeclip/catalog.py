@@ -11,10 +11,8 @@ and ``add_columns`` of a stream hold a part of the rows at a time, ``read`` what
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -26,6 +24,7 @@ from jaxtyping import Int, Shaped
 from PIL import Image
 
 from modeclip.errors import ModeclipError, unknown
+from modeclip.files import writing
 from modeclip.samples import Sample, cause_of, decode_image
 
 PAIR_COLUMNS = {
@@ -49,28 +48,6 @@ STORAGE_VERSION: Final = "2.1"
 ROWS_PER_FILE = 1 << 20
 PENDING = "_pending_"
 """Begins the name of a column that is on disk but has not replaced its namesake yet."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk, which Lance reports only in words, into an error that says what to do.
-
-    Args:
-        path: What is being written, for the message.
-
-    Raises:
-        ModeclipError: There is no space, or no quota, left for it.
-    """
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or any(f"os error {code}" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise ModeclipError(
-                f"disk full while writing {str(path)!r}: free some space and give the same command"
-                " again; nothing half-written is left to be used"
-            ) from error
-        raise
 
 
 class Catalog:

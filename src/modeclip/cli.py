@@ -6,7 +6,6 @@ A user's mistake is one line on standard error and exit code 2. Results go to st
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -173,11 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except FileNotFoundError as error:
         _fail(f"{error.filename or error}: no such file or folder")
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT} and "No space left" not in str(error):
-            raise
-        place = error.filename or "the run"
-        _fail(f"disk full while writing {place}: free some space and run the same command again; what is done is kept")
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to continue")
         raise SystemExit(130) from None
@@ -193,6 +187,8 @@ def _open_picture(path: Path) -> Any:
 
     try:
         return decode_image(path.read_bytes())
+    except FileNotFoundError:
+        raise ModeclipError(f"picture {path}: no such file") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         raise ModeclipError(f"picture {path}: {cause_of(error)}; give an image file that opens") from None
 

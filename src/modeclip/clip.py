@@ -19,12 +19,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modeclip.errors import ModeclipError, unknown
+from modeclip.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -92,11 +94,10 @@ def load_clip(spec: str | Path, *, seed: int = 0) -> Clip:
     import torch
 
     open_clip.add_model_config(_OWN_CONFIGS)
+    check_model(str(spec))
     name, tag = _resolve(str(spec))
-    if name.startswith("local-dir:"):
-        _check_folder(Path(name.removeprefix("local-dir:")))
-    elif not name.startswith("hf-hub:"):
-        _check_known(name, tag)
+    if tag and not Path(tag).is_file() and tag not in open_clip.list_pretrained_tags_by_model(name):
+        raise unknown(f"pretrained tag of {name}", tag, open_clip.list_pretrained_tags_by_model(name))
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -105,6 +106,25 @@ def load_clip(spec: str | Path, *, seed: int = 0) -> Clip:
         except (RuntimeError, ValueError, OSError) as error:
             raise ModeclipError(f"model {spec}: cannot be loaded: {_one_line(error)}") from error
     return Clip(model=model, config=_config_of(name, model), tokenizer=tokenizer, preprocess=preprocess)
+
+
+def check_model(spec: str) -> None:
+    """Raise for a model specification that cannot be loaded, as far as can be told without importing open_clip.
+
+    Raises:
+        ModeclipError: The name is unknown, or the folder is no model.
+    """
+    name, _ = _resolve(spec)
+    if name.startswith("local-dir:"):
+        _check_folder(Path(name.removeprefix("local-dir:")))
+    elif not name.startswith("hf-hub:"):
+        own = sorted(path.stem for path in _OWN_CONFIGS.glob("*.json"))
+        package = find_spec("open_clip")
+        folders = [Path(folder) / "model_configs" for folder in (package and package.submodule_search_locations) or ()]
+        known = {path.stem for folder in folders for path in folder.glob("*.json")}
+        if name.replace("/", "-") not in known.union(own):
+            few = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "any other of open_clip.list_models()"]
+            raise unknown("model", name, [*own, *few, "the path of a model folder"])
 
 
 def save_clip(clip: Clip, folder: Path) -> None:
@@ -116,9 +136,7 @@ def save_clip(clip: Clip, folder: Path) -> None:
     temporary = folder / f"{WEIGHTS_FILE}.part"
     save_file(weights, temporary)
     temporary.replace(folder / WEIGHTS_FILE)
-    temporary = folder / f"{CONFIG_FILE}.part"
-    temporary.write_text(json.dumps(clip.config, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / CONFIG_FILE)
+    write_atomically(folder / CONFIG_FILE, json.dumps(clip.config, indent=2) + "\n")
 
 
 def encode_image(model: Any, images: Tensor) -> Tensor:
@@ -182,8 +200,8 @@ def random_crops(
 def fast_attention(device: torch.device, precision: str) -> Iterator[None]:
     """Choose the attention kernel: plain products for bfloat16 on a CPU, PyTorch's choice elsewhere.
 
-    On the CPU the fused kernel is slow for short sequences in bfloat16: for 17 image patches its backward pass alone
-    took 47 % of a training step.
+    On the CPU the fused kernel is slow for short sequences in bfloat16, such as 17 image patches;
+    ``benchmarks/train_step.py`` prints by how much.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -208,17 +226,6 @@ def _check_folder(folder: Path) -> None:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file() and not (file == WEIGHTS_FILE and any(folder.glob("open_clip*.*"))):
             raise ModeclipError(f"model folder {folder}: {file} is missing; expected a folder as open_clip saves it")
-
-
-def _check_known(name: str, tag: str | None) -> None:
-    import open_clip
-
-    own = sorted(path.stem for path in _OWN_CONFIGS.glob("*.json"))
-    if name not in open_clip.list_models():
-        shown = [*own, "ViT-B-32", "ViT-B-16", "ViT-L-14", "any other of open_clip.list_models()"]
-        raise unknown("model", name, [*shown, "the path of a model folder"])
-    if tag and not Path(tag).is_file() and tag not in open_clip.list_pretrained_tags_by_model(name):
-        raise unknown(f"pretrained tag of {name}", tag, open_clip.list_pretrained_tags_by_model(name))
 
 
 def _config_of(name: str, model: Any) -> dict[str, Any]:

@@ -136,6 +136,8 @@ def evaluate(
         ``tasks``, ``chance``, ``models`` and ``routing``, as ``results.json`` holds them.
     """
     tasks = load_tasks(catalog)
+    order = sorted(models, key=lambda name: (name != "seed", name.startswith("expert-"), len(name)))
+    models = {name: models[name] for name in order}
     cosines = _all_cosines(catalog, tasks, models, config)
     num_experts = clustering.num_experts
     experts = [f"expert-{k}" if f"expert-{k}" in models else "seed" for k in range(num_experts)]

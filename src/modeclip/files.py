@@ -1,7 +1,8 @@
-"""What every stage does with files: replace them as a whole, hash them, keep other processes out of a folder."""
+"""What every stage does with files: replace them as a whole, hash them, say that a disk is full, lock a folder."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import time
 from collections.abc import Iterator
@@ -10,6 +11,28 @@ from hashlib import sha256
 from pathlib import Path
 
 from modeclip.errors import ModeclipError
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn a full disk, which some libraries report only in words, into an error that says what to do.
+
+    Args:
+        path: What is being written, for the message.
+
+    Raises:
+        ModeclipError: There is no space, or no quota, left for it.
+    """
+    try:
+        yield
+    except Exception as error:
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) in codes or any(f"os error {code}" in str(error) for code in codes):
+            raise ModeclipError(
+                f"disk full while writing {str(path)!r}: free some space and give the same command again;"
+                " nothing half-written is left to be used"
+            ) from error
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -30,8 +30,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from modeclip.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Writer, writing
+from modeclip.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Writer
 from modeclip.errors import ModeclipError
+from modeclip.files import writing
 from modeclip.icons import TRAIN_SETS, list_icons, read_icons
 from modeclip.progress import log, progress
 from modeclip.samples import (

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from modeclip.errors import ModeclipError
+from modeclip.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class TrainConfig:
     weight_decay: float = 0.2
     """AdamW's decay of matrices; norms, biases and the logit scale have none (the paper: 0.2)."""
     min_crop_share: float = 0.9
-    """Least share of a picture's area that its random crop in training keeps, in (0, 1]; 1: no crops (open_clip: 0.9)."""
+    """Least share of a picture's area that its random training crop keeps, in (0, 1]; 1: no crops (open_clip: 0.9)."""
     precision: str = "auto"
     """``32-true``, ``bf16-mixed`` or ``16-mixed``, as Lightning Fabric names them; ``auto``: bf16 where it is fast."""
     checkpoint_seconds: float = 20.0
@@ -122,7 +123,7 @@ class TrainJob:
         """Write the job into its folder and return the file's path."""
         path = Path(self.folder) / "job.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
         return path
 
     @classmethod
@@ -148,7 +149,7 @@ class TrainResult:
     seconds: float
     """Wall time of the last run of the job."""
     peak_memory_gb: float
-    """Highest resident memory of its process, in 10^9 bytes."""
+    """Highest memory of its process, in 10^9 bytes, what it shares with others counted in parts."""
 
     @classmethod
     def read(cls, job: TrainJob) -> TrainResult | None:

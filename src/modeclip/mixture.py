@@ -1,9 +1,9 @@
 """A bundle and a task's class names -> one CLIP: the experts that the task is routed to, as a single model.
 
-The answer of the mixture is `sum_c p_c <u_c, v_c>`, the weighted sum of the experts' cosines. That is the dot product of
-concat(p_c u_c) and concat(v_c), so a routed mixture is one CLIP with longer vectors whose weights sit on the text side
-alone: image vectors can be stored once and used under any weights, also where every class or query has its own. An
-expert without weight is neither loaded nor run.
+The answer of the mixture is `sum_c p_c <u_c, v_c>`, the weighted sum of the experts' cosines. That is the dot product
+of concat(p_c u_c) and concat(v_c), so a routed mixture is one CLIP with longer vectors whose weights sit on the text
+side alone: image vectors can be stored once and used under any weights, also where every class or query has its own.
+An expert without weight is neither loaded nor run.
 
 With ``normalize=True`` both vectors have unit norm, for tools that normalise or take a cosine: image
 (concat(v_c) / sqrt(K), 0) and text (concat(p_c u_c), sqrt(1 - sum p_c^2)). Their product is that of the plain vectors

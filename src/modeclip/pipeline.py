@@ -10,15 +10,11 @@ anything half-written that a later run would take for whole.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -31,16 +27,19 @@ import yaml
 
 from modeclip.bundle import save_bundle
 from modeclip.catalog import Catalog
+from modeclip.clip import check_model
 from modeclip.clustering import ClusterConfig, Clustering, cluster
 from modeclip.encoders import EmbedConfig, embed
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation import EvaluateConfig, evaluate
 from modeclip.experts import ExpertsConfig, plan_jobs, run_jobs
-from modeclip.files import only_process, write_atomically
+from modeclip.files import only_process, write_atomically, writing
 from modeclip.indexing import index
 from modeclip.jobs import TrainConfig, TrainResult
+from modeclip.memory import peak_memory_gb, reset_peak_memory, return_memory
 from modeclip.progress import log
 from modeclip.sources import DataConfig
+from modeclip.training import job_rows
 
 STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")
 STAGE_FORMAT = 1  # raise it when a stage starts to produce something else from the same settings
@@ -136,8 +135,9 @@ def run(recipe: Recipe, out: Path) -> RunResult:
     Raises:
         ModeclipError: A stage cannot do its work, or another process is running in the folder.
     """
+    check_model(recipe.train.model)  # at once, not after an hour of embedding
     out.mkdir(parents=True, exist_ok=True)
-    with only_process(out):
+    with only_process(out), writing(out):
         write_atomically(out / "recipe.yaml", yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False))
         _Run(recipe, out).all_stages()
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -174,13 +174,13 @@ class _Run:
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
         started = time.monotonic()
-        _reset_peak_memory()
+        reset_peak_memory()
         detail = work()
         seconds = time.monotonic() - started
         content = {"name": name, "digest": digest, "seconds": round(seconds, 2), "detail": detail}
         content["peak_memory_gb"] = round(self.peak_memory_gb(name), 3)
         write_atomically(path, json.dumps(content, indent=2) + "\n")
-        _return_memory()
+        return_memory()
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
 
     def index(self) -> str:
@@ -205,6 +205,8 @@ class _Run:
     def train(self) -> str:
         experts = self.recipe.experts
         jobs = self.jobs()
+        for job in jobs:
+            job_rows(job, self.catalog)  # an expert with too few pairs is an error before the seed is trained
         results = run_jobs(jobs, experts.jobs)
         samples = sum(result.samples for result in results.values())
         return f"{len(jobs)} models, {samples:,} samples in all"
@@ -279,8 +281,8 @@ class _Run:
         return Clustering.load(self.out / "clusters")
 
     def peak_memory_gb(self, stage: str) -> float:
-        """Return the highest resident memory of a stage; of training, with as many jobs as run at a time."""
-        own = _peak_memory_gb()
+        """Return the highest memory of a stage; of training, with as many jobs as run at a time."""
+        own = peak_memory_gb()
         if stage != "train":
             return own
         peaks = [result.peak_memory_gb for job in self.jobs() if (result := TrainResult.read(job)) is not None]
@@ -363,26 +365,3 @@ def _machine() -> dict[str, Any]:
         "open_clip": versions["open_clip_torch"],
         "modeclip": versions["modeclip"],
     }
-
-
-def _reset_peak_memory() -> None:
-    """Start the kernel's record of this process's highest memory anew (Linux; elsewhere the record just goes on)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def _return_memory() -> None:
-    """Give what a stage has freed back to the system: the processes that train next need it, this one does not."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _peak_memory_gb() -> float:
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e9
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

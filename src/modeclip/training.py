@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -38,8 +37,9 @@ from jaxtyping import Float, Int
 from modeclip.catalog import Catalog
 from modeclip.clip import Clip, encode_image, encode_text, fast_attention, load_clip, random_crops, save_clip
 from modeclip.errors import ModeclipError
-from modeclip.files import only_process, write_atomically
+from modeclip.files import only_process, write_atomically, writing
 from modeclip.jobs import TrainConfig, TrainJob, TrainResult
+from modeclip.memory import peak_memory_gb
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ def train(job: TrainJob) -> TrainResult:
             samples=(job.last_step - job.first_step) * job.config.batch_size,
             rows=len(rows),
             seconds=time.monotonic() - started,
-            peak_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            peak_memory_gb=peak_memory_gb(),
         )
         write_atomically(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
     return result
@@ -308,7 +308,7 @@ def choose_precision(wanted: str) -> str:
         return wanted
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    return "bf16-mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_amx() else "32-true"
+    return "bf16-mixed" if _has_amx() else "32-true"
 
 
 def _has_amx() -> bool:
@@ -360,7 +360,8 @@ def main(path: str) -> None:
     """Train the job of a file; what ``experts.run_jobs`` starts as a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which sends SIGTERM
     try:
-        train(TrainJob.load(Path(path)))
+        with writing(Path(path).parent):
+            train(TrainJob.load(Path(path)))
     except ModeclipError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
