@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,28 @@ def own_folder(tmp_path: Path) -> Path:
         Image.new("RGB", (32, 32), (12 * i, 0, 99)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"colour {i}")
     return folder
+
+
+def test_mistakes_in_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
+    """Each kind of source, with what users get wrong in it."""
+    (tmp_path / "pairs.csv").write_text("image,text\npairs/0.png,colour\n")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for picture in own_folder.glob("*.png"):
+            tar.add(picture, picture.name)
+    mistakes = {
+        "none": "none",
+        "none.csv": "none.csv",
+        "pairs.csv": "has no image column 'filepath'; its columns are image, text; set data.image_column",
+        "0.tar": "0.tar",
+    }
+    for source, message in mistakes.items():
+        line = fails(capsys, "run", write_recipe(tmp_path, f"data: {{source: {source}}}"), "--out", tmp_path / "run")
+        assert message in line
+        assert not (tmp_path / "run" / "catalog.lance").exists()
+    for i in range(5):
+        (own_folder / f"{i}.png").write_bytes(b"")
+    line = fails(capsys, "run", write_recipe(tmp_path, f"data: {{source: {own_folder}}}"), "--out", tmp_path / "run")
+    assert "image is empty (0 bytes)" in line
 
 
 def test_mistakes_in_other_arguments(

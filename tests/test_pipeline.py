@@ -143,7 +143,7 @@ def test_own_pairs_from_recipe_to_bundle(
     recipe.write_text(
         f"data: {{source: '{source}', holdout_fraction: 0.1}}\n"
         "cluster: {num_fine: 8, num_experts: 2}\n"
-        "train: {samples: 512, batch_size: 16}\n"
+        "train: {samples: 512, batch_size: 16}\nexperts: {dense_total: false}\n"
     )
     done = modeclip_command("run", recipe, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr

@@ -50,9 +50,9 @@ def run(
     result = pipeline.run(loaded, out or Path("runs") / loaded.name)
     if as_json:
         _print_json(result.results)
-    else:
-        _print_results(result.results)
-    log(f"bundle: {result.bundle}\nreport: {result.report}")
+        return
+    _print_results(result.results)
+    print(f"bundle: {result.bundle}\nreport: {result.report}")
 
 
 def route(
