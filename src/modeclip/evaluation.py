@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from modeclip.clip import Clip
 
 DEFAULT_RULE = "per_class"
+"""What measurement favours: over three seeds of the demo it beat the uniform ensemble by 0.6 ± 0.2 points, the
+only rule with a clear gain (``runs/rules_over_seeds.py`` prints the table, docs/log.md keeps it)."""
 
 
 @dataclass(frozen=True, kw_only=True)
