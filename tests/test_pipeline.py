@@ -136,21 +136,22 @@ def own_pairs(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["folder", "pairs.tsv", "{00000..00001}.tar"])
-def test_own_pairs_from_recipe_to_bundle(
-    own_pairs: Path, tmp_path: Path, source: str, modeclip_command: Command
-) -> None:
+def test_own_pairs_from_recipe_to_bundle(own_pairs: Path, source: str, modeclip_command: Command) -> None:
     recipe = own_pairs / f"{source[0]}.yaml"
     recipe.write_text(
         f"data: {{source: '{source}', holdout_fraction: 0.1}}\n"
         "cluster: {num_fine: 8, num_experts: 2}\n"
         "train: {samples: 512, batch_size: 16}\nexperts: {dense_total: false}\n"
     )
-    done = modeclip_command("run", recipe, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    out = own_pairs / "runs" / recipe.stem  # beside the data, as most users have it
+    for _ in range(2):
+        done = modeclip_command("run", recipe, "--out", out)
+        assert done.returncode == 0, done.stderr
+    assert all(f"{stage:<9} done: " in done.stderr for stage in STAGES)
+    results = json.loads((out / "results.json").read_text())
     assert [task["name"] for task in results["tasks"]] == ["holdout"]
     picture = own_pairs / "folder" / "00000.png"
-    done = modeclip_command("classify", tmp_path / "run" / "bundle", picture, "--classes", "alert,heart", "--json")
+    done = modeclip_command("classify", out / "bundle", picture, "--classes", "alert,heart", "--json")
     assert done.returncode == 0, done.stderr
     assert {entry["name"] for entry in json.loads(done.stdout)[0]["classes"]} == {"alert", "heart"}
 
@@ -183,3 +184,17 @@ def test_full_disk(small_recipe: Path, tmp_path: Path, megabytes: int) -> None:
     assert done.returncode == 2, done.stderr
     assert "disk full" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_paths_count_from_the_recipe(small_run: Path, tmp_path: Path) -> None:
+    from modeclip.pipeline import load_recipe
+
+    shutil.copytree(small_run / "bundle" / "seed", tmp_path / "models" / "seed")
+    (tmp_path / "my.yaml").write_text(
+        "data: {source: 'a.tar::/b.tar', tasks: [birds=tests/birds, flowers]}\ntrain: {model: models/seed}\n"
+    )
+    recipe = load_recipe(tmp_path / "my.yaml")
+    assert recipe.name == "my"
+    assert recipe.data.source == f"{tmp_path}/a.tar::/b.tar"
+    assert recipe.data.tasks == (f"birds={tmp_path}/tests/birds", f"flowers={tmp_path}/flowers")
+    assert recipe.train.model == f"{tmp_path}/models/seed"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
@@ -33,12 +34,13 @@ from modeclip.encoders import EmbedConfig, embed
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation import EvaluateConfig, evaluate
 from modeclip.experts import ExpertsConfig, plan_jobs, run_jobs
-from modeclip.files import only_process, write_atomically, writing
+from modeclip.files import hash_file, only_process, write_atomically, writing
 from modeclip.indexing import index
-from modeclip.jobs import TrainConfig, TrainResult
+from modeclip.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.memory import peak_memory_gb, reset_peak_memory, return_memory
 from modeclip.progress import log
-from modeclip.sources import DataConfig
+from modeclip.shards import list_shards
+from modeclip.sources import DataConfig, detect, split_keys, split_task
 from modeclip.training import job_rows
 
 STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")
@@ -96,8 +98,13 @@ def load_recipe(path: Path) -> Recipe:
         raise ModeclipError(f"recipe {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModeclipError(f"recipe {path}: no valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(content, dict):
+        content.setdefault("name", path.stem)
+        for section, name in (("train", "model"), ("embed", "encoder")):
+            if isinstance(content.get(section), dict) and isinstance(content[section].get(name), str):
+                content[section][name] = _folder_beside(path, content[section][name])
     try:
-        recipe = parse_recipe({"name": path.stem} | content if isinstance(content, dict) else content)
+        recipe = parse_recipe(content)
     except ModeclipError as error:
         raise ModeclipError(f"recipe {path}: {error}") from None
     return replace(recipe, data=_relative_to(recipe.data, path.parent))
@@ -156,7 +163,7 @@ class _Run:
         self.stage("index", self.index, [asdict(recipe.data), _source_state(recipe.data)], "catalog.lance")
         self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], "catalog.lance")
         self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], "clusters")
-        training = [asdict(recipe.train), asdict(recipe.experts), self.digests["cluster"]]
+        training = [asdict(recipe.train), asdict(recipe.experts), self.fingerprint]
         self.stage("train", self.train, training, "models/seed/done.json")
         self.stage("bundle", self.bundle, [asdict(recipe.evaluate), self.digests["train"]], "bundle/mode.json")
         self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], "results.json")
@@ -211,11 +218,18 @@ class _Run:
         samples = sum(result.samples for result in results.values())
         return f"{len(jobs)} models, {samples:,} samples in all"
 
-    def jobs(self) -> list[Any]:
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return what the training data and, if it is a folder, the start model are known by."""
+        start = Path(self.recipe.train.model.removeprefix("local-dir:"))
+        weights = [hash_file(file) for file in sorted(start.glob("open_clip*")) if file.is_file()]
+        return "-".join([self.digests["cluster"], *weights])
+
+    def jobs(self) -> list[TrainJob]:
         clustering = self.clustering()
         recipe, models = self.recipe, self.out / "models"
         sizes = (clustering.num_experts, recipe.train, recipe.experts)
-        return plan_jobs(self.out / "catalog.lance", self.digests["cluster"], models, *sizes)
+        return plan_jobs(self.out / "catalog.lance", self.fingerprint, models, *sizes)
 
     def bundle(self) -> str:
         cards = json.loads((self.out / "clusters" / "cards.json").read_text(encoding="utf-8"))
@@ -303,14 +317,20 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def _folder_beside(recipe: Path, value: str) -> str:
+    """Return the name of a model with its path taken from the recipe's folder, if it is a folder there."""
+    prefix = next((known for known in ("local-dir:", "simcse:") if value.startswith(known)), "")
+    folder = recipe.parent / value.removeprefix(prefix)
+    return f"{prefix}{folder}" if folder.is_dir() else value
+
+
 def _relative_to(data: DataConfig, folder: Path) -> DataConfig:
     """Return the data section with its paths taken from the recipe's folder."""
     if data.source == "icons":
         return data
     source = "::".join(str(folder / part) for part in data.source.split("::"))
-    named = (task.rpartition("=") for task in data.tasks)
-    tasks = tuple(f"{name}{equals}{folder / path}" for name, equals, path in named)
-    return replace(data, source=source, tasks=tasks)
+    named = (split_task(task) for task in data.tasks)
+    return replace(data, source=source, tasks=tuple(f"{name}={folder / path}" for name, path in named))
 
 
 def _source_state(data: DataConfig) -> list[str]:
@@ -319,15 +339,21 @@ def _source_state(data: DataConfig) -> list[str]:
         from modeclip.icons import package_versions
 
         return package_versions()
-    places = [Path(part) for part in (*data.source.split("::"), *(task.rpartition("=")[2] for task in data.tasks))]
-    found = []
-    for place in places:
-        # A brace range names no file itself: whatever lies in its folder decides.
-        pattern = place.rglob("*") if place.is_dir() else place.parent.glob("*")
-        for file in sorted(pattern):
-            stat = file.stat()
-            found.append(f"{file} {stat.st_size} {stat.st_mtime_ns}")
-    return found
+    match detect(data):
+        case "table":
+            found = [Path(data.source)]
+        case "shards":
+            found = list_shards(data.source)
+        case _:
+            found = _files_of(Path(data.source), f"{data.image_keys};{data.caption_keys}")
+    for task in data.tasks:
+        found += _files_of(Path(split_task(task)[1]), data.image_keys)
+    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in found]
+
+
+def _files_of(folder: Path, keys: str) -> list[Path]:
+    suffixes = tuple(f".{key}" for key in split_keys(keys))
+    return sorted(file for file in folder.rglob("*") if file.name.lower().endswith(suffixes))
 
 
 def _check_fields(section: type, content: dict[str, Any], place: tuple[str, ...]) -> None:
