@@ -148,8 +148,6 @@ class TrainResult:
     """Rows of the catalog that it drew them from."""
     seconds: float
     """Wall time of the last run of the job."""
-    peak_memory_gb: float
-    """Highest memory of its process, in 10^9 bytes, what it shares with others counted in parts."""
 
     @classmethod
     def read(cls, job: TrainJob) -> TrainResult | None:

@@ -1,33 +1,50 @@
-"""How much memory a process has used at most, and giving back what it no longer needs (Linux; elsewhere less exact)."""
+"""How much memory a process and those that it has started take at most, and giving back what is no longer needed.
+
+Memory that processes share, such as the code of libraries, is counted in parts (the kernel's "proportional set size"),
+so that the sum over processes is what they really take. Linux; elsewhere the highest resident size of this process.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
+import threading
 from contextlib import suppress
 from pathlib import Path
 
+SAMPLE_SECONDS = 0.5
 
-def peak_memory_gb() -> float:
-    """Return the highest memory of this process since `reset_peak_memory`, in 10^9 bytes.
 
-    Memory that processes share, such as the code of libraries, is counted in parts, so that the sum over processes is
-    what they really take.
-    """
+class PeakMemory:
+    """A context that watches this process and its children; ``gb`` is their highest sum so far, in 10^9 bytes."""
+
+    def __init__(self) -> None:
+        self.gb = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.gb = max(self.gb, memory_gb())
+
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self.gb = max(self.gb, memory_gb())
+
+
+def memory_gb() -> float:
+    """Return the memory of this process and its children now, in 10^9 bytes."""
     try:
-        highest = _field("/proc/self/status", "VmHWM")
-        rollup = "/proc/self/smaps_rollup"
-        shared = _field(rollup, "Rss") - _field(rollup, "Pss")
+        return sum(map(_kibibytes, [os.getpid(), *_children()])) * 1024 / 1e9
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return (highest - shared) * 1024 / 1e9
-
-
-def reset_peak_memory() -> None:
-    """Start the record of this process's highest memory anew."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def return_memory() -> None:
@@ -37,9 +54,21 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _field(file: str, name: str) -> int:
-    """Return a field of one of the kernel's files about this process, in kibibytes."""
-    for line in Path(file).read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise OSError(f"{file} has no field {name}")
+def _children() -> list[int]:
+    """Return the processes that any thread of this one has started and that still run."""
+    found: list[int] = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # the thread has just ended
+            found += map(int, (thread / "children").read_text(encoding="utf-8").split())
+    return found
+
+
+def _kibibytes(process: int) -> int:
+    """Return the proportional set size of a process; 0 if it has just ended."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        if process == os.getpid():
+            raise
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)

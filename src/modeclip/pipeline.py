@@ -37,7 +37,7 @@ from modeclip.experts import ExpertsConfig, plan_jobs, run_jobs
 from modeclip.files import hash_file, only_process, write_atomically, writing
 from modeclip.indexing import index
 from modeclip.jobs import TrainConfig, TrainJob, TrainResult
-from modeclip.memory import peak_memory_gb, reset_peak_memory, return_memory
+from modeclip.memory import PeakMemory, return_memory
 from modeclip.progress import log
 from modeclip.shards import list_shards
 from modeclip.sources import DataConfig, detect, split_keys, split_task
@@ -181,11 +181,11 @@ class _Run:
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
         started = time.monotonic()
-        reset_peak_memory()
-        detail = work()
+        with PeakMemory() as peak:
+            detail = work()
         seconds = time.monotonic() - started
         content = {"name": name, "digest": digest, "seconds": round(seconds, 2), "detail": detail}
-        content["peak_memory_gb"] = round(self.peak_memory_gb(name), 3)
+        content["peak_memory_gb"] = round(peak.gb, 3)
         write_atomically(path, json.dumps(content, indent=2) + "\n")
         return_memory()
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
@@ -293,14 +293,6 @@ class _Run:
 
     def clustering(self) -> Clustering:
         return Clustering.load(self.out / "clusters")
-
-    def peak_memory_gb(self, stage: str) -> float:
-        """Return the highest memory of a stage; of training, with as many jobs as run at a time."""
-        own = peak_memory_gb()
-        if stage != "train":
-            return own
-        peaks = [result.peak_memory_gb for job in self.jobs() if (result := TrainResult.read(job)) is not None]
-        return own + sum(sorted(peaks)[-self.recipe.experts.jobs :])
 
 
 def stage_records(out: Path) -> list[dict[str, Any]]:

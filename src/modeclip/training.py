@@ -39,7 +39,6 @@ from modeclip.clip import Clip, encode_image, encode_text, fast_attention, load_
 from modeclip.errors import ModeclipError
 from modeclip.files import only_process, write_atomically, writing
 from modeclip.jobs import TrainConfig, TrainJob, TrainResult
-from modeclip.memory import peak_memory_gb
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +128,6 @@ def train(job: TrainJob) -> TrainResult:
             samples=(job.last_step - job.first_step) * job.config.batch_size,
             rows=len(rows),
             seconds=time.monotonic() - started,
-            peak_memory_gb=peak_memory_gb(),
         )
         write_atomically(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
     return result
