@@ -1,4 +1,4 @@
-"""Which routing rule is best, and does the mixture beat a dense model of its cost? The demo's recipe over several seeds.
+"""Which routing rule is best, and does the mixture beat a dense model of its cost? The demo over several seeds.
 
 Usage: python runs/rules_over_seeds.py [--seeds 0 1 2] [--out runs/seeds]
 
@@ -28,7 +28,7 @@ def averages(seed: int, out: Path) -> dict[str, float]:
     recipe = load_recipe(demo_recipe())
     recipe = replace(recipe, cluster=replace(recipe.cluster, seed=seed), train=replace(recipe.train, seed=seed))
     rows = run(recipe, out / f"seed-{seed}").results["models"]
-    return {row["rule"] and f"mixture, {row['rule']}" or row["name"]: 100 * row["average"] for row in rows}
+    return {f"mixture, {row['rule']}" if row["rule"] else row["name"]: 100 * row["average"] for row in rows}
 
 
 def difference(one: list[float], other: list[float]) -> str:
