@@ -77,7 +77,7 @@ def test_python_example_runs(small_run: Path) -> None:
 
 
 def test_make_demo_is_the_documented_command() -> None:
-    done = run(["make", "--dry-run", "--always-make", "demo"])
+    done = run(["make", "--no-print-directory", "--dry-run", "--always-make", "demo"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("/modeclip demo --out runs/demo")
     assert "`modeclip demo --out runs/demo`" in (ROOT / "README.md").read_text(encoding="utf-8")
