@@ -2,7 +2,7 @@
 
 A *job* trains one model from one step of a schedule to another. The seed model runs from 0 to 27 parts of 32; a data
 expert continues from the seed's last checkpoint, optimizer state included, through the rest of the SAME schedule on its
-own cluster, so its learning rate goes on from 5.96 % of the highest rate to 0 and does not start again.
+own cluster, so its learning rate goes on (in the paper from 5.96 % of the highest rate) to 0 and does not start again.
 
 Source: MoDE Sec. 3.3 and 4.2, and the settings of its released code.
 """
@@ -167,9 +167,11 @@ def learning_rate_at(share: float, config: TrainConfig) -> float:
         config: Highest rate and warm-up.
 
     Examples:
-        >>> config = TrainConfig(learning_rate=1.0, warmup_fraction=0.0)
-        >>> round(learning_rate_at(27 / 32, config), 4)  # what the paper's experts start with: 5.96 %
-        0.0594
+        The paper's experts start with 5.96 % of the highest rate (warm-up: 2,000 of 390,625 steps):
+
+        >>> config = TrainConfig(learning_rate=1.0, warmup_fraction=2000 / 390_625)
+        >>> round(learning_rate_at(27 / 32, config), 4)
+        0.0596
     """
     warmup = config.warmup_fraction
     if share < warmup:
