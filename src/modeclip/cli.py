@@ -64,29 +64,31 @@ def route(
     as_json: Json = False,
 ) -> None:
     """Show which experts a task is routed to, and why: nearest fine clusters, example captions, weights, entropy."""
-    from modeclip.mixture import MoDE
+    names = read_classes(classes)
+    with console.status("loading the encoder"):
+        from modeclip.mixture import MoDE
 
-    found = MoDE.load(bundle).route(read_classes(classes), rule=rule, temperature=temperature)
+        found = MoDE.load(bundle).route(names, rule=rule, temperature=temperature)
     reasons = found.explain()
     mean = found.class_weights.mean(axis=0)
     if as_json:
         content = {"rule": found.rule, "temperature": found.temperature, "entropy": found.routing.entropy}
         _print_json(content | {"weights": mean.tolist(), "classes": [asdict(reason) for reason in reasons]})
         return
-    names = [expert.name for expert in found.bundle.experts]
+    experts = [expert.name for expert in found.bundle.experts]
     rows = [
         (
             reason.name,
             ", ".join(reason.clusters[0].captions[:3]),
             f"{reason.clusters[0].distance:.2f}",
-            names[reason.clusters[0].expert],
+            experts[reason.clusters[0].expert],
             *(f"{weight:.3f}" for weight in reason.weights),
         )
         for reason in reasons
     ]
     rows.append(("all classes", "", "", "", *(f"{weight:.3f}" for weight in mean)))
     title = f"rule {found.rule}, temperature {found.temperature:g}, entropy {found.routing.entropy:.3f} nats"
-    print_table(title, ["class", "nearest fine cluster", "distance", "its expert", *names], rows)
+    print_table(title, ["class", "nearest fine cluster", "distance", "its expert", *experts], rows)
 
 
 def classify(
@@ -100,14 +102,14 @@ def classify(
     as_json: Json = False,
 ) -> None:
     """Name the class of pictures, by the experts that the class names are routed to."""
-    from modeclip.mixture import MoDE
-
     names = read_classes(classes)
     if not pictures:
         raise ModeclipError("classify: no picture given; modeclip classify BUNDLE PICTURE... --classes CLASSES")
     images = [_open_picture(path) for path in pictures]
-    task = MoDE.load(bundle).task(names, templates=template or None, rule=rule)
-    predictions = task.classify(images)
+    with console.status("loading the encoder and the experts"):
+        from modeclip.mixture import MoDE
+
+        predictions = MoDE.load(bundle).task(names, templates=template or None, rule=rule).classify(images)
     best = [list(zip(p.classnames, p.probabilities, strict=True))[:top] for p in predictions]
     if as_json:
         _print_json(

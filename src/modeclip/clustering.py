@@ -192,13 +192,15 @@ def cluster(catalog: Catalog, config: ClusterConfig) -> ClusterResult:
     rows = _sample_rows(len(catalog), config)
     x = _read_embeddings(catalog, rows)
     _check_distinct(catalog, x, config)
-    fit = kmeans(
-        x,
-        config.num_fine,
-        max_size_ratio=config.max_size_ratio,
-        num_iterations=config.num_iterations,
-        seed=config.seed,
-    )
+    with progress("fit fine clusters", config.num_iterations, "iterations") as advance:
+        fit = kmeans(
+            x,
+            config.num_fine,
+            max_size_ratio=config.max_size_ratio,
+            num_iterations=config.num_iterations,
+            seed=config.seed,
+            on_iteration=lambda: advance(1),
+        )
     clustering = _group(fit.centers, config)
     fine_of_sample = nearest(x, fit.centers)[0]
     del x

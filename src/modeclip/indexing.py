@@ -6,8 +6,8 @@ is skipped and counted by cause; too many of them are an error. Rows keep the or
 same data give the same catalog. Catalogs are written to hidden folders and renamed when they are whole:
 one that can be opened is complete, and what a killed run left is removed by the next.
 
-Price: one read and one decode of each image, which for a folder of photos is nearly all (docs/cost.md has
-measured rates). Memory: what Lance holds back to write whole pages (8 MiB a column), and 8 to 16 bytes a
+Price: one read and one decode of each image, which for a folder of photos is nearly all
+(docs/cost.md has rates). Memory: what Lance holds back to write whole pages (8 MiB a column), and 8 to 16 bytes a
 pair to count the distinct captions.
 """
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,7 @@ def kmeans(
     num_iterations: int = 25,
     seed: int = 0,
     device: str = "cpu",
+    on_iteration: Callable[[], object] | None = None,
 ) -> KMeansResult:
     """Cluster rows by k-means, optionally with no cluster larger than a multiple of the mean size.
 
@@ -75,6 +77,7 @@ def kmeans(
         num_iterations: Most updates of the centres; 25 is where the objective of caption embeddings has settled.
         seed: Decides the start; the only randomness.
         device: Torch device of the distance products.
+        on_iteration: Called after each update of the centres, for a progress bar.
 
     Raises:
         ModeclipError: ``x`` is not a matrix of finite numbers, or a number is out of its range.
@@ -92,6 +95,8 @@ def kmeans(
     for before, capacity in itertools.pairwise(capacities):
         moved = _means(rows, assignment, centers)
         moved, changed, lower = _assign_and_repair(rows, moved, capacity, device)
+        if on_iteration is not None:
+            on_iteration()
         settled = before == capacity == capacities[-1]
         if settled and lower >= objective:  # rounding, or two balanced assignments within their gap
             break
