@@ -1,14 +1,13 @@
 """Any source goes in; a catalog of pairs to train on, and one of tasks that are held out, come out.
 
-The source is read twice: once without its images, which finds whatever makes it useless before the first
-image is opened, and once decoding every image to its last byte in two threads. A pair that cannot be used
-is skipped and counted by cause; too many of them are an error. Rows keep the order of the source, so the
-same data give the same catalog. Catalogs are written to hidden folders and renamed when they are whole:
-one that can be opened is complete, and what a killed run left is removed by the next.
+The source is read twice: once without its images, which finds whatever makes it useless before the first image is
+opened, and once decoding every image to its last byte in two threads. A pair that cannot be used is skipped and counted
+by cause; too many of them are an error. Rows keep the order of the source, so the same data give the same catalog.
+Catalogs are written to hidden folders and renamed when they are whole: one that can be opened is complete, and what a
+killed run left is removed by the next.
 
-Price: one read and one decode of each image, which for a folder of photos is nearly all
-(docs/cost.md has rates). Memory: what Lance holds back to write whole pages (8 MiB a column), and 8 to 16 bytes a
-pair to count the distinct captions.
+Price: one read and one decode of each image (docs/cost.md has rates). Memory: what Lance holds back to write whole
+pages (8 MiB a column), and 8 to 16 bytes a pair to count the distinct captions.
 """
 
 from __future__ import annotations
