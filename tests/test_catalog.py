@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from modeclip import catalog as catalog_module
-from modeclip.catalog import FINGERPRINT, FORMAT, PAIR_COLUMNS, PENDING, Catalog, Writer
+from modeclip.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.errors import ModeclipError
 from modeclip.files import writing
+from modeclip.storage import NEW, FileWriter, append, create, only_writer
 
 NUM_ROWS = 50
 
@@ -46,15 +46,24 @@ def write_catalog(path: Path) -> Path:
         "size": [len(picture(n)) for n in range(NUM_ROWS)],
         "width": [4] * NUM_ROWS,
         "height": [4] * NUM_ROWS,
+        "digest": [bytes([n]) * 16 for n in range(NUM_ROWS)],
         "group": ["a" if n < 20 else "b" for n in range(NUM_ROWS)],
     }
     table = pa.table(values, schema=pa.schema([(name, PAIR_COLUMNS[name]) for name in values]))
-    with pytest.MonkeyPatch.context() as patch, Writer(path) as writer:
-        patch.setattr(catalog_module, "ROWS_PER_FILE", 10)
-        for start in range(0, NUM_ROWS, 5):
-            writer.write(table.slice(start, 5))
-        writer.commit({FORMAT: "1", FINGERPRINT: "f" * 32})
+    writer = FileWriter(str(path), table.schema, max_rows=10)
+    for start in range(0, NUM_ROWS, 4):
+        writer.write(table.slice(start, 4))
+    create(str(path), table.schema.with_metadata({FORMAT: FORMAT_VERSION, FINGERPRINT: "f" * 32}), writer.finish())
     return path
+
+
+def data_files(catalog: Catalog) -> set[str]:
+    return {path.name for path in Path(catalog.path, "data").iterdir()}
+
+
+def used_files(catalog: Catalog) -> set[str]:
+    fragments = Catalog.open(catalog.path).dataset.get_fragments()
+    return {str(file.path) for fragment in fragments for file in fragment.data_files()}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,7 @@ def test_what_was_written_is_there(shared: Catalog):
     assert len(shared) == NUM_ROWS
     assert shared.columns == [name for name in PAIR_COLUMNS if name != "task"]
     assert shared.fingerprint == "f" * 32
-    assert len(list((shared.path / "data").iterdir())) == NUM_ROWS // 10
+    assert len(list(Path(shared.path, "data").iterdir())) == NUM_ROWS // 10
     columns = shared.read(["key", "offset", "width"])
     assert columns["key"].tolist() == [f"key {n}" for n in range(NUM_ROWS)]
     assert (columns["offset"].dtype, columns["width"].dtype) == (np.int64, np.int32)
@@ -146,7 +155,7 @@ def test_columns_can_be_added_as_a_stream(catalog: Catalog, part):
     )
     assert (catalog.read(["v"])["v"] == values).all()
     assert catalog.read(["w"])["w"].tolist() == words
-    assert [path.name for path in catalog.path.parent.iterdir() if path.name.startswith(".")] == []
+    assert data_files(catalog) == used_files(catalog)
 
 
 def test_a_column_is_replaced_even_by_one_of_another_type(catalog: Catalog):
@@ -156,7 +165,7 @@ def test_a_column_is_replaced_even_by_one_of_another_type(catalog: Catalog):
     assert (columns["v"] == np.ones((NUM_ROWS, 5))).all()
     assert columns["new"].tolist() == list(range(NUM_ROWS))
     assert not columns["expert"].any()
-    assert sorted(Catalog.open(catalog.path).columns[9:]) == ["expert", "new", "v"]
+    assert sorted(Catalog.open(catalog.path).columns[10:]) == ["expert", "new", "v"]
 
 
 def test_a_reader_keeps_the_version_that_it_opened(catalog: Catalog):
@@ -174,15 +183,15 @@ def test_a_replacement_cut_short_is_cleared_away_by_the_next(catalog: Catalog, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lance.LanceDataset, "drop_columns", killed)
+        patch.setattr(lance.LanceDataset, "alter_columns", killed)
         with pytest.raises(KeyboardInterrupt):
             catalog.add_columns({"expert": np.ones(NUM_ROWS, np.int32)})
     opened = Catalog.open(catalog.path)
-    assert PENDING + "expert" in opened._dataset.schema.names
-    assert opened.columns[9:] == ["expert"]
+    assert NEW + "expert" in opened._dataset.schema.names
+    assert opened.columns[10:] == ["expert"]
     assert not opened.read(["expert"])["expert"].any()  # the old values, whole
     opened.add_columns({"expert": np.full(NUM_ROWS, 2, np.int32)})
-    assert opened._dataset.schema.names[9:] == ["expert"]
+    assert opened._dataset.schema.names[10:] == ["expert"]
     assert (opened.read(["expert"])["expert"] == 2).all()
 
 
@@ -193,16 +202,18 @@ def test_a_stream_that_fails_changes_nothing(catalog: Catalog):
 
     with pytest.raises(RuntimeError, match="the encoder failed"):
         catalog.add_columns(parts())
-    assert Catalog.open(catalog.path).columns[9:] == []
-    assert [path.name for path in catalog.path.parent.iterdir() if path.name.startswith(".")] == []
+    assert Catalog.open(catalog.path).columns[10:] == []
+    assert data_files(catalog) == used_files(catalog)
 
 
 def test_columns_that_do_not_fit_are_refused(catalog: Catalog):
-    with pytest.raises(ValueError, match="expected 50 values a column, got 49"):
+    with pytest.raises(ValueError, match="expected a value for every row, got 1 too few"):
         catalog.add_columns({"v": np.zeros(49)})
+    with pytest.raises(ValueError, match="expected a value for every row, got 2 too many"):
+        catalog.add_columns({"v": np.zeros(52)})
     with pytest.raises(ValueError, match=r"columns of the pairs themselves cannot be replaced: \['caption', 'task'\]"):
         catalog.add_columns({"task": np.zeros(50), "caption": np.zeros(50), "v": np.zeros(50)})
-    assert catalog.columns[9:] == []
+    assert catalog.columns[10:] == []
 
 
 # ---------------------------------------------------------------- what cannot be done
@@ -217,7 +228,7 @@ def test_columns_that_do_not_fit_are_refused(catalog: Catalog):
     ],
 )
 def test_a_column_that_is_not_there_lists_the_known_ones(shared: Catalog, use):
-    known = "known: key, caption, image, path, offset, size, width, height, group"
+    known = "known: key, caption, image, path, offset, size, width, height, digest, group"
     with pytest.raises(ModeclipError, match=rf"^unknown column of '.*c\.lance' 'captoin'; {known}$"):
         use(shared)
 
@@ -234,7 +245,7 @@ def test_a_value_of_another_type_is_an_error(shared: Catalog):
 
 
 def test_images_that_went_away_are_named(catalog: Catalog):
-    block = catalog.path.parent / "block"
+    block = Path(catalog.path).parent / "block"
     block.write_bytes(block.read_bytes()[:200])
     with pytest.raises(ModeclipError, match=r"image of 'key 8' \(path .*block\): image does not decode; it was"):
         catalog.images(np.array([1, 8]))
@@ -247,25 +258,73 @@ def test_images_that_went_away_are_named(catalog: Catalog):
 def test_what_is_no_catalog_is_said(tmp_path: Path):
     with pytest.raises(ModeclipError, match=r"no catalog at '.*none': make one with modeclip index"):
         Catalog.open(tmp_path / "none")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ModeclipError, match=r"folder' is no catalog: expected a folder that modeclip index wrote"):
+    (tmp_path / "folder" / "catalog.lance").mkdir(parents=True)
+    with pytest.raises(ModeclipError, match=r"catalog.lance' is no catalog: expected what modeclip index wrote"):
         Catalog.open(tmp_path / "folder")
     lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "other"))
-    with pytest.raises(ModeclipError, match=r"other' has format none, expected 1: write it again with modeclip index"):
+    with pytest.raises(ModeclipError, match=r"other' has format none, expected 2: write it again with modeclip index"):
         Catalog.open(tmp_path / "other")
 
 
 def test_what_is_not_committed_is_no_catalog(tmp_path: Path):
-    with Writer(tmp_path / "c.lance") as writer:
-        writer.write(pa.table({"a": [1]}))
-    assert not (tmp_path / "c.lance").exists()
-    with Writer(tmp_path / "c.lance") as writer:
-        writer.write(pa.table({"a": [1]}))
-        with pytest.raises(ModeclipError, match="is no catalog"):
-            Catalog.open(tmp_path / "c.lance")
-        writer.commit({FORMAT: "1", FINGERPRINT: "0"})
-    shutil.move(tmp_path / "c.lance", tmp_path / "moved.lance")
+    path, schema = str(tmp_path / "c.lance"), pa.schema([("a", pa.int64())])
+    writer = FileWriter(path, schema)
+    writer.write(pa.table({"a": [1]}))
+    with pytest.raises(ModeclipError, match="is unfinished: give the same modeclip index command again"):
+        Catalog.open(path)
+    create(path, schema.with_metadata({FORMAT: FORMAT_VERSION, FINGERPRINT: "0"}), writer.finish())
+    shutil.move(path, tmp_path / "moved.lance")
     assert Catalog.open(tmp_path / "moved.lance").read(["a"])["a"].tolist() == [1]
+
+
+def test_a_folder_stands_for_the_catalog_in_it(tmp_path: Path):
+    write_catalog(tmp_path / "catalog.lance")
+    assert len(Catalog.open(tmp_path)) == NUM_ROWS
+
+
+# ---------------------------------------------------------------- lists, masks, facts, further rows
+
+
+def test_rows_are_selected_by_a_list_and_by_a_mask(catalog: Catalog):
+    pairs = np.stack([np.arange(NUM_ROWS) % 5, np.arange(NUM_ROWS) % 3], axis=1).astype(np.int32)
+    mask = np.random.default_rng(0).random(NUM_ROWS) < 0.5
+    catalog.add_columns({"experts": pairs, "kept": mask})
+    has_two = (pairs == 2).any(1)
+    assert catalog.select(experts=2).tolist() == np.flatnonzero(has_two).tolist()
+    expected = np.flatnonzero(has_two & mask & (np.arange(NUM_ROWS) >= 20)).tolist()
+    assert catalog.select(mask=mask, experts=2, group="b").tolist() == expected
+    assert catalog.select(mask="kept", experts=2, group="b").tolist() == expected
+    with pytest.raises(ModeclipError, match=r"mask has 49 rows, catalog '.*' has 50"):
+        catalog.select(mask=mask[1:])
+
+
+def test_columns_remember_what_made_them(catalog: Catalog):
+    catalog.add_columns({"v": np.zeros((NUM_ROWS, 2), np.float16)}, facts={"encoder": "minilm"})
+    catalog.add_columns({"w": np.zeros(NUM_ROWS)})
+    opened = Catalog.open(catalog.path)
+    assert [opened.facts(name) for name in ("v", "w", "caption")] == [{"encoder": "minilm"}, {}, None]
+
+
+def test_rows_added_later_have_no_values_until_the_stage_is_run_again(catalog: Catalog):
+    catalog.add_columns({"v": np.ones((NUM_ROWS, 2), np.float16)})
+    more = catalog.dataset.to_table(columns=[name for name in PAIR_COLUMNS if name != "task"]).slice(0, 3)
+    writer = FileWriter(catalog.path, more.schema)
+    writer.write(more)
+    files = writer.finish()
+    for _ in range(2):  # the second time they are there already
+        append(catalog.path, files, {FORMAT: FORMAT_VERSION, FINGERPRINT: "e" * 32})
+    opened = Catalog.open(catalog.path)
+    assert (len(opened), opened.fingerprint) == (NUM_ROWS + 3, "e" * 32)
+    assert (opened.read(["v"], np.arange(NUM_ROWS))["v"] == 1).all()
+    for read in (lambda: opened.read(["v"]), lambda: list(opened.batches(["v"]))):
+        with pytest.raises(ModeclipError, match=r"column v of '.*' has no values for 3 pairs that were added since"):
+            read()
+    assert opened.read(["caption"])["caption"][-3:].tolist() == ["caption 0", "caption 0", "caption 1"]
+
+
+def test_two_cannot_write_at_once(catalog: Catalog):
+    with only_writer(catalog.path), pytest.raises(ModeclipError, match="another process is at work"):
+        catalog.add_columns({"v": np.zeros(NUM_ROWS)})
 
 
 @pytest.mark.parametrize(

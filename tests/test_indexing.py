@@ -22,15 +22,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from modeclip import indexing
 from modeclip.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.icons import read_icons
-from modeclip.indexing import IndexResult, _Distinct, index
+from modeclip.indexing import IndexResult, index
+from modeclip.rows import Distinct
 from modeclip.samples import (
     BOMB,
     DUPLICATE,
     EMPTY,
     MISSING,
+    MISSING_SHARD,
     NO_CAPTION,
     NOT_UTF8,
     UNDECODABLE,
@@ -90,7 +93,7 @@ SOURCES = {"folder": write_folder, "table": write_table, "shards": write_shards}
 def test_pairs_come_back_from_every_source(tmp_path: Path, icons, kind, copy_images):
     source = SOURCES[kind](tmp_path / "data", icons)
     result = index(DataConfig(source=str(source), copy_images=copy_images), tmp_path / "out")
-    assert result == IndexResult(kind=kind, num_samples=40, num_captions=40, tasks={}, skipped={})
+    assert result == IndexResult(kind=kind, num_samples=40, num_captions=40, num_added=40, tasks={}, skipped={})
     assert names_in(tmp_path / "out") == ["catalog.lance"]
     if copy_images:
         shutil.rmtree(tmp_path / "data")
@@ -172,7 +175,7 @@ def test_own_tasks_have_their_folders_as_classes(tmp_path: Path, icons):
     held = Catalog.open(tmp_path / "out" / "tasks.lance")
     rows = held.select(task="again", caption="class 1")
     assert held.read(["key"], rows)["key"].tolist() == [f"again/class 1/{n}.png" for n in (1, 4, 7)]
-    index(DataConfig(source=str(source)), tmp_path / "out")
+    index(DataConfig(source=str(source)), tmp_path / "out", replace=True)
     assert names_in(tmp_path / "out") == ["catalog.lance"]  # those of the run before are gone
 
 
@@ -226,9 +229,13 @@ def test_each_kind_of_damage_is_counted_and_the_rest_is_used(tmp_path: Path, ico
     with pytest.raises(ModeclipError) as caught:
         index(DataConfig(source=str(folder)), tmp_path / "strict")
     assert str(caught.value) == (
-        f"data.source '{folder}': 3 of 41 pairs cannot be used, more than data.max_skipped_fraction 0.05; stopped"
-        f" there: {UNDECODABLE} 2 (first: '002.png', image file is truncated); {EMPTY} 1 (first: '001.png',"
-        f" {folder}/001.png); mend the data or raise data.max_skipped_fraction"
+        f"data.source '{folder}': 9 of 41 pairs cannot be used, more than data.max_skipped_fraction 0.05; stopped"
+        f" there: {EMPTY} 1 (first: '001.png', {folder}/001.png); {UNDECODABLE} 2 (first: '002.png', image file is"
+        f" truncated); {BOMB} 1 (first: '004.png', Image size (400000000 pixels) exceeds limit of 178956970 pixels,"
+        f" could be decompression bomb DOS attack.); {NOT_UTF8} 2 (first: '005.png', .txt: unexpected end of data at"
+        f" byte 3); {NO_CAPTION} 1 (first: '006.png', no 006.txt/json beside it); {MISSING} 1 (first: '007.png', [Errno"
+        f" 2] No such file or directory: '{folder}/007.png'); {UNREADABLE} 1 (first: '008.png', [Errno 40] Too many"
+        f" levels of symbolic links: '{folder}/008.png'); mend the data or raise data.max_skipped_fraction"
     )
     assert names_in(tmp_path / "strict") == []
 
@@ -287,7 +294,7 @@ def test_a_task_without_a_usable_image_is_an_error(tmp_path: Path, icons):
     ):
         index(config, tmp_path / "out")
     with pytest.raises(ModeclipError, match=r"task 'holdout' of .* has no usable image; .* or data\.holdout_fraction"):
-        index(DataConfig(source=str(folder), holdout_fraction=1e-9), tmp_path / "out")
+        index(DataConfig(source=str(folder), holdout_fraction=1e-9), tmp_path / "other")
 
 
 # ---------------------------------------------------------------- interruptions
@@ -302,18 +309,16 @@ def start(config: str, out: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_no_catalog_and_the_next_one_works(tmp_path: Path, number):
-    config = DataConfig(source="icons", train_sets=("octicons", "heroicons"))
+    config = DataConfig(source="icons", train_sets=("octicons", "heroicons", "lucide"))
     process = start(repr(config), tmp_path)
     deadline = time.monotonic() + 60
-    while not (tmp_path / ".catalog.lance.partial" / "data").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "catalog.lance" / "data").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.5)
     process.send_signal(number)
     _, output = process.communicate(timeout=60)
     assert process.returncode == -number, output.decode()
-    assert not (tmp_path / "catalog.lance").exists()
-    assert bool(names_in(tmp_path)) == (number == signal.SIGKILL)  # an interrupt has time to clean up
-    with pytest.raises(ModeclipError, match="no catalog at"):
+    # An interrupt has time to clean up.
+    with pytest.raises(ModeclipError, match="is unfinished" if number == signal.SIGKILL else "no catalog at"):
         Catalog.open(tmp_path / "catalog.lance")
     result = index(config, tmp_path)
     assert names_in(tmp_path) == ["catalog.lance"]
@@ -325,13 +330,132 @@ def test_a_catalog_stays_until_its_successor_is_whole(tmp_path: Path, icons):
     bad = write_folder(tmp_path / "bad", icons)
     (bad / "039.png").write_bytes(b"")
     with pytest.raises(ModeclipError, match="1 of 40"):
-        index(DataConfig(source=str(bad), max_skipped_fraction=0.0), tmp_path / "out")
+        index(DataConfig(source=str(bad), max_skipped_fraction=0.0), tmp_path / "out", replace=True)
     assert len(Catalog.open(tmp_path / "out" / "catalog.lance")) == 40
-    assert names_in(tmp_path / "out") == ["catalog.lance"]
-    shutil.copytree(tmp_path / "out" / "catalog.lance", tmp_path / "out" / ".catalog.lance.replaced")  # killed there
-    index(DataConfig(source=str(bad)), tmp_path / "out")
+    index(DataConfig(source=str(bad)), tmp_path / "out", replace=True)
     assert len(Catalog.open(tmp_path / "out" / "catalog.lance")) == 39
     assert names_in(tmp_path / "out") == ["catalog.lance"]
+
+
+# ---------------------------------------------------------------- more data later
+
+
+def write_shard(path: Path, icons: list[Sample]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for icon in icons:
+            for suffix, data in (("png", icon.image), ("txt", icon.caption.encode())):
+                member = tarfile.TarInfo(f"{icon.key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_shards_that_come_later_are_added_and_the_others_left_alone(tmp_path: Path, icons):
+    for number in range(4):
+        write_shard(tmp_path / "data" / f"{number:05d}.tar", icons[10 * number : 10 * number + 10])
+    at_once = index(DataConfig(source=str(tmp_path / "data")), tmp_path / "at once")
+    source = f"{tmp_path}/data/{{00000..00001}}.tar"
+    assert index(DataConfig(source=source), tmp_path / "out").num_added == 20
+    before = Catalog.open(tmp_path / "out")
+    before.add_columns({"expert": np.zeros(20, np.int32)})
+    result = index(DataConfig(source=str(tmp_path / "data")), tmp_path / "out")
+    assert (result.num_added, result.num_samples, result.num_captions) == (20, 40, at_once.num_captions)
+    assert index(DataConfig(source=str(tmp_path / "data")), tmp_path / "out").num_added == 0
+    catalog = Catalog.open(tmp_path / "out")
+    assert rows_of_pairs(catalog) == rows_of_pairs(Catalog.open(tmp_path / "at once"))
+    assert catalog.fingerprint == Catalog.open(tmp_path / "at once").fingerprint != before.fingerprint
+    with pytest.raises(ModeclipError, match=r"column expert .* has no values for 20 pairs that were added since"):
+        catalog.read(["expert"])
+
+
+def rows_of_pairs(catalog: Catalog) -> list[tuple[object, ...]]:
+    names = ["key", "caption", "image", "offset", "size", "width", "height"]
+    return list(zip(*(column.tolist() for column in catalog.read(names).values()), strict=True))
+
+
+def test_files_that_come_into_a_folder_are_added(tmp_path: Path, icons):
+    folder = write_folder(tmp_path / "data", icons[:30])
+    index(DataConfig(source=str(folder)), tmp_path / "out")
+    write_folder(tmp_path / "more", icons[30:])
+    for path in (tmp_path / "more").iterdir():
+        path.rename(folder / path.name)
+    assert index(DataConfig(source=str(folder)), tmp_path / "out").num_added == 10
+    index(DataConfig(source=str(folder)), tmp_path / "at once")
+    assert rows_of_pairs(Catalog.open(tmp_path / "out")) == rows_of_pairs(Catalog.open(tmp_path / "at once"))
+    assert Catalog.open(tmp_path / "out").fingerprint == Catalog.open(tmp_path / "at once").fingerprint
+
+
+def test_another_source_is_added_too(tmp_path: Path, icons):
+    first, second = (write_shard(tmp_path / f"{name}.tar", part) for name, part in (("a", icons[:9]), ("b", icons[9:])))
+    index(DataConfig(source=str(first)), tmp_path / "out")
+    assert index(DataConfig(source=str(second)), tmp_path / "out").num_samples == 40
+    assert index(DataConfig(source=str(second)), tmp_path / "out", replace=True).num_samples == 31
+
+
+def test_a_shard_that_changed_or_other_settings_are_refused(tmp_path: Path, icons):
+    shard = write_shard(tmp_path / "a.tar", icons[:9])
+    index(DataConfig(source=str(shard)), tmp_path / "out")
+    with pytest.raises(ModeclipError, match="was indexed with copy_images False, not True: give the same settings"):
+        index(DataConfig(source=str(shard), copy_images=True), tmp_path / "out")
+    write_shard(shard, icons[:12])
+    with pytest.raises(ModeclipError, match=r"a\.tar' has changed since it was indexed in .*--replace to index"):
+        index(DataConfig(source=str(shard)), tmp_path / "out")
+    assert len(Catalog.open(tmp_path / "out")) == 9
+
+
+def test_a_shard_that_was_missing_is_added_when_it_is_there(tmp_path: Path, icons):
+    write_shard(tmp_path / "0.tar", icons[:30])
+    config = DataConfig(source=f"{tmp_path}/{{0..1}}.tar")
+    result = index(config, tmp_path / "out")
+    assert (result.num_samples, result.skipped) == (30, {MISSING_SHARD: 1})
+    write_shard(tmp_path / "1.tar", icons[30:])
+    assert index(config, tmp_path / "out").num_samples == 40
+
+
+def test_a_killed_run_goes_on_behind_the_shards_it_has_read(tmp_path: Path, icons, monkeypatch):
+    for number in range(4):
+        write_shard(tmp_path / "data" / f"{number:05d}.tar", icons[10 * number : 10 * number + 10])
+    config = DataConfig(source=str(tmp_path / "data"))
+    index(config, tmp_path / "whole")
+    monkeypatch.setattr(indexing, "ROWS_PER_PART", 1)
+    code = (
+        "import os, signal\nfrom modeclip import indexing\nindexing.ROWS_PER_PART = 1\n"
+        "read = indexing._Indexing._read_unit\n"
+        "def dying(self, unit, advance):\n"
+        "    if '00002' in unit.name: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return read(self, unit, advance)\n"
+        f"indexing._Indexing._read_unit = dying\nindexing.index(indexing.{config!r}, {str(tmp_path / 'out')!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    with pytest.raises(ModeclipError, match="is unfinished: give the same modeclip index command again"):
+        Catalog.open(tmp_path / "out")
+    read: list[str] = []
+    original = indexing._Indexing._read_unit
+
+    def watched(self, unit, advance):
+        read.append(Path(unit.name).stem)
+        return original(self, unit, advance)
+
+    monkeypatch.setattr(indexing._Indexing, "_read_unit", watched)
+    result = index(config, tmp_path / "out")
+    assert read == ["00002", "00003"]
+    assert result.num_added == 40
+    assert rows_of_pairs(Catalog.open(tmp_path / "out")) == rows_of_pairs(Catalog.open(tmp_path / "whole"))
+    assert Catalog.open(tmp_path / "out").fingerprint == Catalog.open(tmp_path / "whole").fingerprint
+    used = {f.path for part in Catalog.open(tmp_path / "out").dataset.get_fragments() for f in part.data_files()}
+    left = {path.name for path in (tmp_path / "out" / "catalog.lance" / "data").iterdir()} - used
+    assert len(left) <= 1  # the file that was being written at the kill
+
+
+def test_further_columns_of_a_table_come_along(tmp_path: Path, icons):
+    write_folder(tmp_path / "data", icons)
+    lines = [f"{icon.key}.png\t{icon.caption}\tuid{n}" for n, icon in enumerate(icons)]
+    (tmp_path / "data" / "pairs.tsv").write_text("\n".join(["filepath\ttitle\tuid", *lines]))
+    index(DataConfig(source=str(tmp_path / "data" / "pairs.tsv")), tmp_path / "out")
+    catalog = Catalog.open(tmp_path / "out")
+    assert catalog.read(["uid"])["uid"].tolist() == [f"uid{n}" for n in range(40)]
+    assert catalog.select(uid="uid7").tolist() == [7]
 
 
 def can_mount() -> bool:
@@ -361,7 +485,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path):
 
 @given(st.lists(st.text(max_size=3)), st.text(max_size=3))
 def test_distinct_texts_are_counted_as_a_set_does(texts, other):
-    counted = _Distinct()
+    counted = Distinct()
     for text in texts:
         counted.add(text)
     assert len(counted) == len(set(texts))
@@ -370,7 +494,7 @@ def test_distinct_texts_are_counted_as_a_set_does(texts, other):
 
 
 def test_counting_distinct_texts_keeps_16_bytes_a_text():
-    counted = _Distinct()
+    counted = Distinct()
     for number in range(200_000):
         counted.add(f"caption {number % 20_000}")
         if number % 10_000 == 0:

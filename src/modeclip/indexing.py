@@ -1,146 +1,137 @@
-"""Any source goes in; a catalog of pairs to train on, and one of tasks that are held out, come out.
+"""A source goes in; out comes a catalog of the pairs whose image decodes, and one of what is held out.
 
-The source is read twice: once without its images, which finds whatever makes it useless before the first image is
-opened, and once decoding every image to its last byte in two threads. A pair that cannot be used is skipped and counted
-by cause; too many of them are an error. Rows keep the order of the source, so the same data give the same catalog.
-Catalogs are written to hidden folders and renamed when they are whole: one that can be opened is complete, and what a
-killed run left is removed by the next.
+Sources consist of units (shards, table files, folders, icon sets). Each is read once, in order; finished ones are
+written down, so that a killed run goes on behind them, and a later run reads only the units, and in folders only the
+files, that have come since. Nothing can be seen of new rows until all of them are on disk.
 
-Price: one read and one decode of each image (docs/cost.md has rates). Memory: what Lance holds back to write whole
+Price: one read and one decode of each image (docs/scale.md has rates). Memory: what Lance holds back to write whole
 pages (8 MiB a column), and 8 to 16 bytes a pair to count the distinct captions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-import shutil
-import warnings
-from array import array
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
-from modeclip.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Writer
+from modeclip.catalog import CATALOG, PAIR_COLUMNS, Catalog
 from modeclip.errors import ModeclipError
 from modeclip.files import writing
-from modeclip.icons import TRAIN_SETS, list_icons, read_icons
-from modeclip.progress import log, progress
+from modeclip.icons import TRAIN_SETS
+from modeclip.intake import Skips, check_all, strict_pillow
+from modeclip.places import join
+from modeclip.progress import Advance, log, progress
+from modeclip.rows import Distinct, Rows
 from modeclip.samples import (
-    DUPLICATE,
-    EMPTY,
-    NOT_UTF8,
-    Sample,
+    MISSING_SHARD,
+    MISSING_TABLE,
     Skipped,
-    cause_of,
-    measure_image,
 )
-from modeclip.sources import DataConfig, detect, read_source, read_task, split_task
+from modeclip.sources import open_source, open_task, split_task
+from modeclip.storage import Ledger, exists, only_writer, remove_dataset, remove_files, remove_unfinished
+from modeclip.units import DataConfig, Source, Unit
 
-CATALOG = "catalog.lance"
 TASKS = "tasks.lance"
+IN_MEMORY = ("icons", "iconify")
+"""Kinds of sources whose images are made, not read."""
 HOLDOUT = "holdout"
+SOURCES, SETTINGS, SKIPPED = "modeclip.sources", "modeclip.settings", "modeclip.skipped"
+"""Metadata of a catalog: its units with their states, what decided how they were read, and causes with counts."""
 
-CHECK_THREADS = 2
-SAMPLES_PER_CHECK = 32
-ROWS_PER_WRITE = 1024
-BYTES_PER_WRITE = 1 << 24
+ROWS_PER_PART = 1 << 15
+"""After how many rows the units read so far are written down as finished."""
+NOT_SETTINGS = ("source", "tasks", "max_skipped_fraction", "workers", "train_sets", "exclude_sets")
+"""Fields of ``DataConfig`` that may differ from one run to the next on the same catalog."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexResult:
-    """What was indexed."""
+    """What is indexed."""
 
     kind: str
-    """Kind of the source: icons, folder, table or shards."""
+    """Kind of the source, such as folder or shards."""
     num_samples: int
-    """Pairs to train on."""
+    """Pairs to train on, in all."""
     num_captions: int
     """Distinct captions among them."""
+    num_added: int
+    """Pairs that were not there before."""
     tasks: dict[str, tuple[int, int]]
     """Number of classes and of images of each task that is held out."""
     skipped: dict[str, int]
-    """Pairs that could not be used, by cause."""
+    """Pairs that could not be used, by cause, in all runs."""
 
 
-def index(config: DataConfig, out: Path | str) -> IndexResult:
+def index(config: DataConfig, out: Path | str, *, replace: bool = False) -> IndexResult:
     """Write ``catalog.lance``, and ``tasks.lance`` where pairs are held out, to the folder ``out``.
 
-    Catalogs that are there already are replaced once the new ones are whole.
+    Units that the catalog already has are passed over; the others are added at its end.
+
+    Args:
+        config: The source.
+        out: A folder, or an address in an object store.
+        replace: Put the source in the place of what the catalog has, once all of it is on disk.
 
     Raises:
-        ModeclipError: The source cannot be used, too much of it is damaged, or the disk is full.
+        ModeclipError: The source cannot be used, too much of it is damaged, the catalog was made with other settings,
+            another process is writing to it, or the disk is full.
     """
-    out = Path(out)
-    kind = detect(config)
-    tasks = _task_names(config, kind)
-    log(f"{config.source!r} is read as {kind}")
-    total = _count(config, kind)
-    _remove_leftovers(out)
-    skips = _Skips(config, total)
-    stream = _read_all(config, kind)
-    with (
-        writing(out),
-        Writer(_partial(out, CATALOG)) as catalog_writer,
-        Writer(_partial(out, TASKS)) as task_writer,
-        _strict_pillow(),
-        progress("index", total, "pairs") as advance,
-    ):
-        pairs, held = _Rows(catalog_writer), _Rows(task_writer, with_task=True)
-        for task, item in _check_all(stream, config.copy_images, kind == "icons"):
-            advance(1)
-            if isinstance(item, Skipped):
-                skips.add(item)
-            elif not task and not _is_held_out(item.sample.key, config.holdout_fraction):
-                pairs.add(item)
-            elif kind != "icons" or not task or item.sample.caption in pairs.captions[""]:
-                held.add(item, task or HOLDOUT)
-        if not pairs.num_rows[""]:
+    out = str(out)
+    source = open_source(config)
+    names = _task_names(config, source.kind)
+    tasks = [(split_task(task)[0], open_task(config, task)) for task in config.tasks]
+    log(f"{config.source!r}: {source.what}")
+    paths = join(out, CATALOG), join(out, TASKS)
+    try:
+        with writing(out), only_writer(paths[0]), strict_pillow():
+            work = _Indexing(config, source, paths, replace)
+            work.read_units()
+            catalog, num_added = work.commit()
+            captions = Distinct()
+            for batch in catalog.batches(["caption"], 1 << 16):
+                captions.add_all(batch["caption"])
+            if tasks:
+                _index_tasks(config, tasks, paths[1], captions if source.kind in IN_MEMORY else None, work.skips)
+            elif replace and not config.holdout_fraction:
+                remove_dataset(paths[1])
+    finally:
+        for path in paths:
+            remove_unfinished(path)
+    held = _task_sizes(paths[1])
+    for name in names:
+        if name not in held:
+            where = " whose name is a training caption" if source.kind in IN_MEMORY else ""
             raise ModeclipError(
-                f"data.source {config.source!r} ({kind}) has no pair to train on;"
-                f" {held.num_rows.total()} held out, skipped: {skips}"
+                f"task {name!r} of {config.source!r} has no usable image{where}; skipped: {work.skips};"
+                " correct data.tasks or data.holdout_fraction"
             )
-        for name in tasks:
-            if not held.num_rows[name]:
-                where = " whose name is a training caption" if kind == "icons" else ""
-                raise ModeclipError(
-                    f"task {name!r} of {config.source!r} has no usable image{where}; skipped: {skips};"
-                    " correct data.tasks or data.holdout_fraction"
-                )
-        pairs.commit()
-        if held.num_rows:
-            held.commit()
-        _publish(out)
     return IndexResult(
-        kind=kind,
-        num_samples=pairs.num_rows[""],
-        num_captions=len(pairs.captions[""]),
-        tasks={name: (len(held.captions[name]), count) for name, count in held.num_rows.items()},
-        skipped=dict(skips.causes),
+        kind=source.kind,
+        num_samples=len(catalog),
+        num_captions=len(captions),
+        num_added=num_added,
+        tasks=held,
+        skipped=dict(work.skips.causes),
     )
-
-
-# ---------------------------------------------------------------- what is read
 
 
 def _task_names(config: DataConfig, kind: str) -> list[str]:
     """Return the names of the tasks that were asked for, after looking that they make sense."""
     if config.holdout_fraction:
         return [HOLDOUT]
-    if kind != "icons":
+    if kind not in IN_MEMORY:
         names = [split_task(task)[0] for task in config.tasks]
     else:
         names = list(config.tasks)
-        both = [name for name in names if name in (config.train_sets or TRAIN_SETS)]
-        if both:
+        trained_on = config.train_sets or (TRAIN_SETS if kind == "icons" else ())
+        if both := [name for name in names if name in trained_on]:
             raise ModeclipError(
                 f"icon set {both[0]!r} is in data.tasks and trained on: a task is held out;"
                 " take it out of data.tasks or data.train_sets"
@@ -151,251 +142,188 @@ def _task_names(config: DataConfig, kind: str) -> list[str]:
     return names
 
 
-def _count(config: DataConfig, kind: str) -> int:
-    """Return the number of pairs; whatever makes the source useless is raised here."""
-    if kind == "icons":
-        sets = (*(config.train_sets or TRAIN_SETS), *config.tasks)
-        return sum(len(list_icons(name)) for name in sets)
-    return sum(1 for _ in _read_all(config, kind))
+class _Indexing:
+    """Reads the units of a source that a catalog does not have yet, part by part, and commits them."""
+
+    def __init__(self, config: DataConfig, source: Source, paths: tuple[str, str], replace: bool) -> None:
+        self.config, self.source, self.replace = config, source, replace
+        self.paths = paths
+        old = [Catalog.open(path) if exists(path) and not replace else None for path in paths]
+        self.ledger = Ledger(self.paths[0], "index")
+        self.old = old[0]
+        settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+        self.settings = json.dumps({"kind": source.kind} | settings, sort_keys=True)
+        self.sources: dict[str, str] = json.loads(self.old.metadata[SOURCES]) if self.old else {}
+        self.skips = Skips(config, json.loads(self.old.metadata[SKIPPED]) if self.old else {})
+        self.units = self._wanted()
+        known = None
+        if any(unit.name in self.sources for unit in self.units):
+            known = Distinct()
+            for catalog in filter(None, old):
+                for batch in catalog.batches(["key"], 1 << 16):
+                    known.add_all(batch["key"])
+        self.rows = [
+            Rows(path, _schema(source, catalog, is_task), catalog.fingerprint if catalog else "", known)
+            for path, catalog, is_task in zip(self.paths, old, (False, True), strict=True)
+        ]
+        self.plan = hashlib.blake2b(json.dumps([self.settings, self.sources, replace]).encode()).hexdigest()[:32]
+        self.parts = self._resume()
+
+    def read_units(self) -> None:
+        """Read all units that are not in finished parts, and write down each part that gets finished."""
+        for part in self.parts:
+            self.skips.causes.update(part["skipped"])
+            for rows, files, fingerprint in zip(self.rows, part["files"], part["fingerprints"], strict=True):
+                rows.files += files
+                rows.fingerprint = fingerprint
+        done = sum(len(part["units"]) for part in self.parts)
+        units, before = [], Counter(self.skips.causes)
+        with progress("index", None, "pairs") as advance:
+            try:
+                for position, unit in enumerate(self.units[done:], done + 1):
+                    is_there = self._read_unit(unit, advance)
+                    advance.expect((position - done) / (len(self.units) - done))
+                    units.append([unit.name, unit.state, is_there])
+                    if sum(rows.num_waiting for rows in self.rows) >= ROWS_PER_PART or position == len(self.units):
+                        part = {
+                            "plan": self.plan,
+                            "units": units,
+                            "files": [rows.finish() for rows in self.rows],
+                            "fingerprints": [rows.fingerprint for rows in self.rows],
+                            "skipped": dict(self.skips.causes - before),
+                        }
+                        if all(state for _, state, _ in units):  # a folder may be another when it is read again
+                            self.ledger.add(f"{len(self.parts):06d}", part)
+                        self.parts.append(part)
+                        units, before = [], Counter(self.skips.causes)
+            except BaseException:
+                for rows in self.rows:
+                    rows.discard()
+                raise
+        self.skips.stop_if_too_many()
+
+    def commit(self) -> tuple[Catalog, int]:
+        """Make all rows visible, and return the catalog and how many pairs it has more than before."""
+        pairs, held = self.rows
+        before = len(self.old) if self.old else 0
+        if not before and not pairs.files:
+            raise ModeclipError(
+                f"data.source {self.config.source!r} ({self.source.kind}) has no pair to train on;"
+                f" {sum(count for _, count in held.files):,} held out, skipped: {self.skips}"
+            )
+        self.sources |= {name: state for part in self.parts for name, state, is_there in part["units"] if is_there}
+        metadata = {SOURCES: json.dumps(self.sources), SETTINGS: self.settings}
+        metadata[SKIPPED] = json.dumps(dict(self.skips.causes))
+        if held.files:
+            held.commit(metadata, self.replace)
+        pairs.commit(metadata, self.replace)
+        self.ledger.clear()
+        catalog = Catalog.open(self.paths[0])
+        return catalog, len(catalog) - before
+
+    def _wanted(self) -> list[Unit]:
+        """Return the units to be read: new ones, and those that may have grown."""
+        if self.old and self.old.metadata[SETTINGS] != self.settings:
+            was, now = json.loads(self.old.metadata[SETTINGS]), json.loads(self.settings)
+            name = next(name for name in now if was.get(name) != now[name])
+            raise ModeclipError(
+                f"catalog {self.paths[0]!r} was indexed with {name} {was.get(name)!r}, not {now[name]!r}: give the same"
+                " settings to add to it, or another --out, or --replace"
+            )
+        for unit in self.source.units:
+            if unit.state and self.sources.get(unit.name, unit.state) != unit.state:
+                raise ModeclipError(
+                    f"{unit.name!r} has changed since it was indexed in {self.paths[0]!r}: its pairs cannot be added a"
+                    " second time; give another --out, or --replace to index everything again"
+                )
+        return [unit for unit in self.source.units if not unit.state or unit.name not in self.sources]
+
+    def _resume(self) -> list[dict[str, Any]]:
+        """Return the parts of the same work that an earlier run finished; what it left of other work is removed."""
+        parts = [part for _, part in sorted(self.ledger.parts().items())]
+        read = [unit[:2] for part in parts for unit in part["units"]]
+        wanted = [[unit.name, unit.state] for unit in self.units]
+        if all(part["plan"] == self.plan for part in parts) and wanted[: len(read)] == read:
+            if read:
+                log(f"going on behind {len(read):,} parts of the source that an earlier run has read")
+            return parts
+        for path, position in zip(self.paths, (0, 1), strict=True):
+            remove_files(path, [name for part in parts for name, _ in part["files"][position]])
+        self.ledger.clear()
+        return []
+
+    def _read_unit(self, unit: Unit, advance: Advance) -> bool:
+        """Read one unit into rows; say whether it was there at all."""
+        is_there = True
+        for item in check_all(unit.read(), self.config, self.source.kind in IN_MEMORY):
+            advance(1)
+            self.skips.num_seen += 1
+            if isinstance(item, Skipped):
+                self.skips.add(item)
+                if item.key == unit.name:
+                    log(f"{item.cause}: {item.key} {item.detail}")
+                    is_there = item.cause not in (MISSING_SHARD, MISSING_TABLE)
+                continue
+            held_out = _is_held_out(item.sample.key, self.config.holdout_fraction)
+            self.rows[held_out].add(item, HOLDOUT if held_out else "")
+        return is_there
 
 
-def _read_all(config: DataConfig, kind: str) -> Iterator[tuple[str, Sample | Skipped]]:
-    """Yield (task, pair) for all there is: first the pairs of no task, then task by task."""
-    if kind == "icons":
-        for item in read_icons(config.train_sets or TRAIN_SETS, config.image_size):
-            yield "", item
-        for task in config.tasks:
-            for item in read_icons([task], config.image_size):
-                yield task, item
-        return
-    for item in read_source(config):
-        yield "", item
-    for task in config.tasks:
-        for item in read_task(config, task):
-            yield split_task(task)[0], item
+def _index_tasks(
+    config: DataConfig, tasks: list[tuple[str, Source]], path: str, classes: Distinct | None, skips: Skips
+) -> None:
+    """Write the catalog of the tasks that a source holds out, in the place of an older one.
+
+    Args:
+        config: How images are checked.
+        tasks: Name and source of each.
+        path: The catalog.
+        classes: What a class may be called; None: anything.
+        skips: Counts what is skipped.
+    """
+    rows = Rows(path, _schema(tasks[0][1], None, is_task=True), "", None)
+    with progress("index tasks", None, "pairs") as advance:
+        for position, (name, source) in enumerate(tasks, 1):
+            for unit in source.units:
+                for item in check_all(unit.read(), config, source.kind in IN_MEMORY):
+                    advance(1)
+                    skips.num_seen += 1
+                    if isinstance(item, Skipped):
+                        skips.add(item)
+                    elif classes is None or item.sample.caption in classes:
+                        rows.add(item, name)
+            advance.expect(position / len(tasks))
+    rows.finish()
+    if rows.files:
+        rows.commit({}, replace=True)
+
+
+def _task_sizes(path: str) -> dict[str, tuple[int, int]]:
+    """Return the classes and images of each task of a catalog, if there is one."""
+    captions: defaultdict[str, Distinct] = defaultdict(Distinct)
+    sizes: Counter[str] = Counter()
+    if exists(path):
+        for batch in Catalog.open(path).batches(["task", "caption"], 1 << 16):
+            for task in np.unique(batch["task"]):
+                of_task = batch["caption"][batch["task"] == task]
+                sizes[task] += len(of_task)
+                captions[task].add_all(of_task)
+    return {task: (len(captions[task]), count) for task, count in sizes.items()}
 
 
 def _is_held_out(key: str, fraction: float) -> bool:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    image = re.sub(r"#\d+$", "", key)  # all captions of an image go the same way
+    digest = hashlib.blake2b(image.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
-# ---------------------------------------------------------------- what is checked
-
-
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """A sample whose image has been decoded."""
-
-    sample: Sample
-    image: bytes | None
-    """What the row holds: nothing where it refers to a file."""
-    width: int
-    height: int
-    digest: bytes
-    """Hash of the encoded image."""
-
-
-def _check(sample: Sample, copy_image: bool) -> _Checked | Skipped:
-    """Read and decode one image; what fails comes back as the cause."""
-    texts = (sample.key, sample.caption, sample.path or "")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        return Skipped(ascii(sample.key), NOT_UTF8, f"{error.reason} in {error.object!a}")
-    try:
-        data = sample.read()
-        if not data:
-            return Skipped(sample.key, EMPTY, sample.path or "")
-        width, height = measure_image(data)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        return Skipped(sample.key, cause_of(error), re.sub(r" ?<_io[^>]*>", "", str(error)))
-    held = data if copy_image or sample.path is None else None
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    return _Checked(sample, held, width, height, digest)
-
-
-def _check_all(
-    stream: Iterator[tuple[str, Sample | Skipped]], copy_images: bool, in_memory: bool
-) -> Iterator[tuple[str, _Checked | Skipped]]:
-    """Check a stream in order; images in files by threads, with a bounded number under way.
-
-    Images in memory are small and just made: there threads would only wait for each other.
-    """
-
-    def check_item(item: Sample | Skipped) -> _Checked | Skipped:
-        return item if isinstance(item, Skipped) else _check(item, copy_images)
-
-    def check_part(part: list[tuple[str, Sample | Skipped]]) -> list[tuple[str, _Checked | Skipped]]:
-        return [(task, check_item(item)) for task, item in part]
-
-    if in_memory:
-        yield from ((task, check_item(item)) for task, item in stream)
-        return
-    under_way: deque[Future[list[tuple[str, _Checked | Skipped]]]] = deque()
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        while part := list(islice(stream, SAMPLES_PER_CHECK)):
-            under_way.append(pool.submit(check_part, part))
-            if len(under_way) > 2 * CHECK_THREADS:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
-
-
-@contextmanager
-def _strict_pillow() -> Iterator[None]:
-    """Make Pillow raise for a decompression bomb and keep silent about metadata it cannot read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-class _Skips:
-    """Counts of what was skipped by cause, with the first example of each."""
-
-    def __init__(self, config: DataConfig, total: int) -> None:
-        self.causes: Counter[str] = Counter()
-        self._first: dict[str, Skipped] = {}
-        self._config = config
-        self._total = total
-
-    def add(self, skipped: Skipped) -> None:
-        """Count one; raise when they are too many. Duplicates are no damage and raise nothing."""
-        self.causes[skipped.cause] += 1
-        self._first.setdefault(skipped.cause, skipped)
-        damaged = self.causes.total() - self.causes[DUPLICATE]
-        if damaged > self._config.max_skipped_fraction * self._total:
-            raise ModeclipError(
-                f"data.source {self._config.source!r}: {damaged:,} of {self._total:,} pairs cannot"
-                f" be used, more than data.max_skipped_fraction {self._config.max_skipped_fraction};"
-                f" stopped there: {self}; mend the data or raise data.max_skipped_fraction"
-            )
-
-    def __str__(self) -> str:
-        return (
-            "; ".join(
-                f"{cause} {count:,} (first: {self._first[cause].key!r}, {' '.join(self._first[cause].detail.split())})"
-                for cause, count in self.causes.most_common()
-            )
-            or "none"
-        )
-
-
-# ---------------------------------------------------------------- what is written
-
-
-class _Rows:
-    """The rows of one catalog in the making, with their fingerprint and what is counted of them."""
-
-    def __init__(self, writer: Writer, with_task: bool = False) -> None:
-        self.num_rows: Counter[str] = Counter()
-        self.captions: defaultdict[str, _Distinct] = defaultdict(_Distinct)
-        self._writer = writer
-        names = [name for name in PAIR_COLUMNS if with_task or name != "task"]
-        self._schema = pa.schema([(name, PAIR_COLUMNS[name]) for name in names])
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._waiting: list[dict[str, object]] = []
-        self._waiting_bytes = 0
-
-    def add(self, checked: _Checked, task: str = "") -> None:
-        """Append a row."""
-        sample = checked.sample
-        self.num_rows[task] += 1
-        self.captions[task].add(sample.caption)
-        identity = (sample.key, sample.caption, sample.group, task, checked.digest)
-        self._hash.update(repr(identity).encode())
-        in_row = checked.image is not None
-        self._waiting.append(
-            {
-                "key": sample.key,
-                "caption": sample.caption,
-                "image": checked.image,
-                "path": None if in_row else sample.path,
-                "offset": 0 if in_row else sample.offset,
-                "size": len(checked.image or b"") if in_row else sample.size,
-                "width": checked.width,
-                "height": checked.height,
-                "group": sample.group,
-                "task": task,
-            }
-        )
-        self._waiting_bytes += len(checked.image or b"")
-        if len(self._waiting) >= ROWS_PER_WRITE or self._waiting_bytes >= BYTES_PER_WRITE:
-            self._write()
-
-    def commit(self) -> None:
-        """Write what waits and make the catalog one that opens."""
-        self._write()
-        self._writer.commit({FORMAT: FORMAT_VERSION, FINGERPRINT: self._hash.hexdigest()})
-
-    def _write(self) -> None:
-        if self._waiting:
-            self._writer.write(pa.Table.from_pylist(self._waiting, schema=self._schema))
-            self._waiting, self._waiting_bytes = [], 0
-
-
-class _Distinct:
-    """A set of texts that keeps 8 to 16 bytes of hash a text.
-
-    The chance that a billion texts are counted one short is 3 % (n² / 2^65).
-
-    Hashes lie in 256 parts by their last byte, each sorted, so that only one at a time is sorted anew.
-    """
-
-    def __init__(self) -> None:
-        self._sorted = [np.empty(0, np.uint64) for _ in range(256)]
-        self._new = [array("Q") for _ in range(256)]
-
-    def add(self, text: str) -> None:
-        """Put a text in."""
-        value = self._hash(text)
-        new = self._new[value % 256]
-        new.append(value)
-        if len(new) > len(self._sorted[value % 256]) + 256:
-            self._merge(value % 256)
-
-    def __len__(self) -> int:
-        return sum(len(self._merge(part)) for part in range(256))
-
-    def __contains__(self, text: str) -> bool:
-        value = self._hash(text)
-        values = self._merge(value % 256)
-        position = int(np.searchsorted(values, np.uint64(value)))
-        return position < len(values) and int(values[position]) == value
-
-    def _merge(self, part: int) -> np.ndarray:
-        if self._new[part]:
-            new = np.frombuffer(self._new[part], np.uint64)
-            self._sorted[part] = np.unique(np.concatenate([self._sorted[part], new]))
-            self._new[part] = array("Q")
-        return self._sorted[part]
-
-    @staticmethod
-    def _hash(text: str) -> int:
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def _partial(out: Path, name: str) -> Path:
-    return out / f".{name}.partial"
-
-
-def _replaced(out: Path, name: str) -> Path:
-    return out / f".{name}.replaced"
-
-
-def _remove_leftovers(out: Path) -> None:
-    for name in (CATALOG, TASKS):
-        shutil.rmtree(_partial(out, name), ignore_errors=True)
-        shutil.rmtree(_replaced(out, name), ignore_errors=True)
-
-
-def _publish(out: Path) -> None:
-    """Put the new catalogs in the place of the old ones; that of the pairs goes first and comes last."""
-    for name in (CATALOG, TASKS):
-        if (out / name).exists():
-            (out / name).rename(_replaced(out, name))
-    for name in (TASKS, CATALOG):
-        if _partial(out, name).joinpath("_versions").exists():
-            _partial(out, name).rename(out / name)
-    _remove_leftovers(out)
+def _schema(source: Source, old: Catalog | None, is_task: bool) -> pa.Schema:
+    """Return the columns that indexing writes: those of pairs, and the further ones of the source."""
+    pairs = [pa.field(name, kind) for name, kind in PAIR_COLUMNS.items() if is_task or name != "task"]
+    further = [field for field in source.extra if field.name not in PAIR_COLUMNS and not is_task]
+    if old is not None:
+        new = [field.name for field in further if field.name not in old.columns]
+        if new:
+            log(f"columns {', '.join(new)} are left out: the catalog was begun without them")
+        further = [field for field in further if field.name not in new]
+    return pa.schema([*pairs, *further])

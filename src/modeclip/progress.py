@@ -6,10 +6,12 @@ terminal a bar is live; in a log file each finished bar leaves one line.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +20,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -52,33 +55,50 @@ def make_progress() -> Progress:
     )
 
 
+class Advance:
+    """Called with the units of work just done."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self.done = 0
+        self._bars, self._task = bars, task
+
+    def __call__(self, count: int) -> None:
+        """Count work as done."""
+        self.done += count
+        self._bars.update(self._task, advance=count)
+
+    def expect(self, share: float) -> None:
+        """Say which share of all work is done, in (0, 1], where the total is not known before."""
+        self._bars.update(self._task, total=max(self.done, round(self.done / share)))
+
+
 @contextmanager
-def progress(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int | None, unit: str) -> Iterator[Advance]:
     """Show a bar for a piece of work; yields ``advance(n)``, to be called with the units just done.
 
     Args:
         description: What is being done, a few words.
-        total: Units of work in all.
+        total: Units of work in all; None: not known, until ``advance.expect`` says it.
         unit: Name of a unit, plural ("captions").
     """
-    started, done = time.monotonic(), 0
+    started = time.monotonic()
     with make_progress() as bars:
-        task = bars.add_task(description, total=total, unit=unit)
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            bars.update(task, advance=count)
-
+        advance = Advance(bars, bars.add_task(description, total=total, unit=unit))
         yield advance
     if not console.is_terminal:
         seconds = time.monotonic() - started
-        log(f"{description}: {done:,} {unit} in {seconds:.1f} s ({done / max(seconds, 1e-9):,.0f}/s)")
+        log(f"{description}: {advance.done:,} {unit} in {seconds:.1f} s ({advance.done / max(seconds, 1e-9):,.0f}/s)")
 
 
 def log(text: str) -> None:
     """Print one line for a person to read."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """Print a result for machines on standard output."""
+    json.dump(content, sys.stdout, indent=1, ensure_ascii=False)
+    print()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,297 @@
+"""The path of a file or its address in an object store goes in; names, states and bytes come out.
+
+Sources read local folders and object stores (``s3://...``) by the same few functions. Addresses go through fsspec,
+which takes keys and endpoints from the usual environment variables. Byte ranges of local files, of which training
+reads many from the same shards, come from descriptors that stay open; a file that has been replaced or removed since
+is noticed by its state.
+
+Price: a local range costs a stat and a read, about 3 µs; a range in an object store costs a request.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from modeclip.errors import ModeclipError
+
+MAX_OPEN_FILES = 128
+"""Descriptors that a process keeps; the usual limit for all is 1,024."""
+PACKAGES = {"s3": "s3", "s3a": "s3"}
+"""Extra of modeclip that brings the client of an object store, by protocol."""
+
+
+def is_url(path: str) -> bool:
+    """Say whether a path is an address such as ``s3://bucket/folder``."""
+    return "://" in path
+
+
+def absolute(path: str) -> str:
+    """Return a path that means the same from everywhere; addresses stay as they are."""
+    return path if is_url(path) else str(Path(path).resolve())
+
+
+def join(folder: str, name: str) -> str:
+    """Return the path of something in a folder, or ``name`` itself where that is absolute."""
+    if is_url(name) or name.startswith("/"):
+        return name
+    return f"{folder.rstrip('/')}/{name}" if folder else name
+
+
+def parent(path: str) -> str:
+    """Return the folder in which a file lies."""
+    return path.rstrip("/").rpartition("/")[0]
+
+
+def folders_below(paths: list[str]) -> list[str]:
+    """Return each path without its suffix, from the folder on that all have in common.
+
+    Examples:
+        >>> folders_below(["s3://b/x/00.tar", "s3://b/y/00.tar"])
+        ['x/00', 'y/00']
+    """
+    parts = [path.split("/") for path in paths]
+    levels = zip(*(part[:-1] for part in parts), strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+    return ["/".join(part[depth:]).rpartition(".")[0] for part in parts]
+
+
+def expand(source: str) -> list[str]:
+    """Return the names that a source lists: parts joined by ``::``, each with its braces expanded, absolute."""
+    return [absolute(name) for part in source.split("::") for name in expand_braces(part) if name]
+
+
+def expand_braces(text: str) -> list[str]:
+    """Expand braces as a shell does: lists, and ranges of numbers.
+
+    Examples:
+        >>> expand_braces("{a,b}-{08..10}.tar")
+        ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
+    """
+    parts: list[list[str]] = []
+    for piece in re.split(r"(\{[^{}]*\})", text):
+        bounds = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
+        if bounds:
+            first, last = bounds.groups()
+            padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
+            width = max(len(first), len(last)) if padded else 0
+            step = 1 if int(first) <= int(last) else -1
+            numbers = range(int(first), int(last) + step, step)
+            parts.append([f"{number:0{width}d}" for number in numbers])
+        elif piece.startswith("{") and "," in piece:
+            parts.append(piece[1:-1].split(","))
+        else:
+            parts.append([piece])
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def filesystem(url: str) -> Any:
+    """Return the fsspec client that an address needs.
+
+    Raises:
+        ModeclipError: The package that it needs is not installed, or there is no such protocol.
+    """
+    import fsspec  # only where it is needed: half a second
+
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.filesystem(protocol)
+    except ImportError as error:
+        extra = PACKAGES.get(protocol)
+        install = f'pip install "modeclip[{extra}]"' if extra else f"{error}"
+        raise ModeclipError(f"{url!r} needs a package that is not installed: {install}") from error
+    except ValueError as error:
+        raise ModeclipError(
+            f"{url!r} is an address of an unknown kind: expected s3:// or another that fsspec knows"
+        ) from error
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Turn what clients of object stores raise for a wrong address, key or endpoint into one line.
+
+    Raises:
+        ModeclipError: The store cannot be reached or refuses.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ModeclipError):
+        raise
+    except Exception as error:  # each client has its own
+        if not is_url(url):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModeclipError(f"cannot read {url!r}: {reason}; correct the address, the keys or the endpoint") from error
+
+
+def states(paths: list[str]) -> list[str]:
+    """Return what changes when a file does: size and time of change, or etag; "" where there is no such file."""
+    for folder in sorted({parent(path) for path in paths if is_url(path)}):  # one listing, not a request a file
+        with suppress(FileNotFoundError), reaching(folder):
+            filesystem(folder).ls(folder, detail=True, refresh=True)
+    return [state(path) for path in paths]
+
+
+def state(path: str) -> str:
+    """Return the state of one file, as ``states`` does."""
+    try:
+        if not is_url(path):
+            found = Path(path).stat()
+            return f"{found.st_size} {found.st_mtime_ns}"
+        with reaching(path):
+            return _state_of(filesystem(path).info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def _state_of(info: dict[str, Any]) -> str:
+    change = next((info[name] for name in ("ETag", "etag", "md5Hash", "mtime", "LastModified") if name in info), "")
+    return f"{info['size']} {str(change).strip(chr(34))}"
+
+
+def is_folder(path: str) -> bool:
+    """Say whether something is a folder; an address that ends in "/" is taken at its word."""
+    if not is_url(path):
+        return Path(path).is_dir()
+    with reaching(path):
+        return path.endswith("/") or bool(filesystem(path).isdir(path))
+
+
+def list_folder(folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of the sub-folders and of the files of a folder, each sorted, without hidden ones."""
+    for _, folders, files in _walk(folder):
+        return sorted(folders), sorted(name for name in files if not name.startswith("."))
+    return [], []
+
+
+def walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (folder relative to the root, sorted names of its files) for a folder and its sub-folders.
+
+    Names that begin with a dot are passed over; links to folders are not followed, for they may form a ring.
+    """
+    for folder, _, names in _walk(root):
+        yield folder, sorted(name for name in names if not name.startswith("."))
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    if is_url(root):
+        store = filesystem(root)
+        base = store._strip_protocol(root).rstrip("/")
+        with reaching(root):
+            store.invalidate_cache()
+            steps = store.walk(base)
+            for folder, folders, names in steps:
+                _sort_visible(folders)
+                yield folder.rstrip("/")[len(base) :].strip("/"), list(folders), [name for name in names if name]
+    else:
+        for folder, folders, files in os.walk(root):
+            _sort_visible(folders)
+            relative = os.path.relpath(folder, root)
+            yield "" if relative == "." else relative, list(folders), files
+
+
+def _sort_visible(folders: Any) -> None:
+    """Put the folders that are to be walked in order, in place; fsspec gives a dictionary, the os a list."""
+    if isinstance(folders, dict):
+        kept = {name: folders[name] for name in sorted(folders) if not name.startswith(".")}
+        folders.clear()
+        folders.update(kept)
+    else:
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def tree_states(root: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Return "path state" for the files below a folder that end in one of the suffixes, sorted."""
+    if is_url(root):
+        with reaching(root):
+            store = filesystem(root)
+            store.invalidate_cache()
+            found = store.find(root, detail=True)
+        return [f"{path} {_state_of(found[path])}" for path in sorted(found) if path.lower().endswith(suffixes)]
+    paths = (join(join(root, folder), name) for folder, names in walk(root) for name in names)
+    return [f"{path} {state(path)}" for path in sorted(paths) if path.lower().endswith(suffixes)]
+
+
+def open_file(path: str) -> Any:
+    """Open a file of bytes for reading, wherever it lies; fsspec's files are of no common type."""
+    if not is_url(path):
+        return Path(path).open("rb")
+    return filesystem(path).open(path, "rb", block_size=1 << 22)
+
+
+def file_size(path: str) -> int:
+    """Return the number of bytes of a file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not is_url(path):
+        return Path(path).stat().st_size
+    with reaching(path):
+        return int(filesystem(path).info(path)["size"])
+
+
+def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
+    """Return the bytes of a file from ``offset`` on: ``size`` of them (fewer at its end), or all with -1.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: It cannot be read.
+    """
+    if is_url(path):
+        end = None if size < 0 else offset + size
+        with reaching(path):
+            return bytes(filesystem(path).cat_file(path, start=offset or None, end=end)) if size else b""
+    if size >= 0:
+        return _OPEN.read(path, offset, size)
+    with Path(path).open("rb") as file:
+        file.seek(offset)
+        return file.read()
+
+
+class _Descriptor:
+    """An open file, closed when the last who uses it lets go."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class _OpenFiles:
+    """The files that this process read ranges of last; safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, tuple[tuple[int, int, int], _Descriptor]] = OrderedDict()
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        found = os.stat(path)  # noqa: PTH116 (a Path would cost more than the reading)
+        identity = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        with self._lock:
+            known = self._files.get(path)
+            if known is None or known[0] != identity:
+                known = self._files[path] = (identity, _Descriptor(path))
+                if len(self._files) > MAX_OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(path)
+        data = os.pread(known[1].number, size, offset)
+        while len(data) < size and (more := os.pread(known[1].number, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+
+_OPEN = _OpenFiles()
+os.register_at_fork(after_in_child=_OPEN.after_fork)
