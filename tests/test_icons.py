@@ -12,8 +12,8 @@ from PIL import Image
 
 from modeclip import icons
 from modeclip.errors import ModeclipError
-from modeclip.icons import ICON_SETS, TASK_SETS, TRAIN_SETS, icon_caption, list_icons, read_icons, render
-from modeclip.samples import BLANK, DUPLICATE, UNRENDERED, Sample, Skipped, decode_image
+from modeclip.icons import ICON_SETS, TASK_SETS, TRAIN_SETS, draw, icon_caption, list_icons, read_icons, render, usable
+from modeclip.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample, Skipped, decode_image
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,16 @@ def test_icons_that_cannot_be_used_are_skipped_by_cause(monkeypatch: pytest.Monk
         "octicons/c": BLANK,
         "octicons/d": UNRENDERED,
     }
+
+
+def test_an_icon_with_several_names_is_several_pairs_but_each_only_once():
+    drawing = draw('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 4"><path d="M0 0h2v2H0z"/></svg>', 8)
+    seen: set[bytes] = set()
+    first = [(i.key, i.caption) for i in usable(drawing, "s/a", ["one", "two"], seen)]
+    again, new = usable(drawing, "s/b", ["two", "three"], seen)
+    assert first == [("s/a", "one"), ("s/a#1", "two")]
+    assert (again.cause, new.key, new.caption) == (DUPLICATE, "s/b", "three")
+    assert [i.cause for i in usable(drawing, "s/-", [], seen)] == [EMPTY_CAPTION]
 
 
 def test_an_unknown_set_lists_the_known_ones():

@@ -14,18 +14,20 @@ from PIL import Image
 
 from modeclip.samples import (
     BOMB,
+    EMPTY_CAPTION,
     MISSING,
     NO_CAPTION,
     NOT_JSON,
     NOT_UTF8,
     UNDECODABLE,
     UNREADABLE,
+    CaptionRule,
     Sample,
     Skipped,
     cause_of,
     decode_image,
     measure_image,
-    read_caption,
+    samples_of,
 )
 
 
@@ -43,24 +45,27 @@ def gradient(width: int = 40, height: int = 30) -> Image.Image:
 @given(st.text())
 def test_a_caption_is_the_text_without_the_space_around_it(text):
     expected = text.removeprefix("\ufeff").strip()
-    caption = read_caption(text.encode("utf-8", "ignore"), "txt", "k")
+    captions = CaptionRule().read(text.encode("utf-8", "ignore"), "txt", "k")
     if expected.encode("utf-8", "ignore").decode():
-        assert caption == expected.encode("utf-8", "ignore").decode()
+        assert captions == [expected.encode("utf-8", "ignore").decode()]
     else:
-        assert isinstance(caption, Skipped)
-        assert caption.cause == NO_CAPTION
+        assert isinstance(captions, Skipped)
+        assert captions.cause == EMPTY_CAPTION
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip))
 def test_a_json_caption_is_its_field(text):
-    assert read_caption(json.dumps({"caption": text}).encode(), "json", "k") == text.strip()
+    assert CaptionRule().read(json.dumps({"caption": text}).encode(), "json", "k") == [text.strip()]
 
 
 @pytest.mark.parametrize(
     ("data", "suffix", "cause"),
     [
-        (b"", "txt", NO_CAPTION),
-        (b" \n", "txt", NO_CAPTION),
+        (b"", "txt", EMPTY_CAPTION),
+        (b" \n", "txt", EMPTY_CAPTION),
+        (b'{"caption": " "}', "json", EMPTY_CAPTION),
+        (b'{"caption": [1, "", null, ["alt"]]}', "json", EMPTY_CAPTION),
+        (b"[" * 100_000, "json", NOT_JSON),
         (b"caf\xe9", "txt", NOT_UTF8),
         (b'{"caption": "caf\xe9"}', "json", NOT_UTF8),
         (b"{", "json", NOT_JSON),
@@ -70,10 +75,40 @@ def test_a_json_caption_is_its_field(text):
     ],
 )
 def test_what_is_no_caption_has_a_cause(data, suffix, cause):
-    skipped = read_caption(data, suffix, "the key")
+    skipped = CaptionRule().read(data, suffix, "the key")
     assert isinstance(skipped, Skipped)
     assert (skipped.key, skipped.cause) == ("the key", cause)
     assert suffix.rpartition(".")[2] in skipped.detail or cause == NOT_JSON
+
+
+@pytest.mark.parametrize(
+    ("content", "rule", "captions"),
+    [
+        ({"caption": ["one", " two ", "one", ""]}, CaptionRule(), ["one", "two"]),
+        ({"alt": "one", "caption": "two"}, CaptionRule(field="alt"), ["one"]),
+        ({"texts": [["alt", "one"], ["title", "two"], ["alt", "three"]]}, CaptionRule(), ["one", "two", "three"]),
+        (
+            {"texts": [["alt", "one"], ["title", "two"], ["alt", "three"]]},
+            CaptionRule(text_keys=frozenset({"alt"})),
+            ["one", "three"],
+        ),
+        ({"texts": [["alt", "one"]], "caption": "two"}, CaptionRule(), ["two"]),
+    ],
+)
+def test_a_json_file_may_hold_several_captions(content, rule, captions):
+    assert rule.read(json.dumps(content).encode(), "json", "k") == captions
+
+
+def test_every_line_is_a_caption_where_that_is_asked_for():
+    text = b"one cat\r\n\n two cats\none cat\n"
+    assert CaptionRule(lines=True).read(text, "txt", "k") == ["one cat", "two cats"]
+    assert CaptionRule().read(text, "txt", "k") == ["one cat\r\n\n two cats\none cat"]
+
+
+def test_captions_of_one_image_are_samples_with_numbered_keys():
+    samples = list(samples_of(["a", "b", "c"], "k", path="p", offset=3, size=4))
+    assert [(s.key, s.caption) for s in samples] == [("k", "a"), ("k#1", "b"), ("k#2", "c")]
+    assert {(s.path, s.offset, s.size) for s in samples} == {("p", 3, 4)}
 
 
 def test_an_image_is_read_from_memory_a_file_or_a_part_of_one(tmp_path: Path):

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import json
+import lzma
 import os
 import shutil
 import subprocess
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeclip.errors import ModeclipError
-from modeclip.samples import NO_CAPTION, NO_IMAGE, NOT_UTF8, Sample, Skipped
-from modeclip.shards import expand_braces, list_shards, read_shards
+from modeclip.places import expand_braces
+from modeclip.samples import (
+    COMPRESSED_SHARD,
+    DAMAGED_SHARD,
+    DAMAGED_TABLE,
+    MISSING_SHARD,
+    NO_CAPTION,
+    NO_IMAGE,
+    NOT_UTF8,
+    Sample,
+    Skipped,
+)
+from modeclip.shards import list_shards, open_shards
+from modeclip.sources import DataConfig, open_source
+from modeclip.tars import DamagedTar, Tar
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -29,8 +48,9 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def read(source: str | Path, images: str = "jpg png", captions: str = "txt json") -> list[Sample | Skipped]:
-    return list(read_shards(str(source), images.split(), captions.split()))
+def read(source: str | Path, images: str = "jpg;png", captions: str = "txt;json", **more: object):
+    config = DataConfig(source=str(source), image_keys=images, caption_keys=captions, **more)
+    return [item for unit in open_shards(config).units for item in unit.read()]
 
 
 def test_samples_point_at_the_bytes_of_their_images(tmp_path: Path):
@@ -76,7 +96,7 @@ def test_pairs_that_lack_a_half_are_skipped_by_cause(tmp_path: Path):
     members = {"a.jpg": b"i", "a.txt": b"ok", "b.jpg": b"i", "c.txt": b"t", "d.jpg": b"i", "d.txt": b"\xff"}
     _, *skipped = read(write_tar(tmp_path / "s.tar", members))
     assert [(s.key, s.cause) for s in skipped] == [("s/b", NO_CAPTION), ("s/c", NO_IMAGE), ("s/d", NOT_UTF8)]
-    assert skipped[0].detail == "s.tar has no b.txt/json"
+    assert skipped[0].detail == f"{tmp_path}/s.tar has no b.txt/json"
 
 
 def test_shards_are_named_by_braces_joins_or_their_folder(tmp_path: Path):
@@ -89,7 +109,7 @@ def test_shards_are_named_by_braces_joins_or_their_folder(tmp_path: Path):
         ("y/7/a", "y/7"),
     ]
     assert [s.key for s in read(tmp_path / "x")] == ["00/a", "01/a"]
-    assert list_shards(f"{tmp_path}/x/{{01,00}}.tar") == [tmp_path / "x/01.tar", tmp_path / "x/00.tar"]
+    assert list_shards(f"{tmp_path}/x/{{01,00}}.tar") == [f"{tmp_path}/x/01.tar", f"{tmp_path}/x/00.tar"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="compares with bash")
@@ -104,11 +124,19 @@ def test_braces_expand_as_in_bash(parts):
     assert expand_braces(text) == shell.stdout.split()
 
 
-def test_shards_that_are_missing_are_counted_and_named(tmp_path: Path):
-    write_tar(tmp_path / "0.tar", {"a.jpg": b"i"})
-    with pytest.raises(ModeclipError, match=r"2 of 3 shards do not exist \(first: .*/1\.tar\); correct the names"):
+def test_a_shard_that_is_missing_is_skipped_unless_all_are(tmp_path: Path):
+    write_tar(tmp_path / "0.tar", {"a.jpg": b"i", "a.txt": b"t"})
+    source = open_source(DataConfig(source=f"{tmp_path}/{{0..2}}.tar"))
+    assert source.what == "3 webdataset shards (2 missing)"
+    assert [unit.state == "" for unit in source.units] == [False, True, True]
+    sample, *skipped = (item for unit in source.units for item in unit.read())
+    assert sample.caption == "t"
+    assert skipped == [Skipped(f"{tmp_path}/{n}.tar", MISSING_SHARD, "no such file") for n in (1, 2)]
+    (tmp_path / "0.tar").unlink()
+    assert [item.cause for item in source.units[0].read()] == [MISSING_SHARD]  # it vanished after it was listed
+    with pytest.raises(ModeclipError, match=r"none of 3 shards exists \(first: .*/0\.tar\); correct the names"):
         read(f"{tmp_path}/{{0..2}}.tar")
-    with pytest.raises(ModeclipError, match=r"0 of 0 shards do not exist \(first: none named\)"):
+    with pytest.raises(ModeclipError, match=r"none of 0 shards exists \(first: none named\)"):
         read("::")
 
 
@@ -123,7 +151,6 @@ def test_shards_that_are_missing_are_counted_and_named(tmp_path: Path):
             {"0.input.jpg": b"i", "0.txt": b"t"},
             "holds no image: expected members ending in jpg or png, found input.jpg, txt; set data.image_keys",
         ),
-        ({}, "holds no caption: expected members ending in txt or json, found no member at all"),
     ],
 )
 def test_a_shard_without_captions_or_images_is_an_error(tmp_path: Path, members, message):
@@ -131,6 +158,14 @@ def test_a_shard_without_captions_or_images_is_an_error(tmp_path: Path, members,
     with pytest.raises(ModeclipError) as caught:
         read(shard)
     assert str(caught.value).startswith(f"shard '{shard}' {message}")
+
+
+def test_an_empty_shard_is_no_problem_unless_all_are(tmp_path: Path):
+    write_tar(tmp_path / "0.tar", {})
+    with pytest.raises(ModeclipError, match=r"none of 1 shard can be read \(no member in any of them\)"):
+        read(tmp_path)
+    write_tar(tmp_path / "1.tar", {"a.jpg": b"i", "a.txt": b"t"})
+    assert [s.key for s in read(tmp_path)] == ["1/a"]
 
 
 def cut(data: bytes) -> bytes:
@@ -141,24 +176,196 @@ def cut_between_members(data: bytes) -> bytes:
     return data[: 5 * 2560]
 
 
-def overwrite_second_header(data: bytes) -> bytes:
-    return data[:1536] + b"\xa5" * 512 + data[2048:]
+def overwrite_fifth_header(data: bytes) -> bytes:
+    return data[: 2 * 2560] + b"\xa5" * 512 + data[2 * 2560 + 512 :]
 
 
-@pytest.mark.parametrize(
-    "damage", [cut, cut_between_members, overwrite_second_header, lambda _: b"", lambda _: b"no tar" * 300]
-)
-def test_a_damaged_shard_is_an_error_not_a_short_one(tmp_path: Path, damage):
+def change_a_size(data: bytes) -> bytes:
+    return data[: 2 * 2560 + 130] + b"7" + data[2 * 2560 + 131 :]
+
+
+@pytest.mark.parametrize("damage", [cut, cut_between_members, overwrite_fifth_header, change_a_size])
+def test_a_damaged_shard_gives_what_comes_before_the_damage(tmp_path: Path, damage):
     members = {f"{n}.{s}": os.urandom(1000) if s == "jpg" else b"text" for n in range(9) for s in ("jpg", "txt")}
     shard = write_tar(tmp_path / "s.tar", members)
-    assert len(read(shard)) == 9
+    whole = read(shard)
+    assert len(whole) == 9
     shard.write_bytes(damage(shard.read_bytes()))
-    with pytest.raises(ModeclipError, match=r"s\.tar' is damaged \(.*\): expected a whole tar file; bring or write"):
-        read(shard)
+    *found, problem = read(shard)
+    assert 2 <= len(found) < 9
+    assert found == whole[: len(found)]
+    assert (problem.key, problem.cause) == (str(shard), DAMAGED_SHARD)
+    assert "byte" in problem.detail
 
 
-def test_a_compressed_shard_is_refused(tmp_path: Path):
-    shard = write_tar(tmp_path / "s.tar", {"a.jpg": b"i", "a.txt": b"t"})
-    shard.write_bytes(gzip.compress(shard.read_bytes()))
+def test_an_image_that_is_cut_off_is_no_pair(tmp_path: Path):
+    shard = write_tar(tmp_path / "s.tar", {f"{n}.{s}": b"x" * 1000 for n in range(2) for s in ("txt", "jpg")})
+    shard.write_bytes(shard.read_bytes()[: 4 * 1536 - 600])
+    sample, problem = read(shard)
+    assert sample.key == "s/0"
+    assert problem.detail == "it ends at byte 5,544, inside a member of 1,000 bytes"
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar" * 300, b"\0" * 100])
+def test_a_shard_that_is_damaged_from_its_start_is_an_error_where_it_is_the_only_one(tmp_path: Path, content):
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(ModeclipError, match=r"none of 1 shard can be read \(the last: .* byte 0"):
+        read(tmp_path)
+    write_tar(tmp_path / "1.tar", {"a.jpg": b"i", "a.txt": b"t"})
+    assert [getattr(item, "cause", item.key) for item in read(tmp_path)] == [DAMAGED_SHARD, "1/a"]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_shard_is_skipped_and_refused_where_all_are(tmp_path: Path, compress):
+    shard = write_tar(tmp_path / "0.tar", {"a.jpg": b"i", "a.txt": b"t"})
+    shard.write_bytes(compress(shard.read_bytes()))
     with pytest.raises(ModeclipError, match=r"is compressed: expected a plain \.tar"):
         read(shard)
+    write_tar(tmp_path / "1.tar", {"a.jpg": b"i", "a.txt": b"t"})
+    assert [getattr(item, "cause", item.key) for item in read(tmp_path)] == [COMPRESSED_SHARD, "1/a"]
+
+
+# ---------------------------------------------------------------- conventions of other tools
+
+
+def test_the_tables_beside_img2dataset_shards_become_columns(tmp_path: Path):
+    for part in ("00000", "00001"):
+        keys = [f"{part}{number:04d}" for number in range(3)]
+        members = {f"{k}.{s}": k.encode() for k in keys[:2] for s in ("jpg", "txt")}
+        members |= {f"{k}.json": json.dumps({"caption": k, "url": "u"}).encode() for k in keys[:2]}
+        write_tar(tmp_path / f"{part}.tar", members)
+        columns = {"key": keys, "caption": keys, "url": ["u0", "u1", "u2"], "similarity": [0.5, None, 0.1]}
+        columns |= {"width": [1, 2, 3], "height": [1, 2, 3], "size": [7, 8, 9], "box": [[1], [2], [3]]}
+        if part == "00001":  # where a column has no value at all, Parquet files have another type for it
+            columns["similarity"] = pa.nulls(3)
+        pq.write_table(pa.table(columns), tmp_path / f"{part}.parquet")
+    source = open_source(DataConfig(source=str(tmp_path)))
+    assert source.kind == "img2dataset"
+    assert source.what == "2 img2dataset shards with 3 further columns"
+    assert source.extra == pa.schema([("url", pa.string()), ("similarity", pa.float64()), ("source_size", pa.int64())])
+    samples = [item for unit in source.units for item in unit.read()]
+    assert [s.caption for s in samples] == ["000000000", "000000001", "000010000", "000010001"]
+    assert samples[0].extra == {"url": "u0", "similarity": 0.5, "source_size": 7}
+    assert samples[3].extra == {"url": "u1", "similarity": None, "source_size": 8}
+    (tmp_path / "00000.parquet").unlink()
+    (tmp_path / "00001.parquet").write_bytes(b"PAR1")
+    again = [item for unit in source.units for item in unit.read()]
+    assert [item.cause for item in again if isinstance(item, Skipped)] == [DAMAGED_TABLE]
+    assert [s.extra for s in again if isinstance(s, Sample)] == [{}] * 4
+
+
+def test_each_text_of_a_metaclip_shard_is_a_pair(tmp_path: Path):
+    texts = [["alt", "a cat"], ["title", "Tom"], ["alt", "a cat"], ["alt", " "]]
+    members = {"1/u-1.jpeg": b"image", "1/u-1.json": json.dumps({"texts": texts, "url": "u"}).encode()}
+    shard = write_tar(tmp_path / "0.tar", members)
+    source = open_source(DataConfig(source=str(shard)))
+    assert (source.kind, source.what) == ("metaclip", "1 MetaCLIP shard")
+    samples = list(source.units[0].read())
+    assert [(s.key, s.caption, s.read()) for s in samples] == [
+        ("0/1/u-1", "a cat", b"image"),
+        ("0/1/u-1#1", "Tom", b"image"),
+    ]
+    assert [s.caption for s in read(shard, "jpeg", text_keys="title; other")] == ["Tom"]
+
+
+def test_a_member_without_bytes_is_an_image_without_bytes(tmp_path: Path):
+    (sample,) = read(write_tar(tmp_path / "s.tar", {"a.jpg": b"", "a.txt": b"t"}))
+    assert (sample.size, sample.read()) == (0, b"")  # the indexing counts it as empty
+
+
+def test_lines_of_a_text_member_may_be_captions(tmp_path: Path):
+    shard = write_tar(tmp_path / "s.tar", {"a.jpg": b"i", "a.txt": b"one\ntwo\n"})
+    assert [(s.key, s.caption) for s in read(shard, caption_lines=True)] == [("s/a", "one"), ("s/a#1", "two")]
+
+
+# ---------------------------------------------------------------- tars
+
+
+def by_tarfile(path: Path) -> list[tuple[str, int, int]]:
+    with tarfile.open(path, "r:") as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+
+
+names = st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=180)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(names, st.integers(0, 3000)), max_size=8),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_members_are_those_that_tarfile_finds(tmp_path: Path, members, form):
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        for number, (name, size) in enumerate(members):
+            info = tarfile.TarInfo(f"{'d' * (number * 30)}/{name}")
+            info.size = size
+            with suppress(ValueError):  # too long a name for ustar
+                tar.addfile(info, io.BytesIO(b"x" * size))
+            link = tarfile.TarInfo(f"link{number}")
+            link.type, link.linkname = tarfile.SYMTYPE, name[:50]
+            tar.addfile(link)
+    assert list(Tar(str(path)).members()) == by_tarfile(path)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damage_never_goes_unseen_where_tarfile_sees_it(tmp_path: Path, data):
+    path = tmp_path / "t.tar"
+    write_tar(path, {f"{n}.txt": b"x" * (n * 300) for n in range(4)})
+    content = bytearray(path.read_bytes())
+    headers = [offset - 512 for _, offset, _ in by_tarfile(path)]
+    at = data.draw(st.sampled_from(headers)) + data.draw(st.integers(0, 511))
+    content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        expected = by_tarfile(path)
+    except tarfile.TarError:
+        expected = None
+    try:
+        found = list(Tar(str(path)).members())
+    except DamagedTar:
+        return  # tarfile takes a header that it cannot read for the end, unless it is the first
+    assert found == expected
+
+
+def test_sizes_that_octal_digits_cannot_hold_are_read(tmp_path: Path):
+    info = tarfile.TarInfo("big.jpg")
+    info.size = 9 << 30
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / f"{form}.tar"
+        with path.open("wb") as file:  # nine gigabytes of nothing, which take no space
+            header = info.tobuf(form)
+            file.write(header)
+            file.truncate(len(header) + info.size)
+            file.seek(0, os.SEEK_END)
+            small = tarfile.TarInfo("small.txt")
+            small.size = 3
+            file.write(small.tobuf(form) + b"abc".ljust(512, b"\0") + bytes(1024))
+        tar = Tar(str(path))
+        (_, start, size), (name, offset, length) = tar.members()
+        assert (start, size) == (len(header), info.size)
+        assert (name, tar.read(offset, length)) == ("small.txt", b"abc")
+
+
+def test_tars_that_gnu_tar_writes_are_read(tmp_path: Path):
+    for number in range(3):
+        (tmp_path / f"{'n' * 120}{number}.txt").write_bytes(b"y" * number)
+    (tmp_path / "short").write_bytes(b"short")
+    for form in ("gnu", "oldgnu", "pax", "ustar", "v7"):
+        files = ["short"] if form in ("v7", "ustar") else sorted(path.name for path in tmp_path.glob("n*.txt"))
+        path = tmp_path / f"{form}.tar"
+        subprocess.run(["tar", "-C", tmp_path, f"--format={form}", "-cf", path, *files], check=True)
+        assert list(Tar(str(path)).members()) == by_tarfile(path)
+
+
+def test_a_sparse_file_is_said_to_be_unsupported(tmp_path: Path):
+    with (tmp_path / "hole.jpg").open("wb") as file:
+        file.truncate(1 << 20)
+        file.seek(0, os.SEEK_END)
+        file.write(b"end")
+    for form in ("gnu", "pax"):
+        path = tmp_path / f"{form}.tar"
+        subprocess.run(["tar", "-C", tmp_path, "-S", f"--format={form}", "-cf", path, "hole.jpg"], check=True)
+        with pytest.raises(DamagedTar, match="sparse file, which is not supported"):
+            list(Tar(str(path)).members())

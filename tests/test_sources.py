@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import csv
+import io
+import json
 import os
+import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeclip.errors import ModeclipError
-from modeclip.samples import NO_CAPTION, NO_IMAGE, NOT_UTF8, Sample, Skipped
-from modeclip.sources import DataConfig, detect, read_source, read_task
+from modeclip.samples import DAMAGED_TABLE, EMPTY_CAPTION, NO_CAPTION, NOT_UTF8, Sample, Skipped
+from modeclip.sources import DataConfig, detect, open_source, open_task, relative_to, source_state
 
 
 def read(source: Path | str, **options: object) -> list[Sample | Skipped]:
-    return list(read_source(DataConfig(source=str(source), **options)))
+    units = open_source(DataConfig(source=str(source), **options)).units
+    return [item for unit in units for item in unit.read()]
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -31,9 +36,24 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def test_the_kind_of_a_source_is_seen_from_what_is_there(tmp_path: Path):
-    write(tmp_path, {"images/a.jpg": b"", "table.csv": b"", "table.TSV": b"", "shards/0.tar": b"", "one.tar": b""})
+    names = "images/a.jpg table.csv table.TSV shards/0.tar one.tar hf/state.json hf/dataset_info.json"
+    names += " splits/dataset_dict.json parquets/1.parquet tables/1.csv both/1.csv both/a.png both/a.txt"
+    names += " rows/labels.csv rows/images/a.png i2d/00000/1.jpg i2d/00000.parquet"
+    write(tmp_path, dict.fromkeys(names.split(), b""))
     kinds = {
         "icons": "icons",
+        "iconify": "iconify",
+        "iconify:some/folder": "iconify",
+        f"{tmp_path}/hf": "huggingface",
+        f"{tmp_path}/splits": "huggingface",
+        f"{tmp_path}/parquets": "parquet",
+        f"{tmp_path}/parquets/1.parquet": "parquet",
+        f"{tmp_path}/tables": "table",
+        f"{tmp_path}/both": "folder",
+        f"{tmp_path}/rows": "table",
+        f"{tmp_path}/i2d": "files",
+        "x/{1..3}.parquet::y.parquet": "parquet",
+        "x/{a,b}.csv": "table",
         f"{tmp_path}/images": "folder",
         f"{tmp_path}/table.csv": "table",
         f"{tmp_path}/table.TSV": "table",
@@ -48,9 +68,10 @@ def test_the_kind_of_a_source_is_seen_from_what_is_there(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "data.source 'nowhere' does not exist: expected the word icons, a folder of images"),
+        ("nowhere", "data.source 'nowhere' does not exist: expected the word icons or iconify, a folder of images"),
         ("nowhere.csv", "data.source 'nowhere.csv' does not exist: expected"),
-        ("s3://bucket/0.tar", "is an address: copy the data to a local folder"),
+        ("a.tar::b.csv", "data.source 'a.tar::b.csv' joins what is not of one kind: expected"),
+        ("nowhere://bucket/0/", "is an address of an unknown kind: expected s3://"),
         ("pyproject.toml", "data.source 'pyproject.toml' is a file of another kind: expected"),
     ],
 )
@@ -71,6 +92,9 @@ def test_what_is_no_source_says_what_is_one(source, message, monkeypatch: pytest
         ({"max_skipped_fraction": 1.5}, r"data\.max_skipped_fraction: expected a number in \[0, 1\], got 1\.5"),
         ({"image_size": 0}, r"data\.image_size: expected 1 or more, got 0"),
         ({"separator": "tab"}, r"data\.separator: expected one character, got 'tab'"),
+        ({"workers": 0}, r"data\.workers: expected 1 or more, got 0"),
+        ({"class_template": "a photo"}, r"data\.class_template: expected one \{\} for the class, got 'a photo'"),
+        ({"caption_field": " "}, r"data\.caption_field: expected a name, got ' '"),
         ({"tasks": ("a",), "holdout_fraction": 0.1}, r"data\.tasks and data\.holdout_fraction exclude each other"),
     ],
 )
@@ -120,7 +144,11 @@ def test_the_order_of_a_folder_depends_on_names_alone(tmp_path_factory, names, r
 def test_images_without_a_usable_caption_are_skipped_by_cause(tmp_path: Path):
     files = {"a.png": b"", "b.png": b"", "b.txt": b"\xff\xfe", "c.png": b"", "c.txt": b" ", "d.png": b"", "d.txt": b"d"}
     *skipped, _ = read(write(tmp_path, files))
-    assert [(s.key, s.cause) for s in skipped] == [("a.png", NO_CAPTION), ("b.png", NOT_UTF8), ("c.png", NO_CAPTION)]
+    assert [(s.key, s.cause) for s in skipped] == [
+        ("a.png", NO_CAPTION),
+        ("b.png", NOT_UTF8),
+        ("c.png", EMPTY_CAPTION),
+    ]
     assert skipped[0].detail == "no a.txt/json beside it"
 
 
@@ -139,6 +167,17 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path):
         read(empty)
 
 
+def test_a_caption_that_cannot_be_read_is_none(tmp_path: Path):
+    write(tmp_path, {"a.png": b"", "b.png": b"", "b.txt": b"b"})
+    (tmp_path / "a.txt").mkdir()
+    (tmp_path / "c.png").write_bytes(b"")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "gone")
+    first, _, third = read(tmp_path)
+    assert (first.key, first.cause) == ("a.png", NO_CAPTION)
+    assert (third.key, third.cause) == ("c.png", NO_CAPTION)
+    assert "No such file" in third.detail
+
+
 def test_a_ring_of_links_is_not_followed(tmp_path: Path):
     write(tmp_path, {"a/1.png": b"", "a/1.txt": b"one"})
     (tmp_path / "a/again").symlink_to(tmp_path, target_is_directory=True)
@@ -147,73 +186,122 @@ def test_a_ring_of_links_is_not_followed(tmp_path: Path):
 
 def test_a_task_folder_gives_its_sub_folders_as_classes(tmp_path: Path):
     write(tmp_path, {"dog/1.png": b"", "cat/deep/2.png": b"", "stray.png": b""})
-    config = DataConfig(source="icons")
-    stray, cat, dog = read_task(config, f"pets={tmp_path}")
+    config = DataConfig(source="own")
+    (unit,) = open_task(config, f"pets={tmp_path}").units
+    stray, cat, dog = unit.read()
     assert (stray.key, stray.cause) == ("pets/stray.png", NO_CAPTION)
     assert (cat.key, cat.caption, cat.group) == ("pets/cat/deep/2.png", "cat", "pets")
     assert (dog.key, dog.caption) == ("pets/dog/1.png", "dog")
     with pytest.raises(ModeclipError, match=r"task 'none': folder '.*none' does not exist; data\.tasks expects"):
-        list(read_task(config, str(tmp_path / "none")))
+        open_task(config, str(tmp_path / "none"))
 
 
-# ---------------------------------------------------------------- tables
-
-
-@pytest.mark.parametrize(("name", "separator"), [("t.csv", "\t"), ("t.csv", ","), ("t.csv", ";"), ("t.tsv", "\t")])
-def test_a_table_is_read_whatever_separates_its_columns(tmp_path: Path, name, separator):
-    images = write(tmp_path / "pictures", {"1.png": b"one", "2.png": b"two"})
-    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, delimiter=separator)
-        rows.writerow(["id", "title", "filepath"])
-        rows.writerow(["7", "a cat, a dog; a\tbird", "pictures/1.png"])
-        rows.writerow(["8", 'two "lines"\nof text', str(images / "2.png")])
-    first, second = read(tmp_path / name)
-    assert (first.key, first.caption, first.read()) == ("pictures/1.png", "a cat, a dog; a\tbird", b"one")
-    assert (second.caption, second.read()) == ('two "lines"\nof text', b"two")
-
-
-def test_columns_and_separator_can_be_named(tmp_path: Path):
-    (tmp_path / "t.csv").write_text("text!file\na cat!1.png\n")
-    (sample,) = read(tmp_path / "t.csv", image_column="file", caption_column="text", separator="!")
-    assert (sample.caption, sample.path) == ("a cat", str(tmp_path / "1.png"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("url,title\n", "has no image column 'filepath'; its columns are url, title; set data.image_column"),
-        ("filepath,text\n", "has no caption column 'title'; its columns are filepath, text; set data.caption_column"),
-        ("", "is empty: expected a header and rows"),
-        ("filepath,title\na," + "x" * 140_000, "line 2: field larger than field limit"),
-    ],
-)
-def test_a_table_that_cannot_be_used_says_why(tmp_path: Path, text, message):
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(ModeclipError) as caught:
-        read(tmp_path / "t.csv")
-    assert message in str(caught.value)
-    assert str(tmp_path / "t.csv") in str(caught.value)
-
-
-def test_rows_that_lack_something_are_skipped_by_cause(tmp_path: Path):
-    (tmp_path / "t.csv").write_text("filepath,title\n1.png\n,a cat\n\n2.png,  \n3.png,a dog\n")
-    *skipped, sample = read(tmp_path / "t.csv")
-    assert [(s.key, s.cause) for s in skipped] == [
-        ("1.png", NO_CAPTION),
-        ("t.csv line 3", NO_IMAGE),
-        ("2.png", NO_CAPTION),
+def test_a_folder_of_classes_fills_a_template(tmp_path: Path):
+    write(tmp_path, {"big_dog/1.png": b"", "cat/deep/2.png": b"", "notes.md": b""})
+    source = open_source(DataConfig(source=str(tmp_path), class_template="a drawing of a {}"))
+    assert (source.kind, source.what) == (
+        "imagefolder",
+        "folder of images in 2 sub-folders, whose names are their captions",
+    )
+    (unit,) = source.units
+    assert [(s.key, s.caption, s.group) for s in unit.read()] == [
+        ("big_dog/1.png", "a drawing of a big dog", "big_dog"),
+        ("cat/deep/2.png", "a drawing of a cat", "cat"),
     ]
-    assert sample.caption == "a dog"
+    write(tmp_path, {"cat/deep/2.txt": b"a text"})
+    assert open_source(DataConfig(source=str(tmp_path))).kind == "folder"
 
 
-cell = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map(str.strip).filter(bool)
+def test_a_folder_may_have_several_captions_an_image(tmp_path: Path):
+    write(tmp_path, {"a.png": b"", "a.txt": b"one\ntwo\n", "b.png": b"", "b.json": b'{"alt": ["x", "y"]}'})
+    samples = read(tmp_path, caption_lines=True, caption_field="alt")
+    assert [(s.key, s.caption) for s in samples] == [
+        ("a.png", "one"),
+        ("a.png#1", "two"),
+        ("b.png", "x"),
+        ("b.png#1", "y"),
+    ]
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(cell, cell), min_size=1))
-def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, pairs):
-    with (tmp_path / "t.tsv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter="\t").writerows([("filepath", "title"), *pairs])
-    samples = read(tmp_path / "t.tsv")
-    assert [(s.key, s.caption) for s in samples] == pairs
-    assert [s.path for s in samples] == [os.path.join(tmp_path, image) for image, _ in pairs]  # noqa: PTH118
+def test_what_img2dataset_writes_as_files_has_its_columns(tmp_path: Path):
+    for part in ("00000", "00001"):
+        keys = [f"{part}{number:04d}" for number in range(3)]
+        for key in keys[:2]:
+            meta = {"key": key, "caption": f"about {key}"}
+            files = {f"{key}.jpg": key.encode(), f"{key}.txt": f"about {key}".encode()}
+            write(tmp_path / part, files | {f"{key}.json": json.dumps(meta).encode()})
+        table = pa.table(
+            {
+                "key": keys,
+                "url": [f"http://x/{key}" for key in keys],
+                "caption": keys,
+                "status": ["success", "success", "failed_to_download"],
+                "width": [256, 256, None],
+                "original_width": [300, 400, None],
+                "exif": ["{}", None, None],
+            }
+        )
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    source = open_source(DataConfig(source=str(tmp_path)))
+    assert source.kind == "img2dataset"
+    assert source.what == "2 img2dataset folders with 4 further columns"
+    assert [unit.name for unit in source.units] == [f"{tmp_path}/00000", f"{tmp_path}/00001"]
+    assert source.extra.names == ["url", "status", "original_width", "exif"]
+    _, last = source.units[1].read()
+    assert (last.key, last.caption, last.group, last.read()) == (
+        "00001/000010001.jpg",
+        "about 000010001",
+        "00001",
+        b"000010001",
+    )
+    assert last.extra == {
+        "url": "http://x/000010001",
+        "status": "success",
+        "original_width": 400,
+        "exif": None,
+    }
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1 no more")
+    broken, first, _ = source.units[0].read()
+    assert (broken.key, broken.cause, first.extra) == (f"{tmp_path}/00000.parquet", DAMAGED_TABLE, {})
+
+
+def test_the_state_of_a_source_changes_with_what_is_in_it(tmp_path: Path):
+    write(tmp_path / "images", {"a.png": b"1", "a.txt": b"one", "passed.over": b""})
+    write(tmp_path, {"t.csv": b"filepath,title\na,b\n", "task/cat/1.png": b"1"})
+    write(tmp_path, {"shard.tar": tar_of({"a.jpg": b"i", "a.txt": b"t"})})
+    for source, change in (("images", "images/a.txt"), ("t.csv", "t.csv"), ("shard.tar", "shard.tar")):
+        config = DataConfig(source=str(tmp_path / source), tasks=(f"pets={tmp_path}/task",))
+        before = source_state(config)
+        assert source_state(config) == before
+        (tmp_path / change).write_bytes((tmp_path / change).read_bytes() + b" ")
+        between = source_state(config)
+        assert between != before
+        os.utime(tmp_path / "task/cat/1.png", ns=(1, len(source)))
+        assert source_state(config) != between
+    icons = source_state(DataConfig(source="icons"))
+    assert any(line.startswith("resvg-py ") for line in icons)
+
+
+def test_paths_of_a_recipe_are_taken_from_its_folder(tmp_path: Path):
+    sources = {
+        "icons": "icons",
+        "iconify": "iconify",
+        "iconify:package": f"iconify:{tmp_path}/package",
+        "a.tar::b/{0..3}.tar": f"{tmp_path}/a.tar::{tmp_path}/b/{{0..3}}.tar",
+        "s3://bucket/a/": "s3://bucket/a/",
+        "/absolute": "/absolute",
+    }
+    assert {name: relative_to(DataConfig(source=name), tmp_path).source for name in sources} == sources
+    moved = relative_to(DataConfig(source="x", tasks=("pets=eval", "s3://bucket/birds")), tmp_path)
+    assert moved.tasks == (f"pets={tmp_path}/eval", "birds=s3://bucket/birds")
+    assert relative_to(DataConfig(source="iconify", tasks=("lucide",)), tmp_path).tasks == ("lucide",)
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return data.getvalue()

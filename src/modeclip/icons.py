@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from modeclip.errors import ModeclipError, unknown
-from modeclip.samples import BLANK, DUPLICATE, UNRENDERED, Sample, Skipped
+from modeclip.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample, Skipped, samples_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,9 @@ ICON_SETS = {
 }
 """Every known set. The three of one package differ in style, size and subject as much as the others."""
 
+Drawing = bytes | tuple[str, str]
+"""A PNG image, or the cause for which there is none with a detail."""
+
 RENDERER = "resvg-py"
 TRAIN_SETS = ("material", "tabler", "phosphor", "simple")
 """Sets that are trained on where nothing else is asked for."""
@@ -85,6 +89,11 @@ def package_versions() -> list[str]:
     return [f"{name} {found}" for name in sorted(names) if (found := _version(name))]
 
 
+def renderer_version() -> str:
+    """Return name and version of the renderer ("" if it is not installed)."""
+    return f"{RENDERER} {found}" if (found := _version(RENDERER)) else ""
+
+
 def _version(distribution: str) -> str:
     try:
         return version(distribution)
@@ -98,7 +107,7 @@ def list_icons(name: str) -> list[str]:
     Raises:
         ModeclipError: There is no such set, or its package is not installed.
     """
-    place = _find(name)
+    place = find_set(name)
     if place.suffix == ".zip":
         with zipfile.ZipFile(place) as archive:
             return sorted(file for file in archive.namelist() if file.endswith(".svg"))
@@ -119,22 +128,54 @@ def read_icons(names: Sequence[str], image_size: int) -> Iterator[Sample | Skipp
         seen: set[bytes] = set()
         for file, svg in _read_set(name):
             key = f"{name}/{file.removesuffix('.svg')}"
-            caption = icon_caption(name, file)
-            try:
-                image = render(svg, image_size)
-            except ValueError as error:
-                yield Skipped(key, UNRENDERED, str(error))
-                continue
-            pair = hashlib.blake2b(caption.encode() + b"\0" + image.tobytes()).digest()
-            if image.convert("L").getextrema() == (255, 255):
-                yield Skipped(key, BLANK, "every pixel is white")
-            elif pair in seen:
-                yield Skipped(key, DUPLICATE, f"caption {caption!r}")
-            else:
-                seen.add(pair)
-                encoded = io.BytesIO()
-                image.save(encoded, "PNG")
-                yield Sample(key, caption, encoded.getvalue(), group=name)
+            captions = [caption] if (caption := icon_caption(name, file)) else []
+            yield from usable(draw(svg, image_size), key, captions, seen, group=name)
+
+
+def draw(svg: str, image_size: int) -> Drawing:
+    """Return an icon as a PNG image, or the cause for which it cannot be used."""
+    try:
+        image = render(svg, image_size)
+    except ValueError as error:
+        return UNRENDERED, str(error)
+    if image.convert("L").getextrema() == (255, 255):
+        return BLANK, "every pixel is white"
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def draw_many(svgs: Sequence[str], image_size: int) -> list[Drawing]:
+    """Return several icons as ``draw`` does."""
+    return [draw(svg, image_size) for svg in svgs]
+
+
+def usable(
+    drawing: Drawing, key: str, captions: Sequence[str], seen: set[bytes], **where: Any
+) -> Iterator[Sample | Skipped]:
+    """Yield a sample for each caption of an icon, unless its set has that pair already.
+
+    Args:
+        drawing: What ``draw`` returned.
+        key: Key of the icon.
+        captions: Its captions.
+        seen: Hashes of the pairs of the set so far; this one's are added.
+        where: The other fields of the samples.
+    """
+    if isinstance(drawing, tuple):
+        yield Skipped(key, *drawing)
+        return
+    if not captions:
+        yield Skipped(key, EMPTY_CAPTION, "its name has no words")
+    new = []
+    for caption in captions:
+        pair = hashlib.blake2b(caption.encode() + b"\0" + drawing).digest()
+        if pair in seen:
+            yield Skipped(key, DUPLICATE, f"caption {caption!r}")
+        else:
+            seen.add(pair)
+            new.append(caption)
+    yield from samples_of(new, key, image=drawing, **where)
 
 
 def icon_caption(name: str, file: str) -> str:
@@ -174,7 +215,7 @@ def render(svg: str, image_size: int) -> Image.Image:
 
 def _read_set(name: str) -> Iterator[tuple[str, str]]:
     """Yield (path inside the set, SVG text), sorted by path."""
-    place, files = _find(name), list_icons(name)
+    place, files = find_set(name), list_icons(name)
     if find_spec("resvg_py") is None:
         raise _not_installed(name, RENDERER)
     if place.suffix == ".zip":
@@ -186,7 +227,12 @@ def _read_set(name: str) -> Iterator[tuple[str, str]]:
             yield file, (place / file).read_text(encoding="utf-8")
 
 
-def _find(name: str) -> Path:
+def find_set(name: str) -> Path:
+    """Return where the files of a set lie.
+
+    Raises:
+        ModeclipError: There is no such set, or its package is not installed.
+    """
     if name not in ICON_SETS:
         raise unknown("icon set", name, sorted(ICON_SETS))
     icons = ICON_SETS[name]

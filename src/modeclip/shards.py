@@ -1,173 +1,216 @@
 """Names of tar shards go in; samples come out that refer to byte ranges of those shards.
 
-Nothing is unpacked or copied: a shard's index is read (a seek from header to header) with the captions
-in it, and each image is named by offset and size. Conventions are webdataset's and open_clip's: members
-with the same name up to the first dot are one sample, names expand braces and are joined by ``::``.
-Difference: members of one sample need not be neighbours, and a shard that lacks captions or images, or
-cannot be read to its end, is an error that says so. Compressed tars are refused, for a byte range of
-them cannot be read at random.
+Nothing is unpacked or copied: a shard's index is read with the captions in it, and each image is named by offset and
+size. Conventions are webdataset's and open_clip's: members with the same name up to the first dot are one sample, names
+expand braces and are joined by ``::``. Beside that, the Parquet file that img2dataset leaves next to each shard gives
+further columns, and MetaCLIP's json members give a pair for each of their texts. Difference: members of one sample need
+not be neighbours.
 
-Price: two seeks and a small read a member; memory is one shard's index.
+Shards that are missing, compressed or damaged are skipped with their cause after what can be read of them; none that
+can be read, or keys that the first readable one does not have, are an error.
+
+Price: ``modeclip.tars`` for the index, and about 5 µs a pair; memory is one shard's index.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
-import tarfile
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import IO
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
+import pyarrow as pa
+
+from modeclip.columns import DamagedTable, read_sidecar, sidecar_columns
 from modeclip.errors import ModeclipError
-from modeclip.samples import NO_CAPTION, NO_IMAGE, Sample, Skipped, read_caption
+from modeclip.places import expand, folders_below, is_folder, join, list_folder, states
+from modeclip.places import state as state_of
+from modeclip.samples import (
+    COMPRESSED_SHARD,
+    DAMAGED_SHARD,
+    DAMAGED_TABLE,
+    MISSING_SHARD,
+    NO_CAPTION,
+    NO_IMAGE,
+    Sample,
+    Skipped,
+    samples_of,
+)
+from modeclip.tars import CompressedTar, DamagedTar, Tar
+from modeclip.units import DataConfig, Source, Unit, count, describe, split_keys
 
-# First bytes of gzip, bzip2, xz and zstandard files.
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+MEMBERS_LOOKED_AT = 32
+"""So many members without a json file among them show that there is none."""
 
 
 @dataclass(slots=True)
-class _Members:
-    """What a shard holds of one sample, by suffix."""
+class _Pair:
+    """What a shard holds of one sample: the best image and caption so far, each with its place in the list of keys."""
 
-    images: dict[str, tuple[int, int]] = field(default_factory=dict)
-    captions: dict[str, bytes] = field(default_factory=dict)
+    image: tuple[int, int, int] | None = None
+    """Place of its suffix, offset, size."""
+    caption: tuple[int, bytes] | None = None
+    """Place of its suffix, contents."""
 
 
-def read_shards(source: str, image_keys: Sequence[str], caption_keys: Sequence[str]) -> Iterator[Sample | Skipped]:
-    """Yield the samples of shards, one shard after the other, in the order of their first members.
+def list_shards(source: str) -> list[str]:
+    """Return the shard files that a source names, in its order (a folder's sorted by name)."""
+    if "::" not in source and is_folder(source):
+        (folder,) = expand(source)
+        return [join(folder, name) for name in list_folder(folder)[1] if name.endswith(".tar")]
+    return expand(source)
+
+
+def open_shards(config: DataConfig) -> Source:
+    """List shards, and look into the first that is whole to see what kind they are.
+
+    Raises:
+        ModeclipError: None can be read, or it has no member with the keys that are looked for.
+    """
+    shards = list_shards(config.source)
+    found = states(shards)
+    if not any(found):
+        raise ModeclipError(
+            f"data.source {config.source!r}: none of {count(len(shards), 'shard')} exists"
+            f" (first: {shards[0] if shards else 'none named'}); correct the names"
+        )
+    present = [shard for shard, state in zip(shards, found, strict=True) if state]
+    kind, extra = _look_into(present, config), pa.schema([])
+    if kind == "shards" and state_of(_sidecar(present[0])):
+        kind, extra = "img2dataset", sidecar_columns(_sidecar(present[0]))
+    groups = folders_below(shards)
+    units = tuple(
+        Unit(name=shard, state=state, read=partial(read_shard, shard, group, config, extra))
+        for shard, state, group in zip(shards, found, groups, strict=True)
+    )
+    name = {"shards": "webdataset shard", "metaclip": "MetaCLIP shard"}.get(kind, "img2dataset shard")
+    missing = f" ({len(shards) - len(present):,} missing)" if len(present) < len(shards) else ""
+    return Source(kind=kind, units=units, extra=extra, what=describe(count(len(shards), name) + missing, extra))
+
+
+def read_shard(shard: str, group: str, config: DataConfig, extra: pa.Schema) -> Iterator[Sample | Skipped]:
+    """Yield the samples of one shard in the order of their first members; where it breaks off, last of all the cause.
 
     Args:
-        source: A folder of .tar files, or names with braces, joined by ``::``.
-        image_keys: Suffixes of images, lower case; of several in a sample the first is taken.
-        caption_keys: Suffixes of captions, likewise.
-
-    Raises:
-        ModeclipError: A shard does not exist, is damaged or compressed, or has no caption or image.
+        shard: Path or address of the shard.
+        group: Begins the keys of its samples.
+        config: Suffixes of images and captions, and how captions are read.
+        extra: Columns to take from the Parquet file beside it, if any.
     """
-    shards = list_shards(source)
-    root = os.path.commonpath([shard.parent for shard in shards])
-    for shard in shards:
-        group = shard.relative_to(root).with_suffix("").as_posix()
-        for name, members in _scan_shard(shard, image_keys, caption_keys).items():
-            key = f"{group}/{name}"
-            image = next((k for k in image_keys if k in members.images), None)
-            suffix = next((k for k in caption_keys if k in members.captions), None)
-            if image is None:
-                yield Skipped(key, NO_IMAGE, f"{shard.name} has no {name}.{'/'.join(image_keys)}")
-            elif suffix is None:
-                detail = f"{shard.name} has no {name}.{'/'.join(caption_keys)}"
-                yield Skipped(key, NO_CAPTION, detail)
+    image_keys, caption_keys = split_keys(config.image_keys), split_keys(config.caption_keys)
+    rule, pairs, problem = config.caption_rule, dict[str, _Pair](), None
+    try:
+        _scan(Tar(shard), image_keys, caption_keys, pairs)
+    except (FileNotFoundError, NotADirectoryError):
+        yield Skipped(shard, MISSING_SHARD, "no such file")
+        return
+    except (DamagedTar, OSError) as error:
+        problem = Skipped(shard, DAMAGED_SHARD, str(error))
+        if pairs and (last := next(reversed(pairs.values()))) and (last.image is None or last.caption is None):
+            pairs.popitem()
+    except CompressedTar:
+        yield Skipped(shard, COMPRESSED_SHARD, "its images cannot be read in place: decompress it")
+        return
+    try:
+        columns = read_sidecar(_sidecar(shard), extra) if len(extra) else {}
+    except DamagedTable as error:
+        columns = {}
+        yield Skipped(_sidecar(shard), DAMAGED_TABLE, str(error))
+    for name, pair in pairs.items():
+        key = f"{group}/{name}"
+        if pair.image is None:
+            yield Skipped(key, NO_IMAGE, f"{shard} has no {name}.{'/'.join(image_keys)}")
+        elif pair.caption is None:
+            yield Skipped(key, NO_CAPTION, f"{shard} has no {name}.{'/'.join(caption_keys)}")
+        else:
+            captions = rule.read(pair.caption[1], caption_keys[pair.caption[0]], key)
+            if isinstance(captions, Skipped):
+                yield captions
             else:
-                caption = read_caption(members.captions[suffix], suffix, key)
-                offset, size = members.images[image]
-                yield (
-                    caption
-                    if isinstance(caption, Skipped)
-                    else Sample(key, caption, None, str(shard), offset, size, group)
-                )
+                _, offset, size = pair.image
+                more = columns.get(name.rpartition("/")[2], {}) if columns else {}
+                yield from samples_of(captions, key, path=shard, offset=offset, size=size, group=group, extra=more)
+    if problem is not None:
+        yield problem
 
 
-def list_shards(source: str) -> list[Path]:
-    """Return the shard files that a source names, in its order (a folder's sorted by name).
-
-    Raises:
-        ModeclipError: One of them does not exist.
-    """
-    if Path(source).is_dir():
-        return sorted(Path(source).resolve().glob("*.tar"))
-    names = [name for part in source.split("::") for name in expand_braces(part) if name]
-    shards = [Path(name).resolve() for name in names]
-    missing = [str(shard) for shard in shards if not shard.is_file()]
-    if missing or not shards:
-        raise ModeclipError(
-            f"data.source {source!r}: {len(missing)} of {len(shards)} shards do not exist"
-            f" (first: {missing[0] if missing else 'none named'}); correct the names"
-        )
-    return shards
+def _scan(tar: Tar, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], pairs: dict[str, _Pair]) -> None:
+    """Put what a shard holds into ``pairs``, by name without suffix."""
+    images = {key: place for place, key in enumerate(image_keys)}
+    captions = {key: place for place, key in enumerate(caption_keys)}
+    for name, offset, size in tar.members():
+        stem, suffix = split_name(name)
+        place = images.get(suffix)
+        if place is not None:
+            pair = pairs.setdefault(stem, _Pair())
+            if pair.image is None or place < pair.image[0]:
+                pair.image = (place, offset, size)
+        elif (place := captions.get(suffix)) is not None:
+            pair = pairs.setdefault(stem, _Pair())
+            if pair.caption is None or place < pair.caption[0]:
+                pair.caption = (place, tar.read(offset, size))
 
 
-def expand_braces(text: str) -> list[str]:
-    """Expand braces as a shell does: lists, and ranges of numbers.
+def split_name(name: str) -> tuple[str, str]:
+    """Split a member's name at the first dot of its last part; the suffix in lower case, "" for hidden files.
 
     Examples:
-        >>> expand_braces("{a,b}-{08..10}.tar")
-        ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
+        >>> split_name("./a.b/0001.Input.JPG"), split_name("a/._0001.jpg")
+        (('a.b/0001', 'input.jpg'), ('a/', ''))
     """
-    parts: list[list[str]] = []
-    for piece in re.split(r"(\{[^{}]*\})", text):
-        bounds = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
-        if bounds:
-            first, last = bounds.groups()
-            padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
-            width = max(len(first), len(last)) if padded else 0
-            step = 1 if int(first) <= int(last) else -1
-            numbers = range(int(first), int(last) + step, step)
-            parts.append([f"{number:0{width}d}" for number in numbers])
-        elif piece.startswith("{") and "," in piece:
-            parts.append(piece[1:-1].split(","))
-        else:
-            parts.append([piece])
-    return ["".join(choice) for choice in itertools.product(*parts)]
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower() if stem else ""  # ._name is what macOS puts beside every name
 
 
-def _scan_shard(shard: Path, image_keys: Sequence[str], caption_keys: Sequence[str]) -> dict[str, _Members]:
-    """Read the index and the captions of one shard; the images stay unread."""
-    samples: dict[str, _Members] = {}
-    seen: Counter[str] = Counter()
-    for tar, member in _walk_tar(shard):
-        path = PurePosixPath(member.name)
-        stem, _, suffix = path.name.partition(".")
-        suffix = suffix.lower()
-        if not stem:  # a hidden file, such as the ._name that macOS puts beside every name
-            continue
-        seen[suffix or "(none)"] += 1
-        if suffix in image_keys or suffix in caption_keys:
-            members = samples.setdefault((path.parent / stem).as_posix(), _Members())
-            if suffix in image_keys:
-                members.images[suffix] = (member.offset_data, member.size)
-            else:
-                content = tar.extractfile(member)
-                members.captions[suffix] = content.read() if content else b""
-    for kind, keys in (("caption", caption_keys), ("image", image_keys)):
-        if seen.keys().isdisjoint(keys):
-            found = ", ".join(key for key, _ in seen.most_common(8)) or "no member at all"
-            raise ModeclipError(
-                f"shard {str(shard)!r} holds no {kind}: expected members ending in"
-                f" {' or '.join(keys)}, found {found}; set data.{kind}_keys"
-            )
-    return samples
-
-
-def _walk_tar(shard: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield the regular members of a tar, and make sure that it was read to its end."""
-    with shard.open("rb") as file:
-        _refuse_compressed(shard, file)
+def _look_into(shards: list[str], config: DataConfig) -> str:
+    """Return "metaclip" or "shards" by the first members of the first shard that has any and is whole so far."""
+    images, captions = split_keys(config.image_keys), split_keys(config.caption_keys)
+    problem: Exception | None = None
+    for shard in shards:
+        seen: Counter[str] = Counter()
+        kind = ""
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    # tarfile keeps what it has seen, and a shard may have millions of members.
-                    tar.members = []  # type: ignore[attr-defined]
-                    if member.isreg():
-                        yield tar, member
-                # tarfile takes a header that it cannot read, or none, for the end; the true end is a block of zeros.
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"neither a member nor the end mark is at byte {tar.offset}")
-        except (tarfile.TarError, EOFError) as error:
-            raise ModeclipError(
-                f"shard {str(shard)!r} is damaged ({error}): expected a whole tar file;"
-                " bring or write it again, or leave it out of data.source"
-            ) from error
-
-
-def _refuse_compressed(shard: Path, file: IO[bytes]) -> None:
-    if file.read(6).startswith(COMPRESSED):
+            tar = Tar(shard)
+            for name, offset, size in tar.members():
+                suffix = split_name(name)[1]
+                seen[suffix] += bool(suffix)
+                if suffix.rpartition(".")[2] == "json" and suffix in captions and not kind:
+                    kind = _kind_of(tar.read(offset, size), config.caption_field)
+                both = not seen.keys().isdisjoint(images) and not seen.keys().isdisjoint(captions)
+                if both and (kind or sum(seen.values()) > MEMBERS_LOOKED_AT):
+                    break
+        except (DamagedTar, CompressedTar, OSError) as error:
+            if seen.keys().isdisjoint(images) or seen.keys().isdisjoint(captions):
+                problem = error
+                continue
+        for noun, keys in (("caption", captions), ("image", images)):
+            if seen and seen.keys().isdisjoint(keys):
+                found = ", ".join(key for key, _ in seen.most_common(8) if key) or "no member at all"
+                raise ModeclipError(
+                    f"shard {shard!r} holds no {noun}: expected members ending in"
+                    f" {' or '.join(keys)}, found {found}; set data.{noun}_keys"
+                )
+        if seen:
+            return kind or "shards"
+    if isinstance(problem, CompressedTar):
         raise ModeclipError(
-            f"shard {str(shard)!r} is compressed: expected a plain .tar, whose images can be read"
+            f"shard {shards[0]!r} is compressed: expected a plain .tar, whose images can be read"
             " in place; decompress it"
         )
-    file.seek(0)
+    reason = f"the last: {problem}" if problem else "no member in any of them"
+    raise ModeclipError(f"data.source {config.source!r}: none of {count(len(shards), 'shard')} can be read ({reason})")
+
+
+def _kind_of(data: bytes, field: str) -> str:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return "shards"
+    is_metaclip = isinstance(fields, dict) and isinstance(fields.get("texts"), list) and field not in fields
+    return "metaclip" if is_metaclip else "shards"
+
+
+def _sidecar(shard: str) -> str:
+    return f"{shard.removesuffix('.tar')}.parquet"
