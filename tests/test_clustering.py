@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -16,9 +18,9 @@ import pytest
 from PIL import Image
 
 import modeclip.clustering as clustering_module
-from modeclip.cards import NUM_KEYWORDS, NUM_NEAREST, Tally, pick_keywords
+from modeclip.cards import NUM_KEYWORDS, NUM_NEAREST, NUM_RANDOM, Tally, pick_keywords
 from modeclip.catalog import Catalog
-from modeclip.clustering import ClusterConfig, Clustering, ClusterResult, cluster
+from modeclip.clustering import Assignment, ClusterConfig, Clustering, ClusterResult, apply, cluster, fit, regroup
 from modeclip.errors import ModeclipError
 from modeclip.icons import read_icons
 from modeclip.indexing import index
@@ -77,11 +79,14 @@ def all_distances(x: np.ndarray, centers: np.ndarray) -> np.ndarray:
 
 def test_every_row_goes_to_its_nearest_centre_and_that_ones_expert(done: tuple[Catalog, ClusterResult]) -> None:
     catalog, result = done
-    columns = catalog.read(["caption_embedding", "fine_cluster", "expert"])
+    columns = catalog.read(["caption_embedding", "fine_cluster", "fine_distance", "expert"])
     expected = all_distances(columns["caption_embedding"], result.clustering.fine_centers).argmin(1)
     np.testing.assert_array_equal(columns["fine_cluster"], expected)
+    distances = all_distances(columns["caption_embedding"], result.clustering.fine_centers).min(1)
+    np.testing.assert_allclose(columns["fine_distance"], distances, rtol=1e-5)
     np.testing.assert_array_equal(columns["expert"], result.clustering.expert_of_fine[expected])
     assert columns["fine_cluster"].dtype == columns["expert"].dtype == np.int32
+    assert columns["fine_distance"].dtype == np.float32
     assert result.clustering.fine_centers.shape == (24, DIMENSION)
 
 
@@ -106,19 +111,29 @@ def test_fine_cards(done: tuple[Catalog, ClusterResult]) -> None:
         nearest = rows[np.argsort(distances[rows, position], kind="stable")]
         distinct = list(dict.fromkeys(columns["caption"][nearest]))[:NUM_NEAREST]
         assert list(card.nearest_captions) == distinct
+        assert list(columns["caption"][list(card.nearest_rows)]) == distinct
+        assert card.nearest_rows[0] == nearest[0]
+        assert card.radius_90 == pytest.approx(np.quantile(distances[rows, position], 0.9), rel=1e-5)
+        assert len(set(card.random_rows)) == min(NUM_RANDOM, len(rows))
+        assert set(card.random_rows) <= set(rows.tolist())
+        assert card.experts == (card.expert,)
     squared = distances.min(1) ** 2
     assert result.objective == pytest.approx(squared.mean(), rel=1e-5)
 
 
 def test_expert_cards(done: tuple[Catalog, ClusterResult]) -> None:
     catalog, result = done
-    sizes = np.bincount(catalog.read(["expert"])["expert"])
+    columns = catalog.read(["expert", "fine_distance"])
+    sizes = np.bincount(columns["expert"])
     clustering = result.clustering
     for position, card in enumerate(result.experts):
         own = clustering.fine_centers[clustering.expert_of_fine == position].astype(np.float64)
         assert (card.index, card.size, card.num_fine) == (position, sizes[position], len(own))
         assert card.range == pytest.approx(np.linalg.norm(own - own.mean(0), axis=1).mean(), rel=1e-5)
         np.testing.assert_allclose(clustering.coarse_centers[position], own.mean(0), atol=1e-6)
+        distances = columns["fine_distance"][columns["expert"] == position]
+        assert card.radius == pytest.approx(distances.mean(), rel=1e-5)
+        assert card.radius_90 == pytest.approx(np.quantile(distances, 0.9), rel=1e-5)
     assert result.imbalance == pytest.approx(sizes.max() * 3 / sizes.sum())
     ranges = [card.range for card in result.experts]
     assert ranges == sorted(ranges, reverse=True)
@@ -165,22 +180,108 @@ def test_blocks_do_not_matter(
 ) -> None:
     monkeypatch.setattr(clustering_module, "ROWS_AT_ONCE", rows_at_once)
     result = cluster(catalog, CONFIG)
-    assert result.experts == done[1].experts
+    assert [card.keywords for card in result.experts] == [card.keywords for card in done[1].experts]
     for card, expected in zip(result.fine, done[1].fine, strict=True):
         assert card.nearest_captions == expected.nearest_captions
         assert (card.size, card.keywords) == (expected.size, expected.keywords)
+        assert (card.nearest_rows, card.random_rows) == (expected.nearest_rows, expected.random_rows)
         assert card.radius == pytest.approx(expected.radius)
     for name in ("fine_cluster", "expert"):
         np.testing.assert_array_equal(catalog.read([name])[name], done[0].read([name])[name])
 
 
 def test_nearest_captions_across_blocks() -> None:
-    tally = Tally(1)
-    for squared, captions in (([4, 9, 1], "abc"), ([1, 0, 16], "cde"), ([25, 36, 1], "afg")):
-        rows = np.zeros(3, np.int64), np.array(squared, np.float32), np.array(list(captions), object)
-        tally.add(*rows)
-    assert tally.captions == [[(0.0, "d"), (1.0, "c"), (1.0, "g"), (2.0, "a"), (3.0, "b")]]
+    tally = Tally(1, np.arange(9))
+    for distance, captions in (([2, 3, 1], "abc"), ([1, 0, 4], "cde"), ([5, 6, 1], "afg")):
+        tally.add(np.zeros(3, np.int32), np.array(distance, np.float32), np.array(list(captions), object))
+    assert tally.nearest == [[(0.0, "d", 4), (1.0, "c", 2), (1.0, "g", 8), (2.0, "a", 0), (3.0, "b", 1)]]
     assert tally.sizes.tolist() == [9]
+    assert tally.squares == sum(d * d for d in (2, 3, 1, 1, 0, 4, 5, 6, 1))
+
+
+def test_words_and_distances_are_those_of_the_sample() -> None:
+    tally = Tally(2, np.array([1, 4]))
+    for fine, distance, captions in (([0, 1], [1, 2], ["aa", "bb"]), ([1, 0, 1], [3, 4, 5], ["cc", "dd", "ee bb"])):
+        tally.add(np.array(fine, np.int32), np.array(distance, np.float32), np.array(captions, object))
+    assert tally.words == [Counter(), Counter(bb=2, ee=1)]
+    fine, distance = tally.sampled()
+    assert (fine.tolist(), distance.tolist()) == ([1, 1], [2, 5])
+
+
+def test_random_rows_are_uniform_and_do_not_depend_on_the_blocks() -> None:
+    rows, times = 20, 500
+    counts = np.zeros(rows)
+    for seed in range(times):
+        whole, parts = Tally(1, np.arange(0), seed), Tally(1, np.arange(0), seed)
+        whole.add(np.zeros(rows, np.int32), np.ones(rows, np.float32), np.full(rows, "a", object))
+        for size in (1, 12, 7):
+            parts.add(np.zeros(size, np.int32), np.ones(size, np.float32), np.full(size, "a", object))
+        (drawn,) = whole.random_rows()
+        assert parts.random_rows() == [drawn]
+        counts[list(drawn)] += 1
+    share = NUM_RANDOM / rows
+    assert np.abs(counts / times - share).max() < 5 * math.sqrt(share * (1 - share) / times)
+
+
+# overlapping experts and other numbers of them
+
+
+def test_overlapping_experts(catalog: Catalog, done: tuple[Catalog, ClusterResult]) -> None:
+    result = cluster(catalog, replace(CONFIG, overlap=2))
+    clustering, plain = result.clustering, done[1].clustering
+    np.testing.assert_array_equal(clustering.expert_of_fine, plain.expert_of_fine)
+    np.testing.assert_array_equal(clustering.coarse_centers, plain.coarse_centers)
+    distances = all_distances(clustering.fine_centers, clustering.coarse_centers)
+    for fine, (first, second) in enumerate(clustering.experts_of_fine.tolist()):
+        others = [k for k in range(3) if k != first]
+        assert second == min(others, key=lambda k: distances[fine, k])
+    columns = catalog.read(["fine_cluster", "expert"])
+    assert columns["expert"].dtype == np.int32
+    np.testing.assert_array_equal(columns["expert"], clustering.experts_of_fine[columns["fine_cluster"]])
+    for card in result.experts:
+        rows = np.flatnonzero((columns["expert"] == card.index).any(1))
+        assert card.size == len(rows)
+        np.testing.assert_array_equal(catalog.select(expert=card.index), rows)
+    assert sum(card.size for card in result.experts) == 2 * len(catalog)
+    assert [card.experts for card in result.fine] == [tuple(pair) for pair in clustering.experts_of_fine.tolist()]
+    np.testing.assert_array_equal(clustering.range_of_expert, plain.range_of_expert)
+    cluster(catalog, CONFIG)
+    assert catalog.read(["expert"])["expert"].shape == (len(catalog),)
+
+
+def test_every_expert_overlaps(catalog: Catalog) -> None:
+    clustering = fit(catalog, replace(CONFIG, overlap=3))
+    np.testing.assert_array_equal(np.sort(clustering.experts_of_fine, axis=1), np.tile(np.arange(3), (24, 1)))
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5, 24])
+def test_regrouping_equals_a_fit_with_that_number(
+    num_experts: int, catalog: Catalog, done: tuple[Catalog, ClusterResult]
+) -> None:
+    regrouped = regroup(done[1].clustering, num_experts, CONFIG)
+    refitted = fit(catalog, replace(CONFIG, num_experts=num_experts))
+    assert regrouped.digest == refitted.digest
+
+
+def test_too_many_experts_for_the_fine_clusters(done: tuple[Catalog, ClusterResult]) -> None:
+    with pytest.raises(ModeclipError, match=r"num_experts: expected 1 to the number .* which is 24, got 25"):
+        regroup(done[1].clustering, 25, CONFIG)
+
+
+def test_applying_a_regrouped_clustering(catalog: Catalog, done: tuple[Catalog, ClusterResult]) -> None:
+    result = apply(catalog, regroup(done[1].clustering, 5, CONFIG), CONFIG)
+    assert [card.size for card in result.fine] == [card.size for card in done[1].fine]
+    np.testing.assert_array_equal(np.bincount(catalog.read(["expert"])["expert"]), [c.size for c in result.experts])
+
+
+def test_the_assignment_is_the_same_whole_in_parts_and_after_pickling(done: tuple[Catalog, ClusterResult]) -> None:
+    catalog, result = done
+    work = pickle.loads(pickle.dumps(Assignment(clustering=result.clustering, facts={})))
+    x = catalog.read(["caption_embedding"])["caption_embedding"]
+    parts = [work({"caption_embedding": x[start : start + 37]}) for start in range(0, len(x), 37)]
+    for name, expected in catalog.read(work.outputs).items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), expected)
+    assert catalog.facts("expert") == {"clustering": result.clustering.digest, "embedding": {}}
 
 
 def test_same_seed_same_bytes(catalog: Catalog, done: tuple[Catalog, ClusterResult], tmp_path: Path) -> None:
@@ -231,7 +332,7 @@ def test_save_and_load(done: tuple[Catalog, ClusterResult], tmp_path: Path) -> N
     result = done[1]
     result.save(tmp_path / "new" / "clusters")
     loaded = Clustering.load(tmp_path / "new" / "clusters")
-    for name in ("fine_centers", "expert_of_fine", "coarse_centers"):
+    for name in ("fine_centers", "experts_of_fine", "coarse_centers"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(result.clustering, name))
         assert getattr(loaded, name).dtype == getattr(result.clustering, name).dtype
     assert (loaded.num_fine, loaded.num_experts) == (24, 3)
@@ -243,6 +344,33 @@ def test_save_and_load(done: tuple[Catalog, ClusterResult], tmp_path: Path) -> N
         "cards.json",
         "clustering.safetensors",
     ]
+
+
+def test_a_result_is_what_it_was(done: tuple[Catalog, ClusterResult], tmp_path: Path) -> None:
+    done[1].save(tmp_path)
+    loaded = ClusterResult.load(tmp_path)
+    assert (loaded.fine, loaded.experts) == (done[1].fine, done[1].experts)
+    assert (loaded.imbalance, loaded.objective) == (done[1].imbalance, done[1].objective)
+    assert loaded.clustering.digest == done[1].clustering.digest
+
+
+def test_a_file_of_the_first_format(done: tuple[Catalog, ClusterResult], tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    clustering = done[1].clustering
+    tensors = {name: getattr(clustering, name).copy() for name in ("fine_centers", "expert_of_fine", "coarse_centers")}
+    save_file(tensors, tmp_path / "clustering.safetensors", metadata={"modeclip.clustering": "1"})
+    loaded = Clustering.load(tmp_path)
+    assert (loaded.overlap, loaded.digest) == (1, clustering.digest)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"fine": [{"index": 0}]}'])
+def test_damaged_cards(content: str | None, done: tuple[Catalog, ClusterResult], tmp_path: Path) -> None:
+    done[1].save(tmp_path)
+    path = tmp_path / "cards.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ModeclipError, match=r"^cluster cards '.*cards.json' cannot be read \(.*\): cluster again"):
+        ClusterResult.load(tmp_path)
 
 
 def test_no_file(tmp_path: Path) -> None:
@@ -265,7 +393,7 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({"weight": np.zeros(3)}, tmp_path / "clustering.safetensors")
-    with pytest.raises(ModeclipError, match=r"is no clustering of format 1: expected .*, got format none with weight"):
+    with pytest.raises(ModeclipError, match=r"is no clustering of format 2: expected .*, got format none with weight"):
         Clustering.load(tmp_path)
 
 
@@ -285,6 +413,8 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
             {"num_fine": 4, "num_experts": 5},
             "cluster.num_experts: expected at most num_fine, which is 4, got 5: every expert needs a fine cluster",
         ),
+        ({"overlap": 0}, "cluster.overlap: expected 1 to num_experts, which is 4, got 0"),
+        ({"overlap": 5}, "cluster.overlap: expected 1 to num_experts, which is 4, got 5"),
         ({"fit_samples": 9}, "cluster.fit_samples: expected at least num_fine, which is 256, got 9"),
     ],
 )
@@ -328,6 +458,8 @@ def test_embeddings_with_nan(catalog: Catalog, fit_samples: int, monkeypatch: py
     vectors[7, 3] = np.nan
     catalog.add_columns({"caption_embedding": vectors})
     config = ClusterConfig(num_fine=2, num_experts=1, fit_samples=fit_samples, seed=1)  # row 7 not in the sample of 24
-    with pytest.raises(ModeclipError, match=r"has NaN or infinite values, first in row 7: embed its captions again"):
+    with pytest.raises(
+        ModeclipError, match=r"has NaN or infinite values, first in row 7( of a block of 480)?: embed the"
+    ):
         cluster(catalog, config)
     assert "expert" not in catalog.columns

@@ -138,15 +138,78 @@ def spread(heights: Sequence[float], *, gap: float, low: float, high: float) -> 
 def project(centers: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M 2"]:
     """Map points to a plane so that neighbours stay neighbours (t-SNE); a handful by their principal components."""
     if len(centers) < 8:
-        centred = centers - centers.mean(axis=0)
-        axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
-        flat = np.zeros((len(centers), 2), dtype=np.float32)
-        flat[:, : len(axes)] = centred @ axes.T
-        return flat
+        return principal_plane(centers)[0]
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(centers) - 1) / 3)
     return np.asarray(TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(centers))
+
+
+def principal_plane(centers: Float[np.ndarray, "M D"]) -> tuple[Float[np.ndarray, "M 2"], float]:
+    """Map points to the plane of their two main directions (PCA), and tell the share of the variance it shows."""
+    centred = (centers - centers.mean(axis=0)).astype(np.float64)
+    _, spreads, axes = np.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2] * np.where(axes[:2].sum(1, keepdims=True) < 0, -1, 1)  # a direction has no sign of its own
+    flat = np.zeros((len(centers), 2), dtype=np.float32)
+    flat[:, : len(axes)] = centred @ axes.T
+    squares = np.square(spreads)
+    return flat, float(squares[:2].sum() / squares.sum()) if squares.sum() else 1.0
+
+
+def draw_trials(
+    numbers: Sequence[int], values: Sequence[float | int], *, size: tuple[float, float], low: float | None = None
+) -> Json:
+    """Place one value per number tried on a chart whose lower axis is logarithmic.
+
+    Args:
+        numbers: What was tried, 1 or more each.
+        values: What came out.
+        size: Width and height of the chart in its own units.
+        low: Where the upright axis starts; by default a little below the lowest value.
+    """
+    order = sorted(range(len(numbers)), key=lambda index: numbers[index])
+    most, least = max(values), min(values)
+    margin = 0.12 * (most - (least if low is None else low)) or 0.1 * abs(most) or 1.0
+    across = Axis(float(min(numbers)), float(max(numbers)), 58.0, size[0] - 18, log=True)
+    up = Axis(float(least - margin) if low is None else low, float(most + margin), size[1] - 30, 12.0)
+    return {
+        "size": size,
+        "frame": (46.0, up.end, size[0] - 6, up.start),
+        "x_ticks": [(numbers[index], across.place(numbers[index])) for index in order],
+        "y_ticks": up.ticks(5),
+        "points": [
+            (round(across.place(numbers[index]), 1), round(up.place(values[index]), 1), numbers[index], values[index])
+            for index in order
+        ],
+    }
+
+
+def draw_histogram(values: Float[np.ndarray, " n"], *, size: tuple[float, float], num_bins: int = 36) -> Json:
+    """Place the bars of a histogram of values of 0 and more, and a line at their mean."""
+    counts, edges = np.histogram(values, bins=num_bins, range=(0, float(values.max(initial=1)) or 1.0))
+    across = Axis(0.0, float(edges[-1]), 46.0, size[0] - 6)
+    up = Axis(0.0, float(counts.max()) * 1.06, size[1] - 30, 8.0)
+    bars = [
+        {
+            "x": round(across.place(float(low)) + 0.5, 1),
+            "width": round(across.place(float(high)) - across.place(float(low)) - 1, 1),
+            "y": round(up.place(int(count)), 1),
+            "height": round(up.start - up.place(int(count)), 1),
+            "count": int(count),
+            "low": float(low),
+            "high": float(high),
+        }
+        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+        if count
+    ]
+    return {
+        "size": size,
+        "frame": (across.start, up.end, across.end, up.start),
+        "x_ticks": across.ticks(6),
+        "y_ticks": [tick for tick in up.ticks(4) if tick[0] == round(tick[0])],
+        "bars": bars,
+        "mean": across.place(float(values.mean())),
+    }
 
 
 def fit_box(points: Float[np.ndarray, "M 2"], size: tuple[float, float], margin: float) -> Float[np.ndarray, "M 2"]:
