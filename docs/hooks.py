@@ -68,6 +68,7 @@ def describe_default(value: ast.expr | None) -> str:
 def describe_type(annotation: ast.expr) -> str:
     """Return a field's type in plain words: ``str | None`` reads "str or none"."""
     text = ast.unparse(annotation)
+    text = re.sub(r"Annotated\[(\w+), .*\]", r"\1", text)
     text = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace(", ", " | "), text)
     text = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", text)
     return text.replace(" | ", " or ").replace("None", "none")

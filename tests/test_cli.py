@@ -95,7 +95,7 @@ RECIPE_MISTAKES = {
     "data: {source: icons}\ntrain: {batch_size: 1}": "train.batch_size must be at least 2",
     "data: {source: icons}\nexperts: {budget: free}": "experts.budget: Input should be 'paper' or 'matched', got",
     "data: {source: icons}\nevaluate: {rule: best}": "unknown rule 'best'; known: paper, eq6",
-    "data: {source: icons}\nembed: {encoder: bert}": "unknown encoder 'bert'; known: minilm",
+    "data: {source: icons}\nembed: {encoder: bert}": "unknown encoder 'bert'; known: auto, minilm",
     "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, ViT-B-32",
     "- a list": "expected sections such as `data:`, got list",
     "data: {source: [": "no valid YAML",
@@ -130,14 +130,14 @@ def own_folder(tmp_path: Path) -> Path:
 
 def test_mistakes_in_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
     """Each kind of source, with what users get wrong in it."""
-    (tmp_path / "pairs.csv").write_text("image,text\npairs/0.png,colour\n")
+    (tmp_path / "pairs.csv").write_text("picture,words\npairs/0.png,colour\n")
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for picture in own_folder.glob("*.png"):
             tar.add(picture, picture.name)
     mistakes = {
         "none": "none",
         "none.csv": "none.csv",
-        "pairs.csv": "has no image column 'filepath'; its columns are image, text; set data.image_column",
+        "pairs.csv": "has no image column 'filepath'; its columns are picture, words; set data.image_column",
         "0.tar": "0.tar",
     }
     for source, message in mistakes.items():

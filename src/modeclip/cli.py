@@ -6,7 +6,6 @@ A user's mistake is one line on standard error and exit code 2. Results go to st
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import webbrowser
@@ -18,8 +17,9 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from modeclip.commands import check, cluster, embed, index, uids
 from modeclip.errors import ModeclipError
-from modeclip.progress import console, log, print_table
+from modeclip.progress import console, log, print_json, print_table
 from modeclip.routing import RULES
 
 Json = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
@@ -49,7 +49,7 @@ def run(
     loaded = pipeline.load_recipe(recipe)
     result = pipeline.run(loaded, out or Path("runs") / loaded.name)
     if as_json:
-        _print_json(result.results)
+        print_json(result.results)
         return
     _print_results(result.results)
     print(f"bundle: {result.bundle}\nreport: {result.report}")
@@ -73,7 +73,7 @@ def route(
     mean = found.class_weights.mean(axis=0)
     if as_json:
         content = {"rule": found.rule, "temperature": found.temperature, "entropy": found.routing.entropy}
-        _print_json(content | {"weights": mean.tolist(), "classes": [asdict(reason) for reason in reasons]})
+        print_json(content | {"weights": mean.tolist(), "classes": [asdict(reason) for reason in reasons]})
         return
     experts = [expert.name for expert in found.bundle.experts]
     rows = [
@@ -112,7 +112,7 @@ def classify(
         predictions = MoDE.load(bundle).task(names, templates=template or None, rule=rule).classify(images)
     best = [list(zip(p.classnames, p.probabilities, strict=True))[:top] for p in predictions]
     if as_json:
-        _print_json(
+        print_json(
             [
                 {"picture": str(path), "classes": [{"name": name, "probability": share} for name, share in classes]}
                 for path, classes in zip(pictures, best, strict=True)
@@ -165,7 +165,9 @@ def read_classes(text: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what the ``modeclip`` command calls."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    commands: dict[str, Any] = {f.__name__: f for f in (demo, run, route, classify, report, train)}
+    commands: dict[str, Any] = {
+        f.__name__: f for f in (demo, run, index, check, uids, embed, cluster, train, route, classify, report)
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="modeclip", description="CLIP data experts: cluster, train, route, evaluate.", args=arguments
@@ -193,11 +195,6 @@ def _open_picture(path: Path) -> Any:
         raise ModeclipError(f"picture {path}: no such file") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         raise ModeclipError(f"picture {path}: {cause_of(error)}; give an image file that opens") from None
-
-
-def _print_json(content: Any) -> None:
-    json.dump(content, sys.stdout, indent=1, ensure_ascii=False)
-    print()
 
 
 def _print_results(results: dict[str, Any]) -> None:

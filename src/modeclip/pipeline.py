@@ -30,7 +30,8 @@ from modeclip.bundle import save_bundle
 from modeclip.catalog import Catalog
 from modeclip.clip import check_model
 from modeclip.clustering import ClusterConfig, Clustering, cluster
-from modeclip.encoders import EmbedConfig, embed
+from modeclip.embedding import COLUMN, EmbedConfig, embed
+from modeclip.encoders import IMAGE_PREFIXES, PREFIXES
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation import EvaluateConfig, evaluate
 from modeclip.experts import ExpertsConfig, plan_jobs, run_jobs
@@ -39,12 +40,12 @@ from modeclip.indexing import index
 from modeclip.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.memory import PeakMemory, return_memory
 from modeclip.progress import log
-from modeclip.shards import list_shards
-from modeclip.sources import DataConfig, detect, split_keys, split_task
+from modeclip.sources import relative_to, source_state
 from modeclip.training import job_rows
+from modeclip.units import DataConfig
 
 STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")
-STAGE_FORMAT = 1  # raise it when a stage starts to produce something else from the same settings
+STAGE_FORMAT = 2  # raise it when a stage starts to produce something else from the same settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def load_recipe(path: Path) -> Recipe:
         recipe = parse_recipe(content)
     except ModeclipError as error:
         raise ModeclipError(f"recipe {path}: {error}") from None
-    return replace(recipe, data=_relative_to(recipe.data, path.parent))
+    return replace(recipe, data=relative_to(recipe.data, path.parent))
 
 
 def parse_recipe(content: Any) -> Recipe:
@@ -143,6 +144,11 @@ def run(recipe: Recipe, out: Path) -> RunResult:
         ModeclipError: A stage cannot do its work, or another process is running in the folder.
     """
     check_model(recipe.train.model)  # at once, not after an hour of embedding
+    if recipe.embed.encoder.partition(":")[0] in IMAGE_PREFIXES:
+        raise ModeclipError(
+            f"embed.encoder {recipe.embed.encoder!r} looks at images, but tasks are routed by class names: give an"
+            " encoder of texts, or use the commands modeclip embed and modeclip cluster, which take all of them"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out), writing(out):
         write_atomically(out / "recipe.yaml", yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False))
@@ -160,7 +166,9 @@ class _Run:
 
     def all_stages(self) -> None:
         recipe = self.recipe
-        self.stage("index", self.index, [asdict(recipe.data), _source_state(recipe.data)], "catalog.lance")
+        self.stage(
+            "index", self.index, [asdict(replace(recipe.data, workers=1)), source_state(recipe.data)], "catalog.lance"
+        )
         self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], "catalog.lance")
         self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], "clusters")
         training = [asdict(recipe.train), asdict(recipe.experts), self.fingerprint]
@@ -191,7 +199,7 @@ class _Run:
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
 
     def index(self) -> str:
-        result = index(self.recipe.data, self.out)
+        result = index(self.recipe.data, self.out, replace=True)
         held_out = sum(images for _, images in result.tasks.values())
         skipped = ", ".join(f"{count:,} {cause}" for cause, count in sorted(result.skipped.items())) or "none"
         return (
@@ -201,7 +209,7 @@ class _Run:
 
     def embed(self) -> str:
         result = embed(self.catalog, self.recipe.embed)
-        return f"{result.num_distinct:,} distinct captions as {result.dimension} numbers by {result.encoder}"
+        return f"{result.num_captions:,} captions as {result.dimension} numbers by {Path(result.encoder).name}"
 
     def cluster(self) -> str:
         result = cluster(self.catalog, self.recipe.cluster)
@@ -243,7 +251,7 @@ class _Run:
             cards=cards,
             manifest={
                 "name": self.recipe.name,
-                "encoder": self.recipe.embed.encoder,
+                "encoder": self.encoder,
                 "rule": config.rule,
                 "temperature": config.temperature_of(config.rule),
                 "templates": list(config.templates),
@@ -273,7 +281,7 @@ class _Run:
                 {job.name: Path(job.folder) for job in jobs},
                 {name: result.samples for name, result in done.items()},
                 self.clustering(),
-                self.recipe.embed.encoder,
+                self.encoder,
                 self.recipe.evaluate,
             )
         else:
@@ -290,6 +298,13 @@ class _Run:
     @property
     def catalog(self) -> Catalog:
         return Catalog.open(self.out / "catalog.lance")
+
+    @property
+    def encoder(self) -> str:
+        """The encoder that the captions have been embedded with, by the name that loads it anywhere on this machine."""
+        facts = self.catalog.facts(COLUMN)
+        assert facts is not None, "the stage embed describes its column"
+        return str(facts["encoder"])
 
     def clustering(self) -> Clustering:
         return Clustering.load(self.out / "clusters")
@@ -311,41 +326,10 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 def _folder_beside(recipe: Path, value: str) -> str:
     """Return the name of a model with its path taken from the recipe's folder, if it is a folder there."""
-    prefix = next((known for known in ("local-dir:", "simcse:") if value.startswith(known)), "")
+    prefixes = ("local-dir:", *(f"{known}:" for known in PREFIXES))
+    prefix = next((known for known in prefixes if value.startswith(known)), "")
     folder = recipe.parent / value.removeprefix(prefix)
     return f"{prefix}{folder}" if folder.is_dir() else value
-
-
-def _relative_to(data: DataConfig, folder: Path) -> DataConfig:
-    """Return the data section with its paths taken from the recipe's folder."""
-    if data.source == "icons":
-        return data
-    source = "::".join(str(folder / part) for part in data.source.split("::"))
-    named = (split_task(task) for task in data.tasks)
-    return replace(data, source=source, tasks=tuple(f"{name}={folder / path}" for name, path in named))
-
-
-def _source_state(data: DataConfig) -> list[str]:
-    """Return what shows a change of the source: versions of the icon packages, or names, sizes and times of files."""
-    if data.source == "icons":
-        from modeclip.icons import package_versions
-
-        return package_versions()
-    match detect(data):
-        case "table":
-            found = [Path(data.source)]
-        case "shards":
-            found = list_shards(data.source)
-        case _:
-            found = _files_of(Path(data.source), f"{data.image_keys};{data.caption_keys}")
-    for task in data.tasks:
-        found += _files_of(Path(split_task(task)[1]), data.image_keys)
-    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in found]
-
-
-def _files_of(folder: Path, keys: str) -> list[Path]:
-    suffixes = tuple(f".{key}" for key in split_keys(keys))
-    return sorted(file for file in folder.rglob("*") if file.name.lower().endswith(suffixes))
 
 
 def _check_fields(section: type, content: dict[str, Any], place: tuple[str, ...]) -> None:
