@@ -52,13 +52,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vectors", help=".npy file or catalog")
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--sample-seed", type=int, default=1, help="decides which rows")
     parser.add_argument("--fine", type=int, default=256, help="number of centres")
     parser.add_argument("--rounds", type=int, default=5, help="of modeclip")
     parser.add_argument("--iterations", type=int, default=40, help="of modeclip")
     arguments = parser.parse_args()
 
     x = read_vectors(arguments.vectors)
-    x = x[np.sort(np.random.default_rng(0).choice(len(x), min(arguments.rows, len(x)), replace=False))]
+    random = np.random.default_rng(arguments.sample_seed)
+    x = x[np.sort(random.choice(len(x), min(arguments.rows, len(x)), replace=False))]
     today = str(datetime.now(UTC).date())
     threads = torch.get_num_threads()
     print(f"{today}, {machine()}, {threads} threads, load {os.getloadavg()[0]:.1f} at the start")

@@ -14,7 +14,7 @@ from modeclip.cli import main, read_classes
 from modeclip.errors import ModeclipError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = ("demo", "run", "route", "classify", "report", "train")
+COMMANDS = ("demo", "run", "index", "check", "uids", "embed", "cluster", "route", "classify", "report", "train")
 
 
 @pytest.fixture(scope="module")

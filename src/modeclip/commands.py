@@ -5,7 +5,7 @@ They are steps of the same catalog: each adds what it computes as columns, and l
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +24,16 @@ Ray = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(DataConfig):
+    """Where image-caption pairs come from, and which of them are kept for evaluation."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the `DataConfig` that is made of it, whose errors are one line."""
+
+
 def index(
-    data: PositionalRequiredArgs[OmitArgPrefixes[DataConfig]],
+    data: PositionalRequiredArgs[OmitArgPrefixes[DataOptions]],
     out: Annotated[str, arg(help="Folder, or address in an object store, of the catalog.")] = "catalog",
     *,
     replace: Annotated[bool, arg(help="Put the source in the place of what the catalog has, not behind it.")] = False,
@@ -34,7 +42,7 @@ def index(
     """Make a catalog of image-caption pairs from whatever you have, or add what has come since."""
     from modeclip.indexing import index as run_index
 
-    result = run_index(data, out, replace=replace)
+    result = run_index(DataConfig(**asdict(data)), out, replace=replace)
     if as_json:
         print_json(asdict(result) | {"catalog": out})
         return
