@@ -17,7 +17,7 @@ from PIL import Image
 
 import modeclip.mixture
 from modeclip import MoDE
-from modeclip.bundle import load_bundle
+from modeclip.bundle import load_bundle, save_bundle
 from modeclip.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.evaluation import load_tasks
@@ -183,6 +183,36 @@ def test_bundle_whose_files_do_not_match_their_hashes(bundle: Path, tmp_path: Pa
     (copy / file).write_bytes(content)
     with pytest.raises(ModeclipError, match=rf"1 of \d+ files are missing or differ from their hash .* first {file}"):
         MoDE.load(copy)
+
+
+def test_bundle_carries_an_encoder_that_was_fitted_to_its_captions(bundle: Path, tmp_path: Path) -> None:
+    from modeclip.encoders import load_encoder
+    from modeclip.lexical import fit_tfidf
+
+    names = ["arrow left", "arrow right", "heart", "bell", "bell off", "house", "home", "star"]
+    fit_tfidf(names, tmp_path / "fitted", dimension=4)
+    vectors = load_encoder(f"tfidf:{tmp_path / 'fitted'}").encode(names)
+    opened = load_bundle(bundle)
+    save_bundle(
+        tmp_path / "made",
+        models={"seed": bundle / "seed"},
+        fine_centers=vectors,
+        expert_of_fine=np.arange(len(names)) % 2,
+        cards={"fine": opened.clusters, "experts": [{"index": k, "size": 4, "keywords": []} for k in range(2)]},
+        manifest={
+            "name": "made",
+            "encoder": f"tfidf:{tmp_path / 'fitted'}",
+            "rule": "paper",
+            "temperature": 0.2,
+            "templates": ["{}"],
+            "lineage": {},
+        },
+    )
+    shutil.rmtree(tmp_path / "fitted")
+    shutil.move(tmp_path / "made", tmp_path / "moved")
+    mode = MoDE.load(tmp_path / "moved")
+    assert (mode.encoder.encode(names) == vectors).all()
+    assert mode.route(["heart"], rule="top1").routing.nearest_fine.tolist() == [2]
 
 
 def test_bundle_that_is_none(tmp_path: Path, bundle: Path) -> None:

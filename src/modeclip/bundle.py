@@ -5,6 +5,7 @@
       centres.safetensors     fine_centers (M, D) float32, expert_of_fine (M,) int64
       clusters.json           size, key words and example captions of every fine cluster
       seed/  expert-0/ ...    plain open_clip model folders
+      encoder/                where the encoder was fitted to the captions
 
 An expert that is not there yet is stood in for by the seed model, so a bundle works from the first finished expert on.
 Source: MoDE Sec. 3.2 to 3.4 for what a system consists of; the format is ours.
@@ -31,6 +32,8 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "mode.json"
 CENTRES_FILE = "centres.safetensors"
 CLUSTERS_FILE = "clusters.json"
+FITTED, ENCODER_FOLDER = "tfidf:", "encoder"
+"""Begins the name of an encoder that was fitted to the captions, and the folder of a bundle that carries it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,10 @@ def save_bundle(
         (part / name).mkdir()
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(source / file, part / name / file)
+    encoder = str(manifest["encoder"])
+    if encoder.startswith(FITTED):  # fitted to these captions, so nobody else has it
+        shutil.copytree(encoder.removeprefix(FITTED), part / ENCODER_FOLDER)
+        encoder = FITTED + ENCODER_FOLDER
     save_file({"fine_centers": fine_centers, "expert_of_fine": expert_of_fine}, part / CENTRES_FILE)
     (part / CLUSTERS_FILE).write_text(json.dumps(cards["fine"]) + "\n", encoding="utf-8")
     experts = [
@@ -126,7 +133,13 @@ def save_bundle(
         for card in cards["experts"]
     ]
     files = {str(file.relative_to(part)): hash_file(file) for file in sorted(part.rglob("*")) if file.is_file()}
-    content = {"format_version": FORMAT_VERSION, **manifest, "experts": [asdict(e) for e in experts], "sha256": files}
+    content = {
+        "format_version": FORMAT_VERSION,
+        **manifest,
+        "encoder": encoder,
+        "experts": [asdict(e) for e in experts],
+        "sha256": files,
+    }
     (part / MANIFEST_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)
@@ -153,10 +166,10 @@ def load_bundle(source: str | Path) -> Bundle:
             f"bundle {path}: format {version} is newer than this modeclip reads ({FORMAT_VERSION}); upgrade modeclip"
         )
     _check_hashes(path, hashes)
-    centres = load_file(path / CENTRES_FILE)
+    centres, encoder = load_file(path / CENTRES_FILE), manifest["encoder"]
     return Bundle(
         path=path,
-        encoder=manifest["encoder"],
+        encoder=f"{FITTED}{path / ENCODER_FOLDER}" if encoder == FITTED + ENCODER_FOLDER else encoder,
         rule=manifest["rule"],
         temperature=manifest["temperature"],
         templates=tuple(manifest["templates"]),
