@@ -280,6 +280,7 @@ def test_what_is_not_committed_is_no_catalog(tmp_path: Path):
 def test_a_folder_stands_for_the_catalog_in_it(tmp_path: Path):
     write_catalog(tmp_path / "catalog.lance")
     assert len(Catalog.open(tmp_path)) == NUM_ROWS
+    assert Catalog.open(tmp_path).name == tmp_path.name
 
 
 # ---------------------------------------------------------------- lists, masks, facts, further rows

@@ -68,7 +68,7 @@ def write_atlas(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     page = _render(
-        name=name or Path(str(catalog.path)).name,
+        name=name or catalog.name,
         num_experts=len(result.experts),
         num_rows=sum(card.size for card in result.fine),
         overlap=result.clustering.overlap,

@@ -113,6 +113,12 @@ class Catalog:
         return int(self._dataset.count_rows())
 
     @property
+    def name(self) -> str:
+        """What people call it: its file's name, or that of the folder of a ``catalog.lance``."""
+        *_, folder, file = ["", *self.path.rstrip("/").split("/")]
+        return folder if file == CATALOG and folder else file
+
+    @property
     def columns(self) -> list[str]:
         """Names of the columns, in the order in which they came."""
         return [name for name in self._dataset.schema.names if not name.startswith((NEW, OLD))]

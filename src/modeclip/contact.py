@@ -111,7 +111,7 @@ def write_check(catalog: Catalog, result: CheckResult, folder: Path | str, seed:
     tiles = read_tiles(catalog, draw_rows(catalog, seed=seed))
     page = folder / "check.html"
     with writing(page):
-        write_atomically(page, _render(result, tiles))
+        write_atomically(page, _render(result, tiles, catalog.name))
     return page, _write_sheet(tiles, folder / "contact.png", 12)
 
 
@@ -232,7 +232,7 @@ def _thin_ticks(ticks: list[tuple[float, float]], gap: float = 34.0) -> list[tup
     return kept
 
 
-def _render(result: CheckResult, tiles: Sequence[Tile]) -> str:
+def _render(result: CheckResult, tiles: Sequence[Tile], name: str) -> str:
     """Fill the template with what was found."""
     import jinja2
 
@@ -254,7 +254,7 @@ def _render(result: CheckResult, tiles: Sequence[Tile]) -> str:
     severities = [finding.severity for finding in result.findings]
     return environment.get_template("check.html").render(
         result=result,
-        name=Path(result.catalog).name,
+        name=name,
         verdict=[(severity, severities.count(severity)) for severity in dict.fromkeys(severities)],
         findings=[(finding, format_share(finding.count, finding.looked_at)) for finding in result.findings],
         charts=[
