@@ -314,6 +314,7 @@ def test_a_run_that_is_stopped_leaves_no_catalog_and_the_next_one_works(tmp_path
     deadline = time.monotonic() + 60
     while not (tmp_path / "catalog.lance" / "data").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+    time.sleep(0.3)  # while it draws; Lance, which has just begun to write, takes no interrupt
     process.send_signal(number)
     _, output = process.communicate(timeout=60)
     assert process.returncode == -number, output.decode()
