@@ -10,7 +10,7 @@ shared by processes, because the renderer holds the interpreter's lock; the orde
 
 Source: Iconify documentation, "IconifyJSON".
 
-Price: about 2,000 icons a second and process at 32 px; 380,000 in all.
+Price: drawing dominates; docs/scale.md has the measured rate.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ of a sample's counts makes vectors of a stated dimension. What was fitted is a f
 
 Source: latent semantic analysis (Deerwester et al. 1990), here as the contrast of MoDE (arXiv 2404.16030) Fig. 6;
 model2vec: static embeddings distilled from a sentence encoder, averaged over a text's tokens.
-Price: fitting holds the counts of the sample, about 1 kB a caption, and takes a minute for 100,000; encoding needs no
-model, 10,000 texts a second and more on one core. The folder takes up to 4 D bytes a term: 67 MB at 256 dimensions.
+Price: fitting holds the counts of the sample; encoding needs no model. The folder takes up to 4 D bytes a term: 67 MB
+at 256 dimensions.
 """
 
 from __future__ import annotations

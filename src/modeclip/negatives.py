@@ -15,7 +15,7 @@ identical captions is not estimated but counted, from how often each caption occ
 
 Source: ours; the paper (MoDE, arXiv 2404.16030) argues with false negatives but does not count them.
 
-Price: one (B, B) product a batch: under a second for 100 batches of 256 rows; a few caption numbers per row in memory.
+Price: one (B, B) product a batch; a few caption numbers per row in memory.
 """
 
 from __future__ import annotations

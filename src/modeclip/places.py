@@ -5,7 +5,7 @@ which takes keys and endpoints from the usual environment variables. Byte ranges
 reads many from the same shards, come from descriptors that stay open; a file that has been replaced or removed since
 is noticed by its state.
 
-Price: a local range costs a stat and a read, about 3 µs; a range in an object store costs a request.
+Price: a local range costs a stat and a read; a range in an object store costs a request.
 """
 
 from __future__ import annotations

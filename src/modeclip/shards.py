@@ -9,7 +9,7 @@ not be neighbours.
 Shards that are missing, compressed or damaged are skipped with their cause after what can be read of them; none that
 can be read, or keys that the first readable one does not have, are an error.
 
-Price: ``modeclip.tars`` for the index, and about 5 µs a pair; memory is one shard's index.
+Price: ``modeclip.tars`` for the index, and Python objects for each pair; memory is one shard's index.
 """
 
 from __future__ import annotations

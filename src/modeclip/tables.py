@@ -4,7 +4,7 @@ Tables have open_clip's default columns, ``filepath`` and ``title``, or those th
 Arrow files are read by pyarrow alone. Rows stream: at most a row group of Parquet is held at a time. A file that cannot
 be read, or breaks off, is skipped with its cause after what can be read of it.
 
-Price: about 10 µs a row, and the reading of images that lie in the table itself.
+Price: Python objects for each row, and the reading of images that lie in the table itself.
 """
 
 from __future__ import annotations

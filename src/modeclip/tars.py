@@ -7,7 +7,7 @@ is damaged.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Basic Tar Format".
 
-Price: about 1 µs a member and a read for every 64 KiB (4 MiB in an object store) or large member.
+Price: a look at each header, and a read for every 64 KiB (4 MiB in an object store) or large member.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A uid is 128 bits written as 32 hexadecimal digits. A subset is a .npy file with
 first 16 digits, then the last 16, as numbers. A catalog made from DataComp's shards has the uids in a column; where
 there is none, a pair's uid is the MD5 of its key in UTF-8, which stays the same wherever the data are indexed.
 
-Price: one pass over the column, about a million rows a second whether uids are read or made; memory is the list,
+Price: one pass over the column, whether uids are read or made; memory is the list,
 twice, and a byte a row.
 
 Source: the DataComp benchmark (arXiv 2304.14108), whose tools read and write such files.
