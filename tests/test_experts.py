@@ -55,7 +55,7 @@ def test_schedules_meet_where_the_seed_ends(tmp_path: Path, budget: str) -> None
 def test_digest_follows_what_decides_the_result(tmp_path: Path) -> None:
     expert = plan(tmp_path, ExpertsConfig())["expert-0"]
     assert replace(expert, folder="/elsewhere", catalog="/elsewhere").digest == expert.digest
-    for change in ({"expert": 1}, {"threads": 2}, {"catalog_fingerprint": "g"}, {"start_digest": "other"}):
+    for change in ({"where": {"expert": 1}}, {"threads": 2}, {"catalog_fingerprint": "g"}, {"start_digest": "other"}):
         assert replace(expert, **change).digest != expert.digest  # type: ignore[arg-type]
 
 

@@ -105,7 +105,7 @@ def plan_jobs(
     return [seed, *totals, dense] + [
         replace(
             continued(control(f"expert-{k}", seed_steps + expert_steps)),
-            expert=k,
+            where={"expert": k},
             out_of_cluster_fraction=experts.out_of_cluster_fraction,
         )
         for k in range(num_experts)

@@ -11,12 +11,108 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, unknown
 from modeclip.files import write_atomically
+
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training pictures are varied; the names and defaults of open_clip, whose ``image_transform`` it follows."""
+
+    min_crop_share: float = 0.9
+    """Least share of a picture's area that its random crop keeps, in (0, 1]; 1: no crops (open_clip: 0.9)."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation changes, and of hue at a quarter of it, in [0, 1]; 0: none."""
+    color_jitter_probability: float = 0.8
+    """Share of the pictures whose colours are changed, in [0, 1]."""
+    grayscale_probability: float = 0.0
+    """Share of the pictures that lose their colours, in [0, 1]."""
+    patch_dropout: float = 0.0
+    """Share of an image tower's patches that are left out in training, in [0, 1) (FLIP, arXiv 2212.00794)."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 < self.min_crop_share <= 1:
+            raise ModeclipError(f"train.augment.min_crop_share must lie in (0, 1], got {self.min_crop_share}")
+        for name in ("color_jitter", "color_jitter_probability", "grayscale_probability", "patch_dropout"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name == "patch_dropout" and value == 1):
+                end = ")" if name == "patch_dropout" else "]"
+                raise ModeclipError(f"train.augment.{name} must lie in [0, 1{end}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the machine is used; apart from ``precision`` nothing here changes what a model is, up to rounding."""
+
+    precision: str = "auto"
+    """``32-true``, ``bf16-mixed`` or ``16-mixed``, as Lightning Fabric names them; ``auto``: bf16 where it is fast."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun or Slurm with several processes: copies of the model (ddp), or its parts (fsdp)."""
+    micro_batch: int | Literal["auto"] = 0
+    """Samples that a process runs through the towers at once; 0: all of its batch; ``auto``: as many as fit."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    workers: int = 0
+    """Processes that read and decode ahead; 0: two threads of the training process."""
+    save_every: str = "20s"
+    """Time, steps or passes over the rows between checkpoints: ``30min``, ``1000steps``, ``1epoch``."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints that are kept, at least 1."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    report_to: tuple[str, ...] = ()
+    """Further places for what is logged: ``tensorboard``, ``wandb``."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.precision not in {"auto", "32-true", "bf16-mixed", "16-mixed"}:
+            raise ModeclipError(
+                f"train.engine.precision must be auto, 32-true, bf16-mixed or 16-mixed, got {self.precision!r}"
+            )
+        if self.micro_batch != "auto" and self.micro_batch < 0:
+            raise ModeclipError(f"train.engine.micro_batch must be auto or at least 0, got {self.micro_batch}")
+        if self.workers < 0:
+            raise ModeclipError(f"train.engine.workers must be at least 0, got {self.workers}")
+        for name in ("keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ModeclipError(f"train.engine.{name} must be at least 1, got {getattr(self, name)}")
+        unknown_places = set(self.report_to) - {"tensorboard", "wandb"}
+        if unknown_places:
+            raise unknown("place in train.engine.report_to", min(unknown_places), ["tensorboard", "wandb"])
+        self.save_interval()
+
+    def save_interval(self) -> tuple[float, str]:
+        """Return the number and the unit (``seconds``, ``steps`` or ``epochs``) of ``save_every``.
+
+        Examples:
+            >>> EngineConfig(save_every="30min").save_interval()
+            (1800.0, 'seconds')
+            >>> EngineConfig(save_every="1000steps").save_interval()
+            (1000.0, 'steps')
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|min|h|steps?|epochs?)", self.save_every)
+        if match is None:
+            raise ModeclipError(
+                f"train.engine.save_every must be a number with s, min, h, steps or epochs, such as 30min or "
+                f"1000steps, got {self.save_every!r}"
+            )
+        number, unit = float(match[1]), match[2]
+        if unit in _SECONDS:
+            return number * _SECONDS[unit], "seconds"
+        unit = unit.removesuffix("s") + "s"
+        if number < 1 or number != round(number):
+            raise ModeclipError(f"train.engine.save_every must be a whole number of {unit}, got {self.save_every!r}")
+        return number, unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +124,7 @@ class TrainConfig:
     samples: int = 245_760
     """Samples that the dense model sees in its whole schedule of ``total_parts`` parts."""
     batch_size: int = 256
-    """Image-caption pairs a step; every other pair of the batch is a negative (the paper: 32,768)."""
+    """Pairs a step over all processes; every other pair of the batch is a negative (the paper: 32,768)."""
     total_parts: int = 32
     """Equal parts that the schedule is divided into (the paper: 32 epochs of 400 million samples)."""
     seed_parts: int = 27
@@ -39,14 +135,18 @@ class TrainConfig:
     """Share of the schedule in which the learning rate rises linearly, in [0, 1)."""
     weight_decay: float = 0.2
     """AdamW's decay of matrices; norms, biases and the logit scale have none (the paper: 0.2)."""
-    min_crop_share: float = 0.9
-    """Least share of a picture's area that its random training crop keeps, in (0, 1]; 1: no crops (open_clip: 0.9)."""
-    precision: str = "auto"
-    """``32-true``, ``bf16-mixed`` or ``16-mixed``, as Lightning Fabric names them; ``auto``: bf16 where it is fast."""
-    checkpoint_seconds: float = 20.0
-    """Time between checkpoints, in seconds; a killed run repeats at most this much."""
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient, which is scaled down to it; 0: no limit (the paper)."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """``clip``: softmax over the batch, both ways; ``siglip``: a sigmoid for every pair (arXiv 2303.15343)."""
+    mask_same_captions: bool = False
+    """Whether pairs with the same caption are left out of each other's negatives (the paper: not)."""
     seed: int = 0
-    """Of the random start and of the order of the samples."""
+    """Of the random start, of the order of the samples and of their augmentation."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How pictures are varied."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How the machine is used."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -61,12 +161,10 @@ class TrainConfig:
                 f"train.samples must be at least batch_size * total_parts = {self.batch_size * self.total_parts:,} "
                 f"(one step a part), got {self.samples:,}"
             )
-        if not 0 < self.min_crop_share <= 1:
-            raise ModeclipError(f"train.min_crop_share must lie in (0, 1], got {self.min_crop_share}")
-        if self.precision not in {"auto", "32-true", "bf16-mixed", "16-mixed"}:
-            raise ModeclipError(
-                f"train.precision must be auto, 32-true, bf16-mixed or 16-mixed, got {self.precision!r}"
-            )
+        if not 0 <= self.warmup_fraction < 1:
+            raise ModeclipError(f"train.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
+        if self.clip_grad_norm < 0:
+            raise ModeclipError(f"train.clip_grad_norm must be at least 0, got {self.clip_grad_norm}")
 
     @property
     def steps_per_part(self) -> int:
@@ -97,13 +195,16 @@ class TrainJob:
     last_share: float
     """The same at the last step; the schedule ends at 1."""
     start_from: str | None = None
-    """Folder of the finished job that this one continues, with its optimizer state; None: the model's own start."""
+    """Folder of the finished job, or checkpoint (``.pt``) of open_clip_train, that this one continues, with its
+    optimizer state; None: the model's own start."""
     start_digest: str = ""
-    """Digest of that job."""
-    expert: int | None = None
-    """Rows of this expert only; None: all rows."""
+    """Digest of that job, or SHA-256 of that checkpoint."""
+    where: Mapping[str, int] = field(default_factory=dict)
+    """Columns of the catalog and their values: only such rows, for example ``{"expert": 3}``; empty: all rows."""
+    mask: str | None = None
+    """Column of booleans: only the rows that it marks; None: no such limit."""
     out_of_cluster_fraction: float = 0.0
-    """Share of the rows outside the expert's cluster that it sees too, in [0, 1]."""
+    """Share of the rows outside ``where`` that the model sees too, in [0, 1]."""
     threads: int = 1
     """Threads that compute; part of the digest, since another number sums in another order."""
 
@@ -111,7 +212,7 @@ class TrainJob:
     def digest(self) -> str:
         """Hash of all that decides the result, not of where it is written."""
         content = {key: value for key, value in asdict(self).items() if key not in {"folder", "start_from", "catalog"}}
-        del content["config"]["checkpoint_seconds"]
+        content["config"]["engine"] = {"precision": self.config.engine.precision}
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def learning_rate(self, step: int) -> float:
@@ -131,7 +232,10 @@ class TrainJob:
         """Read a job file."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**content, "config": TrainConfig(**content["config"])})
+            config = content["config"]
+            engine = {**config["engine"], "report_to": tuple(config["engine"]["report_to"])}
+            parts = {"augment": AugmentConfig(**config["augment"]), "engine": EngineConfig(**engine)}
+            return cls(**{**content, "config": TrainConfig(**{**config, **parts})})
         except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ModeclipError(f"job file {path} cannot be read: {error}") from error
 

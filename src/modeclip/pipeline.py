@@ -245,7 +245,7 @@ class _Run:
         jobs = self.jobs()
         save_bundle(
             self.out / "bundle",
-            models={job.name: Path(job.folder) for job in jobs if job.name == "seed" or job.expert is not None},
+            models={job.name: Path(job.folder) for job in jobs if job.name == "seed" or "expert" in job.where},
             fine_centers=clustering.fine_centers,
             expert_of_fine=clustering.expert_of_fine,
             cards=cards,

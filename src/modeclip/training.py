@@ -85,15 +85,12 @@ def contrastive_loss(
 
 def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
     """Return the catalog rows that a job trains on, ascending."""
-    if job.expert is None:
-        rows = np.arange(len(catalog), dtype=np.int64)
-    else:
-        rows = catalog.select(expert=job.expert)
-        if job.out_of_cluster_fraction > 0:
-            others = np.setdiff1d(np.arange(len(catalog), dtype=np.int64), rows)
-            draw = np.random.Generator(np.random.Philox(key=[job.config.seed, 1_000_003 + job.expert]))
-            count = round(job.out_of_cluster_fraction * len(others))
-            rows = np.sort(np.concatenate([rows, draw.choice(others, count, replace=False)]))
+    rows = catalog.select(mask=job.mask, **job.where)
+    if job.out_of_cluster_fraction > 0 and job.where:
+        others = np.setdiff1d(catalog.select(mask=job.mask), rows)
+        draw = np.random.Generator(np.random.Philox(key=[job.config.seed, 1_000_003 + sum(job.where.values())]))
+        count = round(job.out_of_cluster_fraction * len(others))
+        rows = np.sort(np.concatenate([rows, draw.choice(others, count, replace=False)]))
     if len(rows) < job.config.batch_size:
         raise ModeclipError(
             f"{job.name}: {len(rows):,} pairs are fewer than one batch of {job.config.batch_size:,}; "
@@ -150,7 +147,7 @@ class _Trainer:
         from lightning_fabric import Fabric
 
         config = self.job.config
-        self.precision = choose_precision(config.precision)
+        self.precision = choose_precision(config.engine.precision)
         self.fabric = Fabric(accelerator="auto", devices=1, precision=self.precision)  # type: ignore[arg-type]
         self.clip = load_clip(config.model, seed=config.seed)
         self.fabric.to_device(self.clip.model)
@@ -174,9 +171,9 @@ class _Trainer:
             batch = batch_rows(rows, step, job.config.batch_size, job.config.seed)
             captions = catalog.read(["caption"], batch)["caption"]
             pictures = catalog.images(batch)
-            if job.config.min_crop_share < 1:
+            if job.config.augment.min_crop_share < 1:
                 draw = np.random.Generator(np.random.Philox(key=[job.config.seed, CROP_STREAM + step]))
-                pictures = random_crops(pictures, self.clip.image_size, job.config.min_crop_share, draw)
+                pictures = random_crops(pictures, self.clip.image_size, job.config.augment.min_crop_share, draw)
             return self.clip.images(pictures), self.clip.tokens(captions.tolist())
 
         with fast_attention(device, self.precision):
@@ -188,7 +185,7 @@ class _Trainer:
                 if self.stop or (parent and os.getppid() != int(parent)):
                     self._save()
                     raise SystemExit(128 + signal.SIGTERM)
-                if time.monotonic() - saved_at > job.config.checkpoint_seconds:
+                if time.monotonic() - saved_at > job.config.engine.save_interval()[0]:
                     self._save()
                     saved_at = time.monotonic()
         self._save()
@@ -216,7 +213,7 @@ class _Trainer:
         if not math.isfinite(loss):
             raise ModeclipError(
                 f"{self.job.name}: the loss is {loss} at step {self.step}; lower train.learning_rate "
-                f"(now {self.job.config.learning_rate:g}) or set train.precision to 32-true"
+                f"(now {self.job.config.learning_rate:g}) or set train.engine.precision to 32-true"
             )
         batch_size = self.job.config.batch_size
         log.write(
