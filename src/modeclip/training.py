@@ -1,19 +1,20 @@
 """A catalog, a selection of its rows and a part of a schedule -> one trained CLIP.
 
-The batch of step t is a pure function of (seed, t, rows): a
-job that was killed continues from its last checkpoint with the batches that it would have seen, and ends with the same
-bits on the same machine with the same number of threads.
+The batch of step t is a pure function of (seed, t, rows), and so is what is random in the model; a job that was killed
+continues from its last checkpoint with the batches that it would have seen, and ends with the same bits on the same
+machine with the same number of threads and processes.
 
-Files of a job's folder: ``job.json`` (what to do), ``log.jsonl`` (a line every few steps), ``checkpoint.safetensors``
-(weights, optimizer state, step), ``done.json`` (written last), and the model itself as an
-open_clip folder.
+Under torchrun or Slurm the processes of a job share every batch and have one loss (``losses.py``); Lightning Fabric
+reads their places from the environment. The batch goes through the towers in micro-batches where memory asks for it
+(``gradients.py``). Both leave the gradient what it is.
 
-Price: on two cores, the 1.8-million-parameter towers of ``modeclip-icon`` (6.3 million more in the token table) train
-at the rate that ``docs/cost.md`` states. Rejected: workers that feed data by fork (Lance is not fork-safe); two
-threads decode and tokenize ahead instead, which does not change any result.
+Files of a job's folder: ``job.json`` (what to do), ``log.jsonl`` (a line every few steps), ``checkpoints/`` (weights,
+optimizer state, step), ``done.json`` (written last), and the model itself as an open_clip folder.
+
+Price: ``docs/cost.md`` states the rate on two cores.
 
 Source: MoDE Sec. 3.3 and 4.2 and its released settings (AdamW, betas 0.9 and 0.98, decay 0.2 on matrices only,
-logit scale at most ln 100); the loss is CLIP's (arXiv 2103.00020, Fig. 3).
+logit scale at most ln 100).
 """
 
 from __future__ import annotations
@@ -21,66 +22,42 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from modeclip.catalog import Catalog
-from modeclip.clip import Clip, encode_image, encode_text, fast_attention, load_clip, random_crops, save_clip
+from modeclip.checkpoints import Checkpoint, load_checkpoint, load_open_clip_train, save_checkpoint
+from modeclip.clip import Clip, fast_attention, load_clip, save_clip
+from modeclip.devices import choose_precision
 from modeclip.errors import ModeclipError
+from modeclip.feeding import Batch, Feed, batch_rows
 from modeclip.files import only_process, write_atomically, writing
 from modeclip.jobs import TrainConfig, TrainJob, TrainResult
+from modeclip.journal import Journal
+from modeclip.preflight import preflight
+from modeclip.processes import World, leave_processes, place_like, whole
 
 if TYPE_CHECKING:
     import torch
     from lightning_fabric import Fabric
+    from torch import Tensor
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, Sec. 2.5
-LOG_EVERY_STEPS = 10
 LOCK_PATIENCE_SECONDS = 30.0  # for a job whose parent was killed a moment ago
-CROP_STREAM = 1 << 40  # keys of the random streams of crops start here, far from those of the orders of the rows
-PREFETCH_THREADS = 2
-PREFETCH_BATCHES = 4
 PARENT_VARIABLE = "MODECLIP_PARENT"  # process id of who started the job; the job stops when that process is gone
-
-
-def batch_rows(rows: Int[np.ndarray, " N"], step: int, batch_size: int, seed: int) -> Int[np.ndarray, " B"]:
-    """Return the rows of one step's batch: each pass over the rows is a new permutation, no row twice in a batch.
-
-    A pure function of its arguments, so that a job can be resumed at any step. The rows left over at the end of a pass
-    (fewer than a batch) wait for another pass's permutation.
-    """
-    batches_per_pass = len(rows) // batch_size
-    passes, index = divmod(step, batches_per_pass)
-    order = np.random.Generator(np.random.Philox(key=[seed, passes])).permutation(len(rows))
-    return rows[order[index * batch_size : (index + 1) * batch_size]]
-
-
-def contrastive_loss(
-    image_features: Float[torch.Tensor, "B D"], text_features: Float[torch.Tensor, "B D"], logit_scale: torch.Tensor
-) -> torch.Tensor:
-    """Return CLIP's loss: cross-entropy of each image over the batch's captions, and of each caption over its images.
-
-    Args:
-        image_features: Unit vectors of the images.
-        text_features: Unit vectors of their captions, in the same order.
-        logit_scale: Factor on the cosines (already exponentiated).
-    """
-    import torch
-    import torch.nn.functional as F  # noqa: N812
-
-    logits = logit_scale * image_features @ text_features.T
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+FAILED_BATCH_FILE = "failed-batch.json"
+Visit = Callable[[Clip, int], bool]
+"""Called with the model in evaluation mode and the step; True ends the job."""
 
 
 def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
@@ -99,8 +76,13 @@ def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
     return rows
 
 
-def train(job: TrainJob) -> TrainResult:
+def train(job: TrainJob, *, visit_every: int = 0, visit: Visit | None = None) -> TrainResult:
     """Train one job to its end, continuing from its last checkpoint if it has one.
+
+    Args:
+        job: What to train.
+        visit_every: Steps between two calls of ``visit``; 0: only after the last step.
+        visit: May look at the model and end the job early.
 
     Raises:
         ModeclipError: The job cannot work (too few rows, unknown model, loss not finite), or another process trains it.
@@ -113,20 +95,28 @@ def train(job: TrainJob) -> TrainResult:
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with only_process(folder, LOCK_PATIENCE_SECONDS):
+    world = World.of_environment()
+    if world.size > 1 and visit is not None:
+        raise ModeclipError(
+            f"{job.name}: a model is visited in training by one process only; start it without torchrun"
+        )
+    with only_process(folder, LOCK_PATIENCE_SECONDS) if world.rank == 0 else nullcontext():
         torch.set_num_threads(job.threads)
-        catalog = Catalog.open(Path(job.catalog))
+        catalog = Catalog.open(job.catalog)
         rows = job_rows(job, catalog)
-        trainer = _Trainer(job)
-        trainer.run(catalog, rows)
-        save_clip(trainer.clip, folder)
+        preflight(job, catalog, rows, world.size)
+        trainer = _Trainer(job, world, rows)
+        trainer.run(visit_every, visit)
         result = TrainResult(
             digest=job.digest,
-            samples=(job.last_step - job.first_step) * job.config.batch_size,
+            samples=(trainer.step - job.first_step) * job.config.batch_size,
             rows=len(rows),
             seconds=time.monotonic() - started,
         )
-        write_atomically(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
+        model = trainer.whole_model()
+        if world.rank == 0:
+            save_clip(model, folder)
+            write_atomically(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
     return result
 
 
@@ -135,228 +125,328 @@ class _Trainer:
     """State of a running job: model, optimizer and step."""
 
     job: TrainJob
+    world: World
+    rows: Int[np.ndarray, " N"]
     clip: Clip = field(init=False)
-    step: int = field(init=False)
-    precision: str = field(init=False)
     fabric: Fabric = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
+    towers: Any = field(init=False)
+    optimizer: Any = field(init=False)
     parameters: dict[str, torch.nn.Parameter] = field(init=False)
+    step: int = field(init=False)
+    micro_batch: int = field(init=False)
+    losses: list[Tensor] = field(default_factory=list)
+    """Losses of the steps since they were last looked at, on the device, so that no step waits for it."""
     stop: bool = False
 
     def __post_init__(self) -> None:
-        from lightning_fabric import Fabric
+        from modeclip.gradients import Towers
 
         config = self.job.config
-        self.precision = choose_precision(config.engine.precision)
-        self.fabric = Fabric(accelerator="auto", devices=1, precision=self.precision)  # type: ignore[arg-type]
-        self.clip = load_clip(config.model, seed=config.seed)
-        self.fabric.to_device(self.clip.model)
+        self.fabric = self.world.fabric(config.engine)
+        start = self._start()
+        self.clip = load_clip(
+            config.model,
+            seed=config.seed,
+            patch_dropout=config.augment.patch_dropout,
+            siglip=config.loss == "siglip",
+        )
+        if config.engine.grad_checkpointing:
+            self.clip.model.set_grad_checkpointing()
+        self.clip.model.train()
+        self.towers = self.fabric.setup_module(Towers(self.clip))
         self.parameters = dict(self.clip.model.named_parameters())
-        self.optimizer = _make_optimizer(self.parameters, config)
+        self.optimizer = self.fabric.setup_optimizers(_make_optimizer(self.parameters, config))
         self.step = self.job.first_step
-        own = Path(self.job.folder) / "checkpoint.safetensors"
-        if not self._restore(own, self.job.digest) and self.job.start_from is not None:
-            start = Path(self.job.start_from) / "checkpoint.safetensors"
-            if not self._restore(start, self.job.start_digest):
-                raise ModeclipError(f"{self.job.name}: {start} is missing or of another run; train that model first")
+        micro_batch = config.engine.micro_batch
+        self.micro_batch = 0 if micro_batch == "auto" else micro_batch or config.batch_size
+        if start is None and self.job.start_from is not None:
+            names = [(name, value.ndim) for name, value in self.parameters.items()]
+            start = load_open_clip_train(Path(self.job.start_from), names)
+        if start is not None:
+            self._restore(start)
 
-    def run(self, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> None:
+    def _start(self) -> Checkpoint | None:
+        """Return the checkpoint of a job that this one continues: its own, or the one that it starts from."""
+        job = self.job
+        own = load_checkpoint(Path(job.folder), job.digest)
+        if own is not None or job.start_from is None or Path(job.start_from).is_file():
+            return own
+        start = load_checkpoint(Path(job.start_from), job.start_digest or None)
+        if start is None:
+            raise ModeclipError(
+                f"{job.name}: {job.start_from} has no checkpoint of the job to start from; train that model first"
+            )
+        return start
+
+    def run(self, visit_every: int, visit: Visit | None) -> None:
         """Train from the present step to the job's last one."""
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-        job, log = self.job, _Log(Path(self.job.folder) / "log.jsonl", self.step)
-        parent, saved_at = os.environ.get(PARENT_VARIABLE), time.monotonic()
-        device = self.fabric.device
-
-        def load(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            batch = batch_rows(rows, step, job.config.batch_size, job.config.seed)
-            captions = catalog.read(["caption"], batch)["caption"]
-            pictures = catalog.images(batch)
-            if job.config.augment.min_crop_share < 1:
-                draw = np.random.Generator(np.random.Philox(key=[job.config.seed, CROP_STREAM + step]))
-                pictures = random_crops(pictures, self.clip.image_size, job.config.augment.min_crop_share, draw)
-            return self.clip.images(pictures), self.clip.tokens(captions.tolist())
-
-        with fast_attention(device, self.precision):
-            for (images, tokens), waited in _ahead(load, range(self.step, job.last_step)):
-                loss = self._train_step(images.to(device), tokens.to(device))
-                log.count(job.config.batch_size, waited)
-                if self.step % LOG_EVERY_STEPS == 0 or self.step == job.last_step:
-                    self._write_log(log, float(loss))
-                if self.stop or (parent and os.getppid() != int(parent)):
-                    self._save()
-                    raise SystemExit(128 + signal.SIGTERM)
-                if time.monotonic() - saved_at > job.config.engine.save_interval()[0]:
-                    self._save()
-                    saved_at = time.monotonic()
-        self._save()
-
-    def _train_step(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         import torch
 
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        job, config = self.job, self.job.config
+        journal = None
+        if self._first:
+            journal = Journal(Path(job.folder), self.step, config.engine.report_to, job.name, asdict(job))
+        feed = Feed(
+            catalog=job.catalog,
+            rows=torch.from_numpy(self.rows),
+            config=config,
+            tokenizer=self.clip.tokenizer,
+            preprocess=self.clip.preprocess,
+            image_size=self.clip.image_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        saves = _Saves(config, len(self.rows))
+        parent = os.environ.get(PARENT_VARIABLE)
+        with fast_attention(self.fabric.device, choose_precision(config.engine.precision)):
+            for batch, waited in feed.batches(range(self.step, job.last_step)):
+                looks = (self.step + 1) % config.engine.log_every == 0 or self.step + 1 == job.last_step
+                norm = self._train_step(batch, looks)
+                if journal:
+                    journal.count(config.batch_size, waited)
+                if looks:
+                    values = self._values(norm)
+                    if journal:
+                        journal.write(**values)
+                # one process decides at any step, several decide together when they look at the losses anyway
+                if looks or self.world.size == 1:
+                    self.stop |= bool(parent) and os.getppid() != int(parent or 0)
+                    stop, save = self._agree(self.stop, saves.due(self.step))
+                    if stop or save:
+                        self._save()
+                        saves.done(self.step)
+                    if stop:
+                        raise SystemExit(128 + signal.SIGTERM)
+                if visit and visit_every and self.step % visit_every == 0 and self.step < job.last_step:
+                    self.clip.model.eval()
+                    ended = visit(self.clip, self.step)
+                    self.clip.model.train()
+                    if ended:
+                        break
+        if visit and self.step == job.last_step:
+            self.clip.model.eval()
+            visit(self.clip, self.step)
+        if saves.last != self.step:
+            self._save()
+        if journal:
+            journal.close()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of the weights only."""
+        return self.world.size > 1 and self.job.config.engine.strategy == "fsdp"
+
+    @property
+    def _first(self) -> bool:
+        return self.world.rank == 0
+
+    def _train_step(self, batch: Batch, looks: bool) -> Tensor | None:
+        """Take a step; return the norm of the gradient if it was asked for or limited."""
+        import torch
+
+        from modeclip.gradients import backward, find_micro_batch
+
+        config, device = self.job.config, self.fabric.device
+        batch = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
+        if self.micro_batch == 0:
+            self.micro_batch = find_micro_batch(self.towers, self.fabric, batch, self.world.here)
         rate = self.job.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        model = self.clip.model
-        with self.fabric.autocast():
-            image_features, text_features = encode_image(model, images), encode_text(model, tokens)
-        scale = self.parameters["logit_scale"]
-        loss = contrastive_loss(image_features.float(), text_features.float(), scale.exp())
         self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss)
+        seed = (config.seed, self.step, self.world.rank)
+        try:
+            loss = backward(self.towers, self.fabric, batch, self._loss, micro_batch=self.micro_batch, seed=seed)
+        except torch.OutOfMemoryError as error:
+            raise ModeclipError(
+                f"{self.job.name}: {self.micro_batch:,} samples at once do not fit into the device's memory; set "
+                f"train.engine.micro_batch to a part of it, or to auto"
+            ) from error
+        if self.sharded:
+            for value in self.parameters.values():
+                if value.ndim == 0 and value.grad is not None:
+                    value.grad = self.fabric.all_reduce(value.grad, reduce_op="mean")  # type: ignore[assignment]
+        norm = self._limit_gradient() if config.clip_grad_norm > 0 or looks else None
         self.optimizer.step()
         with torch.no_grad():
-            scale.clamp_(0, MAX_LOGIT_SCALE)
+            self.parameters["logit_scale"].clamp_(0, MAX_LOGIT_SCALE)
+        self.losses.append(loss)
         self.step += 1
-        return loss.detach()
+        return norm
 
-    def _write_log(self, log: _Log, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise ModeclipError(
-                f"{self.job.name}: the loss is {loss} at step {self.step}; lower train.learning_rate "
-                f"(now {self.job.config.learning_rate:g}) or set train.engine.precision to 32-true"
+    def _limit_gradient(self) -> Tensor:
+        """Scale the gradient down to the largest norm that is allowed; return the norm that it had."""
+        import torch
+
+        limit = self.job.config.clip_grad_norm or math.inf
+        if not self.sharded:
+            norm: Tensor = self.fabric.clip_gradients(  # type: ignore[assignment]
+                self.towers, self.optimizer, max_norm=limit, error_if_nonfinite=False
             )
-        batch_size = self.job.config.batch_size
-        log.write(
-            step=self.step,
-            samples=self.step * batch_size,
-            loss=round(loss, 6),
-            lr=self.job.learning_rate(self.step - 1),
-            logit_scale=round(float(self.parameters["logit_scale"].detach().exp()), 4),
+            return norm
+        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        norm = torch.stack([whole(gradient.norm()) for gradient in gradients]).norm()
+        factor = limit / float(norm)
+        if factor < 1:
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return norm
+
+    def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+        from modeclip.losses import contrastive_loss, sigmoid_loss
+
+        captions = ids if self.job.config.mask_same_captions else None
+        if self.job.config.loss == "siglip":
+            return sigmoid_loss(images, texts, scale, bias, captions)
+        return contrastive_loss(images, texts, scale, captions)
+
+    def _values(self, norm: Tensor | None) -> dict[str, int | float]:
+        """Return what the log says of the present step, after a look at the losses since the last one."""
+        loss = self._check_losses()
+        scale = whole(self.parameters["logit_scale"].detach()).exp()
+        return {
+            "step": self.step,
+            "samples": self.step * self.job.config.batch_size,
+            "loss": round(loss, 6),
+            "lr": self.job.learning_rate(self.step - 1),
+            "logit_scale": round(float(scale), 4),
+            "grad_norm": round(float(whole(norm)), 4) if norm is not None else math.nan,
+            "memory_gb": round(self._memory_gb(), 3),
+        }
+
+    def _memory_gb(self) -> float:
+        """Return the highest memory of this process so far: of its GPU, if it has one."""
+        import torch
+
+        if self.fabric.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.fabric.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def _check_losses(self) -> float:
+        """Return the last loss; raise if any since the last look was not finite, with the batch that it was of."""
+        import torch
+
+        losses = torch.stack(self.losses).flatten()
+        if self.world.size > 1:
+            losses = self.fabric.all_reduce(losses, reduce_op="sum")  # type: ignore[assignment]
+        values = losses.tolist()
+        self.losses = []
+        for index, value in enumerate(values):
+            if not math.isfinite(value):
+                self._fail(self.step - len(values) + index, value)
+        return float(values[-1])
+
+    def _fail(self, step: int, loss: float) -> None:
+        job, config = self.job, self.job.config
+        rows = batch_rows(self.rows, step, config.batch_size, config.seed)
+        keys = Catalog.open(job.catalog).read(["key"], rows)["key"].tolist()
+        path = Path(job.folder) / FAILED_BATCH_FILE
+        if self._first:
+            write_atomically(path, json.dumps({"step": step, "loss": str(loss), "keys": keys}, indent=1) + "\n")
+        raise ModeclipError(
+            f"{job.name}: the loss is {loss} at step {step}; its batch begins with {', '.join(keys[:3])} (all keys in "
+            f"{path}); lower train.learning_rate (now {config.learning_rate:g}), set train.clip_grad_norm, or set "
+            f"train.engine.precision to 32-true"
         )
 
+    def _agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Return what any of the processes wants."""
+        if self.world.size == 1:
+            return stop, save
+        import torch
+
+        wanted = torch.tensor([float(stop), float(save and self._first)], device=self.fabric.device)
+        wanted = self.fabric.all_reduce(wanted, reduce_op="max")  # type: ignore[assignment]
+        return bool(wanted[0]), bool(wanted[1])
+
+    def whole_model(self) -> Clip:
+        """Return the model with all of its weights in this process (every process must ask)."""
+        if not self.sharded:
+            return self.clip
+        model = load_clip(self.job.config.model, siglip=self.job.config.loss == "siglip")
+        model.model.load_state_dict({name: whole(value) for name, value in self.clip.model.state_dict().items()})
+        return model
+
     def _save(self) -> None:
-        from safetensors.torch import save_file
+        if self.losses:
+            self._check_losses()  # a model that is broken is not saved
+        model = {name: whole(value) for name, value in self.clip.model.state_dict().items()}
+        optimizer = {
+            f"{key}.{name}": whole(value)
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.optimizer.state[parameter].items()
+        }
+        if self._first:
+            facts = {"micro_batch": self.micro_batch, "precision": self.fabric._precision.state_dict()}
+            state = Checkpoint(step=self.step, digest=self.job.digest, model=model, optimizer=optimizer, facts=facts)
+            save_checkpoint(Path(self.job.folder), state, self.job.config.engine.keep_checkpoints)
+        self.fabric.barrier()
 
-        tensors = {f"model.{name}": value.contiguous() for name, value in self.clip.model.state_dict().items()}
+    def _restore(self, start: Checkpoint) -> None:
+        """Continue from a checkpoint: of this job, or of the one before it."""
+        own = self.clip.model.state_dict()
+        self.clip.model.load_state_dict({name: place_like(own[name], value) for name, value in start.model.items()})
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value.contiguous()
-        path = Path(self.job.folder) / "checkpoint.safetensors"
-        temporary = path.with_name(path.name + ".part")
-        save_file(tensors, temporary, metadata={"step": str(self.step), "digest": self.job.digest})
-        temporary.replace(path)
-
-    def _restore(self, path: Path, digest: str) -> bool:
-        """Load a checkpoint of the job with this digest; return False if there is none."""
-        from safetensors import SafetensorError, safe_open
-
-        if not path.is_file():
-            return False
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("digest") != digest:
-                    return False
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        except SafetensorError as error:
-            raise ModeclipError(f"{self.job.name}: {path} is damaged ({error}); delete it and run again") from error
-        prefix = "model."
-        weights = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-        self.clip.model.load_state_dict(weights)
-        for name, parameter in self.parameters.items():
-            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
-        self.step = int(metadata["step"])
-        return True
+            state = {key: start.optimizer[f"{key}.{name}"] for key in _STATE if f"{key}.{name}" in start.optimizer}
+            if state:
+                self.optimizer.optimizer.state[parameter] = {
+                    key: value if key == "step" else place_like(parameter, value) for key, value in state.items()
+                }
+        if start.digest == self.job.digest:
+            self.step = start.step
+            self.micro_batch = int(start.facts.get("micro_batch", 0)) or self.micro_batch
+        precision: Mapping[str, Any] = start.facts.get("precision") or {}
+        if precision:
+            self.fabric._precision.load_state_dict(dict(precision))
 
     def _on_sigterm(self, *_: object) -> None:
         self.stop = True
 
 
-class _Log:
-    """The job's log file: cut back to the step that the job continues from, then a line every few steps."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= step else []
-                except (json.JSONDecodeError, KeyError):
-                    break  # the line that a kill cut short
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
-        self._path = path
-        self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
-
-    def count(self, samples: int, waited: float) -> None:
-        self._samples += samples
-        self._waited += waited
-
-    def write(self, **values: int | float) -> None:
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        speed = {
-            "samples_per_second": round(self._samples / seconds, 1),
-            "data_wait": round(self._waited / seconds, 4),
-        }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values | speed) + "\n")
-        self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
+_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def choose_precision(wanted: str) -> str:
-    """Return the precision to train in: ``auto`` is bf16 where the device multiplies it fast, else float32."""
-    import torch
+class _Saves:
+    """When the next checkpoint is due."""
 
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    return "bf16-mixed" if _has_amx() else "32-true"
+    def __init__(self, config: TrainConfig, num_rows: int) -> None:
+        number, unit = config.engine.save_interval()
+        self._seconds = number if unit == "seconds" else math.inf
+        a_pass = num_rows // config.batch_size
+        self._steps = {"steps": int(number), "epochs": int(number) * a_pass}.get(unit, 0)
+        self._saved_at = time.monotonic()
+        self.last: int | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint should be written after this many steps."""
+        if self._steps:
+            return step // self._steps != (step - 1 if self.last is None else self.last) // self._steps
+        return time.monotonic() - self._saved_at >= self._seconds
 
-def _has_amx() -> bool:
-    """Whether the processor has bfloat16 matrix units; without them bf16 is slower than float32 on a CPU."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    def done(self, step: int) -> None:
+        """Take note of a checkpoint."""
+        self._saved_at, self.last = time.monotonic(), step
 
 
 def _make_optimizer(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     import torch
 
-    decayed = [value for value in parameters.values() if value.ndim >= 2]
-    others = [value for value in parameters.values() if value.ndim < 2]
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": values, "weight_decay": config.weight_decay if dimensions >= 2 else 0.0}
+        for dimensions in (2, 1, 0)  # numbers apart from vectors: split models do not split them
+        if (values := [value for value in parameters.values() if min(value.ndim, 2) == dimensions])
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def _ahead(
-    load: Callable[[int], tuple[torch.Tensor, torch.Tensor]], steps: range
-) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], float]]:
-    """Yield each step's batch with the seconds that it was waited for; threads load the next few meanwhile."""
-    with ThreadPoolExecutor(PREFETCH_THREADS) as pool:
-        waiting: deque[Future[tuple[torch.Tensor, torch.Tensor]]] = deque()
-        try:
-            upcoming = iter(steps)
-            for step in upcoming:
-                waiting.append(pool.submit(load, step))
-                if len(waiting) < PREFETCH_BATCHES:
-                    continue
-                yield _timed(waiting.popleft())
-            while waiting:
-                yield _timed(waiting.popleft())
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _timed(future: Future[tuple[torch.Tensor, torch.Tensor]]) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
-    started = time.monotonic()
-    return future.result(), time.monotonic() - started
-
-
 def main(path: str) -> None:
-    """Train the job of a file; what ``experts.run_jobs`` starts as a process of its own."""
+    """Train the job of a file; what ``launching.py`` starts as a process of its own, and torchrun as several."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which sends SIGTERM
     try:
         with writing(Path(path).parent):
             train(TrainJob.load(Path(path)))
+        leave_processes()
     except ModeclipError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

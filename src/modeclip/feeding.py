@@ -1,0 +1,266 @@
+"""A selection of rows and a step -> the batch of that step: pictures, tokens, and the seconds that it was waited for.
+
+The batch is a pure function of (seed, step, rows). A pass over the rows is a pseudo-random permutation of them that is
+computed element by element (a Feistel network on the row's position, walked until the position is one of the N), so
+that the order of a billion rows takes no memory and the batch of step one million is known without the ones before it.
+Hence a job can be resumed at any step, processes of one job take disjoint parts of the same batch, and another number
+of workers changes nothing but the time.
+
+Pictures travel as bytes (a quarter of the floats) and are normalised on the device.
+
+Price: a batch and a few pieces of 256 samples ahead of it in memory. Rejected: workers that fork (Lance is not
+fork-safe), shuffle buffers (their order depends on timing, and they cannot be resumed).
+
+Source: permutations of any size by cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from modeclip.augmenting import NUM_DRAWS, augment
+from modeclip.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.jobs import TrainConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+PIECE_SAMPLES = 256
+PREFETCH_THREADS = 2
+PREFETCH_PIECES = 4  # for each thread or worker process
+CROP_STREAM = 1 << 40  # keys of the random streams of augmentation start here, far from those of the orders of the rows
+_ROUNDS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A process's part of the samples of one step."""
+
+    images: Tensor
+    """(b, 3, H, W) uint8."""
+    tokens: Tensor
+    """(b, context_length) int64."""
+    caption_ids: Tensor
+    """(b,) int64, equal for equal captions; empty unless the loss masks them."""
+
+
+def batch_rows(rows: Int[np.ndarray, " N"], step: int, batch_size: int, seed: int) -> Int[np.ndarray, " B"]:
+    """Return the rows of one step's batch: each pass over the rows is a new permutation, no row twice in a batch.
+
+    A pure function of its arguments. The rows left over at the end of a pass (fewer than a batch) wait for another
+    pass's permutation.
+    """
+    batches_per_pass = len(rows) // batch_size
+    passes, index = divmod(step, batches_per_pass)
+    positions = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.int64)
+    batch: np.ndarray = rows[permute(positions, len(rows), seed, passes)]
+    return batch
+
+
+def permute(positions: Int[np.ndarray, " B"], count: int, seed: int, stream: int) -> Int[np.ndarray, " B"]:
+    """Map positions below ``count`` one to one to positions below ``count``, at random.
+
+    Args:
+        positions: Each in 0 to below ``count``.
+        count: Size of the permutation.
+        seed: Chooses it, together with ``stream``.
+        stream: Number of the permutation.
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.Generator(np.random.Philox(key=[seed, stream])).integers(0, 1 << 63, _ROUNDS, dtype=np.uint64)
+
+    def encrypt(values: np.ndarray) -> np.ndarray:
+        left, right = values >> half, values & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        return (left << half) | right
+
+    result = encrypt(positions.astype(np.uint64))
+    while (outside := result >= np.uint64(count)).any():  # the domain is at most four times as large, so this ends soon
+        result[outside] = encrypt(result[outside])
+    return result.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit numbers (the finaliser of MurmurHash3)."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    scrambled: np.ndarray = values ^ (values >> np.uint64(33))
+    return scrambled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """All that it takes to make the batch of any step, in any process."""
+
+    catalog: str
+    """Path of the catalog."""
+    rows: Tensor
+    """(N,) int64, the rows that are trained on."""
+    config: TrainConfig
+    """Batch size, seed and augmentation."""
+    tokenizer: Any
+    """Texts -> (n, context_length) token ids."""
+    preprocess: Any
+    """open_clip's transform for inference; its steps before the tensor are used where nothing is cropped at random."""
+    image_size: tuple[int, int]
+    """Width and height of the pictures, in pixels."""
+    rank: int = 0
+    """Which process of the job this is."""
+    world_size: int = 1
+    """Processes of the job; each takes an equal part of every batch."""
+
+    @cached_property
+    def _opened(self) -> Catalog:
+        return Catalog.open(self.catalog)
+
+    def piece(self, step: int, first: int, last: int) -> Batch:
+        """Return the samples of a step from position ``first`` of the global batch to before ``last``."""
+        import torch
+
+        config = self.config
+        rows = batch_rows(self.rows.numpy(), step, config.batch_size, config.seed)[first:last]
+        captions: list[str] = self._opened.read(["caption"], rows)["caption"].tolist()
+        pictures: Sequence[Image] = self._opened.images(rows)
+        draw = np.random.Generator(np.random.Philox(key=[config.seed, CROP_STREAM + step]))
+        draws = draw.random((config.batch_size, NUM_DRAWS))[first:last]
+        pictures = [self._fit(picture) for picture in augment(pictures, self.image_size, config.augment, draws)]
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        ids = [_hash(caption) for caption in captions] if config.mask_same_captions else []
+        return Batch(
+            images=pixels.permute(0, 3, 1, 2).contiguous(),
+            tokens=self.tokenizer(captions),
+            caption_ids=torch.tensor(ids, dtype=torch.int64),
+        )
+
+    def batches(self, steps: range) -> Iterator[tuple[Batch, float]]:
+        """Yield this process's part of each step's batch with the seconds that it was waited for."""
+        import torch
+
+        pieces, waited = [], 0.0
+        for piece, seconds in _timed(self._pieces(_Pieces(self, steps))):
+            pieces.append(piece)
+            waited += seconds
+            if sum(len(piece.tokens) for piece in pieces) == self.config.batch_size // self.world_size:
+                yield (
+                    Batch(
+                        images=torch.cat([piece.images for piece in pieces]),
+                        tokens=torch.cat([piece.tokens for piece in pieces]),
+                        caption_ids=torch.cat([piece.caption_ids for piece in pieces]),
+                    ),
+                    waited,
+                )
+                pieces, waited = [], 0.0
+
+    def _pieces(self, pieces: _Pieces) -> Iterator[Batch]:
+        workers = self.config.engine.workers
+        if workers == 0:
+            yield from _ahead(pieces.__getitem__, range(len(pieces)))
+            return
+        from torch.utils.data import DataLoader
+
+        self.rows.share_memory_()  # type: ignore[no-untyped-call]
+        loader: DataLoader[Any] = DataLoader(
+            pieces,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH_PIECES,
+            multiprocessing_context="forkserver",
+            worker_init_fn=_one_thread,
+        )
+        yield from map(_checked, loader)
+
+    def _fit(self, picture: Image) -> Image:
+        """Bring a picture that no crop has scaled to the model's size as open_clip does for inference."""
+        from torchvision.transforms import ToTensor
+
+        if picture.size == self.image_size and picture.mode == "RGB":
+            return picture
+        for transform in self.preprocess.transforms:
+            if isinstance(transform, ToTensor):
+                break
+            picture = transform(picture)
+        return picture
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The pieces of the batches of some steps by number, as PyTorch's loader wants them."""
+
+    feed: Feed
+    steps: range
+
+    @property
+    def _share(self) -> int:
+        return self.feed.config.batch_size // self.feed.world_size
+
+    @property
+    def _per_step(self) -> int:
+        return -(-self._share // PIECE_SAMPLES)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self._per_step
+
+    def __getitem__(self, index: int) -> Batch | ModeclipError:
+        step, part = divmod(index, self._per_step)
+        start = self.feed.rank * self._share
+        first = start + part * PIECE_SAMPLES
+        try:
+            return self.feed.piece(self.steps[step], first, min(first + PIECE_SAMPLES, start + self._share))
+        except ModeclipError as error:  # raised in a worker it would come out with a traceback in its text
+            return error
+
+
+def _one_thread(_: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _hash(caption: str) -> int:
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), signed=True)
+
+
+def _ahead(load: Callable[[int], Batch | ModeclipError], numbers: range) -> Iterator[Batch]:
+    """Yield ``load`` of each number in order; threads load the next few meanwhile."""
+    with ThreadPoolExecutor(PREFETCH_THREADS) as pool:
+        waiting: deque[Future[Batch | ModeclipError]] = deque()
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(load, number))
+                if len(waiting) >= PREFETCH_PIECES:
+                    yield _checked(waiting.popleft().result())
+            while waiting:
+                yield _checked(waiting.popleft().result())
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _checked(piece: Batch | ModeclipError) -> Batch:
+    if isinstance(piece, ModeclipError):
+        raise piece
+    return piece
+
+
+def _timed(values: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    while True:
+        started = time.monotonic()
+        try:
+            value = next(values)
+        except StopIteration:
+            return
+        yield value, time.monotonic() - started
