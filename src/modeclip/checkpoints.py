@@ -122,6 +122,8 @@ def find_checkpoint(folder: Path, digest: str | None = None) -> Path | None:
                 about = json.loads((file.metadata() or {})[_ABOUT])
             if {*about} != {"step", "digest", "facts"}:
                 raise KeyError(_ABOUT)
+        except FileNotFoundError:
+            continue  # another process has just replaced it by a newer one
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise _damaged(path, error) from error
         if digest is None or about["digest"] == digest:

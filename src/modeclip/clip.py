@@ -271,31 +271,6 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
 
 
-def random_crops(
-    pictures: Sequence[Image], size: tuple[int, int], min_share: float, draw: np.random.Generator
-) -> list[Image]:
-    """Cut a random box out of each picture and scale it to the model's size, as open_clip does in training.
-
-    Args:
-        pictures: Any pictures.
-        size: Width and height of the results, in pixels.
-        min_share: A box has a share of the picture's area drawn from [min_share, 1], at a width to height drawn
-            from [3/4, 4/3] (log-uniform), and is narrowed where it would not fit.
-        draw: Source of the randomness.
-    """
-    from PIL.Image import Resampling
-
-    crops = []
-    for picture, (share, shape, left, top) in zip(pictures, draw.random((len(pictures), 4)).tolist(), strict=True):
-        width, height = picture.size
-        area, ratio = (min_share + share * (1 - min_share)) * width * height, (4 / 3) ** (2 * shape - 1)
-        box_width, box_height = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
-        left, top = left * (width - box_width), top * (height - box_height)
-        box = (left, top, min(width, left + box_width), min(height, top + box_height))
-        crops.append(picture.resize(size, Resampling.BICUBIC, box=box))
-    return crops
-
-
 @contextmanager
 def fast_attention(device: torch.device, precision: str) -> Iterator[None]:
     """Choose the attention kernel: plain products for bfloat16 on a CPU, PyTorch's choice elsewhere.
@@ -333,8 +308,8 @@ def _causal_tower(model: Any) -> tuple[Any, str, int | None]:
         tower, pool, end = model.text, model.text.pool_type, model.text.eos_id
     else:
         return None, "", None
-    whole = getattr(tower, "cls_emb", None) is not None or getattr(tower, "output_tokens", False)
-    exact = tower.attn_mask is not None and not whole and (pool == "argmax" or (pool == "eos" and end))
+    at_end = getattr(tower, "cls_emb", None) is None and (pool == "argmax" or (pool == "eos" and end))
+    exact = tower.attn_mask is not None and at_end
     return (tower, pool, end) if exact else (None, "", None)
 
 

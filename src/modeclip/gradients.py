@@ -64,7 +64,8 @@ def backward(
     Args:
         towers: ``Towers`` as Lightning Fabric set it up.
         fabric: Device, precision, processes.
-        batch: This process's part of the batch, on the device.
+        batch: This process's part of the batch, on the CPU: each micro-batch is moved when its turn comes, so that the
+            device holds no more pictures than that.
         loss: Loss of the whole batch.
         micro_batch: Samples that go through the towers at once; all of them if it is at least their number.
         seed: Non-negative numbers that decide what is random in the towers.
@@ -72,8 +73,8 @@ def backward(
     count = len(batch.tokens)
     if micro_batch >= count:
         _seed([*seed, 0])
-        images, texts, scale, bias = towers(batch.images, batch.tokens)
-        value = loss(images, texts, scale, bias, batch.caption_ids)
+        images, texts, scale, bias = _encode(towers, fabric, batch, slice(0, count))
+        value = loss(images, texts, scale, bias, batch.caption_ids.to(images.device))
         fabric.backward(value)
         return value.detach()
     parts = [slice(first, first + micro_batch) for first in range(0, count, micro_batch)]
@@ -81,17 +82,17 @@ def backward(
     with torch.no_grad():
         for index, part in enumerate(parts):
             _seed([*seed, index])
-            outputs.append(towers(batch.images[part], batch.tokens[part]))
+            outputs.append(_encode(towers, fabric, batch, part))
     images, texts = (torch.cat([output[side] for output in outputs]).requires_grad_() for side in (0, 1))
     scale, bias = (outputs[0][side].clone().requires_grad_() for side in (2, 3))
-    value = loss(images, texts, scale, bias, batch.caption_ids)
+    value = loss(images, texts, scale, bias, batch.caption_ids.to(images.device))
     inputs = (images, texts, scale, bias)
     gradients = torch.autograd.grad(value, inputs, allow_unused=True)
     grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients, strict=True)]
     for index, part in enumerate(parts):
         _seed([*seed, index])
         with fabric.no_backward_sync(towers, enabled=index < len(parts) - 1):
-            output = towers(batch.images[part], batch.tokens[part])
+            output = _encode(towers, fabric, batch, part)
             own = (grads[0][part], grads[1][part], grads[2] / len(parts), grads[3] / len(parts))
             products: list[Tensor] = [(x * grad).sum() for x, grad in zip(output, own, strict=True)]
             fabric.backward(torch.stack(products).sum())
@@ -106,21 +107,30 @@ def find_micro_batch(towers: Any, fabric: Fabric, batch: Batch, processes_here: 
     Args:
         towers: As in ``backward``.
         fabric: As in ``backward``.
-        batch: Samples to try, on the device.
+        batch: Samples to try.
         processes_here: Processes that share the memory.
     """
     count = len(batch.tokens)
     small, large = min(PROBE_SAMPLES, count), min(2 * PROBE_SAMPLES, count)
     if small == large:
         return count
-    first, second = (_bytes_kept(towers, batch, samples) for samples in (small, large))
+    first, second = (_bytes_kept(towers, fabric, batch, samples) for samples in (small, large))
     a_sample = max(1.0, (second - first) / (large - small))
     fitting = max(1, int((MEMORY_SHARE * free_memory(fabric.device) / processes_here - first) / a_sample))
     found = count if fitting >= count else 1 << (fitting.bit_length() - 1)
     return int(fabric.all_reduce(torch.tensor(-found, device=fabric.device), reduce_op="max").neg())  # type: ignore[union-attr]
 
 
-def _bytes_kept(towers: Any, batch: Batch, samples: int) -> int:
+def _encode(towers: Any, fabric: Fabric, batch: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run a part of a batch through the towers, on the device."""
+    images, tokens = batch.images[part], batch.tokens[part]
+    output: tuple[Tensor, Tensor, Tensor, Tensor] = towers(
+        images.to(fabric.device, non_blocking=True), tokens.to(fabric.device, non_blocking=True)
+    )
+    return output
+
+
+def _bytes_kept(towers: Any, fabric: Fabric, batch: Batch, samples: int) -> int:
     """Return the bytes of the tensors that a forward pass keeps for the backward pass."""
     kept: dict[int, int] = {}
 
@@ -130,7 +140,7 @@ def _bytes_kept(towers: Any, batch: Batch, samples: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        output = towers(batch.images[:samples], batch.tokens[:samples])
+        output = _encode(towers, fabric, batch, slice(0, samples))
     del output
     return sum(kept.values())
 

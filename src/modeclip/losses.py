@@ -11,7 +11,7 @@ The gradient is written out instead of recorded: with p the row softmax and q th
 
 so the logits are visited in chunks of rows, twice when there is more than one, and B x B is never in memory.
 
-Price: one product of b x B x D and two for the gradient, and one chunk of 64 MiB. Rejected: a cross-entropy over rows
+Price: one product of b x B x D and two for the gradient, and some chunks of 16 MiB. Rejected: a cross-entropy over rows
 and one over columns with both sides gathered, as is usual: twice the products and the communication.
 
 Source: CLIP (arXiv 2103.00020, Fig. 3), SigLIP (arXiv 2303.15343, Alg. 1); splitting the loss into row blocks as in
@@ -28,8 +28,8 @@ import torch.nn.functional as F  # noqa: N812  (the name that PyTorch's own docu
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits that are in memory at once (64 MiB in float32)."""
+CHUNK_ELEMENTS = 1 << 22
+"""Logits in a chunk (16 MiB in float32; three or four such blocks are in memory at once)."""
 
 
 def contrastive_loss(

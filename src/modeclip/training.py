@@ -247,8 +247,7 @@ class _Trainer:
 
         from modeclip.gradients import backward, find_micro_batch
 
-        config, device = self.job.config, self.fabric.device
-        batch = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
+        config = self.job.config
         if self.micro_batch == 0:
             self.micro_batch = find_micro_batch(self.towers, self.fabric, batch, self.world.here)
         rate = self.job.learning_rate(self.step)
