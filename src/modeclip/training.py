@@ -209,6 +209,13 @@ class _Trainer:
                     values = self._values(norm)
                     if journal:
                         journal.write(**values)
+                # visited before it is saved: a killed job that continues misses no visit
+                if visit and visit_every and self.step % visit_every == 0 and self.step < job.last_step:
+                    self.clip.model.eval()
+                    ended = visit(self.clip, self.step)
+                    self.clip.model.train()
+                    if ended:
+                        break
                 # one process decides at any step, several decide together when they look at the losses anyway
                 if looks or self.world.size == 1:
                     self.stop |= bool(parent) and os.getppid() != int(parent or 0)
@@ -218,12 +225,6 @@ class _Trainer:
                         saves.done(self.step)
                     if stop:
                         raise SystemExit(128 + signal.SIGTERM)
-                if visit and visit_every and self.step % visit_every == 0 and self.step < job.last_step:
-                    self.clip.model.eval()
-                    ended = visit(self.clip, self.step)
-                    self.clip.model.train()
-                    if ended:
-                        break
         if visit and self.step == job.last_step:
             self.clip.model.eval()
             visit(self.clip, self.step)
