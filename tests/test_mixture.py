@@ -225,7 +225,7 @@ def test_bundle_that_is_none(tmp_path: Path, bundle: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     manifest = json.loads((copy / "mode.json").read_text())
     (copy / "mode.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(ModeclipError, match=r"format 99 is newer than this modeclip reads \(1\); upgrade"):
+    with pytest.raises(ModeclipError, match=r"format 99 is newer than this modeclip reads \(2\); upgrade"):
         MoDE.load(copy)
 
 

@@ -19,8 +19,12 @@ from tyro.conf import Positional, arg
 
 from modeclip.commands import check, cluster, embed, index, uids
 from modeclip.errors import ModeclipError
+from modeclip.extending_commands import assign, bundle, extend
+from modeclip.finetuning_commands import finetune, merge
+from modeclip.priors import read_classes
 from modeclip.progress import console, log, print_json, print_table
 from modeclip.routing import RULES
+from modeclip.training_commands import status, train, train_experts
 
 Json = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
 Classes = Annotated[str, arg(help="A file with one class name a line, or the names with commas: 'cat,dog'.")]
@@ -135,39 +139,12 @@ def report(
     print(write_report(folder, out))
 
 
-def train(job: Positional[Annotated[Path, arg(help="A job.json of a run's models folder.")]]) -> None:
-    """Train one model of a run by itself: the same as the run would do, here or on another machine."""
-    from modeclip.jobs import TrainJob
-    from modeclip.training import train as train_job
-
-    result = train_job(TrainJob.load(job))
-    print(f"{job.parent}: {result.samples:,} samples in {result.seconds:.0f} s")
-
-
-def read_classes(text: str) -> list[str]:
-    """Return the class names of a file (one a line) or of a list with commas."""
-    path = Path(text)
-    if path.is_file():
-        try:
-            names = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ModeclipError(f"classes {path}: no UTF-8 text ({error})") from None
-    elif path.suffix and "," not in text:
-        raise ModeclipError(f"classes {path}: no such file; give a file with one class name a line, or 'cat,dog'")
-    else:
-        names = text.split(",")
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise ModeclipError(f"classes {text!r}: no class names in it; give a file with one a line, or 'cat,dog'")
-    return names
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what the ``modeclip`` command calls."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    commands: dict[str, Any] = {
-        f.__name__: f for f in (demo, run, index, check, uids, embed, cluster, train, route, classify, report)
-    }
+    functions = (demo, run, index, check, uids, embed, cluster, train, train_experts, status, route, classify)
+    functions += (report, assign, extend, bundle, finetune, merge)
+    commands: dict[str, Any] = {function.__name__.replace("_", "-"): function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="modeclip", description="CLIP data experts: cluster, train, route, evaluate.", args=arguments
