@@ -28,7 +28,7 @@ def averages(seed: int, out: Path) -> dict[str, float]:
     recipe = load_recipe(demo_recipe())
     recipe = replace(recipe, cluster=replace(recipe.cluster, seed=seed), train=replace(recipe.train, seed=seed))
     rows = run(recipe, out / f"seed-{seed}").results["models"]
-    return {f"mixture, {row['rule']}" if row["rule"] else row["name"]: 100 * row["average"] for row in rows}
+    return {f"{row['name']}, {row['rule']}" if row["rule"] else row["name"]: 100 * row["average"] for row in rows}
 
 
 def difference(one: list[float], other: list[float]) -> str:

@@ -39,7 +39,7 @@ SMALL_RECIPE = """
 name: small
 data: {source: icons, train_sets: [octicons], tasks: [heroicons, lucide]}
 cluster: {num_fine: 16, num_experts: 2}
-train: {samples: 2048, batch_size: 32, engine: {save_every: 0s}}
+train: {samples: 1024, batch_size: 32}
 evaluate: {rule: per_class}
 """
 

@@ -14,7 +14,10 @@ from modeclip.cli import main, read_classes
 from modeclip.errors import ModeclipError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = ("demo", "run", "index", "check", "uids", "embed", "cluster", "route", "classify", "report", "train")
+COMMANDS = (
+    *("demo", "run", "index", "check", "uids", "embed", "cluster", "route", "classify", "report"),
+    *("train", "train-experts", "status", "assign", "extend", "bundle", "finetune", "merge"),
+)
 
 
 @pytest.fixture(scope="module")

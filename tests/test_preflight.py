@@ -71,7 +71,6 @@ def test_good_job_passes_soon_and_leaves_nothing(job: TrainJob, catalog: Catalog
 
 
 def test_batch(job: TrainJob, catalog: Catalog) -> None:
-    refused(job, catalog, r"expert-1: 31 pairs are fewer than one batch of 32; set train\.batch_size to at most 31", 31)
     refused(job, catalog, r"which 5 processes cannot share equally; set it to a multiple of 5, such as 35", 200, 5)
 
 

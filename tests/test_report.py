@@ -316,6 +316,43 @@ def test_headline_without_a_dense_model_of_equal_cost(run: Path) -> None:
     assert "Against dense" not in page.one("table", class_="results").text
 
 
+def test_controls_are_in_the_table_and_said_in_a_sentence_each(run: Path) -> None:
+    """The difference is told from the mixture's side, so its sign is turned."""
+    made = {
+        ("Random-3", "uniform"): (-0.05, -0.08, -0.02),
+        ("Full-3", "uniform"): (0.03, 0.01, 0.05),
+        ("OneStep-3", "per_class"): (-0.01, -0.03, 0.01),
+        ("OneStep-3", "uniform"): (-0.02, -0.03, -0.01),
+    }
+    controls = [
+        make_model(name, MIXTURE_SAMPLES, 0.45 + difference, kind="control", rule=rule)
+        | {"versus_mixture": {"difference": difference, "interval": [low, high]}}
+        for (name, rule), (difference, low, high) in made.items()
+    ]
+    edit(run, models=make_results()["models"] + controls)
+    for name in ("random-0", "random-1", "one-step-0"):
+        shutil.copytree(run / "models" / "expert-0", run / "models" / name)
+    page = parse(write_report(run))
+    (body,) = (
+        body for body in page.one("table", class_="results").all("tbody") if "controls" in body.attributes.values()
+    )
+    order = [(row.attributes["data-model"], row.attributes["data-rule"]) for row in body.all("tr")[1:]]
+    assert order == sorted(made, key=lambda key: -made[key][0])
+    assert all(row.all("td")[0].text == "42 k" for row in body.all("tr")[1:])
+    words = {tuple(item.attributes[key] for key in ("data-control", "data-rule")): item.text for item in page.all("li")
+             if "data-control" in item.attributes}  # fmt: skip
+    assert "The mixture (rule per_class) is 5.0 points better (2.0 to 8.0)." in words["Random-3", "uniform"]
+    assert "is 3.0 points worse (1.0 to 5.0)" in words["Full-3", "uniform"]
+    assert "does not clearly differ from it: +1.0 points (−1.0 to +3.0)" in words["OneStep-3", "per_class"]
+    assert "at once" in words["OneStep-3", "per_class"]
+    assert "+5.0 points" in page.one(id="clusters-add").text
+    toggles = [button.attributes["data-toggle"] for button in page.all("button") if "data-toggle" in button.attributes]
+    assert toggles.count("random") == 1
+    assert "Random-n" in page.one("section", id="training").text
+    assert len(page.all("path", data_family="random", data_line="random-1")) == 2
+    assert not page.all("text", data_family="random"), "curves of controls have no label at their end"
+
+
 def test_experts_curves_start_where_the_seed_ends(page: Element) -> None:
     (data,) = (script for script in page.all("script") if script.attributes.get("id") == "curves")
     loss, rate = json.loads(data.children[0])  # type: ignore[arg-type]

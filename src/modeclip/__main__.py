@@ -1,4 +1,4 @@
-"""``python -m modeclip``: the command line, also where a launcher wants a module (``torchrun -m modeclip train ...``)."""
+"""``python -m modeclip``: the command line, also for a launcher of modules (``torchrun -m modeclip train ...``)."""
 
 from modeclip.cli import main
 

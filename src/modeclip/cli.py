@@ -142,8 +142,8 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what the ``modeclip`` command calls."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    functions = (demo, run, index, check, uids, embed, cluster, train, train_experts, status, route, classify)
-    functions += (report, assign, extend, bundle, finetune, merge)
+    functions: list[Any] = [demo, run, index, check, uids, embed, cluster, train, train_experts, status, route]
+    functions += [classify, report, assign, extend, bundle, finetune, merge]
     commands: dict[str, Any] = {function.__name__.replace("_", "-"): function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -182,7 +182,7 @@ def _print_results(results: dict[str, Any]) -> None:
         return
     rows = []
     for model in results["models"]:
-        name = f"mixture, {model['rule']}" if model["rule"] else model["name"]
+        name = f"{model['name']}, {model['rule']}" if model["rule"] else model["name"]
         low, high = model["interval"]
         entropy = f"{sum(model['entropy'].values()) / len(tasks):.2f}" if model["entropy"] else ""
         rows.append(

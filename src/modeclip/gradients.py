@@ -13,7 +13,8 @@ Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from modeclip.clip import Clip, encode_image, encode_text
 from modeclip.devices import free_memory
 from modeclip.feeding import Batch
+from modeclip.jobs import TrainConfig
+from modeclip.processes import whole
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -97,6 +100,47 @@ def backward(
             products: list[Tensor] = [(x * grad).sum() for x, grad in zip(output, own, strict=True)]
             fabric.backward(torch.stack(products).sum())
     return value.detach()
+
+
+def finish_gradient(
+    towers: Any, fabric: Fabric, optimizer: Any, limit: float, *, sharded: bool, looks: bool
+) -> Tensor | None:
+    """Scale a gradient down to the largest norm that is allowed; return the norm that it had, or None.
+
+    Args:
+        towers: As in ``backward``.
+        fabric: As in ``backward``.
+        optimizer: As Lightning Fabric set it up.
+        limit: Largest norm; 0: any.
+        sharded: Whether each process has a part of the weights only; then numbers (the logit scale), which are not
+            split, still have the gradient of this process alone.
+        looks: Whether the norm is wanted anyway.
+    """
+    parameters = [value for value in towers.parameters() if value.grad is not None]
+    for value in parameters if sharded else ():
+        if value.ndim == 0:
+            value.grad = fabric.all_reduce(value.grad, reduce_op="mean")
+    if not (limit or looks):
+        return None
+    limit = limit or math.inf
+    if not sharded:
+        norm: Any = fabric.clip_gradients(towers, optimizer, max_norm=limit, error_if_nonfinite=False)
+        return torch.as_tensor(norm)
+    norm = torch.stack([whole(value.grad.norm()) for value in parameters]).norm()
+    if limit < norm:
+        for value in parameters:
+            value.grad.mul_(limit / norm)
+    return torch.as_tensor(norm)
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW with the field's settings: decay on matrices alone."""
+    groups: list[dict[str, Any]] = [
+        {"params": values, "weight_decay": config.weight_decay if dimensions >= 2 else 0.0}
+        for dimensions in (2, 1, 0)  # numbers apart from vectors: split models do not split them
+        if (values := [value for value in parameters.values() if min(value.ndim, 2) == dimensions])
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def find_micro_batch(towers: Any, fabric: Fabric, batch: Batch, processes_here: int) -> int:

@@ -1,11 +1,12 @@
 """A recipe -> the stages of the method, run in order into one folder; what is done and not stale is not done again.
 
-    index -> embed -> cluster -> train -> bundle -> evaluate -> report
+    index -> embed -> cluster -> controls -> train -> bundle -> evaluate -> report
 
-Each stage leaves a record in ``stages/`` with the digest of all that decided its result: its own settings, the digests
-of the stages before it, the state of the source. The same command again runs the stages whose digest has changed or
-whose output is gone. A run that is killed at any moment continues with the same numbers, because no stage leaves
-anything half-written that a later run would take for whole.
+The stage ``controls`` is there only where the recipe asks for controls that need a column. Each stage leaves a record
+in ``stages/`` with the digest of all that decided its result: its own settings, the digests of the stages before it,
+the state of the source. The same command again runs the stages whose digest has changed or whose output is gone. A run
+that is killed at any moment continues with the same numbers, because no stage leaves anything half-written that a
+later run would take for whole.
 """
 
 from __future__ import annotations
@@ -26,25 +27,27 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from modeclip.bundle import save_bundle
+from modeclip.bundling import CLUSTERS, assemble_bundle, encoder_of, versions
 from modeclip.catalog import Catalog
 from modeclip.clip import check_model
 from modeclip.clustering import ClusterConfig, Clustering, cluster
-from modeclip.embedding import COLUMN, EmbedConfig, embed
+from modeclip.controls import ONE_STEP_FOLDER, add_controls, pin_jobs
+from modeclip.embedding import EmbedConfig, embed
 from modeclip.encoders import IMAGE_PREFIXES, PREFIXES
 from modeclip.errors import ModeclipError, unknown
-from modeclip.evaluation import EvaluateConfig, evaluate
-from modeclip.experts import ExpertsConfig, plan_jobs, run_jobs
-from modeclip.files import hash_file, only_process, write_atomically, writing
+from modeclip.evaluation import EvaluateConfig, TrainedModel, evaluate
+from modeclip.experts import CONTROL_COLUMNS, ExpertsConfig, fingerprint_of, plan_jobs, seed_model
+from modeclip.files import only_process, write_atomically, writing
 from modeclip.indexing import index
-from modeclip.jobs import TrainConfig, TrainJob, TrainResult
+from modeclip.jobs import TrainConfig, TrainJob
+from modeclip.launching import run_jobs
 from modeclip.memory import PeakMemory, return_memory
 from modeclip.progress import log
 from modeclip.sources import relative_to, source_state
 from modeclip.training import job_rows
 from modeclip.units import DataConfig
 
-STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")
+STAGES = ("index", "embed", "cluster", "controls", "train", "bundle", "evaluate", "report")
 STAGE_FORMAT = 2  # raise it when a stage starts to produce something else from the same settings
 
 
@@ -171,11 +174,26 @@ class _Run:
         )
         self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], "catalog.lance")
         self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], "clusters")
+        self.controls_stage()
         training = [asdict(recipe.train), asdict(recipe.experts), self.fingerprint]
-        self.stage("train", self.train, training, "models/seed/done.json")
+        self.stage("train", self.train, training, f"models/{self.jobs()[0].name}/done.json")
         self.stage("bundle", self.bundle, [asdict(recipe.evaluate), self.digests["train"]], "bundle/mode.json")
         self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], "results.json")
         self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], "report.html")
+
+    def controls_stage(self) -> None:
+        """Do the stage of the controls' columns; without any, leave no record of an earlier one."""
+        if self.split_controls:
+            output = f"{CLUSTERS}/{ONE_STEP_FOLDER}" if "one-step" in self.split_controls else CLUSTERS
+            self.stage("controls", self.controls, [self.split_controls, self.digests["cluster"]], output)
+        else:
+            (self.out / "stages" / "controls.json").unlink(missing_ok=True)
+
+    @property
+    def split_controls(self) -> list[str]:
+        """The controls that need a column, none where only some experts are trained."""
+        experts = self.recipe.experts
+        return [] if experts.only else sorted(CONTROL_COLUMNS.keys() & set(experts.controls))
 
     def stage(self, name: str, work: Callable[[], str], inputs: list[Any], output: str) -> None:
         """Do a stage unless its record says that it was done from the same inputs."""
@@ -213,57 +231,61 @@ class _Run:
 
     def cluster(self) -> str:
         result = cluster(self.catalog, self.recipe.cluster)
-        result.save(self.out / "clusters")
+        result.save(self.out / CLUSTERS)
         sizes = ", ".join(f"{card.size:,}" for card in result.experts)
         return f"{len(result.fine):,} fine clusters in {len(result.experts)} experts of {sizes} pairs"
+
+    def controls(self) -> str:
+        sizes = add_controls(self.catalog, self.split_controls, self.recipe.cluster, self.out / CLUSTERS)
+        return "; ".join(f"{column} of {', '.join(f'{n:,}' for n in counts)} pairs" for column, counts in sizes.items())
 
     def train(self) -> str:
         experts = self.recipe.experts
         jobs = self.jobs()
         for job in jobs:
             job_rows(job, self.catalog)  # an expert with too few pairs is an error before the seed is trained
-        results = run_jobs(jobs, experts.jobs)
+        results = run_jobs(jobs, experts.jobs, processes=experts.processes_per_job, stop_on_failure=True)
         samples = sum(result.samples for result in results.values())
         return f"{len(jobs)} models, {samples:,} samples in all"
 
     @cached_property
     def fingerprint(self) -> str:
         """Return what the training data and, if it is a folder, the start model are known by."""
-        start = Path(self.recipe.train.model.removeprefix("local-dir:"))
-        weights = [hash_file(file) for file in sorted(start.glob("open_clip*")) if file.is_file()]
-        return "-".join([self.digests["cluster"], *weights])
+        return fingerprint_of(self.catalog, self.clustering(), self.recipe.train.model)
 
     def jobs(self) -> list[TrainJob]:
-        clustering = self.clustering()
-        recipe, models = self.recipe, self.out / "models"
-        sizes = (clustering.num_experts, recipe.train, recipe.experts)
-        return plan_jobs(self.out / "catalog.lance", self.fingerprint, models, *sizes)
+        recipe, models, clustering = self.recipe, self.out / "models", self.clustering()
+        jobs = plan_jobs(
+            self.out / "catalog.lance",
+            self.fingerprint,
+            models,
+            clustering.num_experts,
+            recipe.train,
+            recipe.experts,
+            ranges=clustering.range_of_expert,
+        )
+        return pin_jobs(jobs, self.catalog)
+
+    def models(self) -> list[TrainedModel]:
+        """Return the finished models, the seed among them also where it was given."""
+        models = [model for job in self.jobs() if (model := TrainedModel.of(job)) is not None]
+        if all(model.name != "seed" for model in models):
+            models.append(TrainedModel.given(self.seed))
+        return models
+
+    @property
+    def seed(self) -> Path:
+        """The model folder of the seed, trained here or given."""
+        return seed_model(self.out / "models", self.recipe.train, self.recipe.experts)
 
     def bundle(self) -> str:
-        cards = json.loads((self.out / "clusters" / "cards.json").read_text(encoding="utf-8"))
-        clustering, config = self.clustering(), self.recipe.evaluate
-        jobs = self.jobs()
-        save_bundle(
-            self.out / "bundle",
-            models={job.name: Path(job.folder) for job in jobs if job.name == "seed" or "expert" in job.where},
-            fine_centers=clustering.fine_centers,
-            expert_of_fine=clustering.expert_of_fine,
-            cards=cards,
-            manifest={
-                "name": self.recipe.name,
-                "encoder": self.encoder,
-                "rule": config.rule,
-                "temperature": config.temperature_of(config.rule),
-                "templates": list(config.templates),
-                "lineage": {
-                    "stages": {stage: self.digests[stage] for stage in ("index", "embed", "cluster", "train")},
-                    "jobs": {job.name: job.digest for job in jobs},
-                    "recipe": _plain(asdict(self.recipe)),
-                    "versions": _versions(),
-                },
-            },
-        )
-        return f"seed and {clustering.num_experts} experts, rule {config.rule}"
+        config, before = self.recipe.evaluate, ("index", "embed", "cluster", "train")
+        lineage = {
+            "stages": {stage: self.digests[stage] for stage in before},
+            "recipe": _plain(asdict(self.recipe)),
+        }
+        assemble_bundle(self.out, self.jobs(), config, seed=self.seed, name=self.recipe.name, lineage=lineage)
+        return f"seed and {self.clustering().num_experts} experts, rule {config.rule}"
 
     def evaluate(self) -> str:
         path = self.out / "tasks.lance"
@@ -274,21 +296,20 @@ class _Run:
             "machine": _machine(),
         }
         if path.exists():
-            jobs = self.jobs()
-            done = {job.name: result for job in jobs if (result := TrainResult.read(job)) is not None}
+            one_step = self.out / CLUSTERS / ONE_STEP_FOLDER
             scores = evaluate(
                 Catalog.open(path),
-                {job.name: Path(job.folder) for job in jobs},
-                {name: result.samples for name, result in done.items()},
+                self.models(),
                 self.clustering(),
-                self.encoder,
+                encoder_of(self.catalog),
                 self.recipe.evaluate,
+                one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
             )
         else:
             scores = {"tasks": [], "chance": {}, "models": [], "routing": {}}
         write_atomically(self.out / "results.json", json.dumps(base | scores, indent=1) + "\n")
-        models, tasks = len(scores["models"]), len(scores["tasks"])
-        return f"{models} rows on {tasks} tasks" if tasks else "no held-out tasks: nothing was evaluated"
+        rows, tasks = len(scores["models"]), len(scores["tasks"])
+        return f"{rows} rows on {tasks} tasks" if tasks else "no held-out tasks: nothing was evaluated"
 
     def report(self) -> str:
         from modeclip.report import write_report
@@ -299,15 +320,8 @@ class _Run:
     def catalog(self) -> Catalog:
         return Catalog.open(self.out / "catalog.lance")
 
-    @property
-    def encoder(self) -> str:
-        """The encoder that the captions have been embedded with, by the name that loads it anywhere on this machine."""
-        facts = self.catalog.facts(COLUMN)
-        assert facts is not None, "the stage embed describes its column"
-        return str(facts["encoder"])
-
     def clustering(self) -> Clustering:
-        return Clustering.load(self.out / "clusters")
+        return Clustering.load(self.out / CLUSTERS)
 
 
 def stage_records(out: Path) -> list[dict[str, Any]]:
@@ -347,23 +361,19 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("modeclip", "torch", "open_clip_torch", "numpy", "pylance")}
-
-
 def _machine() -> dict[str, Any]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
-    versions = _versions()
+    known = versions()
     return {
         "processor": processor,
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "python": platform.python_version(),
-        "torch": versions["torch"],
-        "open_clip": versions["open_clip_torch"],
-        "modeclip": versions["modeclip"],
+        "torch": known["torch"],
+        "open_clip": known["open_clip_torch"],
+        "modeclip": known["modeclip"],
     }

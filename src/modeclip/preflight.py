@@ -44,7 +44,7 @@ def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], worl
     Raises:
         ModeclipError: The message names the job, what is wrong and what to do.
     """
-    _check_batch(job, len(rows), world_size)
+    _check_batch(job, world_size)
     _check_precision(job)
     check_reports(job.config.engine.report_to)
     shapes = model_shapes(job.config.model, siglip=job.config.loss == "siglip")
@@ -57,13 +57,8 @@ def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], worl
     _check_disk(job, 4 * sum(math.prod(shape) for shape in shapes.values()))
 
 
-def _check_batch(job: TrainJob, num_rows: int, world_size: int) -> None:
+def _check_batch(job: TrainJob, world_size: int) -> None:
     batch = job.config.batch_size
-    if num_rows < batch:
-        raise ModeclipError(
-            f"{job.name}: {num_rows:,} pairs are fewer than one batch of {batch:,}; set train.batch_size to at most "
-            f"{num_rows:,}, or use fewer experts"
-        )
     if batch % world_size:
         raise ModeclipError(
             f"{job.name}: train.batch_size is {batch:,} over all processes, which {world_size} processes cannot share "

@@ -6,6 +6,7 @@ Lightning Fabric sets up devices, precision and communication. With ``ddp`` ever
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class World:
         from lightning_fabric.strategies.ddp import DDPStrategy
         from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         strategy: Any = "auto"
         if self.size > 1:
             sharded = config.strategy == "fsdp"

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,14 @@ SMALL_PIXELS = (
     64  # pictures up to this side (icons) are kept exactly and shown whole; others are lossy and fill a square
 )
 
-GROUPS = (("models", ("seed", "dense")), ("experts", ("expert",)), ("mixtures", ("mixture",)), ("bounds", ("bound",)))
+GROUPS = (
+    ("models", ("seed", "dense")),
+    ("experts", ("expert",)),
+    ("mixtures", ("mixture",)),
+    ("controls", ("control",)),
+    ("bounds", ("bound",)),
+)
+CONTROL_MODEL = re.compile(r"(random|full|one-step)-\d+")
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -102,7 +110,7 @@ def find_headline(models: Sequence[Json]) -> Json:
     """Pick the mixture under the default rule and the dense model of equal cost, and judge their difference.
 
     Returns:
-        ``mixture`` and ``dense`` (a model or None), and ``verdict``: "win" or "loss" when the bootstrap interval of
+        ``mixture``, ``dense``, ``uniform`` and ``random`` (a model or None), ``versus``, and ``verdict``: "win" or "loss" when the bootstrap interval of
         the difference excludes zero, "tie" when it holds zero, "none" when there is nothing to compare.
     """
     mixtures = [model for model in models if model["kind"] == "mixture"]
@@ -114,7 +122,9 @@ def find_headline(models: Sequence[Json]) -> Json:
         verdict = "win" if low > 0 else "loss" if high < 0 else "tie"
     uniform = next((model for model in mixtures if model["rule"] == "uniform"), None)
     dense = next((model for model in models if model["name"] == "dense-total"), None)
-    return {"mixture": mixture, "dense": dense, "uniform": uniform, "versus": versus, "verdict": verdict}
+    random = next((model for model in models if family_of(model["name"]) == "random"), None)
+    found = {"mixture": mixture, "dense": dense, "uniform": uniform, "random": random}
+    return {**found, "versus": versus, "verdict": verdict}
 
 
 def build_table(results: Json) -> Json | None:
@@ -161,12 +171,16 @@ def build_training(run: Path, models: Sequence[Json]) -> Json | None:
     if not logs:
         return None
     branch = float(logs["seed"]["samples"][-1]) if "seed" in logs and len(logs) > 1 else None
+    charts = [
+        draw_curves(logs, "loss", branch, size=(720.0, 520.0), right=116.0),
+        draw_curves(logs, "lr", branch, size=(420.0, 190.0), right=14.0),
+    ]
+    for chart in charts:
+        chart["labels"] = [item for item in chart["labels"] if not CONTROL_MODEL.fullmatch(item[0])]
     return {
         "names": list(logs),
-        "charts": [
-            draw_curves(logs, "loss", branch, size=(720.0, 520.0), right=116.0),
-            draw_curves(logs, "lr", branch, size=(420.0, 190.0), right=14.0),
-        ],
+        "families": list(dict.fromkeys(family_of(name) for name in logs)),
+        "charts": charts,
         "speeds": [
             {"name": name, "rate": float(np.median(log["samples_per_second"])), "wait": float(log["data_wait"].mean())}
             for name, log in logs.items()
@@ -368,6 +382,18 @@ def format_duration(seconds: float | int) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def family_of(name: str) -> str:
+    """Return the control that a row or a model belongs to, as recipes name it; of any other model its own name.
+
+    Examples:
+        >>> family_of("OneStep-4"), family_of("one-step-3"), family_of("expert-3")
+        ('one-step', 'one-step', 'expert-3')
+    """
+    match = CONTROL_MODEL.fullmatch(name.lower().replace("onestep", "one-step"))
+    return match[1] if match else name
+
+
 def label(name: str) -> str:
-    """Return the name of a model as the page writes it."""
-    return {"dense-total": "dense, equal cost"}.get(name, name.replace("expert-", "expert "))
+    """Return the name of a model, or of a control's models, as the page writes it."""
+    shown = {"dense-total": "dense, equal cost", "random": "Random-n", "full": "Full-n", "one-step": "OneStep-n"}
+    return shown.get(name, name.replace("expert-", "expert "))

@@ -46,6 +46,7 @@ from modeclip.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.journal import Journal
 from modeclip.preflight import preflight
 from modeclip.processes import World, leave_processes, place_like, whole
+from modeclip.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,7 @@ class _Trainer:
     stop: bool = False
 
     def __post_init__(self) -> None:
-        from modeclip.gradients import Towers
+        from modeclip.gradients import Towers, make_optimizer
 
         config = self.job.config
         self.fabric = self.world.fabric(config.engine)
@@ -155,7 +156,7 @@ class _Trainer:
         self.clip.model.train()
         self.towers = self.fabric.setup_module(Towers(self.clip))
         self.parameters = dict(self.clip.model.named_parameters())
-        self.optimizer = self.fabric.setup_optimizers(_make_optimizer(self.parameters, config))
+        self.optimizer = self.fabric.setup_optimizers(make_optimizer(self.parameters, config))
         self.step = self.job.first_step
         micro_batch = config.engine.micro_batch
         self.micro_batch = 0 if micro_batch == "auto" else micro_batch or config.batch_size
@@ -199,12 +200,19 @@ class _Trainer:
         )
         saves = _Saves(config, len(self.rows))
         parent = os.environ.get(PARENT_VARIABLE)
-        with fast_attention(self.fabric.device, choose_precision(config.engine.precision)):
+        watched = self._first and parent is None  # who starts several jobs shows them side by side
+        left = (job.last_step - self.step) * config.batch_size
+        with (
+            fast_attention(self.fabric.device, choose_precision(config.engine.precision)),
+            progress(f"train {job.name}", left, "samples") if watched else nullcontext() as advance,
+        ):
             for batch, waited in feed.batches(range(self.step, job.last_step)):
                 looks = (self.step + 1) % config.engine.log_every == 0 or self.step + 1 == job.last_step
                 norm = self._train_step(batch, looks)
                 if journal:
                     journal.count(config.batch_size, waited)
+                if advance:
+                    advance(config.batch_size)
                 if looks:
                     values = self._values(norm)
                     if journal:
@@ -246,7 +254,7 @@ class _Trainer:
         """Take a step; return the norm of the gradient if it was asked for or limited."""
         import torch
 
-        from modeclip.gradients import backward, find_micro_batch
+        from modeclip.gradients import backward, find_micro_batch, finish_gradient
 
         config = self.job.config
         if self.micro_batch == 0:
@@ -263,34 +271,14 @@ class _Trainer:
                 f"{self.job.name}: {self.micro_batch:,} samples at once do not fit into the device's memory; set "
                 f"train.engine.micro_batch to a part of it, or to auto"
             ) from error
-        if self.sharded:
-            for value in self.parameters.values():
-                if value.ndim == 0 and value.grad is not None:
-                    value.grad = self.fabric.all_reduce(value.grad, reduce_op="mean")  # type: ignore[assignment]
-        norm = self._limit_gradient() if config.clip_grad_norm > 0 or looks else None
+        norm = finish_gradient(
+            self.towers, self.fabric, self.optimizer, config.clip_grad_norm, sharded=self.sharded, looks=looks
+        )
         self.optimizer.step()
         with torch.no_grad():
             self.parameters["logit_scale"].clamp_(0, MAX_LOGIT_SCALE)
         self.losses.append(loss)
         self.step += 1
-        return norm
-
-    def _limit_gradient(self) -> Tensor:
-        """Scale the gradient down to the largest norm that is allowed; return the norm that it had."""
-        import torch
-
-        limit = self.job.config.clip_grad_norm or math.inf
-        if not self.sharded:
-            norm: Tensor = self.fabric.clip_gradients(  # type: ignore[assignment]
-                self.towers, self.optimizer, max_norm=limit, error_if_nonfinite=False
-            )
-            return norm
-        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
-        norm = torch.stack([whole(gradient.norm()) for gradient in gradients]).norm()
-        factor = limit / float(norm)
-        if factor < 1:
-            for gradient in gradients:
-                gradient.mul_(factor)
         return norm
 
     def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
@@ -427,17 +415,6 @@ class _Saves:
     def done(self, step: int) -> None:
         """Take note of a checkpoint."""
         self._saved_at, self.last = time.monotonic(), step
-
-
-def _make_optimizer(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    import torch
-
-    groups: list[dict[str, Any]] = [
-        {"params": values, "weight_decay": config.weight_decay if dimensions >= 2 else 0.0}
-        for dimensions in (2, 1, 0)  # numbers apart from vectors: split models do not split them
-        if (values := [value for value in parameters.values() if min(value.ndim, 2) == dimensions])
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def main(path: str) -> None:

@@ -43,9 +43,9 @@ class EngineOptions(EngineConfig):
 class TrainOptions(TrainConfig):
     """How each model is trained."""
 
-    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    augment: OmitArgPrefixes[AugmentOptions] = field(default_factory=AugmentOptions)
     """How pictures are varied."""
-    engine: EngineOptions = field(default_factory=EngineOptions)
+    engine: OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
     """How the machine is used."""
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ def train(
     source: Positional[
         Annotated[str, arg(help="A catalog, or the job.json of a model, which has all the rest in it.")]
     ],
-    options: OmitArgPrefixes[TrainOptions],
+    training: OmitArgPrefixes[TrainOptions],
     out: Annotated[Path, arg(help="Folder of the model.")] = Path("model"),
     where: Annotated[tuple[str, ...], arg(help="Only pairs with these values: --where expert=3.")] = (),
     mask: Annotated[str | None, arg(help="Only pairs that this column of booleans marks.")] = None,
@@ -97,7 +97,7 @@ def train(
 
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if source.endswith(".json"):
-        if (options, where, mask, resume) != (TrainOptions(), (), None, "latest"):
+        if (training, where, mask, resume) != (TrainOptions(), (), None, "latest"):
             raise ModeclipError(
                 f"train: {source} says all that is to be done; give it alone, or a catalog with options"
             )
@@ -107,7 +107,7 @@ def train(
         job = single_job(
             Catalog.open(source),
             out,
-            options.config(),
+            training.config(),
             where=_parse_where(where),
             mask=mask,
             start=_check_start(start),
@@ -127,7 +127,7 @@ def train(
 
 def train_experts(
     run: RunFolder,
-    options: OmitArgPrefixes[TrainOptions],
+    training: OmitArgPrefixes[TrainOptions],
     experts: OmitArgPrefixes[ExpertsOptions],
     for_classes: Annotated[
         tuple[str, ...], arg(help="Files of class names: one expert for the fine clusters nearest to them.")
@@ -157,7 +157,7 @@ def train_experts(
         raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
     evaluate = EvaluateConfig(templates=template, rule=rule or EvaluateConfig().rule)
     config = experts.config()
-    fleet = open_fleet(run, options.config(), config, classes=for_classes, nearest=nearest)
+    fleet = open_fleet(run, training.config(), config, classes=for_classes, nearest=nearest)
     if not (plan and resume == "never"):
         for job in fleet.jobs:
             prepare(job, resume)

@@ -42,7 +42,7 @@ for (const button of all("[data-met]")) button.addEventListener("click", () => {
 for (const button of all("[data-toggle]")) button.addEventListener("click", () => {
   const visible = button.getAttribute("aria-pressed") === "false";
   button.setAttribute("aria-pressed", visible);
-  for (const line of all("[data-line]")) if (line.dataset.line === button.dataset.toggle) line.classList.toggle("off", !visible);
+  for (const line of all("[data-family]")) if (line.dataset.family === button.dataset.toggle) line.classList.toggle("off", !visible);
 });
 const curves = document.getElementById("curves");
 for (const chart of curves ? JSON.parse(curves.textContent) : []) {
