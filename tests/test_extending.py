@@ -182,7 +182,7 @@ def test_jobs_without_a_checkpoint_at_hand_start_from_the_weights(
     rows = job_rows(job, more)
     assert more.read(["expert", "novel"], rows)["expert"].tolist() == [0] * len(rows)
     assert not more.read(["novel"], rows)["novel"].any()
-    passes = 10 * 32 / alone.experts[0].size
+    passes = 5 * 32 / alone.experts[0].size
     assert job.last_step == max(1, round(passes * len(rows)) // 32)
     other = tmp_path / "other"
     shutil.copytree(small_run / "models" / "seed", other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -374,6 +375,24 @@ def launch(job: TrainJob, processes: int = 2) -> None:
         [*command, "-m", "modeclip.training", str(job.save())], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_slurm_tasks_train_what_one_process_does(catalog: Path, tmp_path: Path) -> None:
+    """Two processes with the environment that srun gives its tasks."""
+    whole = trained_weights(catalog, tmp_path / "whole", small_config(), last_step=2)
+    job = make_job(catalog, tmp_path / "tasks", config=small_config(), last_step=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    common |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    tasks = [start(job, **common, SLURM_PROCID=str(task), SLURM_LOCALID=str(task)) for task in range(2)]
+    for task in tasks:
+        _, errors = task.communicate(timeout=240)
+        assert task.returncode == 0, errors[-3000:]
+    found = load_file(tmp_path / "tasks" / "open_clip_model.safetensors")
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -110,8 +110,9 @@ def find_headline(models: Sequence[Json]) -> Json:
     """Pick the mixture under the default rule and the dense model of equal cost, and judge their difference.
 
     Returns:
-        ``mixture``, ``dense``, ``uniform`` and ``random`` (a model or None), ``versus``, and ``verdict``: "win" or "loss" when the bootstrap interval of
-        the difference excludes zero, "tie" when it holds zero, "none" when there is nothing to compare.
+        ``mixture``, ``dense``, ``uniform`` and ``random`` (a model or None), ``versus``, and ``verdict``: "win" or
+        "loss" when the bootstrap interval of the difference excludes zero, "tie" when it holds zero, "none" when there
+        is nothing to compare.
     """
     mixtures = [model for model in models if model["kind"] == "mixture"]
     mixture = next((model for model in mixtures if model.get("default")), None)
