@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="modeclip-icon")
     parser.add_argument("--micro-batch", type=int, default=64)
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024, 4096])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024, 4096, 8192])
     parser.add_argument("--plain-up-to", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
     print(f"{datetime.now(UTC).date()}, {platform.machine()}, {device}, torch {torch.__version__}, {arguments.model}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        index(DataConfig(source="icons", train_sets=("tabler",)), folder)
+        index(DataConfig(source="icons", train_sets=("tabler", "phosphor")), folder)
         catalog, base = folder / "catalog.lance", 0.0
         print(f"{'batch':>6} {'pictures MB':>12} {'cached MB':>10} {'samples/s':>10} {'plain MB':>9} {'samples/s':>10}")
         for size in arguments.batches:

@@ -385,7 +385,13 @@ def test_slurm_tasks_train_what_one_process_does(catalog: Path, tmp_path: Path) 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
-    common |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {
+        "SLURM_NODEID": "0",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     tasks = [start(job, **common, SLURM_PROCID=str(task), SLURM_LOCALID=str(task)) for task in range(2)]
     for task in tasks:
         _, errors = task.communicate(timeout=240)

@@ -150,20 +150,21 @@ class Feed:
         """Yield this process's part of each step's batch with the seconds that it was waited for."""
         import torch
 
-        pieces, waited = [], 0.0
+        pieces: list[Batch] = []
+        waited = 0.0
         for piece, seconds in _timed(self._pieces(_Pieces(self, steps))):
             pieces.append(piece)
             waited += seconds
             if sum(len(piece.tokens) for piece in pieces) == self.config.batch_size // self.world_size:
-                yield (
-                    Batch(
-                        images=torch.cat([piece.images for piece in pieces]),
-                        tokens=torch.cat([piece.tokens for piece in pieces]),
-                        caption_ids=torch.cat([piece.caption_ids for piece in pieces]),
-                    ),
-                    waited,
+                batch = Batch(
+                    images=torch.cat([piece.images for piece in pieces]),
+                    tokens=torch.cat([piece.tokens for piece in pieces]),
+                    caption_ids=torch.cat([piece.caption_ids for piece in pieces]),
                 )
-                pieces, waited = [], 0.0
+                pieces.clear()  # before the step, which takes its time, not after it
+                del piece
+                yield batch, waited
+                waited = 0.0
 
     def _pieces(self, pieces: _Pieces) -> Iterator[Batch]:
         workers = self.config.engine.workers

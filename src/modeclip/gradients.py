@@ -88,6 +88,7 @@ def backward(
             outputs.append(_encode(towers, fabric, batch, part))
     images, texts = (torch.cat([output[side] for output in outputs]).requires_grad_() for side in (0, 1))
     scale, bias = (outputs[0][side].clone().requires_grad_() for side in (2, 3))
+    del outputs
     value = loss(images, texts, scale, bias, batch.caption_ids.to(images.device))
     inputs = (images, texts, scale, bias)
     gradients = torch.autograd.grad(value, inputs, allow_unused=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modeclip.devices import choose_precision
+from modeclip.errors import ModeclipError
 from modeclip.jobs import EngineConfig
 
 if TYPE_CHECKING:
@@ -53,13 +54,16 @@ class World:
             sharded = config.strategy == "fsdp"
             strategy = ModelParallelStrategy(shard, self.size, 1) if sharded else DDPStrategy()
         precision: Any = choose_precision(config.precision)
-        fabric = Fabric(
-            accelerator="auto",
-            devices=self.here,
-            num_nodes=self.size // self.here,
-            strategy=strategy,
-            precision=precision,
-        )
+        try:
+            fabric = Fabric(
+                accelerator="auto",
+                devices=self.here,
+                num_nodes=self.size // self.here,
+                strategy=strategy,
+                precision=precision,
+            )
+        except (RuntimeError, ValueError) as error:  # what the launcher has set does not fit together
+            raise ModeclipError(f"processes: {' '.join(str(error).split())}") from error
         fabric.launch()
         return fabric
 
