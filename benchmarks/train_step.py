@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modeclip.clip import encode_image, encode_text, load_clip
-from modeclip.training import contrastive_loss
+from modeclip.losses import contrastive_loss
 
 BATCH = 256
 STEPS = 6
