@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from modeclip.catalog import Catalog
 from modeclip.clip import Clip, encode_text, load_clip, save_clip
 from modeclip.errors import ModeclipError
-from modeclip.feeding import Feed, batch_rows, permute
+from modeclip.feeding import CROP_STREAM, Feed, batch_rows, draws_of, permute
 from modeclip.indexing import index
 from modeclip.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, learning_rate_at
 from modeclip.sources import DataConfig
@@ -117,6 +117,13 @@ def test_permutation_mixes() -> None:
     assert abs(counts / 500 - 1).max() < 0.2  # the deviation of a fair one is 0.042, of 100 the largest about 0.15
     long = permute(np.arange(100_000, dtype=np.int64), 100_000, 0, 0)
     assert abs(np.corrcoef(long[:-1], long[1:])[0, 1]) < 0.02
+
+
+@given(first=st.integers(0, 60), count=st.integers(1, 9))
+def test_random_numbers_of_a_part_are_those_of_the_whole(first: int, count: int) -> None:
+    whole = draws_of(3, 8, 0, 70)
+    assert (draws_of(3, 8, first, first + count) == whole[first : first + count]).all()
+    assert (whole == np.random.Generator(np.random.Philox(key=[3, CROP_STREAM + 8])).random(whole.shape)).all()
 
 
 @given(count=st.integers(8, 200), batch=st.integers(2, 8), seed=st.integers(0, 3))

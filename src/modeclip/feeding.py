@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from modeclip.augmenting import NUM_DRAWS, augment
 from modeclip.catalog import Catalog
@@ -56,17 +56,29 @@ class Batch:
     """(b,) int64, equal for equal captions; empty unless the loss masks them."""
 
 
-def batch_rows(rows: Int[np.ndarray, " N"], step: int, batch_size: int, seed: int) -> Int[np.ndarray, " B"]:
+def batch_rows(
+    rows: Int[np.ndarray, " N"], step: int, batch_size: int, seed: int, part: slice = slice(None)
+) -> Int[np.ndarray, " B"]:
     """Return the rows of one step's batch: each pass over the rows is a new permutation, no row twice in a batch.
 
     A pure function of its arguments. The rows left over at the end of a pass (fewer than a batch) wait for another
-    pass's permutation.
+    pass's permutation. ``part`` asks for some positions of the batch, and only those are computed.
     """
     batches_per_pass = len(rows) // batch_size
     passes, index = divmod(step, batches_per_pass)
-    positions = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.int64)
+    positions = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.int64)[part]
     batch: np.ndarray = rows[permute(positions, len(rows), seed, passes)]
     return batch
+
+
+def draws_of(seed: int, step: int, first: int, last: int) -> Float[np.ndarray, "b 11"]:
+    """Return the random numbers of positions ``first`` to before ``last`` of a step's batch, and compute no others."""
+    bits = np.random.Philox(key=[seed, CROP_STREAM + step])
+    blocks, rest = divmod(first * NUM_DRAWS, 4)  # Philox makes four numbers at a time
+    bits.advance(blocks)
+    draw = np.random.Generator(bits)
+    draw.random(rest)
+    return draw.random((last - first, NUM_DRAWS))
 
 
 def permute(positions: Int[np.ndarray, " B"], count: int, seed: int, stream: int) -> Int[np.ndarray, " B"]:
@@ -132,11 +144,10 @@ class Feed:
         import torch
 
         config = self.config
-        rows = batch_rows(self.rows.numpy(), step, config.batch_size, config.seed)[first:last]
+        rows = batch_rows(self.rows.numpy(), step, config.batch_size, config.seed, slice(first, last))
         captions: list[str] = self._opened.read(["caption"], rows)["caption"].tolist()
         pictures: Sequence[Image] = self._opened.images(rows)
-        draw = np.random.Generator(np.random.Philox(key=[config.seed, CROP_STREAM + step]))
-        draws = draw.random((config.batch_size, NUM_DRAWS))[first:last]
+        draws = draws_of(config.seed, step, first, last)
         pictures = [self._fit(picture) for picture in augment(pictures, self.image_size, config.augment, draws)]
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
         ids = [_hash(caption) for caption in captions] if config.mask_same_captions else []

@@ -9,12 +9,9 @@ the cluster's width. Two corrections make that hold for small clusters:
 - A cluster of n captions knows nothing of its tail beyond 1 - 1/n. From its highest quantile that it does know, its
   tail goes on as that of all clusters together does, in multiples of theirs at that level.
 
-Seen on 5,000 icon names by MiniLM, one half fitted and the other half new, beyond the quantile 0.99: 0.6 to 0.9 % with
-8 clusters, 0.8 to 1.5 % with 64, 1.7 to 2.6 % with 256, which are ten captions each (without the corrections
-22 to 26 % on a similar set). Of
-120 names of dishes it was all of them with 8 clusters, 93 % and more with 64, 6 to 78 % with 256: clusters that small
-say little of what is far, so more than ten captions for each are wanted. Rejected: the median as the one scale, which
-gives 1 % throughout but lets a wide cluster have the long tail of tight ones, so that no dish is novel with 64.
+Clusters of about ten captions say little of what is far: more than that are wanted for each. Rejected: the median as the
+one scale, which keeps the share of novel pairs at chance throughout, but lets a wide cluster have the long tail of tight
+ones, so that nothing is novel there.
 
 Source: ours; MoDE names continual learning as future work.
 Price: two numbers of each of at most two million rows are read; eight numbers a fine cluster are kept.

@@ -103,6 +103,10 @@ def train(
             )
         job = TrainJob.load(Path(source))
     else:
+        if resume == "never" and os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) != "1":
+            raise ModeclipError(
+                f"train: --resume never is for one process, several would not agree on what is gone; remove {out} first"
+            )
         start = None if resume in {"latest", "never"} else resume
         job = single_job(
             Catalog.open(source),
