@@ -9,9 +9,9 @@ the cluster's width. Two corrections make that hold for small clusters:
 - A cluster of n captions knows nothing of its tail beyond 1 - 1/n. From its highest quantile that it does know, its
   tail goes on as that of all clusters together does, in multiples of theirs at that level.
 
-Clusters of about ten captions say little of what is far: more than that are wanted for each. Rejected: the median as the
-one scale, which keeps the share of novel pairs at chance throughout, but lets a wide cluster have the long tail of tight
-ones, so that nothing is novel there.
+Clusters of about ten captions say little of what is far: more than that are wanted for each. Rejected: the median as
+the one scale, which keeps the share of novel pairs at chance throughout, but lets a wide cluster have the long tail of
+tight ones, so that nothing is novel there.
 
 Source: ours; MoDE names continual learning as future work.
 Price: two numbers of each of at most two million rows are read; eight numbers a fine cluster are kept.
