@@ -1,0 +1,62 @@
+"""Features of one CLIP or of several, and their weights -> similarities of images with texts, any block of them.
+
+The similarity is the weighted sum of the experts' cosines (MoDE eq. 4), sum_c p_c <u_c, v_c>; the weights may differ
+from text to text (`per_class`, image retrieval), from image to image (clusters of image embeddings), or be one vector.
+Nothing of the size images x texts is ever held: whoever needs all of them asks for one block after another.
+
+Price: a block of n x l costs n * l * D multiplications an expert; experts without weight are left out by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+BLOCK_NUMBERS = 1 << 25
+"""Similarities of a block, at most (128 MiB of float32)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Similarity:
+    """Similarities of N images with L texts."""
+
+    images: Sequence[Float[np.ndarray, "N _"]]
+    """Unit vectors of the images by each of K experts, float32; may be memory-mapped."""
+    texts: Sequence[Float[np.ndarray, "L _"]]
+    """Unit vectors of the texts by each of them."""
+    weights: Float[np.ndarray, "... K"]
+    """Weight of each expert: (K,), or a row a text (L, K), or, if ``per_image``, a row an image (N, K)."""
+    per_image: bool = False
+    """Whether the rows of the weights are of images."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images N and texts L."""
+        return len(self.images[0]), len(self.texts[0])
+
+    def block(self, images: slice, texts: slice = slice(None)) -> Float[np.ndarray, "n l"]:
+        """Return the similarities of some images with some texts, float32."""
+        total: np.ndarray | None = None
+        for expert, (of_images, of_texts) in enumerate(zip(self.images, self.texts, strict=True)):
+            visual, words = of_images[images], of_texts[texts]
+            weights = self.weights[..., expert].astype(np.float32)
+            if weights.ndim == 0:
+                part = visual @ (words * weights).T
+            elif self.per_image:
+                part = (visual * weights[images, None]) @ words.T
+            else:
+                part = visual @ (words * weights[texts, None]).T
+            total = part if total is None else np.add(total, part, out=total)
+        assert total is not None
+        return total
+
+    def blocks(self) -> Iterator[tuple[slice, Float[np.ndarray, "n L"]]]:
+        """Yield (images, their similarities with all texts), `BLOCK_NUMBERS` at a time."""
+        num_images, num_texts = self.shape
+        step = max(1, BLOCK_NUMBERS // max(1, num_texts))
+        for start in range(0, num_images, step):
+            rows = slice(start, min(start + step, num_images))
+            yield rows, self.block(rows)
