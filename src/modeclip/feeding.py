@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 PIECE_SAMPLES = 256
 PREFETCH_THREADS = 2
 PREFETCH_PIECES = 4  # for each thread or worker process
+KNOWN_CAPTIONS = 1 << 17  # captions whose tokens are kept: 40 MB at 77 tokens; the next pass has them again
 CROP_STREAM = 1 << 40  # keys of the random streams of augmentation start here, far from those of the orders of the rows
 _ROUNDS = 6
 
@@ -139,6 +140,22 @@ class Feed:
     def _opened(self) -> Catalog:
         return Catalog.open(self.catalog)
 
+    @cached_property
+    def _known_tokens(self) -> dict[str, Int[np.ndarray, " context_length"]]:
+        return {}
+
+    def _tokens(self, captions: Sequence[str]) -> Tensor:
+        """Return the token ids of captions; the tokenizer, a third of a small picture's feed, sees each once."""
+        import torch
+
+        known = self._known_tokens
+        ids = {caption: known[caption] for caption in captions if caption in known}
+        if new := sorted(set(captions) - ids.keys()):
+            ids |= zip(new, self.tokenizer(new).numpy().astype(np.int32), strict=True)
+            if len(known) < KNOWN_CAPTIONS:
+                known.update(ids)
+        return torch.from_numpy(np.stack([ids[caption] for caption in captions]).astype(np.int64))
+
     def piece(self, step: int, first: int, last: int) -> Batch:
         """Return the samples of a step from position ``first`` of the global batch to before ``last``."""
         import torch
@@ -153,7 +170,7 @@ class Feed:
         ids = [_hash(caption) for caption in captions] if config.mask_same_captions else []
         return Batch(
             images=pixels.permute(0, 3, 1, 2).contiguous(),
-            tokens=self.tokenizer(captions),
+            tokens=self._tokens(captions),
             caption_ids=torch.tensor(ids, dtype=torch.int64),
         )
 

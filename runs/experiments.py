@@ -1,0 +1,318 @@
+"""Train the models of `runs/experiments.yaml`: every arm of every study, from one seed model a study and random seed.
+
+Usage: python runs/experiments.py [--out runs/experiments] [--jobs 2] [--studies NAME...] [--seeds 0 1 2]
+
+Resumable like any run: what is finished is left alone, a job that was killed goes on from its last checkpoint. The
+models of a study and seed lie in OUT/STUDY/seed-S/: `part-16`, `part-27` and `part-32` are one training (part-32 is the
+dense model), `total-47` is a dense model with a longer schedule of its own, `ARM-0`, `ARM-1`... are the models of an
+arm. Clusterings and the catalog are shared: OUT/data, OUT/clusterings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from modeclip import Catalog
+from modeclip.clustering import ClusterConfig, Clustering, fit_embeddings
+from modeclip.embedding import EmbedConfig, embed
+from modeclip.encoders import load_any_encoder
+from modeclip.experts import fingerprint_of
+from modeclip.indexing import index
+from modeclip.jobs import AugmentConfig, TrainConfig, TrainJob, TrainResult
+from modeclip.kmeans import nearest
+from modeclip.pipeline import load_recipe
+from modeclip.priors import nearest_fine
+from modeclip.progress import log, make_progress
+from modeclip.training import train
+
+HERE = Path(__file__).parent
+PARTS = 32
+PARTINGS = (16, 27, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """Several models that make one mixture, or one model of its own."""
+
+    kind: str
+    """``mode``, ``random``, ``full``, ``total`` (a dense model) or ``prior`` (one expert for a task's class names)."""
+    experts: int = 4
+    fine: int = 1024
+    encoder: str = "minilm"
+    part: int = 27
+    budget: str = "paper"
+    outside: float = 0.0
+    parts: int = PARTS
+    task: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the arm, that of its models without their numbers."""
+        if self.kind == "total":
+            return f"total-{self.parts}"
+        if self.kind == "prior":
+            return f"prior-{self.task}"
+        words = [f"{self.kind}-k{self.experts}"]
+        if self.kind == "mode":
+            words += [f"m{self.fine}", self.encoder.partition(":")[0]]
+        words += [f"p{self.part}", self.budget]
+        return "-".join(words + ([f"o{self.outside:g}"] if self.outside else []))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A model size and a length of training, and what is compared there."""
+
+    name: str
+    train: TrainConfig
+    seeds: tuple[int, ...]
+    arms: tuple[Arm, ...]
+
+
+def read_studies(path: Path = HERE / "experiments.yaml") -> tuple[Path, list[Study]]:
+    """Return the recipe of the data and the studies."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    studies = []
+    for study in content["studies"]:
+        config = TrainConfig(
+            model=study["model"],
+            samples=study["samples"],
+            batch_size=content["batch_size"],
+            learning_rate=study.get("learning_rate", content["learning_rate"]),
+            total_parts=PARTS,
+            augment=AugmentConfig(min_crop_share=content["min_crop_share"]),
+        )
+        arms = [Arm(**fields) for arm in study["arms"] for fields in expand(content["experts"] | arm)]
+        studies.append(Study(name=study["name"], train=config, seeds=tuple(study["seeds"]), arms=tuple(arms)))
+    return path.parent / content["data"], studies
+
+
+def expand(fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the fields of an arm with each combination of those that are lists."""
+    values = [value if isinstance(value, list) else [value] for value in fields.values()]
+    for combination in itertools.product(*values):
+        yield dict(zip(fields, combination, strict=True))
+
+
+class Workshop:
+    """The catalog with its clusterings, and the jobs of studies on it."""
+
+    def __init__(self, out: Path, recipe: Path) -> None:
+        self.out, self.catalog_path = out, out / "data" / "catalog.lance"
+        loaded = load_recipe(recipe)
+        if not (out / "data" / "tasks.lance").exists():
+            index(loaded.data, out / "data", replace=True)
+        embed(Catalog.open(self.catalog_path), EmbedConfig(encoder="minilm"))
+
+    @property
+    def catalog(self) -> Catalog:
+        """The training pairs, with the columns that there are now."""
+        return Catalog.open(self.catalog_path)
+
+    def folder(self, study: Study, seed: int) -> Path:
+        """Return where the models of a study and seed lie."""
+        return self.out / study.name / f"seed-{seed}"
+
+    @cache  # noqa: B019 (one workshop a process)
+    def embeddings(self, encoder: str) -> np.ndarray:
+        """Return a vector for each pair."""
+        if encoder == "minilm":
+            return self.catalog.read(["caption_embedding"])["caption_embedding"].astype(np.float32)
+        embedder = load_any_encoder(encoder)
+        captions = self.catalog.read(["caption"])["caption"].astype(str)
+        if hasattr(embedder, "encode_pairs"):
+            parts = []
+            for start in range(0, len(captions), 8192):
+                rows = np.arange(start, min(start + 8192, len(captions)))
+                parts.append(embedder.encode_pairs(captions[rows].tolist(), self.catalog.encoded_images(rows)))
+            return np.concatenate(parts)
+        distinct, inverse = np.unique(captions, return_inverse=True)
+        return np.asarray(embedder.encode(distinct.tolist()), np.float32)[inverse]
+
+    def clustering(self, arm: Arm, study: Study, seed: int) -> tuple[Clustering, str]:
+        """Return the clustering of an arm and the column that holds its experts; made where it is missing."""
+        spec, words = arm.encoder, [arm.encoder, f"m{arm.fine}", f"k{arm.experts}", f"s{seed}"]
+        if spec.startswith("clip"):  # of the study's own seed model
+            spec, words = f"{spec}:{self.folder(study, seed) / 'part-27'}", [study.name, *words]
+        name = "_".join(words).replace("-", "_")
+        folder, column = self.out / "clusterings" / name, f"expert_{name}"
+        config = ClusterConfig(num_fine=arm.fine, num_experts=arm.experts, seed=seed)
+        if not (folder / "clustering.safetensors").exists():
+            log(f"clustering {name}")
+            fit_embeddings(self.embeddings(spec), config).save(folder)
+        clustering = Clustering.load(folder)
+        if column not in self.catalog.columns:
+            fine, _ = nearest(self.embeddings(spec), clustering.fine_centers)
+            self.catalog.add_columns({column: clustering.expert_of_fine[fine].astype(np.int32)})
+        return clustering, column
+
+    def random_column(self, arm: Arm, study: Study, seed: int) -> str:
+        """Return the column of a random split in the sizes of an arm's clusters."""
+        _, column = self.clustering(arm, study, seed)
+        name = column.replace("expert_", "random_", 1)
+        if name not in self.catalog.columns:
+            experts = self.catalog.read([column])[column]
+            self.catalog.add_columns({name: np.random.default_rng(seed).permutation(experts)})
+        return name
+
+    def prior_column(self, arm: Arm, study: Study, seed: int) -> str:
+        """Return the column that marks the pairs of the fine clusters nearest to a task's class names."""
+        name = f"prior_{arm.task}_s{seed}".replace("-", "_")
+        if name not in self.catalog.columns:
+            clustering, _ = self.clustering(arm, study, seed)
+            tasks = Catalog.open(self.out / "data" / "tasks.lance").read(["task", "caption"])
+            names = sorted(set(tasks["caption"][tasks["task"] == arm.task].astype(str)))
+            chosen = nearest_fine(load_any_encoder("minilm").encode(names), clustering.fine_centers, 1)
+            fine, _ = nearest(self.embeddings("minilm"), clustering.fine_centers)
+            self.catalog.add_columns({name: np.isin(fine, chosen)})
+        return name
+
+    def trunk(self, study: Study, seed: int) -> dict[int, TrainJob]:
+        """Return the jobs of the seed model by the part at which they end; the last is the dense model."""
+        config, jobs, before = replace(study.train, seed=seed), {}, None
+        for part in PARTINGS:
+            first = 0 if before is None else before.last_step
+            job = TrainJob(
+                name=f"part-{part}",
+                folder=str(self.folder(study, seed) / f"part-{part}"),
+                catalog=str(self.catalog_path),
+                catalog_fingerprint=fingerprint_of(self.catalog, None, config.model),
+                config=config,
+                first_step=first,
+                last_step=part * config.steps_per_part,
+                first_share=first / (PARTS * config.steps_per_part),
+                last_share=part / PARTS,
+                start_from=None if before is None else before.folder,
+                start_digest="" if before is None else before.digest,
+            )
+            jobs[part] = before = job
+        return jobs
+
+    def jobs(self, arm: Arm, study: Study, seed: int) -> list[TrainJob]:
+        """Return the jobs of an arm."""
+        trunk = self.trunk(study, seed)
+        if arm.kind == "total":
+            steps = arm.parts * study.train.steps_per_part
+            start = trunk[16]
+            whole = replace(start, name=arm.name, folder=str(self.folder(study, seed) / arm.name), last_step=steps)
+            return [replace(whole, last_share=1.0)]
+        start = trunk[arm.part]
+        left = (PARTS - arm.part) * study.train.steps_per_part
+        steps = left // arm.experts if arm.budget == "matched" else left
+        rest = replace(
+            start,
+            first_step=start.last_step,
+            last_step=start.last_step + steps,
+            first_share=start.last_share,
+            last_share=1.0,
+            start_from=start.folder,
+            start_digest=start.digest,
+            out_of_cluster_fraction=arm.outside,
+        )
+        found = []
+        for k in range(1 if arm.kind == "prior" else arm.experts):
+            name = arm.name if arm.kind == "prior" else f"{arm.name}-{k}"
+            job = replace(rest, name=name, folder=str(self.folder(study, seed) / name))
+            if arm.kind == "full":
+                job = replace(job, config=replace(job.config, seed=seed + 100 * (k + 1)))
+            elif arm.kind == "prior":
+                job = replace(job, mask=self.prior_column(arm, study, seed))
+            elif arm.kind == "random":
+                job = replace(job, where={self.random_column(arm, study, seed): k})
+            else:
+                clustering, column = self.clustering(arm, study, seed)
+                fingerprint = fingerprint_of(self.catalog, clustering, job.config.model)
+                job = replace(job, where={column: k}, catalog_fingerprint=fingerprint)
+            found.append(job)
+        return found
+
+
+def all_jobs(workshop: Workshop, studies: list[Study], seeds: set[int] | None) -> Iterator[TrainJob]:
+    """Yield the jobs, first those that the others start from; every seed of an arm before the next arm."""
+    chosen = [(study, seed) for study in studies for seed in study.seeds if seeds is None or seed in seeds]
+    for study, seed in chosen:
+        yield from workshop.trunk(study, seed).values()
+    rounds = max((len(study.arms) for study, _ in chosen), default=0)
+    for number in range(rounds):
+        for study, seed in chosen:
+            if number < len(study.arms):
+                yield from workshop.jobs(study.arms[number], study, seed)
+
+
+def train_one(job: TrainJob) -> int:
+    """Train a job in a worker process; the optimizer's state is kept only where others start from it."""
+    result = train(job)
+    if not job.name.startswith("part-"):
+        shutil.rmtree(Path(job.folder) / "checkpoints", ignore_errors=True)
+    return result.samples
+
+
+def run_all(jobs: Iterator[TrainJob], processes: int) -> None:
+    """Train jobs as soon as what they start from is there, the first of the list first."""
+    os.environ["MODECLIP_PARENT"] = str(os.getpid())
+    waiting: list[TrainJob] = []
+    running: dict[Future[int], TrainJob] = {}
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool, make_progress() as bars:
+        bar = bars.add_task("experiments", total=None, unit="samples")
+        while True:
+            while len(running) < processes:
+                job = next((job for job in waiting if is_ready(job)), None)
+                if job is None:  # its clustering is made now that its turn has come
+                    job = next(jobs, None)
+                    if job is None:
+                        break
+                    if TrainResult.read(job) is None:
+                        job.save()
+                        waiting.append(job)
+                    continue
+                waiting.remove(job)
+                running[pool.submit(train_one, job)] = job
+            if not running:
+                break
+            for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                bars.advance(bar, future.result())
+                log(f"{time.strftime('%H:%M:%S')} {job.folder}: {future.result():,} samples")
+    if waiting:
+        raise SystemExit(f"{waiting[0].name} starts from {waiting[0].start_from}, which no job makes")
+
+
+def is_ready(job: TrainJob) -> bool:
+    """Tell whether what a job starts from is finished."""
+    if job.start_from is None:
+        return True
+    done = Path(job.start_from) / "done.json"
+    return done.is_file() and json.loads(done.read_text(encoding="utf-8"))["digest"] == job.start_digest
+
+
+def main() -> None:
+    """Train what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--studies", nargs="*", default=None)
+    parser.add_argument("--seeds", type=int, nargs="*", default=None)
+    arguments = parser.parse_args()
+    recipe, studies = read_studies()
+    studies = [study for study in studies if arguments.studies is None or study.name in arguments.studies]
+    workshop = Workshop(arguments.out, recipe)
+    run_all(all_jobs(workshop, studies, set(arguments.seeds) if arguments.seeds else None), arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()
