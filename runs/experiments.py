@@ -133,8 +133,11 @@ class Workshop:
         """Return a vector for each pair."""
         if encoder == "minilm":
             return self.catalog.read(["caption_embedding"])["caption_embedding"].astype(np.float32)
-        embedder = load_any_encoder(encoder)
-        captions = self.catalog.read(["caption"])["caption"].astype(str)
+        embedder = load_any_encoder("minilm" if encoder == "minilm-set" else encoder)
+        columns = self.catalog.read(["caption", "group"])
+        captions = columns["caption"].astype(str)
+        if encoder == "minilm-set":  # what is clustered says which set drew the icon, what is trained on does not
+            captions = np.array([f"{a}, {b}" for a, b in zip(captions, columns["group"].astype(str), strict=True)])
         if hasattr(embedder, "encode_pairs"):
             parts = []
             for start in range(0, len(captions), 8192):
@@ -243,15 +246,14 @@ class Workshop:
 
 
 def all_jobs(workshop: Workshop, studies: list[Study], seeds: set[int] | None) -> Iterator[TrainJob]:
-    """Yield the jobs, first those that the others start from; every seed of an arm before the next arm."""
-    chosen = [(study, seed) for study in studies for seed in study.seeds if seeds is None or seed in seeds]
-    for study, seed in chosen:
-        yield from workshop.trunk(study, seed).values()
-    rounds = max((len(study.arms) for study, _ in chosen), default=0)
-    for number in range(rounds):
-        for study, seed in chosen:
-            if number < len(study.arms):
-                yield from workshop.jobs(study.arms[number], study, seed)
+    """Yield the jobs, a study's trunks first; every seed of an arm before the next arm."""
+    for study in studies:
+        here = [seed for seed in study.seeds if seeds is None or seed in seeds]
+        for seed in here:
+            yield from workshop.trunk(study, seed).values()
+        for arm in study.arms:
+            for seed in here:
+                yield from workshop.jobs(arm, study, seed)
 
 
 def train_one(job: TrainJob) -> int:
