@@ -258,7 +258,10 @@ def all_jobs(workshop: Workshop, studies: list[Study], seeds: set[int] | None) -
 
 def train_one(job: TrainJob) -> int:
     """Train a job in a worker process; the optimizer's state is kept only where others start from it."""
-    result = train(job)
+    try:
+        result = train(job)
+    except SystemExit:  # the parent is gone; a pool's worker would wait for it
+        os._exit(1)
     if not job.name.startswith("part-"):
         shutil.rmtree(Path(job.folder) / "checkpoints", ignore_errors=True)
     return result.samples

@@ -31,7 +31,7 @@ from modeclip.features import image_features, text_features
 from modeclip.flops import count_flops
 from modeclip.loading import Source
 from modeclip.priors import nearest_fine
-from modeclip.probing import linear_probe
+from modeclip.probing import ProbeConfig, linear_probe
 from modeclip.retrieval import retrieve
 from modeclip.routing import RULES, route
 from modeclip.similarity import Similarity
@@ -435,9 +435,9 @@ def probe_table(results: Results, study: str, name: str, num_names: int = 200, p
         exam.load(members)
         fitted = image_features([Source.of(m.name, m) for m in members], train, exam.cache)
         tested = [exam.vectors[member][0][test] for member in members]
-        x, y = (np.hstack(p) if combine == "concat" else np.sum(p, axis=0) for p in (fitted, tested))
-        result = linear_probe(x, labels, y, test_labels)
-        found.setdefault(label, []).append(100 * result.accuracy)
+        config = ProbeConfig(combine="concatenate" if combine == "concat" else "sum")
+        result = linear_probe(fitted, labels, tested, test_labels, config)
+        found.setdefault(label, []).append(100 * result.outcome.metrics["acc1"])
 
     for seed, members in results.arm(study, name).items():
         for part in (27, PARTS, "total-47"):

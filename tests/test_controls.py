@@ -27,11 +27,12 @@ from modeclip.clustering import ClusterConfig, Clustering, cluster
 from modeclip.controls import ONE_STEP_FOLDER, add_controls, cluster_in_one_step, pin_jobs, split_at_random
 from modeclip.embedding import COLUMN
 from modeclip.errors import ModeclipError
-from modeclip.evaluation import EvaluateConfig, TrainedModel, evaluate, load_tasks, mix
+from modeclip.evaluation import EvaluateConfig, TrainedModel, evaluate, mix
 from modeclip.indexing import index
 from modeclip.jobs import TrainJob
 from modeclip.mixture import class_features
 from modeclip.sources import DataConfig
+from modeclip.tasks import catalog_tasks
 from modeclip.training import train
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -186,12 +187,12 @@ def accuracy_by_hand(scored: dict[str, Any], kind: str, weigh: Callable[[str], n
 
     catalog, found = scored["catalog"], {}
     folders = {model.name: model.folder for model in scored["models"]}
-    for task in load_tasks(catalog):
-        total = np.zeros((len(task.rows), len(task.classnames)))
+    for task in catalog_tasks(catalog):
+        total = np.zeros((len(task.images), len(task.classnames)))
         for k in range(2):
             clip = load_clip(folders[f"{kind}-{k}"])
             with torch.inference_mode():
-                image = clip.model.eval().encode_image(clip.images(catalog.images(task.rows)), normalize=True)
+                image = clip.model.eval().encode_image(clip.images(catalog.images(task.images.rows)), normalize=True)
                 cosine = (image @ class_features(clip.model, clip, task.classnames, ["{}"]).T).numpy()
             total += np.broadcast_to(weigh(task.name)[..., k], len(task.classnames)) * cosine
         found[task.name] = float((total.argmax(1) == task.labels).mean())
@@ -213,7 +214,7 @@ def test_one_step_is_routed_by_its_own_centres(scored: dict[str, Any], small_run
 
     (row,) = (r for r in scored["results"]["models"] if (r["name"], r["rule"]) == ("OneStep-2", "per_class"))
     one_step, encoder = scored["one_step"], load_encoder(load_bundle(small_run / "bundle").encoder)
-    classes = {task.name: list(task.classnames) for task in load_tasks(scored["catalog"])}
+    classes = {task.name: list(task.classnames) for task in catalog_tasks(scored["catalog"])}
 
     def weigh(task: str) -> np.ndarray:
         embeddings = encoder.encode(classes[task])

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 
 from modeclip.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.evaluation import load_tasks
 from modeclip.finetuning import FinetuneConfig, FinetuneResult, finetune
 from modeclip.finetuning_commands import finetune as finetune_command
 from modeclip.finetuning_commands import merge as merge_command
@@ -32,6 +31,7 @@ from modeclip.indexing import index
 from modeclip.jobs import EngineConfig, TrainJob
 from modeclip.merging import interpolate
 from modeclip.metrics import bootstrap_interval
+from modeclip.tasks import catalog_tasks
 from modeclip.tradeoff import Point, choose_alpha
 from modeclip.training import job_rows
 from modeclip.units import DataConfig
@@ -150,12 +150,12 @@ def test_training_sees_only_the_training_rows(tuned: FinetuneResult, catalog: Ca
 def test_numbers_are_those_of_the_written_folders(tuned: FinetuneResult, catalog: Catalog, folder: Path) -> None:
     out, tasks = Path(tuned.folder), Catalog.open(folder / "icons" / "tasks.lance")
     task = own_task(catalog, split_rows(catalog, CONFIG.holdout, CONFIG.holdout_fraction, CONFIG.seed))
-    [general] = load_tasks(tasks)
+    [general] = catalog_tasks(tasks)
     own_row, general_row = tuned.table
     for place, column in ((out / "seed", "before"), (out / "best", "tuned"), (out, "after")):
-        right = answers(place, catalog, task.rows, task.classnames) == task.labels
+        right = answers(place, catalog, task.images.rows, task.classnames) == task.labels
         assert getattr(own_row, column) == bootstrap_interval({"own set": right})
-        right = answers(place, tasks, general.rows, general.classnames) == general.labels
+        right = answers(place, tasks, general.images.rows, general.classnames) == general.labels
         assert getattr(general_row, column).mean == pytest.approx(right.mean(), abs=0.004)
     assert own_row.after.mean > own_row.before.mean + 0.3, "five colours are learnt at once"
     assert own_row.change.mean == pytest.approx(own_row.after.mean - own_row.before.mean)

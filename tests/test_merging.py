@@ -20,10 +20,10 @@ from modeclip.bundle import save_bundle
 from modeclip.catalog import Catalog
 from modeclip.clip import load_clip, save_clip
 from modeclip.errors import ModeclipError
-from modeclip.evaluation import load_tasks
 from modeclip.finetuning import check_start
 from modeclip.indexing import index
 from modeclip.merging import MergeConfig, average_into, greedy_soup, interpolate, merge
+from modeclip.tasks import catalog_tasks
 from modeclip.units import DataConfig
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -74,9 +74,9 @@ def accuracy(folder: Path, tasks: str) -> dict[str, float]:
     model.eval()
     scores = {}
     with torch.no_grad():
-        for task in load_tasks(catalog):
+        for task in catalog_tasks(catalog):
             texts = model.encode_text(tokenizer(list(task.classnames)), normalize=True)
-            images = torch.stack([preprocess(picture) for picture in catalog.images(task.rows)])
+            images = torch.stack([preprocess(picture) for picture in catalog.images(task.images.rows)])
             best = (model.encode_image(images, normalize=True) @ texts.T).argmax(1).numpy()
             scores[task.name] = float((best == task.labels).mean())
     return scores

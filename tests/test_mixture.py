@@ -15,12 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-import modeclip.mixture
+import modeclip.routed
 from modeclip import MoDE
 from modeclip.bundle import load_bundle, save_bundle
 from modeclip.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.evaluation import load_tasks
 from modeclip.routing import RULES
 
 CLASSES = ["heart", "arrow left", "bell", "book", "an unheard-of thing"]
@@ -51,14 +50,14 @@ def expert_cosines(bundle: Path, expert: int, pictures: list[Image.Image], texts
 def counted_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
     """Count the forward passes of each model's image tower."""
     counts: Counter[int] = Counter()
-    original = modeclip.mixture.encode_image
+    original = modeclip.routed.encode_image
 
     def counting(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         counts[id(model)] += 1
         return original(model, images)
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeclip.mixture.encode_image", counting)
+        patch.setattr("modeclip.routed.encode_image", counting)
         yield counts
 
 
@@ -137,13 +136,15 @@ def test_templates_are_averaged_as_unit_vectors(bundle: Path) -> None:
 
 def test_evaluation_scores_what_the_task_answers(small_run: Path) -> None:
     """The table's accuracy is that of the object that the user gets."""
-    catalog = Catalog.open(small_run / "tasks.lance")
-    task = load_tasks(catalog)[0]
-    images = catalog.images(task.rows)
+    from modeclip.tasks import catalog_tasks
+
+    task = catalog_tasks(Catalog.open(small_run / "tasks.lance"))[0]
+    images = task.images.read(np.arange(len(task.images)))
     results = json.loads((small_run / "results.json").read_text())
     for rule in ("eq6", "per_class"):
         row = next(model for model in results["models"] if model["rule"] == rule)
         predictions = MoDE.load(small_run / "bundle").task(task.classnames, rule=rule).classify(images)
+        assert task.labels is not None
         truth = [task.classnames[label] for label in task.labels]
         hits = [p.classnames[0] == name for p, name in zip(predictions, truth, strict=True)]
         assert np.mean(hits) == pytest.approx(row["accuracy"][task.name], abs=1 / len(hits) + 1e-9)

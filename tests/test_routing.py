@@ -12,9 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeclip import routing
+from modeclip import nearness
 from modeclip.errors import ModeclipError
-from modeclip.routing import DEFAULT_TEMPERATURE, RULES, Routing, nearest_center, route, share
+from modeclip.nearness import nearest_center, nearest_centers
+from modeclip.routing import (
+    DEFAULT_TEMPERATURE,
+    RULES,
+    SPREADS,
+    Routing,
+    embed_classes,
+    keep_best,
+    route,
+    share,
+)
 
 UNCHECKED_ROUTE = inspect.unwrap(route)  # without the shape checks that tests put around the package
 NUM_CLASSES_AT_THRESHOLDS = [1, 2, 9, 10, 11, 200, 201, 210, 211, 1000]
@@ -234,7 +244,7 @@ def test_share_is_the_same_in_any_chunks(monkeypatch):
     whole = share(classes, centers, expert_of_fine, num_experts=4, temperature=0.1)
     whole_nearest = nearest_center(classes, centers)
     for max_distances in (1, 12, 100):
-        monkeypatch.setattr(routing, "MAX_DISTANCES", max_distances)
+        monkeypatch.setattr(nearness, "MAX_DISTANCES", max_distances)
         chunked = share(classes, centers, expert_of_fine, num_experts=4, temperature=0.1)
         np.testing.assert_allclose(chunked, whole, rtol=1e-12)
         np.testing.assert_array_equal(nearest_center(classes, centers)[0], whole_nearest[0])
@@ -282,6 +292,132 @@ def test_uniform_ignores_the_task():
     assert routing.entropy == pytest.approx(math.log(5))
 
 
+# --- a temperature for each class, a prior, the seed -----------------------------------------------
+
+
+def slow_spread(x, centers, kind, fine_radius, num_nearest=16):
+    squares = sorted((squared_distance(x, s), index) for index, s in enumerate(centers))
+    near = [square for square, _ in squares[:num_nearest]]
+    return {
+        "nearest": near[0],
+        "mean": math.fsum(near) / len(near),
+        "gap": math.fsum(near) / len(near) - near[0],
+        "radius": fine_radius[squares[0][1]] ** 2,
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+@pytest.mark.parametrize("num_fine", [12, 40])
+def test_adaptive_is_per_class_with_a_temperature_for_each_class(kind, num_fine):
+    classes, centers, expert_of_fine = crowded_task(3, num_classes=9, num_fine=num_fine)
+    fine_radius = np.random.default_rng(1).uniform(0.3, 0.9, size=num_fine)
+    given = {"num_experts": 4, "rule": "adaptive", "temperature": 0.3, "spread": kind, "fine_radius": fine_radius}
+    weights = route(classes, centers, expert_of_fine, **given).weights
+    for x, row in zip(classes, weights, strict=True):
+        own = 0.3 * slow_spread(x, centers, kind, fine_radius)
+        np.testing.assert_allclose(row, slow_per_class([x], centers, expert_of_fine, 4, own)[0], rtol=1e-9)
+
+
+def test_adaptive_on_a_center_trusts_that_center():
+    _, centers, expert_of_fine = crowded_task(0, num_classes=1)
+    weights = route(centers, centers, expert_of_fine, num_experts=4, rule="adaptive").weights
+    np.testing.assert_allclose(weights, np.eye(4)[expert_of_fine], atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["share", "per_class", "adaptive"])
+def test_the_seed_is_one_more_center_at_one_distance_from_every_class(rule):
+    classes, centers, expert_of_fine = crowded_task(5, num_classes=8)
+    given = {"num_experts": 4, "rule": rule, "temperature": 0.2, "seed_distance": 0.7}
+    weights = route(classes, centers, expert_of_fine, **given).weights
+    rows = []
+    for x in classes:
+        own = 0.2 * slow_nearest(x, centers)[1] ** 2 if rule == "adaptive" else 0.2
+        affinity = [math.exp(-squared_distance(x, s) / own) for s in centers] + [math.exp(-(0.7**2) / own)]
+        rows.append(np.array(slow_sums(affinity, [*expert_of_fine, 4], 5)) / math.fsum(affinity))
+    expected = np.array(rows) if rule != "share" else np.mean(rows, axis=0)
+    np.testing.assert_allclose(weights, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_the_seed_weighs_more_the_farther_a_class_is_from_every_center():
+    _, centers = make_task([0], 0.0, num_fine=2)
+    classes, _ = make_task([0, 0, 0, 0], [0.1, 0.5, 0.9, 60.0], num_fine=2)
+    given = {"num_experts": 2, "rule": "per_class", "temperature": 0.2, "seed_distance": 0.5}
+    seed = route(classes, centers, np.array([0, 1]), **given).weights[:, 2]
+    assert (np.diff(seed) > 0).all()
+    assert seed[1] == pytest.approx(0.5)  # as far as the only centre that counts
+    assert seed[3] == 1.0  # nothing underflows where no centre is near
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_prior_multiplies_the_weights(rule):
+    classes, centers, expert_of_fine = crowded_task(2, num_classes=6)
+    prior = np.array([1.0, 2.0, 0.5, 3.0])
+    given = {"num_experts": 4, "rule": rule}
+    plain = route(classes, centers, expert_of_fine, **given).weights
+    weighed = route(classes, centers, expert_of_fine, prior=prior, **given)
+    expected = plain * prior / (plain * prior).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(weighed.weights, expected, rtol=1e-12)
+    rows = np.atleast_2d(expected)
+    assert weighed.entropy == pytest.approx(np.mean([slow_entropy(row) for row in rows]), abs=1e-12)
+
+
+# --- rows that are tasks of their own, and the budget ----------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_row_gets_what_it_would_get_alone(rule):
+    classes, centers, expert_of_fine = crowded_task(4, num_classes=7)
+    given = {"num_experts": 4, "rule": rule, "prior": np.array([1.0, 1.0, 2.0, 0.5])}
+    together = route(classes, centers, expert_of_fine, each=True, **given).weights
+    assert together.shape == (7, 4)
+    for x, row in zip(classes, together, strict=True):
+        alone = route(x[None], centers, expert_of_fine, **given).weights
+        np.testing.assert_allclose(row, alone.reshape(4), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("max_experts", [1, 2, 3, 9])
+def test_budget_keeps_the_experts_with_most_weight(rule, max_experts):
+    classes, centers, expert_of_fine = crowded_task(6, num_classes=7)
+    whole = route(classes, centers, expert_of_fine, num_experts=4, rule=rule).weights
+    few = route(classes, centers, expert_of_fine, num_experts=4, rule=rule, max_experts=max_experts).weights
+    mean = np.atleast_2d(whole).mean(axis=0)
+    kept = sorted(sorted(range(4), key=lambda k: (-mean[k], k))[:max_experts])
+    np.testing.assert_allclose(few.sum(axis=-1), 1)
+    assert not np.delete(few, kept, axis=-1).any()
+    left = np.take(whole, kept, axis=-1).sum(axis=-1, keepdims=True)
+    expected = np.take(whole, kept, axis=-1) / np.where(left > 0, left, 1)
+    np.testing.assert_allclose(np.take(few, kept, axis=-1), expected, rtol=1e-12)
+
+
+def test_budget_of_rows_that_trust_different_experts():
+    weights = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(keep_best(weights, 1), [[1, 0, 0]] * 3)  # the third has nothing left: equal shares
+    np.testing.assert_allclose(keep_best(weights, 1, per_row=True), [[1, 0, 0], [1, 0, 0], [0, 0, 1]])
+    np.testing.assert_allclose(keep_best(np.full(4, 0.25), 2), [0.5, 0.5, 0, 0])
+    with pytest.raises(ModeclipError, match="max_experts: expected 1 or more, got 0"):
+        keep_best(weights, 0)
+
+
+# --- class embeddings ------------------------------------------------------------------------------
+
+
+def letters(texts):
+    counts = np.array([[text.count(letter) + 0.1 for letter in "abct"] for text in texts], np.float32)
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+
+def test_prompts_are_averaged_as_unit_vectors():
+    names = ["cat", "bat"]
+    np.testing.assert_array_equal(embed_classes(letters, names), letters(names))
+    got = embed_classes(letters, names, ["{}", "a {} at a {}"])
+    both = np.stack([letters(names), letters(["a cat at a cat", "a bat at a bat"])]).astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(got, both / np.linalg.norm(both, axis=1, keepdims=True), rtol=1e-6)
+    assert got.dtype == np.float32
+    with pytest.raises(ModeclipError, match=r"template 'a photo' has no \{\}"):
+        embed_classes(letters, names, ["a photo"])
+
+
 # --- nearest centres -----------------------------------------------------------------------------
 
 
@@ -295,6 +431,19 @@ def test_equally_near_centers_give_the_lowest_index():
     np.testing.assert_array_equal(index[:50], [slow_nearest(x, centers)[0] for x in classes[:50]])
     exact = np.linalg.norm(classes.astype(np.float64) - centers[index], axis=1)
     np.testing.assert_array_equal(distance, exact)
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_several_nearest_centers_are_in_the_order_of_a_plain_sort(count):
+    classes, centers, _ = crowded_task(1, num_classes=30, num_fine=25)
+    centers = np.concatenate([centers, centers[:10]])  # some twice
+    index, distance = nearest_centers(classes, centers, count)
+    assert index.shape == (30, min(count, 35))
+    for x, found, gaps in zip(classes, index, distance, strict=True):
+        order = sorted(range(35), key=lambda s: (round(squared_distance(x, centers[s]), 12), s))[:count]
+        assert found.tolist() == order
+        np.testing.assert_allclose(gaps, [math.sqrt(squared_distance(x, centers[s])) for s in order])
+    np.testing.assert_array_equal(index[:, 0], nearest_center(classes, centers)[0])
 
 
 def test_distances_that_differ_by_rounding_only_are_equal():
@@ -365,7 +514,7 @@ def weigh(task, rule) -> Routing:
 def test_weights_are_a_distribution(task, rule):
     routing = weigh(task, rule)
     num_classes, num_experts = len(task[0]), task[3]
-    shape = (num_classes, num_experts) if rule == "per_class" else (num_experts,)
+    shape = (num_classes, num_experts) if rule in ("per_class", "adaptive") else (num_experts,)
     assert routing.weights.shape == shape
     assert (routing.weights >= 0).all()
     np.testing.assert_allclose(routing.weights.sum(axis=-1), 1, rtol=1e-12)
@@ -395,7 +544,7 @@ def test_the_order_of_the_classes_does_not_matter(task, rule, random):
     routing, shuffled = weigh(task, rule), weigh((classes[order], *rest), rule)
     np.testing.assert_array_equal(shuffled.nearest_fine, routing.nearest_fine[order])
     np.testing.assert_array_equal(shuffled.distance, routing.distance[order])
-    if rule == "per_class":
+    if rule in ("per_class", "adaptive"):
         np.testing.assert_allclose(shuffled.weights, routing.weights[order], atol=1e-12)
     elif rule != "top1":  # sums in another order may round a tie either way
         np.testing.assert_allclose(shuffled.weights, routing.weights, atol=1e-12)
@@ -440,7 +589,7 @@ CLASSES, CENTERS, EXPERTS = np.zeros((3, 2)), np.ones((4, 2)), np.array([0, 0, 1
     [
         (
             {"rule": "best"},
-            "unknown rule 'best'; known: paper, eq6, release, uniform, coarse, top1, share, per_class",
+            "unknown rule 'best'; known: paper, eq6, release, uniform, coarse, top1, share, per_class, adaptive",
         ),
         ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
         ({"temperature": math.nan}, "temperature: expected a finite number above 0, got nan"),
@@ -500,6 +649,26 @@ def test_what_cannot_be_routed_is_said(rule, change, message):
         UNCHECKED_ROUTE(**arguments | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_experts": 0}, "max_experts: expected 1 or more, got 0"),
+        ({"prior": np.ones(3)}, "prior: expected 2 numbers of 0 or more, one above 0, got float64 of shape (3,)"),
+        ({"prior": np.array([1.0, -1.0])}, "prior: expected 2 numbers of 0 or more"),
+        ({"prior": np.zeros(2)}, "prior: expected 2 numbers of 0 or more, one above 0"),
+        ({"prior": np.array([1.0, math.nan])}, "prior: expected 2 numbers of 0 or more"),
+        ({"seed_distance": 0.0}, "seed_distance: expected a finite number above 0, got 0.0"),
+        ({"seed_distance": 0.5, "rule": "eq6"}, "seed_distance: rule 'eq6' has no place for the seed; use share, per_"),
+        ({"spread": "best"}, "unknown spread 'best'; known: nearest, mean, gap, radius"),
+        ({"spread": "radius"}, "spread 'radius': expected fine_radius, a distance for each of 4 fine clusters"),
+    ],
+)
+def test_options_that_cannot_be(change, message):
+    arguments = {"num_experts": 2, "rule": "adaptive"} | change
+    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}"):
+        UNCHECKED_ROUTE(CLASSES, CENTERS, EXPERTS, **arguments)
+
+
 def test_share_checks_its_input_too():
     with pytest.raises(ModeclipError, match="temperature: expected a finite number above 0"):
         share(CLASSES, CENTERS, EXPERTS, num_experts=2, temperature=-1.0)
@@ -510,4 +679,5 @@ def test_every_rule_has_a_default_temperature():
     assert {rule for rule, value in DEFAULT_TEMPERATURE.items() if value != 0.2} == {
         "share",
         "per_class",
+        "adaptive",
     }

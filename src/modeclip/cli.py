@@ -10,7 +10,6 @@ import os
 import sys
 import webbrowser
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,17 +18,15 @@ from tyro.conf import Positional, arg
 
 from modeclip.commands import check, cluster, embed, index, uids
 from modeclip.errors import ModeclipError
+from modeclip.evaluating_commands import evaluate
 from modeclip.extending_commands import assign, bundle, extend
 from modeclip.finetuning_commands import finetune, merge
-from modeclip.priors import read_classes
 from modeclip.progress import console, log, print_json, print_table
-from modeclip.routing import RULES
+from modeclip.routing_commands import classify, route
+from modeclip.scaling_commands import scaling
 from modeclip.training_commands import status, train, train_experts
 
 Json = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
-Classes = Annotated[str, arg(help="A file with one class name a line, or the names with commas: 'cat,dog'.")]
-Rule = Annotated[str | None, arg(help=f"Routing rule, one of {', '.join(RULES)}; default: the bundle's.")]
-Temperature = Annotated[float | None, arg(help="Temperature of the rule; default: the bundle's, or the rule's own.")]
 
 
 def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: Json = False) -> None:
@@ -59,74 +56,6 @@ def run(
     print(f"bundle: {result.bundle}\nreport: {result.report}")
 
 
-def route(
-    bundle: Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]],
-    classes: Classes,
-    rule: Rule = None,
-    temperature: Temperature = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Show which experts a task is routed to, and why: nearest fine clusters, example captions, weights, entropy."""
-    names = read_classes(classes)
-    with console.status("loading the encoder"):
-        from modeclip.mixture import MoDE
-
-        found = MoDE.load(bundle).route(names, rule=rule, temperature=temperature)
-    reasons = found.explain()
-    mean = found.class_weights.mean(axis=0)
-    if as_json:
-        content = {"rule": found.rule, "temperature": found.temperature, "entropy": found.routing.entropy}
-        print_json(content | {"weights": mean.tolist(), "classes": [asdict(reason) for reason in reasons]})
-        return
-    experts = [expert.name for expert in found.bundle.experts]
-    rows = [
-        (
-            reason.name,
-            ", ".join(reason.clusters[0].captions[:3]),
-            f"{reason.clusters[0].distance:.2f}",
-            experts[reason.clusters[0].expert],
-            *(f"{weight:.3f}" for weight in reason.weights),
-        )
-        for reason in reasons
-    ]
-    rows.append(("all classes", "", "", "", *(f"{weight:.3f}" for weight in mean)))
-    title = f"rule {found.rule}, temperature {found.temperature:g}, entropy {found.routing.entropy:.3f} nats"
-    print_table(title, ["class", "nearest fine cluster", "distance", "its expert", *experts], rows)
-
-
-def classify(
-    bundle: Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]],
-    pictures: Positional[Annotated[tuple[Path, ...], arg(help="Image files.")]],
-    classes: Classes,
-    rule: Rule = None,
-    top: Annotated[int, arg(help="Classes shown for each picture.")] = 5,
-    *,
-    template: Annotated[tuple[str, ...], arg(help="Prompts with {} for the class name; default: the bundle's.")] = (),
-    as_json: Json = False,
-) -> None:
-    """Name the class of pictures, by the experts that the class names are routed to."""
-    names = read_classes(classes)
-    if not pictures:
-        raise ModeclipError("classify: no picture given; modeclip classify BUNDLE PICTURE... --classes CLASSES")
-    images = [_open_picture(path) for path in pictures]
-    with console.status("loading the encoder and the experts"):
-        from modeclip.mixture import MoDE
-
-        predictions = MoDE.load(bundle).task(names, templates=template or None, rule=rule).classify(images)
-    best = [list(zip(p.classnames, p.probabilities, strict=True))[:top] for p in predictions]
-    if as_json:
-        print_json(
-            [
-                {"picture": str(path), "classes": [{"name": name, "probability": share} for name, share in classes]}
-                for path, classes in zip(pictures, best, strict=True)
-            ]
-        )
-        return
-    for path, shown in zip(pictures, best, strict=True):
-        print_table(str(path), ["class", "probability"], [(name, f"{share:.3f}") for name, share in shown])
-
-
 def report(
     folder: Positional[Annotated[Path, arg(help="Folder of a run.")]],
     out: Annotated[Path | None, arg(help="The HTML file; default: report.html in the folder.")] = None,
@@ -143,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what the ``modeclip`` command calls."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     functions: list[Any] = [demo, run, index, check, uids, embed, cluster, train, train_experts, status, route]
-    functions += [classify, report, assign, extend, bundle, finetune, merge]
+    functions += [classify, evaluate, scaling, report, assign, extend, bundle, finetune, merge]
     commands: dict[str, Any] = {function.__name__.replace("_", "-"): function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -161,17 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(message: str) -> None:
     print(f"modeclip: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _open_picture(path: Path) -> Any:
-    from modeclip.samples import cause_of, decode_image
-
-    try:
-        return decode_image(path.read_bytes())
-    except FileNotFoundError:
-        raise ModeclipError(f"picture {path}: no such file") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        raise ModeclipError(f"picture {path}: {cause_of(error)}; give an image file that opens") from None
 
 
 def _print_results(results: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Held-out tasks and trained models -> accuracies of each model, of their bounds, and of the mixture under every rule.
 
-Every image is decoded once and encoded by every model; every other number is arithmetic on cosines. A mixture's cosine
-is the weighted sum of its experts' (MoDE eq. 4), so all routing rules are scored from the same features. Beside the
+Every image is decoded once and encoded by every model (`modeclip.features`); every other number is arithmetic on
+cosines. A mixture's cosine is the weighted sum of its experts' (MoDE eq. 4), so all rows are scored from the same
+cosines, a block of images at a time: what is held is one task's features on disk and a block in memory. Beside the
 mixture stand the rows that keep a reader from being misled: the uniform ensemble, the dense model at the mixture's
 total cost, and two bounds that look at the labels: the best single expert, and an oracle that picks the best expert
 for each task. Where a run has trained the controls of the paper (`modeclip.controls`), each is a row too: the uniform
@@ -14,25 +15,26 @@ each task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
+from modeclip.caching import FeatureCache
 from modeclip.catalog import Catalog
 from modeclip.clustering import Clustering
-from modeclip.encoders import load_encoder
 from modeclip.errors import ModeclipError, unknown
+from modeclip.features import CachedEncoder, class_features, image_features, missing_images
 from modeclip.jobs import TrainJob, TrainResult
+from modeclip.loading import Source
 from modeclip.metrics import bootstrap_interval, correct, paired_interval
 from modeclip.progress import progress
 from modeclip.routing import DEFAULT_TEMPERATURE, RULES, Routing, route
-
-if TYPE_CHECKING:
-    from modeclip.clip import Clip
+from modeclip.similarity import BLOCK_NUMBERS
+from modeclip.tasks import Task, catalog_tasks
 
 DEFAULT_RULE = "per_class"
 """What measurement favours: over three seeds of the demo it beat the uniform ensemble by 0.6 ± 0.2 points, the
@@ -101,20 +103,6 @@ class TrainedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotTask:
-    """One classification task: which rows of the task catalog, and which of the classes each shows."""
-
-    name: str
-    """Name of the task."""
-    classnames: tuple[str, ...]
-    """Its classes, sorted."""
-    rows: Int[np.ndarray, " N"]
-    """Rows of the task catalog."""
-    labels: Int[np.ndarray, " N"]
-    """Index of each row's class."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the result table."""
 
@@ -142,17 +130,6 @@ class Row:
         return float(np.mean(list(self.accuracy.values())))
 
 
-def load_tasks(catalog: Catalog) -> list[ZeroShotTask]:
-    """Read the tasks of a task catalog (columns ``task`` and ``caption`` = class name), sorted by name."""
-    columns = catalog.read(["task", "caption"])
-    tasks = []
-    for name in sorted(set(columns["task"])):
-        rows = np.flatnonzero(columns["task"] == name)
-        classnames, labels = np.unique(columns["caption"][rows].astype(str), return_inverse=True)
-        tasks.append(ZeroShotTask(name=str(name), classnames=tuple(classnames.tolist()), rows=rows, labels=labels))
-    return tasks
-
-
 def evaluate(
     catalog: Catalog,
     models: Sequence[TrainedModel],
@@ -161,6 +138,7 @@ def evaluate(
     config: EvaluateConfig,
     *,
     one_step: Clustering | None = None,
+    cache: FeatureCache | None = None,
 ) -> dict[str, Any]:
     """Score every model, every routing rule and every control on every task.
 
@@ -172,80 +150,106 @@ def evaluate(
         encoder: Encoder of class names, the one that the captions were clustered with.
         config: Templates, default rule, batch size.
         one_step: Centres of OneStep-n, whose row is routed by them; None: only its uniform average.
+        cache: Where features are kept; None: nowhere.
 
     Returns:
         ``tasks``, ``chance``, ``models`` and ``routing``, as ``results.json`` holds them.
     """
-    tasks, num_experts = load_tasks(catalog), clustering.num_experts
+    tasks, cache = catalog_tasks(catalog), cache or FeatureCache()
     models = sorted(models, key=lambda m: (m.name != "seed", m.name.startswith("expert-"), len(m.name)))
-    known = {model.name: model for model in models}
-    cosines = _all_cosines(catalog, tasks, {model.name: model.folder for model in models}, config)
-    embedder = load_encoder(encoder)
+    names = CachedEncoder(encoder, clustering.fine_centers.shape[1], cache)
     scorer = _Scorer(
-        tasks=tasks,
-        cosines=cosines,
-        embeddings={task.name: embedder.encode(list(task.classnames)) for task in tasks},
-        models=known,
+        sources={model.name: Source.of(model.name, model.folder) for model in models},
+        plans=_plan(models, clustering, one_step, config),
+        embeddings={task.name: names.encode(list(task.classnames)) for task in tasks},
         config=config,
+        cache=cache,
     )
-    rows = [scorer.single(name) for name in known if not _is_control(name)]
-    experts = [f"expert-{k}" if f"expert-{k}" in known else "seed" for k in range(num_experts)]
-    rows += _bounds([row for row in rows if row.kind == "expert"], scorer.cost(experts))
-    for rule in RULES:
-        rows.append(scorer.mixed("mixture", "mixture", experts, clustering, rule))
-    for control, name in CONTROLS.items():
-        members = [f"{control}-{k}" for k in range(num_experts)]
-        if not known.keys() >= set(members):
-            continue
-        name = f"{name}-{num_experts}"
-        if control == "one-step" and one_step is not None and config.rule != "uniform":
-            rows.append(scorer.mixed(name, "control", members, one_step, config.rule))
-        rows.append(scorer.mixed(name, "control", members, None, "uniform"))
+    rows = _with_bounds(scorer.rows(tasks, models))
     default = next(row for row in rows if row.kind == "mixture" and row.rule == config.rule)
     dense_total = next((row for row in rows if row.name == "dense-total"), None)
     return {
-        "tasks": [{"name": t.name, "num_classes": len(t.classnames), "num_images": len(t.rows)} for t in tasks],
+        "tasks": [{"name": t.name, "num_classes": len(t.classnames), "num_images": len(t.images)} for t in tasks],
         "chance": {task.name: 1 / len(task.classnames) for task in tasks},
         "models": [_as_json(row, dense_total, default) for row in rows],
         "routing": {t.name: _explained(scorer.route(t, clustering, config.rule), t, config.rule) for t in tasks},
     }
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """A row of the table before it is scored: which models answer together, and who weighs them."""
+
+    name: str
+    kind: str
+    members: tuple[str, ...]
+    rule: str | None = None
+    clustering: Clustering | None = None
+    """Whose centres route; None: the members have equal weights."""
+
+
+def _plan(
+    models: Sequence[TrainedModel], clustering: Clustering, one_step: Clustering | None, config: EvaluateConfig
+) -> list[_Plan]:
+    """Return the rows: single models, the mixture under every rule, the controls whose models are all there."""
+    known, num_experts = [model.name for model in models], clustering.num_experts
+    plans = [_Plan(name=name, kind=_kind(name), members=(name,)) for name in known if not _is_control(name)]
+    experts = tuple(f"expert-{k}" if f"expert-{k}" in known else "seed" for k in range(num_experts))
+    plans += [
+        _Plan(name="mixture", kind="mixture", members=experts, rule=rule, clustering=clustering) for rule in RULES
+    ]
+    for control, title in CONTROLS.items():
+        members, name = tuple(f"{control}-{k}" for k in range(num_experts)), f"{title}-{num_experts}"
+        if not set(known) >= set(members):
+            continue
+        if control == "one-step" and one_step is not None and config.rule != "uniform":
+            plans.append(_Plan(name=name, kind="control", members=members, rule=config.rule, clustering=one_step))
+        plans.append(_Plan(name=name, kind="control", members=members, rule="uniform"))
+    return plans
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Scorer:
-    """What rows are made of: the cosines of every model, the class embeddings, the costs."""
+    """What rows are made of: the models, how they answer together, the class embeddings."""
 
-    tasks: Sequence[ZeroShotTask]
-    cosines: Mapping[str, Mapping[str, Float[np.ndarray, "_ _"]]]
-    """Of each image with each class, by model and task."""
+    sources: Mapping[str, Source]
+    plans: Sequence[_Plan]
     embeddings: Mapping[str, Float[np.ndarray, "_ D"]]
     """Of the class names, by task."""
-    models: Mapping[str, TrainedModel]
     config: EvaluateConfig
+    cache: FeatureCache
 
-    def single(self, name: str) -> Row:
-        """Return the row of one model."""
-        return Row(name=name, kind=_kind(name), samples=self.cost([name]), correct=self._correct(self.cosines[name]))
+    def rows(self, tasks: Sequence[Task], models: Sequence[TrainedModel]) -> list[Row]:
+        """Score all rows on all tasks, one task after another."""
+        found: list[dict[str, np.ndarray]] = [{} for _ in self.plans]
+        entropy: list[dict[str, float]] = [{} for _ in self.plans]
+        sources = list(self.sources.values())
+        total = sum(len(task.images) * len(missing_images(sources, task.images, self.cache)) for task in tasks)
+        with progress("evaluate", total, "images x models") as advance:
+            for task in tasks:
+                labels, weights = np.asarray(task.labels), [self._weigh(plan, task) for plan in self.plans]
+                parts: list[list[np.ndarray]] = [[] for _ in self.plans]
+                for rows, cosines in self._cosines(task, advance):
+                    for plan, (given, _), part in zip(self.plans, weights, parts, strict=True):
+                        answers = [cosines[member] for member in plan.members]
+                        part.append(correct(answers[0] if given is None else mix(answers, given), labels[rows]))
+                for index, part in enumerate(parts):
+                    found[index][task.name] = np.concatenate(part)
+                    if (spread := weights[index][1]) is not None:
+                        entropy[index][task.name] = spread
+        return [
+            Row(
+                name=plan.name,
+                kind=plan.kind,
+                samples=_cost(plan.members, models),
+                correct=is_correct,
+                rule=plan.rule,
+                entropy=spreads or None,
+            )
+            for plan, is_correct, spreads in zip(self.plans, found, entropy, strict=True)
+        ]
 
-    def mixed(self, name: str, kind: str, members: Sequence[str], clustering: Clustering | None, rule: str) -> Row:
-        """Return the row of several models, routed by a clustering, or with equal weights where there is none."""
-        mixed, entropy = {}, {}
-        for task in self.tasks:
-            weights = np.full(len(members), 1 / len(members))
-            if clustering is not None:
-                routed = self.route(task, clustering, rule)
-                weights, entropy[task.name] = routed.weights, routed.entropy
-            mixed[task.name] = mix([self.cosines[member][task.name] for member in members], weights)
-        return Row(
-            name=name,
-            kind=kind,
-            samples=self.cost(members),
-            correct=self._correct(mixed),
-            rule=rule,
-            entropy=entropy or None,
-        )
-
-    def route(self, task: ZeroShotTask, clustering: Clustering, rule: str) -> Routing:
+    def route(self, task: Task, clustering: Clustering, rule: str) -> Routing:
         """Weigh the experts of a clustering for a task."""
         return route(
             self.embeddings[task.name],
@@ -256,19 +260,32 @@ class _Scorer:
             temperature=self.config.temperature_of(rule),
         )
 
-    def cost(self, names: Sequence[str]) -> int:
-        """Return the samples that training some models has taken, each model that they continue counted once."""
-        model_of_folder = {model.folder: model for model in self.models.values()}
-        parts: dict[str, int] = {}
-        for name in names:
-            model: TrainedModel | None = self.models[name]
-            while model is not None and model.name not in parts:
-                parts[model.name] = model.samples
-                model = None if model.start is None else model_of_folder.get(model.start)
-        return sum(parts.values())
+    def _weigh(self, plan: _Plan, task: Task) -> tuple[Float[np.ndarray, "... K"] | None, float | None]:
+        """Return the weights of a row's members, None for a single model, and the entropy of what was routed."""
+        if plan.rule is None:
+            return None, None
+        if plan.clustering is None:
+            return np.full(len(plan.members), 1 / len(plan.members)), None
+        routed = self.route(task, plan.clustering, plan.rule)
+        return routed.weights, routed.entropy
 
-    def _correct(self, cosines: Mapping[str, np.ndarray]) -> dict[str, Bool[np.ndarray, " N"]]:
-        return {task.name: correct(cosines[task.name], task.labels) for task in self.tasks}
+    def _cosines(
+        self, task: Task, advance: Callable[[int], None]
+    ) -> Iterator[tuple[slice, dict[str, Float[np.ndarray, "n L"]]]]:
+        """Yield the cosines of some images with all classes by each model."""
+        sources = list(self.sources.values())
+        texts = class_features(sources, task.classnames, self.config.templates, self.cache)
+        images = image_features(sources, task.images, self.cache, batch_size=self.config.batch_size, advance=advance)
+        step = max(1, BLOCK_NUMBERS // (len(task.classnames) * len(sources)))
+        for start in range(0, len(task.images), step):
+            rows = slice(start, start + step)
+            yield (
+                rows,
+                {
+                    name: of_images[rows] @ of_texts.T
+                    for name, of_images, of_texts in zip(self.sources, images, texts, strict=True)
+                },
+            )
 
 
 def mix(cosines: Sequence[Float[np.ndarray, "N L"]], weights: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "N L"]:
@@ -288,51 +305,36 @@ def mix(cosines: Sequence[Float[np.ndarray, "N L"]], weights: Float[np.ndarray, 
     return mixed
 
 
-def _all_cosines(
-    catalog: Catalog, tasks: Sequence[ZeroShotTask], models: Mapping[str, Path], config: EvaluateConfig
-) -> dict[str, dict[str, Float[np.ndarray, "N L"]]]:
-    """Return the cosine of each image with each class of its task, by model and task."""
-    import torch
-
-    from modeclip.clip import encode_image, load_clip
-    from modeclip.mixture import class_features
-
-    clips: dict[str, Clip] = {name: load_clip(folder) for name, folder in models.items()}
-    for clip in clips.values():
-        clip.model.eval()
-    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in clips}
-    total = sum(len(task.rows) for task in tasks) * len(clips)
-    with torch.inference_mode(), progress("evaluate", total, "images x models") as advance:
-        for task in tasks:
-            texts = {
-                name: class_features(clip.model, clip, task.classnames, config.templates)
-                for name, clip in clips.items()
-            }
-            parts: dict[str, list[np.ndarray]] = {name: [] for name in clips}
-            for start in range(0, len(task.rows), config.batch_size):
-                pictures = catalog.images(task.rows[start : start + config.batch_size])
-                batch = next(iter(clips.values())).images(pictures)
-                for name, clip in clips.items():
-                    parts[name].append((encode_image(clip.model, batch) @ texts[name].T).numpy())
-                    advance(len(pictures))
-            for name, arrays in parts.items():
-                found[name][task.name] = np.concatenate(arrays)
-    return found
-
-
-def _bounds(experts: Sequence[Row], cost: int) -> list[Row]:
-    """Return the rows that choose among the experts with the labels' help."""
+def _with_bounds(rows: Sequence[Row]) -> list[Row]:
+    """Put what chooses among the experts with the labels' help behind the single models."""
+    experts = [row for row in rows if row.kind == "expert"]
     if not experts:
-        return []
+        return list(rows)
+    place = next(index for index, row in enumerate(rows) if row.kind == "mixture")
+    cost = rows[place].samples
     best = max(experts, key=lambda row: row.average)
     oracle = {
         task: max((row.correct[task] for row in experts), key=lambda is_correct: float(is_correct.mean()))
         for task in experts[0].correct
     }
-    return [
+    bounds = [
         Row(name="best single", kind="bound", samples=cost, correct=best.correct),
         Row(name="oracle", kind="bound", samples=cost, correct=oracle),
     ]
+    return [*rows[:place], *bounds, *rows[place:]]
+
+
+def _cost(names: Sequence[str], models: Sequence[TrainedModel]) -> int:
+    """Return the samples that training some models has taken, each model that they continue counted once."""
+    model_of_name = {model.name: model for model in models}
+    model_of_folder = {model.folder: model for model in models}
+    parts: dict[str, int] = {}
+    for name in names:
+        model: TrainedModel | None = model_of_name[name]
+        while model is not None and model.name not in parts:
+            parts[model.name] = model.samples
+            model = None if model.start is None else model_of_folder.get(model.start)
+    return sum(parts.values())
 
 
 def _kind(name: str) -> str:
@@ -343,7 +345,7 @@ def _is_control(name: str) -> bool:
     return name.rpartition("-")[0] in CONTROLS
 
 
-def _explained(routing: Routing, task: ZeroShotTask, rule: str) -> dict[str, Any]:
+def _explained(routing: Routing, task: Task, rule: str) -> dict[str, Any]:
     """Return what the report shows of one task's routing."""
     rows = np.broadcast_to(routing.weights, (len(task.classnames), routing.weights.shape[-1]))
     return {

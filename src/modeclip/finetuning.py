@@ -185,7 +185,7 @@ def finetune(
             log(f"finetune: {out} is done")
             return done
         notes = _Notes.open(out / NOTES_FILE, digest)
-        own = Examiner(catalog, [own_task(catalog, split)])
+        own = Examiner([own_task(catalog, split)])
         job.save()
         watch = _Watch(job, notes, own, out / "best", config.patience)
         visit_every = max(1, job.last_step // config.checks)

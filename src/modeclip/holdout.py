@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 
 from modeclip.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.evaluation import ZeroShotTask
+from modeclip.tasks import CatalogImages, Task
 
 HOLDOUT_STREAM = 7_000_001  # key of the random stream of the draw, far from those of training
 Unit = Literal["image", "class", "group"]
@@ -89,12 +89,17 @@ def draw_units(
     return chosen[inverse]
 
 
-def own_task(catalog: Catalog, split: Split) -> ZeroShotTask:
+def own_task(catalog: Catalog, split: Split) -> Task:
     """Return the held-out rows as a task whose classes are all distinct captions of the own set."""
     captions = catalog.read(["caption"])["caption"].astype(str)
     classnames, labels = np.unique(captions, return_inverse=True)
-    return ZeroShotTask(
-        name="own set", classnames=tuple(classnames.tolist()), rows=split.held_out, labels=labels[split.held_out]
+    return Task(
+        name="own set",
+        kind="classification",
+        images=CatalogImages(catalog=catalog, rows=split.held_out),
+        classnames=tuple(classnames.tolist()),
+        labels=labels[split.held_out],
+        source=catalog.path,
     )
 
 

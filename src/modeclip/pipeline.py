@@ -28,6 +28,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from modeclip.bundling import CLUSTERS, assemble_bundle, encoder_of, versions
+from modeclip.caching import FeatureCache
 from modeclip.catalog import Catalog
 from modeclip.clip import check_model
 from modeclip.clustering import ClusterConfig, Clustering, cluster
@@ -48,6 +49,8 @@ from modeclip.training import job_rows
 from modeclip.units import DataConfig
 
 STAGES = ("index", "embed", "cluster", "controls", "train", "bundle", "evaluate", "report")
+FEATURES = "features"
+"""Folder of what the models saw in the held-out images, so that other rules are scored without running a model."""
 STAGE_FORMAT = 2  # raise it when a stage starts to produce something else from the same settings
 
 
@@ -296,7 +299,7 @@ class _Run:
             "machine": _machine(),
         }
         if path.exists():
-            one_step = self.out / CLUSTERS / ONE_STEP_FOLDER
+            one_step, cache = self.out / CLUSTERS / ONE_STEP_FOLDER, FeatureCache(self.out / FEATURES)
             scores = evaluate(
                 Catalog.open(path),
                 self.models(),
@@ -304,7 +307,9 @@ class _Run:
                 encoder_of(self.catalog),
                 self.recipe.evaluate,
                 one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
+                cache=cache,
             )
+            cache.remove_unused()
         else:
             scores = {"tasks": [], "chance": {}, "models": [], "routing": {}}
         write_atomically(self.out / "results.json", json.dumps(base | scores, indent=1) + "\n")

@@ -22,32 +22,63 @@ The rules:
 - `top1`: all weight on the expert that has the most under `paper`.
 - `per_class`: each class has its own weights, the experts' shares of its A_ls over ALL centres.
 - `share`: the mean of `per_class` over the classes.
+- `adaptive`: `per_class` with a temperature for each class, temperature * spread_l; `SPREADS`.
 
 The sum of an expert without a fine cluster is 0. In the softmax of `paper`, `eq6`, `release` and
 `coarse` that is still exp(0) > 0: the published formulas give some weight to an expert that no
-class speaks for. `share` and `per_class` give it 0.
+class speaks for. `share`, `per_class` and `adaptive` give it 0.
 
-Source: MoDE (arXiv 2404.16030), Sec. 3.4, eq. 5-6; App. E for the two terms of `paper` that depend
-on L; CoarseCluster in Sec. 5.2. `top1`, `share` and `per_class` are ours.
-Price: one product of an L x D with a D x M matrix (`share`, `per_class`: two) in float64, and
-memory for a few times `MAX_DISTANCES` numbers beside the inputs, however large L is.
+What a row is. A task's classes, or the texts of a corpus whose images ask for a text (eq. 7), are
+routed together. Queries that ask for an image, and images where the clusters are of images, are
+each a task of their own: `each=True` gives a row of weights to each, under every rule.
+
+Then, in this order, where asked for:
+
+- `prior`: p(c) <- prior_c p(c) / sum, for experts that are better than others on their own data.
+- `seed_distance` r (`share`, `per_class`, `adaptive`): the seed model is expert K + 1, with one
+  centre at distance r from every class, A_l,seed = exp(-r^2 / temperature): little near a centre,
+  nearly all far from every centre.
+- `max_experts` n: the n experts with the largest mean over all rows, their weights renormalised.
+
+Source: MoDE (arXiv 2404.16030), Sec. 3.4, eq. 5-7; App. E for the two terms of `paper` that depend
+on L; CoarseCluster in Sec. 5.2; images in Sec. 5.3. `top1`, `share`, `per_class`, `adaptive`, prior,
+seed and budget are ours. A temperature for each point is Zelnik-Manor's and Perona's (2004).
+Price: one product of an L x D with a D x M matrix in float64, a chunk of rows at a time: `per_class`
+weighs a million texts of 384 dimensions in 18 seconds for M = 1024 and in 2.5 minutes for M = 8192 (one
+core); memory is that of the weights and of a chunk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from modeclip.errors import ModeclipError, unknown
+from modeclip.nearness import nearest_center, nearest_of, squared_distances
 
-RULES = ("paper", "eq6", "release", "uniform", "coarse", "top1", "share", "per_class")
+RULES = ("paper", "eq6", "release", "uniform", "coarse", "top1", "share", "per_class", "adaptive")
 
-DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.1}
-"""Each rule's temperature for callers that name none: the paper's, or 0.1 if all centres count."""
+SHARE_RULES = ("share", "per_class", "adaptive")
+"""Rules under which every centre counts."""
+
+DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.1, "adaptive": 0.125}
+"""Each rule's temperature for callers that name none: the paper's; 0.1 if all centres count, and the
+factor of `adaptive` that comes to 0.1 for a class at a usual distance."""
+
+SPREADS = ("nearest", "mean", "gap", "radius")
+"""What `adaptive` takes for the spread of a class: `nearest`: d_l^2; `mean`: the mean of the squared
+distances to the `NUM_NEAREST` nearest centres; `gap`: that mean less d_l^2; `radius`: the squared
+typical distance of the captions in the nearest cluster, which the caller gives."""
+
+NUM_NEAREST = 16
+"""How many centres are neighbours of a class, for its spread."""
+
+LEAST_SPREAD = 1e-9
+"""Smallest temperature of a class under `adaptive`: on a centre, that centre alone decides."""
 
 SMALL_TASK = 10
 """A task with fewer classes than this is small (App. E)."""
@@ -61,19 +92,14 @@ RELEASE_SLOPE = 5.0
 RELEASE_SOFTNESS = 8.0
 """What the published code divides the experts' sums by before the softmax."""
 
-MAX_DISTANCES = 2**22
-"""How many class-to-centre distances are held at once (32 MiB)."""
-
-ROUNDING = 1e-13
-"""Relative difference of squared distances below which two centres count as equally near."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
     """The experts' weights for one task, and the distances that they were made from."""
 
     weights: Float[np.ndarray, "... K"]
-    """Weight of each expert, summing to 1: (K,), or a row for each class (L, K) by `per_class`."""
+    """Weight of each expert, summing to 1: (K,), or a row for each class (L, K) under `per_class`,
+    `adaptive`, and with `each`. With `seed_distance`, the seed's weight is one more at the end."""
 
     nearest_fine: Int[np.ndarray, " L"]
     """Index of the fine centre nearest to each class; the lowest index if several are."""
@@ -82,7 +108,7 @@ class Routing:
     """Euclidean distance to that centre, NOT squared: 0 to 2 for unit vectors."""
 
     entropy: float
-    """Entropy of the weights in nats: 0 is one expert, ln(K) uniform. `per_class`: its mean."""
+    """Entropy of the weights in nats: 0 is one expert, ln(K) uniform. Of rows: the mean."""
 
 
 def route(
@@ -93,6 +119,12 @@ def route(
     num_experts: int,
     rule: str = "paper",
     temperature: float = 0.2,
+    each: bool = False,
+    max_experts: int | None = None,
+    prior: Float[np.ndarray, " K"] | None = None,
+    seed_distance: float | None = None,
+    spread: str = "nearest",
+    fine_radius: Float[np.ndarray, " M"] | None = None,
 ) -> Routing:
     """Weigh the experts for one task.
 
@@ -102,8 +134,16 @@ def route(
         expert_of_fine: Which expert, 0 to K - 1, each fine cluster belongs to.
         num_experts: K.
         rule: One of `RULES`; the top of this module gives each one's formula.
-        temperature: Lambda of eq. 5, in units of squared distance, above 0. The default is the
-            paper's, see `DEFAULT_TEMPERATURE`; `uniform` and `release` take no notice of it.
+        temperature: Lambda of eq. 5, in units of squared distance, above 0; under `adaptive` its
+            factor. The default is the paper's, see `DEFAULT_TEMPERATURE`; `uniform` and `release`
+            take no notice of it.
+        each: Whether every row is a task of its own, as queries for images and images are.
+        max_experts: How many experts may have weight; None: all.
+        prior: What each expert's weight is multiplied by, 0 or more; None: the same for all.
+        seed_distance: Distance at which the seed weighs as much as one centre; None: no seed.
+        spread: What `adaptive` measures, one of `SPREADS`.
+        fine_radius: Typical distance of each cluster's captions to its centre, for the spread
+            `radius` (such as the median, ``FineQuantiles.threshold(0.5)``).
 
     Returns:
         The weights. `nearest_fine` and `distance` are about the fine centres under every rule,
@@ -111,7 +151,7 @@ def route(
 
     Raises:
         ModeclipError: The rule is unknown, the temperature is not above 0, there is no class, an
-            array has a wrong shape or is not finite, or an expert index is out of range.
+            array has a wrong shape or is not finite, or another argument is out of range.
 
     Examples:
         Seven classes at distance 0.6 from their nearest centre, which is expert 0's for five:
@@ -127,42 +167,32 @@ def route(
     if rule not in RULES:
         raise unknown("rule", rule, RULES)
     _check(class_embeddings, fine_centers, expert_of_fine, num_experts, temperature)
-    nearest_fine, distance = nearest_center(class_embeddings, fine_centers)
-
-    def sum_by_expert(affinity: np.ndarray, expert_of_class: np.ndarray) -> np.ndarray:
-        return np.bincount(expert_of_class, weights=affinity, minlength=num_experts)
-
-    expert_of_class = expert_of_fine[nearest_fine].astype(np.int64)
-    match rule:
-        case "eq6":
-            affinity = _eq6_affinity(distance, temperature)
-            weights = softmax(sum_by_expert(affinity, expert_of_class))
-        case "paper":
-            affinity = _paper_affinity(distance, temperature)
-            weights = softmax(sum_by_expert(affinity, expert_of_class))
-        case "top1":
-            # The largest sum has the largest weight, but nearly flat weights can round to a tie.
-            affinity = _paper_affinity(distance, temperature)
-            weights = np.eye(num_experts)[sum_by_expert(affinity, expert_of_class).argmax()]
-        case "release":
-            affinity = _release_affinity(distance)
-            weights = softmax(sum_by_expert(affinity, expert_of_class) / RELEASE_SOFTNESS)
-        case "coarse":
+    _check_options(rule, num_experts, max_experts, prior, seed_distance)
+    if rule in SHARE_RULES:
+        weights, nearest_fine, distance = _share(
+            class_embeddings,
+            fine_centers,
+            np.eye(num_experts)[expert_of_fine],
+            temperature,
+            seed_distance,
+            _checked_spread(spread, fine_radius, len(fine_centers)) if rule == "adaptive" else None,
+        )
+        if rule == "share" and not each:
+            weights = weights.mean(axis=0)
+    else:
+        nearest_fine, distance = nearest_center(class_embeddings, fine_centers)
+        if rule == "coarse":
             coarse_centers, expert_of_coarse = _coarse_clusters(fine_centers, expert_of_fine)
-            nearest_coarse, coarse_distance = nearest_center(class_embeddings, coarse_centers)
-            affinity = _eq6_affinity(coarse_distance, temperature)
-            weights = softmax(sum_by_expert(affinity, expert_of_coarse[nearest_coarse]))
-        case "uniform":
-            weights = np.full(num_experts, 1 / num_experts)
-        case _:
-            shares = share(
-                class_embeddings,
-                fine_centers,
-                expert_of_fine,
-                num_experts=num_experts,
-                temperature=temperature,
-            )
-            weights = shares if rule == "per_class" else shares.mean(axis=0)
+            nearest_coarse, near = nearest_center(class_embeddings, coarse_centers)
+            expert_of_class = expert_of_coarse[nearest_coarse]
+        else:
+            expert_of_class, near = expert_of_fine[nearest_fine].astype(np.int64), distance
+        weights = _task_weights(rule, near, expert_of_class, num_experts, temperature, each)
+    if prior is not None:
+        seed = [] if seed_distance is None else [1.0]
+        weights = reweigh(weights, np.array([*prior, *seed], dtype=np.float64))
+    if max_experts is not None:
+        weights = keep_best(weights, max_experts)
     return Routing(weights=weights, nearest_fine=nearest_fine, distance=distance, entropy=entropy(weights))
 
 
@@ -196,34 +226,81 @@ def share(
         array([[0.982, 0.018],
                [0.5  , 0.5  ]])
     """
-    _check(class_embeddings, fine_centers, expert_of_fine, num_experts, temperature)
-    is_member = np.eye(num_experts)[expert_of_fine]  # (M, K): 1 where centre s is in S_c
-    shares = np.empty((len(class_embeddings), num_experts))
-    for rows, squared in _squared_distances(class_embeddings, fine_centers):
-        shares[rows] = softmax(-squared / temperature) @ is_member
-    return shares
+    return route(
+        class_embeddings,
+        fine_centers,
+        expert_of_fine,
+        num_experts=num_experts,
+        rule="per_class",
+        temperature=temperature,
+    ).weights
 
 
-def nearest_center(
-    embeddings: Float[np.ndarray, "L D"], centers: Float[np.ndarray, "M D"]
-) -> tuple[Int[np.ndarray, " L"], Float[np.ndarray, " L"]]:
-    """Find each embedding's nearest centre, lowest index of equals, and the distance to it.
+def embed_classes(
+    encode: Callable[[Sequence[str]], Float[np.ndarray, "_ D"]],
+    classnames: Sequence[str],
+    templates: Sequence[str] = (),
+) -> Float[np.ndarray, "L D"]:
+    """Embed class names for routing: the names themselves (the paper), or their prompts (the published code).
+
+    Args:
+        encode: The clusters' encoder: texts -> unit vectors.
+        classnames: L class names.
+        templates: Prompts with ``{}`` where the name goes, whose unit vectors are averaged and
+            scaled to norm 1; none: the plain names.
+
+    Raises:
+        ModeclipError: A template has no place for the name.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise ModeclipError(f"template {template!r} has no {{}} where the class name goes")
+    if not templates:
+        return encode(list(classnames))
+    total = sum(encode([template.replace("{}", name) for name in classnames]) for template in templates)
+    vectors = np.asarray(total)
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit.astype(vectors.dtype)
+
+
+def keep_best(weights: Float[np.ndarray, "... K"], count: int, *, per_row: bool = False) -> Float[np.ndarray, "... K"]:
+    """Give all weight to the experts that have the most, the lowest index of equals.
+
+    Args:
+        weights: (K,), or rows of weights.
+        count: How many experts are kept, 1 or more.
+        per_row: Whether each row keeps its own; else all keep those with the largest mean.
+
+    Returns:
+        Weights that sum to 1. A row that had nothing for any of those kept shares equally among them.
 
     Examples:
-        >>> index, distance = nearest_center(np.array([[0.5], [0.9]]), np.array([[0.0], [1.0]]))
-        >>> index, distance.round(3)
-        (array([0, 1]), array([0.5, 0.1]))
+        >>> keep_best(np.array([0.1, 0.6, 0.3]), 2).round(3)
+        array([0.   , 0.667, 0.333])
     """
-    index = np.empty(len(embeddings), dtype=np.int64)
-    distance = np.empty(len(embeddings))
-    for rows, squared in _squared_distances(embeddings, centers):
-        chunk = embeddings[rows].astype(np.float64)
-        least = squared.min(axis=1)
-        # The matrix product rounds equal distances apart: what differs by rounding only is equal.
-        limit = least + ROUNDING * (least + np.vecdot(chunk, chunk))
-        index[rows] = (squared <= limit[:, None]).argmax(axis=1)
-        distance[rows] = np.linalg.norm(chunk - centers[index[rows]], axis=1)
-    return index, distance
+    if count < 1:
+        raise ModeclipError(f"max_experts: expected 1 or more, got {count}")
+    if count >= weights.shape[-1]:
+        return weights
+    size = weights if per_row or weights.ndim == 1 else weights.mean(axis=0)
+    mask = np.zeros(size.shape)
+    np.put_along_axis(mask, np.argsort(-size, axis=-1, kind="stable")[..., :count], 1.0, axis=-1)
+    return reweigh(weights, mask)
+
+
+def reweigh(weights: Float[np.ndarray, "... K"], factors: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
+    """Multiply weights by factors of 0 or more and make them sum to 1; where nothing is left, the factors count alone.
+
+    Examples:
+        >>> reweigh(np.array([[0.5, 0.5], [0.0, 1.0]]), np.array([1.0, 0.0]))
+        array([[1., 0.],
+               [1., 0.]])
+    """
+    product = weights * factors
+    total = product.sum(axis=-1, keepdims=True)
+    alone = factors / factors.sum(axis=-1, keepdims=True)
+    shares: np.ndarray = np.where(total > 0, product / np.where(total > 0, total, 1.0), alone)
+    return shares
 
 
 def softmax(x: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
@@ -249,23 +326,69 @@ def entropy(weights: Float[np.ndarray, "... K"]) -> float:
     return float(abs((positive * np.log(positive)).sum(axis=-1).mean()))
 
 
+def _task_weights(
+    rule: str, distance: np.ndarray, expert_of_class: np.ndarray, num_experts: int, temperature: float, each: bool
+) -> np.ndarray:
+    """Return the weights under the rules that look at the nearest centre alone: (K,), or a row for each class."""
+    num_classes = 1 if each else len(distance)
+
+    def sums(affinity: np.ndarray) -> np.ndarray:
+        if not each:
+            return np.bincount(expert_of_class, weights=affinity, minlength=num_experts)
+        rows = np.zeros((len(affinity), num_experts))
+        rows[np.arange(len(affinity)), expert_of_class] = affinity
+        return rows
+
+    match rule:
+        case "eq6" | "coarse":
+            return softmax(sums(_eq6_affinity(distance, temperature)))
+        case "paper":
+            return softmax(sums(_paper_affinity(distance, temperature, num_classes)))
+        case "top1":
+            # The largest sum has the largest weight, but nearly flat weights can round to a tie.
+            best = sums(_paper_affinity(distance, temperature, num_classes)).argmax(axis=-1)
+            one_hot: np.ndarray = np.eye(num_experts)[best]
+            return one_hot
+        case "release":
+            return softmax(sums(_release_affinity(distance, num_classes)) / RELEASE_SOFTNESS)
+        case _:
+            return np.full((len(distance), num_experts) if each else num_experts, 1 / num_experts)
+
+
+def _share(
+    class_embeddings: np.ndarray,
+    fine_centers: np.ndarray,
+    is_member: np.ndarray,
+    temperature: float,
+    seed_distance: float | None,
+    spread_of: Callable[[np.ndarray], np.ndarray] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each class's shares, its nearest centre and the distance to it, in one pass over the distances."""
+    num_classes = len(class_embeddings)
+    shares = np.empty((num_classes, is_member.shape[1] + (seed_distance is not None)))
+    nearest_fine, distance = np.empty(num_classes, dtype=np.int64), np.empty(num_classes)
+    for rows, chunk, squared in squared_distances(class_embeddings, fine_centers):
+        nearest_fine[rows], distance[rows] = nearest_of(chunk, squared, fine_centers)
+        own = temperature if spread_of is None else temperature * np.maximum(spread_of(squared), LEAST_SPREAD)[:, None]
+        shares[rows] = _shares(squared, is_member, own, seed_distance)
+    return shares, nearest_fine, distance
+
+
 def _eq6_affinity(distance: np.ndarray, temperature: float) -> np.ndarray:
     """A_l of eq. 5, of the nearest centre."""
     return np.exp(-(distance**2) / temperature)
 
 
-def _paper_affinity(distance: np.ndarray, temperature: float) -> np.ndarray:
+def _paper_affinity(distance: np.ndarray, temperature: float, num_classes: int) -> np.ndarray:
     """A_l of eq. 5 with the terms of App. E for a small and for a large task."""
-    num_classes = len(distance)
     if num_classes > LARGE_TASK:
         temperature = temperature / math.log(num_classes)
     scale = math.exp(0.5 - math.sqrt(num_classes)) if num_classes < SMALL_TASK else 1.0
     return scale * _eq6_affinity(distance, temperature)
 
 
-def _release_affinity(distance: np.ndarray) -> np.ndarray:
+def _release_affinity(distance: np.ndarray, num_classes: int) -> np.ndarray:
     """A_l as the published code computes it."""
-    num_classes = len(distance)
     add = math.exp(0.5 - math.sqrt(num_classes)) if num_classes < SMALL_TASK else 0.0
     mul = RELEASE_SLOPE * math.log10(max(10, num_classes - LARGE_TASK))
     return np.exp((add - distance) * mul)
@@ -279,16 +402,34 @@ def _coarse_clusters(fine_centers: np.ndarray, expert_of_fine: np.ndarray) -> tu
     return means, experts.astype(np.int64)
 
 
-def _squared_distances(embeddings: np.ndarray, centers: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (rows, squared distance of these rows to every centre), `MAX_DISTANCES` at a time."""
-    centers = centers.astype(np.float64)
-    squared_norm = np.vecdot(centers, centers)
-    num_rows = max(1, MAX_DISTANCES // len(centers))
-    for start in range(0, len(embeddings), num_rows):
-        rows = slice(start, start + num_rows)
-        chunk = embeddings[rows].astype(np.float64)
-        squared = np.vecdot(chunk, chunk)[:, None] - 2 * chunk @ centers.T + squared_norm
-        yield rows, np.maximum(squared, 0.0)
+def _spread(squared: np.ndarray, kind: str, fine_radius: np.ndarray | None) -> np.ndarray:
+    """Return spread_l of `SPREADS`, from the squared distances of the classes to all centres."""
+    least: np.ndarray = squared.min(axis=1)
+    if kind == "nearest":
+        return least
+    if kind == "radius":
+        assert fine_radius is not None
+        radius: np.ndarray = fine_radius[squared.argmin(axis=1)].astype(np.float64)
+        return np.asarray(radius**2)
+    count = min(NUM_NEAREST, squared.shape[1])
+    mean: np.ndarray = np.partition(squared, count - 1, axis=1)[:, :count].mean(axis=1)
+    return mean if kind == "mean" else mean - least
+
+
+def _shares(
+    squared: np.ndarray, is_member: np.ndarray, temperature: np.ndarray | float, seed_distance: float | None
+) -> np.ndarray:
+    """Return the experts' shares, and the seed's; what `squared` holds is used up."""
+    least = squared.min(axis=1, keepdims=True)
+    if seed_distance is not None:
+        least = np.minimum(least, seed_distance**2)
+    squared -= least
+    squared /= -temperature
+    sums: np.ndarray = np.exp(squared, out=squared) @ is_member
+    if seed_distance is not None:
+        sums = np.hstack([sums, np.exp((least - seed_distance**2) / temperature)])
+    sums /= sums.sum(axis=1, keepdims=True)
+    return sums
 
 
 def _check(
@@ -325,3 +466,29 @@ def _check(
         )
     if not 0 < temperature < math.inf:
         raise ModeclipError(f"temperature: expected a finite number above 0, got {temperature}")
+
+
+def _check_options(
+    rule: str, num_experts: int, max_experts: int | None, prior: np.ndarray | None, seed_distance: float | None
+) -> None:
+    """Raise for an option that is out of range, or that the rule has no place for."""
+    if max_experts is not None and max_experts < 1:
+        raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
+    if prior is not None:
+        shown = f"{prior.dtype} of shape {prior.shape}"
+        if prior.shape != (num_experts,) or not (np.isfinite(prior) & (prior >= 0)).all() or not prior.any():
+            raise ModeclipError(f"prior: expected {num_experts} numbers of 0 or more, one above 0, got {shown}")
+    if seed_distance is not None:
+        if rule not in SHARE_RULES:
+            raise ModeclipError(f"seed_distance: rule {rule!r} has no place for the seed; use {', '.join(SHARE_RULES)}")
+        if not 0 < seed_distance < math.inf:
+            raise ModeclipError(f"seed_distance: expected a finite number above 0, got {seed_distance}")
+
+
+def _checked_spread(spread: str, fine_radius: np.ndarray | None, num_fine: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the function of the squared distances that a spread is."""
+    if spread not in SPREADS:
+        raise unknown("spread", spread, SPREADS)
+    if spread == "radius" and (fine_radius is None or fine_radius.shape != (num_fine,)):
+        raise ModeclipError(f"spread 'radius': expected fine_radius, a distance for each of {num_fine} fine clusters")
+    return lambda squared: _spread(squared, spread, fine_radius)

@@ -18,8 +18,8 @@ from jaxtyping import Bool
 from modeclip.catalog import Catalog
 from modeclip.clip import Clip, encode_image
 from modeclip.errors import ModeclipError
-from modeclip.evaluation import ZeroShotTask, load_tasks
 from modeclip.metrics import correct
+from modeclip.tasks import Task, catalog_tasks
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +32,11 @@ Correct = Mapping[str, Bool[np.ndarray, " _"]]
 
 
 class Examiner:
-    """Tasks of one catalog, to be put to one model after another, all with the same preprocessing."""
+    """Tasks to be put to one model after another, all with the same preprocessing."""
 
     def __init__(
         self,
-        catalog: Catalog,
-        tasks: Sequence[ZeroShotTask],
+        tasks: Sequence[Task],
         *,
         templates: Sequence[str] = ("{}",),
         batch_size: int = 256,
@@ -45,13 +44,12 @@ class Examiner:
         """Keep what is asked; nothing is read before the first model comes.
 
         Args:
-            catalog: Where the images are.
-            tasks: What is asked of them.
+            tasks: What is asked: classification with one class an image.
             templates: Prompts with ``{}`` where the class name goes.
             batch_size: Images encoded at a time.
         """
         self.tasks = tuple(tasks)
-        self._catalog, self._templates, self._batch_size = catalog, tuple(templates), batch_size
+        self._templates, self._batch_size = tuple(templates), batch_size
         self._cache: dict[tuple[int, int], torch.Tensor] = {}
         self._room = CACHE_BYTES
 
@@ -72,16 +70,17 @@ class Examiner:
                     (encode_image(clip.model, batch.to(device)) @ texts.T).float().cpu().numpy()
                     for batch in self._batches(index, clip)
                 ]
-                found[task.name] = correct(np.concatenate(parts), task.labels)
+                found[task.name] = correct(np.concatenate(parts), np.asarray(task.labels))
         clip.model.train(was_training)
         return found
 
     def _batches(self, index: int, clip: Clip) -> Iterator[torch.Tensor]:
-        rows = self.tasks[index].rows
-        for start in range(0, len(rows), self._batch_size):
+        images = self.tasks[index].images
+        for start in range(0, len(images), self._batch_size):
             batch = self._cache.get((index, start))
             if batch is None:
-                batch = clip.images(self._catalog.images(rows[start : start + self._batch_size]))
+                rows = np.arange(start, min(start + self._batch_size, len(images)))
+                batch = clip.images(images.read(rows))
                 size = batch.numel() * batch.element_size()
                 if size <= self._room:
                     self._room -= size
@@ -96,10 +95,10 @@ def open_tasks(path: str, templates: Sequence[str], batch_size: int) -> Examiner
         ModeclipError: There is no catalog, or it holds no tasks.
     """
     catalog = Catalog.open(path)
-    tasks = load_tasks(catalog) if "task" in catalog.columns else []
+    tasks = catalog_tasks(catalog) if "task" in catalog.columns else []
     if not tasks:
         raise ModeclipError(f"{path} holds no tasks; give the tasks.lance that `modeclip index --tasks` writes")
-    return Examiner(catalog, tasks, templates=templates, batch_size=batch_size)
+    return Examiner(tasks, templates=templates, batch_size=batch_size)
 
 
 def average(is_correct: Correct) -> float:

@@ -1,0 +1,188 @@
+"""Seconds of `modeclip evaluate` for a mixture, beside CLIP_benchmark on its experts, one after another.
+
+    python benchmarks/evaluate.py BUNDLE TASKS.lance                three rounds
+    python benchmarks/evaluate.py BUNDLE TASKS.lance --rounds 5
+
+Both evaluate all tasks of the catalog, zero-shot, with one template. CLIP_benchmark gets them in its webdataset layout
+(PNGs of the same pixels), written before anything is timed, and is started once an expert with all tasks, so that
+imports are paid once an expert. The whole commands are timed, process starts included on both sides; the ratio without
+them subtracts the seconds of processes that only import what these commands do. CLIP_benchmark's settings are those
+that suit it on a CPU: batches of 512, no worker processes (small tasks wait for their start), float32 as ours.
+Ours starts with no features kept. The rounds alternate; the ratio is the median of the rounds' ratios. Each expert's
+acc1 must be the same on both sides, for which ours is asked about the experts too, after the timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+BAR = 0.6
+BATCH_SIZE = 512
+TOLERANCE = 0.002
+"""Difference of acc1 that rounding of nearly equal cosines explains."""
+PEER = """
+import sys, torch
+from clip_benchmark import cli
+from clip_benchmark.metrics import zeroshot_classification as z
+def accuracy(output, target, topk=(1,)):  # its own makes numbers of arrays of one element: an error since NumPy 2.4
+    best = output.topk(max(topk), dim=1).indices
+    return [float((best[:, :k] == target[:, None]).any(dim=1).double().mean()) for k in topk]
+z.accuracy = accuracy
+cli.main()
+"""
+
+
+IMPORTS = (
+    "import modeclip.cli, modeclip.scoring, modeclip.systems, modeclip.task_sources, open_clip, sentence_transformers",
+    "import clip_benchmark.cli",
+)
+"""What the two commands import."""
+
+
+def machine() -> str:
+    """Return the processor's name, cores, and the threads that may be used."""
+    path = Path("/proc/cpuinfo")
+    names = [line for line in path.read_text().splitlines() if "model name" in line] if path.exists() else []
+    name = names[0].split(":")[1].strip() if names else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
+
+
+def export_tasks(catalog: Path, folder: Path) -> dict[str, int]:
+    """Write the tasks of a catalog in CLIP_benchmark's webdataset layout, into folders 0, 1...; return their sizes."""
+    from modeclip.catalog import Catalog
+    from modeclip.tasks import catalog_tasks
+
+    opened, sizes = Catalog.open(str(catalog)), {}
+    for task in catalog_tasks(opened):
+        place = folder / str(len(sizes)) / "test"
+        place.mkdir(parents=True)
+        (place / "nshards.txt").write_text("1\n")
+        (place.parent / "classnames.txt").write_text("\n".join(task.classnames) + "\n")
+        (place.parent / "zeroshot_classification_templates.txt").write_text("{c}\n")
+        with tarfile.open(place / "0.tar", "w") as tar:
+            for number, label in enumerate(task.labels.tolist()):
+                (picture,) = task.images.read(np.array([number]))
+                picture.save(buffer := io.BytesIO(), "PNG")
+                for name, content in (("png", buffer.getvalue()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"s{number:07}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        sizes[task.name] = len(task.images)
+    return sizes
+
+
+def timed(command: Sequence[str]) -> np.ndarray:
+    """Run a command and return its seconds, by the clock and of the processor."""
+    before, started = os.times(), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds, after = time.perf_counter() - started, os.times()
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)[:300]}\n{done.stderr[-2000:]}")
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return np.array([seconds, used])
+
+
+def run_peer(bundle: Path, experts: Sequence[str], layout: Path, num_tasks: int, out: Path) -> np.ndarray:
+    """Run CLIP_benchmark on each expert."""
+    seconds = np.zeros(2)
+    for expert in experts:
+        command = [sys.executable, "-c", PEER, "eval", "--model", f"local-dir:{bundle / expert}", "--pretrained", ""]
+        command += ["--dataset", *(f"wds/{task}" for task in range(num_tasks)), "--output"]
+        command += [f"{out}/{expert}--{{dataset}}.json", "--dataset_root", f"{layout}/{{dataset}}", "--no_amp"]
+        command += ["--num_workers", "0", "--batch_size", str(BATCH_SIZE), "--quiet"]
+        seconds += timed(command)
+    return seconds
+
+
+def shown(seconds: np.ndarray) -> str:
+    """Return the seconds of both as text."""
+    (ours, our_cpu), (theirs, their_cpu) = seconds
+    return f"modeclip {ours:.1f} s ({our_cpu:.1f} CPU s), CLIP_benchmark {theirs:.1f} s ({their_cpu:.1f} CPU s)"
+
+
+def run_ours(models: Sequence[str], tasks: Path, out: Path) -> np.ndarray:
+    """Run `modeclip evaluate` with an empty cache."""
+    shutil.rmtree(out, ignore_errors=True)
+    words = ["evaluate", *models, "--tasks", str(tasks), "--out", str(out)]
+    return timed([sys.executable, "-m", "modeclip.cli", *words])
+
+
+def largest_difference(bundle: Path, experts: Sequence[str], tasks: Path, names: Sequence[str], work: Path) -> float:
+    """Return the largest difference of acc1 between the two, over experts and tasks."""
+    run_ours([f"{expert}={bundle}#{expert}" for expert in experts], tasks, work / "experts")
+    lines = (work / "experts" / "results.jsonl").read_text().splitlines()
+    found = {(r["model"], r["dataset"]): r["metrics"]["acc1"] for r in map(json.loads, lines)}
+    differences = []
+    for (expert, task), accuracy in found.items():
+        theirs = json.loads((work / "peer" / f"{expert}--{names.index(task)}.json").read_text())
+        differences.append(abs(theirs["metrics"]["acc1"] - accuracy))
+    return max(differences)
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("tasks", type=Path, help="task catalog, such as tasks.lance of a run")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    bundle, tasks = arguments.bundle.resolve(), arguments.tasks.resolve()
+    manifest = json.loads((bundle / "mode.json").read_text(encoding="utf-8"))
+    experts = [expert["folder"] for expert in manifest["experts"]]
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "peer").mkdir()
+        sizes = export_tasks(tasks, work / "layout")
+        names = list(sizes)
+        print(f"{datetime.now(UTC).date()}, {machine()}, load {os.getloadavg()[0]:.1f} at the start")
+        print(f"{len(experts)} experts, {len(sizes)} tasks, {sum(sizes.values()):,} images, rule {manifest['rule']}")
+        starts = np.array([timed([sys.executable, "-c", imports]) for imports in IMPORTS])
+        starts[1] *= len(experts)
+        rounds = []
+        for number in range(arguments.rounds):
+            runs = [
+                lambda: run_ours([str(bundle)], tasks, work / "ours"),
+                lambda: run_peer(bundle, experts, work / "layout", len(names), work / "peer"),
+            ]
+            order = (0, 1) if number % 2 == 0 else (1, 0)
+            seconds = np.zeros((2, 2))
+            for index in order:
+                seconds[index] = runs[index]()
+            rounds.append(seconds)
+            print(f"  round {number + 1}: {shown(seconds)}", flush=True)
+        difference = largest_difference(bundle, experts, tasks, names, work)
+    table = np.array(rounds)
+    ratio, cpu_ratio = np.median(table[:, 0] / table[:, 1], axis=0)
+    without, cpu_without = np.median((table - starts)[:, 0] / (table - starts)[:, 1], axis=0)
+    print(f"starts: {shown(starts)}")
+    result = {
+        "benchmark": "evaluate",
+        "ratio": round(float(ratio), 3),
+        "ratio_without_starts": round(float(without), 3),
+        "ratio_of_cpu_time": round(float(cpu_ratio), 3),
+        "ratio_of_cpu_time_without_starts": round(float(cpu_without), 3),
+        "bar": BAR,
+        "largest_difference_of_acc1": difference,
+        "met": bool(ratio <= BAR and without <= BAR and difference <= TOLERANCE),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The command that compares models: evaluate. Parse, call, print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from modeclip.commands import AsJson
+from modeclip.errors import ModeclipError
+from modeclip.progress import print_json, print_table
+from modeclip.routing import RULES
+
+if TYPE_CHECKING:
+    from modeclip.intervals import Interval
+    from modeclip.scoring import Average, Result
+
+Models = Positional[
+    Annotated[
+        tuple[str, ...],
+        arg(metavar="MODEL...", help="Bundles, BUNDLE#expert-0, BUNDLE#seed, model folders, NAME@TAG; NAME=MODEL."),
+    ]
+]
+Tasks = Annotated[
+    tuple[str, ...],
+    arg(help="Folders, tables, catalogs, or names of published tasks and groups (tasks26, robustness); NAME=PATH."),
+]
+CACHE_FOLDER = "features"
+"""Folder of the results that holds the features, unless another is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """How models are compared."""
+
+    templates: tuple[str, ...] = ()
+    """Prompts for class names, {} where the name goes; default: each task's own, or the first bundle's."""
+    data: str = "data"
+    """Folder that holds the data of published tasks, each in a folder of its name."""
+    rule: str | None = None
+    """Routing rule of the mixtures; default: each bundle's."""
+    temperature: float | None = None
+    """Temperature of the rule; default: the bundle's, or the rule's own."""
+    max_experts: int | None = None
+    """Experts that a task may use; default: all."""
+    probe: bool = False
+    """Fit a linear probe too, where a task has training images."""
+    cache: Path | None = None
+    """Folder where features are kept; default: features in the folder of the results."""
+    batch_size: int = 512
+    """Images encoded at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1..."""
+    precision: str = "32-true"
+    """32-true, bf16-mixed, 16-mixed, or auto for the fastest here."""
+
+
+def evaluate(
+    models: Models,
+    *,
+    tasks: Tasks,
+    options: OmitArgPrefixes[EvaluateOptions],
+    out: Annotated[Path, arg(help="Folder of the results: JSON, JSON lines, predictions as Parquet.")] = Path(
+        "evaluation"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
+    from modeclip.caching import FeatureCache
+    from modeclip.interchange import write_results
+    from modeclip.probing import ProbeConfig
+    from modeclip.scoring import ScoreConfig, averages, evaluate_systems
+    from modeclip.systems import open_systems
+    from modeclip.task_sources import load_tasks
+
+    if not tasks:
+        raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
+    if options.rule is not None and options.rule not in RULES:
+        raise ModeclipError(f"unknown rule {options.rule!r}; known: {', '.join(RULES)}")
+    config = ScoreConfig(
+        probe=ProbeConfig() if options.probe else None,
+        batch_size=options.batch_size,
+        device=options.device,
+        precision=options.precision,
+    )
+    loaded = load_tasks(tasks, templates=options.templates, root=options.data, train=options.probe)
+    cache = FeatureCache(options.cache or out / CACHE_FOLDER)
+    routing: dict[str, Any] = {"rule": options.rule, "temperature": options.temperature}
+    systems = open_systems(models, cache, max_experts=options.max_experts, **routing)
+    results = evaluate_systems(systems, loaded, config, cache)
+    write_results(out, results)
+    means = averages(results)
+    if as_json:
+        records = [
+            {"task": result.task.name, "kind": result.kind, "system": result.system}
+            | {"main": result.outcome.main, "metrics": dict(result.outcome.metrics)}
+            | dict(result.provenance)
+            for result in results
+        ]
+        print_json({"results": records, "averages": [asdict(mean) for mean in means], "folder": str(out)})
+        return
+    for kind in dict.fromkeys(result.kind for result in results):
+        _print_kind(kind, [result for result in results if result.kind == kind], means)
+    print(f"results: {out}")
+
+
+def _print_kind(kind: str, results: Sequence[Result], means: Sequence[Average]) -> None:
+    """Print a table of one kind of tasks: a row a task and metric, a column a model."""
+    systems = list(dict.fromkeys(result.system for result in results))
+    of_place = {(result.task.name, result.system): result.outcome for result in results}
+    rows: list[tuple[str, ...]] = []
+    for task in dict.fromkeys(result.task.name for result in results):
+        outcomes = [of_place[task, system] for system in systems]
+        single = kind in {"classification", "linear_probe"}
+        for metric in [outcomes[0].main] if single else outcomes[0].metrics:
+            scores = (f"{100 * outcome.metrics[metric]:.1f}" for outcome in outcomes)
+            rows.append((task, metric, *scores))
+    for group in dict.fromkeys(mean.group for mean in means if mean.kind == kind):
+        of_system = {mean.system: mean for mean in means if (mean.kind, mean.group) == (kind, group)}
+        chosen = [of_system[system] for system in systems]
+        label = f"average of {group or 'tasks'} ({len(chosen[0].tasks)})"
+        rows.append((label, "", *(f"{100 * mean.score.mean:.1f}" for mean in chosen)))
+        rows.append(("", "95 %", *(_percent(mean.score) for mean in chosen)))
+        if len(systems) > 1:
+            rows.append((f"  minus {systems[0]}", "", *(_points(mean.versus_first) for mean in chosen)))
+            rows.append(("", "95 %", *(_percent(mean.versus_first) for mean in chosen)))
+        if any(mean.test for mean in chosen):
+            tests = (f"{mean.test.p_value:.2g}" if mean.test else "" for mean in chosen)
+            rows.append(("", "McNemar p", *tests))
+    title = f"{kind.replace('_', ' ')} in % (95 %: bootstrap over the samples of each task)"
+    print_table(title, ["task", "metric", *systems], rows)
+
+
+def _percent(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+
+
+def _points(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.mean:+.1f}"

@@ -1,0 +1,229 @@
+"""What is evaluated: a specification -> one CLIP, or a mixture of experts with its rule; nothing is loaded yet.
+
+    runs/demo/bundle            a bundle: its mixture
+    runs/demo/bundle#expert-2   one of its experts (or #seed)
+    ViT-B-32@openai, FOLDER     any model that modeclip.clip loads
+    NAME=any of these           the same under a name of its own
+
+Source: MoDE (arXiv 2404.16030), Sec. 3.4: class names, and the texts of a corpus from which images choose, are a task
+that is routed as a whole; a text that asks for an image is a task of its own (eq. 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from modeclip.bundle import MANIFEST_FILE, Bundle, load_bundle
+from modeclip.caching import FeatureCache
+from modeclip.clip import check_model
+from modeclip.encoders import IMAGE_PREFIXES
+from modeclip.errors import ModeclipError, unknown
+from modeclip.explaining import Asked
+from modeclip.features import CachedEncoder, embed_images
+from modeclip.loading import Source
+from modeclip.mixture import MoDE
+from modeclip.routing import RULES
+from modeclip.tasks import Images
+
+SEED = "seed"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class System:
+    """One CLIP, or several with what weighs them."""
+
+    name: str
+    """Name in tables and files."""
+    sources: tuple[Source, ...]
+    """The model, or the K experts."""
+    mixture: Mixture | None = None
+    """What weighs the experts; None: there is one model."""
+    templates: tuple[str, ...] = ()
+    """Prompts that its bundle was made for."""
+
+    @property
+    def weighed(self) -> tuple[Source, ...]:
+        """The models that may have weight, in the order of the weights: the experts, and behind them the seed."""
+        return self.sources if self.mixture is None else (*self.sources, *self.mixture.seed)
+
+    @property
+    def per_image(self) -> bool:
+        """Whether every image has weights of its own."""
+        return self.mixture is not None and self.mixture.per_image
+
+    def weigh(self, texts: Sequence[str], *, each: bool = False) -> Float[np.ndarray, "... K"]:
+        """Weigh the models for a task.
+
+        Args:
+            texts: Class names or texts.
+            each: Whether every text is a task of its own.
+
+        Returns:
+            (K,), or a row a text; with one number more where the rule weighs the seed too.
+        """
+        if self.mixture is None:
+            return np.ones(1)
+        asked = self.mixture.asked
+        return self.mixture.mode.route(texts, rule=asked.rule, temperature=asked.temperature, each=each).weights
+
+    def weigh_images(self, images: Images, cache: FeatureCache) -> Float[np.ndarray, "N K"]:
+        """Weigh the models for each image, where the clusters are of images."""
+        assert self.mixture is not None
+        mode, asked = self.mixture.mode, self.mixture.asked
+        vectors = embed_images(mode.bundle.encoder, mode.embed_images, images, cache)
+        return mode.route_images(vectors, rule=asked.rule, temperature=asked.temperature)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixture:
+    """A bundle's router and what it is asked."""
+
+    mode: MoDE = field(repr=False)
+    """It."""
+    asked: Asked
+    """Rule, temperature, budget."""
+    seed: tuple[Source, ...]
+    """The seed, which some rules weigh as one more expert."""
+    per_image: bool
+    """Whether the clusters are of images."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the weights, as JSON."""
+        asked, bundle = self.asked, self.mode.bundle
+        facts = {"rule": asked.rule, "temperature": asked.temperature, "max_experts": asked.max_experts}
+        return facts | {"encoder": bundle.manifest["encoder"], "clustering": bundle.clustering}
+
+    @property
+    def members(self) -> list[str]:
+        """Names of what is weighed."""
+        return [*(expert.name for expert in self.mode.bundle.experts), *(source.name for source in self.seed)]
+
+
+def open_systems(
+    specs: Sequence[str],
+    cache: FeatureCache,
+    *,
+    rule: str | None = None,
+    temperature: float | None = None,
+    max_experts: int | None = None,
+) -> list[System]:
+    """Open what is to be evaluated; names are the shortest ends of the specifications that differ.
+
+    Args:
+        specs: As at the top of this module.
+        cache: Where the vectors of class names are kept.
+        rule: Routing rule of the mixtures; None: each bundle's own.
+        temperature: Of that rule; None: the bundle's for its own rule, else the rule's default.
+        max_experts: Experts that may have weight; None: all.
+
+    Raises:
+        ModeclipError: There is no such model, expert or rule, or two have the same name.
+    """
+    if not specs:
+        raise ModeclipError("evaluate: no model given; give a bundle, BUNDLE#expert-0, a model folder or NAME@TAG")
+    if rule is not None and rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    names = _names(specs)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ModeclipError(f"evaluate: two models have the name {twice[0]!r}; write NAME=MODEL for one of them")
+    bundles: dict[str, Bundle] = {}
+    systems = []
+    for spec, name in zip(specs, names, strict=True):
+        spec = spec.partition("=")[2] if _is_named(spec) else spec
+        place, _, member = spec.partition("#")
+        if not member and not _is_bundle(place):
+            systems.append(System(name=name, sources=(Source.of(name, spec),)))
+            continue
+        bundle = bundles.get(place) or load_bundle(place)
+        bundles[place] = bundle
+        if member:
+            systems.append(_open_member(name, bundle, member))
+        else:
+            systems.append(_open_mixture(name, bundle, cache, rule, temperature, max_experts))
+    return systems
+
+
+def _open_member(name: str, bundle: Bundle, member: str) -> System:
+    folders = {SEED: SEED} | {expert.name: expert.folder for expert in bundle.experts}
+    if member not in folders:
+        raise unknown(f"expert of {bundle.path}", member, folders)
+    source = Source.of_bundle(name, bundle, folders[member])
+    return System(name=name, sources=(source,), templates=bundle.templates)
+
+
+def _open_mixture(
+    name: str,
+    bundle: Bundle,
+    cache: FeatureCache,
+    rule: str | None,
+    temperature: float | None,
+    max_experts: int | None,
+) -> System:
+    folders = [expert.folder for expert in bundle.experts]
+    has_seed = (bundle.path / SEED).is_dir()
+    every = {*folders, SEED} if has_seed else set(folders)
+    source_of = {folder: Source.of_bundle(folder, bundle, folder) for folder in every}
+    per_image = bundle.encoder.partition(":")[0] in IMAGE_PREFIXES
+    mode = MoDE(bundle, max_experts=max_experts)
+    if not per_image:
+        mode.encoder = CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache)
+    return System(
+        name=name,
+        sources=tuple(source_of[folder] for folder in folders),
+        mixture=Mixture(
+            mode=mode,
+            asked=mode.ask(rule, temperature, max_experts),
+            seed=(source_of[SEED],) if has_seed else (),
+            per_image=per_image,
+        ),
+        templates=bundle.templates,
+    )
+
+
+def _is_bundle(place: str) -> bool:
+    """Whether a specification without ``#`` is a bundle: a folder of one, or a Hub id that is no model's name."""
+    if Path(place).is_dir():
+        return (Path(place) / MANIFEST_FILE).is_file()
+    try:
+        check_model(place)
+    except ModeclipError:
+        if place.count("/") == 1:
+            return True
+        raise
+    return False
+
+
+def _is_named(spec: str) -> bool:
+    """Whether a specification starts with a name of its own; a folder whose name has ``=`` in it is none."""
+    return "=" in spec and not Path(spec.partition("#")[0]).exists()
+
+
+def _names(specs: Sequence[str]) -> list[str]:
+    """Return a name for each specification: its own, or the shortest end of its path that no other has.
+
+    Examples:
+        >>> _names(["runs/a/bundle", "runs/b/bundle#expert-0", "ViT-B-32@openai", "best=x/y"])
+        ['a/bundle', 'b/bundle#expert-0', 'ViT-B-32@openai', 'best']
+    """
+    names = []
+    for spec in specs:
+        if _is_named(spec):
+            names.append(spec.partition("=")[0])
+            continue
+        parts = [part for part in spec.removeprefix("local-dir:").split("/") if part]
+        length = 2 if parts[-1].partition("#")[0] == "bundle" and len(parts) > 1 else 1
+        others = [other for other in specs if other != spec]
+        while length < len(parts) and any(_ends_alike(other, parts[-length:]) for other in others):
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names
+
+
+def _ends_alike(spec: str, end: Sequence[str]) -> bool:
+    return [part for part in spec.split("/") if part][-len(end) :] == list(end)
