@@ -21,6 +21,7 @@ from modeclip.errors import ModeclipError
 from modeclip.evaluating_commands import evaluate
 from modeclip.extending_commands import assign, bundle, extend
 from modeclip.finetuning_commands import finetune, merge
+from modeclip.interchange_commands import compare
 from modeclip.progress import console, log, print_json, print_table
 from modeclip.routing_commands import classify, route
 from modeclip.scaling_commands import scaling
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what the ``modeclip`` command calls."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     functions: list[Any] = [demo, run, index, check, uids, embed, cluster, train, train_experts, status, route]
-    functions += [classify, evaluate, scaling, report, assign, extend, bundle, finetune, merge]
+    functions += [classify, evaluate, compare, scaling, report, assign, extend, bundle, finetune, merge]
     commands: dict[str, Any] = {function.__name__.replace("_", "-"): function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(

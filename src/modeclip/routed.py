@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 TEXT_BATCH = 1024
 
 
+@runtime_checkable
 class Mixture(Protocol):
     """What a routed CLIP asks of the mixture that it belongs to; `mixture.MoDE` is it."""
 
