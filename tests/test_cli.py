@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from modeclip.cli import main, read_classes
+from modeclip.cli import main
 from modeclip.errors import ModeclipError
+from modeclip.priors import read_classes
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = (
@@ -99,7 +100,7 @@ RECIPE_MISTAKES = {
     "data: {source: icons}\nexperts: {budget: free}": "experts.budget: Input should be 'paper' or 'matched', got",
     "data: {source: icons}\nevaluate: {rule: best}": "unknown rule 'best'; known: paper, eq6",
     "data: {source: icons}\nembed: {encoder: bert}": "unknown encoder 'bert'; known: auto, minilm",
-    "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, ViT-B-32",
+    "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, modeclip-icon-s, modeclip-icon-xs",
     "- a list": "expected sections such as `data:`, got list",
     "data: {source: [": "no valid YAML",
 }
