@@ -537,7 +537,7 @@ def knowledge_table(results: Results, study: str, name: str) -> str:
         is_own = np.arange(len(members))[:, None] == of_image
         own.append(mean(experts[of_image, np.arange(len(of_image))]))
         others.append(mean((experts * ~is_own).sum(0) / (len(members) - 1)))
-        for found, part in ((dense, PARTS), (seed_model, 27)):
+        for found, part in ((dense, PARTS), (seed_model, arm.part)):
             model = results.dense(study, part)[seed]
             found.append(mean(np.concatenate(exam.correct(model, lambda _: np.ones(1)))))
         mixture.append(mean(np.concatenate(exam.correct(members, results.routed(study, name, seed)))))
@@ -545,7 +545,7 @@ def knowledge_table(results: Results, study: str, name: str) -> str:
         ("the expert whose cluster the class falls into", own),
         ("the other experts", others),
         ("the mixture, per_class", mixture),
-        ("the seed", seed_model),
+        ("the seed that they started from", seed_model),
         ("dense", dense),
     ):
         rows.append([label, interval(values)])
