@@ -414,7 +414,7 @@ def retrieval_table(results: Results, study: str, name: str) -> str:
     return table([f"{len(text):,} images and texts", *(k.replace("_retrieval_recall", "") for k in ks)], cells)
 
 
-def probe_table(results: Results, study: str, name: str, num_names: int = 200, per_name: int = 30) -> str:
+def probe_table(results: Results, study: str, name: str, num_names: int = 100, per_name: int = 20) -> str:
     """Linear probe: frequent names, fitted on training icons, tested on the icons of held-out sets."""
     exam, catalog = results.exam, results.workshop.catalog
     captions = catalog.read(["caption"])["caption"].astype(str)
@@ -682,15 +682,14 @@ def all_tables(results: Results) -> dict[str, Callable[[], str]]:
             results, short, {"0": K4_HALF, "0.02": f"{K4_HALF}-o0.02", "0.1": f"{K4_HALF}-o0.1"}, K4_HALF
         ),
         "rules": lambda: rules_table(results, short, K4),
-        "rules-half": lambda: rules_table(results, short, K4_HALF),
-        "candidates": lambda: candidates_table(results, short, K4),
-        "candidates-half": lambda: candidates_table(results, short, K4_HALF),
+        "rules-long": lambda: rules_table(results, "long", K4_HALF),
+        "candidates": lambda: candidates_table(results, "long", K4_HALF),
         "retrieval": lambda: retrieval_table(results, short, K4),
         "probe": lambda: probe_table(results, short, K4),
         "averaging": lambda: averaging_table(results, short, K4),
         "order": lambda: order_table(results, short, mode(8)),
         "prior": lambda: prior_table(results, short),
-        "knowledge": lambda: knowledge_table(results, short, K4),
+        "knowledge": lambda: knowledge_table(results, "long", K4_HALF),
         "sizes": lambda: size_table(results),
     }
 
@@ -707,7 +706,7 @@ def main() -> None:
     for name, make in all_tables(results).items():
         if arguments.tables is not None and name not in arguments.tables:
             continue
-        content = make()
+        content = make() + (f"\n\nThe paper: {PAPER[name]}." if name in PAPER else "")
         print(f"\n## {name}\n\n{content}", flush=True)
         pattern = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text, flags=re.S)

@@ -4,7 +4,8 @@ Where `distances.nearest` wants the one nearest centre of a billion captions, ro
 names, or of a corpus of texts, to all centres, and the same answer whatever else is asked in the same call.
 
 Price: a product of the rows with the centres in float64 and a few passes over a chunk that stays in the cache. For a
-million texts of 384 dimensions on one core: 18 seconds for 1024 centres, 2.5 minutes for 8192.
+million texts of 384 dimensions on one core: 17 seconds for 1024 centres, 2 minutes for 8192
+(``benchmarks/routing.py``).
 """
 
 from __future__ import annotations

@@ -228,7 +228,8 @@ def _search(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, conf
         smaller = [old for old in found if old < exponent]
         start = found[max(smaller)][1] if smaller else None
         model, iterations, converged = _fit(part, known, 10.0**exponent, config.max_iterations, start)
-        chances = model.predict_log_proba(others)
+        with np.errstate(divide="ignore"):  # a class that is ruled out has a chance of 0
+            chances = model.predict_log_proba(others)
         found[exponent] = (
             Trial(
                 C=10.0**exponent,

@@ -44,8 +44,8 @@ Source: MoDE (arXiv 2404.16030), Sec. 3.4, eq. 5-7; App. E for the two terms of 
 on L; CoarseCluster in Sec. 5.2; images in Sec. 5.3. `top1`, `share`, `per_class`, `adaptive`, prior,
 seed and budget are ours. A temperature for each point is Zelnik-Manor's and Perona's (2004).
 Price: one product of an L x D with a D x M matrix in float64, a chunk of rows at a time: `per_class`
-weighs a million texts of 384 dimensions in 18 seconds for M = 1024 and in 2.5 minutes for M = 8192 (one
-core); memory is that of the weights and of a chunk.
+weighs a million texts of 384 dimensions in 17 seconds for M = 1024 and in 2 minutes for M = 8192 (one
+core, ``benchmarks/routing.py``); memory is that of the weights and of a chunk.
 """
 
 from __future__ import annotations
