@@ -214,6 +214,8 @@ def against(scores: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray], c
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
+    if not rows:
+        return "Not computed yet."
     lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
@@ -358,6 +360,53 @@ def candidates_table(results: Results, study: str, name: str) -> str:
         for label in order
     ]
     return table(["setting, best on the tuned tasks first", "tuned", "confirmed", "against per_class 0.1"], rows)
+
+
+def mixing_table(results: Results, study: str, name: str) -> str:
+    """Other ways to bring the experts' cosines together, all with the weights of `per_class`."""
+    exam = results.exam
+    found: dict[str, dict[int, list[float]]] = {}
+    for seed, members in results.arm(study, name).items():
+        weigh = results.routed(study, name, seed)
+        scales = np.array([float(load_clip(member).model.logit_scale.detach().exp()) for member in members])
+        exam.load(members)
+        draw = np.random.default_rng(0)
+        visual, words = zip(*(exam.vectors[member] for member in members), strict=True)
+        some, others = draw.choice(len(visual[0]), 2000, False), draw.choice(len(words[0]), 2000, False)
+        sample = np.stack([v[some] @ u[others].T for v, u in zip(visual, words, strict=True)])
+        mean, spread = sample.mean((1, 2)), sample.std((1, 2))
+        for number, task in enumerate(exam.tasks):
+            rows, classes = exam.slices[number], exam.classes[number]
+            cosine = np.stack([v[rows] @ u[classes].T for v, u in zip(visual, words, strict=True)])
+            weights, even = weigh(number).T[:, None, :], np.full((len(members), 1, 1), 1 / len(members))
+            logits = cosine * scales[:, None, None]
+            chance = np.exp(logits - logits.max(2, keepdims=True))
+            chance /= chance.sum(2, keepdims=True)
+            ways = {
+                "cosines (the rule)": weights * cosine,
+                "cosines less each expert's mean": weights * (cosine - mean[:, None, None]),
+                "cosines standardised for each expert": weights
+                * ((cosine - mean[:, None, None]) / spread[:, None, None]),
+                "cosines times each expert's logit scale": weights * logits,
+                "probabilities": weights * chance,
+                "logarithms of probabilities": weights * np.log(chance + 1e-12),
+                "weights half way to uniform": (weights + even) / 2 * cosine,
+            }
+            for way, parts in ways.items():
+                hits = float(100 * (parts.sum(0).argmax(1) == task.labels).mean())
+                found.setdefault(way, {}).setdefault(seed, []).append(hits)
+    scores = {way: {seed: np.array(values) for seed, values in runs.items()} for way, runs in found.items()}
+    base = scores["cosines (the rule)"]
+    order = sorted(scores, key=lambda way: -np.mean(list(averages(scores[way], exam.tuned).values())))
+    rows = [
+        [
+            way,
+            *(interval(list(averages(scores[way], chosen).values())) for chosen in (exam.tuned, ~exam.tuned)),
+            against(scores[way], base, ~exam.tuned),
+        ]
+        for way in order
+    ]
+    return table(["what is weighted and summed", "tuned", "confirmed", "against the rule"], rows)
 
 
 def confident(results: Results, study: str, name: str) -> dict[int, np.ndarray]:
@@ -684,6 +733,7 @@ def all_tables(results: Results) -> dict[str, Callable[[], str]]:
         "rules": lambda: rules_table(results, short, K4),
         "rules-long": lambda: rules_table(results, "long", K4_HALF),
         "candidates": lambda: candidates_table(results, "long", K4_HALF),
+        "mixing": lambda: mixing_table(results, "long", K4_HALF),
         "retrieval": lambda: retrieval_table(results, short, K4),
         "probe": lambda: probe_table(results, short, K4),
         "averaging": lambda: averaging_table(results, short, K4),
@@ -699,12 +749,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--docs", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--tables", nargs="*", default=None, help="Only these.")
+    parser.add_argument("--tables", nargs="*", default=None, help="only these; default: those of the page")
     arguments = parser.parse_args()
     results = Results(arguments.out)
     text = arguments.docs.read_text(encoding="utf-8") if arguments.docs.exists() else ""
     for name, make in all_tables(results).items():
-        if arguments.tables is not None and name not in arguments.tables:
+        on_page = f"<!-- table: {name} -->" in text
+        if not (on_page if arguments.tables is None else name in arguments.tables):
             continue
         content = make() + (f"\n\nThe paper: {PAPER[name]}." if name in PAPER else "")
         print(f"\n## {name}\n\n{content}", flush=True)
