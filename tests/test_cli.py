@@ -100,7 +100,7 @@ RECIPE_MISTAKES = {
     "data: {source: icons}\nexperts: {budget: free}": "experts.budget: Input should be 'paper' or 'matched', got",
     "data: {source: icons}\nevaluate: {rule: best}": "unknown rule 'best'; known: paper, eq6",
     "data: {source: icons}\nembed: {encoder: bert}": "unknown encoder 'bert'; known: auto, minilm",
-    "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, modeclip-icon-s, modeclip-icon-xs",
+    "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, modeclip-icon-s",
     "- a list": "expected sections such as `data:`, got list",
     "data: {source: [": "no valid YAML",
 }
