@@ -130,7 +130,8 @@ def read_points(paths: Sequence[Path]) -> list[Point]:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ModeclipError(f"scaling: {path} cannot be read: {error}; give files of JSON lines") from error
+            cause = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+            raise ModeclipError(f"scaling: {path} cannot be read: {cause}; give files of JSON lines") from error
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 key, seed, value = _read_line(line, f"{path}, line {number}")
