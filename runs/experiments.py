@@ -33,7 +33,7 @@ from modeclip.embedding import EmbedConfig, embed
 from modeclip.encoders import load_any_encoder
 from modeclip.experts import fingerprint_of
 from modeclip.indexing import index
-from modeclip.jobs import AugmentConfig, TrainConfig, TrainJob, TrainResult
+from modeclip.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.kmeans import nearest
 from modeclip.pipeline import load_recipe
 from modeclip.priors import nearest_fine
@@ -54,11 +54,25 @@ class Arm:
     experts: int = 4
     fine: int = 1024
     encoder: str = "minilm"
-    part: int = 27
-    budget: str = "paper"
+    part: int = 16
+    budget: str = "matched"
     outside: float = 0.0
     parts: int = PARTS
     task: str = ""
+    """Of a prior; ``all``: those of all tasks."""
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one model, with the arm's name."""
+        return self.kind in {"total", "prior"}
+
+    @property
+    def cost(self) -> int:
+        """Parts of the schedule that all of its models have trained together, the seed model included."""
+        if self.kind == "total":
+            return self.parts
+        left = PARTS - self.part
+        return self.part + (left if self.budget == "matched" or self.kind == "prior" else left * self.experts)
 
     @property
     def name(self) -> str:
@@ -82,6 +96,13 @@ class Study:
     train: TrainConfig
     seeds: tuple[int, ...]
     arms: tuple[Arm, ...]
+    pairs: int = 0
+    """Pairs drawn from all of them, which alone are trained on; 0: all."""
+
+
+def base_arm(**changes: Any) -> Arm:
+    """Return the arm that most tables are about, or one that differs from it."""
+    return Arm(**{"kind": "mode"} | changes)
 
 
 def read_studies(path: Path = HERE / "experiments.yaml") -> tuple[Path, list[Study]]:
@@ -96,9 +117,11 @@ def read_studies(path: Path = HERE / "experiments.yaml") -> tuple[Path, list[Stu
             learning_rate=study.get("learning_rate", content["learning_rate"]),
             total_parts=PARTS,
             augment=AugmentConfig(min_crop_share=content["min_crop_share"]),
+            engine=EngineConfig(precision="bf16-mixed", save_every="60s", keep_pictures_gb=2),
         )
-        arms = [Arm(**fields) for arm in study["arms"] for fields in expand(content["experts"] | arm)]
-        studies.append(Study(name=study["name"], train=config, seeds=tuple(study["seeds"]), arms=tuple(arms)))
+        arms = [Arm(**fields) for arm in study["arms"] for fields in expand(arm)]
+        fields = {"name": study["name"], "seeds": tuple(study["seeds"]), "pairs": study.get("pairs", 0)}
+        studies.append(Study(train=config, arms=tuple(arms), **fields))
     return path.parent / content["data"], studies
 
 
@@ -148,10 +171,10 @@ class Workshop:
         return np.asarray(embedder.encode(distinct.tolist()), np.float32)[inverse]
 
     def clustering(self, arm: Arm, study: Study, seed: int) -> tuple[Clustering, str]:
-        """Return the clustering of an arm and the column that holds its experts; made where it is missing."""
+        """Return the clustering of an arm, of all pairs, and the column of its experts; made where it is missing."""
         spec, words = arm.encoder, [arm.encoder, f"m{arm.fine}", f"k{arm.experts}", f"s{seed}"]
         if spec.startswith("clip"):  # of the study's own seed model
-            spec, words = f"{spec}:{self.folder(study, seed) / 'part-27'}", [study.name, *words]
+            spec, words = f"{spec}:{self.folder(study, seed) / f'part-{arm.part}'}", [study.name, *words]
         name = "_".join(words).replace("-", "_")
         folder, column = self.out / "clusterings" / name, f"expert_{name}"
         config = ClusterConfig(num_fine=arm.fine, num_experts=arm.experts, seed=seed)
@@ -173,13 +196,24 @@ class Workshop:
             self.catalog.add_columns({name: np.random.default_rng(seed).permutation(experts)})
         return name
 
+    def sample_column(self, study: Study) -> str | None:
+        """Return the column that marks the pairs of a study; None for all pairs."""
+        if not study.pairs:
+            return None
+        name = f"sample_{study.pairs}"
+        if name not in self.catalog.columns:
+            chosen = np.random.default_rng(0).permutation(len(self.catalog)) < study.pairs
+            self.catalog.add_columns({name: chosen})
+        return name
+
     def prior_column(self, arm: Arm, study: Study, seed: int) -> str:
         """Return the column that marks the pairs of the fine clusters nearest to a task's class names."""
         name = f"prior_{arm.task}_s{seed}".replace("-", "_")
         if name not in self.catalog.columns:
             clustering, _ = self.clustering(arm, study, seed)
             tasks = Catalog.open(self.out / "data" / "tasks.lance").read(["task", "caption"])
-            names = sorted(set(tasks["caption"][tasks["task"] == arm.task].astype(str)))
+            asked = (tasks["task"] == arm.task) | (arm.task == "all")
+            names = sorted(set(tasks["caption"][asked].astype(str)))
             chosen = nearest_fine(load_any_encoder("minilm").encode(names), clustering.fine_centers, 1)
             fine, _ = nearest(self.embeddings("minilm"), clustering.fine_centers)
             self.catalog.add_columns({name: np.isin(fine, chosen)})
@@ -202,6 +236,7 @@ class Workshop:
                 last_share=part / PARTS,
                 start_from=None if before is None else before.folder,
                 start_digest="" if before is None else before.digest,
+                mask=self.sample_column(study),
             )
             jobs[part] = before = job
         return jobs
@@ -216,7 +251,7 @@ class Workshop:
             return [replace(whole, last_share=1.0)]
         start = trunk[arm.part]
         left = (PARTS - arm.part) * study.train.steps_per_part
-        steps = left // arm.experts if arm.budget == "matched" else left
+        steps = left // arm.experts if arm.budget == "matched" and not arm.is_single else left
         rest = replace(
             start,
             first_step=start.last_step,
@@ -228,8 +263,8 @@ class Workshop:
             out_of_cluster_fraction=arm.outside,
         )
         found = []
-        for k in range(1 if arm.kind == "prior" else arm.experts):
-            name = arm.name if arm.kind == "prior" else f"{arm.name}-{k}"
+        for k in range(1 if arm.is_single else arm.experts):
+            name = arm.name if arm.is_single else f"{arm.name}-{k}"
             job = replace(rest, name=name, folder=str(self.folder(study, seed) / name))
             if arm.kind == "full":
                 job = replace(job, config=replace(job.config, seed=seed + 100 * (k + 1)))

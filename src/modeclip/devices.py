@@ -18,7 +18,7 @@ def choose_precision(wanted: str) -> str:
         return wanted
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    return "bf16-mixed" if _has_amx() else "32-true"
+    return "bf16-mixed" if _multiplies_bf16() else "32-true"
 
 
 def free_memory(device: torch.device) -> int:
@@ -34,9 +34,10 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _has_amx() -> bool:
-    """Whether the processor has bfloat16 matrix units; without them bf16 is slower than float32 on a CPU."""
+def _multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products of bfloat16; without them bf16 is slower than float32."""
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags

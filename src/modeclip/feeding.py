@@ -6,10 +6,12 @@ that the order of a billion rows takes no memory and the batch of step one milli
 Hence a job can be resumed at any step, processes of one job take disjoint parts of the same batch, and another number
 of workers changes nothing but the time.
 
-Pictures travel as bytes (a quarter of the floats) and are normalised on the device.
+Pictures travel as bytes (a quarter of the floats) and are normalised on the device. Where all pictures of a job fit
+into ``engine.keep_pictures_gb``, each is read and decoded once: small pictures take longer to read than a small model
+takes to learn from them (``benchmarks/feed.py``).
 
-Price: a batch and a few pieces of 256 samples ahead of it in memory. Rejected: workers that fork (Lance is not
-fork-safe), shuffle buffers (their order depends on timing, and they cannot be resumed).
+Price: a batch and a few pieces of 256 samples ahead of it in memory, and the pictures that are kept. Rejected: workers
+that fork (Lance is not fork-safe), shuffle buffers (their order depends on timing, and they cannot be resumed).
 
 Source: permutations of any size by cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002).
 """
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 PIECE_SAMPLES = 256
 PREFETCH_THREADS = 2
 PREFETCH_PIECES = 4  # for each thread or worker process
+KEPT_BYTES = 1000  # of a kept sample beside its pixels: objects and tokens
+PIXEL_BYTES = 4  # Pillow's RGB
 KNOWN_CAPTIONS = 1 << 17  # captions whose tokens are kept: 40 MB at 77 tokens; the next pass has them again
 CROP_STREAM = 1 << 40  # keys of the random streams of augmentation start here, far from those of the orders of the rows
 _ROUNDS = 6
@@ -115,6 +119,15 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return scrambled
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What is the same at every reading of a row."""
+
+    picture: Image
+    tokens: Int[np.ndarray, " context_length"]
+    caption_id: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Feed:
     """All that it takes to make the batch of any step, in any process."""
@@ -144,33 +157,56 @@ class Feed:
     def _known_tokens(self) -> dict[str, Int[np.ndarray, " context_length"]]:
         return {}
 
-    def _tokens(self, captions: Sequence[str]) -> Tensor:
-        """Return the token ids of captions; the tokenizer, a third of a small picture's feed, sees each once."""
-        import torch
+    @cached_property
+    def _kept(self) -> dict[int, _Sample] | None:
+        """The samples read so far, by row; None where not all of the job's fit, or several processes read."""
+        room, rows = self.config.engine.keep_pictures_gb * 1e9, self.rows.numpy()
+        if self.config.engine.workers or len(rows) * KEPT_BYTES > room:
+            return None
+        sizes = self._opened.read(["width", "height"], rows)
+        pixels = int((sizes["width"].astype(np.int64) * sizes["height"]).sum())
+        return {} if len(rows) * KEPT_BYTES + pixels * PIXEL_BYTES <= room else None
 
+    def _samples(self, rows: Int[np.ndarray, " b"]) -> list[_Sample]:
+        """Return the samples of rows, in their order."""
+        kept = self._kept
+        missing = np.array([row for row in rows.tolist() if not kept or row not in kept], np.int64)
+        found: dict[int, _Sample] = {}
+        if len(missing):
+            captions: list[str] = self._opened.read(["caption"], missing)["caption"].tolist()
+            ids = map(_hash, captions) if self.config.mask_same_captions else [0] * len(captions)
+            parts = zip(self._opened.images(missing), self._tokens(captions), ids, strict=True)
+            found = dict(zip(missing.tolist(), (_Sample(*part) for part in parts), strict=True))
+        if kept is None:
+            return [found[row] for row in rows.tolist()]
+        kept.update(found)
+        return [kept[row] for row in rows.tolist()]
+
+    def _tokens(self, captions: Sequence[str]) -> list[Int[np.ndarray, " context_length"]]:
+        """Return the token ids of captions; the tokenizer, a third of a small picture's feed, sees each once."""
         known = self._known_tokens
         ids = {caption: known[caption] for caption in captions if caption in known}
         if new := sorted(set(captions) - ids.keys()):
             ids |= zip(new, self.tokenizer(new).numpy().astype(np.int32), strict=True)
             if len(known) < KNOWN_CAPTIONS:
                 known.update(ids)
-        return torch.from_numpy(np.stack([ids[caption] for caption in captions]).astype(np.int64))
+        return [ids[caption] for caption in captions]
 
     def piece(self, step: int, first: int, last: int) -> Batch:
         """Return the samples of a step from position ``first`` of the global batch to before ``last``."""
         import torch
 
         config = self.config
-        rows = batch_rows(self.rows.numpy(), step, config.batch_size, config.seed, slice(first, last))
-        captions: list[str] = self._opened.read(["caption"], rows)["caption"].tolist()
-        pictures: Sequence[Image] = self._opened.images(rows)
+        samples = self._samples(batch_rows(self.rows.numpy(), step, config.batch_size, config.seed, slice(first, last)))
         draws = draws_of(config.seed, step, first, last)
-        pictures = [self._fit(picture) for picture in augment(pictures, self.image_size, config.augment, draws)]
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-        ids = [_hash(caption) for caption in captions] if config.mask_same_captions else []
+        pictures: Sequence[Image] = augment(
+            [sample.picture for sample in samples], self.image_size, config.augment, draws
+        )
+        pixels = torch.from_numpy(np.stack([np.asarray(self._fit(picture)) for picture in pictures]))
+        ids = [sample.caption_id for sample in samples] if config.mask_same_captions else []
         return Batch(
             images=pixels.permute(0, 3, 1, 2).contiguous(),
-            tokens=self._tokens(captions),
+            tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
             caption_ids=torch.tensor(ids, dtype=torch.int64),
         )
 

@@ -64,6 +64,8 @@ class EngineConfig:
     """Compute activations again in the backward pass instead of keeping them."""
     workers: int = 0
     """Processes that read and decode ahead; 0: two threads of the training process."""
+    keep_pictures_gb: float = 1.0
+    """Memory (10^9 bytes) for decoded pictures, if all of a job's fit and ``workers`` is 0; 0: decode every time."""
     save_every: str = "20s"
     """Time, steps or passes over the rows between checkpoints: ``30min``, ``1000steps``, ``1epoch``."""
     keep_checkpoints: int = 1
@@ -83,6 +85,8 @@ class EngineConfig:
             raise ModeclipError(f"train.engine.micro_batch must be auto or at least 0, got {self.micro_batch}")
         if self.workers < 0:
             raise ModeclipError(f"train.engine.workers must be at least 0, got {self.workers}")
+        if self.keep_pictures_gb < 0:
+            raise ModeclipError(f"train.engine.keep_pictures_gb must be at least 0, got {self.keep_pictures_gb}")
         for name in ("keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ModeclipError(f"train.engine.{name} must be at least 1, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""How much memory a process and those that it has started take at most, and giving back what is no longer needed.
+"""How much memory a process and those that it has started take at most, and when what was freed is given back.
 
 Memory that processes share, such as the code of libraries, is counted in parts (the kernel's "proportional set size"),
 so that the sum over processes is what they really take. Linux; elsewhere the highest resident size of this process.
@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 SAMPLE_SECONDS = 0.5
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt
+_LARGEST_BLOCK = 32 << 20  # glibc takes no more; what is larger is given back at once, as by default
 
 
 class PeakMemory:
@@ -52,6 +54,18 @@ def return_memory() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Keep memory that is freed for what comes next, until ``return_memory``.
+
+    Otherwise a training step gives its activations back to the system, and the next one has every page made and zeroed
+    again: ``benchmarks/feed.py`` prints what that costs.
+    """
+    with suppress(OSError, AttributeError):  # glibc only
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)
+        libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _children() -> list[int]:

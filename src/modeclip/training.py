@@ -44,6 +44,7 @@ from modeclip.feeding import Batch, Feed, batch_rows
 from modeclip.files import only_process, write_atomically, writing
 from modeclip.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.journal import Journal
+from modeclip.memory import keep_freed_memory
 from modeclip.preflight import preflight
 from modeclip.processes import World, leave_processes, place_like, whole
 from modeclip.progress import progress
@@ -103,6 +104,7 @@ def train(job: TrainJob, *, visit_every: int = 0, visit: Visit | None = None) ->
         )
     with only_process(folder, LOCK_PATIENCE_SECONDS) if world.rank == 0 else nullcontext():
         torch.set_num_threads(job.threads)
+        keep_freed_memory()
         catalog = Catalog.open(job.catalog)
         rows = job_rows(job, catalog)
         preflight(job, catalog, rows, world.size)
