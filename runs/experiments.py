@@ -32,6 +32,7 @@ from modeclip.clustering import ClusterConfig, Clustering, fit_embeddings
 from modeclip.embedding import EmbedConfig, embed
 from modeclip.encoders import load_any_encoder
 from modeclip.experts import fingerprint_of
+from modeclip.feeding import Sample
 from modeclip.indexing import index
 from modeclip.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.kmeans import nearest
@@ -43,6 +44,7 @@ from modeclip.training import train
 HERE = Path(__file__).parent
 PARTS = 32
 PARTINGS = (16, 27, 32)
+KEPT: dict[int, Sample] = {}  # what this process has read of the catalog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +296,7 @@ def all_jobs(workshop: Workshop, studies: list[Study], seeds: set[int] | None) -
 def train_one(job: TrainJob) -> int:
     """Train a job in a worker process; the optimizer's state is kept only where others start from it."""
     try:
-        result = train(job)
+        result = train(job, kept=KEPT)
     except SystemExit:  # the parent is gone; a pool's worker would wait for it
         os._exit(1)
     if not job.name.startswith("part-"):

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import candidates
 import numpy as np
 from experiments import PARTINGS, PARTS, Arm, Study, Workshop, base_arm, read_studies
 
@@ -41,6 +42,9 @@ from modeclip.tasks import CatalogImages, catalog_tasks
 
 OF_IMAGES = ("clip-image", "clip-both")  # encoders whose mixtures are routed image by image
 PROBE_NAMES, PROBE_ICONS = 100, 20
+PLAIN_CANDIDATES: dict[str, dict[str, Any]] = {
+    f"per_class, temperature {value:g}": {"temperature": value} for value in (0.02, 0.05, 0.1, 0.2, 0.4)
+} | {f"per_class, at most {count} experts": {"max_experts": count} for count in (1, 2)}
 Values = dict[str, Any]
 Weigh = Callable[[int], np.ndarray]
 
@@ -158,7 +162,7 @@ class Bench:
             rows += [
                 (f"{arm.name} {rule}", lambda rule=rule: self._routed(arm, members, rule=rule))
                 for rule in RULES
-                if rule not in {"uniform", "per_class", "adaptive"}
+                if rule not in {"uniform", "per_class"}
             ]
             rows += [
                 (f"{arm.name} expert {k}", lambda member=member: self._plain([member]))
@@ -167,8 +171,27 @@ class Bench:
             rows.append((f"{arm.name} retrieval", lambda: self._retrieval(arm, members)))
         if arm == base_arm() or arm == base_arm(budget="paper"):
             rows += [
-                (f"{arm.name} try {name}", lambda options=options: self._tried(arm, members, options))
-                for name, options in candidate_settings().items()
+                (f"{arm.name} try {name}", lambda options=options: self._routed(arm, members, **options))
+                for name, options in PLAIN_CANDIDATES.items()
+            ]
+            rows += [
+                (
+                    f"{arm.name} try adaptive by {spread}, factor {value:g}",
+                    lambda s=spread, v=value: self._plain(
+                        members, self._by_distance(arm, lambda *given: candidates.adaptive(*given, s, v))
+                    ),
+                )
+                for spread, value in itertools.product(candidates.SPREADS, (0.06, 0.125, 0.25, 0.5))
+            ]
+            rows += [
+                (
+                    f"{arm.name} try per_class, the seed at distance {value:g}",
+                    lambda v=value: self._plain(
+                        [*members, self.model(f"part-{arm.part}")],
+                        self._by_distance(arm, lambda *given: candidates.with_seed(*given, v)),
+                    ),
+                )
+                for value in (0.8, 1.0, 1.2)
             ]
             rows += [
                 (f"{arm.name} try confidence", lambda: self._confident(arm, members)),
@@ -227,9 +250,13 @@ class Bench:
     def _routed(self, arm: Arm, members: Sequence[Path], **options: Any) -> Values:
         return self._plain(members, self.weigh(arm, **options), arm.encoder in OF_IMAGES)
 
-    def _tried(self, arm: Arm, members: list[Path], options: Values) -> Values:
-        seed_too = [self.model(f"part-{arm.part}")] if "seed_distance" in options else []
-        return self._routed(arm, members + seed_too, **options)
+    def _by_distance(self, arm: Arm, weights: Callable[[np.ndarray, np.ndarray, int], np.ndarray]) -> Weigh:
+        """Return what weighs the experts by the classes' squared distances to all fine centres."""
+        clustering, _ = self.workshop.clustering(arm, self.study, self.seed)
+        embeddings, centers = self.class_embeddings(arm), clustering.fine_centers
+        return lambda task: weights(
+            candidates.distances_of(embeddings[task], centers), clustering.expert_of_fine, clustering.num_experts
+        )
 
     def _first(self, arm: Arm, members: list[Path], count: int) -> Values:
         """Of the experts only those of the largest range are there; the seed stands in for the others."""
@@ -261,7 +288,8 @@ class Bench:
             visual = image_features(source, CatalogImages(catalog=catalog, rows=rows), self.exam.cache)[0]
             words = text_features(source, names.tolist(), self.exam.cache)[0]
             recalls.append(float(((visual @ words.T).argmax(1) == label).mean()))
-        return self._routed(arm, members, prior=np.array(recalls) / np.mean(recalls))
+        weigh = self.weigh(arm)
+        return self._plain(members, lambda task: candidates.reweighed(weigh(task), recalls))
 
     def _mixing(self, arm: Arm, members: list[Path]) -> Values:
         """Other ways to bring the experts' cosines together, with the weights of `per_class`; accuracies by way."""
@@ -386,18 +414,6 @@ class Bench:
         found |= {"MoDE-4": accuracy(members), "MoDE-4, sum": accuracy(members, "sum")}
         full = self.members(base_arm(kind="full"))
         return found | ({"Full-4": accuracy(full)} if full else {})
-
-
-def candidate_settings() -> dict[str, Values]:
-    """Return what tries to beat `per_class`: settings of `routing.route` by name."""
-    found: dict[str, Values] = {
-        f"per_class, temperature {value:g}": {"temperature": value} for value in (0.02, 0.05, 0.1, 0.2, 0.4)
-    }
-    for spread, value in itertools.product(("nearest", "mean", "gap"), (0.06, 0.125, 0.25, 0.5)):
-        options = {"rule": "adaptive", "spread": spread, "temperature": value}
-        found[f"adaptive by {spread}, factor {value:g}"] = options
-    found |= {f"per_class, the seed at distance {d:g}": {"seed_distance": d} for d in (0.8, 1.0, 1.2)}
-    return found | {f"per_class, at most {count} experts": {"max_experts": count} for count in (1, 2)}
 
 
 def trained(members: Sequence[Path]) -> Values:

@@ -164,7 +164,7 @@ def sweep_table(records: Records, study: str, arms: Mapping[str, Arm]) -> str:
 def rules_table(records: Records, study: str, arm: Arm) -> str:
     """Every rule; and what bounds them: each task's best expert, by the labels."""
     even, tuned = records.tasks(study, f"{arm.name} uniform"), records.tuned
-    found = {rule: records.tasks(study, f"{arm.name} {rule}") for rule in ("uniform", *RULES) if rule != "adaptive"}
+    found = {rule: records.tasks(study, f"{arm.name} {rule}") for rule in ("uniform", *RULES)}
     singles = [records.tasks(study, f"{arm.name} expert {k}") for k in range(arm.experts)]
     by_seed = {seed: np.array([single[seed] for single in singles]) for seed in singles[0]}
     found["best single expert (by the labels)"] = {s: v[v.mean(1).argmax()] for s, v in by_seed.items()}

@@ -18,7 +18,6 @@ from modeclip.nearness import nearest_center, nearest_centers
 from modeclip.routing import (
     DEFAULT_TEMPERATURE,
     RULES,
-    SPREADS,
     Routing,
     embed_classes,
     keep_best,
@@ -292,82 +291,13 @@ def test_uniform_ignores_the_task():
     assert routing.entropy == pytest.approx(math.log(5))
 
 
-# --- a temperature for each class, a prior, the seed -----------------------------------------------
-
-
-def slow_spread(x, centers, kind, fine_radius, num_nearest=16):
-    squares = sorted((squared_distance(x, s), index) for index, s in enumerate(centers))
-    near = [square for square, _ in squares[:num_nearest]]
-    return {
-        "nearest": near[0],
-        "mean": math.fsum(near) / len(near),
-        "gap": math.fsum(near) / len(near) - near[0],
-        "radius": fine_radius[squares[0][1]] ** 2,
-    }[kind]
-
-
-@pytest.mark.parametrize("kind", SPREADS)
-@pytest.mark.parametrize("num_fine", [12, 40])
-def test_adaptive_is_per_class_with_a_temperature_for_each_class(kind, num_fine):
-    classes, centers, expert_of_fine = crowded_task(3, num_classes=9, num_fine=num_fine)
-    fine_radius = np.random.default_rng(1).uniform(0.3, 0.9, size=num_fine)
-    given = {"num_experts": 4, "rule": "adaptive", "temperature": 0.3, "spread": kind, "fine_radius": fine_radius}
-    weights = route(classes, centers, expert_of_fine, **given).weights
-    for x, row in zip(classes, weights, strict=True):
-        own = 0.3 * slow_spread(x, centers, kind, fine_radius)
-        np.testing.assert_allclose(row, slow_per_class([x], centers, expert_of_fine, 4, own)[0], rtol=1e-9)
-
-
-def test_adaptive_on_a_center_trusts_that_center():
-    _, centers, expert_of_fine = crowded_task(0, num_classes=1)
-    weights = route(centers, centers, expert_of_fine, num_experts=4, rule="adaptive").weights
-    np.testing.assert_allclose(weights, np.eye(4)[expert_of_fine], atol=1e-12)
-
-
-@pytest.mark.parametrize("rule", ["share", "per_class", "adaptive"])
-def test_the_seed_is_one_more_center_at_one_distance_from_every_class(rule):
-    classes, centers, expert_of_fine = crowded_task(5, num_classes=8)
-    given = {"num_experts": 4, "rule": rule, "temperature": 0.2, "seed_distance": 0.7}
-    weights = route(classes, centers, expert_of_fine, **given).weights
-    rows = []
-    for x in classes:
-        own = 0.2 * slow_nearest(x, centers)[1] ** 2 if rule == "adaptive" else 0.2
-        affinity = [math.exp(-squared_distance(x, s) / own) for s in centers] + [math.exp(-(0.7**2) / own)]
-        rows.append(np.array(slow_sums(affinity, [*expert_of_fine, 4], 5)) / math.fsum(affinity))
-    expected = np.array(rows) if rule != "share" else np.mean(rows, axis=0)
-    np.testing.assert_allclose(weights, expected, rtol=1e-9, atol=1e-15)
-
-
-def test_the_seed_weighs_more_the_farther_a_class_is_from_every_center():
-    _, centers = make_task([0], 0.0, num_fine=2)
-    classes, _ = make_task([0, 0, 0, 0], [0.1, 0.5, 0.9, 60.0], num_fine=2)
-    given = {"num_experts": 2, "rule": "per_class", "temperature": 0.2, "seed_distance": 0.5}
-    seed = route(classes, centers, np.array([0, 1]), **given).weights[:, 2]
-    assert (np.diff(seed) > 0).all()
-    assert seed[1] == pytest.approx(0.5)  # as far as the only centre that counts
-    assert seed[3] == 1.0  # nothing underflows where no centre is near
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_prior_multiplies_the_weights(rule):
-    classes, centers, expert_of_fine = crowded_task(2, num_classes=6)
-    prior = np.array([1.0, 2.0, 0.5, 3.0])
-    given = {"num_experts": 4, "rule": rule}
-    plain = route(classes, centers, expert_of_fine, **given).weights
-    weighed = route(classes, centers, expert_of_fine, prior=prior, **given)
-    expected = plain * prior / (plain * prior).sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(weighed.weights, expected, rtol=1e-12)
-    rows = np.atleast_2d(expected)
-    assert weighed.entropy == pytest.approx(np.mean([slow_entropy(row) for row in rows]), abs=1e-12)
-
-
 # --- rows that are tasks of their own, and the budget ----------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_each_row_gets_what_it_would_get_alone(rule):
     classes, centers, expert_of_fine = crowded_task(4, num_classes=7)
-    given = {"num_experts": 4, "rule": rule, "prior": np.array([1.0, 1.0, 2.0, 0.5])}
+    given = {"num_experts": 4, "rule": rule}
     together = route(classes, centers, expert_of_fine, each=True, **given).weights
     assert together.shape == (7, 4)
     for x, row in zip(classes, together, strict=True):
@@ -514,7 +444,7 @@ def weigh(task, rule) -> Routing:
 def test_weights_are_a_distribution(task, rule):
     routing = weigh(task, rule)
     num_classes, num_experts = len(task[0]), task[3]
-    shape = (num_classes, num_experts) if rule in ("per_class", "adaptive") else (num_experts,)
+    shape = (num_classes, num_experts) if rule == "per_class" else (num_experts,)
     assert routing.weights.shape == shape
     assert (routing.weights >= 0).all()
     np.testing.assert_allclose(routing.weights.sum(axis=-1), 1, rtol=1e-12)
@@ -544,7 +474,7 @@ def test_the_order_of_the_classes_does_not_matter(task, rule, random):
     routing, shuffled = weigh(task, rule), weigh((classes[order], *rest), rule)
     np.testing.assert_array_equal(shuffled.nearest_fine, routing.nearest_fine[order])
     np.testing.assert_array_equal(shuffled.distance, routing.distance[order])
-    if rule in ("per_class", "adaptive"):
+    if rule == "per_class":
         np.testing.assert_allclose(shuffled.weights, routing.weights[order], atol=1e-12)
     elif rule != "top1":  # sums in another order may round a tie either way
         np.testing.assert_allclose(shuffled.weights, routing.weights, atol=1e-12)
@@ -589,7 +519,7 @@ CLASSES, CENTERS, EXPERTS = np.zeros((3, 2)), np.ones((4, 2)), np.array([0, 0, 1
     [
         (
             {"rule": "best"},
-            "unknown rule 'best'; known: paper, eq6, release, uniform, coarse, top1, share, per_class, adaptive",
+            "unknown rule 'best'; known: paper, eq6, release, uniform, coarse, top1, share, per_class",
         ),
         ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
         ({"temperature": math.nan}, "temperature: expected a finite number above 0, got nan"),
@@ -649,24 +579,9 @@ def test_what_cannot_be_routed_is_said(rule, change, message):
         UNCHECKED_ROUTE(**arguments | change)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"max_experts": 0}, "max_experts: expected 1 or more, got 0"),
-        ({"prior": np.ones(3)}, "prior: expected 2 numbers of 0 or more, one above 0, got float64 of shape (3,)"),
-        ({"prior": np.array([1.0, -1.0])}, "prior: expected 2 numbers of 0 or more"),
-        ({"prior": np.zeros(2)}, "prior: expected 2 numbers of 0 or more, one above 0"),
-        ({"prior": np.array([1.0, math.nan])}, "prior: expected 2 numbers of 0 or more"),
-        ({"seed_distance": 0.0}, "seed_distance: expected a finite number above 0, got 0.0"),
-        ({"seed_distance": 0.5, "rule": "eq6"}, "seed_distance: rule 'eq6' has no place for the seed; use share, per_"),
-        ({"spread": "best"}, "unknown spread 'best'; known: nearest, mean, gap, radius"),
-        ({"spread": "radius"}, "spread 'radius': expected fine_radius, a distance for each of 4 fine clusters"),
-    ],
-)
-def test_options_that_cannot_be(change, message):
-    arguments = {"num_experts": 2, "rule": "adaptive"} | change
-    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}"):
-        UNCHECKED_ROUTE(CLASSES, CENTERS, EXPERTS, **arguments)
+def test_a_budget_of_no_expert_is_refused():
+    with pytest.raises(ModeclipError, match=r"^max_experts: expected 1 or more, got 0$"):
+        route(CLASSES, CENTERS, EXPERTS, num_experts=2, max_experts=0)
 
 
 def test_share_checks_its_input_too():
@@ -679,5 +594,4 @@ def test_every_rule_has_a_default_temperature():
     assert {rule for rule, value in DEFAULT_TEMPERATURE.items() if value != 0.2} == {
         "share",
         "per_class",
-        "adaptive",
     }

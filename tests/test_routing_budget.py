@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import shutil
 import weakref
 from collections.abc import Iterator
 from functools import cache
@@ -184,28 +182,6 @@ def test_routing_by_prompts_is_by_their_mean(four: Path) -> None:
     np.testing.assert_allclose(mode.task(CLASSES, templates=templates).weights, mode.route(CLASSES).weights, atol=1e-9)
 
 
-def test_bundle_that_mixes_in_the_seed(small_run: Path, tmp_path: Path, pictures: list[Image.Image]) -> None:
-    prior = [1.0, 2.0, 1.0, 0.5]
-    folder = make_bundle(small_run, tmp_path / "bundle", routing={"seed_distance": 0.8, "prior": prior})
-    task, bundle = MoDE.load(folder).task(CLASSES), load_bundle(folder)
-    expected = route(
-        load_any_once("minilm").encode(CLASSES),
-        bundle.fine_centers,
-        bundle.expert_of_fine,
-        num_experts=4,
-        rule="per_class",
-        temperature=0.1,
-        seed_distance=0.8,
-        prior=np.array(prior),
-    ).weights
-    np.testing.assert_allclose(task.weights, expected, atol=1e-6)
-    assert task.route.members[-1] == "seed"
-    parts = ["expert-0", "expert-1", "expert-2", "expert-3", "seed"]
-    sums = sum(expected[:, k] * cosines(folder / name, pictures, CLASSES) for k, name in enumerate(parts))
-    np.testing.assert_allclose(similarity(task, pictures, CLASSES), sums, atol=1e-5)
-    assert MoDE.load(folder).task(CLASSES, rule="eq6").weights.shape == (4,)  # only the bundle's own rule takes them
-
-
 # --- clusters of images ------------------------------------------------------------------------------
 
 
@@ -283,13 +259,3 @@ def test_what_weights_of_images_have_no_place_for(of_images: Path, four: Path, p
         mode.task(CLASSES).explain()
     with pytest.raises(ModeclipError, match=r"its clusters are of texts \(encoder minilm\), not of images"):
         MoDE.load(four).embed_images(pictures)
-
-
-def test_seed_that_is_asked_for_and_not_there(small_run: Path, tmp_path: Path) -> None:
-    folder = make_bundle(small_run, tmp_path / "bundle", routing={"seed_distance": 0.8})
-    shutil.rmtree(folder / "seed")
-    manifest = json.loads((folder / "mode.json").read_text())
-    manifest["sha256"] = {name: digest for name, digest in manifest["sha256"].items() if "seed/" not in name}
-    (folder / "mode.json").write_text(json.dumps(manifest))
-    with pytest.raises(ModeclipError, match=r"bundle .*: its weights ask for the seed, and there is no folder seed"):
-        MoDE.load(folder).task(CLASSES)

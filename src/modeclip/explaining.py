@@ -93,9 +93,8 @@ class Route:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Name of the model of each weight: the experts, and the seed where it has a weight of its own."""
-        names = tuple(expert.name for expert in self.bundle.experts)
-        return names if self.weights.shape[-1] == len(names) else (*names, "seed")
+        """Names of the experts, in the order of the weights."""
+        return tuple(expert.name for expert in self.bundle.experts)
 
     def explain(self) -> list[ClassReason]:
         """Say for each class which fine clusters it met, what they are about and whose they are."""

@@ -120,12 +120,15 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class Sample:
     """What is the same at every reading of a row."""
 
     picture: Image
+    """Decoded, RGB, of its own size."""
     tokens: Int[np.ndarray, " context_length"]
+    """int32 token ids of the caption."""
     caption_id: int
+    """Equal for equal captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,8 @@ class Feed:
     """Which process of the job this is."""
     world_size: int = 1
     """Processes of the job; each takes an equal part of every batch."""
+    kept: dict[int, Sample] | None = None
+    """Samples that an earlier job of this process has kept, of the same catalog and tokenizer; filled further."""
 
     @cached_property
     def _opened(self) -> Catalog:
@@ -158,25 +163,26 @@ class Feed:
         return {}
 
     @cached_property
-    def _kept(self) -> dict[int, _Sample] | None:
+    def _kept(self) -> dict[int, Sample] | None:
         """The samples read so far, by row; None where not all of the job's fit, or several processes read."""
         room, rows = self.config.engine.keep_pictures_gb * 1e9, self.rows.numpy()
         if self.config.engine.workers or len(rows) * KEPT_BYTES > room:
             return None
         sizes = self._opened.read(["width", "height"], rows)
         pixels = int((sizes["width"].astype(np.int64) * sizes["height"]).sum())
-        return {} if len(rows) * KEPT_BYTES + pixels * PIXEL_BYTES <= room else None
+        if len(rows) * KEPT_BYTES + pixels * PIXEL_BYTES > room:
+            return None
+        return {} if self.kept is None else self.kept
 
-    def _samples(self, rows: Int[np.ndarray, " b"]) -> list[_Sample]:
+    def _samples(self, rows: Int[np.ndarray, " b"]) -> list[Sample]:
         """Return the samples of rows, in their order."""
         kept = self._kept
         missing = np.array([row for row in rows.tolist() if not kept or row not in kept], np.int64)
-        found: dict[int, _Sample] = {}
+        found: dict[int, Sample] = {}
         if len(missing):
             captions: list[str] = self._opened.read(["caption"], missing)["caption"].tolist()
-            ids = map(_hash, captions) if self.config.mask_same_captions else [0] * len(captions)
-            parts = zip(self._opened.images(missing), self._tokens(captions), ids, strict=True)
-            found = dict(zip(missing.tolist(), (_Sample(*part) for part in parts), strict=True))
+            parts = zip(self._opened.images(missing), self._tokens(captions), map(_hash, captions), strict=True)
+            found = dict(zip(missing.tolist(), (Sample(*part) for part in parts), strict=True))
         if kept is None:
             return [found[row] for row in rows.tolist()]
         kept.update(found)

@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MoDE", "RoutedClip", "class_features"]
 
-ROUTING = "routing"
-"""Field of a bundle's ``mode.json`` with what its rule takes beside the temperature: ``prior`` (a number an expert),
-``seed_distance`` and ``spread``, as `routing.route` has them; each may be missing."""
-
 
 class MoDE:
     """A mixture of data experts: opened from a bundle, asked for one task at a time."""
@@ -185,8 +181,6 @@ class MoDE:
             each: Whether every row is a task of its own. For images, each has its own budget.
         """
         bundle = self.bundle
-        options = bundle.manifest.get(ROUTING, {}) if asked.rule == bundle.rule else {}
-        prior = options.get("prior")
         per_row = each and self.per_image
         routing = route(
             embeddings,
@@ -197,9 +191,6 @@ class MoDE:
             temperature=asked.temperature,
             each=each,
             max_experts=None if per_row else asked.max_experts,
-            prior=None if prior is None else np.array(prior, dtype=np.float64),
-            seed_distance=options.get("seed_distance"),
-            spread=options.get("spread", "nearest"),
         )
         if per_row and asked.max_experts is not None:
             weights = keep_best(routing.weights, asked.max_experts, per_row=True)
@@ -250,22 +241,9 @@ class MoDE:
             )
         return RoutedClip(self, classnames, templates, asked, routed)
 
-    def folder(self, expert: int) -> Path:
-        """Return the model folder of an expert; number K is the seed.
-
-        Raises:
-            ModeclipError: The weights ask for the seed, and the bundle has none.
-        """
-        if expert < self.bundle.num_experts:
-            return self.bundle.model_folder(expert)
-        seed = self.bundle.path / "seed"
-        if not seed.is_dir():
-            raise ModeclipError(f"bundle {self.bundle.path}: its weights ask for the seed, and there is no folder seed")
-        return seed
-
     def clip(self, expert: int) -> Clip:
         """Return an expert's model, loaded if need be; under a budget, the one used longest ago leaves for it."""
-        folder = self.folder(expert)
+        folder = self.bundle.model_folder(expert)
         if folder not in self._clips:
             while self.max_experts is not None and len(self._clips) >= self.max_experts:
                 _, oldest = self._clips.popitem(last=False)

@@ -50,9 +50,6 @@ class Mixture(Protocol):
     def bundle(self) -> Bundle:
         """Whose experts they are."""
 
-    def folder(self, expert: int) -> Path:
-        """Return the model folder of an expert."""
-
     def clip(self, expert: int) -> Clip:
         """Return an expert's model, loaded if need be."""
 
@@ -115,7 +112,7 @@ class RoutedClip(nn.Module):
             shares = route.class_weights
         self.active = np.flatnonzero((shares > 0).any(axis=0))
         self.models = nn.ModuleDict()
-        scales = [_logit_scale(mode.folder(int(expert))) for expert in self.active]
+        scales = [_logit_scale(mode.bundle.model_folder(int(expert))) for expert in self.active]
         self.logit_scale: Tensor
         self.register_buffer("logit_scale", torch.tensor(shares[:, self.active].mean(axis=0) @ scales).float().log())
         mode.watch(self)
@@ -173,7 +170,7 @@ class RoutedClip(nn.Module):
         features = []
         for expert in self.active.tolist():
             rows = torch.from_numpy(weights[:, expert] > 0).to(images.device)
-            part = images.new_zeros(len(images), _dimension(self._mode.folder(expert)))
+            part = images.new_zeros(len(images), _dimension(self._mode.bundle.model_folder(expert)))
             if rows.any():
                 part[rows] = encode_image(self._model(expert), images[rows]).to(part.dtype)
             features.append(part)

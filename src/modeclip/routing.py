@@ -22,27 +22,20 @@ The rules:
 - `top1`: all weight on the expert that has the most under `paper`.
 - `per_class`: each class has its own weights, the experts' shares of its A_ls over ALL centres.
 - `share`: the mean of `per_class` over the classes.
-- `adaptive`: `per_class` with a temperature for each class, temperature * spread_l; `SPREADS`.
 
 The sum of an expert without a fine cluster is 0. In the softmax of `paper`, `eq6`, `release` and
 `coarse` that is still exp(0) > 0: the published formulas give some weight to an expert that no
-class speaks for. `share`, `per_class` and `adaptive` give it 0.
+class speaks for. `share` and `per_class` give it 0.
 
 What a row is. A task's classes, or the texts of a corpus whose images ask for a text (eq. 7), are
 routed together. Queries that ask for an image, and images where the clusters are of images, are
 each a task of their own: `each=True` gives a row of weights to each, under every rule.
 
-Then, in this order, where asked for:
-
-- `prior`: p(c) <- prior_c p(c) / sum, for experts that are better than others on their own data.
-- `seed_distance` r (`share`, `per_class`, `adaptive`): the seed model is expert K + 1, with one
-  centre at distance r from every class, A_l,seed = exp(-r^2 / temperature): little near a centre,
-  nearly all far from every centre.
-- `max_experts` n: the n experts with the largest mean over all rows, their weights renormalised.
+`max_experts` n keeps the n experts with the largest mean over all rows, their weights renormalised.
 
 Source: MoDE (arXiv 2404.16030), Sec. 3.4, eq. 5-7; App. E for the two terms of `paper` that depend
-on L; CoarseCluster in Sec. 5.2; images in Sec. 5.3. `top1`, `share`, `per_class`, `adaptive`, prior,
-seed and budget are ours. A temperature for each point is Zelnik-Manor's and Perona's (2004).
+on L; CoarseCluster in Sec. 5.2; images in Sec. 5.3. `top1`, `share`, `per_class` and the budget are ours;
+what was tried beyond them and did not win is in ``runs/candidates.py``.
 Price: one product of an L x D with a D x M matrix in float64, a chunk of rows at a time: `per_class`
 weighs a million texts of 384 dimensions in 17 seconds for M = 1024 and in 2 minutes for M = 8192 (one
 core, ``benchmarks/routing.py``); memory is that of the weights and of a chunk.
@@ -60,25 +53,10 @@ from jaxtyping import Float, Int
 from modeclip.errors import ModeclipError, unknown
 from modeclip.nearness import nearest_center, nearest_of, squared_distances
 
-RULES = ("paper", "eq6", "release", "uniform", "coarse", "top1", "share", "per_class", "adaptive")
+RULES = ("paper", "eq6", "release", "uniform", "coarse", "top1", "share", "per_class")
 
-SHARE_RULES = ("share", "per_class", "adaptive")
-"""Rules under which every centre counts."""
-
-DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.1, "adaptive": 0.125}
-"""Each rule's temperature for callers that name none: the paper's; 0.1 if all centres count, and the
-factor of `adaptive` that comes to 0.1 for a class at a usual distance."""
-
-SPREADS = ("nearest", "mean", "gap", "radius")
-"""What `adaptive` takes for the spread of a class: `nearest`: d_l^2; `mean`: the mean of the squared
-distances to the `NUM_NEAREST` nearest centres; `gap`: that mean less d_l^2; `radius`: the squared
-typical distance of the captions in the nearest cluster, which the caller gives."""
-
-NUM_NEAREST = 16
-"""How many centres are neighbours of a class, for its spread."""
-
-LEAST_SPREAD = 1e-9
-"""Smallest temperature of a class under `adaptive`: on a centre, that centre alone decides."""
+DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.1}
+"""Each rule's temperature for callers that name none: the paper's; 0.1 if all centres count."""
 
 SMALL_TASK = 10
 """A task with fewer classes than this is small (App. E)."""
@@ -98,8 +76,8 @@ class Routing:
     """The experts' weights for one task, and the distances that they were made from."""
 
     weights: Float[np.ndarray, "... K"]
-    """Weight of each expert, summing to 1: (K,), or a row for each class (L, K) under `per_class`,
-    `adaptive`, and with `each`. With `seed_distance`, the seed's weight is one more at the end."""
+    """Weight of each expert, summing to 1: (K,), or a row for each class (L, K) under `per_class` and
+    with `each`."""
 
     nearest_fine: Int[np.ndarray, " L"]
     """Index of the fine centre nearest to each class; the lowest index if several are."""
@@ -121,10 +99,6 @@ def route(
     temperature: float = 0.2,
     each: bool = False,
     max_experts: int | None = None,
-    prior: Float[np.ndarray, " K"] | None = None,
-    seed_distance: float | None = None,
-    spread: str = "nearest",
-    fine_radius: Float[np.ndarray, " M"] | None = None,
 ) -> Routing:
     """Weigh the experts for one task.
 
@@ -134,16 +108,10 @@ def route(
         expert_of_fine: Which expert, 0 to K - 1, each fine cluster belongs to.
         num_experts: K.
         rule: One of `RULES`; the top of this module gives each one's formula.
-        temperature: Lambda of eq. 5, in units of squared distance, above 0; under `adaptive` its
-            factor. The default is the paper's, see `DEFAULT_TEMPERATURE`; `uniform` and `release`
-            take no notice of it.
+        temperature: Lambda of eq. 5, in units of squared distance, above 0. The default is the
+            paper's, see `DEFAULT_TEMPERATURE`; `uniform` and `release` take no notice of it.
         each: Whether every row is a task of its own, as queries for images and images are.
         max_experts: How many experts may have weight; None: all.
-        prior: What each expert's weight is multiplied by, 0 or more; None: the same for all.
-        seed_distance: Distance at which the seed weighs as much as one centre; None: no seed.
-        spread: What `adaptive` measures, one of `SPREADS`.
-        fine_radius: Typical distance of each cluster's captions to its centre, for the spread
-            `radius` (such as the median, ``FineQuantiles.threshold(0.5)``).
 
     Returns:
         The weights. `nearest_fine` and `distance` are about the fine centres under every rule,
@@ -167,16 +135,11 @@ def route(
     if rule not in RULES:
         raise unknown("rule", rule, RULES)
     _check(class_embeddings, fine_centers, expert_of_fine, num_experts, temperature)
-    _check_options(rule, num_experts, max_experts, prior, seed_distance)
-    if rule in SHARE_RULES:
-        weights, nearest_fine, distance = _share(
-            class_embeddings,
-            fine_centers,
-            np.eye(num_experts)[expert_of_fine],
-            temperature,
-            seed_distance,
-            _checked_spread(spread, fine_radius, len(fine_centers)) if rule == "adaptive" else None,
-        )
+    if max_experts is not None and max_experts < 1:
+        raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
+    if rule in {"share", "per_class"}:
+        is_member = np.eye(num_experts)[expert_of_fine]
+        weights, nearest_fine, distance = _share(class_embeddings, fine_centers, is_member, temperature)
         if rule == "share" and not each:
             weights = weights.mean(axis=0)
     else:
@@ -188,9 +151,6 @@ def route(
         else:
             expert_of_class, near = expert_of_fine[nearest_fine].astype(np.int64), distance
         weights = _task_weights(rule, near, expert_of_class, num_experts, temperature, each)
-    if prior is not None:
-        seed = [] if seed_distance is None else [1.0]
-        weights = reweigh(weights, np.array([*prior, *seed], dtype=np.float64))
     if max_experts is not None:
         weights = keep_best(weights, max_experts)
     return Routing(weights=weights, nearest_fine=nearest_fine, distance=distance, entropy=entropy(weights))
@@ -356,21 +316,18 @@ def _task_weights(
 
 
 def _share(
-    class_embeddings: np.ndarray,
-    fine_centers: np.ndarray,
-    is_member: np.ndarray,
-    temperature: float,
-    seed_distance: float | None,
-    spread_of: Callable[[np.ndarray], np.ndarray] | None,
+    class_embeddings: np.ndarray, fine_centers: np.ndarray, is_member: np.ndarray, temperature: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each class's shares, its nearest centre and the distance to it, in one pass over the distances."""
     num_classes = len(class_embeddings)
-    shares = np.empty((num_classes, is_member.shape[1] + (seed_distance is not None)))
+    shares = np.empty((num_classes, is_member.shape[1]))
     nearest_fine, distance = np.empty(num_classes, dtype=np.int64), np.empty(num_classes)
     for rows, chunk, squared in squared_distances(class_embeddings, fine_centers):
         nearest_fine[rows], distance[rows] = nearest_of(chunk, squared, fine_centers)
-        own = temperature if spread_of is None else temperature * np.maximum(spread_of(squared), LEAST_SPREAD)[:, None]
-        shares[rows] = _shares(squared, is_member, own, seed_distance)
+        squared -= squared.min(axis=1, keepdims=True)
+        squared /= -temperature
+        sums: np.ndarray = np.exp(squared, out=squared) @ is_member
+        shares[rows] = sums / sums.sum(axis=1, keepdims=True)
     return shares, nearest_fine, distance
 
 
@@ -400,36 +357,6 @@ def _coarse_clusters(fine_centers: np.ndarray, expert_of_fine: np.ndarray) -> tu
     centers = fine_centers.astype(np.float64)
     means = np.stack([centers[expert_of_fine == expert].mean(axis=0) for expert in experts])
     return means, experts.astype(np.int64)
-
-
-def _spread(squared: np.ndarray, kind: str, fine_radius: np.ndarray | None) -> np.ndarray:
-    """Return spread_l of `SPREADS`, from the squared distances of the classes to all centres."""
-    least: np.ndarray = squared.min(axis=1)
-    if kind == "nearest":
-        return least
-    if kind == "radius":
-        assert fine_radius is not None
-        radius: np.ndarray = fine_radius[squared.argmin(axis=1)].astype(np.float64)
-        return np.asarray(radius**2)
-    count = min(NUM_NEAREST, squared.shape[1])
-    mean: np.ndarray = np.partition(squared, count - 1, axis=1)[:, :count].mean(axis=1)
-    return mean if kind == "mean" else mean - least
-
-
-def _shares(
-    squared: np.ndarray, is_member: np.ndarray, temperature: np.ndarray | float, seed_distance: float | None
-) -> np.ndarray:
-    """Return the experts' shares, and the seed's; what `squared` holds is used up."""
-    least = squared.min(axis=1, keepdims=True)
-    if seed_distance is not None:
-        least = np.minimum(least, seed_distance**2)
-    squared -= least
-    squared /= -temperature
-    sums: np.ndarray = np.exp(squared, out=squared) @ is_member
-    if seed_distance is not None:
-        sums = np.hstack([sums, np.exp((least - seed_distance**2) / temperature)])
-    sums /= sums.sum(axis=1, keepdims=True)
-    return sums
 
 
 def _check(
@@ -466,29 +393,3 @@ def _check(
         )
     if not 0 < temperature < math.inf:
         raise ModeclipError(f"temperature: expected a finite number above 0, got {temperature}")
-
-
-def _check_options(
-    rule: str, num_experts: int, max_experts: int | None, prior: np.ndarray | None, seed_distance: float | None
-) -> None:
-    """Raise for an option that is out of range, or that the rule has no place for."""
-    if max_experts is not None and max_experts < 1:
-        raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
-    if prior is not None:
-        shown = f"{prior.dtype} of shape {prior.shape}"
-        if prior.shape != (num_experts,) or not (np.isfinite(prior) & (prior >= 0)).all() or not prior.any():
-            raise ModeclipError(f"prior: expected {num_experts} numbers of 0 or more, one above 0, got {shown}")
-    if seed_distance is not None:
-        if rule not in SHARE_RULES:
-            raise ModeclipError(f"seed_distance: rule {rule!r} has no place for the seed; use {', '.join(SHARE_RULES)}")
-        if not 0 < seed_distance < math.inf:
-            raise ModeclipError(f"seed_distance: expected a finite number above 0, got {seed_distance}")
-
-
-def _checked_spread(spread: str, fine_radius: np.ndarray | None, num_fine: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the function of the squared distances that a spread is."""
-    if spread not in SPREADS:
-        raise unknown("spread", spread, SPREADS)
-    if spread == "radius" and (fine_radius is None or fine_radius.shape != (num_fine,)):
-        raise ModeclipError(f"spread 'radius': expected fine_radius, a distance for each of {num_fine} fine clusters")
-    return lambda squared: _spread(squared, spread, fine_radius)

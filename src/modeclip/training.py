@@ -40,7 +40,7 @@ from modeclip.checkpoints import Checkpoint, load_checkpoint, load_open_clip_tra
 from modeclip.clip import Clip, fast_attention, load_clip, save_clip
 from modeclip.devices import choose_precision
 from modeclip.errors import ModeclipError
-from modeclip.feeding import Batch, Feed, batch_rows
+from modeclip.feeding import Batch, Feed, Sample, batch_rows
 from modeclip.files import only_process, write_atomically, writing
 from modeclip.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.journal import Journal
@@ -78,13 +78,17 @@ def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
     return rows
 
 
-def train(job: TrainJob, *, visit_every: int = 0, visit: Visit | None = None) -> TrainResult:
+def train(
+    job: TrainJob, *, visit_every: int = 0, visit: Visit | None = None, kept: dict[int, Sample] | None = None
+) -> TrainResult:
     """Train one job to its end, continuing from its last checkpoint if it has one.
 
     Args:
         job: What to train.
         visit_every: Steps between two calls of ``visit``; 0: only after the last step.
         visit: May look at the model and end the job early.
+        kept: For several jobs in one process, of the same catalog and tokenizer: what they keep of its rows, filled
+            here, so that each row is read once. See ``train.engine.keep_pictures_gb``.
 
     Raises:
         ModeclipError: The job cannot work (too few rows, unknown model, loss not finite), or another process trains it.
@@ -109,7 +113,7 @@ def train(job: TrainJob, *, visit_every: int = 0, visit: Visit | None = None) ->
         rows = job_rows(job, catalog)
         preflight(job, catalog, rows, world.size)
         trainer = _Trainer(job, world, rows)
-        trainer.run(visit_every, visit)
+        trainer.run(visit_every, visit, kept)
         result = TrainResult(
             digest=job.digest,
             samples=(trainer.step - job.first_step) * job.config.batch_size,
@@ -181,7 +185,7 @@ class _Trainer:
             )
         return start
 
-    def run(self, visit_every: int, visit: Visit | None) -> None:
+    def run(self, visit_every: int, visit: Visit | None, kept: dict[int, Sample] | None) -> None:
         """Train from the present step to the job's last one."""
         import torch
 
@@ -199,6 +203,7 @@ class _Trainer:
             image_size=self.clip.image_size,
             rank=self.world.rank,
             world_size=self.world.size,
+            kept=kept,
         )
         saves = _Saves(config, len(self.rows))
         parent = os.environ.get(PARENT_VARIABLE)
