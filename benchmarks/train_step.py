@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/train_step.py [--threads 1] [--rounds 5]
 
-What `training.py` chooses on a CPU with bfloat16 matrix units is the row "bf16, plain products".
+What `training.py` chooses on a CPU with instructions for products of bfloat16 is the row "bf16, plain products".
 """
 
 from __future__ import annotations

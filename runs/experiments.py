@@ -36,6 +36,7 @@ from modeclip.feeding import Sample
 from modeclip.indexing import index
 from modeclip.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.kmeans import nearest
+from modeclip.lexical import fit_tfidf
 from modeclip.pipeline import load_recipe
 from modeclip.priors import nearest_fine
 from modeclip.progress import log, make_progress
@@ -154,11 +155,21 @@ class Workshop:
         return self.out / study.name / f"seed-{seed}"
 
     @cache  # noqa: B019 (one workshop a process)
+    def encoder(self, name: str) -> Any:
+        """Return an encoder by the name that an arm has for it, or by that of `modeclip.encoders`."""
+        if name == "tfidf":
+            folder = self.out / "tfidf"
+            if not folder.exists():
+                fit_tfidf(self.catalog.read(["caption"])["caption"].tolist(), folder)
+            return load_any_encoder(f"tfidf:{folder}")
+        return load_any_encoder("minilm" if name == "minilm-set" else name)
+
+    @cache  # noqa: B019 (one workshop a process)
     def embeddings(self, encoder: str) -> np.ndarray:
         """Return a vector for each pair."""
         if encoder == "minilm":
             return self.catalog.read(["caption_embedding"])["caption_embedding"].astype(np.float32)
-        embedder = load_any_encoder("minilm" if encoder == "minilm-set" else encoder)
+        embedder = self.encoder(encoder)
         columns = self.catalog.read(["caption", "group"])
         captions = columns["caption"].astype(str)
         if encoder == "minilm-set":  # what is clustered says which set drew the icon, what is trained on does not

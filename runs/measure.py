@@ -214,11 +214,11 @@ class Bench:
 
     def class_embeddings(self, arm: Arm) -> list[np.ndarray]:
         """Return the class embeddings of each task by an arm's encoder."""
-        spec = "minilm" if arm.encoder == "minilm-set" else arm.encoder
+        spec = arm.encoder
         if spec.startswith("clip"):
             spec = f"clip:{self.model(f'part-{arm.part}')}"
         if spec not in self._names:
-            vectors = load_any_encoder(spec).encode(self.exam.names)
+            vectors = self.workshop.encoder(spec).encode(self.exam.names)
             self._names[spec] = [vectors[classes] for classes in self.exam.classes]
         return self._names[spec]
 

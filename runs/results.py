@@ -364,15 +364,17 @@ def regime_table(records: Records) -> str:
             scores = records.tasks(study.name, f"{arm.name} per_class")
             equal = records.equal(study.name, arm.cost)
             if scores and equal:
-                cells = [f"{arm.cost * study.train.samples / PARTS / records.data['pairs']:.1f}", label(arm)]
-                rows.append([study.train.model, *cells, mean(equal), mean(scores), against(scores, equal)])
-    columns = ["towers", "passes over the data in all", "mixture", "dense of equal cost", "MoDE", "gain"]
+                pairs = study.pairs or records.data["pairs"]
+                passes = arm.cost * study.train.samples / PARTS / pairs
+                cells = [f"{pairs:,}", f"{passes:.1f}", label(arm), mean(equal), mean(scores), against(scores, equal)]
+                rows.append([study.train.model, *cells])
+    columns = ["towers", "pairs", "passes over them in all", "mixture", "dense of equal cost", "MoDE", "gain"]
     return table(columns, rows)
 
 
 def scaling_lines(records: Records) -> list[dict[str, Any]]:
-    """Return a line for each model and seed, as `modeclip scaling` reads them."""
-    return [
+    """Return a line for each model and seed, as `modeclip scaling` reads them, of families that it can fit."""
+    lines = [
         {
             "name": f"{study.name}, {name}, {parts}",
             "family": family,
@@ -383,9 +385,13 @@ def scaling_lines(records: Records) -> list[dict[str, Any]]:
             "seed": seed,
         }
         for study, family, name, parts, scores in entries(records)
+        if not study.pairs
         for seed, value in averages(scores).items()
-        if family in {"dense", "MoDE-4 matched p16", "MoDE-4 paper p16"}
     ]
+    sizes: dict[str, set[float]] = {}
+    for line in lines:
+        sizes.setdefault(line["family"], set()).add(line["samples"] * line["flops_per_sample"])
+    return [line for line in lines if len(sizes[line["family"]]) >= 3]  # a law takes three different computes
 
 
 def facts_table(records: Records) -> str:
