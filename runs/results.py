@@ -206,15 +206,25 @@ def mixing_table(records: Records, study: str, arm: Arm) -> str:
     return tuned_table(records, "what is weighted and summed", found, found.get("cosines (the rule)", {}))
 
 
-def numbers_table(records: Records, study: str, row: str, names: Mapping[str, str], first: str, last: str) -> str:
-    """Numbers of one row, a line each."""
-    values = records.values(study, row).values()
-    rows = [
-        [shown, interval([found[name] for found in values if name in found])]
-        for name, shown in names.items()
-        if any(name in found for found in values)
-    ]
-    return table([first, last], rows)
+def probe_table(records: Records, study: str) -> str:
+    """Linear probes, each against that of the dense model of the same seed."""
+    base, paper = (records.values(study, f"{base_arm(budget=b).name} probe") for b in ("matched", "paper"))
+    models = {
+        "seed model": (base, "seed"),
+        "dense": (base, "dense"),
+        "dense, a schedule of 80": (base, "dense-total"),
+        "MoDE-4, matched, concatenated": (base, "MoDE-4"),
+        "MoDE-4, matched, element-wise sum": (base, "MoDE-4, sum"),
+        "MoDE-4, paper, concatenated": (paper, "MoDE-4"),
+        "Full-4, matched, concatenated": (base, "Full-4"),
+    }
+    rows = []
+    for shown, (found, name) in models.items():
+        values = {seed: np.array([v[name]]) for seed, v in found.items() if name in v}
+        if values:
+            dense = {seed: np.array([found[seed]["dense"]]) for seed in values}
+            rows.append([shown, mean(values), against(values, dense)])
+    return table(["linear probe, features of", "accuracy", "against dense"], rows)
 
 
 def retrieval_table(records: Records, study: str, arms: Sequence[Arm]) -> str:
@@ -339,6 +349,8 @@ def size_table(records: Records) -> str:
     """Everything by its training cost, in samples, operations and seconds."""
     rows = []
     for study, _, name, parts, scores in entries(records):
+        if study.pairs:
+            continue
         samples = parts * study.train.samples / PARTS
         rates = [
             v["samples_per_second"]
@@ -418,14 +430,6 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "seed-CLIP, image (routed per image)": "clip-image",
         "seed-CLIP, text and image (routed per image)": "clip-both",
     }
-    probed = {
-        "seed": "seed model",
-        "dense": "dense",
-        "dense-total": "dense, a schedule of 80",
-        "MoDE-4": "MoDE-4, concatenated",
-        "MoDE-4, sum": "MoDE-4, element-wise sum",
-        "Full-4": "Full-4, concatenated",
-    }
     return {
         "facts": lambda: facts_table(records),
         "main": lambda: main_table(records, study),
@@ -446,9 +450,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "mixing": lambda: mixing_table(records, study, base),
         "mixing-paper": lambda: mixing_table(records, study, paper),
         "retrieval": lambda: retrieval_table(records, study, (base, paper)),
-        "probe": lambda: numbers_table(
-            records, study, f"{base.name} probe", probed, "linear probe, features of", "accuracy"
-        ),
+        "probe": lambda: probe_table(records, study),
         "averaging": lambda: averaging_table(records, study, (base, paper)),
         "order": lambda: order_table(records, study),
         "prior": lambda: prior_table(records, study),
