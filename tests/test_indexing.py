@@ -309,7 +309,7 @@ def start(config: str, out: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_no_catalog_and_the_next_one_works(tmp_path: Path, number):
-    config = DataConfig(source="icons", train_sets=("octicons", "heroicons", "lucide"))
+    config = DataConfig(source="icons", train_sets=("octicons", "heroicons", "lucide", "tabler"))  # takes some seconds
     process = start(repr(config), tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "catalog.lance" / "data").exists() and time.monotonic() < deadline:
