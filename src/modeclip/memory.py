@@ -59,8 +59,9 @@ def return_memory() -> None:
 def keep_freed_memory() -> None:
     """Keep memory that is freed for what comes next, until ``return_memory``.
 
-    Otherwise a training step gives its activations back to the system, and the next one has every page made and zeroed
-    again: ``benchmarks/feed.py`` prints what that costs.
+    Otherwise a training step may give its activations back to the system, and the next one has every page made and
+    zeroed again. How much that costs depends on what else runs: ``benchmarks/feed.py`` prints it, docs/log.md
+    (2026-11-25) says what was seen.
     """
     with suppress(OSError, AttributeError):  # glibc only
         libc = ctypes.CDLL(None)
