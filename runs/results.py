@@ -68,7 +68,7 @@ def interval(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{mean:.1f}"
     half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:.1f} ± {half:.1f}"
+    return f"{mean:.1f}\u00a0±\u00a0{half:.1f}"  # stays on one line of a narrow column
 
 
 def averages(scores: BY_SEED, chosen: np.ndarray | None = None) -> dict[int, float]:
@@ -412,10 +412,10 @@ def facts_table(records: Records) -> str:
     places = sorted({(line["machine"], line["torch"]) for line in lines})
     days = sorted({line["date"] for line in lines})
     where = "; ".join(f"{machine}, one thread a model, torch {torch}" for machine, torch in places)
-    data = records.data
+    data, when = records.data, " to ".join(dict.fromkeys([days[0], days[-1]]))
     return (
         f"{data['pairs']:,} pairs; {len(data['tasks'])} tasks, {sum(data['images']):,} images, "
-        f"{min(data['classes']):,} to {max(data['classes']):,} classes; {where}; {days[0]} to {days[-1]}."
+        f"{min(data['classes']):,} to {max(data['classes']):,} classes; {where}; {when}."
     )
 
 

@@ -48,14 +48,14 @@ def test_every_record_has_a_number_for_each_task(scripts: dict[str, ModuleType])
 def test_interval_is_students(scripts: dict[str, ModuleType]) -> None:
     interval, against = scripts["results"].interval, scripts["results"].against
     # three values: mean 2, standard deviation 1, t(0.975, 2) = 4.3027, half width 4.3027 / sqrt(3)
-    assert interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"
+    assert interval([1.0, 2.0, 3.0]) == "2.0\u00a0±\u00a02.5"
     assert interval([4.0]) == "4.0"
     assert interval([]) == ""
     one = {0: np.array([2.0, 4.0]), 1: np.array([3.0, 5.0]), 2: np.array([9.0, 9.0])}
     other = {0: np.array([1.0, 1.0]), 1: np.array([2.0, 2.0])}
-    assert against(one, other) == "+2.0 ± 0.0"  # only seeds that both have
-    assert against(other, one) == "-2.0 ± 0.0"
-    assert against(one, other, np.array([True, False])) == "+1.0 ± 0.0"
+    assert against(one, other) == "+2.0\u00a0±\u00a00.0"  # only seeds that both have
+    assert against(other, one) == "-2.0\u00a0±\u00a00.0"
+    assert against(one, other, np.array([True, False])) == "+1.0\u00a0±\u00a00.0"
 
 
 def squares(seed: int, num_classes: int = 5, num_fine: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
