@@ -45,6 +45,7 @@ from modeclip.training import train
 HERE = Path(__file__).parent
 PARTS = 32
 PARTINGS = (16, 27, 32)
+MAIN = "main"  # the study that most tables are about
 KEPT: dict[int, Sample] = {}  # what this process has read of the catalog
 
 

@@ -14,8 +14,11 @@ import argparse
 import itertools
 import json
 import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -24,13 +27,14 @@ from typing import Any
 
 import candidates
 import numpy as np
-from experiments import PARTINGS, PARTS, Arm, Study, Workshop, base_arm, read_studies
+from experiments import MAIN, PARTINGS, PARTS, Arm, Study, Workshop, base_arm, read_studies
 
 from modeclip import Catalog
 from modeclip.caching import FeatureCache
 from modeclip.clip import load_clip, save_clip
 from modeclip.encoders import load_any_encoder
 from modeclip.features import image_features, text_features
+from modeclip.jobs import TrainJob
 from modeclip.loading import Source
 from modeclip.priors import nearest_fine
 from modeclip.probing import ProbeConfig, linear_probe
@@ -42,6 +46,7 @@ from modeclip.tasks import CatalogImages, catalog_tasks
 
 OF_IMAGES = ("clip-image", "clip-both")  # encoders whose mixtures are routed image by image
 PROBE_NAMES, PROBE_ICONS = 100, 20
+RATE_PAIRS, RATE_ROUNDS = 8192, 3
 PLAIN_CANDIDATES: dict[str, dict[str, Any]] = {
     f"per_class, temperature {value:g}": {"temperature": value} for value in (0.02, 0.05, 0.1, 0.2, 0.4)
 } | {f"per_class, at most {count} experts": {"max_experts": count} for count in (1, 2)}
@@ -135,8 +140,6 @@ class Bench:
         """Yield what is not recorded yet, as far as its models are there."""
         plan = [(f"part-{part}", lambda part=part: self._plain([self.model(f"part-{part}")])) for part in PARTINGS]
         plan = [(name, make) for name, make in plan if self.finished(name)]
-        if self.finished(f"part-{PARTS}"):
-            plan.append(("rate", self._rate))
         for arm in self.study.arms:
             if (members := self.members(arm)) is not None:
                 plan += self._arm_rows(arm, members)
@@ -158,7 +161,11 @@ class Bench:
         rows.append((f"{arm.name} per_class", lambda: self._routed(arm, members)))
         if arm.encoder in OF_IMAGES:
             return rows
-        if arm == base_arm() or arm == base_arm(budget="paper") or arm == base_arm(part=27, budget="paper"):
+        if arm in {base_arm(), base_arm(budget="paper")}:
+            rows.append((f"{arm.name} knowledge", lambda: self._knowledge(arm, members)))
+        if self.study.name != MAIN:
+            return rows
+        if arm in {base_arm(), base_arm(budget="paper"), base_arm(part=27, budget="paper")}:
             rows += [
                 (f"{arm.name} {rule}", lambda rule=rule: self._routed(arm, members, rule=rule))
                 for rule in RULES
@@ -169,7 +176,7 @@ class Bench:
                 for k, member in enumerate(members)
             ]
             rows.append((f"{arm.name} retrieval", lambda: self._retrieval(arm, members)))
-        if arm == base_arm() or arm == base_arm(budget="paper"):
+        if arm in {base_arm(), base_arm(budget="paper")}:
             rows += [
                 (f"{arm.name} try {name}", lambda options=options: self._routed(arm, members, **options))
                 for name, options in PLAIN_CANDIDATES.items()
@@ -196,7 +203,6 @@ class Bench:
             rows += [
                 (f"{arm.name} try confidence", lambda: self._confident(arm, members)),
                 (f"{arm.name} mixing", lambda: self._mixing(arm, members)),
-                (f"{arm.name} knowledge", lambda: self._knowledge(arm, members)),
                 (f"{arm.name} averaged", lambda: self._averaged(arm, members)),
                 (f"{arm.name} probe", lambda: self._probe(arm, members)),
             ]
@@ -206,11 +212,6 @@ class Bench:
                 for count in range(len(members) + 1)
             ]
         return rows
-
-    def _rate(self) -> Values:
-        """Return how many samples a second the dense model was trained with, on one thread."""
-        lines = (self.model(f"part-{PARTS}") / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return {"samples_per_second": float(np.median([json.loads(line)["samples_per_second"] for line in lines]))}
 
     def class_embeddings(self, arm: Arm) -> list[np.ndarray]:
         """Return the class embeddings of each task by an arm's encoder."""
@@ -422,6 +423,35 @@ def trained(members: Sequence[Path]) -> Values:
     return {"pairs": pairs}
 
 
+def tower_rates(workshop: Workshop, studies: Sequence[Study]) -> Values:
+    """Return samples per second on one thread by model, trained in turn on pairs that are all read and decoded."""
+    column = workshop.sample_column(replace(studies[0], pairs=RATE_PAIRS))
+    passes, models = 3, dict.fromkeys(study.train.model for study in studies)
+    found: dict[str, list[float]] = {model: [] for model in models}
+    for _, model in itertools.product(range(RATE_ROUNDS), models):
+        with tempfile.TemporaryDirectory() as folder:
+            study = next(study for study in studies if study.train.model == model)
+            steps = RATE_PAIRS // study.train.batch_size
+            config = replace(study.train, samples=PARTS * passes * steps * study.train.batch_size)
+            job = TrainJob(
+                name="rate",
+                folder=folder,
+                catalog=str(workshop.catalog_path),
+                catalog_fingerprint="",
+                config=config,
+                first_step=0,
+                last_step=passes * steps,
+                first_share=0.0,
+                last_share=1 / PARTS,
+                mask=column,
+            )
+            subprocess.run([sys.executable, "-m", "modeclip.training", str(job.save())], check=True)
+            lines = map(json.loads, (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines())
+            rates = [line["samples_per_second"] for line in lines if line["step"] > steps]
+            found[model].append(float(np.median(rates)))
+    return {model: round(float(np.median(rates)), 1) for model, rates in found.items()}
+
+
 def machine() -> dict[str, str]:
     """Return what a record says of where and when it was made."""
     cpu = Path("/proc/cpuinfo")
@@ -437,6 +467,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--records", type=Path, default=Path("runs/experiments.jsonl"))
+    parser.add_argument("--rates", action="store_true", help="time the towers too; leave the machine alone then")
     arguments = parser.parse_args()
     recipe, studies = read_studies()
     exam, workshop = Exam(arguments.out), Workshop(arguments.out, recipe)
@@ -455,6 +486,8 @@ def main() -> None:
             names, counts = [task.name for task in exam.tasks], [len(task.labels) for task in exam.tasks]
             facts = {"pairs": len(workshop.catalog), "tasks": names, "images": counts}
             write("data", 0, "tasks", facts | {"classes": [len(classes) for classes in exam.classes]})
+        if arguments.rates and "rates" not in recorded.get(("data", 0), set()):
+            write("data", 0, "rates", tower_rates(workshop, studies))
         for study, seed in [(every, number) for every in studies for number in every.seeds]:
             known = recorded.get((study.name, seed), set())
             bench = Bench(exam=exam, workshop=workshop, study=study, seed=seed, recorded=known)

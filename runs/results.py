@@ -4,7 +4,7 @@ Usage: python runs/results.py [--records runs/experiments.jsonl] [--docs docs/re
 
 Tables stand in docs/results.md between `<!-- table: NAME -->` and `<!-- end -->` and are replaced; `--check` only says
 whether they are those of the records. Intervals are 95 % t-intervals over the random seeds, differences are taken seed
-by seed. Beside the records lies `scaling.jsonl` then, for `modeclip scaling`.
+by seed. Beside the records lies `scaling.jsonl` then, which `modeclip scaling` reads, and beside the page its picture.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from experiments import PARTS, Arm, Study, base_arm, read_studies
-from scipy.stats import t
+from costs import headline_table, laws_of, scaling_lines, scaling_table, size_table
+from experiments import MAIN, PARTS, Arm, base_arm
+from records import BY_SEED, Records, against, averages, interval, label, mean, plain_arms, short, table
 
-from modeclip.flops import count_flops
 from modeclip.routing import RULES
+from modeclip.scaling_page import write_page
 
-CAPTION_TOKENS = 10  # mean length to which a batch of icon names is cut
-TUNED_EVERY = 4  # every fourth task, by name, chooses settings; the others confirm them
-BY_SEED = Mapping[int, np.ndarray]
 PAPER = {
     "main": "B/32, 26 tasks: MetaCLIP 58.2 / MoDE-2 58.6 / MoDE-4 59.0 (400M); 59.8 / 61.2 / 61.7 (2.5B)",
     "controls": "B/32, n = 2, 400M / 2.5B: Random 57.7 / 60.0, Full 58.3 / 60.0, OneStep 58.0 / 59.8, "
@@ -33,78 +32,6 @@ PAPER = {
     "retrieval": "COCO R@1 text / image, B/16: 59.4 / 41.4 to 62.7 / 44.1 (MoDE-4)",
     "probe": "ImageNet, B/16: 73.8 to 79.6 (MoDE-4, concatenated)",
 }
-
-
-class Records:
-    """What was measured, by study, row and seed."""
-
-    def __init__(self, path: Path) -> None:
-        self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        self._found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-        for line in self.lines:
-            self._found.setdefault((line["study"], line["row"]), {})[line["seed"]] = line["values"]
-        self.data = self.values("data", "tasks")[0]
-        self.tuned = np.arange(len(self.data["tasks"])) % TUNED_EVERY == 0
-        self.studies = {study.name: study for study in read_studies()[1]}
-
-    def values(self, study: str, row: str) -> dict[int, dict[str, Any]]:
-        """Return the numbers of a row by seed."""
-        return self._found.get((study, row), {})
-
-    def tasks(self, study: str, row: str, name: str = "tasks") -> dict[int, np.ndarray]:
-        """Return the accuracy on each task by seed."""
-        return {seed: np.array(values[name]) for seed, values in sorted(self.values(study, row).items())}
-
-    def equal(self, study: str, parts: int) -> dict[int, np.ndarray]:
-        """Return the dense model whose own schedule has so many parts."""
-        return self.tasks(study, "part-32" if parts == PARTS else f"total-{parts}")
-
-
-def interval(values: Sequence[float]) -> str:
-    """Return a mean with the half width of its 95 % t-interval."""
-    if not len(values):
-        return ""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:.1f}\u00a0±\u00a0{half:.1f}"  # stays on one line of a narrow column
-
-
-def averages(scores: BY_SEED, chosen: np.ndarray | None = None) -> dict[int, float]:
-    """Return the plain mean over the tasks, by seed."""
-    return {seed: float(values[slice(None) if chosen is None else chosen].mean()) for seed, values in scores.items()}
-
-
-def mean(scores: BY_SEED, chosen: np.ndarray | None = None) -> str:
-    """Return the interval of the average."""
-    return interval(list(averages(scores, chosen).values()))
-
-
-def against(scores: BY_SEED, other: BY_SEED, chosen: np.ndarray | None = None) -> str:
-    """Return the mean difference of two rows with its interval over the seeds that both have."""
-    mine, theirs = averages(scores, chosen), averages(other, chosen)
-    text = interval([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
-    return text if not text or text.startswith("-") else f"+{text}"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    if not rows:
-        return "Not computed yet."
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def label(arm: Arm) -> str:
-    """Return what a table calls an arm of data experts."""
-    return f"MoDE-{arm.experts}, {arm.budget}, parted at {arm.part}"
-
-
-def plain_arms(study: Study) -> list[Arm]:
-    """Return the arms that differ from the base arm in the number of experts, the parting or the budget alone."""
-    wanted = [base_arm(experts=k, part=p, budget=b) for b in ("matched", "paper") for p in (16, 27) for k in (2, 4, 8)]
-    return [arm for arm in wanted if arm in study.arms]
 
 
 def main_table(records: Records, study: str) -> str:
@@ -326,84 +253,20 @@ def tasks_table(records: Records, study: str, arm: Arm) -> str:
     return table(columns, rows)
 
 
-def entries(records: Records) -> list[tuple[Study, str, str, int, dict[int, np.ndarray]]]:
-    """Return all dense models and plain mixtures: study, family, name, parts, accuracies."""
-    found = []
-    for study in records.studies.values():
-        found.append((study, "dense", "dense", PARTS, records.equal(study.name, PARTS)))
-        for arm in study.arms:
-            if arm.kind == "total":
-                found.append((study, "dense", "dense", arm.parts, records.tasks(study.name, arm.name)))
-        for arm in plain_arms(study):
-            family = f"MoDE-{arm.experts} {arm.budget} p{arm.part}"
-            found.append((study, family, label(arm), arm.cost, records.tasks(study.name, f"{arm.name} per_class")))
-    return [entry for entry in found if entry[-1]]
-
-
-def flops_of(study: Study) -> float:
-    """Return the floating-point operations of a training sample."""
-    return count_flops(study.train.model, CAPTION_TOKENS).training
-
-
-def size_table(records: Records) -> str:
-    """Everything by its training cost, in samples, operations and seconds."""
-    rows = []
-    for study, _, name, parts, scores in entries(records):
-        if study.pairs:
-            continue
-        samples = parts * study.train.samples / PARTS
-        rates = [
-            v["samples_per_second"]
-            for s in records.studies.values()
-            if s.train.model == study.train.model
-            for v in records.values(s.name, "rate").values()
-        ]
-        cells = [
-            f"{samples / 1e6:.2f}",
-            f"{samples * flops_of(study) / 1e12:,.1f}",
-            f"{samples / np.median(rates):,.0f}",
-        ]
-        rows.append((samples * flops_of(study), [study.train.model, name, *cells, mean(scores)]))
-    rows.sort(key=lambda row: row[0])
-    return table(["towers", "model", "million samples", "TFLOPs", "core seconds", "average"], [row for _, row in rows])
-
-
 def regime_table(records: Records) -> str:
     """What the split brings at equal cost, by towers, length of the training and the point at which experts part."""
     rows = []
     for study in records.studies.values():
-        for arm in plain_arms(study):
-            scores = records.tasks(study.name, f"{arm.name} per_class")
+        for arm in [*plain_arms(study), *(arm for arm in study.arms if arm.kind == "full")]:
+            scores = records.tasks(study.name, f"{arm.name} {'uniform' if arm.kind == 'full' else 'per_class'}")
             equal = records.equal(study.name, arm.cost)
             if scores and equal:
                 pairs = study.pairs or records.data["pairs"]
                 passes = arm.cost * study.train.samples / PARTS / pairs
                 cells = [f"{pairs:,}", f"{passes:.1f}", label(arm), mean(equal), mean(scores), against(scores, equal)]
-                rows.append([study.train.model, *cells])
-    columns = ["towers", "pairs", "passes over them in all", "mixture", "dense of equal cost", "MoDE", "gain"]
+                rows.append([short(study), *cells])
+    columns = ["towers", "pairs", "passes over them in all", "models", "dense of equal cost", "average", "gain"]
     return table(columns, rows)
-
-
-def scaling_lines(records: Records) -> list[dict[str, Any]]:
-    """Return a line for each model and seed, as `modeclip scaling` reads them, of families that it can fit."""
-    lines = [
-        {
-            "name": f"{study.name}, {name}, {parts}",
-            "family": family,
-            "model": study.train.model,
-            "samples": parts * study.train.samples / PARTS,
-            "flops_per_sample": flops_of(study),
-            "accuracy": round(value / 100, 6),
-            "seed": seed,
-        }
-        for study, family, name, parts, scores in entries(records)
-        if not study.pairs
-        for seed, value in averages(scores).items()
-    ]
-    sizes: dict[str, set[float]] = {}
-    for line in lines:
-        sizes.setdefault(line["family"], set()).add(line["samples"] * line["flops_per_sample"])
-    return [line for line in lines if len(sizes[line["family"]]) >= 3]  # a law takes three different computes
 
 
 def facts_table(records: Records) -> str:
@@ -421,7 +284,7 @@ def facts_table(records: Records) -> str:
 
 def all_tables(records: Records) -> dict[str, Callable[[], str]]:
     """Return what makes each table."""
-    study, base, paper = "main", base_arm(), base_arm(budget="paper")
+    study, base, paper = MAIN, base_arm(), base_arm(budget="paper")
     encoders = {
         "MiniLM": "minilm",
         "TF-IDF": "tfidf",
@@ -458,6 +321,8 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "knowledge-paper": lambda: knowledge_table(records, study, paper),
         "tasks": lambda: tasks_table(records, study, base),
         "sizes": lambda: size_table(records),
+        "headline": lambda: headline_table(records),
+        "scaling": lambda: scaling_table(records),
     }
 
 
@@ -493,6 +358,9 @@ def main() -> None:
     arguments.docs.write_text(page, encoding="utf-8")
     lines = "".join(json.dumps(line) + "\n" for line in scaling_lines(records))
     arguments.records.with_name("scaling.jsonl").write_text(lines, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        _, picture = write_page(laws_of(records), Path(folder), "mean over 36 tasks of the zero-shot error")
+        shutil.copyfile(picture, arguments.docs.parent / "assets" / picture.name)
 
 
 if __name__ == "__main__":

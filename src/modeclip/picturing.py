@@ -116,9 +116,9 @@ def draw_route(route: Route) -> Drawing:
     )
     parts: list[Box | Words] = [Words(EDGE, EDGE + LINE / 2, title, bold=True)]
     y = EDGE + 1.6 * LINE
-    keywords = [", ".join(expert.keywords[:5]) for expert in route.bundle.experts] + ["what all began from"]
+    keywords = [", ".join(expert.keywords[:5]) for expert in route.bundle.experts]
     bar = NAME + 70.0
-    for name, words, weight, color in zip(route.members, keywords, mean.tolist(), colors, strict=False):
+    for name, words, weight, color in zip(route.members, keywords, mean.tolist(), colors, strict=True):
         parts += [Box(EDGE, y + 4, 11.0, 11.0, color), Words(EDGE + 18, y + LINE / 2, _fit(name, NAME - 60))]
         parts += [Box(EDGE + NAME - 30, y + 4, 100 * weight, 11.0, color)]
         parts += [Words(EDGE + bar, y + LINE / 2, f"{weight:.2f}"), Words(EDGE + bar + 40, y + LINE / 2, words, SOFT)]

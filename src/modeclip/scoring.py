@@ -287,7 +287,7 @@ class _Asked:
             return {}
         weights = self.weights[system.name].values
         mean = weights.reshape(-1, weights.shape[-1]).mean(axis=0).tolist()
-        shares = dict(zip(system.mixture.members, mean, strict=False))
+        shares = dict(zip(system.mixture.members, mean, strict=True))
         return system.mixture.facts() | {"weights": shares, "entropy": entropy(weights)}
 
     @property
@@ -300,9 +300,8 @@ class _Asked:
         """Return the models that some system needs, each once."""
         needed: dict[str, Source] = {}
         for system in self.systems:
-            for place, source in enumerate(system.weighed):
-                is_expert = place < len(system.sources)
-                if (everyone and is_expert) or self.weights[system.name].uses(place):
+            for place, source in enumerate(system.sources):
+                if everyone or self.weights[system.name].uses(place):
                     needed.setdefault(source.digest, source)
         return list(needed.values())
 
@@ -346,7 +345,7 @@ def _similarity(
 ) -> Similarity:
     """Return the similarities by the models that have weight; one that stands for several experts counts once."""
     shares: dict[str, np.ndarray] = {}
-    for place, source in enumerate(system.weighed[: weights.shape[-1]]):
+    for place, source in enumerate(system.sources):
         share = weights[..., place]
         if share.any():
             shares[source.digest] = shares[source.digest] + share if source.digest in shares else share

@@ -48,11 +48,6 @@ class System:
     """Prompts that its bundle was made for."""
 
     @property
-    def weighed(self) -> tuple[Source, ...]:
-        """The models that may have weight, in the order of the weights: the experts, and behind them the seed."""
-        return self.sources if self.mixture is None else (*self.sources, *self.mixture.seed)
-
-    @property
     def per_image(self) -> bool:
         """Whether every image has weights of its own."""
         return self.mixture is not None and self.mixture.per_image
@@ -65,7 +60,7 @@ class System:
             each: Whether every text is a task of its own.
 
         Returns:
-            (K,), or a row a text; with one number more where the rule weighs the seed too.
+            (K,), or a row a text.
         """
         if self.mixture is None:
             return np.ones(1)
@@ -88,8 +83,6 @@ class Mixture:
     """It."""
     asked: Asked
     """Rule, temperature, budget."""
-    seed: tuple[Source, ...]
-    """The seed, which some rules weigh as one more expert."""
     per_image: bool
     """Whether the clusters are of images."""
 
@@ -101,8 +94,8 @@ class Mixture:
 
     @property
     def members(self) -> list[str]:
-        """Names of what is weighed."""
-        return [*(expert.name for expert in self.mode.bundle.experts), *(source.name for source in self.seed)]
+        """Names of the experts."""
+        return [expert.name for expert in self.mode.bundle.experts]
 
 
 def open_systems(
@@ -166,9 +159,7 @@ def _open_mixture(
     max_experts: int | None,
 ) -> System:
     folders = [expert.folder for expert in bundle.experts]
-    has_seed = (bundle.path / SEED).is_dir()
-    every = {*folders, SEED} if has_seed else set(folders)
-    source_of = {folder: Source.of_bundle(folder, bundle, folder) for folder in every}
+    source_of = {folder: Source.of_bundle(folder, bundle, folder) for folder in set(folders)}
     per_image = bundle.encoder.partition(":")[0] in IMAGE_PREFIXES
     mode = MoDE(bundle, max_experts=max_experts)
     if not per_image:
@@ -179,7 +170,6 @@ def _open_mixture(
         mixture=Mixture(
             mode=mode,
             asked=mode.ask(rule, temperature, max_experts),
-            seed=(source_of[SEED],) if has_seed else (),
             per_image=per_image,
         ),
         templates=bundle.templates,

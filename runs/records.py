@@ -1,0 +1,95 @@
+"""What `runs/measure.py` has recorded, and the words of the tables: means, intervals, differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from experiments import PARTS, Arm, Study, base_arm, read_studies
+from scipy.stats import t
+
+TUNED_EVERY = 4  # every fourth task, by name, chooses settings; the others confirm them
+BY_SEED = Mapping[int, np.ndarray]
+
+
+class Records:
+    """What was measured, by study, row and seed."""
+
+    def __init__(self, path: Path) -> None:
+        self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self._found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+        for line in self.lines:
+            self._found.setdefault((line["study"], line["row"]), {})[line["seed"]] = line["values"]
+        self.data = self.values("data", "tasks")[0]
+        self.tuned = np.arange(len(self.data["tasks"])) % TUNED_EVERY == 0
+        self.studies = {study.name: study for study in read_studies()[1]}
+
+    def values(self, study: str, row: str) -> dict[int, dict[str, Any]]:
+        """Return the numbers of a row by seed."""
+        return self._found.get((study, row), {})
+
+    def tasks(self, study: str, row: str, name: str = "tasks") -> dict[int, np.ndarray]:
+        """Return the accuracy on each task by seed."""
+        return {seed: np.array(values[name]) for seed, values in sorted(self.values(study, row).items())}
+
+    def equal(self, study: str, parts: int) -> dict[int, np.ndarray]:
+        """Return the dense model whose own schedule has so many parts, or one part more where there is none."""
+        if parts == PARTS:
+            return self.tasks(study, "part-32")
+        return self.tasks(study, f"total-{parts}") or self.tasks(study, f"total-{parts + 1}")
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return a mean with the half width of its 95 % t-interval."""
+    if not len(values):
+        return ""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean:.1f}\u00a0±\u00a0{half:.1f}"  # stays on one line of a narrow column
+
+
+def averages(scores: BY_SEED, chosen: np.ndarray | None = None) -> dict[int, float]:
+    """Return the plain mean over the tasks, by seed."""
+    return {seed: float(values[slice(None) if chosen is None else chosen].mean()) for seed, values in scores.items()}
+
+
+def mean(scores: BY_SEED, chosen: np.ndarray | None = None) -> str:
+    """Return the interval of the average."""
+    return interval(list(averages(scores, chosen).values()))
+
+
+def against(scores: BY_SEED, other: BY_SEED, chosen: np.ndarray | None = None) -> str:
+    """Return the mean difference of two rows with its interval over the seeds that both have."""
+    mine, theirs = averages(scores, chosen), averages(other, chosen)
+    text = interval([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
+    return text if not text or text.startswith("-") else f"+{text}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    if not rows:
+        return "Not computed yet."
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def label(arm: Arm) -> str:
+    """Return what a table calls an arm of several models."""
+    kind = "Full" if arm.kind == "full" else "MoDE"
+    return f"{kind}-{arm.experts}, {arm.budget}, parted at {arm.part}"
+
+
+def plain_arms(study: Study) -> list[Arm]:
+    """Return the arms that differ from the base arm in the number of experts, the parting or the budget alone."""
+    wanted = [base_arm(experts=k, part=p, budget=b) for b in ("matched", "paper") for p in (16, 27) for k in (2, 4, 8)]
+    return [arm for arm in wanted if arm in study.arms]
+
+
+def short(study: Study) -> str:
+    """Return the size of a study's towers."""
+    return study.train.model.removeprefix("modeclip-icon-")
