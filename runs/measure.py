@@ -162,7 +162,10 @@ class Bench:
         if arm.encoder in OF_IMAGES:
             return rows
         if arm in {base_arm(), base_arm(budget="paper")}:
-            rows.append((f"{arm.name} knowledge", lambda: self._knowledge(arm, members)))
+            rows += [
+                (f"{arm.name} knowledge", lambda: self._knowledge(arm, members)),
+                (f"{arm.name} mixing", lambda: self._mixing(arm, members)),
+            ]
         if self.study.name != MAIN:
             return rows
         if arm in {base_arm(), base_arm(budget="paper"), base_arm(part=27, budget="paper")}:
@@ -202,7 +205,6 @@ class Bench:
             ]
             rows += [
                 (f"{arm.name} try confidence", lambda: self._confident(arm, members)),
-                (f"{arm.name} mixing", lambda: self._mixing(arm, members)),
                 (f"{arm.name} averaged", lambda: self._averaged(arm, members)),
                 (f"{arm.name} probe", lambda: self._probe(arm, members)),
             ]
