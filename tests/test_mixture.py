@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import modeclip.routed
 from modeclip import MoDE
@@ -116,6 +117,28 @@ def test_works_in_open_clips_own_classifier(bundle: Path, pictures: list[Image.I
     probabilities = (scale * image @ text.T).softmax(dim=-1).sort(descending=True).values[0]
     expected = torch.tensor(task.classify(pictures[:1])[0].probabilities)
     torch.testing.assert_close(probabilities, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["top1", "paper", "per_class"])
+def test_log_probabilities_make_a_weighted_product(bundle: Path, pictures: list[Image.Image], rule: str) -> None:
+    """The share of a class is the product of the experts' own probabilities, each to the power of its weight."""
+    task = MoDE.load(bundle).task(CLASSES, templates=["{}"], rule=rule)
+    weights = np.broadcast_to(task.weights, (len(CLASSES), 2))
+    product = torch.ones(len(pictures), len(CLASSES), dtype=torch.float64)
+    for k in range(2):
+        scale = float(load_file(bundle / f"expert-{k}" / "open_clip_model.safetensors")["logit_scale"].exp())
+        own = (scale * expert_cosines(bundle, k, pictures, CLASSES).double()).softmax(dim=1)
+        product *= own ** torch.from_numpy(weights[:, k].copy())
+    expected = (product / product.sum(dim=1, keepdim=True)).sort(dim=1, descending=True)
+    found = task.classify(pictures, mix="log-probabilities")
+    shares = torch.tensor([prediction.probabilities for prediction in found], dtype=torch.float64)
+    torch.testing.assert_close(shares, expected.values, atol=1e-4, rtol=0)
+    names = [[CLASSES[index] for index in row] for row in expected.indices.tolist()]
+    assert [prediction.classnames[0] for prediction in found] == [row[0] for row in names]
+    tensor = torch.stack([task.preprocess(picture) for picture in pictures])
+    assert [p.classnames for p in task.classify(tensor, "log-probabilities")] == [p.classnames for p in found]
+    with pytest.raises(ModeclipError, match="unknown mix 'logits'"):
+        task.classify(pictures, mix="logits")
 
 
 def test_unknown_text_is_routed_by_itself(bundle: Path) -> None:

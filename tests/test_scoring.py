@@ -31,7 +31,7 @@ from modeclip.interchange import compare, write_results
 from modeclip.metrics import bootstrap_interval, paired_interval
 from modeclip.mixture import MoDE
 from modeclip.probing import ProbeConfig
-from modeclip.routing import route
+from modeclip.routing import MIXES, Mix, route
 from modeclip.scoring import Result, ScoreConfig, averages, evaluate_systems
 from modeclip.systems import System, open_systems
 from modeclip.tasks import CatalogImages, Task, catalog_tasks
@@ -169,15 +169,20 @@ def test_mixture_by_hand(evaluated: tuple[list[Result], Path], small_run: Path, 
     assert facts["clustering"] == bundle.clustering
 
 
-def test_answers_are_those_of_the_routed_model(
-    evaluated: tuple[list[Result], Path], small_run: Path, tasks: list[Task]
-) -> None:
-    results, _ = evaluated
-    task = tasks[0]
+@pytest.mark.parametrize("mix", MIXES)
+def test_answers_are_those_of_the_routed_model(specs: list[str], small_run: Path, tasks: list[Task], mix: Mix) -> None:
+    cache = FeatureCache()
+    task, retrieval = tasks[0], tasks[2]
+    results = evaluate_systems(open_systems(specs, cache), [task, retrieval], ScoreConfig(mix=mix), cache)
     routed = MoDE.load(small_run / "bundle").task(list(task.classnames))
-    predictions = routed.classify(task.images.read(np.arange(len(task.images))))
-    best = [task.classnames[number] for number in of(results, task.name, "small/bundle").outcome.prediction]
+    predictions = routed.classify(task.images.read(np.arange(len(task.images))), mix)
+    found = of(results, task.name, "small/bundle")
+    best = [task.classnames[number] for number in found.outcome.prediction]
     assert [prediction.classnames[0] for prediction in predictions] == best
+    assert found.provenance["mix"] == mix
+    assert of(results, retrieval.name, "small/bundle").provenance["mix"] == "cosines"
+    dense = of(results, task.name, "dense")
+    assert np.array_equal(dense.outcome.prediction, by_hand(small_run / "models/dense", task).argmax(1))
 
 
 def test_text_and_image_retrieval_are_routed_differently(small_run: Path, tasks: list[Task]) -> None:

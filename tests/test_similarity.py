@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,30 @@ def oracle(of: Similarity) -> np.ndarray:
                 row = of.weights if of.weights.ndim == 1 else of.weights[image if of.per_image else text]
                 total[image, text] += row[expert] * float(visual[image].astype(float) @ words[text].astype(float))
     return total
+
+
+@pytest.mark.parametrize("weighted", ["task", "text", "image"])
+def test_log_probabilities_are_over_all_texts(weighted: str) -> None:
+    """sum_c p_c log(exp(s_c <u_c, v_c>) / sum over the classes), a pair at a time; a block of some texts too."""
+    rng = np.random.default_rng(4)
+    rows = {"task": (), "text": (7,), "image": (11,)}[weighted]
+    of = Similarity(
+        images=[unit(rng, 11, 5), unit(rng, 11, 3)],
+        texts=[unit(rng, 7, 5), unit(rng, 7, 3)],
+        weights=rng.dirichlet([1, 1], size=rows),
+        per_image=weighted == "image",
+        scales=np.array([3.0, 90.0]),
+    )
+    wanted = np.zeros((11, 7))
+    assert of.scales is not None
+    for image in range(11):
+        for visual, words, scale, weights in zip(of.images, of.texts, of.scales, of.weights.T, strict=True):
+            chances = [math.exp(scale * float(visual[image].astype(float) @ word.astype(float))) for word in words]
+            for text, chance in enumerate(chances):
+                share = weights if weights.ndim == 0 else weights[image if of.per_image else text]
+                wanted[image, text] += share * math.log(chance / math.fsum(chances))
+    np.testing.assert_allclose(of.block(slice(None)), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of.block(slice(2, 9), slice(1, 4)), wanted[2:9, 1:4], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("weighted", ["task", "text", "image"])

@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from modeclip.commands import AsJson
 from modeclip.errors import ModeclipError
 from modeclip.progress import print_json, print_table
-from modeclip.routing import RULES
+from modeclip.routing import RULES, Mix
 
 if TYPE_CHECKING:
     from modeclip.intervals import Interval
@@ -46,6 +46,8 @@ class EvaluateOptions:
     """Temperature of the rule; default: the bundle's, or the rule's own."""
     max_experts: int | None = None
     """Experts that a task may use; default: all."""
+    mix: Mix = "cosines"
+    """What of the experts is weighted and summed to tell classes apart."""
     probe: bool = False
     """Fit a linear probe too, where a task has training images."""
     cache: Path | None = None
@@ -83,6 +85,7 @@ def evaluate(
     config = ScoreConfig(
         probe=ProbeConfig() if options.probe else None,
         batch_size=options.batch_size,
+        mix=options.mix,
         device=options.device,
         precision=options.precision,
     )

@@ -30,9 +30,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from modeclip.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, encode_image, encode_text
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, unknown
 from modeclip.explaining import Asked, ClassReason, Route
-from modeclip.routing import reweigh
+from modeclip.routing import MIXES, reweigh
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,9 +112,10 @@ class RoutedClip(nn.Module):
             shares = route.class_weights
         self.active = np.flatnonzero((shares > 0).any(axis=0))
         self.models = nn.ModuleDict()
-        scales = [_logit_scale(mode.bundle.model_folder(int(expert))) for expert in self.active]
+        self._scales = [logit_scale_of(mode.bundle.model_folder(int(expert))) for expert in self.active]
         self.logit_scale: Tensor
-        self.register_buffer("logit_scale", torch.tensor(shares[:, self.active].mean(axis=0) @ scales).float().log())
+        scale = torch.tensor(shares[:, self.active].mean(axis=0) @ self._scales)
+        self.register_buffer("logit_scale", scale.float().log())
         mode.watch(self)
         first = mode.clip(int(self.active[0]))
         self.preprocess, self.tokenizer = first.preprocess, first.tokenizer
@@ -201,27 +202,35 @@ class RoutedClip(nn.Module):
     @torch.inference_mode()
     def classifier(self, normalize: bool = False) -> Tensor:
         """Return the text vector of each class: (L, D * active experts), over all templates."""
-        features = []
-        for expert in self.active.tolist():
-            model = self._model(expert)
-            features.append(class_features(model, self._mode.clip(expert), self.classnames, self.templates))
-        return self._on_text_side(features, None if self._route is None else self._route.class_weights, normalize)
+        weights = None if self._route is None else self._route.class_weights
+        return self._on_text_side(self._class_vectors(), weights, normalize)
 
     @torch.inference_mode()
-    def classify(self, images: Tensor | Sequence[Image]) -> list[Prediction]:
+    def classify(self, images: Tensor | Sequence[Image], mix: str = "cosines") -> list[Prediction]:
         """Name the class of each picture.
 
         Args:
             images: PIL images, or a (B, 3, H, W) tensor as ``preprocess`` makes it.
+            mix: What of the experts is weighted and summed, one of ``routing.MIXES``.
+
+        Raises:
+            ModeclipError: ``mix`` is none of them.
         """
-        weights = None
+        if mix not in MIXES:
+            raise unknown("mix", mix, MIXES)
+        first, weights = self._mode.clip(int(self.active[0])), None
         if isinstance(images, Tensor):
-            batch = images
+            batch, pictures = images, []
         else:
             pictures = [image.convert("RGB") for image in images]
-            batch = self._mode.clip(int(self.active[0])).images(pictures).to(self.logit_scale.device)
-            weights = self._weights_of_images(pictures) if self._route is None else None
-        logits = self.logit_scale.exp() * self.encode_image(batch, weights=weights) @ self._classifier.T
+            batch = first.images(pictures).to(self.logit_scale.device)
+        if self._route is None:
+            weights = self._weights_of_images(pictures or _pictures(batch, first.model.visual))
+        if mix == "cosines":
+            logits = self.logit_scale.exp() * self.encode_image(batch, weights=weights) @ self._classifier.T
+        else:
+            shares = self.route.class_weights.T if weights is None else weights.T[:, :, None]
+            logits = self._log_probabilities(batch, shares)
         probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         return [
             Prediction(
@@ -253,6 +262,27 @@ class RoutedClip(nn.Module):
     @cached_property
     def _classifier(self) -> Tensor:
         return self.classifier()
+
+    def _class_vectors(self) -> list[Tensor]:
+        """Return the vectors of the classes by each active expert, (L, D)."""
+        experts = self.active.tolist()
+        return [
+            class_features(self._model(expert), self._mode.clip(expert), self.classnames, self.templates)
+            for expert in experts
+        ]
+
+    @cached_property
+    def _words(self) -> list[Tensor]:
+        return self._class_vectors()
+
+    def _log_probabilities(self, images: Tensor, weights: Float[np.ndarray, "K ..."]) -> Tensor:
+        """Return the weighted sums of the experts' log-probabilities: (B, L); weights are (K, L) or (K, B, 1)."""
+        total = torch.zeros((), device=images.device)
+        for expert, scale, words in zip(self.active.tolist(), self._scales, self._words, strict=True):
+            cosines = encode_image(self._model(expert), images) @ words.T
+            shares = torch.from_numpy(np.array(weights[expert])).to(cosines)
+            total = total + shares * (scale * cosines).log_softmax(dim=-1)
+        return total
 
     def _weights_of_images(self, pictures: Sequence[Image]) -> Float[np.ndarray, "B K"]:
         asked, embeddings = self.asked, self._mode.embed_images(pictures)
@@ -319,7 +349,7 @@ def _weighted(features: Sequence[Tensor], weights: Float[np.ndarray, "B k"], nor
     return torch.cat(parts, dim=-1)
 
 
-def _logit_scale(folder: Path) -> float:
+def logit_scale_of(folder: Path) -> float:
     """Return exp(logit scale) of a model folder, reading nothing else of its weights."""
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         return float(file.get_tensor("logit_scale").float().exp())

@@ -46,6 +46,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -57,6 +58,11 @@ RULES = ("paper", "eq6", "release", "uniform", "coarse", "top1", "share", "per_c
 
 DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.1}
 """Each rule's temperature for callers that name none: the paper's; 0.1 if all centres count."""
+
+Mix = Literal["cosines", "log-probabilities"]
+MIXES: tuple[Mix, ...] = get_args(Mix)
+"""What of the experts the weights are for. By the paper, cosines; log-probabilities need all classes of a task at once,
+and gain 0.7 ± 0.4 points (`matched` budget) and 0.4 ± 0.3 (`paper`) on icons (``runs/results.py``)."""
 
 SMALL_TASK = 10
 """A task with fewer classes than this is small (App. E)."""

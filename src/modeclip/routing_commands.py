@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from modeclip.errors import ModeclipError
 from modeclip.priors import read_classes
 from modeclip.progress import console, print_json, print_table
-from modeclip.routing import RULES
+from modeclip.routing import RULES, Mix
 
 AsJson = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
 BundlePath = Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]]
@@ -102,6 +102,7 @@ def classify(
     temperature: Temperature = None,
     max_experts: MaxExperts = None,
     max_memory: MaxMemory = None,
+    mix: Annotated[Mix, arg(help="What of the experts is weighted and summed.")] = "cosines",
     as_json: AsJson = False,
 ) -> None:
     """Name the class of pictures, by the experts that the class names are routed to."""
@@ -120,7 +121,7 @@ def classify(
             rule=rule,
             temperature=temperature,
         )
-        predictions = task.classify(images)
+        predictions = task.classify(images, mix)
     best = [list(zip(p.classnames, p.probabilities, strict=True))[:top] for p in predictions]
     if as_json:
         print_json(

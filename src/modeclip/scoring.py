@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from jaxtyping import Float
 
 from modeclip.bundling import versions
 from modeclip.caching import FeatureCache, hash_texts
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, unknown
 from modeclip.features import image_features, missing_images, prompt_features, text_features
 from modeclip.intervals import Interval, Outcome, PairedTest, bootstrap_interval, paired_interval, paired_test
 from modeclip.loading import Source, resolve_precision
@@ -32,7 +33,8 @@ from modeclip.metrics import classify, select_captions
 from modeclip.probing import ProbeConfig, linear_probe
 from modeclip.progress import progress
 from modeclip.retrieval import retrieve
-from modeclip.routing import entropy
+from modeclip.routed import logit_scale_of
+from modeclip.routing import MIXES, Mix, entropy
 from modeclip.similarity import Similarity
 from modeclip.systems import System
 from modeclip.tasks import Images, Task
@@ -54,6 +56,9 @@ class ScoreConfig:
     """Answer tasks with training images by a linear probe as well; None: by none."""
     batch_size: int = 512
     """Images encoded at a time."""
+    mix: Mix = "cosines"
+    """What of a mixture's experts is weighted and summed to tell classes apart, one of ``routing.MIXES``. Retrieval
+    and the choice of captions have no classes and are always by cosines."""
     device: str = "auto"
     """What models run on: ``auto`` is the GPU if there is one."""
     precision: str = "32-true"
@@ -61,10 +66,12 @@ class ScoreConfig:
     on every machine."""
 
     def __post_init__(self) -> None:
-        """Check the templates and the precision."""
+        """Check the templates, the mix and the precision."""
         for template in self.templates:
             if "{}" not in template:
                 raise ModeclipError(f"templates: {template!r} has no {{}} where the class name goes")
+        if self.mix not in MIXES:
+            raise unknown("mix", self.mix, MIXES)
         resolve_precision(self.precision)
 
 
@@ -228,7 +235,8 @@ class _Asked:
 
     def _answer(self, system: System, images: Features, texts: Features) -> Outcome:
         task, weights = self.task, self.weights[system.name]
-        similarity = _similarity(system, weights.values, images, texts, weights.per_image)
+        by_chance = task.kind == "classification" and self.config.mix != "cosines" and system.mixture is not None
+        similarity = _similarity(system, weights.values, images, texts, weights.per_image, by_chance)
         if task.kind == "classification":
             assert task.labels is not None
             return classify(similarity, task.labels, task.metric)
@@ -288,7 +296,8 @@ class _Asked:
         weights = self.weights[system.name].values
         mean = weights.reshape(-1, weights.shape[-1]).mean(axis=0).tolist()
         shares = dict(zip(system.mixture.members, mean, strict=True))
-        return system.mixture.facts() | {"weights": shares, "entropy": entropy(weights)}
+        mix = self.config.mix if self.task.kind == "classification" else "cosines"
+        return system.mixture.facts() | {"mix": mix, "weights": shares, "entropy": entropy(weights)}
 
     @property
     def _train(self) -> Task | None:
@@ -341,19 +350,27 @@ def _counts(*sides: Mapping[str, Outcome]) -> bool:
 
 
 def _similarity(
-    system: System, weights: Float[np.ndarray, "... K"], images: Features, texts: Features, per_image: bool
+    system: System,
+    weights: Float[np.ndarray, "... K"],
+    images: Features,
+    texts: Features,
+    per_image: bool,
+    by_chance: bool = False,
 ) -> Similarity:
     """Return the similarities by the models that have weight; one that stands for several experts counts once."""
     shares: dict[str, np.ndarray] = {}
+    places: dict[str, Path] = {}
     for place, source in enumerate(system.sources):
         share = weights[..., place]
         if share.any():
             shares[source.digest] = shares[source.digest] + share if source.digest in shares else share
+            places[source.digest] = Path(source.spec)
     return Similarity(
         images=[images[digest] for digest in shares],
         texts=[texts[digest] for digest in shares],
         weights=np.stack(list(shares.values()), axis=-1),
         per_image=per_image,
+        scales=np.array([logit_scale_of(places[digest]) for digest in shares]) if by_chance else None,
     )
 
 

@@ -2,6 +2,9 @@
 
 The similarity is the weighted sum of the experts' cosines (MoDE eq. 4), sum_c p_c <u_c, v_c>; the weights may differ
 from text to text (`per_class`, image retrieval), from image to image (clusters of image embeddings), or be one vector.
+Where the texts are the classes of a task, the experts' log-probabilities can be summed in place of their cosines: that
+needs all classes at once and is no inner product, so a mixture is one CLIP by cosines alone.
+
 Nothing of the size images x texts is ever held: whoever needs all of them asks for one block after another.
 
 Price: a block of n x l costs n * l * D multiplications an expert; experts without weight are left out by the caller.
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import log_softmax
 
 BLOCK_NUMBERS = 1 << 25
 """Similarities of a block, at most (128 MiB of float32)."""
@@ -31,6 +35,9 @@ class Similarity:
     """Weight of each expert: (K,), or a row a text (L, K), or, if ``per_image``, a row an image (N, K)."""
     per_image: bool = False
     """Whether the rows of the weights are of images."""
+    scales: Float[np.ndarray, " K"] | None = None
+    """Factor from cosines to logits of each expert; then the similarity is sum_c p_c log softmax_l(scale_c <u_c, v_c>),
+    over all L texts; None: cosines."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,9 +48,13 @@ class Similarity:
         """Return the similarities of some images with some texts, float32."""
         total: np.ndarray | None = None
         for expert, (of_images, of_texts) in enumerate(zip(self.images, self.texts, strict=True)):
-            visual, words = of_images[images], of_texts[texts]
             weights = self.weights[..., expert].astype(np.float32)
-            if weights.ndim == 0:
+            visual, words = of_images[images], of_texts[texts]
+            if self.scales is not None:
+                shares = weights[images, None] if self.per_image else weights[texts] if weights.ndim else weights
+                logits = (visual * np.float32(self.scales[expert])) @ of_texts.T
+                part = shares * log_softmax(logits, axis=1)[:, texts]
+            elif weights.ndim == 0:
                 part = visual @ (words * weights).T
             elif self.per_image:
                 part = (visual * weights[images, None]) @ words.T
