@@ -154,18 +154,22 @@ class Bench:
         if arm.is_single:
             return [(arm.name, lambda: self._plain(members) | trained(members))]
         rows: list[tuple[str, Callable[[], Values]]] = [
-            (f"{arm.name} uniform", lambda: self._plain(members) | trained(members))
+            (f"{arm.name} uniform", lambda: self._plain(members) | trained(members)),
+            (f"{arm.name} mixing", lambda: self._mixing(arm, members)),
         ]
         if arm.kind != "mode":
             return rows
         rows.append((f"{arm.name} per_class", lambda: self._routed(arm, members)))
+        if self.study.name == MAIN and replace(arm, budget="matched") in {base_arm(), base_arm(encoder="clip-image")}:
+            rows += [
+                (f"{arm.name} try {name}", lambda options=options: self._routed(arm, members, **options))
+                for name, options in PLAIN_CANDIDATES.items()
+                if arm.encoder not in OF_IMAGES or "max_experts" not in options
+            ]
         if arm.encoder in OF_IMAGES:
             return rows
         if arm in {base_arm(), base_arm(budget="paper")}:
-            rows += [
-                (f"{arm.name} knowledge", lambda: self._knowledge(arm, members)),
-                (f"{arm.name} mixing", lambda: self._mixing(arm, members)),
-            ]
+            rows.append((f"{arm.name} knowledge", lambda: self._knowledge(arm, members)))
         if self.study.name != MAIN:
             return rows
         if arm in {base_arm(), base_arm(budget="paper"), base_arm(part=27, budget="paper")}:
@@ -180,10 +184,6 @@ class Bench:
             ]
             rows.append((f"{arm.name} retrieval", lambda: self._retrieval(arm, members)))
         if arm in {base_arm(), base_arm(budget="paper")}:
-            rows += [
-                (f"{arm.name} try {name}", lambda options=options: self._routed(arm, members, **options))
-                for name, options in PLAIN_CANDIDATES.items()
-            ]
             rows += [
                 (
                     f"{arm.name} try adaptive by {spread}, factor {value:g}",
@@ -295,8 +295,9 @@ class Bench:
         return self._plain(members, lambda task: candidates.reweighed(weigh(task), recalls))
 
     def _mixing(self, arm: Arm, members: list[Path]) -> Values:
-        """Other ways to bring the experts' cosines together, with the weights of `per_class`; accuracies by way."""
-        weigh, exam = self.weigh(arm), self.exam
+        """Other ways to bring the experts' cosines together, with the arm's own weights; accuracies by way."""
+        exam, even = self.exam, np.full((1, len(members)), 1 / len(members))
+        weigh = self.weigh(arm) if arm.kind == "mode" else lambda _: even
         visual, words = zip(*exam.load(members), strict=True)
         scales = np.array([float(load_clip(member).model.logit_scale.detach().exp()) for member in members])
         draw = np.random.default_rng(0)
@@ -307,7 +308,8 @@ class Bench:
         for number, task in enumerate(exam.tasks):
             rows, classes = exam.slices[number], exam.classes[number]
             cosine = np.stack([v[rows] @ u[classes].T for v, u in zip(visual, words, strict=True)])
-            weights = weigh(number).T[:, None, :]
+            weights = weigh(number).T  # of classes, or of images
+            weights = weights[:, :, None] if arm.encoder in OF_IMAGES else weights[:, None, :]
             logits = cosine * scales[:, None, None]
             chance = np.exp(logits - logits.max(2, keepdims=True))
             chance /= chance.sum(2, keepdims=True)
