@@ -61,8 +61,9 @@ def entries(records: Records) -> list[Entry]:
         for parts, scores in dense.items():
             found.append(Entry(study=study, family="dense", name="dense", parts=parts, scores=scores))
         for arm in plain_arms(study):
-            scores = records.tasks(study.name, f"{arm.name} per_class")
-            family = f"MoDE-{arm.experts} {arm.budget} p{arm.part}"
+            scores = records.mixed(study.name, arm)
+            of = " of images" if arm.encoder == "clip-image" else ""
+            family = f"MoDE-{arm.experts}{of} {arm.budget} p{arm.part}"
             found.append(Entry(study=study, family=family, name=label(arm), parts=arm.cost, scores=scores))
     return sorted((entry for entry in found if entry.scores), key=lambda entry: entry.flops)
 

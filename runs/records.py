@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,13 @@ class Records:
         if parts == PARTS:
             return self.tasks(study, "part-32")
         return self.tasks(study, f"total-{parts}") or self.tasks(study, f"total-{parts + 1}")
+
+    def mixed(self, study: str, arm: Arm, how: str = "") -> dict[int, np.ndarray]:
+        """Return the accuracies of an arm's mixture: by its own weights, `uniform`, or by log-probabilities (`log`)."""
+        if how == "log":
+            return self.tasks(study, f"{arm.name} mixing", "logarithms of probabilities")
+        rule = how or ("per_class" if arm.kind == "mode" else "uniform")
+        return self.tasks(study, f"{arm.name} {rule}")
 
 
 def interval(values: Sequence[float]) -> str:
@@ -81,12 +89,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def label(arm: Arm) -> str:
     """Return what a table calls an arm of several models."""
     kind = "Full" if arm.kind == "full" else "MoDE"
-    return f"{kind}-{arm.experts}, {arm.budget}, parted at {arm.part}"
+    of = " of images" if arm.encoder == "clip-image" else ""
+    return f"{kind}-{arm.experts}{of}, {arm.budget}, parted at {arm.part}"
 
 
 def plain_arms(study: Study) -> list[Arm]:
-    """Return the arms that differ from the base arm in the number of experts, the parting or the budget alone."""
-    wanted = [base_arm(experts=k, part=p, budget=b) for b in ("matched", "paper") for p in (16, 27) for k in (2, 4, 8)]
+    """Return the arms that differ from the base arm in experts, parting, budget, and captions or images alone."""
+    order = itertools.product(("minilm", "clip-image"), ("matched", "paper"), (16, 27), (2, 4, 8))
+    wanted = [base_arm(encoder=e, budget=b, part=p, experts=k) for e, b, p, k in order]
     return [arm for arm in wanted if arm in study.arms]
 
 

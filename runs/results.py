@@ -52,8 +52,9 @@ def main_table(records: Records, study: str) -> str:
             add(f"dense, a schedule of {arm.parts}", arm.parts, records.tasks(study, arm.name), {})
     for arm in plain_arms(records.studies[study]):
         equal = records.equal(study, arm.cost)
-        add(label(arm), arm.cost, records.tasks(study, f"{arm.name} per_class"), equal)
-        add(f"{label(arm)}, uniform", arm.cost, records.tasks(study, f"{arm.name} uniform"), equal)
+        add(label(arm), arm.cost, records.mixed(study, arm), equal)
+        add(f"{label(arm)}, log-probabilities", arm.cost, records.mixed(study, arm, "log"), equal)
+        add(f"{label(arm)}, uniform", arm.cost, records.mixed(study, arm, "uniform"), equal)
     columns = ["model", "parts", "million samples", "average", "against dense", "against dense of equal cost"]
     return table(columns, rows)
 
@@ -82,10 +83,12 @@ def sweep_table(records: Records, study: str, arms: Mapping[str, Arm]) -> str:
     reference, dense = records.tasks(study, f"{base_arm().name} per_class"), records.equal(study, PARTS)
     rows = []
     for name, arm in arms.items():
-        scores, even = (records.tasks(study, f"{arm.name} {rule}") for rule in ("per_class", "uniform"))
+        scores, even, logs = (records.mixed(study, arm, how) for how in ("", "uniform", "log"))
         if scores:
-            rows.append([name, mean(scores), mean(even), against(scores, reference), against(scores, dense)])
-    return table(["", "per_class", "uniform", "against the default", "against dense"], rows)
+            cells = [mean(scores), against(scores, reference), against(scores, dense)]
+            rows.append([name, mean(even), *cells, mean(logs), against(logs, dense)])
+    columns = ["", "uniform", "per_class", "against the default", "against dense", "log-probabilities", "against dense"]
+    return table(columns, rows)
 
 
 def rules_table(records: Records, study: str, arm: Arm) -> str:
@@ -258,15 +261,15 @@ def regime_table(records: Records) -> str:
     rows = []
     for study in records.studies.values():
         for arm in [*plain_arms(study), *(arm for arm in study.arms if arm.kind == "full")]:
-            scores = records.tasks(study.name, f"{arm.name} {'uniform' if arm.kind == 'full' else 'per_class'}")
+            scores, logs = records.mixed(study.name, arm), records.mixed(study.name, arm, "log")
             equal = records.equal(study.name, arm.cost)
             if scores and equal:
                 pairs = study.pairs or records.data["pairs"]
                 passes = arm.cost * study.train.samples / PARTS / pairs
-                cells = [f"{pairs:,}", f"{passes:.1f}", label(arm), mean(equal), mean(scores), against(scores, equal)]
-                rows.append([short(study), *cells])
-    columns = ["towers", "pairs", "passes over them in all", "models", "dense of equal cost", "average", "gain"]
-    return table(columns, rows)
+                cells = [short(study), f"{pairs:,}", f"{passes:.1f}", label(arm), mean(equal), mean(scores)]
+                rows.append([*cells, against(scores, equal), against(logs, equal)])
+    columns = ["towers", "pairs", "passes over them in all", "models", "dense of equal cost", "average"]
+    return table([*columns, "gain", "gain by log-probabilities"], rows)
 
 
 def facts_table(records: Records) -> str:
