@@ -36,6 +36,7 @@ from modeclip.encoders import load_any_encoder
 from modeclip.features import image_features, text_features
 from modeclip.jobs import TrainJob
 from modeclip.loading import Source
+from modeclip.negatives import measure_negatives
 from modeclip.priors import nearest_fine
 from modeclip.probing import ProbeConfig, linear_probe
 from modeclip.progress import log
@@ -160,6 +161,8 @@ class Bench:
         if arm.kind != "mode":
             return rows
         rows.append((f"{arm.name} per_class", lambda: self._routed(arm, members)))
+        if self.study.name == MAIN and arm.budget == "matched" and arm.part == base_arm().part and not arm.outside:
+            rows.append((f"{arm.name} negatives", lambda: self._negatives(arm)))
         if self.study.name == MAIN and replace(arm, budget="matched") in {base_arm(), base_arm(encoder="clip-image")}:
             rows += [
                 (f"{arm.name} try {name}", lambda options=options: self._routed(arm, members, **options))
@@ -326,6 +329,23 @@ class Bench:
                 hits = float(100 * (parts.sum(0).argmax(1) == task.labels).mean())
                 found.setdefault(way, []).append(round(hits, 3))
         return found
+
+    def _negatives(self, arm: Arm) -> Values:
+        """The negatives of a batch, by MiniLM's cosines of captions: of random batches and of an expert's."""
+        _, column = self.workshop.clustering(arm, self.study, self.seed)
+        found = self.workshop.catalog.read(["caption", column])
+        _, captions = np.unique(found["caption"].astype(str), return_inverse=True)
+        vectors, experts = self.workshop.embeddings("minilm"), found[column]
+        size = self.study.train.batch_size
+        report = measure_negatives(lambda rows: vectors[rows], captions, experts, experts[:, None], batch_size=size)
+        return {
+            kind.kind: {
+                "same": kind.identical * (size - 1),
+                "false": kind.false_per_pair.mean,
+                "cosine": kind.cosine.mean,
+            }
+            for kind in report.kinds[:2]
+        }
 
     def _owners(self, arm: Arm) -> list[np.ndarray]:
         """Return the expert that each class of each task falls to."""

@@ -96,6 +96,20 @@ def sweep_table(records: Records, study: str, arms: Mapping[str, Arm]) -> str:
     return table(columns, rows)
 
 
+def negatives_table(records: Records, study: str, arms: Mapping[str, Arm]) -> str:
+    """What a batch holds beside a pair: the same thing said again, and how near the rest is."""
+    found = {name: list(records.values(study, f"{arm.name} negatives").values()) for name, arm in arms.items()}
+    found = {name: values for name, values in found.items() if values}
+    batches = {"of all pairs": [v["random"] for v in next(iter(found.values()), [])]}
+    batches |= {f"of one expert: {name}": [v["expert"] for v in values] for name, values in found.items()}
+    rows = [
+        [name, *(f"{np.mean([value[key] for value in values]):.3f}" for key in ("same", "false", "cosine"))]
+        for name, values in batches.items()
+        if values
+    ]
+    return table(["batches", "same caption", "same, or cosine of 0.9", "mean cosine of the others"], rows)
+
+
 def rules_table(records: Records, study: str, arm: Arm) -> str:
     """Every rule; and what bounds them: each task's best expert, by the labels."""
     even, tuned = records.tasks(study, f"{arm.name} uniform"), records.tuned
@@ -306,6 +320,12 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "main": lambda: main_table(records, study),
         "regime": lambda: regime_table(records),
         "controls": lambda: controls_table(records, study),
+        "negatives": lambda: negatives_table(
+            records,
+            study,
+            {f"{k} experts, MiniLM": base_arm(experts=k) for k in (2, 4, 8)}
+            | {f"4 experts, {name}": base_arm(encoder=encoder) for name, encoder in list(encoders.items())[1:]},
+        ),
         "fine": lambda: sweep_table(
             records, study, {f"M = {m:,}": base_arm(fine=m) for m in (4, 32, 256, 512, 1024, 2048)}
         ),
