@@ -310,13 +310,17 @@ def start(config: str, out: Path) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_no_catalog_and_the_next_one_works(tmp_path: Path, number):
     config = DataConfig(source="icons", train_sets=("octicons", "heroicons", "lucide", "tabler"))  # takes some seconds
-    process = start(repr(config), tmp_path)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "catalog.lance" / "data").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)  # while it draws; Lance, which has just begun to write, takes no interrupt
-    process.send_signal(number)
-    _, output = process.communicate(timeout=60)
+    for _ in range(3):  # an interrupt can be lost in a library's C code: seen once, on a busy machine
+        shutil.rmtree(tmp_path / "catalog.lance", ignore_errors=True)
+        process = start(repr(config), tmp_path)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "catalog.lance" / "data").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)  # while it draws; Lance, which has just begun to write, takes no interrupt
+        process.send_signal(number)
+        _, output = process.communicate(timeout=60)
+        if process.returncode == -number:
+            break
     assert process.returncode == -number, output.decode()
     # An interrupt has time to clean up.
     with pytest.raises(ModeclipError, match="is unfinished" if number == signal.SIGKILL else "no catalog at"):

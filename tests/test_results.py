@@ -28,7 +28,10 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
 def test_tables_are_those_of_the_records(scripts: dict[str, ModuleType]) -> None:
     results = scripts["results"]
     text = (RUNS.parent / "docs" / "results.md").read_text(encoding="utf-8")
-    assert results.written(text, results.Records(RUNS / "experiments.jsonl")) == text
+    made = results.written(text, results.Records(RUNS / "experiments.jsonl"))
+    differing = [pair for pair in zip(made.splitlines(), text.splitlines(), strict=False) if pair[0] != pair[1]]
+    assert not differing[:3]  # pytest's own comparison of two whole pages takes minutes
+    assert len(made) == len(text)
 
 
 def test_every_record_has_a_number_for_each_task(scripts: dict[str, ModuleType]) -> None:
