@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from modeclip.intervals import Interval
 from modeclip.scaling import MIN_SIZES, ScalingResult, fit_scaling, read_points
 
 CAPTION_TOKENS = 10  # mean length to which a batch of icon names is cut
+
+
+@cache
+def training_flops(model: str) -> float:
+    """Return the floating-point operations of a training sample; counted once a model."""
+    return count_flops(model, CAPTION_TOKENS).training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,7 @@ class Entry:
     @property
     def sample_flops(self) -> float:
         """Floating-point operations of a training sample."""
-        return count_flops(self.study.train.model, CAPTION_TOKENS).training
+        return training_flops(self.study.train.model)
 
     @property
     def flops(self) -> float:
