@@ -16,13 +16,14 @@ from modeclip.files import write_atomically, writing
 from modeclip.scaling import ScalingResult
 
 PAGE_FILE, PICTURE_FILE, RESULT_FILE = "scaling.html", "scaling.svg", "scaling.json"
-SIZE = (860.0, 500.0)
+SIZE = (860.0, 500.0)  # wider where a family's name is long
 FRAME = (70.0, 20.0, 700.0, 440.0)  # left, upper, right, lower; names of the families stand to the right
 COLORS = ("#0072b2", "#d98200", "#009e73", "#c25e9a", "#c8501a", "#3b9fdb", "#9c9000", "#75675a")
 """Told apart by the colour-blind (Okabe and Ito), as in the report."""
 NAME_GAP = 17.0  # between names of families
 MAX_NAMES = 24  # more points than this get no names beside them
 LETTER = 5.6  # width of a letter of such a name
+FAMILY_LETTER = 8.4  # of a family's name
 
 
 def write_page(result: ScalingResult, folder: Path, what: str = "error") -> tuple[Path, Path]:
@@ -78,7 +79,7 @@ def draw(result: ScalingResult, what: str = "error") -> dict[str, Any]:
         for point in result.points
     ]
     return {
-        "size": SIZE,
+        "size": (max(SIZE[0], right + 24 + FAMILY_LETTER * max(len(law.family) for law in result.laws)), SIZE[1]),
         "frame": FRAME,
         "what": what,
         "x_ticks": [(format_compute(value), place) for value, place in _ticks(across)],
