@@ -28,18 +28,22 @@ def oracle(of: Similarity) -> np.ndarray:
     return total
 
 
+def drawn(weighted: str, scales: np.ndarray | None = None) -> Similarity:
+    """Two experts of different widths, 11 images, 7 texts; weights of the task, each text or each image."""
+    rng = np.random.default_rng(4)
+    return Similarity(
+        images=[unit(rng, 11, 5), unit(rng, 11, 3)],
+        texts=[unit(rng, 7, 5), unit(rng, 7, 3)],
+        weights=rng.dirichlet([1, 1], size={"task": (), "text": (7,), "image": (11,)}[weighted]),
+        per_image=weighted == "image",
+        scales=scales,
+    )
+
+
 @pytest.mark.parametrize("weighted", ["task", "text", "image"])
 def test_log_probabilities_are_over_all_texts(weighted: str) -> None:
     """sum_c p_c log(exp(s_c <u_c, v_c>) / sum over the classes), a pair at a time; a block of some texts too."""
-    rng = np.random.default_rng(4)
-    rows = {"task": (), "text": (7,), "image": (11,)}[weighted]
-    of = Similarity(
-        images=[unit(rng, 11, 5), unit(rng, 11, 3)],
-        texts=[unit(rng, 7, 5), unit(rng, 7, 3)],
-        weights=rng.dirichlet([1, 1], size=rows),
-        per_image=weighted == "image",
-        scales=np.array([3.0, 90.0]),
-    )
+    of = drawn(weighted, scales=np.array([3.0, 90.0]))
     wanted = np.zeros((11, 7))
     assert of.scales is not None
     for image in range(11):
@@ -54,14 +58,7 @@ def test_log_probabilities_are_over_all_texts(weighted: str) -> None:
 
 @pytest.mark.parametrize("weighted", ["task", "text", "image"])
 def test_blocks_are_weighted_sums_of_cosines(weighted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    rows = {"task": (), "text": (7,), "image": (11,)}[weighted]
-    of = Similarity(
-        images=[unit(rng, 11, 5), unit(rng, 11, 3)],
-        texts=[unit(rng, 7, 5), unit(rng, 7, 3)],
-        weights=rng.dirichlet([1, 1], size=rows),
-        per_image=weighted == "image",
-    )
+    of = drawn(weighted)
     wanted = oracle(of)
     np.testing.assert_allclose(of.block(slice(2, 9), slice(1, 4)), wanted[2:9, 1:4], atol=1e-6)
     monkeypatch.setattr(similarity, "BLOCK_NUMBERS", 20)  # two images at a time

@@ -61,8 +61,7 @@ DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.
 
 Mix = Literal["cosines", "log-probabilities"]
 MIXES: tuple[Mix, ...] = get_args(Mix)
-"""What of the experts the weights are for. By the paper, cosines; log-probabilities need all classes of a task at once,
-and gain 0.7 ± 0.4 points (`matched` budget) and 0.4 ± 0.3 (`paper`) on icons (``runs/results.py``)."""
+"""What of the experts is weighed: cosines (the paper), or log-probabilities, which need all classes of a task at once."""
 
 SMALL_TASK = 10
 """A task with fewer classes than this is small (App. E)."""
