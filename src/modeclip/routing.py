@@ -61,7 +61,7 @@ DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.
 
 Mix = Literal["cosines", "log-probabilities"]
 MIXES: tuple[Mix, ...] = get_args(Mix)
-"""What of the experts is weighed: cosines (the paper), or log-probabilities, which need all classes of a task at once."""
+"""What of the experts is weighed: cosines (the paper); log-probabilities need all classes of a task at once."""
 
 SMALL_TASK = 10
 """A task with fewer classes than this is small (App. E)."""
