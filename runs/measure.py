@@ -161,7 +161,7 @@ class Bench:
         if arm.kind != "mode":
             return rows
         rows.append((f"{arm.name} per_class", lambda: self._routed(arm, members)))
-        if self.study.name == MAIN and arm.budget == "matched" and arm.part == base_arm().part and not arm.outside:
+        if self.study.name == MAIN and replace(arm, experts=4, encoder="minilm") == base_arm():
             rows.append((f"{arm.name} negatives", lambda: self._negatives(arm)))
         if self.study.name == MAIN and replace(arm, budget="matched") in {base_arm(), base_arm(encoder="clip-image")}:
             rows += [
