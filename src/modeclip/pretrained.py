@@ -5,7 +5,7 @@ What the encoders share: folders and the hub's cache, bfloat16 where the process
 batches run side by side: with the products of a batch split between threads, its bytes would depend on their number.
 
 Price: bfloat16 gives 2 to 3 times the rate of float32 on processors that multiply it; the check that a model bears it
-encodes eight inputs twice. Rows that fill a short batch cost as much as others.
+encodes a few inputs twice, one by one. Rows that fill a short batch cost as much as others.
 """
 
 from __future__ import annotations

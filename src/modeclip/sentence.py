@@ -68,8 +68,10 @@ class SentenceEncoder:
         shapes = [getattr(tokens.get(key), "ndim", 0) for key in ("input_ids", "attention_mask")]
         self._by_length = shapes == [2, 2]
         if self._by_length:
-            self.transformer = in_bfloat16(self.model[0], lambda module: self._encode(PROBES, module))
-        self.dimension = int(self.encode(["a"]).shape[1])
+            self.transformer = in_bfloat16(self.model[0], lambda module: self._encode(PROBES, module, 1))
+        self.dimension = int(
+            (self._encode(["a"], self.transformer, 1) if self._by_length else self.encode(["a"])).shape[1]
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -81,10 +83,10 @@ class SentenceEncoder:
         if not texts:
             return np.empty((0, self.dimension), np.float32)
         if self._by_length:
-            return self._encode(texts, self.transformer)
+            return self._encode(texts, self.transformer, self.batch_size)
         return unit_rows(self.model.encode(list(texts), batch_size=self.batch_size, show_progress_bar=False))
 
-    def _encode(self, texts: Sequence[str], transformer: Any) -> Float[np.ndarray, "N D"]:
+    def _encode(self, texts: Sequence[str], transformer: Any, rows: int) -> Float[np.ndarray, "N D"]:
         def forward(features: dict[str, Any]) -> Tensor:
             features = transformer(features)
             for key, value in features.items():
@@ -95,7 +97,7 @@ class SentenceEncoder:
             vectors: Tensor = features["sentence_embedding"]
             return vectors
 
-        return encode_by_length(texts, self._tokens, forward, self.batch_size)
+        return encode_by_length(texts, self._tokens, forward, rows)
 
     def _tokens(self, texts: list[str]) -> dict[str, Any]:
         return dict(self.model.preprocess(texts, prompt=self._prompt))  # not a dict by itself
@@ -120,7 +122,7 @@ class PoolerEncoder:
             )
         self.name, self.batch_size, self._folder = name, batch_size, folder
         self.dimension = int(model.config.hidden_size)
-        self.model: Any = in_bfloat16(model.float().eval().to(device()), lambda model: self._encode(PROBES, model))
+        self.model: Any = in_bfloat16(model.float().eval().to(device()), lambda model: self._encode(PROBES, model, 1))
 
     @property
     def fingerprint(self) -> str:
@@ -129,14 +131,16 @@ class PoolerEncoder:
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """Return a float32 vector of norm 1 for each text, in the order of the texts."""
-        return self._encode(texts, self.model) if texts else np.empty((0, self.dimension), np.float32)
+        if not texts:
+            return np.empty((0, self.dimension), np.float32)
+        return self._encode(texts, self.model, self.batch_size)
 
-    def _encode(self, texts: Sequence[str], model: Any) -> Float[np.ndarray, "N D"]:
+    def _encode(self, texts: Sequence[str], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         def forward(features: dict[str, Any]) -> Tensor:
             pooled: Tensor = model(**features).pooler_output
             return pooled
 
-        return encode_by_length(texts, self._tokens, forward, self.batch_size)
+        return encode_by_length(texts, self._tokens, forward, rows)
 
     def _tokens(self, texts: list[str]) -> dict[str, Any]:
         return dict(

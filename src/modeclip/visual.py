@@ -54,14 +54,16 @@ class ClipTextEncoder:
         self._model: Any = self._clip.model.eval().to(device())
         self.name, self.batch_size = name, batch_size
         self.fingerprint = hash_weights(self._model)
-        self._model = in_bfloat16(self._model, lambda model: self._encode(PROBES, model))
-        self.dimension = int(self.encode(["a"]).shape[1])
+        self._model = in_bfloat16(self._model, lambda model: self._encode(PROBES, model, 1))
+        self.dimension = int(self._encode(["a"], self._model, 1).shape[1])
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """Return a float32 vector of norm 1 for each text, in the order of the texts."""
-        return self._encode(texts, self._model) if texts else np.empty((0, self.dimension), np.float32)
+        if not texts:
+            return np.empty((0, self.dimension), np.float32)
+        return self._encode(texts, self._model, self.batch_size)
 
-    def _encode(self, texts: Sequence[str], model: Any) -> Float[np.ndarray, "N D"]:
+    def _encode(self, texts: Sequence[str], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         parts = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             tokens = self._clip.tokens(texts[start : start + TEXTS_AT_ONCE])
@@ -71,10 +73,10 @@ class ClipTextEncoder:
             def run(batch: np.ndarray, tokens: Tensor = tokens) -> Tensor:
                 return encode_text(model, tokens[batch].to(device()))
 
-            found = list(in_batches(lengths, self.batch_size, run))
+            found = list(in_batches(lengths, rows, run))
             vectors = np.empty((len(tokens), found[0][1].shape[1]), np.float32)
-            for batch, rows in found:
-                vectors[batch] = unit_rows(rows)
+            for batch, made in found:
+                vectors[batch] = unit_rows(made)
             parts.append(vectors)
         return np.concatenate(parts)
 
@@ -89,22 +91,24 @@ class ClipImageEncoder:
         self._model: Any = self._clip.model.eval().to(device())
         self.name, self.batch_size = name, batch_size
         self.fingerprint = hash_weights(self._model)
-        self._model = in_bfloat16(self._model, lambda model: self._encode(_probe_images(), model))
-        self.dimension = int(self._encode(_probe_images()[:1], self._model).shape[1])
+        self._model = in_bfloat16(self._model, lambda model: self._encode(_probe_images(), model, 1))
+        self.dimension = int(self._encode(_probe_images()[:1], self._model, 1).shape[1])
 
     def encode_pairs(self, captions: Sequence[str], images: Sequence[bytes]) -> Float[np.ndarray, "N D"]:
         """Return a float32 vector of norm 1 for each encoded image; the captions are not looked at."""
         del captions
-        return self._encode(images, self._model) if images else np.empty((0, self.dimension), np.float32)
+        if not images:
+            return np.empty((0, self.dimension), np.float32)
+        return self._encode(images, self._model, self.batch_size)
 
-    def _encode(self, images: Sequence[bytes], model: Any) -> Float[np.ndarray, "N D"]:
+    def _encode(self, images: Sequence[bytes], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         dtype = next(model.visual.parameters()).dtype
 
         def run(batch: np.ndarray) -> Tensor:
             pixels = self._clip.images([_decode(images[i], self.name) for i in batch])
             return encode_image(model, pixels.to(device(), dtype))
 
-        return _encode_images(len(images), self.batch_size, run)
+        return _encode_images(len(images), rows, run)
 
 
 class ClipBothEncoder:
@@ -139,15 +143,17 @@ class TimmEncoder:
         self._model = self._model.eval().to(device())
         self.name, self.batch_size = name, batch_size
         self.fingerprint = hash_weights(self._model)
-        self._model = in_bfloat16(self._model, lambda model: self._encode(_probe_images(), model))
-        self.dimension = int(self._encode(_probe_images()[:1], self._model).shape[1])
+        self._model = in_bfloat16(self._model, lambda model: self._encode(_probe_images(), model, 1))
+        self.dimension = int(self._encode(_probe_images()[:1], self._model, 1).shape[1])
 
     def encode_pairs(self, captions: Sequence[str], images: Sequence[bytes]) -> Float[np.ndarray, "N D"]:
         """Return a float32 vector of norm 1 for each encoded image; the captions are not looked at."""
         del captions
-        return self._encode(images, self._model) if images else np.empty((0, self.dimension), np.float32)
+        if not images:
+            return np.empty((0, self.dimension), np.float32)
+        return self._encode(images, self._model, self.batch_size)
 
-    def _encode(self, images: Sequence[bytes], model: Any) -> Float[np.ndarray, "N D"]:
+    def _encode(self, images: Sequence[bytes], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         import torch
 
         dtype = next(model.parameters()).dtype
@@ -157,7 +163,7 @@ class TimmEncoder:
             features: Tensor = model(pixels.to(device(), dtype))
             return features
 
-        return _encode_images(len(images), self.batch_size, run)
+        return _encode_images(len(images), rows, run)
 
 
 def _encode_images(count: int, rows: int, run: Any) -> Float[np.ndarray, "N D"]:
