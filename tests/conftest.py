@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 # Before torch or a tokenizer is imported. Subprocesses inherit it, so that the commands that tests run are
@@ -18,6 +20,7 @@ os.environ.update(
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
@@ -53,21 +56,44 @@ def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_run(small_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run folder of that recipe, made by the real command."""
-    out = tmp_path_factory.mktemp("runs") / "small"
-    done = run_modeclip("run", small_recipe, "--out", out)
-    assert done.returncode == 0, done.stderr
+def small_run(small_recipe: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A finished run folder of that recipe, made by the real command once for all processes that test."""
+    base = tmp_path_factory.getbasetemp()
+    root = base if worker_id == "master" else base.parent
+    out = root / "small"
+    with FileLock(root / "small.lock"):
+        if not (out / "report.html").exists():
+            done = run_in_process("run", small_recipe, "--out", out)
+            assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="session")
 def modeclip_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The real command line: a function that runs it with these words."""
-    return run_modeclip
+    """The command line: a function that runs it with these words."""
+    return run_here
 
 
-def run_modeclip(*words: object) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="session")
+def modeclip_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same in a process of its own, for what a process is needed for: it imports everything anew."""
+    return run_in_process
+
+
+def run_here(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process."""
+    from modeclip.cli import main
+
+    arguments, code = list(map(str, words)), 0
+    with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+def run_in_process(*words: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, with warnings as errors."""
     command = [sys.executable, "-W", "error", "-m", "modeclip.cli", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

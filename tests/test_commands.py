@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,10 +123,3 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert line.startswith("modeclip: error: ")
     assert any(part in line for part in message.split("|"))
-
-
-def test_a_command_of_its_own_process_works(tmp_path: Path, folder: Path, modeclip_command: Callable):
-    done = modeclip_command("embed", folder, "--encoder", "minilm", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["encoder"] == "minilm"
-    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from modeclip.routing import route
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FENCE = re.compile(r"<!-- test: (\w+) -->\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+Command = Callable[..., subprocess.CompletedProcess[str]]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -63,8 +65,13 @@ def test_pages_have_marked_examples() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command_runs(command: str, small_run: Path) -> None:
-    done = run(shlex.split(command.replace("runs/demo", str(small_run))))
+def test_command_runs(
+    command: str, small_run: Path, modeclip_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(command.replace("runs/demo", str(small_run)))
+    assert program == "modeclip"
+    done = modeclip_command(*words)
     assert done.returncode == 0, done.stderr
     assert "heart" in done.stdout
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from modeclip import memory
 from modeclip.board import job_status
 from modeclip.errors import ModeclipError
 from modeclip.files import only_process
@@ -242,9 +241,6 @@ def ray_of_two() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
-    deadline = time.monotonic() + 20
-    while memory._children() and time.monotonic() < deadline:  # other tests measure this process with its children
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from modeclip import memory
 from modeclip.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.clustering import ClusterConfig, cluster
 from modeclip.embedding import EmbedConfig, embed
@@ -238,9 +237,6 @@ def two_workers() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     yield
     ray.shutdown()
-    deadline = time.monotonic() + 20
-    while memory._children() and time.monotonic() < deadline:  # other tests measure this process with its children
-        time.sleep(0.1)
 
 
 def in_module(work: Lengths) -> Any:

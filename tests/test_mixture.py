@@ -7,7 +7,9 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -32,6 +34,12 @@ def bundle(small_run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mode(bundle: Path) -> MoDE:
+    """The mixture, whose models and encoder are loaded once for all tests that look at its answers."""
+    return MoDE.load(bundle)
+
+
+@pytest.fixture(scope="module")
 def pictures(small_run: Path) -> list[Image.Image]:
     catalog = Catalog.open(small_run / "tasks.lance")
     return catalog.images(np.arange(0, len(catalog), max(1, len(catalog) // 20)))
@@ -39,12 +47,16 @@ def pictures(small_run: Path) -> list[Image.Image]:
 
 def expert_cosines(bundle: Path, expert: int, pictures: list[Image.Image], texts: list[str]) -> torch.Tensor:
     """Cosines as open_clip alone computes them from the expert's folder."""
-    name = f"local-dir:{bundle / f'expert-{expert}'}"
-    model, _, preprocess = open_clip.create_model_and_transforms(name)
-    model.eval()
+    model, preprocess, tokenizer = plain_model(f"local-dir:{bundle / f'expert-{expert}'}")
     with torch.inference_mode():
         images = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
-        return images @ model.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True).T
+        return images @ model.encode_text(tokenizer(texts), normalize=True).T
+
+
+@cache
+def plain_model(name: str) -> tuple[Any, Any, Any]:
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 
 @contextmanager
@@ -65,9 +77,8 @@ def counted_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_dot_product_is_the_weighted_sum_of_cosines(
-    bundle: Path, pictures: list[Image.Image], rule: str, normalize: bool
+    bundle: Path, mode: MoDE, pictures: list[Image.Image], rule: str, normalize: bool
 ) -> None:
-    mode = MoDE.load(bundle)
     task = mode.task(CLASSES, templates=["{}"], rule=rule)
     weights = np.broadcast_to(task.weights, (len(CLASSES), 2))
     expected = sum(
@@ -87,9 +98,8 @@ def test_dot_product_is_the_weighted_sum_of_cosines(
 
 
 def test_expert_without_weight_is_not_run(
-    bundle: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    mode: MoDE, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mode = MoDE.load(bundle)
     with counted_passes(monkeypatch) as counts:
         mode.task(CLASSES, rule="uniform").classify(pictures)
     assert sorted(counts.values()) == [1, 1]
@@ -105,9 +115,9 @@ def test_expert_without_weight_is_not_loaded(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", ["paper", "per_class"])
-def test_works_in_open_clips_own_classifier(bundle: Path, pictures: list[Image.Image], rule: str) -> None:
+def test_works_in_open_clips_own_classifier(mode: MoDE, pictures: list[Image.Image], rule: str) -> None:
     """A tool of open_clip's, given the mixture where it expects a CLIP, orders the classes as the mixture does."""
-    task = MoDE.load(bundle).task(CLASSES, templates=["{}"], rule=rule)
+    task = mode.task(CLASSES, templates=["{}"], rule=rule)
     classifier = open_clip.build_zero_shot_classifier(task, task.tokenizer, CLASSES, ["{}"], use_tqdm=False)
     with torch.inference_mode():
         scores = task.encode_image(torch.stack([task.preprocess(p) for p in pictures]), normalize=True) @ classifier
@@ -120,9 +130,11 @@ def test_works_in_open_clips_own_classifier(bundle: Path, pictures: list[Image.I
 
 
 @pytest.mark.parametrize("rule", ["top1", "paper", "per_class"])
-def test_log_probabilities_make_a_weighted_product(bundle: Path, pictures: list[Image.Image], rule: str) -> None:
+def test_log_probabilities_make_a_weighted_product(
+    bundle: Path, mode: MoDE, pictures: list[Image.Image], rule: str
+) -> None:
     """The share of a class is the product of the experts' own probabilities, each to the power of its weight."""
-    task = MoDE.load(bundle).task(CLASSES, templates=["{}"], rule=rule)
+    task = mode.task(CLASSES, templates=["{}"], rule=rule)
     weights = np.broadcast_to(task.weights, (len(CLASSES), 2))
     product = torch.ones(len(pictures), len(CLASSES), dtype=torch.float64)
     for k in range(2):
@@ -141,8 +153,7 @@ def test_log_probabilities_make_a_weighted_product(bundle: Path, pictures: list[
         task.classify(pictures, mix="logits")
 
 
-def test_unknown_text_is_routed_by_itself(bundle: Path) -> None:
-    mode = MoDE.load(bundle)
+def test_unknown_text_is_routed_by_itself(mode: MoDE) -> None:
     task = mode.task(CLASSES, rule="per_class")
     alone = mode.task(["a red umbrella"], rule="per_class")
     torch.testing.assert_close(
@@ -150,8 +161,8 @@ def test_unknown_text_is_routed_by_itself(bundle: Path) -> None:
     )
 
 
-def test_templates_are_averaged_as_unit_vectors(bundle: Path) -> None:
-    task = MoDE.load(bundle).task(["heart"], templates=["{}", "a {} icon"], rule="top1")
+def test_templates_are_averaged_as_unit_vectors(mode: MoDE) -> None:
+    task = mode.task(["heart"], templates=["{}", "a {} icon"], rule="top1")
     one, two = (task.encode_text([text])[0] for text in ("heart", "a heart icon"))
     expected = torch.nn.functional.normalize(one / one.norm() + two / two.norm(), dim=0)
     torch.testing.assert_close(task.classifier()[0], expected, atol=1e-5, rtol=0)
@@ -173,8 +184,7 @@ def test_evaluation_scores_what_the_task_answers(small_run: Path) -> None:
         assert np.mean(hits) == pytest.approx(row["accuracy"][task.name], abs=1 / len(hits) + 1e-9)
 
 
-def test_explanation_names_the_clusters_that_decide(bundle: Path) -> None:
-    mode = MoDE.load(bundle)
+def test_explanation_names_the_clusters_that_decide(mode: MoDE) -> None:
     task = mode.task(CLASSES, rule="per_class")
     for reason, weights, nearest in zip(task.explain(), task.weights, task.route.routing.nearest_fine, strict=True):
         assert reason.weights == pytest.approx(tuple(weights))
@@ -253,8 +263,7 @@ def test_bundle_that_is_none(tmp_path: Path, bundle: Path) -> None:
         MoDE.load(copy)
 
 
-def test_task_that_cannot_be(bundle: Path) -> None:
-    mode = MoDE.load(bundle)
+def test_task_that_cannot_be(mode: MoDE) -> None:
     with pytest.raises(ModeclipError, match="needs at least one class name"):
         mode.task([])
     with pytest.raises(ModeclipError, match="unknown rule 'best'; known: paper, eq6"):

@@ -58,10 +58,10 @@ def test_run_leaves_everything_that_it_promises(small_run: Path) -> None:
     assert rows["best single", None]["average"] == best <= rows["oracle", None]["average"]
 
 
-def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Path, modeclip_command: Command) -> None:
+def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Path, modeclip_process: Command) -> None:
     before = stage_times(small_run)
     started = time.monotonic()
-    done = modeclip_command("run", small_recipe, "--out", small_run, "--json")
+    done = modeclip_process("run", small_recipe, "--out", small_run, "--json")
     assert time.monotonic() - started < 10
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["name"] == "small"
@@ -75,7 +75,7 @@ def test_killed_run_continues_to_the_same_numbers(
     """Kill -9 a random moment after each of three beginnings; the end is that of the run that was left alone."""
     draw = random.Random(0)
     out, recipe = tmp_path / "killed", tmp_path / "small.yaml"
-    settings = small_recipe.read_text().replace("batch_size: 32", "batch_size: 32, engine: {save_every: 1steps}")
+    settings = small_recipe.read_text().replace("batch_size: 32", "batch_size: 32, engine: {save_every: 3steps}")
     recipe.write_text(settings + "experts: {dense: false, dense_total: false}\n")
     command = [sys.executable, "-m", "modeclip.cli", "run", str(recipe), "--out", str(out)]
     for begun in ("recipe.yaml", "stages/index.json", "models/seed/checkpoints/step-*"):
@@ -106,11 +106,11 @@ def test_only_what_is_stale_is_done_again(small_recipe: Path, small_run: Path, t
     assert json.loads((out / "bundle" / "mode.json").read_text())["rule"] == "eq6"
 
 
-def test_two_runs_in_one_folder(small_recipe: Path, tmp_path: Path, modeclip_command: Command) -> None:
+def test_two_runs_in_one_folder(small_recipe: Path, tmp_path: Path, modeclip_process: Command) -> None:
     from modeclip.files import only_process
 
     with only_process(tmp_path):
-        done = modeclip_command("run", small_recipe, "--out", tmp_path)
+        done = modeclip_process("run", small_recipe, "--out", tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip().endswith(
         "another process is at work in this folder; wait for it, stop it, or choose another"

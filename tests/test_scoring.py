@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -376,15 +375,13 @@ def test_same_task_twice(small_run: Path, tasks: list[Task]) -> None:
         evaluate_systems(systems, [tasks[2], tasks[2]], ScoreConfig(), cache)
 
 
-def test_killed_evaluation_loses_one_task(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_evaluation_loses_one_task(
+    small_run: Path, tmp_path: Path, modeclip_command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Killed as soon as a task's features are there; the next call makes only what is missing."""
     out = tmp_path / "out"
-    words = [str(small_run / "bundle"), "--tasks", str(small_run / "tasks.lance"), "--out", str(out)]
-    script = (
-        "import sys, tyro; from modeclip.evaluating_commands import evaluate; tyro.cli(evaluate, args=sys.argv[1:])"
-    )
-    environment = os.environ | {"COLUMNS": "200"}
-    process = subprocess.Popen([sys.executable, "-c", script, *words], env=environment, stderr=subprocess.DEVNULL)
+    words = ["evaluate", str(small_run / "bundle"), "--tasks", str(small_run / "tasks.lance"), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "modeclip.cli", *words], stderr=subprocess.DEVNULL)
     while not list((out / "features").glob("images-*.npy")):
         assert process.poll() is None
         time.sleep(0.01)
@@ -392,8 +389,7 @@ def test_killed_evaluation_loses_one_task(small_run: Path, tmp_path: Path, capsy
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in (out / "features").glob("*.npy")}
     assert not (out / "results.jsonl").exists()
-    command = [sys.executable, "-W", "error", "-c", script]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    done = modeclip_command(*words)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len((out / "results.jsonl").read_text().splitlines()) == 2

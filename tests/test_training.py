@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from modeclip.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, le
 from modeclip.sources import DataConfig
 from modeclip.training import FAILED_BATCH_FILE, job_rows, train
 
-CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true", save_every="0s"))
+CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true", save_every="5steps"))
 
 
 @pytest.fixture(scope="module")
@@ -416,18 +417,17 @@ def test_visit_sees_the_model_and_ends_the_job(catalog: Path, tmp_path: Path) ->
     assert (tmp_path / "job" / "done.json").is_file()
 
 
-def launch(job: TrainJob, processes: int = 2) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def by_torchrun(job: TrainJob) -> None:
+    """Train a job in two processes, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "-m", "modeclip.training", str(job.save())], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_slurm_tasks_train_what_one_process_does(catalog: Path, tmp_path: Path) -> None:
-    """Two processes with the environment that srun gives its tasks."""
-    whole = trained_weights(catalog, tmp_path / "whole", small_config(), last_step=2)
-    job = make_job(catalog, tmp_path / "tasks", config=small_config(), last_step=2)
+def by_slurm(job: TrainJob) -> None:
+    """Train a job in two processes with the environment that srun gives its tasks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -443,13 +443,12 @@ def test_slurm_tasks_train_what_one_process_does(catalog: Path, tmp_path: Path) 
     for task in tasks:
         _, errors = task.communicate(timeout=240)
         assert task.returncode == 0, errors[-3000:]
-    found = load_file(tmp_path / "tasks" / "open_clip_model.safetensors")
-    for name, value in whole.items():
-        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(catalog: Path, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "launch"), [("ddp", by_slurm), ("fsdp", by_torchrun)])
+def test_two_processes_train_what_one_does(
+    catalog: Path, tmp_path: Path, strategy: str, launch: Callable[[TrainJob], None]
+) -> None:
     """Also with micro-batches, over a checkpoint, and read back by one process: the state of both kinds is the same."""
     whole = trained_weights(catalog, tmp_path / "whole", small_config(), last_step=4)
     config = small_config(engine={"strategy": strategy, "micro_batch": 8})
