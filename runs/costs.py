@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from experiments import PARTS, Study
-from records import Records, averages, label, mean, plain_arms, short, table
+from records import Records, against, averages, label, mean, plain_arms, short, table
 
 from modeclip.flops import count_flops
 from modeclip.intervals import Interval
@@ -104,7 +104,8 @@ def headline_table(records: Records) -> str:
             shown = [short(large.study), f"{large.samples / 1e6:.2f}", mean(large.scores)] if not is_kind else [""] * 3
             if best is None:
                 highest = max(of_kind, key=lambda entry: entry.average)
-                rows.append([*shown, f"no {kind}", "", mean(highest.scores) + " at most", "", "", ""])
+                rows.append([*shown, f"no {kind}", "", mean(highest.scores) + " at most"])
+                rows[-1] += [against(highest.scores, large.scores), "", "", ""]
                 continue
             seconds = ""
             if rates:
@@ -112,9 +113,10 @@ def headline_table(records: Records) -> str:
                 seconds = f"{best.samples / of_best / (large.samples / of_large):.0%}"
             ratios = [f"{best.samples / large.samples:.0%}", f"{best.flops / large.flops:.0%}", seconds]
             name = f"{short(best.study)}, {best.name}"
-            rows.append([*shown, name, f"{best.samples / 1e6:.2f}", mean(best.scores), *ratios])
+            gain = against(best.scores, large.scores)
+            rows.append([*shown, name, f"{best.samples / 1e6:.2f}", mean(best.scores), gain, *ratios])
     columns = ["larger dense", "million samples", "average", "the cheapest that reaches it, of smaller towers"]
-    columns += ["million samples", "average", "cost in samples", "in FLOPs", "in seconds"]
+    columns += ["million samples", "average", "against it", "cost in samples", "in FLOPs", "in seconds"]
     return table(columns, rows)
 
 
