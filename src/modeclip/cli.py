@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from modeclip.commands import check, cluster, embed, index, uids
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, in_one_line
 from modeclip.evaluating_commands import evaluate
 from modeclip.extending_commands import assign, bundle, extend
 from modeclip.finetuning_commands import finetune, merge
@@ -27,6 +27,8 @@ from modeclip.routing_commands import classify, route
 from modeclip.scaling_commands import scaling
 from modeclip.training_commands import status, train, train_experts
 
+PIPE_CLOSED = 128 + 13
+"""Exit code of a command whose reader has gone (SIGPIPE is 13), as shells give it."""
 Json = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
 
 
@@ -75,14 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     functions: list[Any] = [demo, run, index, check, uids, embed, cluster, train, train_experts, status, route]
     functions += [classify, evaluate, compare, scaling, report, assign, extend, bundle, finetune, merge]
     commands: dict[str, Any] = {function.__name__.replace("_", "-"): function for function in functions}
+    description = "CLIP data experts: cluster, train, route, evaluate."
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog="modeclip", description="CLIP data experts: cluster, train, route, evaluate.", args=arguments
-        )
+        try:
+            tyro.extras.subcommand_cli_from_dict(commands, prog="modeclip", description=description, args=arguments)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is still ours to handle
     except ModeclipError as error:
         _fail(str(error))
-    except FileNotFoundError as error:
-        _fail(f"{error.filename or error}: no such file or folder")
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(PIPE_CLOSED) from None
+    except OSError as error:
+        _fail(in_one_line(error))
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to continue")
         raise SystemExit(130) from None

@@ -9,23 +9,58 @@ it behind ``modeclip: error:`` and exits with code 2. Anything else that escapes
 
 from __future__ import annotations
 
+import difflib
+import errno
 from collections.abc import Iterable
+
+ADVICE = {
+    errno.ENOENT: "correct the path",
+    errno.ENOTDIR: "a folder is needed where a file is; choose another path",
+    errno.EEXIST: "a folder is needed where a file is; choose another path",
+    errno.EISDIR: "a file is needed where a folder is; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "free some space and give the same command again",
+    errno.EDQUOT: "free some space and give the same command again",
+}
+"""What to do about what the operating system refuses; anything else is a matter of permissions or of the disk."""
 
 
 class ModeclipError(ValueError):
     """What the user asked for cannot be done; the message is one line that says why and what to do."""
 
 
-def unknown(kind: str, got: str, known: Iterable[str]) -> ModeclipError:
+def unknown(kind: str, got: str, known: Iterable[str], listed: str = "") -> ModeclipError:
     """Make the error for a name that is not one of a known list.
 
     Args:
         kind: What the name stands for, as the user calls it ("rule", "encoder", "column").
         got: The name that was given.
         known: The names that would have worked.
+        listed: Where a list too long for one line is to be found; then only the three nearest names are shown.
 
     Examples:
         >>> str(unknown("rule", "best", ["eq6", "paper"]))
         "unknown rule 'best'; known: eq6, paper"
+        >>> str(unknown("bird", "robbin", ["robin", "wren", "ruff", "rook", "raven"], "birds.txt"))
+        "unknown bird 'robbin'; nearest: robin, wren, rook; all 5: birds.txt"
     """
-    return ModeclipError(f"unknown {kind} {got!r}; known: {', '.join(known) or 'none'}")
+    names = list(known)
+    if listed and len(names) > 3:
+        nearest = difflib.get_close_matches(got, names, 3, cutoff=0)
+        return ModeclipError(f"unknown {kind} {got!r}; nearest: {', '.join(nearest)}; all {len(names)}: {listed}")
+    return ModeclipError(f"unknown {kind} {got!r}; known: {', '.join(names) or 'none'}")
+
+
+def in_one_line(error: OSError) -> str:
+    """Say what the operating system refused, of which file, and what to do.
+
+    Examples:
+        >>> in_one_line(NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.txt/b"))
+        'a.txt/b: not a directory; a folder is needed where a file is; choose another path'
+    """
+    if error.errno is None or error.strerror is None:  # a library's own
+        return " ".join(str(error).split()) or type(error).__name__
+    cause = "no such file or folder" if error.errno == errno.ENOENT else error.strerror.lower()
+    advice = ADVICE.get(error.errno, "choose another path, or see to its permissions and its disk")
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{cause}; {advice}"
