@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 from PIL.Image import Image
 
 from modeclip.errors import ModeclipError
-from modeclip.interchange import compare, read_predictions, read_results, write_results
+from modeclip.interchange import check_names, compare, read_predictions, read_results, write_results
 from modeclip.interchange_commands import compare as run_command
 from modeclip.intervals import paired_interval, paired_test
 from modeclip.metrics import classify, select_captions
@@ -195,6 +195,55 @@ def damage(folder: Path) -> None:
 
 def replace_by_another_table(folder: Path) -> None:
     pq.write_table(pa.table({"key": ["a"]}), next((folder / "predictions").glob("*.parquet")))
+
+
+def with_metadata(content: bytes) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.replace_schema_metadata({"modeclip": content})
+
+
+def without_metric(table: pa.Table) -> pa.Table:
+    record = json.loads(table.schema.metadata[b"modeclip"])
+    return table.replace_schema_metadata({"modeclip": json.dumps(record | {"metrics": {"acc5": 1.0}})})
+
+
+def without_a_hit(table: pa.Table) -> pa.Table:
+    hits = pa.array([None, *table["hit"].to_pylist()[1:]], pa.float64())
+    return table.set_column(table.column_names.index("hit"), "hit", hits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_metadata(b"{bad"), "no predictions of modeclip (Expecting property name"),
+        (with_metadata(b"[]"), "no predictions of modeclip (its metadata are no result)"),
+        (without_metric, "no predictions of modeclip ('acc1')"),
+        (without_a_hit, "the hit of a sample, is missing or no number"),
+    ],
+)
+def test_predictions_that_were_changed_are_one_line(
+    tmp_path: Path, change: Callable[[pa.Table], pa.Table], message: str
+) -> None:
+    write_results(tmp_path, [classified(classification(), "one")])
+    path = tmp_path / "predictions" / "one--pets.parquet"
+    pq.write_table(change(pq.read_table(path, partitioning=None)), path)
+    with pytest.raises(ModeclipError, match=re.escape(message)) as caught:
+        compare(tmp_path, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_of_others_is_left_alone(tmp_path: Path) -> None:
+    ours = {"dataset": "cars", "model": "m", "pretrained": "", "task": "t", "metrics": {"acc1": 0.5}}
+    for number, change in enumerate([{"model": 1}, {"metrics": [1]}, {"task": None}, {"metrics": {"acc1": 10**400}}]):
+        (tmp_path / f"{number}.json").write_text(json.dumps(ours | change))
+    (tmp_path / "folder.json").mkdir()
+    assert read_results(tmp_path) == [ours | {"metrics": {"acc1": None}}]
+
+
+def test_a_name_too_long_for_a_file_is_refused_before_the_work() -> None:
+    check_names(["model"], ["t" * 200], "linear_probe")
+    for task in ("t" * 240, "\N{SNOWMAN}" * 30):
+        with pytest.raises(ModeclipError, match=r"make a file name of 2\d\d letters, more than 255; give them shorter"):
+            check_names(["model"], ["pets", task])
 
 
 @pytest.mark.parametrize(

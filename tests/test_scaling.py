@@ -191,6 +191,13 @@ GOOD = {"name": "s", "family": "dense", "compute": 1e12, "error": 0.5}
         ({**GOOD, "error": 43.2}, r"error: expected a fraction above 0 and at most 1 .* no percent\), got 43.2"),
         ({**GOOD, "error": float("nan")}, "error: expected a number, got nan"),
         ({**GOOD, "accuracy": 0.5}, "expected either error or accuracy"),
+        ({**GOOD, "seed": [1]}, r"seed: expected a number or a name, got \[1\]"),
+        ({**GOOD, "compute": 10**400}, "compute: expected a number, got 1000"),
+        (json.dumps(GOOD).replace("0.5", "1" * 5000), "expected a JSON object, got"),
+        (
+            {"name": "s", "family": "d", "flops_per_sample": 1e200, "samples": 1e200, "error": 0.5},
+            "compute: expected floating-point operations above 0, got inf",
+        ),
         (GOOD, "line 2: s of dense with seed None comes twice"),
     ],
 )
@@ -201,6 +208,29 @@ def test_a_line_that_cannot_be_used_is_one_line(tmp_path: Path, row: Any, messag
     with pytest.raises(ModeclipError, match=message) as caught:
         read_points([path])
     assert "\n" not in str(caught.value)
+
+
+def test_a_law_too_steep_for_a_number_is_still_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A, at a compute of one, would be above all floats, and the lines through some of the points above all laws."""
+    errors = {1e250: 0.9, 1.001e250: 0.5, 1.002e250: 1e-5}
+    rows = [{**GOOD, "name": f"{compute}", "compute": compute, "error": error} for compute, error in errors.items()]
+    results = write(tmp_path / "results.jsonl", rows)
+    tyro.cli(scaling, args=[str(results), "--num-resamples", "50", "--out", str(tmp_path), "--json"])
+    printed, written = capsys.readouterr().out, (tmp_path / "scaling.json").read_text(encoding="utf-8")
+    assert not re.search("NaN|Infinity", printed + written)
+    assert json.loads(written)["laws"][0]["A"]["mean"] > 1e300
+
+
+def test_computes_that_no_logarithm_tells_apart_are_one() -> None:
+    near = [1e18, 1e18 + 128, 1e18 + 256]
+    points = [Point(name=str(c), family="dense", compute=c, errors=(0.5 / n,)) for n, c in enumerate(near, 1)]
+    with pytest.raises(ModeclipError, match="expected results at 3 different computes or more, got 1"):
+        fit_scaling(points)
+
+
+def test_a_seed_below_zero_is_refused() -> None:
+    with pytest.raises(ModeclipError, match="scaling: seed: expected 0 or more, got -1"):
+        ScalingConfig(seed=-1)
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:

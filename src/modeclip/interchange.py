@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,9 @@ TASK_OF_KIND = {
     "selection": "image_caption_selection",
 }
 """CLIP_benchmark's name of what is done; any other kind (``linear_probe``) is its own name."""
+MAX_FILE_NAME = 255
+"""Bytes that the name of a file may have on Linux and macOS."""
+_NAMES = ("model", "pretrained", "dataset", "task")
 _COLUMNS = ("key", "label", "prediction", "rank", "hit", "weight")
 
 
@@ -125,6 +129,27 @@ class Comparison:
     """Tasks that only one of them was asked."""
 
 
+def check_names(systems: Sequence[str], tasks: Sequence[str], kind: str = "") -> None:
+    """Raise for a name of which no file name can be made, before any work is done for it.
+
+    Args:
+        systems: Names of who will answer.
+        tasks: Names of what will be asked.
+        kind: A kind of results that is no zero-shot one, if there will be any.
+
+    Raises:
+        ModeclipError: A file of results would have too long a name.
+    """
+    for system in systems:
+        for task in tasks:
+            length = len(f"{_file_name(system, task, kind)}.parquet.part")
+            if length > MAX_FILE_NAME:
+                raise ModeclipError(
+                    f"results: model {system!r:.60} and task {task!r:.60} make a file name of {length} letters, more "
+                    f"than {MAX_FILE_NAME}; give them shorter names (NAME=MODEL, NAME=PATH)"
+                )
+
+
 def write_results(folder: Path, results: Sequence[Evaluated]) -> Path:
     """Write results into a folder, beside what others it holds.
 
@@ -134,7 +159,7 @@ def write_results(folder: Path, results: Sequence[Evaluated]) -> Path:
     Raises:
         ModeclipError: Two results are of the same system and task, or the disk is full.
     """
-    names = [_file_name(result) for result in results]
+    names = [_file_name(result.system, result.task.name, result.kind) for result in results]
     for name in names:
         if names.count(name) > 1:
             raise ModeclipError(f"results: two of them would be written to {name}.json; give the systems other names")
@@ -154,21 +179,21 @@ def write_results(folder: Path, results: Sequence[Evaluated]) -> Path:
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read the results in a folder, ours and those that CLIP_benchmark wrote, sorted by model, dataset and task.
 
-    A metric that is not a number (CLIP_benchmark's ``acc5`` of fewer than five classes) is None.
+    A metric that is not a number (CLIP_benchmark's ``acc5`` of fewer than five classes) is None. JSON of another kind
+    is left alone.
 
     Raises:
         ModeclipError: A JSON file cannot be read.
     """
     records = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(path for path in folder.glob("*.json") if path.is_file()):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModeclipError(f"{path}: cannot be read ({error}); delete it and evaluate again") from None
-        if isinstance(content, dict) and content.keys() >= {"dataset", "model", "pretrained", "task", "metrics"}:
-            metrics = {name: value if math.isfinite(value) else None for name, value in _numbers(content["metrics"])}
-            records.append(content | {"metrics": metrics})
-    return sorted(records, key=lambda r: (r["model"], r["pretrained"], r["dataset"], r["task"]))
+        if _is_result(content):
+            records.append(content | {"metrics": _metrics(content["metrics"])})
+    return sorted(records, key=lambda record: [record[name] for name in _NAMES])
 
 
 def read_predictions(folder: Path) -> list[Predictions]:
@@ -244,9 +269,9 @@ def _of_system(folder: Path, system: str | None) -> dict[str, Predictions]:
     return {predictions.task: predictions for predictions in found if system in (None, predictions.system)}
 
 
-def _file_name(result: Evaluated) -> str:
-    kind = () if result.kind in TASK_OF_KIND else (result.kind,)
-    return "--".join(quote(part, safe=" #+,=@") for part in (result.system, result.task.name, *kind))
+def _file_name(system: str, task: str, kind: str) -> str:
+    further = (kind,) if kind and kind not in TASK_OF_KIND else ()
+    return "--".join(quote(part, safe=" #+,=@") for part in (system, task, *further))
 
 
 def _record(result: Evaluated) -> dict[str, Any]:
@@ -264,8 +289,17 @@ def _record(result: Evaluated) -> dict[str, Any]:
     }
 
 
-def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in metrics.items() if isinstance(value, int | float)]
+def _is_result(content: object) -> bool:
+    """Whether the content of a JSON file is a result, ours or CLIP_benchmark's."""
+    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+        return False
+    return all(isinstance(content.get(name), str) for name in _NAMES)
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics that are numbers; None for one that no float holds, not a number or an endless integer."""
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return {name: value if abs(value) <= sys.float_info.max else None for name, value in numbers.items()}
 
 
 def _keys_and_labels(result: Evaluated) -> tuple[list[str], list[Any]]:
@@ -303,6 +337,11 @@ def _read(path: Path) -> Predictions:
         table = pq.read_table(path, partitioning=None)
         record = json.loads((table.schema.metadata or {})[OURS.encode()])
         columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("key", "label")}
+        if not _is_result(record):
+            raise ValueError("its metadata are no result")
+        score, hits = record["metrics"][record[OURS]["main"]], columns["hit"].astype(float)
+        if not math.isfinite(score) or not np.isfinite(hits).all():
+            raise ValueError("the metric, or the hit of a sample, is missing or no number")
         outcome = Outcome(
             metrics=record["metrics"],
             main=record[OURS]["main"],
@@ -322,6 +361,6 @@ def _read(path: Path) -> Predictions:
             labels=table["label"].to_pylist(),
             record=record,
         )
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModeclipError(f"{path}: no predictions of modeclip ({reason}); delete it and evaluate again") from None

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from jaxtyping import Float
 from modeclip.errors import ModeclipError, unknown
 from modeclip.intervals import Interval
 
+LARGEST_LOG = 700.0
+"""Where logarithms end, so that what is made of them is a number that JSON and a float both have."""
 MIN_SIZES = 3
 """Different computes that a line needs at least: through two goes a line always."""
 
@@ -55,6 +58,8 @@ class ScalingConfig:
             raise unknown("choice of points", self.points, ["frontier", "all"])
         if self.num_resamples < 1:
             raise ModeclipError(f"scaling: num_resamples: expected 1 or more, got {self.num_resamples}")
+        if self.seed < 0:
+            raise ModeclipError(f"scaling: seed: expected 0 or more, got {self.seed}")
         if not 0 < self.confidence < 1:
             raise ModeclipError(f"scaling: confidence: expected a number between 0 and 1, got {self.confidence}")
 
@@ -87,7 +92,7 @@ class Law:
     family: str
     """Name of the family."""
     A: Interval
-    """Error at a compute of one operation, by the law."""
+    """Error at a compute of one operation, by the law; what is beyond e^700, of a steep law, is given as that."""
     b: Interval
     """Exponent; what halves the error is 2^(1/b) times the compute."""
     num_points: int
@@ -183,11 +188,11 @@ def fit_scaling(points: Sequence[Point], config: ScalingConfig | None = None) ->
         laws.append(
             Law(
                 family=family,
-                A=_interval(np.exp(log_a), config.confidence),
+                A=_interval(_exp(log_a), config.confidence),
                 b=_interval(b, config.confidence),
                 num_points=len(own),
                 residual=float(np.sqrt(np.mean(np.square(misses)))),
-                best_error=_interval(np.exp(log_a - b * math.log(limits[family][1])), config.confidence),
+                best_error=_interval(_exp(log_a - b * math.log(limits[family][1])), config.confidence),
                 compute_ratio=None
                 if family == reference
                 else _compare(lines[family], lines[reference], limits[reference][1], config.confidence),
@@ -234,13 +239,13 @@ def _resample(points: Sequence[Point], config: ScalingConfig, draw: np.random.Ge
     lines: list[np.ndarray] = []
     while len(lines) < config.num_resamples:
         drawn = draw.integers(0, len(points), len(points))
-        if len(set(compute[drawn].tolist())) < 2:
+        if len(np.unique(np.log(compute[drawn]))) < 2:
             continue  # no line goes through one place
         seeds = draw.integers(0, counts[drawn, None], (len(points), counts.max()))
         counted = np.arange(counts.max()) < counts[drawn, None]
         error = (errors[drawn[:, None], seeds] * counted).sum(axis=1) / counts[drawn]
         chosen = choose_points(compute[drawn], error, config.points)
-        if len(set(compute[drawn][chosen].tolist())) >= 2:
+        if len(np.unique(np.log(compute[drawn][chosen]))) >= 2:
             lines.append(fit_line(compute[drawn][chosen], error[chosen]))
         elif config.points == "frontier":
             # The cheapest of these points is the best of them: more compute did not help at all.
@@ -258,6 +263,11 @@ def _compare(line: np.ndarray, reference: np.ndarray, compute: float, confidence
     return _interval(np.exp(np.clip((line[:, 0] - log_error) / falling - log_compute, -50, 50)), confidence)
 
 
+def _exp(logs: np.ndarray) -> np.ndarray:
+    values: np.ndarray = np.exp(np.clip(logs, -LARGEST_LOG, LARGEST_LOG))
+    return values
+
+
 def _interval(values: np.ndarray, confidence: float) -> Interval:
     """Return the first value with the interval of the others."""
     low, high = np.quantile(values[1:], [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -270,15 +280,15 @@ def _band(
     """Return (compute, error, low, high) at places along a line."""
     band = []
     for compute in np.geomspace(low, high, 40).tolist():
-        interval = _interval(np.exp(lines[:, 0] - lines[:, 1] * math.log(compute)), confidence)
+        interval = _interval(_exp(lines[:, 0] - lines[:, 1] * math.log(compute)), confidence)
         band.append((compute, interval.mean, interval.low, interval.high))
     return tuple(band)
 
 
 def _check_sizes(points: Sequence[Point], chosen: np.ndarray) -> None:
     """Raise if a line through the points would say nothing."""
-    family, sizes = points[0].family, len({point.compute for point in points})
-    left = len({point.compute for point, fitted in zip(points, chosen, strict=True) if fitted})
+    family, sizes = points[0].family, len(np.unique(np.log([point.compute for point in points])))
+    left = len(np.unique(np.log([point.compute for point, fitted in zip(points, chosen, strict=True) if fitted])))
     if sizes < MIN_SIZES:
         raise ModeclipError(
             f"scaling: family {family}: expected results at {MIN_SIZES} different computes or more, got {sizes}; train "
@@ -295,7 +305,7 @@ def _read_line(line: str, where: str) -> tuple[tuple[str, str, float], Any, floa
     """Return (name, family, compute), seed and error of a line."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as fault:
+    except ValueError as fault:  # also of an integer with thousands of digits
         raise ModeclipError(f"scaling: {where}: expected a JSON object, got {line.strip()[:60]!r}: {fault}") from fault
     if not isinstance(row, dict):
         raise ModeclipError(f"scaling: {where}: expected a JSON object, got {line.strip()[:60]!r}")
@@ -313,18 +323,22 @@ def _read_line(line: str, where: str) -> tuple[tuple[str, str, float], Any, floa
     if ("error" in row) == ("accuracy" in row):
         raise ModeclipError(f"scaling: {where}: expected either error or accuracy, got the fields {sorted(row)}")
     error = _number(row, "error", where) if "error" in row else 1 - _number(row, "accuracy", where)
-    if compute <= 0:
+    if not 0 < compute < math.inf:
         raise ModeclipError(f"scaling: {where}: compute: expected floating-point operations above 0, got {compute:g}")
+    seed = row.get("seed")
+    if isinstance(seed, list | dict):
+        raise ModeclipError(f"scaling: {where}: seed: expected a number or a name, got {seed!r:.60}")
     if not 0 < error <= 1:
         raise ModeclipError(
             f"scaling: {where}: error: expected a fraction above 0 and at most 1 (accuracy: 0 to below 1, no percent), "
             f"got {error:g}"
         )
-    return (row["name"], row["family"], compute), row.get("seed"), error
+    return (row["name"], row["family"], compute), seed, error
 
 
 def _number(row: dict[str, Any], field: str, where: str) -> float:
     value = row[field]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ModeclipError(f"scaling: {where}: {field}: expected a number, got {value!r}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise ModeclipError(f"scaling: {where}: {field}: expected a number, got {value!r:.60}")
     return float(value)

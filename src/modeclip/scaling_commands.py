@@ -36,7 +36,7 @@ class ScalingOptions(ScalingConfig):
 
 def scaling(
     results: Results,
-    config: OmitArgPrefixes[ScalingOptions],
+    config: Annotated[OmitArgPrefixes[ScalingOptions], arg(name="fitting")],
     *,
     out: Annotated[Path | None, arg(help="Folder for scaling.html, scaling.svg and scaling.json.")] = None,
     what: Annotated[str, arg(help="What the error is of, for the picture.")] = "error",
@@ -50,7 +50,7 @@ def scaling(
     result = fit_scaling(read_points(results), ScalingConfig(**asdict(config)))
     pages = write_page(result, out, what) if out is not None else ()
     if out is not None:
-        write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")
+        write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
     if as_json:
         print_json(asdict(result))
         return
