@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -302,6 +303,22 @@ def test_an_expert_of_elsewhere_is_refused_unless_forced(bundle: Path, tmp_path:
     assert load_bundle(bundle).edits == ()
     opened = replace_expert(bundle, 1, tmp_path / "nobody", force=True)
     assert (opened.edits[0]["job"], opened.edits[0]["forced"]) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "mode.json cannot be read (list indices"),
+        ("{", "mode.json cannot be read (Expecting property name"),
+        ('{"format_version": "new", "sha256": {}}', "mode.json cannot be read (invalid literal"),
+        ('{"format_version": 1, "sha256": [1]}', "mode.json cannot be read ("),
+        ('{"format_version": 1, "sha256": {}, "encoder": "x"}', "mode.json lacks rule, temperature, templates, "),
+    ],
+)
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "mode.json").write_text(content)
+    with pytest.raises(ModeclipError, match=re.escape(message)):
+        load_bundle(tmp_path)
 
 
 def test_bundle_or_expert_that_is_not_there(bundle: Path, models: Path, tmp_path: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from modeclip.cli import main
-from modeclip.errors import ModeclipError
+from modeclip.__main__ import _interrupt
+from modeclip.cli import PIPE_CLOSED, main
+from modeclip.errors import ModeclipError, in_one_line
 from modeclip.priors import read_classes
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -81,6 +84,18 @@ def test_class_names_from_file_or_list(tmp_path: Path) -> None:
     assert read_classes("cat, hot dog,") == ["cat", "hot dog"]
     with pytest.raises(ModeclipError, match="no class names in it"):
         read_classes(" , ")
+
+
+def test_class_names_that_are_a_path_or_too_many_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ncat\n", encoding="utf-8-sig")
+    assert read_classes(str(tmp_path / "classes.txt")) == ["cat", "cat"]
+    assert "classes: 'cat' is there more than once (1 such names)" in capsys.readouterr().err
+    many = [f"class number {number}" for number in range(30)]
+    assert read_classes(",".join(many)) == many
+    assert read_classes("c" * 300) == ["c" * 300]
+    for text, found in ((tmp_path, "a folder"), (tmp_path / "classes", "no such file"), ("classes.json", "no such")):
+        with pytest.raises(ModeclipError, match=f"classes .*: {found}.*; give a file with one class name a line"):
+            read_classes(str(text))
 
 
 def write_recipe(tmp_path: Path, text: str) -> Path:
@@ -154,11 +169,87 @@ def test_mistakes_in_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "image is empty (0 bytes)" in line
 
 
+@pytest.mark.parametrize("command", ["scaling", "evaluate"])
+@pytest.mark.parametrize(
+    ("option", "place", "message"),
+    [
+        ("--out", "file", "a folder is needed where a file is; choose another path"),
+        ("--out", "file/below", "a folder is needed where a file is; choose another path"),
+        ("--out", "n" * 300, "file name too long; choose a shorter name"),
+        ("--cache", "file", "a folder is needed where a file is; choose another path"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to(
+    command: str, option: str, place: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "scaling" and option == "--cache":
+        return
+    (tmp_path / "file").write_text("kept")
+    rows = [{"name": "s", "family": "dense", "compute": 10.0**n, "error": 0.9 / n} for n in (1, 2, 3)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task" / "cat").mkdir(parents=True)
+    (tmp_path / "task" / "cat" / "1.png").write_bytes(b"never opened")
+    given: dict[str, list[object]] = {
+        "scaling": [tmp_path / "results.jsonl", "--num-resamples", 9],
+        "evaluate": ["modeclip-icon", "--tasks", tmp_path / "task"],
+    }
+    line = fails(capsys, command, *given[command], option, tmp_path / place)
+    assert line.endswith(message)
+    assert str(tmp_path / place) in line
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "x"), "x: permission denied; choose another path, or see to its"),
+        (IsADirectoryError(21, "Is a directory", "x"), "x: is a directory; a file is needed where a folder is"),
+        (OSError(28, "No space left on device"), "no space left on device; free some space and give the same command"),
+        (OSError("the\nHub is silent"), "the Hub is silent"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error: OSError, line: str) -> None:
+    assert in_one_line(error).startswith(line)
+
+
+@pytest.mark.parametrize("words", [("index", "--help"), ("scaling", "results.jsonl", "--json")])
+def test_a_reader_that_has_seen_enough_is_no_error(words: tuple[str, ...], tmp_path: Path) -> None:
+    rows = [{"name": "s", "family": "dense", "compute": 10.0**n, "error": 0.9 / n} for n in (1, 2, 3)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "modeclip", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (PIPE_CLOSED, "")
+
+
+def test_ctrl_c_during_an_import(tmp_path: Path) -> None:
+    """The process ends at once, with one line; a package that the command line imports presses the key."""
+    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "modeclip", "index", "--help"]
+    done = subprocess.run(command, capture_output=True, env=environment, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "modeclip: interrupted\n")
+
+
+def test_ctrl_c_otherwise_is_left_to_the_command() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt(2, sys._getframe())
+
+
 def test_mistakes_in_other_arguments(
     small_run: Path, heart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = small_run / "bundle"
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "task" / "cat").mkdir(parents=True)
+    (tmp_path / "task" / "cat" / "1.png").write_bytes(b"never opened")
+    on_task = ("--tasks", tmp_path / "task", "--out", tmp_path / "out")
+    (tmp_path / "model" / "open_clip_config.json").write_text("{")
+    (tmp_path / "model" / "open_clip_model.safetensors").write_bytes(b"")
     mistakes = {
         ("run", tmp_path / "none.yaml"): "none.yaml: no such file",
         ("route", tmp_path, "--classes", "a,b"): "is no bundle: mode.json is missing",
@@ -168,6 +259,16 @@ def test_mistakes_in_other_arguments(
         ("classify", bundle, tmp_path / "none.png", "--classes", "a,b"): "none.png: no such file",
         ("classify", bundle, tmp_path / "text.png", "--classes", "a,b"): "image does not decode",
         ("classify", bundle, heart, "--classes", "a,b", "--template", "x"): "template 'x' has no {}",
+        ("classify", bundle, heart, "--classes", "a,b", "--top", "0"): "top: expected 1 class or more, got 0",
+        ("classify", bundle, heart, "--classes", "a,b", "--top", "-1"): "top: expected 1 class or more, got -1",
+        ("route", bundle, "--classes", "a,b", "--max-memory", "nan"): "max_memory: expected a number of GB above 0",
+        ("route", bundle, "--classes", "a,b", "--max-memory", "inf"): "max_memory: expected a number of GB above 0",
+        ("evaluate", "", *on_task): "evaluate: model '' is empty; give a bundle",
+        ("evaluate", "x=", *on_task): "evaluate: model 'x' is empty; give a",
+        ("evaluate", "/", *on_task): "open_clip_config.json is missing",
+        ("evaluate", "modeclip-icon", "--tasks", f"{'t' * 240}={tmp_path}/task", *on_task[2:]): "shorter names",
+        ("evaluate", tmp_path / "model", *on_task): "is no JSON (Expecting",
+        ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch_size: expected 1 image or more, got 0",
         ("report", tmp_path): "is no finished run: results.json is missing",
         ("train", tmp_path / "job.json"): "cannot be read",
     }

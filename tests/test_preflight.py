@@ -83,7 +83,7 @@ def test_precision_that_needs_a_gpu(job: TrainJob, catalog: Catalog) -> None:
     ("model", "message"),
     [
         ("ViT-B-33", "unknown model 'ViT-B-33'; known: modeclip-icon"),
-        ("ViT-B-32@laion3b", "unknown pretrained tag of ViT-B-32 'laion3b'; known: openai"),
+        ("ViT-B-32@laion3b", "unknown pretrained tag of ViT-B-32 'laion3b'; nearest: laion"),
         ("ViT-B-32@openai", "these weights were trained with QuickGELU, .* write ViT-B-32-quickgelu@openai"),
         ("modeclip-icon@weights.pt", "there is no file weights.pt"),
     ],

@@ -94,6 +94,12 @@ def test_the_folder_of_a_split_is_the_same_task(folder):
     assert part.train.digest == whole.train.digest
 
 
+def test_classes_of_one_name_are_told_of(folder, capsys):
+    (folder / "classnames.txt").write_text("cat\ndog\ncat\n")
+    assert load_tasks([f"pets2={folder}"])[0].classnames == ("cat", "dog", "cat")
+    assert "task 'pets2': several classes are called 'cat'" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_empty_class_is_named(folder):
     (folder / "test" / "axolotl").mkdir()
     (folder / "test" / "axolotl" / "notes.txt").write_text("none yet")
@@ -136,8 +142,8 @@ def test_two_tasks_of_one_name_are_refused(folder):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("food102", r"no such folder or file, and no published task 'food102'; known: food101"),
-        ("no/such/folder", r"no published task 'no/such/folder'; known: imagenet, "),
+        ("food102", r"no published task 'food102'; nearest: food101, \S+, \S+; all 44: docs/evaluation.md$"),
+        ("no/such/folder", r"no such folder or file, and no published task 'no/such/folder'; nearest: "),
         ("birds=no/such", r"task 'birds': '.*no/such' does not exist"),
         ("pets=no/such", r"task 'pets': '.*no/such' does not exist; expected data of Oxford-IIIT Pets"),
     ],

@@ -135,7 +135,7 @@ def test_a_table_that_cannot_be_used_is_one_line(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"3\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"{", b"3\n", b"[1, 2]\n", b"\xff\xfe"])
 def test_lines_that_are_no_json_are_one_line(tmp_path, content):
     (tmp_path / "t.jsonl").write_bytes(content)
     with pytest.raises(ModeclipError, match=r"t.jsonl' cannot be read"):

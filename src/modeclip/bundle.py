@@ -38,6 +38,7 @@ from modeclip.novelty import FineQuantiles
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "mode.json"
+MANIFEST_FIELDS = ("encoder", "rule", "temperature", "templates", "experts", "lineage")
 CENTRES_FILE = "centres.safetensors"
 CLUSTERS_FILE = "clusters.json"
 PARITY_FILE = "parity.json"
@@ -208,15 +209,17 @@ def load_bundle(source: str | Path) -> Bundle:
     path = _find(source)
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        version, hashes = manifest["format_version"], manifest["sha256"]
+        version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
     except FileNotFoundError:
         raise ModeclipError(f"{path} is no bundle: {MANIFEST_FILE} is missing; `modeclip run` makes one") from None
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModeclipError(f"bundle {path}: {MANIFEST_FILE} cannot be read ({error}); get the bundle again") from None
     if version > FORMAT_VERSION:
         raise ModeclipError(
             f"bundle {path}: format {version} is newer than this modeclip reads ({FORMAT_VERSION}); upgrade modeclip"
         )
+    if missing := [name for name in MANIFEST_FIELDS if name not in manifest]:
+        raise ModeclipError(f"bundle {path}: {MANIFEST_FILE} lacks {', '.join(missing)}; get the bundle again")
     _check_hashes(path, hashes)
     centres, encoder = load_file(path / manifest.get("files", {}).get("centres", CENTRES_FILE)), manifest["encoder"]
     levels = tuple(centres.get("quantile_levels", np.empty(0)).tolist())

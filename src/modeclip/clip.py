@@ -328,7 +328,8 @@ def _check_tag(name: str, tag: str) -> None:
 
     found = open_clip.get_pretrained_cfg(name, tag)
     if not found:
-        raise unknown(f"pretrained tag of {name}", tag, open_clip.list_pretrained_tags_by_model(name))
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise unknown(f"pretrained tag of {name}", tag, tags, f"open_clip.list_pretrained_tags_by_model({name!r})")
     config = open_clip.get_model_config(name) or {}
     if found.get("quick_gelu", False) != config.get("quick_gelu", False):
         quick = "QuickGELU" if found.get("quick_gelu", False) else "GELU"

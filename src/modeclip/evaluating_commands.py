@@ -64,7 +64,7 @@ def evaluate(
     models: Models,
     *,
     tasks: Tasks,
-    options: OmitArgPrefixes[EvaluateOptions],
+    options: Annotated[OmitArgPrefixes[EvaluateOptions], arg(name="evaluation")],
     out: Annotated[Path, arg(help="Folder of the results: JSON, JSON lines, predictions as Parquet.")] = Path(
         "evaluation"
     ),
@@ -72,9 +72,9 @@ def evaluate(
 ) -> None:
     """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
     from modeclip.caching import FeatureCache
-    from modeclip.interchange import write_results
+    from modeclip.interchange import check_names, write_results
     from modeclip.probing import ProbeConfig
-    from modeclip.scoring import ScoreConfig, averages, evaluate_systems
+    from modeclip.scoring import PROBE, ScoreConfig, averages, evaluate_systems
     from modeclip.systems import open_systems
     from modeclip.task_sources import load_tasks
 
@@ -82,6 +82,8 @@ def evaluate(
         raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
     if options.rule is not None and options.rule not in RULES:
         raise ModeclipError(f"unknown rule {options.rule!r}; known: {', '.join(RULES)}")
+    if options.batch_size < 1:
+        raise ModeclipError(f"batch_size: expected 1 image or more, got {options.batch_size}")
     config = ScoreConfig(
         probe=ProbeConfig() if options.probe else None,
         batch_size=options.batch_size,
@@ -93,6 +95,8 @@ def evaluate(
     cache = FeatureCache(options.cache or out / CACHE_FOLDER)
     routing: dict[str, Any] = {"rule": options.rule, "temperature": options.temperature}
     systems = open_systems(models, cache, max_experts=options.max_experts, **routing)
+    names = [system.name for system in systems], [task.name for task in loaded]
+    check_names(*names, PROBE if options.probe else "")
     results = evaluate_systems(systems, loaded, config, cache)
     write_results(out, results)
     means = averages(results)

@@ -58,9 +58,11 @@ class EvaluateConfig:
     """Images encoded at a time."""
 
     def __post_init__(self) -> None:
-        """Check the rule and the templates."""
+        """Check the rule, the batch size and the templates."""
         if self.rule not in RULES:
             raise unknown("rule", self.rule, RULES)
+        if self.batch_size < 1:
+            raise ModeclipError(f"evaluate.batch_size: expected 1 image or more, got {self.batch_size}")
         for template in self.templates:
             if "{}" not in template:
                 raise ModeclipError(f"evaluate.templates: {template!r} has no {{}} where the class name goes")

@@ -65,7 +65,7 @@ class MergeOptions(MergeConfig):
 def finetune(
     model: Model,
     catalog: CatalogPath,
-    config: OmitArgPrefixes[FinetuneOptions],
+    config: Annotated[OmitArgPrefixes[FinetuneOptions], arg(name="training")],
     *,
     out: Out,
     tasks: Tasks = None,
@@ -92,7 +92,7 @@ def finetune(
 
 def merge(
     models: Models,
-    config: OmitArgPrefixes[MergeOptions],
+    config: Annotated[OmitArgPrefixes[MergeOptions], arg(name="merging")],
     *,
     out: Out,
     tasks: Tasks = None,

@@ -79,7 +79,12 @@ class Source:
 
     @classmethod
     def _of_files(cls, name: str, spec: str | Path, folder: Path, parts: Mapping[str, str]) -> Source:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} is no JSON ({error}); get it again") from None
+        if not isinstance(config, dict):
+            raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} holds no JSON object; get it again")
         return cls(
             name=name,
             spec=spec,

@@ -11,6 +11,7 @@ Price: one distance for each name and fine cluster, then a pass over the column 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,6 +25,7 @@ from modeclip.embedding import COLUMN
 from modeclip.encoders import load_encoder
 from modeclip.errors import ModeclipError
 from modeclip.grouping import Clustering
+from modeclip.progress import log
 
 PREFIX = "prior_"
 """Begins the names of the columns."""
@@ -123,21 +125,35 @@ def _marks(catalog: Catalog, selection: PriorSelection) -> Iterator[dict[str, Bo
 
 
 def read_classes(text: str) -> list[str]:
-    """Return the class names of a file (one a line) or of a list with commas."""
+    """Return the class names of a file (one a line) or of a list with commas; a name that comes twice is told of.
+
+    Raises:
+        ModeclipError: There are none, or what looks like a path is no file of text.
+    """
     path = Path(text)
-    if path.is_file():
+    if _is_file(path):
         try:
-            names = path.read_text(encoding="utf-8").splitlines()
+            names = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ModeclipError(f"classes {path}: no UTF-8 text ({error})") from None
-    elif path.suffix and "," not in text:
-        raise ModeclipError(f"classes {path}: no such file; give a file with one class name a line, or 'cat,dog'")
+    elif "," not in text and (path.suffix or "/" in text):
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ModeclipError(f"classes {path}: {found}; give a file with one class name a line, or 'cat,dog'")
     else:
         names = text.split(",")
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise ModeclipError(f"classes {text!r}: no class names in it; give a file with one a line, or 'cat,dog'")
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        log(f"classes: {twice[0]!r} is there more than once ({len(twice):,} such names): nothing tells them apart")
     return names
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a list of names, too long for that of a file
+        return False
 
 
 def name_of(sources: Sequence[str]) -> str:
@@ -147,5 +163,5 @@ def name_of(sources: Sequence[str]) -> str:
         >>> name_of(["tasks/food-101.txt", "tasks/pets.txt"])
         'food_101_pets'
     """
-    stems = [Path(source).stem if Path(source).is_file() or Path(source).suffix else source for source in sources]
+    stems = [Path(source).stem if _is_file(Path(source)) or Path(source).suffix else source for source in sources]
     return re.sub(r"\W+", "_", "_".join(stems), flags=re.ASCII).strip("_")[:60].rstrip("_") or "classes"

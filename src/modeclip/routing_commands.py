@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +107,8 @@ def classify(
     as_json: AsJson = False,
 ) -> None:
     """Name the class of pictures, by the experts that the class names are routed to."""
+    if top < 1:
+        raise ModeclipError(f"top: expected 1 class or more, got {top}")
     names = read_classes(classes)
     if not pictures:
         raise ModeclipError("classify: no picture given; modeclip classify BUNDLE PICTURE... --classes CLASSES")
@@ -148,4 +151,8 @@ def open_picture(path: Path) -> Any:
 
 
 def _bytes(gigabytes: float | None) -> int | None:
-    return None if gigabytes is None else int(gigabytes * 1e9)
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes < math.inf:
+        raise ModeclipError(f"max_memory: expected a number of GB above 0, got {gigabytes:g}")
+    return int(gigabytes * 1e9)

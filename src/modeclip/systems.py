@@ -129,6 +129,8 @@ def open_systems(
     systems = []
     for spec, name in zip(specs, names, strict=True):
         spec = spec.partition("=")[2] if _is_named(spec) else spec
+        if not spec.strip():
+            raise ModeclipError(f"evaluate: model {name!r} is empty; give a bundle, a model folder or NAME@TAG")
         place, _, member = spec.partition("#")
         if not member and not _is_bundle(place):
             systems.append(System(name=name, sources=(Source.of(name, spec),)))
@@ -206,7 +208,7 @@ def _names(specs: Sequence[str]) -> list[str]:
         if _is_named(spec):
             names.append(spec.partition("=")[0])
             continue
-        parts = [part for part in spec.removeprefix("local-dir:").split("/") if part]
+        parts = [part for part in spec.removeprefix("local-dir:").split("/") if part] or [spec]
         length = 2 if parts[-1].partition("#")[0] == "bundle" and len(parts) > 1 else 1
         others = [other for other in specs if other != spec]
         while length < len(parts) and any(_ends_alike(other, parts[-length:]) for other in others):

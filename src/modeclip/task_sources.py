@@ -38,6 +38,7 @@ from modeclip.known_tasks import (
     unknown_task,
 )
 from modeclip.places import absolute, is_folder, is_url, join, list_folder, parent, state
+from modeclip.progress import log
 from modeclip.task_annotations import read_annotations
 from modeclip.task_layouts import (
     TEST_FOLDERS,
@@ -106,6 +107,10 @@ def load_tasks(
     if twice := [name for name, number in Counter(task.name for task in tasks).items() if number > 1]:
         places = " and ".join(repr(task.source) for task in tasks if task.name == twice[0])
         raise ModeclipError(f"task {twice[0]!r} is there twice ({places}): give one of them another name (NAME=PATH)")
+    for task in tasks:
+        twice = [name for name, number in Counter(task.classnames).items() if number > 1]
+        if twice and find_known(task.name) is None:  # published lists have such: two classes of ImageNet are "missile"
+            log(f"task {task.name!r}: several classes are called {twice[0]!r}, and nothing tells them apart")
     tasks = _add_train(tasks, train_specs)
     if template_file is not None:
         tasks = _use_template_file(tasks, template_file)

@@ -316,6 +316,8 @@ def _read_text(path: str) -> Rows:
         text = read_bytes(path).decode("utf-8-sig")
         if path.lower().endswith(".jsonl"):
             records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            if strange := [record for record in records if not isinstance(record, dict)]:
+                raise TypeError(f"expected a JSON object a line, got {json.dumps(strange[0])[:60]}")
             columns = list(dict.fromkeys(name for record in records for name in record))
         elif path.lower().endswith(".txt"):
             return _caption_lines(path, text)
