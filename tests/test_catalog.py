@@ -19,6 +19,7 @@ from PIL import Image
 from modeclip.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.errors import ModeclipError
 from modeclip.files import writing
+from modeclip.samples import hash_image
 from modeclip.storage import NEW, FileWriter, append, create, only_writer
 
 NUM_ROWS = 50
@@ -46,7 +47,7 @@ def write_catalog(path: Path) -> Path:
         "size": [len(picture(n)) for n in range(NUM_ROWS)],
         "width": [4] * NUM_ROWS,
         "height": [4] * NUM_ROWS,
-        "digest": [bytes([n]) * 16 for n in range(NUM_ROWS)],
+        "digest": [hash_image(picture(n)) for n in range(NUM_ROWS)],
         "group": ["a" if n < 20 else "b" for n in range(NUM_ROWS)],
     }
     table = pa.table(values, schema=pa.schema([(name, PAIR_COLUMNS[name]) for name in values]))
@@ -246,9 +247,17 @@ def test_a_value_of_another_type_is_an_error(shared: Catalog):
 
 def test_images_that_went_away_are_named(catalog: Catalog):
     block = Path(catalog.path).parent / "block"
-    block.write_bytes(block.read_bytes()[:200])
-    with pytest.raises(ModeclipError, match=r"image of 'key 8' \(path .*block\): image does not decode; it was"):
+    whole = block.read_bytes()
+    block.write_bytes(whole[:200])
+    with pytest.raises(ModeclipError, match=r"image of 'key 8' \(path .*block\): image has changed; it was whole"):
         catalog.images(np.array([1, 8]))
+    block.write_bytes(whole.replace(picture(0), picture(49)[: len(picture(0))].ljust(len(picture(0)))))
+    for read in (catalog.images, catalog.encoded_images, catalog.digests):
+        with pytest.raises(ModeclipError, match=r"image of 'key 0' .*: image has changed"):
+            read(np.array([0]))
+    block.write_bytes(whole)
+    rows = np.array([8, 1, 0, 8])
+    assert catalog.digests(rows) == [hash_image(picture(row)) for row in rows]
     block.unlink()
     with pytest.raises(ModeclipError, match=r"image of 'key 0' .*: image file is missing; .*bring the file back"):
         catalog.images(np.array([0]))

@@ -228,6 +228,14 @@ def test_specification_that_names_nothing(spec: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_settings_without_weights_are_no_model(tmp_path: Path) -> None:
+    """open_clip would start such a model at random, and a random model can be evaluated like any other."""
+    save_clip(load_clip("modeclip-icon"), tmp_path)
+    (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "open_clip_pytorch_model.txt")
+    with pytest.raises(ModeclipError, match=r"open_clip_model\.safetensors is missing; expected a folder as open_clip"):
+        load_clip(tmp_path)
+
+
 def test_weights_of_another_model(tmp_path: Path) -> None:
     weights = load_clip("modeclip-icon").model.state_dict()
     del weights["ln_final.bias"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -323,6 +324,36 @@ def test_source_is_the_same_wherever_its_files_lie(small_run: Path) -> None:
     assert inside.digest != Source.of_bundle("seed", bundle, "seed").digest
     named = Source.of("random", "modeclip-icon")
     assert named.digest == Source.of("again", "modeclip-icon").digest != inside.digest
+
+
+def test_many_names_are_embedded_part_by_part(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(small_run / "bundle")
+    encoder = CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], FeatureCache(tmp_path))
+    whole = encoder._encoder.encode(NAMES)
+    asked: list[int] = []
+    encode = encoder._encoder.encode
+    monkeypatch.setattr(encoder._encoder, "encode", lambda texts: asked.append(len(texts)) or encode(texts))
+    monkeypatch.setattr("modeclip.features.ENCODED_AT_ONCE", 2)
+    assert np.array_equal(encoder.encode(NAMES), whole)
+    assert asked == [2, 1]
+
+
+def test_full_disk_is_met_before_vectors_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a file are taken at its first vectors, since a mapped file cannot say that a disk is full."""
+    cache = FeatureCache(tmp_path)
+    rows = np.zeros((1000, 256), np.float32)
+    with cache.writer("k", len(rows)) as write:
+        write(slice(0, 1), rows[:1])
+        [part] = tmp_path.glob("*.part")
+        assert part.stat().st_blocks * 512 >= rows.nbytes
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(ModeclipError, match="disk full while writing"), cache.writer("l", len(rows)) as write:
+        write(slice(0, 1), rows[:1])
+    assert [path.name for path in tmp_path.iterdir()] == ["k.npy"]
 
 
 def test_names_are_embedded_once(small_run: Path, tmp_path: Path) -> None:

@@ -70,14 +70,6 @@ class FeatureCache:
         assert rows is not None, f"{self.folder / key} was there a moment ago"
         return rows
 
-    def array(self, key: str, num_rows: int, make: Callable[[], Float[np.ndarray, "N D"]]) -> Float[np.ndarray, "N D"]:
-        """Return what a file holds, made by a function if it is not there."""
-        if (rows := self._read(key, num_rows)) is not None:
-            return rows
-        with self.writer(key, num_rows) as write:
-            write(slice(None), make())
-        return self.read(key, num_rows)
-
     @contextmanager
     def writer(self, key: str, num_rows: int) -> Iterator[Callable[[Any, Float[np.ndarray, "n D"]], None]]:
         """Yield ``write(rows, vectors)``; the file appears at the end, if all went well."""
@@ -90,6 +82,7 @@ class FeatureCache:
             if not maps:
                 shape = (num_rows, vectors.shape[1])
                 maps.append(np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape))
+                _reserve(part)
             maps[0][rows] = vectors
 
         try:
@@ -148,6 +141,13 @@ def _is_whole(file: BinaryIO, size: int) -> bool:
         content.update(block)
         left -= len(block)
     return file.read() == content.digest()
+
+
+def _reserve(path: Path) -> None:
+    """Take the blocks of a sparse file now: a mapped file that meets a full disk later ends the process."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _remove_old_parts(folder: Path) -> None:

@@ -26,7 +26,7 @@ from PIL import Image
 from modeclip.errors import ModeclipError, unknown
 from modeclip.files import writing
 from modeclip.places import is_url, join
-from modeclip.samples import Sample, cause_of, decode_image
+from modeclip.samples import ChangedError, Sample, cause_of, decode_image, hash_image, hash_parts
 from modeclip.storage import (
     NEW,
     OLD,
@@ -54,7 +54,7 @@ PAIR_COLUMNS = {
 
 CATALOG = "catalog.lance"
 """Name of the catalog in a folder that indexing wrote."""
-IMAGE_COLUMNS = ("key", "image", "path", "offset", "size")
+IMAGE_COLUMNS = ("key", "image", "path", "offset", "size", "digest")
 FORMAT = "modeclip.format"
 FORMAT_VERSION = "2"
 FINGERPRINT = "modeclip.fingerprint"
@@ -213,18 +213,42 @@ class Catalog:
         Raises:
             ModeclipError: A file is gone or has changed since it was indexed.
         """
-        return self._each_image(rows, lambda sample: decode_image(sample.read()))
+        return self._each_image(rows, decode_image)
 
     def encoded_images(self, rows: Int[np.ndarray, " n"]) -> list[bytes]:
         """Read images as they are stored, in the order of ``rows``; errors as for ``images``."""
-        return self._each_image(rows, Sample.read)
+        return self._each_image(rows, lambda data: data)
 
-    def _each_image(self, rows: Int[np.ndarray, " n"], work: Callable[[Sample], T]) -> list[T]:
+    def digests(self, rows: Int[np.ndarray, " n"]) -> list[bytes | None]:
+        """Return the hash of each image's encoded bytes; where it is unknown and in no file of this machine, None.
+
+        Images in files of this machine are read for it, because a file may have changed.
+
+        Raises:
+            ModeclipError: A file is gone or has changed since it was indexed.
+        """
+        table = self._table(["path", "digest"], rows)
+        found: list[bytes | None] = table["digest"].to_pylist()
+        paths = table["path"].to_pylist()
+        outside = np.array([n for n, path in enumerate(paths) if path is not None and not is_url(path)], np.int64)
+
+        def hash_some(places: range) -> list[bytes]:
+            return self._each_image(rows[outside[places.start : places.stop]], hash_image)
+
+        for place, digest in zip(outside.tolist(), hash_parts(self.name, len(outside), hash_some), strict=True):
+            found[place] = digest
+        return found
+
+    def _each_image(self, rows: Int[np.ndarray, " n"], work: Callable[[bytes], T]) -> list[T]:
         table = self._table(IMAGE_COLUMNS, rows)
         results = []
-        for key, image, path, offset, size in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        columns = (column.to_pylist() for column in table.columns)
+        for key, image, path, offset, size, digest in zip(*columns, strict=True):
             try:
-                results.append(work(Sample(key, "", image, path, offset, size)))
+                data = Sample(key, "", image, path, offset, size).read()
+                if image is None and digest is not None and hash_image(data) != digest:
+                    raise ChangedError
+                results.append(work(data))
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
                 raise ModeclipError(
                     f"image of {key!r} (path {path}): {cause_of(error)}; it was whole when"

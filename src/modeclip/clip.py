@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # of the files that open_clip takes from a model folder
 PARITY_FILE = "parity.json"
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 """Largest difference between features of unit norm that is rounding, by the type of the weights in memory."""
@@ -359,8 +360,10 @@ def _refuse_difference(parity: dict[str, Any], folder: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file() and not (file == WEIGHTS_FILE and any(folder.glob("open_clip*.*"))):
+    """Raise for a folder without settings or weights: open_clip would start such a model at random."""
+    has_weights = any(path.suffix in WEIGHTS_SUFFIXES for path in folder.glob("*"))
+    for file, is_there in ((CONFIG_FILE, (folder / CONFIG_FILE).is_file()), (WEIGHTS_FILE, has_weights)):
+        if not is_there:
             raise ModeclipError(f"model folder {folder}: {file} is missing; expected a folder as open_clip saves it")
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TEXT_BATCH = 512  # texts encoded at a time
+ENCODED_AT_ONCE = 1 << 16  # texts whose routing vectors are in memory at a time: 200 MB of 768 numbers
 SHOWN_TEXTS = 20_000  # texts x models from which a progress bar is shown
 
 
@@ -58,7 +59,12 @@ class CachedEncoder:
         if identity is None or not texts:
             return self._encoder.encode(list(texts))
         key = self._cache.key("names", encoder=identity, texts=hash_texts(texts))
-        return self._cache.array(key, len(texts), lambda: self._encoder.encode(list(texts)))
+        if not self._cache.has(key, len(texts)):
+            with self._cache.writer(key, len(texts)) as write:
+                for start in range(0, len(texts), ENCODED_AT_ONCE):
+                    part = list(texts[start : start + ENCODED_AT_ONCE])
+                    write(slice(start, start + len(part)), self._encoder.encode(part))
+        return self._cache.read(key, len(texts))
 
     @cached_property
     def _encoder(self) -> Encoder:

@@ -5,7 +5,6 @@ Price: one read and one decode of each image, by threads where it lies in a file
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
@@ -19,7 +18,7 @@ from itertools import islice
 from PIL import Image
 
 from modeclip.errors import ModeclipError
-from modeclip.samples import EMPTY, HARMLESS, NOT_UTF8, Sample, Skipped, cause_of, measure_image
+from modeclip.samples import EMPTY, HARMLESS, NOT_UTF8, Sample, Skipped, cause_of, hash_image, measure_image
 from modeclip.units import DataConfig
 
 CHECK_THREADS = os.cpu_count() or 1
@@ -59,7 +58,7 @@ def _check(sample: Sample, config: DataConfig) -> Checked | Skipped:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         return Skipped(sample.key, cause_of(error), re.sub(r" ?<_io[^>]*>", "", str(error)))
     held = data if config.copy_images or sample.path is None else None
-    digest = hashlib.blake2b(data, digest_size=16).digest()
+    digest = hash_image(data)
     return Checked(sample, held, width, height, digest)
 
 

@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,10 @@ from PIL import Image
 
 from modeclip.errors import ModeclipError
 from modeclip.places import read_bytes
+from modeclip.progress import progress
+
+HASHED_AT_ONCE = 256  # images that a thread hashes before it says so
+MANY_IMAGES = 4096  # from here on hashing shows how far it is
 
 # Causes for which a pair, or a whole part of a source, is skipped, as they appear in results.
 NO_CAPTION = "no caption"
@@ -32,6 +40,7 @@ MISSING = "image file is missing"
 UNREADABLE = "image file cannot be read"
 EMPTY = "image is empty (0 bytes)"
 UNDECODABLE = "image does not decode"
+CHANGED = "image has changed"
 BOMB = "image has too many pixels (decompression bomb)"
 NOT_DOWNLOADED = "image was not downloaded (img2dataset)"
 UNRENDERED = "icon does not render"
@@ -151,6 +160,34 @@ def samples_of(captions: Sequence[str], key: str, **where: Any) -> Iterator[Samp
         yield Sample(f"{key}#{number}" if number else key, caption, **where)
 
 
+class ChangedError(Exception):
+    """The bytes of an image are not those that were seen before."""
+
+
+def hash_image(data: bytes) -> bytes:
+    """Return the 16 bytes that tell an encoded image from others: a catalog's column ``digest``."""
+    return blake2b(data, digest_size=16).digest()
+
+
+def hash_parts(name: str, count: int, hash_some: Callable[[range], list[bytes]]) -> list[bytes]:
+    """Hash images by several threads, and show how far that is where they are many.
+
+    Args:
+        name: What they are the images of.
+        count: How many there are.
+        hash_some: Returns the hashes of the images of some numbers.
+    """
+    parts = [range(start, min(start + HASHED_AT_ONCE, count)) for start in range(0, count, HASHED_AT_ONCE)]
+    found: list[bytes] = []
+    bar = progress(f"hash {name}", count, "images") if count >= MANY_IMAGES else nullcontext()
+    with bar as advance, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for part in pool.map(hash_some, parts):
+            found += part
+            if advance is not None:
+                advance(len(part))
+    return found
+
+
 def decode_image(data: bytes) -> Image.Image:
     """Decode an encoded image to RGB; transparent parts become white.
 
@@ -186,6 +223,8 @@ def cause_of(error: Exception) -> str:
     """Return the cause under which an exception from reading or decoding an image is counted."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return MISSING
+    if isinstance(error, ChangedError):
+        return CHANGED
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return BOMB
     if isinstance(error, ModeclipError) or (isinstance(error, OSError) and error.errno is not None):

@@ -9,16 +9,14 @@ the row group that they lie in, of which the last `GROUPS_HELD` stay in memory.
 
 from __future__ import annotations
 
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -27,15 +25,10 @@ from PIL.Image import Image
 
 from modeclip.errors import ModeclipError
 from modeclip.places import is_url, join, open_file, read_bytes
-from modeclip.progress import progress
-from modeclip.samples import cause_of, decode_image
+from modeclip.samples import cause_of, decode_image, hash_image, hash_parts
 
 GROUPS_HELD = 2
 """Row groups of Parquet files that are held in memory."""
-HASHED_AT_ONCE = 256
-"""Images that a thread hashes before it reports."""
-MANY_IMAGES = 4096
-"""So many images take long enough to hash for a bar."""
 
 
 class EncodedImages(ABC):
@@ -74,20 +67,11 @@ class EncodedImages(ABC):
 
     def digests(self) -> list[bytes]:
         """Return a hash of each image's encoded bytes: that of a catalog's column ``digest``."""
-        starts = range(0, len(self), HASHED_AT_ONCE)
 
-        def hash_some(start: int) -> list[bytes]:
-            numbers = range(start, min(start + HASHED_AT_ONCE, len(self)))
-            return [self._guarded(number, lambda data: blake2b(data, digest_size=16).digest()) for number in numbers]
+        def hash_some(numbers: range) -> list[bytes]:
+            return [self._guarded(number, hash_image) for number in numbers]
 
-        found: list[bytes] = []
-        bar = progress(f"hash {self.task}", len(self), "images") if len(self) >= MANY_IMAGES else nullcontext()
-        with bar as advance, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for part in pool.map(hash_some, starts):
-                found += part
-                if advance is not None:
-                    advance(len(part))
-        return found
+        return hash_parts(self.task, len(self), hash_some)
 
     def _guarded(self, number: int, work: Callable[[bytes], Any]) -> Any:
         try:

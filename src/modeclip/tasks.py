@@ -157,9 +157,8 @@ class CatalogImages:
     """Hash of the images."""
 
     def __post_init__(self) -> None:
-        digests = self.catalog.read(["digest"], self.rows)["digest"]
         content = sha256()
-        for row, digest in zip(self.rows.tolist(), digests, strict=True):
+        for row, digest in zip(self.rows.tolist(), self.catalog.digests(self.rows), strict=True):
             content.update(digest if digest is not None else f"{self.catalog.fingerprint} {row}".encode())
         object.__setattr__(self, "digest", content.hexdigest())
 
