@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from modeclip import MoDE
 from modeclip.bundle import load_bundle, save_bundle
@@ -20,6 +21,7 @@ from modeclip.catalog import Catalog
 from modeclip.clip import load_clip
 from modeclip.encoders import load_any_encoder
 from modeclip.errors import ModeclipError
+from modeclip.mixture import _bytes_in_memory
 from modeclip.routing import RULES, route
 
 CLASSES = ["heart", "arrow left", "bell", "book", "an unheard-of thing"]
@@ -139,7 +141,8 @@ def test_least_recently_used_leaves_first(four: Path) -> None:
 
 
 def test_memory_decides_how_many_experts(four: Path) -> None:
-    size = (four / "expert-0" / "open_clip_model.safetensors").stat().st_size
+    weights = load_file(four / "expert-0" / "open_clip_model.safetensors")
+    size = sum(value.numel() * value.element_size() for value in weights.values())
     assert MoDE.load(four, max_memory=3 * size + 5).max_experts == 3
     assert MoDE.load(four, max_memory=3 * size, max_experts=2).max_experts == 2
     assert len(MoDE.load(four, max_memory=2 * size).task(CLASSES, rule="uniform").active) == 2
@@ -147,6 +150,16 @@ def test_memory_decides_how_many_experts(four: Path) -> None:
         MoDE.load(four, max_memory=size - 1)
     with pytest.raises(ModeclipError, match="max_experts: expected 1 or more, got 0"):
         MoDE.load(four, max_experts=0)
+    for ask in (MoDE.load(four).route, MoDE.load(four).task):
+        with pytest.raises(ModeclipError, match="max_experts: expected 1 or more, got 0"):
+            ask(CLASSES, max_experts=0)
+
+
+def test_memory_is_what_weights_take_once_loaded(tmp_path: Path) -> None:
+    """Half of the file's numbers in 16 bits: they are loaded as 32."""
+    wide, narrow = torch.zeros(3, 5), torch.zeros(7, dtype=torch.float16)
+    save_file({"wide": wide, "narrow": narrow}, tmp_path / "w.safetensors")
+    assert _bytes_in_memory(tmp_path / "w.safetensors") == 4 * (15 + 7)
 
 
 # --- queries, prompts, the seed ----------------------------------------------------------------------

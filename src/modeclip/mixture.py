@@ -14,6 +14,7 @@ Price: routing costs the class names' embeddings; a model is loaded at its first
 from __future__ import annotations
 
 import io
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from weakref import WeakSet
 
 import numpy as np
 from jaxtyping import Float
+from safetensors import safe_open
 
 from modeclip.bundle import Bundle, load_bundle
 from modeclip.clip import WEIGHTS_FILE, Clip, load_clip
@@ -58,7 +60,8 @@ class MoDE:
         if max_experts is not None and max_experts < 1:
             raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
         if max_memory is not None:
-            largest = max((bundle.model_folder(k) / WEIGHTS_FILE).stat().st_size for k in range(bundle.num_experts))
+            folders = {bundle.model_folder(k) for k in range(bundle.num_experts)}
+            largest = max(_bytes_in_memory(folder / WEIGHTS_FILE) for folder in folders)
             if max_memory < largest:
                 raise ModeclipError(
                     f"max_memory: an expert takes {largest:,} bytes, more than the {max_memory:,} given"
@@ -93,7 +96,11 @@ class MoDE:
         if temperature is None:
             own = rule == self.bundle.rule
             temperature = self.bundle.temperature if own else DEFAULT_TEMPERATURE.get(rule, 0.2)
-        return Asked(rule=rule, temperature=temperature, max_experts=max_experts or self.max_experts)
+        if max_experts is None:
+            max_experts = self.max_experts
+        elif max_experts < 1:
+            raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
+        return Asked(rule=rule, temperature=temperature, max_experts=max_experts)
 
     def route(
         self,
@@ -259,6 +266,12 @@ class MoDE:
     def watch(self, task: RoutedClip) -> None:
         """Remember a task, which has to let go of experts that leave memory."""
         self._tasks.add(task)
+
+
+def _bytes_in_memory(weights: Path) -> int:
+    """Return what a file of weights takes once it is loaded, as float32 whatever the file holds; reads its header."""
+    with safe_open(weights, "numpy") as file:
+        return sum(4 * math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def _as_png(picture: Image) -> bytes:
