@@ -187,7 +187,7 @@ def test_answers_are_those_of_the_routed_model(specs: list[str], small_run: Path
 def test_text_and_image_retrieval_are_routed_differently(small_run: Path, tasks: list[Task]) -> None:
     """Under eq6 the corpus has one weight vector, and each query its own."""
     cache = FeatureCache()
-    [system] = open_systems([str(small_run / "bundle")], cache, rule="eq6")
+    [system] = open_systems([str(small_run / "bundle")], cache, rules=["eq6"])
     [result] = evaluate_systems([system], [tasks[2]], ScoreConfig(), cache)
     corpus, queries = system.weigh(tasks[2].texts), system.weigh(tasks[2].texts, each=True)
     assert (corpus.shape, queries.shape) == ((2,), (len(tasks[2].texts), 2))
@@ -213,7 +213,7 @@ def test_second_evaluation_runs_no_model(
         assert json.dumps(one.provenance) == json.dumps(other.provenance)
     with counting() as ran:  # another rule is arithmetic, too
         cache = FeatureCache(folder)
-        evaluate_systems(open_systems([str(small_run / "bundle")], cache, rule="eq6"), tasks, ScoreConfig(), cache)
+        evaluate_systems(open_systems([str(small_run / "bundle")], cache, rules=["eq6"]), tasks, ScoreConfig(), cache)
     assert not ran
 
 
@@ -340,6 +340,38 @@ def test_linear_probe_has_all_experts(small_run: Path, tasks: list[Task]) -> Non
     assert "rule" not in mixture.provenance
     assert not np.array_equal(mixture.outcome.hits, single.outcome.hits) or mixture.outcome.score > 0
     assert {a.kind for a in averages(results)} == {"classification", "linear_probe"}
+
+
+def test_probe_of_a_class_without_training_images(small_run: Path, tasks: list[Task]) -> None:
+    """It is said before anything is encoded, by the class's name."""
+    task = tasks[0]
+    assert task.labels is not None
+    assert isinstance(task.images, CatalogImages)
+    known = task.labels != task.labels[0]
+    images = replace(task.images, rows=task.images.rows[known])
+    probed = replace(task, train=replace(task, images=images, labels=task.labels[known]))
+    cache = FeatureCache()
+    systems = open_systems([f"{small_run}/models/dense"], cache)
+    name = task.classnames[task.labels[0]]
+    with counting() as ran, pytest.raises(ModeclipError, match=f"1 of its classes have no training image.*'{name}'"):
+        evaluate_systems(systems, [probed], ScoreConfig(probe=ProbeConfig()), cache)
+    assert not ran
+
+
+def test_several_rules_and_tasks_as_they_are_done(small_run: Path, tasks: list[Task]) -> None:
+    """A mixture under several rules is several systems, of the same passes; what is done is handed out at once."""
+    cache = FeatureCache()
+    systems = open_systems([f"m={small_run}/bundle"], cache, rules=["uniform", "top1", "uniform"])
+    assert [system.name for system in systems] == ["m@uniform", "m@top1"]
+    done: list[list[Result]] = []
+    results = evaluate_systems(systems, tasks[:2], ScoreConfig(), cache, done=done.append)
+    assert [[result.task.name for result in found] for found in done] == [[task.name] * 2 for task in tasks[:2]]
+    assert [result for found in done for result in found] == results
+    assert [result.provenance["rule"] for result in results] == ["uniform", "top1"] * 2
+    again = evaluate_systems(
+        open_systems([str(small_run / "bundle")], cache, rules=["top1"]), tasks[:1], ScoreConfig(), cache
+    )
+    assert again[0].outcome.metrics == results[1].outcome.metrics
 
 
 def test_systems_and_their_names(small_run: Path, tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.commands import AsJson
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, unknown
 from modeclip.progress import print_json, print_table
 from modeclip.routing import RULES, Mix
+from modeclip.routing_commands import MaxMemory, to_bytes
 
 if TYPE_CHECKING:
     from modeclip.intervals import Interval
@@ -40,16 +41,20 @@ class EvaluateOptions:
     """Prompts for class names, {} where the name goes; default: each task's own, or the first bundle's."""
     data: str = "data"
     """Folder that holds the data of published tasks, each in a folder of its name."""
-    rule: str | None = None
-    """Routing rule of the mixtures; default: each bundle's."""
+    rule: tuple[str, ...] = ()
+    """Routing rules of the mixtures; with several, each mixture is one model a rule. Default: each bundle's."""
     temperature: float | None = None
     """Temperature of the rule; default: the bundle's, or the rule's own."""
     max_experts: int | None = None
     """Experts that a task may use; default: all."""
+    max_memory: MaxMemory = None
+    """Use as many experts as fit into so many GB (10^9 bytes)."""
     mix: Mix = "cosines"
     """What of the experts is weighted and summed to tell classes apart."""
     probe: bool = False
     """Fit a linear probe too, where a task has training images."""
+    probe_c: float | None = None
+    """Inverse strength of its regularisation; default: chosen on held-out training images."""
     cache: Path | None = None
     """Folder where features are kept; default: features in the folder of the results."""
     batch_size: int = 512
@@ -72,7 +77,7 @@ def evaluate(
 ) -> None:
     """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
     from modeclip.caching import FeatureCache
-    from modeclip.interchange import check_names, write_results
+    from modeclip.interchange import check_names, read_results, write_results
     from modeclip.probing import ProbeConfig
     from modeclip.scoring import PROBE, ScoreConfig, averages, evaluate_systems
     from modeclip.systems import open_systems
@@ -80,25 +85,31 @@ def evaluate(
 
     if not tasks:
         raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
-    if options.rule is not None and options.rule not in RULES:
-        raise ModeclipError(f"unknown rule {options.rule!r}; known: {', '.join(RULES)}")
+    if wrong := [rule for rule in options.rule if rule not in RULES]:
+        raise unknown("rule", wrong[0], RULES)
     if options.batch_size < 1:
         raise ModeclipError(f"batch_size: expected 1 image or more, got {options.batch_size}")
     config = ScoreConfig(
-        probe=ProbeConfig() if options.probe else None,
+        probe=ProbeConfig(C=options.probe_c) if options.probe else None,
         batch_size=options.batch_size,
         mix=options.mix,
         device=options.device,
         precision=options.precision,
     )
+    read_results(out)  # what cannot be read there would be found after all the work
     loaded = load_tasks(tasks, templates=options.templates, root=options.data, train=options.probe)
     cache = FeatureCache(options.cache or out / CACHE_FOLDER)
-    routing: dict[str, Any] = {"rule": options.rule, "temperature": options.temperature}
-    systems = open_systems(models, cache, max_experts=options.max_experts, **routing)
+    systems = open_systems(
+        models,
+        cache,
+        rules=options.rule,
+        temperature=options.temperature,
+        max_experts=options.max_experts,
+        max_memory=to_bytes(options.max_memory),
+    )
     names = [system.name for system in systems], [task.name for task in loaded]
     check_names(*names, PROBE if options.probe else "")
-    results = evaluate_systems(systems, loaded, config, cache)
-    write_results(out, results)
+    results = evaluate_systems(systems, loaded, config, cache, done=lambda found: write_results(out, found))
     means = averages(results)
     if as_json:
         records = [

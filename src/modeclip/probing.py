@@ -218,7 +218,7 @@ def _search(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, conf
     if not held_out.any():
         raise ModeclipError(
             f"linear probe: expected several training images a class to choose C with, got {len(labels)} images of "
-            f"{labels.max() + 1} classes; give C"
+            f"{labels.max() + 1} classes; give C (--probe-c)"
         )
     part, known = features[~held_out], labels[~held_out]
     others, answers = features[held_out], labels[held_out]

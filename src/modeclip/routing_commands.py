@@ -50,7 +50,7 @@ def route(
     with console.status("loading the encoder"):
         from modeclip.mixture import MoDE
 
-        mode = MoDE.load(bundle, max_experts=max_experts, max_memory=_bytes(max_memory))
+        mode = MoDE.load(bundle, max_experts=max_experts, max_memory=to_bytes(max_memory))
         if images:
             asked = mode.ask(rule, temperature, None)
             found = mode.route_rows([str(path) for path in images], mode.embed_images(pictures), asked, each=True)
@@ -116,7 +116,7 @@ def classify(
     with console.status("loading the encoder and the experts"):
         from modeclip.mixture import MoDE
 
-        mode = MoDE.load(bundle, max_experts=max_experts, max_memory=_bytes(max_memory))
+        mode = MoDE.load(bundle, max_experts=max_experts, max_memory=to_bytes(max_memory))
         task = mode.task(
             names,
             templates=template or None,
@@ -150,7 +150,8 @@ def open_picture(path: Path) -> Any:
         raise ModeclipError(f"picture {path}: {cause_of(error)}; give an image file that opens") from None
 
 
-def _bytes(gigabytes: float | None) -> int | None:
+def to_bytes(gigabytes: float | None) -> int | None:
+    """Return what ``--max-memory`` asks for, in bytes."""
     if gigabytes is None:
         return None
     if not 0 < gigabytes < math.inf:

@@ -112,7 +112,12 @@ class Average:
 
 
 def evaluate_systems(
-    systems: Sequence[System], tasks: Sequence[Task], config: ScoreConfig, cache: FeatureCache
+    systems: Sequence[System],
+    tasks: Sequence[Task],
+    config: ScoreConfig,
+    cache: FeatureCache,
+    *,
+    done: Callable[[list[Result]], object] | None = None,
 ) -> list[Result]:
     """Put tasks to systems.
 
@@ -121,12 +126,14 @@ def evaluate_systems(
         tasks: What is asked; names must differ.
         config: How.
         cache: Where vectors are kept.
+        done: Called with the results of each task as soon as they are there.
 
     Returns:
         A result a task and system, task by task; with ``config.probe`` one more where a task has training images.
 
     Raises:
-        ModeclipError: Two tasks or systems have the same name, or a model or an image cannot be read.
+        ModeclipError: Two tasks or systems have the same name, a model or an image cannot be read, or a class has no
+            training image for its probe.
     """
     for kind, names in (("tasks", [task.name for task in tasks]), ("models", [system.name for system in systems])):
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -145,7 +152,9 @@ def evaluate_systems(
     results = []
     with progress("evaluate", total, "images x models") as advance:
         for question in asked:
-            results += question.results(cache, advance)
+            results += (found := question.results(cache, advance))
+            if done is not None:
+                done(found)
     return results
 
 
@@ -199,13 +208,22 @@ class _Asked:
         cache: FeatureCache,
     ) -> _Asked:
         """Route a task for all systems."""
-        return cls(
+        asked = cls(
             task=task,
             systems=systems,
             weights={system.name: _Weights.of(system, task, cache) for system in systems},
             prompts=task.prompts_of(templates) if task.kind == "classification" else (),
             config=config,
         )
+        if asked._train is not None:
+            unseen = np.setdiff1d(np.asarray(task.labels), np.asarray(asked._train.labels))
+            if len(unseen):
+                names = ", ".join(repr(task.classnames[label]) for label in unseen[:3]) + ", ..." * (len(unseen) > 3)
+                raise ModeclipError(
+                    f"task {task.name!r}: {len(unseen)} of its classes have no training image for a linear probe: "
+                    f"{names}; add images, or evaluate without --probe"
+                )
+        return asked
 
     def passes(self) -> list[tuple[Images, list[Source]]]:
         """Return images and the models that have to see them: those of the task, and those of its probe."""
@@ -227,10 +245,13 @@ class _Asked:
             texts = _by_digest(sources, text_features(sources, task.texts, cache, **how))
         results = []
         for system in self.systems:
-            outcome = self._answer(system, seen[0], texts)
-            results.append(self._result(system, task.kind, outcome, self._routing(system)))
-            if len(seen) > 1:
-                results.append(self._probe(system, seen[1], seen[0]))
+            try:
+                outcome = self._answer(system, seen[0], texts)
+                results.append(self._result(system, task.kind, outcome, self._routing(system)))
+                if len(seen) > 1:
+                    results.append(self._probe(system, seen[1], seen[0]))
+            except ModeclipError as error:
+                raise ModeclipError(f"task {task.name!r}, model {system.name!r}: {error}") from error
         return results
 
     def _answer(self, system: System, images: Features, texts: Features) -> Outcome:

@@ -102,26 +102,29 @@ def open_systems(
     specs: Sequence[str],
     cache: FeatureCache,
     *,
-    rule: str | None = None,
+    rules: Sequence[str] = (),
     temperature: float | None = None,
     max_experts: int | None = None,
+    max_memory: int | None = None,
 ) -> list[System]:
     """Open what is to be evaluated; names are the shortest ends of the specifications that differ.
 
     Args:
         specs: As at the top of this module.
         cache: Where the vectors of class names are kept.
-        rule: Routing rule of the mixtures; None: each bundle's own.
-        temperature: Of that rule; None: the bundle's for its own rule, else the rule's default.
+        rules: Routing rules of the mixtures; of several, each mixture is a system a rule, ``NAME@RULE``. None given:
+            each bundle's own.
+        temperature: Of the rules; None: the bundle's for its own rule, else the rule's default.
         max_experts: Experts that may have weight; None: all.
+        max_memory: Bytes that the weights of these experts may take; None: any number.
 
     Raises:
         ModeclipError: There is no such model, expert or rule, or two have the same name.
     """
     if not specs:
         raise ModeclipError("evaluate: no model given; give a bundle, BUNDLE#expert-0, a model folder or NAME@TAG")
-    if rule is not None and rule not in RULES:
-        raise unknown("rule", rule, RULES)
+    if wrong := [rule for rule in rules if rule not in RULES]:
+        raise unknown("rule", wrong[0], RULES)
     names = _names(specs)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ModeclipError(f"evaluate: two models have the name {twice[0]!r}; write NAME=MODEL for one of them")
@@ -140,7 +143,11 @@ def open_systems(
         if member:
             systems.append(_open_member(name, bundle, member))
         else:
-            systems.append(_open_mixture(name, bundle, cache, rule, temperature, max_experts))
+            mode = MoDE(bundle, max_experts=max_experts, max_memory=max_memory)
+            asked = [mode.ask(rule, temperature, None) for rule in (*dict.fromkeys(rules),) or (None,)]
+            for each in asked:
+                own = f"{name}@{each.rule}" if len(asked) > 1 else name
+                systems.append(_open_mixture(own, mode, cache, each))
     return systems
 
 
@@ -152,18 +159,11 @@ def _open_member(name: str, bundle: Bundle, member: str) -> System:
     return System(name=name, sources=(source,), templates=bundle.templates)
 
 
-def _open_mixture(
-    name: str,
-    bundle: Bundle,
-    cache: FeatureCache,
-    rule: str | None,
-    temperature: float | None,
-    max_experts: int | None,
-) -> System:
+def _open_mixture(name: str, mode: MoDE, cache: FeatureCache, asked: Asked) -> System:
+    bundle = mode.bundle
     folders = [expert.folder for expert in bundle.experts]
     source_of = {folder: Source.of_bundle(folder, bundle, folder) for folder in set(folders)}
     per_image = bundle.encoder.partition(":")[0] in IMAGE_PREFIXES
-    mode = MoDE(bundle, max_experts=max_experts)
     if not per_image:
         mode.encoder = CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache)
     return System(
@@ -171,7 +171,7 @@ def _open_mixture(
         sources=tuple(source_of[folder] for folder in folders),
         mixture=Mixture(
             mode=mode,
-            asked=mode.ask(rule, temperature, max_experts),
+            asked=asked,
             per_image=per_image,
         ),
         templates=bundle.templates,
