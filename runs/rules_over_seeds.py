@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [averages(seed, arguments.out) for seed in arguments.seeds]
     columns = {name: [found[name] for found in runs] for name in runs[0]}
-    dense, uniform = columns["dense-total"], columns["mixture, uniform"]
+    dense, uniform = columns.get("dense-total", columns["dense"]), columns["mixture, uniform"]
     date = datetime.now(UTC).date().isoformat()
     print(f"\nseeds {arguments.seeds}, {date}, {platform.machine()}, accuracy in %\n")
     print("| model | average | against dense at equal cost | against uniform |\n|---|---|---|---|")

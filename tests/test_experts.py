@@ -48,6 +48,13 @@ def finish(job: TrainJob) -> None:
     (Path(job.folder) / "done.json").write_text(json.dumps(result))
 
 
+def test_a_dense_control_of_the_mixtures_cost_is_trained_once(tmp_path: Path) -> None:
+    """5 parts of 10 steps are 10 steps for each of five experts: the dense control costs that too."""
+    jobs = plan(tmp_path, ExpertsConfig(budget="matched"), 5)
+    assert list(jobs) == ["seed", "dense", *(f"expert-{k}" for k in range(5))]
+    assert "dense-total" in plan(tmp_path, ExpertsConfig(budget="matched", dense=False), 5)
+
+
 @pytest.mark.parametrize(("budget", "expert", "total"), [("paper", 5, 47), ("matched", 1.2, 31.8)])
 def test_budgets_cost_what_they_say(tmp_path: Path, budget: str, expert: float, total: float) -> None:
     """The matched budget is 5/4 parts an expert, rounded down to a step of a tenth of a part."""

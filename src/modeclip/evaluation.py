@@ -169,11 +169,12 @@ def evaluate(
     )
     rows = _with_bounds(scorer.rows(tasks, models))
     default = next(row for row in rows if row.kind == "mixture" and row.rule == config.rule)
-    dense_total = next((row for row in rows if row.name == "dense-total"), None)
+    of_its_cost = [r for r in rows if r.name == "dense-total" or (r.name, r.samples) == ("dense", default.samples)]
+    equal_cost = max(of_its_cost, key=lambda row: len(row.name), default=None)
     return {
         "tasks": [{"name": t.name, "num_classes": len(t.classnames), "num_images": len(t.images)} for t in tasks],
         "chance": {task.name: 1 / len(task.classnames) for task in tasks},
-        "models": [_as_json(row, dense_total, default) for row in rows],
+        "models": [_as_json(row, equal_cost, default) for row in rows],
         "routing": {t.name: _explained(scorer.route(t, clustering, config.rule), t, config.rule) for t in tasks},
     }
 
@@ -363,7 +364,7 @@ def _explained(routing: Routing, task: Task, rule: str) -> dict[str, Any]:
     }
 
 
-def _as_json(row: Row, dense_total: Row | None, default: Row) -> dict[str, Any]:
+def _as_json(row: Row, equal_cost: Row | None, default: Row) -> dict[str, Any]:
     interval = bootstrap_interval(row.correct)
     return {
         "name": row.name,
@@ -375,7 +376,7 @@ def _as_json(row: Row, dense_total: Row | None, default: Row) -> dict[str, Any]:
         "average": row.average,
         "interval": [interval.low, interval.high],
         "entropy": dict(row.entropy) if row.entropy else None,
-        "versus_dense_total": _difference(row, dense_total) if row.kind in {"mixture", "control"} else None,
+        "versus_dense_total": _difference(row, equal_cost) if row.kind in {"mixture", "control"} else None,
         "versus_mixture": _difference(row, default) if row.kind == "control" else None,
     }
 

@@ -54,7 +54,8 @@ class ExpertsConfig:
     dense: bool = True
     """Also train the dense control: the seed goes on with all data, as long as one expert of the paper."""
     dense_total: bool = True
-    """Also train a dense model at the mixture's total cost, on a schedule of its own: the fair comparison."""
+    """Also train a dense model at the mixture's total cost, on a schedule of its own: the fair comparison. Where the
+    dense control has that cost (``matched``), it is that model."""
     controls: tuple[Literal["random", "full", "one-step"], ...] = ()
     """Further mixtures of as many models: ``random`` split in the clusters' sizes, ``full`` data with other seeds,
     ``one-step`` clusters (as many fine clusters as experts)."""
@@ -252,9 +253,10 @@ def count_pairs(catalog: Catalog, num_experts: int, column: str = "expert") -> I
 
 
 def _dense_controls(parting: Parting, mixture_steps: int, experts: ExpertsConfig) -> list[TrainJob]:
-    """Return the dense models that the mixture is compared with, the longest first."""
+    """Return the dense models that the mixture is compared with, the longest first; where both are one, that one."""
     jobs = []
-    if experts.dense_total:
+    same = parting.seed is not None and experts.dense and mixture_steps == parting.num_steps
+    if experts.dense_total and not same:
         whole = parting.branch("dense-total", steps=mixture_steps)
         if parting.seed is not None:  # its schedule is planned for that length from the start
             begun = replace(whole, first_step=0, first_share=0.0)

@@ -122,7 +122,9 @@ def find_headline(models: Sequence[Json]) -> Json:
         low, high = versus["interval"]
         verdict = "win" if low > 0 else "loss" if high < 0 else "tie"
     uniform = next((model for model in mixtures if model["rule"] == "uniform"), None)
-    dense = next((model for model in models if model["name"] == "dense-total"), None)
+    cost = (mixture or {}).get("samples")
+    of_its_cost = [m for m in models if m["name"] == "dense-total" or (m["name"], m["samples"]) == ("dense", cost)]
+    dense = max(of_its_cost, key=lambda model: len(model["name"]), default=None)
     random = next((model for model in models if family_of(model["name"]) == "random"), None)
     found = {"mixture": mixture, "dense": dense, "uniform": uniform, "random": random}
     return {**found, "versus": versus, "verdict": verdict}
