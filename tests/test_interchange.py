@@ -102,7 +102,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path) -> None:
         assert (back.system, back.digest) == (result.system, result.task.digest)
         assert back.outcome.metrics == result.outcome.metrics
         assert back.outcome.score == result.outcome.score
-        for field in ("hits", "prediction", "rank", "weights"):
+        for field in ("hits", "prediction", "rank", "weights", "image"):
             np.testing.assert_array_equal(getattr(back.outcome, field), getattr(result.outcome, field))
         assert back.outcome.extra.keys() == result.outcome.extra.keys()
         assert len(back.keys) == len(back.labels) == len(back.outcome.hits)

@@ -10,7 +10,7 @@ from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
 import modeclip.retrieval as retrieval
 from modeclip.errors import ModeclipError
-from modeclip.intervals import bootstrap_interval
+from modeclip.intervals import Outcome, PairedTest, bootstrap_interval, paired_interval, paired_test
 from modeclip.retrieval import retrieve
 from modeclip.similarity import Similarity
 
@@ -103,6 +103,69 @@ def test_samples_weigh_texts_and_images_alike() -> None:
     assert outcome.score == pytest.approx(np.mean(both))
     interval = bootstrap_interval({"pairs": outcome}, num_resamples=200)
     assert interval.low < outcome.score < interval.high
+
+
+def with_hits(hits: np.ndarray, weights: np.ndarray, image: np.ndarray | None) -> Outcome:
+    score, places = float(np.average(hits, weights=weights)), np.zeros(len(hits), np.int64)
+    main = "mean_recall@1"
+    return Outcome(
+        metrics={main: score}, main=main, hits=hits, prediction=places, rank=places, weights=weights, image=image
+    )
+
+
+def some_hits(draw: np.random.Generator, num_images: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hits, weights and images of samples as `retrieve` orders them: an image is hard or easy for all of its."""
+    ease = draw.normal(size=num_images) * 2
+    of_text = np.repeat(np.arange(num_images), draw.integers(1, 8, num_images))
+    image = np.concatenate([of_text, np.arange(num_images)])
+    hits = (ease[image] + draw.normal(size=len(image)) > 0).astype(np.float64)
+    weights = np.repeat([0.5 / len(of_text), 0.5 / num_images], [len(of_text), num_images])
+    return hits, weights, image
+
+
+@pytest.mark.parametrize("by_kind", [True, False])
+def test_interval_draws_images_with_all_their_samples(by_kind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop that really draws images, counts their texts and takes both recalls anew."""
+    if not by_kind:
+        monkeypatch.setattr("modeclip.intervals.MAX_KINDS", 0)
+    draw = np.random.default_rng(3)
+    hits, weights, image = some_hits(draw)
+    outcome = with_hits(hits, weights, image)
+    interval = bootstrap_interval([outcome])
+    count = len(hits) - 60
+    texts = [np.flatnonzero(image[:count] == number) for number in range(60)]
+    means = []
+    for _ in range(4000):
+        chosen = draw.integers(60, size=60)
+        of_texts = hits[np.concatenate([texts[number] for number in chosen])].mean()
+        means.append((of_texts + hits[count + chosen].mean()) / 2)
+    assert interval.mean == outcome.score
+    assert [interval.low, interval.high] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.012)
+    alone = bootstrap_interval([with_hits(hits, weights, None)])
+    assert alone.high - alone.low < 0.75 * (interval.high - interval.low)
+
+
+def test_intervals_of_retrieval_cover_the_truth() -> None:
+    """95 % intervals of many small test sets hold what endless images would give, one half, about 95 times of 100."""
+    draw = np.random.default_rng(0)
+    inside = {"images": 0, "samples": 0}
+    for _ in range(300):
+        hits, weights, image = some_hits(draw)
+        for way, given in (("images", image), ("samples", None)):
+            interval = bootstrap_interval([with_hits(hits, weights, given)], num_resamples=400)
+            inside[way] += interval.low <= 0.5 <= interval.high
+    assert 0.9 < inside["images"] / 300 < 0.99
+    assert inside["samples"] / 300 < 0.85, "texts of an image are no samples of their own"
+
+
+def test_paired_test_counts_images() -> None:
+    """The first model is right on four texts more of image 0, the second on one more of images 1 and 2."""
+    image = np.array([0, 0, 0, 0, 1, 1, 2, 2, 3])
+    first = np.array([1, 1, 1, 1, 1, 0, 0, 0, 1.0])
+    second = np.array([0, 0, 0, 0, 1, 1, 1, 0, 1.0])
+    one, other = (with_hits(hits, np.ones(9), image) for hits in (first, second))
+    assert paired_test([one], [other]) == PairedTest(only_first=1, only_second=2, p_value=1.0)
+    assert paired_interval([one], [other]).mean == pytest.approx(2 / 9)
 
 
 def test_fewer_candidates_than_answers_looked_at() -> None:

@@ -45,7 +45,7 @@ TASK_OF_KIND = {
 MAX_FILE_NAME = 255
 """Bytes that the name of a file may have on Linux and macOS."""
 _NAMES = ("model", "pretrained", "dataset", "task")
-_COLUMNS = ("key", "label", "prediction", "rank", "hit", "weight")
+_COLUMNS = ("key", "label", "prediction", "rank", "hit", "weight", "image")
 
 
 @runtime_checkable
@@ -324,6 +324,8 @@ def _write_predictions(path: Path, result: Evaluated, record: Mapping[str, Any])
     columns["hit"] = outcome.hits
     if outcome.weights is not None:
         columns["weight"] = outcome.weights
+    if outcome.image is not None:
+        columns["image"] = outcome.image
     table = pa.table(columns | dict(outcome.extra))
     table = table.replace_schema_metadata({OURS: json.dumps(record, allow_nan=False)})
     part = path.with_name(path.name + ".part")
@@ -349,6 +351,7 @@ def _read(path: Path) -> Predictions:
             prediction=columns["prediction"],
             rank=columns["rank"],
             weights=columns.get("weight"),
+            image=columns.get("image"),
             extra={name: values for name, values in columns.items() if name not in _COLUMNS},
         )
         kind = record[OURS]["kind"]

@@ -2,7 +2,8 @@
 
 The score of a model is the plain mean over its tasks. Its interval is a percentile bootstrap: the samples of each task
 are drawn again with replacement among those of equal weight, the tasks stay. It says how sure the test images make us,
-and nothing of another training seed or of other tasks.
+and nothing of another training seed or of other tasks. Samples of one image (the texts that ask for it, and the image
+that asks for a text) are hard or easy together: there images are drawn, each with all its samples.
 
 Where the samples' contributions have a few values (right or wrong, the difference of two models), one multinomial draw
 of their counts IS one resample. Areas and average precisions are no means over samples: there a contribution is the
@@ -23,8 +24,14 @@ from jaxtyping import Bool, Float, Int
 
 from modeclip.errors import ModeclipError
 
+NUM_RESAMPLES, CONFIDENCE = 10_000, 0.95
+"""Of an interval, unless others are asked for."""
+
 MAX_LEVELS = 16
 """Distinct contributions up to which a resample is drawn as their counts."""
+
+MAX_KINDS = 512
+"""The same for images with several samples: images whose samples contribute the same are of one kind."""
 
 DRAWN_NUMBERS = 1 << 24
 """Contributions that are drawn at a time where there are more."""
@@ -46,6 +53,8 @@ class Outcome:
     """Place of the right answer (of several: the best) among all, 0 first; their number where no answer is right."""
     weights: Float[np.ndarray, " n"] | None = None
     """Weight of each sample; None: all alike."""
+    image: Int[np.ndarray, " n"] | None = None
+    """Number of the image that each sample is of, where an image has several samples; None: each has one."""
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Further values of each sample, by name."""
 
@@ -81,15 +90,15 @@ class PairedTest:
     """Exact McNemar test of two models on the same samples."""
 
     only_first: int
-    """Samples that only the first gets right."""
+    """Samples that only the first gets right; where images have several, images of which it gets more right."""
     only_second: int
-    """Samples that only the second gets right."""
+    """The same of the second."""
     p_value: float
     """Probability of a split at least as uneven if either were as likely, two-sided."""
 
 
 def bootstrap_interval(
-    outcomes: ScoredTasks, *, num_resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+    outcomes: ScoredTasks, *, num_resamples: int = NUM_RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
     """Give the plain mean over tasks of their main metrics an interval, resampling each one's samples.
 
@@ -110,7 +119,7 @@ def bootstrap_interval(
         >>> bootstrap_interval({"pets": is_correct})
         Interval(mean=0.8, low=0.72, high=0.88)
     """
-    gains = {task: _contributions(scored) for task, scored in _by_task(outcomes).items()}
+    gains = {task: (*_contributions(scored), _images(scored)) for task, scored in _by_task(outcomes).items()}
     return _interval_of_mean(gains, num_resamples, confidence, seed)
 
 
@@ -118,8 +127,8 @@ def paired_interval(
     outcomes: ScoredTasks,
     baseline: ScoredTasks,
     *,
-    num_resamples: int = 10_000,
-    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Interval:
     """Give the difference of two models' means, on the same samples, an interval.
@@ -148,7 +157,7 @@ def paired_interval(
     gains = {}
     for task, (first, second) in _pairs(outcomes, baseline).items():
         (hits, weights), (others, _) = _contributions(first), _contributions(second)
-        gains[task] = hits - others, weights
+        gains[task] = hits - others, weights, _images(first, second)
     return _interval_of_mean(gains, num_resamples, confidence, seed)
 
 
@@ -156,7 +165,8 @@ def paired_test(outcomes: ScoredTasks, baseline: ScoredTasks) -> PairedTest:
     """Test whether two models get the same number of samples right: McNemar's test, exact, samples of all tasks pooled.
 
     Only samples that one of them gets right count; if the models were alike, each would be as likely the first's as the
-    second's. Unlike the interval it counts a sample of a small task as much as one of a large task.
+    second's. Unlike the interval it counts a sample of a small task as much as one of a large task. Where images have
+    several samples, an image counts for the model that gets more of them right: a sign test over the images.
 
     Args:
         outcomes: What the one model did on each task.
@@ -177,8 +187,10 @@ def paired_test(outcomes: ScoredTasks, baseline: ScoredTasks) -> PairedTest:
         hits, others = _contributions(first)[0], _contributions(second)[0]
         if not np.isin([*hits, *others], (0, 1)).all():
             raise ModeclipError(f"paired test, task {task!r}: its metric counts no right and wrong samples; take acc1")
-        only_first += int((hits > others).sum())
-        only_second += int((hits < others).sum())
+        image = _images(first, second)
+        more = hits - others if image is None else np.bincount(image, hits) - np.bincount(image, others)
+        only_first += int((more > 0).sum())
+        only_second += int((more < 0).sum())
     differing = only_first + only_second
     p_value = float(binomtest(only_first, differing).pvalue) if differing else 1.0
     return PairedTest(only_first=only_first, only_second=only_second, p_value=p_value)
@@ -194,6 +206,12 @@ def _by_task(outcomes: ScoredTasks) -> dict[str, Scored]:
 def _contributions(scored: Scored) -> tuple[np.ndarray, np.ndarray | None]:
     """Return contributions and weights."""
     return (scored.hits, scored.weights) if isinstance(scored, Outcome) else (scored.astype(np.float64), None)
+
+
+def _images(*scored: Scored) -> np.ndarray | None:
+    """Return the image of each sample, as far as one of the outcomes of the same samples knows it."""
+    known = (each.image for each in scored if isinstance(each, Outcome))
+    return next((image for image in known if image is not None), None)
 
 
 def _pairs(outcomes: ScoredTasks, baseline: ScoredTasks) -> dict[str, tuple[Scored, Scored]]:
@@ -223,7 +241,10 @@ def _pairs(outcomes: ScoredTasks, baseline: ScoredTasks) -> dict[str, tuple[Scor
 
 
 def _interval_of_mean(
-    gains_of_task: Mapping[str, tuple[np.ndarray, np.ndarray | None]], num_resamples: int, confidence: float, seed: int
+    gains_of_task: Mapping[str, tuple[np.ndarray, np.ndarray | None, np.ndarray | None]],
+    num_resamples: int,
+    confidence: float,
+    seed: int,
 ) -> Interval:
     """Bootstrap the plain mean over tasks of the weighted mean over samples of what they contribute."""
     if not 0 < confidence < 1:
@@ -232,16 +253,18 @@ def _interval_of_mean(
         raise ModeclipError(f"num_resamples: expected at least 1, got {num_resamples}")
     if not gains_of_task:
         raise ModeclipError("interval: expected tasks with images, got no tasks")
-    for task, (gains, _) in gains_of_task.items():
+    for task, (gains, *_) in gains_of_task.items():
         if len(gains) == 0:
             raise ModeclipError(f"interval: expected tasks with images, got none in {task!r}")
 
     generator = np.random.default_rng(seed)
     means, resampled_means = [], np.zeros(num_resamples)
     for task in sorted(gains_of_task):
-        gains, weights = gains_of_task[task]
+        gains, weights, image = gains_of_task[task]
         weights = np.ones(len(gains)) if weights is None else weights
-        for weight in np.unique(weights[weights > 0]):
+        if image is not None:
+            resampled_means += _resampled_images(gains, weights, image, num_resamples, generator)
+        for weight in np.unique(weights[weights > 0]) if image is None else ():
             alike = gains[weights == weight]
             share = 1.0 if len(alike) == len(gains) else weight * len(alike) / weights.sum()
             resampled_means += share * _resampled(alike, num_resamples, generator)
@@ -262,3 +285,36 @@ def _resampled(gains: np.ndarray, num_resamples: int, generator: np.random.Gener
     step = max(1, DRAWN_NUMBERS // count)
     sizes = [min(step, num_resamples - start) for start in range(0, num_resamples, step)]
     return np.concatenate([gains[generator.integers(count, size=(size, count))].mean(axis=1) for size in sizes])
+
+
+def _resampled_images(
+    gains: np.ndarray, weights: np.ndarray, image: np.ndarray, num_resamples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Return weighted means over the samples of images that are drawn with replacement.
+
+    Samples of equal weight are one side (the texts, the images), whose mean is a ratio of two sums over the images, and
+    which keeps its share of the whole.
+    """
+    used = weights > 0
+    gains, weights = gains[used], weights[used]
+    _, place = np.unique(image[used], return_inverse=True)
+    count = int(place.max()) + 1
+    sums, shares = [], []
+    for weight in np.unique(weights):
+        side = weights == weight
+        sums += [np.bincount(place[side], gains[side], count), np.bincount(place[side], minlength=count)]
+        shares.append(weight * side.sum() / weights.sum())
+    of_image = np.column_stack(sums).astype(np.float64)
+    kind = np.zeros(count, np.int64)
+    for column in of_image.T:
+        levels, level = np.unique(column, return_inverse=True)
+        _, kind = np.unique(kind * len(levels) + level, return_inverse=True)
+    _, first, sizes = np.unique(kind, return_index=True, return_counts=True)
+    if len(first) <= MAX_KINDS:
+        drawn = generator.multinomial(count, sizes / count, size=num_resamples) @ of_image[first]
+    else:
+        step = max(1, DRAWN_NUMBERS // of_image.size)
+        steps = [min(step, num_resamples - start) for start in range(0, num_resamples, step)]
+        drawn = np.concatenate([of_image[generator.integers(count, size=(size, count))].sum(axis=1) for size in steps])
+    means: np.ndarray = (drawn[:, ::2] / np.maximum(drawn[:, 1::2], 1)) @ shares
+    return means

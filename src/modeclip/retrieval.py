@@ -95,6 +95,7 @@ def retrieve(
         prediction=np.concatenate([of_texts.prediction, of_images.prediction]),
         rank=rank,
         weights=weights * (num_texts + num_images),
+        image=np.concatenate([image_of_text, np.arange(num_images)]),
         extra={"is_text": np.arange(num_texts + num_images) < num_texts},
     )
 

@@ -27,8 +27,17 @@ from modeclip.bundling import versions
 from modeclip.caching import FeatureCache, hash_texts
 from modeclip.errors import ModeclipError, unknown
 from modeclip.features import image_features, missing_images, prompt_features, text_features
-from modeclip.intervals import Interval, Outcome, PairedTest, bootstrap_interval, paired_interval, paired_test
-from modeclip.loading import Source, resolve_precision
+from modeclip.intervals import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    Interval,
+    Outcome,
+    PairedTest,
+    bootstrap_interval,
+    paired_interval,
+    paired_test,
+)
+from modeclip.loading import Source, choose_device, resolve_precision
 from modeclip.metrics import classify, select_captions
 from modeclip.probing import ProbeConfig, linear_probe
 from modeclip.progress import progress
@@ -293,12 +302,14 @@ class _Asked:
         task, interval = self.task, bootstrap_interval([outcome])
         facts: dict[str, Any] = {
             "interval": [interval.low, interval.high],
+            "bootstrap": {"resamples": NUM_RESAMPLES, "confidence": CONFIDENCE, "seed": 0},
             "group": task.group,
             "source": task.source,
             "num_images": len(task.images),
             "images": task.images.digest,
             "models": {source.name: source.digest for source in system.sources},
             "preprocess": sorted({source.preprocess for source in system.sources}),
+            "device": str(choose_device(self.config.device)),
             "precision": resolve_precision(self.config.precision),
             "versions": versions(),
         }
