@@ -191,6 +191,15 @@ def test_a_mistake_is_one_line(folders: Folders) -> None:
     assert last.startswith("modeclip: error: clip_benchmark: several models need --output NAME with {model} or ")
 
 
+def test_the_rule_is_the_bundles_unless_given_and_missing_data_are_one_line(folders: Folders) -> None:
+    done = folders.run("--dataset", "wds/nothing")
+    assert done.returncode == 2
+    assert "with the model 'default'" in done.stdout
+    assert done.stderr.splitlines()[-1] == (
+        f"modeclip: error: {folders.root}/nothing/test/nshards.txt: no such file or folder; correct the path"
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "rule", "message"),
     [

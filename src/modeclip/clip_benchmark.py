@@ -4,9 +4,9 @@ r"""A bundle, and CLIP_benchmark's own command line -> its own JSON, with the mi
         --dataset wds/pets --dataset_root tasks/{dataset} --output {dataset}.json
 
 The installed package runs as it is: this module registers one more kind of model and hands over. ``--pretrained`` is
-the routing rule (``default``: the bundle's). CLIP_benchmark loads the model before the dataset, so the model is routed
-when the dataset is there: a classification by its class names (every prompt has its class's weights; experts without
-weight are not run), anything else text by text, each text a task of its own.
+the routing rule (``default``, or left out: the bundle's). CLIP_benchmark loads the model before the dataset, so the
+model is routed when the dataset is there: a classification by its class names (every prompt has its class's weights;
+experts without weight are not run), anything else text by text, each text a task of its own.
 
 CLIP_benchmark normalises vectors, so the mixture is given in the form of unit norm (see ``mixture``): cosines are the
 mixture's similarities divided by sqrt(K), the order is the same, and with one template a class so are all metrics. With
@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from modeclip.clip import encode_image, encode_text
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError, in_one_line, unknown
 from modeclip.mixture import MoDE
 from modeclip.routing import RULES
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)  # the list that the command line's choices are
     cli.build_dataset = build_routed
-    before, sys.argv = sys.argv, ["modeclip.clip_benchmark", *_with_output(given)]
+    before, sys.argv = sys.argv, ["modeclip.clip_benchmark", *_with_output(_with_rule(given))]
     try:
         cli.main()
     finally:
@@ -196,10 +196,22 @@ def _mend_accuracy() -> None:
         zeroshot_classification.accuracy = accuracy
 
 
+def _is_ours(arguments: list[str]) -> bool:
+    return arguments[:1] == ["eval"] and bool({MODEL_TYPE, f"--model_type={MODEL_TYPE}"} & set(arguments))
+
+
+def _with_rule(arguments: list[str]) -> list[str]:
+    """Name the bundle's own rule where CLIP_benchmark's default would be weights of another model."""
+    has_rule = any(word.split("=")[0] in ("--pretrained", "--pretrained_model") for word in arguments)
+    if not _is_ours(arguments) or has_rule:
+        return arguments
+    return [*arguments, "--pretrained", DEFAULT_RULE]
+
+
 def _with_output(arguments: list[str]) -> list[str]:
     """Name the JSON where CLIP_benchmark's default name, which holds that of the model, would be a path."""
-    is_eval = arguments[:1] == ["eval"] and MODEL_TYPE in arguments
-    if not is_eval or any(word.split("=")[0] == "--output" for word in arguments) or "--model" not in arguments:
+    has_output = any(word.split("=")[0] == "--output" for word in arguments)
+    if not _is_ours(arguments) or has_output or "--model" not in arguments:
         return arguments
     place = arguments.index("--model") + 1
     named = arguments[place : place + 1]
@@ -213,6 +225,7 @@ def _with_output(arguments: list[str]) -> list[str]:
 if __name__ == "__main__":
     try:
         main()
-    except ModeclipError as error:
-        print(f"modeclip: error: {error}", file=sys.stderr)
+    except (ModeclipError, OSError) as error:
+        message = in_one_line(error) if isinstance(error, OSError) else error
+        print(f"modeclip: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
