@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -230,7 +231,13 @@ def test_ctrl_c_during_an_import(tmp_path: Path) -> None:
     (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "modeclip", "index", "--help"]
-    done = subprocess.run(command, capture_output=True, env=environment, text=True, check=False)
+
+    def as_in_a_terminal() -> None:  # where these tests run in a shell's background, Ctrl-C is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    done = subprocess.run(
+        command, capture_output=True, env=environment, text=True, check=False, preexec_fn=as_in_a_terminal
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "modeclip: interrupted\n")
 
 
