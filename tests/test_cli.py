@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -206,6 +205,7 @@ def test_a_place_that_cannot_be_written_to(
         (PermissionError(13, "Permission denied", "x"), "x: permission denied; choose another path, or see to its"),
         (IsADirectoryError(21, "Is a directory", "x"), "x: is a directory; a file is needed where a folder is"),
         (OSError(28, "No space left on device"), "no space left on device; free some space and give the same command"),
+        (IsADirectoryError(21, "Is a directory", "x.part", None, "x"), "x.part -> x: is a directory; a file is needed"),
         (OSError("the\nHub is silent"), "the Hub is silent"),
         (TimeoutError(), "TimeoutError"),
     ],
@@ -231,13 +231,12 @@ def test_ctrl_c_during_an_import(tmp_path: Path) -> None:
     (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "modeclip", "index", "--help"]
-
-    def as_in_a_terminal() -> None:  # where these tests run in a shell's background, Ctrl-C is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    done = subprocess.run(
-        command, capture_output=True, env=environment, text=True, check=False, preexec_fn=as_in_a_terminal
+    # As in a terminal: in a shell's background Ctrl-C is ignored, and a new process inherits that.
+    as_in_a_terminal = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     )
+    started = [sys.executable, "-c", as_in_a_terminal, *command]
+    done = subprocess.run(started, capture_output=True, env=environment, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "modeclip: interrupted\n")
 
 
