@@ -123,11 +123,11 @@ def some_hits(draw: np.random.Generator, num_images: int = 60) -> tuple[np.ndarr
     return hits, weights, image
 
 
-@pytest.mark.parametrize("by_kind", [True, False])
-def test_interval_draws_images_with_all_their_samples(by_kind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_interval_draws_images_with_all_their_samples(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a loop that really draws images, counts their texts and takes both recalls anew."""
-    if not by_kind:
-        monkeypatch.setattr("modeclip.intervals.MAX_KINDS", 0)
+    if not at_once:
+        monkeypatch.setattr("modeclip.intervals.DRAWN_NUMBERS", 30_000)
     draw = np.random.default_rng(3)
     hits, weights, image = some_hits(draw)
     outcome = with_hits(hits, weights, image)

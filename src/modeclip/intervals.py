@@ -30,9 +30,6 @@ NUM_RESAMPLES, CONFIDENCE = 10_000, 0.95
 MAX_LEVELS = 16
 """Distinct contributions up to which a resample is drawn as their counts."""
 
-MAX_KINDS = 512
-"""The same for images with several samples: images whose samples contribute the same are of one kind."""
-
 DRAWN_NUMBERS = 1 << 24
 """Contributions that are drawn at a time where there are more."""
 
@@ -292,6 +289,7 @@ def _resampled_images(
 ) -> np.ndarray:
     """Return weighted means over the samples of images that are drawn with replacement.
 
+    Images whose samples contribute the same are of one kind, and a resample is drawn as the kinds' counts.
     Samples of equal weight are one side (the texts, the images), whose mean is a ratio of two sums over the images, and
     which keeps its share of the whole.
     """
@@ -310,11 +308,9 @@ def _resampled_images(
         levels, level = np.unique(column, return_inverse=True)
         _, kind = np.unique(kind * len(levels) + level, return_inverse=True)
     _, first, sizes = np.unique(kind, return_index=True, return_counts=True)
-    if len(first) <= MAX_KINDS:
-        drawn = generator.multinomial(count, sizes / count, size=num_resamples) @ of_image[first]
-    else:
-        step = max(1, DRAWN_NUMBERS // of_image.size)
-        steps = [min(step, num_resamples - start) for start in range(0, num_resamples, step)]
-        drawn = np.concatenate([of_image[generator.integers(count, size=(size, count))].sum(axis=1) for size in steps])
+    step = max(1, DRAWN_NUMBERS // len(first))
+    steps = [min(step, num_resamples - start) for start in range(0, num_resamples, step)]
+    shares_of_kind, of_kind = sizes / count, of_image[first]
+    drawn = np.concatenate([generator.multinomial(count, shares_of_kind, size=size) @ of_kind for size in steps])
     means: np.ndarray = (drawn[:, ::2] / np.maximum(drawn[:, 1::2], 1)) @ shares
     return means
