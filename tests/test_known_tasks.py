@@ -307,3 +307,8 @@ def test_data_of_another_kind_are_refused(tmp_path):
     save_classes(tmp_path / "flickr30k", ["cat", "dog"])
     with pytest.raises(ModeclipError, match=r"Flickr30k.* is retrieval, but .* holds classification"):
         load_tasks(["flickr30k"], root=str(tmp_path))
+
+
+def test_the_documentation_lists_every_task_as_the_error_says() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in (*known_tasks(), *task_groups()) if f"`{name}`" not in page] == []

@@ -62,5 +62,5 @@ def in_one_line(error: OSError) -> str:
         return " ".join(str(error).split()) or type(error).__name__
     cause = "no such file or folder" if error.errno == errno.ENOENT else error.strerror.lower()
     advice = ADVICE.get(error.errno, "choose another path, or see to its permissions and its disk")
-    where = "" if error.filename is None else f"{error.filename}: "
-    return f"{where}{cause}; {advice}"
+    places = [str(place) for place in (error.filename, error.filename2) if place is not None]  # two of a rename
+    return f"{' -> '.join(places)}{': ' if places else ''}{cause}; {advice}"
