@@ -280,7 +280,7 @@ def test_prompts_are_the_published_ones_by_name_and_the_datas_own_by_path(tmp_pa
     published = templates_of(known_tasks()["stl10"])
     assert load_tasks(["stl10"], root=str(tmp_path))[0].templates == published
     assert load_tasks([f"stl10={folder}"])[0].templates == published
-    assert load_tasks([str(folder)])[0].templates == ("see {}",)
+    assert load_tasks([str(folder)])[0].templates == ("see {c}",)
     (folder / "zeroshot_classification_templates.txt").unlink()
     assert load_tasks([str(folder)])[0].templates == published
 

@@ -253,7 +253,7 @@ def test_buffers_that_are_no_floats_must_be_equal(models: list[Path], tmp_path: 
         ({"weights": (0.0, 0.0)}, "weights must be at least 0, one of them above"),
         ({"weights": (float("nan"),)}, "weights must be at least 0"),
         ({"how": "greedy", "weights": (1.0,)}, "drop --weights, or --how greedy"),
-        ({"templates": ("a photo",)}, "template 'a photo' has no {} where"),
+        ({"templates": ("a photo",)}, "template 'a photo' has no {}"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:

@@ -63,7 +63,7 @@ def test_explain_shows_three_clusters_a_class_and_prompts_change_them(
     assert len(explained.splitlines()) == len(short.splitlines()) + 4
     route(small_run / "bundle", "heart,book", template=("a {} on a box",), as_json=True)
     prompted = json.loads(capsys.readouterr().out)
-    expected = mode.route(["heart", "book"], templates=["a {} on a box"])
+    expected = mode.route(["heart", "book"], templates=["a {c} on a box"])  # the same place for the name
     np.testing.assert_allclose(prompted["weights"], expected.class_weights.mean(axis=0), atol=1e-6)
 
 

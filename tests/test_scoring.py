@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modeclip.averages import averages, bounds
 from modeclip.bundle import load_bundle
 from modeclip.caching import FeatureCache
 from modeclip.catalog import Catalog
@@ -31,7 +32,7 @@ from modeclip.metrics import bootstrap_interval, paired_interval
 from modeclip.mixture import MoDE
 from modeclip.probing import ProbeConfig
 from modeclip.routing import MIXES, Mix, route
-from modeclip.scoring import Result, ScoreConfig, averages, evaluate_systems
+from modeclip.scoring import Result, ScoreConfig, evaluate_systems
 from modeclip.systems import System, open_systems
 from modeclip.tasks import CatalogImages, Task, catalog_tasks
 
@@ -277,7 +278,9 @@ def test_templates(small_run: Path, tasks: list[Task]) -> None:
     renamed = replace(tasks[0], classnames=tuple(f"a {name} icon" for name in tasks[0].classnames))
     [expected] = evaluate_systems(systems[:1], [renamed], ScoreConfig(), cache)
     assert np.array_equal(results[0].outcome.prediction, expected.outcome.prediction)
-    with pytest.raises(ModeclipError, match=r"templates: 'icon' has no \{\} where the class name goes"):
+    with pytest.raises(
+        ModeclipError, match=r"templates: template 'icon' has no \{\} \(or \{c\}\) where the class name goes"
+    ):
         ScoreConfig(templates=("icon",))
 
 
@@ -400,6 +403,32 @@ def test_models_that_are_not_there(small_run: Path, specs: list[str], message: s
         open_systems(given, FeatureCache())
 
 
+def test_bounds_are_chosen_among_the_experts_by_the_labels(small_run: Path, tasks: list[Task], tmp_path: Path) -> None:
+    cache, bundle = FeatureCache(tmp_path), f"{small_run}/bundle"
+    systems = open_systems([bundle, f"{bundle}#expert-1"], cache, rules=["uniform", "paper"], bounds=True)
+    names = ["small/bundle@uniform", "small/bundle@paper", "small/bundle#expert-1", "small/bundle#expert-0"]
+    assert [system.name for system in systems] == names
+    assert [system.is_given for system in systems] == [True, True, True, False]
+    results = evaluate_systems(systems, tasks, ScoreConfig(), cache)
+    found = bounds(results, systems)
+    kind_of = {task.name: task.kind for task in tasks}
+    scores = {task: [of(results, task, name).outcome.score for name in reversed(names[2:])] for task in kind_of}
+    for kind in dict.fromkeys(kind_of.values()):
+        own = [task for task in kind_of if kind_of[task] == kind]
+        best = int(np.argmax([sum(scores[task][expert] for task in own) for expert in (0, 1)]))
+        for task in own:
+            oracle = of(found, task, "small/bundle oracle")
+            assert oracle.outcome.score == max(scores[task])
+            assert oracle.provenance["expert"] == f"small/bundle#expert-{int(np.argmax(scores[task]))}"
+            assert of(found, task, "small/bundle best single").outcome.score == scores[task][best]
+    assert len(found) == 2 * len(tasks)
+
+
+def test_bounds_need_a_mixture(small_run: Path) -> None:
+    with pytest.raises(ModeclipError, match="bounds are of a mixture's experts; give a bundle"):
+        open_systems([f"{small_run}/models/dense"], FeatureCache(), bounds=True)
+
+
 def test_same_task_twice(small_run: Path, tasks: list[Task]) -> None:
     cache = FeatureCache()
     systems: list[System] = open_systems([f"{small_run}/models/dense"], cache)
@@ -436,3 +465,8 @@ def test_killed_evaluation_loses_one_task(
     assert found["averages"][1]["versus_first"]["low"] <= found["averages"][1]["versus_first"]["high"]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len((out / "results.jsonl").read_text().splitlines()) == 4
+    evaluate(both, tasks=tasks, options=EvaluateOptions(bounds=True), out=out)
+    shown = capsys.readouterr().out
+    assert "small/bundle oracle" in shown
+    assert "expert-0" not in shown
+    assert len((out / "results.jsonl").read_text().splitlines()) == 12

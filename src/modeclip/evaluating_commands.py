@@ -16,8 +16,9 @@ from modeclip.routing import RULES, Mix
 from modeclip.routing_commands import MaxMemory, to_bytes
 
 if TYPE_CHECKING:
+    from modeclip.averages import Average
     from modeclip.intervals import Interval
-    from modeclip.scoring import Average, Result
+    from modeclip.scoring import Result
 
 Models = Positional[
     Annotated[
@@ -38,7 +39,7 @@ class EvaluateOptions:
     """How models are compared."""
 
     templates: tuple[str, ...] = ()
-    """Prompts for class names, {} where the name goes; default: each task's own, or the first bundle's."""
+    """Prompts, {} or {c} where the class name goes; default: each task's own, or the first bundle's."""
     data: str = "data"
     """Folder that holds the data of published tasks, each in a folder of its name."""
     rule: tuple[str, ...] = ()
@@ -49,6 +50,8 @@ class EvaluateOptions:
     """Experts that a task may use; default: all."""
     max_memory: MaxMemory = None
     """Use as many experts as fit into so many GB (10^9 bytes)."""
+    bounds: bool = False
+    """Show the best single expert of each mixture and its oracle, chosen by the labels; all its experts run."""
     mix: Mix = "cosines"
     """What of the experts is weighted and summed to tell classes apart."""
     probe: bool = False
@@ -76,10 +79,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
+    from modeclip.averages import BEST_SINGLE, averages, bounds
     from modeclip.caching import FeatureCache
     from modeclip.interchange import check_names, read_results, write_results
     from modeclip.probing import ProbeConfig
-    from modeclip.scoring import PROBE, ScoreConfig, averages, evaluate_systems
+    from modeclip.scoring import PROBE, ScoreConfig, evaluate_systems
     from modeclip.systems import open_systems
     from modeclip.task_sources import load_tasks
 
@@ -106,10 +110,15 @@ def evaluate(
         temperature=options.temperature,
         max_experts=options.max_experts,
         max_memory=to_bytes(options.max_memory),
+        bounds=options.bounds,
     )
-    names = [system.name for system in systems], [task.name for task in loaded]
-    check_names(*names, PROBE if options.probe else "")
+    bounded = {f"{system.expert_of} {BEST_SINGLE}" for system in systems if system.expert_of}
+    names = [system.name for system in systems] + sorted(bounded)
+    check_names(names, [task.name for task in loaded], PROBE if options.probe else "")
     results = evaluate_systems(systems, loaded, config, cache, done=lambda found: write_results(out, found))
+    if options.bounds:
+        results += (chosen := bounds(results, systems))
+        write_results(out, chosen)
     means = averages(results)
     if as_json:
         records = [
@@ -120,8 +129,10 @@ def evaluate(
         ]
         print_json({"results": records, "averages": [asdict(mean) for mean in means], "folder": str(out)})
         return
-    for kind in dict.fromkeys(result.kind for result in results):
-        _print_kind(kind, [result for result in results if result.kind == kind], means)
+    unseen = {system.name for system in systems if not system.is_given}
+    shown = [result for result in results if result.system not in unseen]
+    for kind in dict.fromkeys(result.kind for result in shown):
+        _print_kind(kind, [result for result in shown if result.kind == kind], means)
     print(f"results: {out}")
 
 

@@ -30,8 +30,9 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.features import CachedEncoder, class_features, image_features, missing_images
 from modeclip.jobs import TrainJob, TrainResult
 from modeclip.loading import Source
-from modeclip.metrics import bootstrap_interval, correct, paired_interval
+from modeclip.metrics import bootstrap_interval, choose_by_labels, correct, paired_interval
 from modeclip.progress import progress
+from modeclip.prompts import check_templates
 from modeclip.routing import DEFAULT_TEMPERATURE, RULES, Routing, route
 from modeclip.similarity import BLOCK_NUMBERS
 from modeclip.tasks import Task, catalog_tasks
@@ -63,9 +64,7 @@ class EvaluateConfig:
             raise unknown("rule", self.rule, RULES)
         if self.batch_size < 1:
             raise ModeclipError(f"evaluate.batch_size: expected 1 image or more, got {self.batch_size}")
-        for template in self.templates:
-            if "{}" not in template:
-                raise ModeclipError(f"evaluate.templates: {template!r} has no {{}} where the class name goes")
+        check_templates(self.templates, "evaluate.templates")
 
     def temperature_of(self, rule: str) -> float:
         """Return the temperature that a rule is scored with."""
@@ -315,13 +314,11 @@ def _with_bounds(rows: Sequence[Row]) -> list[Row]:
         return list(rows)
     place = next(index for index, row in enumerate(rows) if row.kind == "mixture")
     cost = rows[place].samples
-    best = max(experts, key=lambda row: row.average)
-    oracle = {
-        task: max((row.correct[task] for row in experts), key=lambda is_correct: float(is_correct.mean()))
-        for task in experts[0].correct
-    }
+    of_name = {row.name: row for row in experts}
+    best, best_of_task = choose_by_labels({row.name: row.accuracy for row in experts})
+    oracle = {task: of_name[name].correct[task] for task, name in best_of_task.items()}
     bounds = [
-        Row(name="best single", kind="bound", samples=cost, correct=best.correct),
+        Row(name="best single", kind="bound", samples=cost, correct=of_name[best].correct),
         Row(name="oracle", kind="bound", samples=cost, correct=oracle),
     ]
     return [*rows[:place], *bounds, *rows[place:]]

@@ -34,6 +34,7 @@ from modeclip.errors import ModeclipError
 from modeclip.loading import Source, choose_device, computing, resolve_precision
 from modeclip.pretrained import cached_folder
 from modeclip.progress import progress
+from modeclip.prompts import fill
 from modeclip.tasks import Images
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def class_features(
         device: As in `image_features`.
         precision: As in `image_features`.
     """
-    prompts = [[template.replace("{}", name) for template in templates] for name in classnames]
+    prompts = [[fill(template, name) for template in templates] for name in classnames]
     return prompt_features(sources, prompts, cache, device=device, precision=precision)
 
 

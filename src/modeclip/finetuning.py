@@ -37,6 +37,7 @@ from modeclip.holdout import Split, Unit, own_task, split_rows
 from modeclip.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
 from modeclip.merging import SEED, as_folder, interpolate_into
 from modeclip.progress import log, progress
+from modeclip.prompts import check_templates
 from modeclip.tradeoff import Point, TableRow, choose_alpha, curve_of, table_row
 from modeclip.training import train
 from modeclip.zeroshot import Correct, Examiner, average, open_tasks
@@ -96,8 +97,7 @@ class FinetuneConfig:
             raise ModeclipError(f"finetune: tolerance must lie in [0, 1], got {self.tolerance}")
         if self.learning_rate <= 0:
             raise ModeclipError(f"finetune: learning_rate must be above 0, got {self.learning_rate}")
-        if bad := next((template for template in self.templates if "{}" not in template), None):
-            raise ModeclipError(f"finetune: template {bad!r} has no {{}} where the class name goes")
+        check_templates(self.templates, "finetune")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from modeclip.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_cli
 from modeclip.errors import ModeclipError
 from modeclip.files import write_atomically, writing
 from modeclip.progress import progress
+from modeclip.prompts import check_templates
 from modeclip.zeroshot import Examiner, average, open_tasks
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ class MergeConfig:
             raise ModeclipError(
                 f"merge: weights must be at least 0, one of them above, got {' '.join(map(str, self.weights))}"
             )
-        if bad := next((template for template in self.templates if "{}" not in template), None):
-            raise ModeclipError(f"merge: template {bad!r} has no {{}} where the class name goes")
+        check_templates(self.templates, "merge")
         if self.batch_size < 1:
             raise ModeclipError(f"merge: batch size must be at least 1, got {self.batch_size}")
 

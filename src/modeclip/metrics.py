@@ -16,6 +16,7 @@ Price: a pass over the similarities, in blocks; of several labels an image two p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +31,7 @@ __all__ = [
     "Interval",
     "Outcome",
     "bootstrap_interval",
+    "choose_by_labels",
     "classify",
     "correct",
     "paired_interval",
@@ -157,6 +159,20 @@ def correct(predictions: Predictions, labels: Int[np.ndarray, " N"]) -> Bool[np.
         predictions = predictions.argmax(axis=1)
     is_correct: np.ndarray = predictions == labels
     return is_correct
+
+
+def choose_by_labels(scores: Mapping[str, Mapping[str, float]]) -> tuple[str, dict[str, str]]:
+    """Return the expert with the highest average, and the best expert of each task; the first of equals.
+
+    Args:
+        scores: Main metric of each expert on each task: all experts, the same tasks.
+
+    Examples:
+        >>> choose_by_labels({"expert-0": {"cats": 0.6, "dogs": 0.2}, "expert-1": {"cats": 0.5, "dogs": 0.5}})
+        ('expert-1', {'cats': 'expert-0', 'dogs': 'expert-1'})
+    """
+    best = max(scores, key=lambda expert: float(np.mean(list(scores[expert].values()))))
+    return best, {task: max(scores, key=lambda expert: scores[expert][task]) for task in scores[best]}
 
 
 # ---------------------------------------------------------------- places and contributions

@@ -32,6 +32,7 @@ from modeclip.clip import WEIGHTS_FILE, Clip, load_clip
 from modeclip.encoders import Encoder, PairEncoder, load_any_encoder
 from modeclip.errors import ModeclipError
 from modeclip.explaining import Asked, Route
+from modeclip.prompts import check_templates
 from modeclip.routed import RoutedClip, class_features
 from modeclip.routing import DEFAULT_TEMPERATURE, embed_classes, entropy, keep_best, route
 
@@ -233,9 +234,7 @@ class MoDE:
             each: As for `route`.
         """
         templates = tuple(templates or self.bundle.templates)
-        for template in templates:
-            if "{}" not in template:
-                raise ModeclipError(f"template {template!r} has no {{}} where the class name goes")
+        check_templates(templates, "task")
         asked, routed = self.ask(rule, temperature, max_experts), None
         if not self.per_image:
             routed = self.route(

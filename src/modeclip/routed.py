@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from modeclip.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, encode_image, encode_text
 from modeclip.errors import ModeclipError, unknown
 from modeclip.explaining import Asked, ClassReason, Route
+from modeclip.prompts import fill
 from modeclip.routing import MIXES, reweigh
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class RoutedClip(nn.Module):
             self._class_of_tokens = {
                 key: index
                 for index, name in enumerate(self.classnames)
-                for key in self._keys(self.tokenizer([template.replace("{}", name) for template in templates]))
+                for key in self._keys(self.tokenizer([fill(template, name) for template in templates]))
             }
 
     @property
@@ -328,7 +329,7 @@ def class_features(
     device = next(model.parameters()).device
     total = torch.zeros(())
     for template in templates:
-        prompts = [template.replace("{}", name) for name in classnames]
+        prompts = [fill(template, name) for name in classnames]
         batches = [prompts[start : start + TEXT_BATCH] for start in range(0, len(prompts), TEXT_BATCH)]
         total = total.to(device) + torch.cat([encode_text(model, clip.tokens(batch).to(device)) for batch in batches])
     return nn.functional.normalize(total, dim=-1)

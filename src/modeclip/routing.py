@@ -53,6 +53,7 @@ from jaxtyping import Float, Int
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.nearness import nearest_center, nearest_of, squared_distances
+from modeclip.prompts import check_templates, fill
 
 RULES = ("paper", "eq6", "release", "uniform", "coarse", "top1", "share", "per_class")
 
@@ -217,12 +218,10 @@ def embed_classes(
     Raises:
         ModeclipError: A template has no place for the name.
     """
-    for template in templates:
-        if "{}" not in template:
-            raise ModeclipError(f"template {template!r} has no {{}} where the class name goes")
+    check_templates(templates, "route")
     if not templates:
         return encode(list(classnames))
-    total = sum(encode([template.replace("{}", name) for name in classnames]) for template in templates)
+    total = sum(encode([fill(template, name) for name in classnames]) for template in templates)
     vectors = np.asarray(total)
     unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit.astype(vectors.dtype)

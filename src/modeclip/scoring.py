@@ -1,4 +1,4 @@
-"""Systems and tasks -> what each system did on each task, with what the numbers rest on; averages with intervals.
+"""Systems and tasks -> what each system did on each task, with what the numbers rest on.
 
 One pass over the images of a task serves all systems that need them, and an expert that has no weight on a task is not
 run for it. Everything else is arithmetic on the vectors in the cache, so that the same call again runs no model, and a
@@ -27,20 +27,12 @@ from modeclip.bundling import versions
 from modeclip.caching import FeatureCache, hash_texts
 from modeclip.errors import ModeclipError, unknown
 from modeclip.features import image_features, missing_images, prompt_features, text_features
-from modeclip.intervals import (
-    CONFIDENCE,
-    NUM_RESAMPLES,
-    Interval,
-    Outcome,
-    PairedTest,
-    bootstrap_interval,
-    paired_interval,
-    paired_test,
-)
+from modeclip.intervals import CONFIDENCE, NUM_RESAMPLES, Outcome, bootstrap_interval
 from modeclip.loading import Source, choose_device, resolve_precision
 from modeclip.metrics import classify, select_captions
 from modeclip.probing import ProbeConfig, linear_probe
 from modeclip.progress import progress
+from modeclip.prompts import check_templates
 from modeclip.retrieval import retrieve
 from modeclip.routed import logit_scale_of
 from modeclip.routing import MIXES, Mix, entropy
@@ -76,9 +68,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         """Check the templates, the mix and the precision."""
-        for template in self.templates:
-            if "{}" not in template:
-                raise ModeclipError(f"templates: {template!r} has no {{}} where the class name goes")
+        check_templates(self.templates, "templates")
         if self.mix not in MIXES:
             raise unknown("mix", self.mix, MIXES)
         resolve_precision(self.precision)
@@ -98,26 +88,6 @@ class Result:
     """Metrics, and every sample's part in them."""
     provenance: Mapping[str, Any]
     """What the numbers rest on, as JSON: hashes, versions, precision, seed, rule, weights..."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Average:
-    """Plain mean of a system's main metrics over tasks of one kind and group."""
-
-    system: str
-    """Name of who answered."""
-    kind: str
-    """Kind of the tasks."""
-    group: str
-    """Their group; empty for those that are in none."""
-    tasks: tuple[str, ...]
-    """Their names."""
-    score: Interval
-    """The mean, with a bootstrap over the samples of each task."""
-    versus_first: Interval | None
-    """How much better than the first system, on the same samples; None for the first one itself."""
-    test: PairedTest | None
-    """McNemar's test against it; None also where a metric does not count right and wrong samples."""
 
 
 def evaluate_systems(
@@ -345,40 +315,6 @@ class _Asked:
                 if everyone or self.weights[system.name].uses(place):
                     needed.setdefault(source.digest, source)
         return list(needed.values())
-
-
-def averages(results: Sequence[Result]) -> list[Average]:
-    """Return the plain means over the tasks of each kind and group, the first system being what others are compared to.
-
-    Args:
-        results: Of `evaluate_systems`.
-    """
-    found = []
-    for kind, group in dict.fromkeys((result.kind, result.task.group) for result in results):
-        chosen = [result for result in results if (result.kind, result.task.group) == (kind, group)]
-        of_system: dict[str, dict[str, Outcome]] = {}
-        for result in chosen:
-            of_system.setdefault(result.system, {})[result.task.name] = result.outcome
-        first = next(iter(of_system.values()))
-        for system, outcomes in of_system.items():
-            is_first = outcomes is first
-            found.append(
-                Average(
-                    system=system,
-                    kind=kind,
-                    group=group,
-                    tasks=tuple(outcomes),
-                    score=bootstrap_interval(outcomes),
-                    versus_first=None if is_first else paired_interval(outcomes, first),
-                    test=None if is_first or not _counts(outcomes, first) else paired_test(outcomes, first),
-                )
-            )
-    return found
-
-
-def _counts(*sides: Mapping[str, Outcome]) -> bool:
-    """Whether all metrics count right and wrong samples."""
-    return all(np.isin(outcome.hits, (0, 1)).all() for side in sides for outcome in side.values())
 
 
 def _similarity(

@@ -11,8 +11,8 @@ that is routed as a whole; a text that asks for an image is a task of its own (e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class System:
     """What weighs the experts; None: there is one model."""
     templates: tuple[str, ...] = ()
     """Prompts that its bundle was made for."""
+    expert_of: str = ""
+    """Name of the mixture whose bounds it counts for; empty: of none."""
+    is_given: bool = True
+    """Whether somebody named it; if not, it is asked for the bounds alone."""
 
     @property
     def per_image(self) -> bool:
@@ -106,6 +110,7 @@ def open_systems(
     temperature: float | None = None,
     max_experts: int | None = None,
     max_memory: int | None = None,
+    bounds: bool = False,
 ) -> list[System]:
     """Open what is to be evaluated; names are the shortest ends of the specifications that differ.
 
@@ -117,9 +122,12 @@ def open_systems(
         temperature: Of the rules; None: the bundle's for its own rule, else the rule's default.
         max_experts: Experts that may have weight; None: all.
         max_memory: Bytes that the weights of these experts may take; None: any number.
+        bounds: Whether the finished experts of each bundle follow as systems, for the bounds of its mixture
+            (``averages.bounds``).
 
     Raises:
-        ModeclipError: There is no such model, expert or rule, or two have the same name.
+        ModeclipError: There is no such model, expert or rule, two have the same name, or bounds are wanted and no
+            model is a bundle with a finished expert.
     """
     if not specs:
         raise ModeclipError("evaluate: no model given; give a bundle, BUNDLE#expert-0, a model folder or NAME@TAG")
@@ -129,7 +137,8 @@ def open_systems(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ModeclipError(f"evaluate: two models have the name {twice[0]!r}; write NAME=MODEL for one of them")
     bundles: dict[str, Bundle] = {}
-    systems = []
+    systems: list[System] = []
+    mixtures: dict[str, Bundle] = {}
     for spec, name in zip(specs, names, strict=True):
         spec = spec.partition("=")[2] if _is_named(spec) else spec
         if not spec.strip():
@@ -148,7 +157,22 @@ def open_systems(
             for each in asked:
                 own = f"{name}@{each.rule}" if len(asked) > 1 else name
                 systems.append(_open_mixture(own, mode, cache, each))
-    return systems
+            mixtures[name] = bundle
+    return _with_experts(systems, mixtures) if bounds else systems
+
+
+def _with_experts(systems: Sequence[System], mixtures: Mapping[str, Bundle]) -> list[System]:
+    """Return the systems, those that are experts of a mixture marked, and behind them the experts that are missing."""
+    found = {system.name: system for system in systems}
+    for name, bundle in mixtures.items():
+        for expert in bundle.experts:
+            if expert.folder != SEED:
+                own = f"{name}#{expert.name}"
+                opened = found.get(own) or replace(_open_member(own, bundle, expert.name), is_given=False)
+                found[own] = replace(opened, expert_of=name)
+    if not any(system.expert_of for system in found.values()):
+        raise ModeclipError("evaluate: bounds are of a mixture's experts; give a bundle that has a finished expert")
+    return list(found.values())
 
 
 def _open_member(name: str, bundle: Bundle, member: str) -> System:

@@ -18,6 +18,7 @@ import numpy as np
 
 from modeclip.errors import ModeclipError
 from modeclip.places import join, list_folder, read_bytes, state, walk
+from modeclip.prompts import check_templates, fill
 from modeclip.task_images import FileImages
 from modeclip.tasks import Task
 
@@ -89,12 +90,11 @@ def parse_templates(value: object, classnames: Sequence[str], where: str) -> dic
 
     Examples:
         >>> parse_templates(["a {c}."], ["cat"], "f"), parse_templates({"cat": ["it purrs"]}, ["cat"], "f")
-        ({'templates': ('a {}.',)}, {'prompts': (('it purrs',),)})
+        ({'templates': ('a {c}.',)}, {'prompts': (('it purrs',),)})
     """
     if isinstance(value, list) and value and all(isinstance(prompt, str) for prompt in value):
-        templates = tuple(prompt.replace("{c}", "{}") for prompt in value)
-        check_templates(templates, where)
-        return {"templates": templates}
+        check_templates(value, where)
+        return {"templates": tuple(value)}
     if not isinstance(value, Mapping):
         raise ModeclipError(f"{where!r}: expected a list of prompts, or a list of prompts for each class name")
     if missing := [name for name in classnames if not value.get(name)]:
@@ -104,19 +104,8 @@ def parse_templates(value: object, classnames: Sequence[str], where: str) -> dic
         own = [value[name]] if isinstance(value[name], str) else value[name]
         if not isinstance(own, list) or not all(isinstance(prompt, str) for prompt in own):
             raise ModeclipError(f"{where!r}: prompts of class {name!r} are no list of texts")
-        prompts.append(tuple(prompt.replace("{c}", name).replace("{}", name) for prompt in own))
+        prompts.append(tuple(fill(prompt, name) for prompt in own))
     return {"prompts": tuple(prompts)}
-
-
-def check_templates(templates: Sequence[str], where: str) -> None:
-    """Raise for a prompt without a place for the class name.
-
-    Raises:
-        ModeclipError: There is one.
-    """
-    for number, template in enumerate(templates, 1):
-        if "{}" not in template:
-            raise ModeclipError(f"{where}: prompt {number} ({template!r}) has no {{}} (or {{c}}) for the class name")
 
 
 # ---------------------------------------------------------------- folders of classes

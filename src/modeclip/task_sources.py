@@ -39,12 +39,12 @@ from modeclip.known_tasks import (
 )
 from modeclip.places import absolute, is_folder, is_url, join, list_folder, parent, state
 from modeclip.progress import log
+from modeclip.prompts import check_templates
 from modeclip.task_annotations import read_annotations
 from modeclip.task_layouts import (
     TEST_FOLDERS,
     TRAIN_FOLDER,
     Found,
-    check_templates,
     parse_templates,
     place_of_test,
     read_image_folder,
@@ -99,7 +99,6 @@ def load_tasks(
     Raises:
         ModeclipError: A specification names nothing, two tasks have the same name, or the data are not whole.
     """
-    templates = [template.replace("{c}", "{}") for template in templates]
     check_templates(templates, "templates")
     tasks: list[Task] = []
     for spec in specs:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 
 from modeclip.catalog import Catalog
 from modeclip.errors import ModeclipError, unknown
+from modeclip.prompts import fill
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -120,7 +121,7 @@ class Task:
         if self.prompts:
             return self.prompts
         chosen = self.templates or templates
-        return tuple(tuple(template.replace("{}", name) for template in chosen) for name in self.classnames)
+        return tuple(tuple(fill(template, name) for template in chosen) for name in self.classnames)
 
     @property
     def digest(self) -> str:

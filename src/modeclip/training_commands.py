@@ -139,7 +139,7 @@ def train_experts(
     nearest: Annotated[int, arg(help="Fine clusters that each class name takes.")] = 1,
     resume: Annotated[str, arg(help=f"{RESUME}.")] = "latest",
     rule: Annotated[str | None, arg(help="Routing rule of the bundle.")] = None,
-    template: Annotated[tuple[str, ...], arg(help="Prompts with {} for the class name, of the bundle.")] = ("{}",),
+    template: Annotated[tuple[str, ...], arg(help="Prompts of the bundle, {} or {c} for the class name.")] = ("{}",),
     *,
     plan: Annotated[bool, arg(help="Say what it costs, and stop.")] = False,
     commands: Annotated[

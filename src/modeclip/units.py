@@ -10,6 +10,7 @@ import pyarrow as pa
 from tyro.conf import arg
 
 from modeclip.errors import ModeclipError
+from modeclip.prompts import PLACE, fill
 from modeclip.samples import CaptionRule, Sample, Skipped
 
 IMAGE_COLUMN, CAPTION_COLUMN = "filepath", "title"
@@ -90,7 +91,7 @@ class DataConfig:
                 raise ModeclipError(f"data.{name}: expected 1 or more, got {getattr(self, name)}")
         if self.separator is not None and len(self.separator) != 1:
             raise ModeclipError(f"data.separator: expected one character, got {self.separator!r}")
-        if self.class_template.count("{}") != 1:
+        if len(PLACE.findall(self.class_template)) != 1:
             raise ModeclipError(f"data.class_template: expected one {{}} for the class, got {self.class_template!r}")
         if self.tasks and self.holdout_fraction:
             raise ModeclipError("data.tasks and data.holdout_fraction exclude each other: drop one")
@@ -103,7 +104,7 @@ class DataConfig:
 
     def class_caption(self, name: str) -> str:
         """Return the caption of an image of a class."""
-        return self.class_template.replace("{}", name.replace("_", " ").strip())
+        return fill(self.class_template, name.replace("_", " ").strip())
 
 
 @dataclass(frozen=True, kw_only=True)
