@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from modeclip.clip import load_clip
-from modeclip.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.models.clip import load_clip
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
 
 STEPS = 3
 
@@ -53,7 +53,7 @@ def measure(
         threads=threads,
     )
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "modeclip.training", str(job.save())]
+    command = [sys.executable, "-m", "modeclip.training.trainer", str(job.save())]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     line = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     return line["memory_gb"], line["samples_per_second"]
@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--plain-up-to", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    from modeclip.indexing import index
-    from modeclip.sources import DataConfig
+    from modeclip.data.indexing import index
+    from modeclip.data.sources import DataConfig
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
     width, height = load_clip(arguments.model).image_size

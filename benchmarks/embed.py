@@ -30,7 +30,7 @@ def read_captions(path: Path) -> list[str]:
     """Return the captions of a catalog or of a list in a file."""
     if path.suffix == ".json":
         return list(json.loads(path.read_text(encoding="utf-8")))
-    from modeclip.catalog import Catalog
+    from modeclip.data.catalog import Catalog
 
     return Catalog.open(path).read(["caption"])["caption"].tolist()
 
@@ -60,9 +60,9 @@ def main() -> None:
 
     from sentence_transformers import SentenceTransformer
 
-    from modeclip.embedding import CACHED_CAPTIONS, CaptionCache
-    from modeclip.encoders import load_encoder
-    from modeclip.pretrained import device
+    from modeclip.clustering.embedding import CACHED_CAPTIONS, CaptionCache
+    from modeclip.models.encoders import load_encoder
+    from modeclip.models.encoders.hub import device
 
     captions = read_captions(arguments.source)
     encoder = load_encoder("minilm")

@@ -48,7 +48,7 @@ cli.main()
 
 
 IMPORTS = (
-    "import modeclip.cli, modeclip.scoring, modeclip.systems, modeclip.task_sources, open_clip, sentence_transformers",
+    "import modeclip.commands, modeclip.evaluation.evaluate, modeclip.evaluation.systems, modeclip.data.tasks.open, open_clip, sentence_transformers",
     "import clip_benchmark.cli",
 )
 """What the two commands import."""
@@ -64,8 +64,8 @@ def machine() -> str:
 
 def export_tasks(catalog: Path, folder: Path) -> dict[str, int]:
     """Write the tasks of a catalog in CLIP_benchmark's webdataset layout, into folders 0, 1...; return their sizes."""
-    from modeclip.catalog import Catalog
-    from modeclip.tasks import catalog_tasks
+    from modeclip.data.catalog import Catalog
+    from modeclip.data.tasks.task import catalog_tasks
 
     opened, sizes = Catalog.open(str(catalog)), {}
     for task in catalog_tasks(opened):
@@ -119,7 +119,7 @@ def run_ours(models: Sequence[str], tasks: Path, out: Path) -> np.ndarray:
     """Run `modeclip evaluate` with an empty cache."""
     shutil.rmtree(out, ignore_errors=True)
     words = ["evaluate", *models, "--tasks", str(tasks), "--out", str(out)]
-    return timed([sys.executable, "-m", "modeclip.cli", *words])
+    return timed([sys.executable, "-m", "modeclip", *words])
 
 
 def largest_difference(bundle: Path, experts: Sequence[str], tasks: Path, names: Sequence[str], work: Path) -> float:

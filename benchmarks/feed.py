@@ -21,15 +21,15 @@ import numpy as np
 import torch
 
 from modeclip import Catalog
-from modeclip.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
 
 BATCH = 256
-GIVING_BACK = "import sys, modeclip.training as t; t.keep_freed_memory = lambda: None; t.main(sys.argv[1])"
+GIVING_BACK = "import sys, modeclip.training.trainer as t; t.keep_freed_memory = lambda: None; t.main(sys.argv[1])"
 VARIANTS = {
     "read anew, memory given back": (0.0, ["-c", GIVING_BACK]),
-    "read anew, memory kept": (0.0, ["-m", "modeclip.training"]),
+    "read anew, memory kept": (0.0, ["-m", "modeclip.training.trainer"]),
     "pictures kept, memory given back": (4.0, ["-c", GIVING_BACK]),
-    "pictures kept, memory kept": (4.0, ["-m", "modeclip.training"]),
+    "pictures kept, memory kept": (4.0, ["-m", "modeclip.training.trainer"]),
 }
 
 

@@ -25,7 +25,7 @@ import torch
 from k_means_constrained import KMeansConstrained
 from kmeans_faiss import machine, read_vectors
 
-from modeclip.kmeans import kmeans
+from modeclip.clustering.kmeans import kmeans
 
 RATIOS = (1.5, 1.1)
 BAR = 0.01

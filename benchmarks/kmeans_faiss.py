@@ -26,7 +26,7 @@ import faiss
 import numpy as np
 import torch
 
-from modeclip.kmeans import kmeans, nearest
+from modeclip.clustering.kmeans import kmeans, nearest
 
 FIT_BAR, ASSIGN_BAR, OBJECTIVE_BAR = 0.5, 0.8, 1.001
 
@@ -35,7 +35,7 @@ def read_vectors(path: str) -> np.ndarray:
     """Return (N, D) float32 rows of a numpy file or of the caption embeddings of a catalog."""
     if path.endswith(".npy"):
         return np.asarray(np.load(path, mmap_mode="r"), np.float32)
-    from modeclip.catalog import Catalog
+    from modeclip.data.catalog import Catalog
 
     batches = Catalog.open(path).batches(["caption_embedding"], batch_size=65_536)
     return np.concatenate([np.asarray(batch["caption_embedding"], np.float32) for batch in batches])

@@ -42,8 +42,8 @@ PAIRS_PER_SHARD = 10_000
 
 def write_shards(folder: Path, num_pairs: int, image_size: int) -> list[str]:
     """Write real icons, repeated until there are enough, as shards of key.png, key.txt and key.json."""
-    from modeclip.icons import read_icons
-    from modeclip.samples import Sample
+    from modeclip.data.samples import Sample
+    from modeclip.data.sources.icons import read_icons
 
     found = (item for item in read_icons(["tabler", "phosphor"], image_size) if isinstance(item, Sample))
     icons = cycle(list(islice(found, NUM_RENDERED)))
@@ -64,8 +64,8 @@ def write_shards(folder: Path, num_pairs: int, image_size: int) -> list[str]:
 def write_catalog(folder: Path, shards: Sequence[str]) -> str:
     """Index the shards where they lie and add the column of experts."""
     from modeclip import Catalog
-    from modeclip.indexing import index
-    from modeclip.units import DataConfig
+    from modeclip.data.indexing import index
+    from modeclip.data.sources.options import DataConfig
 
     index(DataConfig(source="::".join(shards)), folder)
     catalog = Catalog.open(folder / "catalog.lance")

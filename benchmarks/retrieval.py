@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modeclip.retrieval import retrieve
-from modeclip.similarity import Similarity
+from modeclip.evaluation.retrieval import retrieve
+from modeclip.evaluation.similarity import Similarity
 
 ROWS_AT_ONCE = 1 << 14
 

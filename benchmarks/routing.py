@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from modeclip.routing import route
+from modeclip.mixture.rules import route
 
 DIMENSION, EXPERTS, CHUNK = 384, 4, 4096
 

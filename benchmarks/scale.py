@@ -19,21 +19,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 STAGES = {
-    "index": "from modeclip.indexing import index; from modeclip.units import DataConfig\n"
+    "index": "from modeclip.data.indexing import index; from modeclip.data.sources.options import DataConfig\n"
     "index(DataConfig(source={source!r}, workers={workers}), {folder!r}, replace=True)",
-    "embed": "from modeclip.embedding import EmbedConfig, embed\nembed(catalog, EmbedConfig(encoder='minilm'))",
-    "fit": "from modeclip.clustering import ClusterConfig, fit\n"
+    "embed": "from modeclip.clustering.embedding import EmbedConfig, embed\nembed(catalog, EmbedConfig(encoder='minilm'))",
+    "fit": "from modeclip.clustering.fitting import ClusterConfig, fit\n"
     "fit(catalog, ClusterConfig(num_fine={fine}, fit_samples={fit_samples})).save({folder!r} + '/clusters')",
-    "assign": "from modeclip.clustering import ClusterConfig, apply; from modeclip.grouping import Clustering\n"
+    "assign": "from modeclip.clustering.fitting import ClusterConfig, apply; from modeclip.clustering.clusters import Clustering\n"
     "config = ClusterConfig(num_fine={fine}, fit_samples={fit_samples})\n"
     "apply(catalog, Clustering.load({folder!r} + '/clusters'), config).save({folder!r} + '/clusters')",
-    "check": "from modeclip.checking import check\ncheck(catalog)",
+    "check": "from modeclip.data.checks import check\ncheck(catalog)",
 }
 CODE = """
 import json
 from pathlib import Path
-from modeclip.catalog import Catalog
-from modeclip.memory import PeakMemory
+from modeclip.data.catalog import Catalog
+from modeclip.system.memory import PeakMemory
 folder = Path({folder!r})
 catalog = Catalog.open(folder) if {stage!r} != "index" else None
 with PeakMemory() as peak:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modeclip.clip import encode_image, encode_text, load_clip
-from modeclip.losses import contrastive_loss
+from modeclip.models.clip import encode_image, encode_text, load_clip
+from modeclip.training.losses import contrastive_loss
 
 BATCH = 256
 STEPS = 6

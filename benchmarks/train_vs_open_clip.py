@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 
-from modeclip.devices import choose_precision
-from modeclip.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.system.devices import choose_precision
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
 
 BARS = {"ViT-B-32": 1.3, "modeclip-icon": 1.2}
 BATCHES = {"ViT-B-32": 64, "modeclip-icon": 256}
@@ -59,8 +59,8 @@ OWN_CONFIGS = Path(sys.modules["modeclip"].__file__ or "").parent / "models"
 
 def write_pairs(folder: Path, num_pairs: int) -> Path:
     """Write real icons at 64 pixels, repeated until there are enough, as files with a table; return the table."""
-    from modeclip.icons import read_icons
-    from modeclip.samples import Sample
+    from modeclip.data.samples import Sample
+    from modeclip.data.sources.icons import read_icons
 
     found = (item for item in read_icons(["tabler", "phosphor"], 64) if isinstance(item, Sample))
     lines = ["filepath\ttitle"]
@@ -101,7 +101,7 @@ def make_job(folder: Path, catalog: Path, model: str, steps: int, threads: int, 
 def time_modeclip(job: TrainJob) -> list[float]:
     """Return the seconds of each step after the first few."""
     environment = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
-    command = [sys.executable, "-m", "modeclip.training", str(job.save())]
+    command = [sys.executable, "-m", "modeclip.training.trainer", str(job.save())]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     lines = [json.loads(line) for line in (Path(job.folder) / "log.jsonl").read_text().splitlines()]
     waits = sum(line["data_wait"] for line in lines[WARM_UP_STEPS:]) / len(lines[WARM_UP_STEPS:])
@@ -148,10 +148,10 @@ def curve_difference(folder: Path, catalog_path: Path, model: str) -> tuple[list
     from open_clip.loss import ClipLoss
     from open_clip_train.train import train_one_epoch
 
-    from modeclip import training
-    from modeclip.catalog import Catalog
-    from modeclip.clip import load_clip
-    from modeclip.feeding import Feed
+    from modeclip.data.catalog import Catalog
+    from modeclip.models.clip import load_clip
+    from modeclip.training import trainer as training
+    from modeclip.training.batches import Feed
 
     size = CURVE_BATCHES[model]
     job = make_job(folder / "curve", catalog_path, model, CURVE_STEPS, 2, size)
@@ -222,7 +222,7 @@ def utilisation(model: str, captions: list[str], seconds: float, batch_size: int
     """Return the share of the GPU's peak that the towers' products reach, at the length that captions are cut to."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from modeclip.clip import encode_image, encode_text, load_clip
+    from modeclip.models.clip import encode_image, encode_text, load_clip
 
     name = torch.cuda.get_device_name()
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
@@ -249,9 +249,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-curves", action="store_true")
     arguments = parser.parse_args()
-    from modeclip.catalog import Catalog
-    from modeclip.indexing import index
-    from modeclip.sources import DataConfig
+    from modeclip.data.catalog import Catalog
+    from modeclip.data.indexing import index
+    from modeclip.data.sources import DataConfig
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
     print(

@@ -28,12 +28,12 @@ from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[1]
 HELP_COLUMNS = 84  # what fits the page
-RUN_COMMAND = "import sys; sys.argv[0] = 'modeclip'; from modeclip.cli import main; main()"
+RUN_COMMAND = "import sys; sys.argv[0] = 'modeclip'; from modeclip.commands import main; main()"
 
 
 def find_class(name: str) -> ast.ClassDef:
     """Return the syntax tree of the class of that name in the package."""
-    for path in sorted((ROOT / "src" / "modeclip").glob("*.py")):
+    for path in sorted((ROOT / "src" / "modeclip").rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 return node

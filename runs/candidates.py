@@ -1,4 +1,4 @@
-"""What tried to beat the rule `per_class`: weights of the experts for each class, as `modeclip.routing` gives them.
+"""What tried to beat the rule `per_class`: weights of the experts for each class, as `modeclip.mixture.rules` gives them.
 
 With d_ls the distance of class l to fine centre s, and S_c the centres of expert c:
 
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from modeclip.nearness import squared_distances
-from modeclip.routing import reweigh
+from modeclip.clustering.nearness import squared_distances
+from modeclip.mixture.rules import reweigh
 
 NUM_NEAREST = 16
 LEAST_SPREAD = 1e-9

@@ -13,9 +13,9 @@ import numpy as np
 from experiments import PARTS, Study
 from records import Records, against, averages, label, mean, plain_arms, short, table
 
-from modeclip.flops import count_flops
-from modeclip.intervals import Interval
-from modeclip.scaling import MIN_SIZES, ScalingResult, fit_scaling, read_points
+from modeclip.evaluation.intervals import Interval
+from modeclip.evaluation.scaling import MIN_SIZES, ScalingResult, fit_scaling, read_points
+from modeclip.models.flops import count_flops
 
 CAPTION_TOKENS = 10  # mean length to which a batch of icon names is cut
 

@@ -28,19 +28,19 @@ import numpy as np
 import yaml
 
 from modeclip import Catalog
-from modeclip.clustering import ClusterConfig, Clustering, fit_embeddings
-from modeclip.embedding import EmbedConfig, embed
-from modeclip.encoders import load_any_encoder
-from modeclip.experts import fingerprint_of
-from modeclip.feeding import Sample
-from modeclip.indexing import index
-from modeclip.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, TrainResult
-from modeclip.kmeans import nearest
-from modeclip.lexical import fit_tfidf
+from modeclip.clustering.class_selection import nearest_fine
+from modeclip.clustering.embedding import EmbedConfig, embed
+from modeclip.clustering.fitting import ClusterConfig, Clustering, fit_embeddings
+from modeclip.clustering.kmeans import nearest
+from modeclip.data.indexing import index
+from modeclip.models.encoders import load_any_encoder
+from modeclip.models.encoders.lexical import fit_tfidf
 from modeclip.pipeline import load_recipe
-from modeclip.priors import nearest_fine
-from modeclip.progress import log, make_progress
-from modeclip.training import train
+from modeclip.system.console import log, make_progress
+from modeclip.training.batches import Sample
+from modeclip.training.experts import fingerprint_of
+from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, TrainResult
+from modeclip.training.trainer import train
 
 HERE = Path(__file__).parent
 PARTS = 32
@@ -157,7 +157,7 @@ class Workshop:
 
     @cache  # noqa: B019 (one workshop a process)
     def encoder(self, name: str) -> Any:
-        """Return an encoder by the name that an arm has for it, or by that of `modeclip.encoders`."""
+        """Return an encoder by the name that an arm has for it, or by that of `modeclip.models.encoders`."""
         if name == "tfidf":
             folder = self.out / "tfidf"
             if not folder.exists():

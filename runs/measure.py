@@ -30,20 +30,20 @@ import numpy as np
 from experiments import MAIN, PARTINGS, PARTS, Arm, Study, Workshop, base_arm, read_studies
 
 from modeclip import Catalog
-from modeclip.caching import FeatureCache
-from modeclip.clip import load_clip, save_clip
-from modeclip.encoders import load_any_encoder
-from modeclip.features import image_features, text_features
-from modeclip.jobs import TrainJob
-from modeclip.loading import Source
-from modeclip.negatives import measure_negatives
-from modeclip.priors import nearest_fine
-from modeclip.probing import ProbeConfig, linear_probe
-from modeclip.progress import log
-from modeclip.retrieval import retrieve
-from modeclip.routing import DEFAULT_TEMPERATURE, RULES, route
-from modeclip.similarity import Similarity
-from modeclip.tasks import CatalogImages, catalog_tasks
+from modeclip.clustering.class_selection import nearest_fine
+from modeclip.clustering.negatives import measure_negatives
+from modeclip.data.tasks.task import CatalogImages, catalog_tasks
+from modeclip.evaluation.probing import ProbeConfig, linear_probe
+from modeclip.evaluation.retrieval import retrieve
+from modeclip.evaluation.similarity import Similarity
+from modeclip.mixture.rules import DEFAULT_TEMPERATURE, RULES, route
+from modeclip.models.clip import load_clip, save_clip
+from modeclip.models.encoders import load_any_encoder
+from modeclip.models.feature_cache import FeatureCache
+from modeclip.models.features import image_features, text_features
+from modeclip.models.pool import Source
+from modeclip.system.console import log
+from modeclip.training.jobs import TrainJob
 
 OF_IMAGES = ("clip-image", "clip-both")  # encoders whose mixtures are routed image by image
 PROBE_NAMES, PROBE_ICONS = 100, 20
@@ -469,7 +469,7 @@ def tower_rates(workshop: Workshop, studies: Sequence[Study]) -> Values:
                 last_share=1 / PARTS,
                 mask=column,
             )
-            subprocess.run([sys.executable, "-m", "modeclip.training", str(job.save())], check=True)
+            subprocess.run([sys.executable, "-m", "modeclip.training.trainer", str(job.save())], check=True)
             lines = map(json.loads, (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines())
             rates = [line["samples_per_second"] for line in lines if line["step"] > steps]
             found[model].append(float(np.median(rates)))

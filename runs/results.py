@@ -22,8 +22,8 @@ from costs import headline_table, laws_of, scaling_lines, scaling_table, size_ta
 from experiments import MAIN, PARTS, Arm, base_arm
 from records import BY_SEED, Records, against, averages, interval, label, mean, plain_arms, short, table
 
-from modeclip.routing import RULES
-from modeclip.scaling_page import write_page
+from modeclip.mixture.rules import RULES
+from modeclip.pages.scaling_page import write_page
 
 PAPER = {
     "main": "B/32, 26 tasks: MetaCLIP 58.2 / MoDE-2 58.6 / MoDE-4 59.0 (400M); 59.8 / 61.2 / 61.7 (2.5B)",

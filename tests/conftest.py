@@ -82,7 +82,7 @@ def modeclip_process() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def run_here(*words: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in this process."""
-    from modeclip.cli import main
+    from modeclip.commands import main
 
     arguments, code = list(map(str, words)), 0
     with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
@@ -95,5 +95,5 @@ def run_here(*words: object) -> subprocess.CompletedProcess[str]:
 
 def run_in_process(*words: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, with warnings as errors."""
-    command = [sys.executable, "-W", "error", "-m", "modeclip.cli", *map(str, words)]
+    command = [sys.executable, "-W", "error", "-m", "modeclip", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

@@ -14,21 +14,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modeclip.catalog import Catalog
+    from modeclip.data.catalog import Catalog
     from modeclip.errors import ModeclipError
-    from modeclip.mixture import MoDE
+    from modeclip.mixture.mode import MoDE
+    from modeclip.pages.run_report import write_report
     from modeclip.pipeline import Recipe, load_recipe, run
-    from modeclip.report import write_report
 
 __version__ = "0.1.0"
 _HOMES = {
-    "Catalog": "catalog",
-    "MoDE": "mixture",
+    "Catalog": "data.catalog",
+    "MoDE": "mixture.mode",
     "ModeclipError": "errors",
     "Recipe": "pipeline",
     "load_recipe": "pipeline",
     "run": "pipeline",
-    "write_report": "report",
+    "write_report": "pages.run_report",
 }
 __all__ = ["Catalog", "MoDE", "ModeclipError", "Recipe", "load_recipe", "run", "write_report"]
 

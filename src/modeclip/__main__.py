@@ -17,7 +17,7 @@ def main() -> None:
     """Run the command line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, _interrupt)
-    from modeclip.cli import main as run
+    from modeclip.commands import main as run
 
     run()
 

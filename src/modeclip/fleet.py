@@ -6,7 +6,7 @@
     RUN/bundle/         written anew after each expert that is done
 
 Which experts there are is decided by the clusters, or by class names of tasks: then one expert is trained on the fine
-clusters nearest to them (``modeclip.priors``). One model by itself is a job of the same kind: `single_job`.
+clusters nearest to them (``modeclip.clustering.class_selection``). One model by itself is a job of the same kind: `single_job`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from modeclip.bundle import EDITS, MANIFEST_FILE
-from modeclip.bundling import BUNDLE, CLUSTERS, assemble_bundle, is_bundled
-from modeclip.catalog import Catalog
-from modeclip.clustering import ClusterConfig
-from modeclip.controls import add_controls, pin_jobs
+from modeclip.clustering.class_selection import PriorSelection, mark_prior, name_of, read_classes, select_for_classes
+from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.controls import add_controls, pin_jobs
+from modeclip.clustering.fitting import ClusterConfig
+from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.evaluation import EvaluateConfig
-from modeclip.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
-from modeclip.files import only_process
-from modeclip.grouping import Clustering
-from modeclip.jobs import TrainConfig, TrainJob, TrainResult
-from modeclip.launching import run_jobs
-from modeclip.priors import PriorSelection, mark_prior, name_of, read_classes, select_for_classes
-from modeclip.progress import log
+from modeclip.evaluation.run_evaluation import EvaluateConfig
+from modeclip.mixture.bundle import EDITS, MANIFEST_FILE
+from modeclip.mixture.bundling import BUNDLE, CLUSTERS, assemble_bundle, is_bundled
+from modeclip.system.console import log
+from modeclip.system.files import only_process
+from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
+from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
+from modeclip.training.launching import run_jobs
 
 MODELS = "models"
 LOCK_PATIENCE_SECONDS = 600.0

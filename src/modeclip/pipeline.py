@@ -27,26 +27,26 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from modeclip.bundling import CLUSTERS, assemble_bundle, encoder_of, versions
-from modeclip.caching import FeatureCache
-from modeclip.catalog import Catalog
-from modeclip.clip import check_model
-from modeclip.clustering import ClusterConfig, Clustering, cluster
-from modeclip.controls import ONE_STEP_FOLDER, add_controls, pin_jobs
-from modeclip.embedding import EmbedConfig, embed
-from modeclip.encoders import IMAGE_PREFIXES, PREFIXES
+from modeclip.clustering.controls import ONE_STEP_FOLDER, add_controls, pin_jobs
+from modeclip.clustering.embedding import EmbedConfig, embed
+from modeclip.clustering.fitting import ClusterConfig, Clustering, cluster
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources import relative_to, source_state
+from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError, unknown
-from modeclip.evaluation import EvaluateConfig, TrainedModel, evaluate
-from modeclip.experts import CONTROL_COLUMNS, ExpertsConfig, fingerprint_of, plan_jobs, seed_model
-from modeclip.files import only_process, write_atomically, writing
-from modeclip.indexing import index
-from modeclip.jobs import TrainConfig, TrainJob
-from modeclip.launching import run_jobs
-from modeclip.memory import PeakMemory, return_memory
-from modeclip.progress import log
-from modeclip.sources import relative_to, source_state
-from modeclip.training import job_rows
-from modeclip.units import DataConfig
+from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate
+from modeclip.mixture.bundling import CLUSTERS, assemble_bundle, encoder_of, versions
+from modeclip.models.clip import check_model
+from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES
+from modeclip.models.feature_cache import FeatureCache
+from modeclip.system.console import log
+from modeclip.system.files import only_process, write_atomically, writing
+from modeclip.system.memory import PeakMemory, return_memory
+from modeclip.training.experts import CONTROL_COLUMNS, ExpertsConfig, fingerprint_of, plan_jobs, seed_model
+from modeclip.training.jobs import TrainConfig, TrainJob
+from modeclip.training.launching import run_jobs
+from modeclip.training.trainer import job_rows
 
 STAGES = ("index", "embed", "cluster", "controls", "train", "bundle", "evaluate", "report")
 FEATURES = "features"
@@ -317,7 +317,7 @@ class _Run:
         return f"{rows} rows on {tasks} tasks" if tasks else "no held-out tasks: nothing was evaluated"
 
     def report(self) -> str:
-        from modeclip.report import write_report
+        from modeclip.pages.run_report import write_report
 
         return str(write_report(self.out))
 

@@ -1,0 +1,1 @@
+"""Making a model out of models: fine-tuning and merging."""

@@ -1,0 +1,416 @@
+"""A model and a small own set -> the model fine-tuned, on the line between both, with what it gained and what it cost.
+
+Fine-tuning on few images soon makes a model better at them and worse at everything else. The recipe has four guards.
+The loss is the one of pre-training (FLYP: better than a new head), pairs with the same caption not being each other's
+negatives. A part of the own set is held out, its duplicates too; training stops when the held-out accuracy has not
+risen for a while, and the best step is kept. Then the weights are moved back towards the start (WiSE-FT):
+(1 - alpha) seed + alpha tuned for alpha from 0 to 1, and the alpha is chosen that has
+
+    the highest accuracy on the held-out images of the own set (the smallest alpha among equals),
+    of those whose mean accuracy on the general tasks is at most ``tolerance`` below the start's.
+
+alpha = 0 is the start itself, so a choice always exists. Without general tasks only the first line counts.
+The held-out images choose the step and the alpha, so their "after" is a little too good: test on others at the end.
+
+Source: WiSE-FT (arXiv 2109.01903); FLYP (arXiv 2212.00638) for the contrastive loss.
+Price: the training; ``checks`` times the held-out images, ``alphas`` + 1 times these and all general tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
+
+from modeclip.adapting.holdout import Split, Unit, own_task, split_rows
+from modeclip.adapting.merging import SEED, as_folder, interpolate_into
+from modeclip.adapting.tradeoff import Point, TableRow, choose_alpha, curve_of, table_row
+from modeclip.adapting.validation import Correct, Examiner, average, open_tasks
+from modeclip.data.catalog import Catalog
+from modeclip.data.prompts import check_templates
+from modeclip.errors import ModeclipError
+from modeclip.mixture.bundle import MANIFEST_FILE, load_bundle
+from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
+from modeclip.pages.charts import draw_curves
+from modeclip.system.console import log, progress
+from modeclip.system.files import hash_file, only_process, write_atomically, writing
+from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
+from modeclip.training.trainer import train
+
+RESULT_FILE, PAGE_FILE, NOTES_FILE = "finetune.json", "finetune.html", "notes.json"
+FORMAT = 1  # raise it when the same settings start to give something else
+GRADIENT_NORM = 1.0  # largest norm of a gradient; early batches of a foreign set are far from what the model knows
+CHART_SIZE = (640.0, 300.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """How a model is fine-tuned on a small set."""
+
+    epochs: int = 10
+    """Passes over the training rows at most; the schedule ends there, early stopping may come before."""
+    batch_size: int = 128
+    """Pairs a step; fewer where the set has fewer. Large batches need more memory and give fewer steps."""
+    learning_rate: float = 1e-5
+    """Highest rate: a fiftieth of what ViT-B is pre-trained with. Models trained for minutes bear 1e-4 to 1e-3."""
+    warmup_fraction: float = 0.1
+    """Share of the steps in which the rate rises, so that AdamW's averages settle before it is high; in [0, 1)."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices, half of pre-training's: few steps, and the start is worth keeping."""
+    holdout: Unit = "image"
+    """What is held out: images at random, the same share of each class; whole classes (distinct captions): does it
+    help names never seen?; whole groups (folders, shards): another source, camera or site."""
+    holdout_fraction: float = 0.2
+    """Share of the images, classes or groups that is held out, in (0, 1)."""
+    checks: int = 20
+    """Times that the held-out images are classified during training."""
+    patience: int = 5
+    """Checks without a new best after which training stops: a quarter of the schedule by default."""
+    alphas: int = 10
+    """Steps of the line from the start (alpha 0) to the tuned model (alpha 1)."""
+    tolerance: float = 0.01
+    """Accuracy that the mean over the general tasks may lose, in [0, 1]."""
+    templates: tuple[str, ...] = ("{}",)
+    """Prompts for class names of the general tasks, {} where the name goes; the own captions are used as they are."""
+    threads: int = 0
+    """Threads that compute; 0: as many as PyTorch takes on this machine."""
+    seed: int = 0
+    """Of what is held out, of the order of the samples and of their augmentation."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How pictures are varied."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How the machine is used."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges that ``TrainConfig`` does not check."""
+        for name in ("epochs", "checks", "patience", "alphas"):
+            if getattr(self, name) < 1:
+                raise ModeclipError(f"finetune: {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.holdout_fraction < 1:
+            raise ModeclipError(f"finetune: holdout_fraction must lie in (0, 1), got {self.holdout_fraction}")
+        if not 0 <= self.tolerance <= 1:
+            raise ModeclipError(f"finetune: tolerance must lie in [0, 1], got {self.tolerance}")
+        if self.learning_rate <= 0:
+            raise ModeclipError(f"finetune: learning_rate must be above 0, got {self.learning_rate}")
+        check_templates(self.templates, "finetune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What ``finetune.json`` holds."""
+
+    folder: str
+    """The open_clip folder of the chosen model."""
+    model: str
+    """What it started from."""
+    digest: str
+    """Of all that decided the result."""
+    alpha: float
+    """Chosen share of the tuned model."""
+    num_train: int
+    """Pairs trained on."""
+    num_held_out: int
+    """Pairs held out."""
+    num_duplicates: int
+    """Pairs left out because their image is held out."""
+    num_classes: int
+    """Distinct captions of the whole own set; each held-out image is one of so many."""
+    batch_size: int
+    """Pairs a step."""
+    steps: int
+    """Steps that were trained."""
+    planned_steps: int
+    """Steps of the schedule; more than ``steps`` where training stopped early."""
+    best_step: int
+    """Step of the tuned model."""
+    tolerance: float
+    """Accuracy that the general tasks were allowed to lose."""
+    checks: tuple[tuple[int, float], ...]
+    """Step and held-out accuracy during training."""
+    curve: tuple[Point, ...]
+    """From alpha 0 to 1."""
+    table: tuple[TableRow, ...]
+    """Own set, mean over the general tasks, each general task."""
+
+    @classmethod
+    def read(cls, folder: Path, digest: str) -> FinetuneResult | None:
+        """Return the result that a folder holds if it is made from the same inputs, else None."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            content = (folder / RESULT_FILE).read_bytes()
+            result = TypeAdapter(cls).validate_json(content)
+        except (OSError, ValidationError):
+            return None
+        return result if result.digest == digest and (folder / WEIGHTS_FILE).is_file() else None
+
+
+def finetune(
+    model: str | Path,
+    catalog: Catalog,
+    config: FinetuneConfig,
+    *,
+    out: str | Path,
+    tasks: str | None = None,
+) -> FinetuneResult:
+    """Fine-tune a model on a catalog and write the chosen model, its result and a page; a killed run continues.
+
+    Args:
+        model: Specification or folder of the start: a seed, an expert of a bundle, an average.
+        catalog: The own set, as ``modeclip index`` makes it; a column marks its training rows.
+        config: The recipe.
+        out: Folder of the model; ``best`` and ``train`` in it hold the tuned model and its training.
+        tasks: Catalog of general zero-shot tasks, such as ``tasks.lance`` of a run.
+
+    Raises:
+        ModeclipError: The model or the tasks are not there, or the set is too small.
+    """
+    out = Path(out)
+    check_start(str(model))
+    split = split_rows(catalog, config.holdout, config.holdout_fraction, config.seed)
+    general = open_tasks(tasks, config.templates, 256) if tasks else None
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out), writing(out):
+        seed = as_folder(str(model), out / "seed")
+        if seed.resolve() == out.resolve():
+            raise ModeclipError(f"finetune: {model} is also the folder to write to; choose another --out")
+        job = _make_job(seed, catalog, split, config, out / "train")
+        digest = _digest(job, config, tasks)
+        if done := FinetuneResult.read(out, digest):
+            log(f"finetune: {out} is done")
+            return done
+        notes = _Notes.open(out / NOTES_FILE, digest)
+        own = Examiner([own_task(catalog, split)])
+        job.save()
+        watch = _Watch(job, notes, own, out / "best", config.patience)
+        visit_every = max(1, job.last_step // config.checks)
+        train(job, visit_every=visit_every, visit=watch)
+        examiners = [own, *([general] if general else [])]
+        found = _sweep(seed, out / "best", [i / config.alphas for i in range(config.alphas + 1)], examiners, notes)
+        result = _make_result(str(model), job, split, config, notes, found, out, digest)
+        clip = load_clip(seed)
+        interpolate_into(clip, seed, out / "best", result.alpha)
+        save_clip(clip, out)
+        write_atomically(out / PAGE_FILE, render(result))
+        write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")
+    return result
+
+
+def check_start(model: str) -> None:
+    """Raise unless a model can be started from, as far as can be told without loading it.
+
+    Raises:
+        ModeclipError: It is unknown, or a bundle, of which one expert has to be chosen.
+    """
+    if (Path(model) / MANIFEST_FILE).is_file():
+        folders = dict.fromkeys([SEED, *(expert.folder for expert in load_bundle(model).experts)])
+        raise ModeclipError(f"finetune: {model} is a bundle; give a model in it, {model}/NAME: {', '.join(folders)}")
+    check_model(model)
+
+
+def render(result: FinetuneResult) -> str:
+    """Return the page of a result: one file that loads nothing."""
+    import jinja2
+
+    alphas = np.array([point.alpha for point in result.curve])
+    lines = {"own set": np.array([point.own for point in result.curve])}
+    if result.curve[0].general is not None:
+        lines["general tasks"] = np.array([point.general for point in result.curve])
+    logs = {name: {"samples": alphas, "accuracy": values} for name, values in lines.items()}
+    steps, scores = (np.array(column, float) for column in zip(*result.checks, strict=True))
+    training = {"own set": {"samples": steps, "accuracy": scores}}
+    loader = jinja2.FileSystemLoader(Path(__file__).parents[1] / "pages" / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("finetune.html").render(
+        result=result,
+        line=draw_curves(logs, "accuracy", result.alpha, size=CHART_SIZE, right=110.0),
+        training=draw_curves(training, "accuracy", float(result.best_step), size=CHART_SIZE, right=20.0),
+        num_experts=2,
+    )
+
+
+# ---------------------------------------------------------------- training, and what it leaves behind
+
+
+@dataclass
+class _Notes:
+    """What is known so far, in a file: a killed run goes on from it."""
+
+    path: Path
+    digest: str
+    checks: list[tuple[int, float]]
+    found: dict[str, dict[str, str]]
+    """By alpha and task, a 0 or 1 for each image."""
+
+    @classmethod
+    def open(cls, path: Path, digest: str) -> _Notes:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["digest"] == digest:
+                checks = [(int(step), float(score)) for step, score in content["checks"]]
+                return cls(path, digest, checks, dict(content["found"]))
+        except (OSError, KeyError, TypeError, ValueError):
+            pass
+        return cls(path, digest, [], {})
+
+    def save(self) -> None:
+        content = {"digest": self.digest, "checks": self.checks, "found": self.found}
+        write_atomically(self.path, json.dumps(content) + "\n")
+
+
+@dataclass
+class _Watch:
+    """What training calls from time to time: scores the model, keeps the best one, says when to stop."""
+
+    job: TrainJob
+    notes: _Notes
+    examiner: Examiner
+    folder: Path
+    patience: int
+
+    def __call__(self, clip: Clip, step: int) -> bool:
+        notes, earlier = self.notes, [check for check in self.notes.checks if check[0] < step]
+        if self._is_over(earlier):  # killed after the check that said so
+            return True
+        score = average(self.examiner.examine(clip))
+        is_best = score > max((before for _, before in earlier), default=-1.0)
+        if is_best:
+            save_clip(clip, self.folder)
+        notes.checks = [*earlier, (step, score)]  # a resumed job comes by the same steps again
+        notes.save()
+        log(f"finetune: step {step:,} of {self.job.last_step:,}: held-out {score:.4f}{', the best' if is_best else ''}")
+        return self._is_over(notes.checks)
+
+    def _is_over(self, checks: Sequence[tuple[int, float]]) -> bool:
+        return bool(checks) and sum(step > best_step(checks) for step, _ in checks) >= self.patience
+
+
+def best_step(checks: Sequence[tuple[int, float]]) -> int:
+    """Return the step of the highest score, the first one among equals.
+
+    Examples:
+        >>> best_step([(10, 0.5), (20, 0.7), (30, 0.7)])
+        20
+    """
+    return max(checks, key=lambda check: (check[1], -check[0]))[0]
+
+
+def _make_job(seed: Path, catalog: Catalog, split: Split, config: FinetuneConfig, folder: Path) -> TrainJob:
+    import torch
+
+    batch_size = min(config.batch_size, len(split.train))
+    steps = max(2, config.epochs * (len(split.train) // batch_size))
+    return TrainJob(
+        name="finetune",
+        folder=str(folder),
+        catalog=catalog.path,
+        catalog_fingerprint=f"{catalog.fingerprint}-{hash_file(seed / WEIGHTS_FILE)}",
+        config=TrainConfig(
+            model=str(seed),
+            samples=steps * batch_size,
+            batch_size=batch_size,
+            total_parts=2,
+            seed_parts=1,
+            learning_rate=config.learning_rate,
+            warmup_fraction=config.warmup_fraction,
+            weight_decay=config.weight_decay,
+            clip_grad_norm=GRADIENT_NORM,
+            mask_same_captions=True,
+            seed=config.seed,
+            augment=config.augment,
+            engine=config.engine,
+        ),
+        first_step=0,
+        last_step=steps,
+        first_share=0.0,
+        last_share=1.0,
+        mask=_mark(catalog, split, config),
+        threads=config.threads or torch.get_num_threads(),
+    )
+
+
+def _mark(catalog: Catalog, split: Split, config: FinetuneConfig) -> str:
+    """Mark the training rows in a column of the catalog, unless it is there, and return the column's name."""
+    facts = {"holdout": config.holdout, "holdout_fraction": config.holdout_fraction, "seed": config.seed}
+    key = json.dumps([catalog.fingerprint, facts], sort_keys=True)
+    column = f"finetune_{sha256(key.encode()).hexdigest()[:8]}"
+    if column not in catalog.columns:
+        marked = np.zeros(len(catalog), bool)
+        marked[split.train] = True
+        catalog.add_columns({column: marked}, facts={"finetune": "rows that are trained on", **facts})
+    return column
+
+
+def _digest(job: TrainJob, config: FinetuneConfig, tasks: str | None) -> str:
+    settings = {key: value for key, value in asdict(config).items() if key not in {"engine", "threads"}}
+    general = Catalog.open(tasks).fingerprint if tasks else None
+    content = json.dumps([FORMAT, job.digest, settings, general], sort_keys=True)
+    return sha256(content.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- the line between the start and the tuned model
+
+
+def _sweep(
+    seed: Path, tuned: Path, alphas: Sequence[float], examiners: Sequence[Examiner], notes: _Notes
+) -> dict[float, dict[str, Bool[np.ndarray, " _"]]]:
+    """Return for each alpha and task whether each image is classified correctly; what is noted is not done again."""
+    clip: Clip | None = None
+    with progress("interpolate", len(alphas), "models") as advance:
+        for alpha in alphas:
+            if str(alpha) not in notes.found:
+                clip = clip or load_clip(seed)
+                interpolate_into(clip, seed, tuned, alpha)
+                found: dict[str, Bool[np.ndarray, " _"]] = {}
+                for examiner in examiners:
+                    found |= examiner.examine(clip)
+                bits = {task: "".join("01"[int(image)] for image in images) for task, images in found.items()}
+                notes.found[str(alpha)] = bits
+                notes.save()
+            advance(1)
+    return {
+        alpha: {task: np.array([bit == "1" for bit in bits]) for task, bits in notes.found[str(alpha)].items()}
+        for alpha in alphas
+    }
+
+
+def _make_result(
+    model: str,
+    job: TrainJob,
+    split: Split,
+    config: FinetuneConfig,
+    notes: _Notes,
+    found: Mapping[float, Correct],
+    out: Path,
+    digest: str,
+) -> FinetuneResult:
+    own, *general = next(iter(found.values()))
+    curve = curve_of(found)
+    chosen = choose_alpha(curve, config.tolerance)
+    lines = {own: [own]} | ({"general tasks": general} if len(general) > 1 else {}) | {task: [task] for task in general}
+    captions = Catalog.open(job.catalog).read(["caption"])["caption"]
+    return FinetuneResult(
+        folder=str(out),
+        model=model,
+        digest=digest,
+        alpha=chosen.alpha,
+        num_train=len(split.train),
+        num_held_out=len(split.held_out),
+        num_duplicates=split.num_duplicates,
+        num_classes=len(set(captions)),
+        batch_size=job.config.batch_size,
+        steps=notes.checks[-1][0],
+        planned_steps=job.last_step,
+        best_step=best_step(notes.checks),
+        tolerance=config.tolerance,
+        checks=tuple(notes.checks),
+        curve=curve,
+        table=tuple(table_row(name, tasks, found, chosen.alpha) for name, tasks in lines.items()),
+    )

@@ -1,0 +1,403 @@
+"""Several models of one architecture -> one model of the same size whose weights are their average.
+
+Uniform or weighted averages, the greedy soup (models by falling held-out score, each kept if the average with it
+scores no worse than the average without), and the line between a seed and a model tuned from it (WiSE-FT). It works
+for models that continued from one seed, as data experts do: their weights lie in one valley of the loss. Models of
+different random starts have the same shapes too, but their average is worth nothing.
+
+Sums are float64, one tensor at a time, so memory does not grow with their number. Everything that is a float is
+averaged, the logit scale too (its logarithm, as it is stored) and the running statistics of batch norms; what is not
+(position ids) must be equal in all. The counters of batch norms come from the first model.
+
+Source: model soups (arXiv 2203.05482), greedy soup: recipe 1; WiSE-FT (arXiv 2109.01903), Sec. 3.
+Price: reading each model once; greedy: K (K + 1) / 2 reads and 2 K - 1 evaluations for K models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from modeclip.adapting.validation import Examiner, average, open_tasks
+from modeclip.data.prompts import check_templates
+from modeclip.errors import ModeclipError
+from modeclip.mixture.bundle import MANIFEST_FILE, load_bundle
+from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
+from modeclip.system.console import progress
+from modeclip.system.files import write_atomically, writing
+
+if TYPE_CHECKING:
+    import torch
+
+RESULT_FILE = "merge.json"
+SEED = "seed"
+"""Folder of a bundle that runs for experts that are not finished."""
+_COUNTER = ".num_batches_tracked"  # of batch norms; used only by those without a momentum, which no CLIP has
+_START = ("init_logit_scale", "init_logit_bias")  # settings of a random start, which weights replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """How models are averaged."""
+
+    how: Literal["uniform", "greedy"] = "uniform"
+    """`uniform`: all models alike, or by `weights`; `greedy`: only those that do not lower the held-out score."""
+    weights: tuple[float, ...] = ()
+    """Weight of each model, at least 0, such as those of a routing; they are divided by their sum. Default: equal."""
+    templates: tuple[str, ...] = ("{}",)
+    """Prompts for class names of the tasks, {} where the name goes."""
+    batch_size: int = 256
+    """Images encoded at a time."""
+
+    def __post_init__(self) -> None:
+        """Check the weights and the templates."""
+        if self.how == "greedy" and self.weights:
+            raise ModeclipError("merge: greedy chooses the models by itself; drop --weights, or --how greedy")
+        if any(not 0 <= weight < math.inf for weight in self.weights) or (self.weights and not any(self.weights)):
+            raise ModeclipError(
+                f"merge: weights must be at least 0, one of them above, got {' '.join(map(str, self.weights))}"
+            )
+        check_templates(self.templates, "merge")
+        if self.batch_size < 1:
+            raise ModeclipError(f"merge: batch size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One model that was to be averaged."""
+
+    name: str
+    """As it was given, or bundle/expert."""
+    weight: float
+    """Its share of the average, in [0, 1]."""
+    score: float | None
+    """Its own mean accuracy over the tasks; None without tasks."""
+    accuracy: Mapping[str, float]
+    """Its accuracy on each task."""
+    soup_score: float | None = None
+    """Greedy: mean accuracy of the average of those kept so far and this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """What came out of an average; ``merge.json`` beside the model holds the same."""
+
+    folder: str
+    """The open_clip folder that was written."""
+    how: str
+    """`uniform`, `weighted` or `greedy`."""
+    candidates: tuple[Candidate, ...]
+    """The models, in the order in which they were taken."""
+    left_out: tuple[str, ...]
+    """Experts of bundles that are not finished, for which their seed stands in."""
+    score: float | None
+    """Mean accuracy of the average over the tasks; None without tasks."""
+    accuracy: Mapping[str, float]
+    """Its accuracy on each task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One step of a greedy soup."""
+
+    index: int
+    """Of the model."""
+    score: float
+    """Of the average of the models kept before and this one."""
+    kept: bool
+    """Whether it stays in the average."""
+
+
+def merge(
+    models: Sequence[str | Path], config: MergeConfig, *, out: str | Path, tasks: str | None = None
+) -> MergeResult:
+    """Average models and write the average as an open_clip folder.
+
+    Args:
+        models: open_clip folders, model specifications, or bundles, which stand for their finished experts.
+        config: Which average.
+        out: Folder of the average; it must be none of the models.
+        tasks: Catalog of zero-shot tasks on which the models and the average are scored; greedy needs it. What
+            has chosen the models is no fair test of the average: report it on other tasks.
+
+    Raises:
+        ModeclipError: There are fewer than two models, they differ in architecture, or greedy has no tasks.
+    """
+    out = Path(out)
+    named, left_out = list_models(models)
+    _check_request(named, left_out, config, out, tasks)
+    with ExitStack() as stack:
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modeclip-merge-")))
+        folders = [as_folder(spec, room / str(index)) for index, (_, spec) in enumerate(named)]
+        check_alike(dict(zip((name for name, _ in named), folders, strict=True)))
+        examiner = open_tasks(tasks, config.templates, config.batch_size) if tasks else None
+        clip = load_clip(folders[0])
+        candidates = _candidates([name for name, _ in named], folders, config, clip, examiner)
+        chosen = {candidate.name: candidate.weight for candidate in candidates}
+        average_into(clip, folders, [chosen[name] for name, _ in named])
+        found = examiner.examine(clip) if examiner else None
+    with writing(out):
+        save_clip(clip, out)
+        result = MergeResult(
+            folder=str(out),
+            how="weighted" if config.weights else config.how,
+            candidates=tuple(candidates),
+            left_out=tuple(left_out),
+            score=average(found) if found else None,
+            accuracy=_accuracy(found),
+        )
+        write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
+    return result
+
+
+def greedy_soup(scores: Sequence[float], score_of: Callable[[tuple[int, ...]], float]) -> list[Trial]:
+    """Choose models as the greedy soup does: the best first, then each one whose addition does not lower the score.
+
+    Args:
+        scores: Score of each model by itself.
+        score_of: Score of the average of some models, by their indices (ascending).
+
+    Returns:
+        A step for each model, by falling score; equal scores keep the order of the models.
+
+    Examples:
+        >>> steps = greedy_soup([0.5, 0.7, 0.6], lambda kept: 0.8 if kept == (1, 2) else 0.4)
+        >>> [(step.index, step.kept) for step in steps]
+        [(1, True), (2, True), (0, False)]
+    """
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    kept, best = [order[0]], scores[order[0]]
+    steps = [Trial(index=order[0], score=best, kept=True)]
+    for index in order[1:]:
+        score = score_of(tuple(sorted([*kept, index])))
+        steps.append(Trial(index=index, score=score, kept=score >= best))
+        if score >= best:
+            kept.append(index)
+            best = score
+    return steps
+
+
+def interpolate(seed: str | Path, tuned: str | Path, alpha: float) -> Clip:
+    """Return the model whose weights are (1 - alpha) of the seed's and alpha of the tuned one's (WiSE-FT).
+
+    Args:
+        seed: Model folder of the start.
+        tuned: Model folder of what was trained from it.
+        alpha: Share of the tuned model, in [0, 1]; at both ends the weights are bit for bit those of that model.
+
+    Raises:
+        ModeclipError: The models differ in architecture, or alpha is out of its range.
+    """
+    folders = [Path(seed), Path(tuned)]
+    check_alike({str(folder): folder for folder in folders})
+    clip = load_clip(folders[0])
+    interpolate_into(clip, folders[0], folders[1], alpha)
+    return clip
+
+
+def interpolate_into(clip: Clip, seed: Path, tuned: Path, alpha: float) -> None:
+    """Give a model of the same architecture the weights that ``interpolate`` describes."""
+    if not 0 <= alpha <= 1:
+        raise ModeclipError(f"alpha must lie in [0, 1] (0: the seed, 1: the tuned model), got {alpha}")
+    average_into(clip, [seed, tuned], [1 - alpha, alpha])
+
+
+def average_into(clip: Clip, folders: Sequence[Path], weights: Sequence[float]) -> None:
+    """Give a model the weighted average of the weights in model folders, which ``check_alike`` has passed.
+
+    Args:
+        clip: Receives the average; its own weights are lost.
+        folders: Model folders; those of weight 0 are not read.
+        weights: At least 0, not all 0; divided by their sum.
+    """
+    import torch
+
+    used = [(folder, float(weight)) for folder, weight in zip(folders, weights, strict=True) if weight]
+    total = math.fsum(weight for _, weight in used)
+    with torch.no_grad():
+        for name, place in clip.model.state_dict().items():
+            first = _tensor(used[0][0], name)
+            if len(used) == 1 or not first.is_floating_point():
+                place.copy_(first)
+                continue
+            mean = first.double() * used[0][1]
+            for folder, weight in used[1:]:
+                mean += _tensor(folder, name).double() * weight
+            place.copy_(mean / total)
+
+
+def list_models(models: Sequence[str | Path]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return (name, specification) of each model, bundles taken apart, and the names of experts that are not finished.
+
+    Raises:
+        ModeclipError: A model is unknown, a folder is none, or a model is given twice.
+    """
+    named: list[tuple[str, str]] = []
+    left_out: list[str] = []
+    for model in map(str, models):
+        if not (Path(model) / MANIFEST_FILE).is_file():
+            check_model(model)
+            named.append((model, model))
+            continue
+        bundle = load_bundle(model)
+        for index, expert in enumerate(bundle.experts):
+            name = f"{model.rstrip('/')}/{expert.name}"
+            if expert.folder != SEED:
+                named.append((name, str(bundle.model_folder(index))))
+            else:
+                left_out.append(name)
+    names = [name for name, _ in named]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ModeclipError(f"merge: {twice} is given twice; give it more weight with --weights instead")
+    return named, left_out
+
+
+def as_folder(spec: str, folder: Path) -> Path:
+    """Return a model's folder of safetensors: its own if it has one, else it is written to ``folder``."""
+    own = Path(spec.removeprefix("local-dir:"))
+    if (own / WEIGHTS_FILE).is_file() and (own / CONFIG_FILE).is_file():
+        return own
+    save_clip(load_clip(spec), folder)
+    return folder
+
+
+def check_alike(folders: Mapping[str, Path]) -> None:
+    """Raise unless models have the same architecture and equal buffers.
+
+    Args:
+        folders: Model folder by name, the name for the message.
+
+    Raises:
+        ModeclipError: They differ in a tensor's name or shape, in a setting of the architecture, or in a buffer
+            that is no float; or a file cannot be read.
+    """
+    import torch
+
+    (first, folder), *others = folders.items()
+    with _opened(folder) as one:
+        shapes, settings = _shapes(one), _settings(folder)
+        for other, path in others:
+            with _opened(path) as two:
+                problem = _first_difference(shapes, _shapes(two)) or _first_difference(settings, _settings(path))
+                problem = problem or next(
+                    (
+                        f"{name} holds other numbers"
+                        for name in shapes
+                        if not name.endswith(_COUNTER)
+                        and not one.get_slice(name).get_dtype().startswith(("F", "BF"))
+                        and not torch.equal(one.get_tensor(name), two.get_tensor(name))
+                    ),
+                    None,
+                )
+            if problem:
+                raise ModeclipError(
+                    f"models of different architectures cannot be averaged: {first} and {other}: {problem}"
+                )
+
+
+def _check_request(
+    named: Sequence[tuple[str, str]], left_out: Sequence[str], config: MergeConfig, out: Path, tasks: str | None
+) -> None:
+    if len(named) < 2:
+        missing = f"; not finished: {', '.join(left_out)}" if left_out else ""
+        raise ModeclipError(f"merge: expected at least two models, got {len(named)}{missing}")
+    if config.weights and len(config.weights) != len(named):
+        names = ", ".join(name for name, _ in named)
+        raise ModeclipError(f"merge: expected {len(named)} weights ({names}), got {len(config.weights)}")
+    if config.how == "greedy" and not tasks:
+        raise ModeclipError("merge: greedy needs a held-out score; give --tasks TASKS.lance, or --how uniform")
+    for name, spec in named:
+        if Path(spec).is_dir() and Path(spec).resolve() == out.resolve():
+            raise ModeclipError(f"merge: {name} is also the folder to write to; choose another --out")
+
+
+def _candidates(
+    names: Sequence[str], folders: Sequence[Path], config: MergeConfig, clip: Clip, examiner: Examiner | None
+) -> list[Candidate]:
+    """Score each model if there are tasks, and choose the weights."""
+    found: list[dict[str, Any] | None] = [None] * len(names)
+    if examiner is not None:
+        with progress("score", len(names), "models") as advance:
+            for index in range(len(names)):
+                average_into(clip, [folders[index]], [1.0])
+                found[index] = examiner.examine(clip)
+                advance(1)
+    scores = [average(each) if each else None for each in found]
+    weights = list(config.weights) or [1.0] * len(names)
+    order, tried = list(range(len(names))), dict[int, float]()
+    if config.how == "greedy" and examiner is not None:
+        asked = examiner
+
+        def score_of(kept: tuple[int, ...]) -> float:
+            average_into(clip, [folders[index] for index in kept], [1.0] * len(kept))
+            return average(asked.examine(clip))
+
+        with progress("soup", len(names), "models") as advance:
+            steps = greedy_soup([score for score in scores if score is not None], score_of)
+            advance(len(names))
+        order = [step.index for step in steps]
+        tried = {step.index: step.score for step in steps}
+        weights = [float(index in {step.index for step in steps if step.kept}) for index in range(len(names))]
+    total = math.fsum(weights)
+    return [
+        Candidate(
+            name=names[index],
+            weight=weights[index] / total,
+            score=scores[index],
+            accuracy=_accuracy(found[index]),
+            soup_score=tried.get(index),
+        )
+        for index in order
+    ]
+
+
+def _accuracy(found: Mapping[str, Any] | None) -> dict[str, float]:
+    return {task: float(is_correct.mean()) for task, is_correct in (found or {}).items()}
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(folder / WEIGHTS_FILE, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ModeclipError(
+            f"model folder {folder}: {WEIGHTS_FILE} cannot be read ({' '.join(str(error).split())}); get it again"
+        ) from error
+    with file:
+        yield file
+
+
+def _tensor(folder: Path, name: str) -> torch.Tensor:
+    """Read one tensor; the file is opened for it alone, since the parts that a mapped file was read from stay."""
+    with _opened(folder) as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _shapes(file: Any) -> dict[str, str]:
+    return {name: str(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """Return what decides the computation beside the weights: the architecture, and how pixels are normalised."""
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
+    except (OSError, KeyError, ValueError) as error:
+        raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} cannot be read ({error}); get it again") from error
+    return {name: json.dumps(value, sort_keys=True) for name, value in model.items() if name not in _START} | {
+        name: json.dumps(pixels.get(name)) for name in ("mean", "std")
+    }
+
+
+def _first_difference(one: Mapping[str, str], two: Mapping[str, str]) -> str | None:
+    name = next((name for name in sorted({*one, *two}) if one.get(name) != two.get(name)), None)
+    return None if name is None else f"{name} is {one.get(name, 'missing')} and {two.get(name, 'missing')}"

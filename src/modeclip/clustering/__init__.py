@@ -1,0 +1,1 @@
+"""Captions to fine clusters to data experts."""

@@ -1,0 +1,167 @@
+"""Class names of tasks and a clustering in; the rows of the fine clusters nearest to them out, as a column of booleans.
+
+Method: the names are embedded by the encoder that the captions were embedded with; each takes its nearest fine
+clusters; one expert is trained on the rows of their union. With the names of several tasks it serves all of them.
+
+Source: MoDE (arXiv 2404.16030) Sec. 5.5, Tables 8 and 17. How many clusters a name takes is ours to choose: 1, as in
+routing, unless told otherwise.
+Price: one distance for each name and fine cluster, then a pass over the column ``fine_cluster``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.embedding import COLUMN
+from modeclip.data.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.models.encoders import load_encoder
+from modeclip.system.console import log
+
+PREFIX = "prior_"
+"""Begins the names of the columns."""
+NAMES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PriorSelection:
+    """The fine clusters that class names asked for."""
+
+    name: str
+    """Of the selection: its column is ``prior_NAME``, its expert ``expert-NAME``."""
+    classnames: tuple[str, ...]
+    """The names, each once, in their order."""
+    nearest: Int[np.ndarray, "L n"]
+    """Fine clusters of each name, the nearest first."""
+    clustering: str
+    """Digest of the clustering that they belong to."""
+
+    @property
+    def column(self) -> str:
+        """Column of the catalog that marks the rows."""
+        return PREFIX + self.name
+
+    @property
+    def fine(self) -> Int[np.ndarray, " m"]:
+        """The fine clusters, ascending, each once."""
+        return np.unique(self.nearest)
+
+    @property
+    def digest(self) -> str:
+        """Hash of what decides the rows, as hexadecimal digits."""
+        return sha256(f"{self.clustering} {self.fine.tolist()}".encode()).hexdigest()[:16]
+
+
+def select_for_classes(
+    catalog: Catalog, clustering: Clustering, classnames: Sequence[str], *, name: str, count: int = 1
+) -> PriorSelection:
+    """Return the fine clusters nearest to class names.
+
+    Args:
+        catalog: Says by which encoder its captions were embedded.
+        clustering: Whose fine clusters are chosen.
+        classnames: Of one task, or of several.
+        name: Of the selection; letters, digits and ``_``.
+        count: Fine clusters for each name, 1 or more.
+
+    Raises:
+        ModeclipError: There are no names or not so many clusters, or the captions were not embedded by an encoder
+            of texts.
+    """
+    names = tuple(dict.fromkeys(classnames))
+    if not names:
+        raise ModeclipError(f"prior {name}: no class names; give a file with one a line")
+    if not 1 <= count <= clustering.num_fine:
+        raise ModeclipError(f"nearest: expected 1 to {clustering.num_fine}, the number of fine clusters, got {count}")
+    if not re.fullmatch(r"\w+", name):
+        raise ModeclipError(f"prior {name!r}: expected a name of letters, digits and _")
+    facts = catalog.facts(COLUMN)
+    if facts is None:
+        raise ModeclipError(f"catalog {catalog.path!r} does not say how {COLUMN} was made: embed its captions again")
+    vectors = load_encoder(str(facts["encoder"])).encode(names)
+    nearest = nearest_fine(vectors, clustering.fine_centers, count)
+    return PriorSelection(name=name, classnames=names, nearest=nearest, clustering=clustering.digest)
+
+
+def nearest_fine(
+    vectors: Float[np.ndarray, "L D"], centers: Float[np.ndarray, "M D"], count: int
+) -> Int[np.ndarray, "L n"]:
+    """Return the ``count`` nearest centres of each vector, nearest first, on a tie the lowest number first."""
+    wide, found = centers.astype(np.float64), []
+    squares = np.square(wide).sum(1)
+    for start in range(0, len(vectors), NAMES_AT_ONCE):
+        some = vectors[start : start + NAMES_AT_ONCE].astype(np.float64)
+        found.append(np.argsort(squares - 2 * some @ wide.T, axis=1, kind="stable")[:, :count])
+    return np.concatenate(found)
+
+
+def mark_prior(catalog: Catalog, selection: PriorSelection) -> int:
+    """Write the selection's column, unless the catalog has it already; return how many rows it marks.
+
+    Raises:
+        ModeclipError: The rows are not assigned to this clustering.
+    """
+    if "fine_cluster" not in catalog.columns:
+        raise ModeclipError(f"catalog {catalog.path!r} has no column fine_cluster: cluster its captions first")
+    facts = {"prior": selection.digest, "fine": selection.fine.tolist(), "classes": len(selection.classnames)}
+    has_it = selection.column in catalog.columns and catalog.facts(selection.column) == facts
+    if not has_it:
+        catalog.add_columns(_marks(catalog, selection), facts)
+    return len(catalog.select(mask=selection.column))
+
+
+def _marks(catalog: Catalog, selection: PriorSelection) -> Iterator[dict[str, Bool[np.ndarray, " n"]]]:
+    for block in catalog.batches(["fine_cluster"]):
+        yield {selection.column: np.isin(block["fine_cluster"], selection.fine)}
+
+
+def read_classes(text: str) -> list[str]:
+    """Return the class names of a file (one a line) or of a list with commas; a name that comes twice is told of.
+
+    Raises:
+        ModeclipError: There are none, or what looks like a path is no file of text.
+    """
+    path = Path(text)
+    if _is_file(path):
+        try:
+            names = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ModeclipError(f"classes {path}: no UTF-8 text ({error})") from None
+    elif "," not in text and (path.suffix or "/" in text):
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ModeclipError(f"classes {path}: {found}; give a file with one class name a line, or 'cat,dog'")
+    else:
+        names = text.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ModeclipError(f"classes {text!r}: no class names in it; give a file with one a line, or 'cat,dog'")
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        log(f"classes: {twice[0]!r} is there more than once ({len(twice):,} such names): nothing tells them apart")
+    return names
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a list of names, too long for that of a file
+        return False
+
+
+def name_of(sources: Sequence[str]) -> str:
+    """Return a name for a selection from what its class names came from.
+
+    Examples:
+        >>> name_of(["tasks/food-101.txt", "tasks/pets.txt"])
+        'food_101_pets'
+    """
+    stems = [Path(source).stem if _is_file(Path(source)) or Path(source).suffix else source for source in sources]
+    return re.sub(r"\W+", "_", "_".join(stems), flags=re.ASCII).strip("_")[:60].rstrip("_") or "classes"

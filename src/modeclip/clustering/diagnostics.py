@@ -1,0 +1,434 @@
+"""A clustered catalog in; what its choices are worth out: sweeps of K and M, stability over seeds, false negatives.
+
+- Sweep of K: the same fine clusters grouped into other numbers of experts, none of them fitted again.
+- Sweep of M: fine clusters fitted again to a sample, for each number of them.
+- Stability: the whole clustering fitted again to a sample with other seeds; the adjusted Rand index of two of them is 1
+  where they agree on which rows belong together and 0 where they agree as much as by chance.
+- False negatives: `modeclip.clustering.negatives`.
+
+Source: adjusted Rand index by Hubert and Arabie 1985, as scikit-learn has it; range is MoDE's (Sec. 5.5).
+
+Price: the sweep of K is a second for 1024 fine clusters, the meter a few; the sweep of M and the stability are a fit of
+``num_samples`` rows for each number and seed. Memory is that sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from modeclip.clustering.fitting import (
+    ClusterConfig,
+    ClusterResult,
+    fit_embeddings,
+    imbalance_of,
+    read_embeddings,
+    regroup,
+    sample_rows,
+)
+from modeclip.clustering.kmeans import kmeans, nearest
+from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeReport, Negatives, measure_negatives
+from modeclip.data.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.system.console import log, progress
+from modeclip.system.files import write_atomically
+
+DIAGNOSTICS_FILE = "diagnostics.json"
+ROWS_AT_ONCE = 1 << 17
+"""Captions read at a time."""
+
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, names of the columns, rows: what `modeclip.system.console.print_table` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseConfig:
+    """What is looked into."""
+
+    experts: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Numbers of experts of the sweep of K; those above the number of fine clusters are left out."""
+    fine: tuple[int, ...] = ()
+    """Numbers of fine clusters of the sweep of M, each at most ``num_samples``. Paper: 2 to 2048."""
+    num_seeds: int = 0
+    """Seeds whose clusterings are compared, 2 or more; 0: none."""
+    num_samples: int = 50_000
+    """Rows, drawn uniformly, that the sweep of M and the seeds are fitted on."""
+    batch_size: int = 256
+    """Pairs of a batch in which negatives are counted, 2 or more; the one that will be trained with."""
+    num_batches: int = 100
+    """Batches of each kind; 0: negatives are not counted."""
+    threshold: float = DEFAULT_THRESHOLD
+    """Cosine from which two captions count as saying the same, in (0, 1]."""
+    seed: int = 0
+    """Decides the sample and the batches."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if min(*self.experts, *self.fine, 1, 1) < 1:
+            raise ModeclipError(f"diagnose: expected numbers of 1 or more, got {[*self.experts, *self.fine]}")
+        if self.num_seeds < 0 or self.num_seeds == 1:
+            raise ModeclipError(f"diagnose.num_seeds: expected 0, or 2 or more to compare, got {self.num_seeds}")
+        for name, least in (("num_samples", 2), ("batch_size", 2), ("num_batches", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ModeclipError(f"diagnose.{name}: expected {least} or more, got {getattr(self, name)}")
+        if not 0 < self.threshold <= 1:
+            raise ModeclipError(f"diagnose.threshold: expected a cosine in (0, 1], got {self.threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsTrial:
+    """One number of experts, made from the same fine clusters."""
+
+    num_experts: int
+    """Experts, K."""
+    imbalance: float
+    """Rows of the largest expert as a multiple of the mean, 1 or more."""
+    smallest: int
+    """Rows of the smallest expert: what it has to train on."""
+    mean_range: float
+    """Mean over experts of the mean distance of their own fine centres to their coarse centre."""
+    objective: float
+    """Mean over fine clusters of the squared distance to their expert's coarse centre."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTrial:
+    """One number of fine clusters, fitted to the sample."""
+
+    num_fine: int
+    """Fine clusters, M."""
+    objective: float
+    """Mean over the sample of the squared distance to the nearest centre."""
+    imbalance: float
+    """Rows of the largest cluster as a multiple of the mean, each row in its nearest."""
+    num_empty: int
+    """Clusters that are no row's nearest."""
+    seconds: float
+    """Time of the fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedPair:
+    """How far two seeds agree on the rows of the sample."""
+
+    seeds: tuple[int, int]
+    """The seeds."""
+    fine: float
+    """Adjusted Rand index of the fine clusters, at most 1."""
+    experts: float
+    """Adjusted Rand index of the experts, at most 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stability:
+    """How far clusterings with different seeds agree."""
+
+    pairs: tuple[SeedPair, ...]
+    """All pairs of seeds."""
+
+    @property
+    def fine(self) -> tuple[float, float]:
+        """Mean and standard deviation over the pairs, of the fine clusters."""
+        return _mean_and_deviation([pair.fine for pair in self.pairs])
+
+    @property
+    def experts(self) -> tuple[float, float]:
+        """Mean and standard deviation over the pairs, of the experts."""
+        return _mean_and_deviation([pair.experts for pair in self.pairs])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """All that was looked into; what was not is empty or None."""
+
+    experts: tuple[ExpertsTrial, ...] = ()
+    """Sweep of K."""
+    fine: tuple[FineTrial, ...] = ()
+    """Sweep of M."""
+    stability: Stability | None = None
+    """Agreement of seeds."""
+    negatives: NegativeReport | None = None
+    """False negatives of random and of cluster-pure batches."""
+    num_samples: int = 0
+    """Rows of the sample of the sweep of M and of the stability."""
+
+    def rows(self) -> list[Table]:
+        """Return a table for each part that there is."""
+        tables: list[Table] = []
+        if self.experts:
+            tables.append(
+                (
+                    "experts from the same fine clusters",
+                    ["experts", "largest / mean", "fewest rows", "mean range", "objective"],
+                    [
+                        [
+                            str(trial.num_experts),
+                            f"{trial.imbalance:.2f}",
+                            f"{trial.smallest:,}",
+                            f"{trial.mean_range:.3f}",
+                            f"{trial.objective:.4f}",
+                        ]
+                        for trial in self.experts
+                    ],
+                )
+            )
+        if self.fine:
+            tables.append(
+                (
+                    f"fine clusters of {self.num_samples:,} sampled rows",
+                    ["fine clusters", "objective", "largest / mean", "empty", "seconds"],
+                    [
+                        [
+                            str(trial.num_fine),
+                            f"{trial.objective:.4f}",
+                            f"{trial.imbalance:.2f}",
+                            str(trial.num_empty),
+                            f"{trial.seconds:.1f}",
+                        ]
+                        for trial in self.fine
+                    ],
+                )
+            )
+        if self.stability:
+            pairs = [
+                [f"{pair.seeds[0]} and {pair.seeds[1]}", f"{pair.fine:.3f}", f"{pair.experts:.3f}"]
+                for pair in self.stability.pairs
+            ]
+            means = [f"{mean:.3f} ± {spread:.3f}" for mean, spread in (self.stability.fine, self.stability.experts)]
+            tables.append(
+                (
+                    f"agreement of seeds on {self.num_samples:,} sampled rows, adjusted Rand index",
+                    ["seeds", "fine clusters", "experts"],
+                    [*pairs, ["mean ± deviation", *means]],
+                )
+            )
+        if self.negatives:
+            tables.append(
+                (
+                    f"negatives in batches of {self.negatives.batch_size:,}, false from cosine "
+                    f"{self.negatives.threshold:g} on",
+                    ["batches", "identical %", "false %", "95 %", "false per pair", "cosine of the others"],
+                    [_negatives_row(kind) for kind in self.negatives.kinds],
+                )
+            )
+        return tables
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``diagnostics.json`` into a folder, which is made."""
+        path = Path(folder) / DIAGNOSTICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = asdict(self)
+        if self.negatives:
+            content["negatives"]["verdict"] = self.negatives.verdict
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Diagnostics:
+        """Read what `save` wrote.
+
+        Raises:
+            ModeclipError: The file is not there, is damaged, or comes from another version.
+        """
+        path = Path(folder) / DIAGNOSTICS_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            stability, negatives = content["stability"], content["negatives"]
+            return cls(
+                experts=tuple(ExpertsTrial(**trial) for trial in content["experts"]),
+                fine=tuple(FineTrial(**trial) for trial in content["fine"]),
+                stability=stability
+                and Stability(
+                    pairs=tuple(SeedPair(**{**pair, "seeds": tuple(pair["seeds"])}) for pair in stability["pairs"])
+                ),
+                negatives=negatives and _read_negatives(negatives),
+                num_samples=content["num_samples"],
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ModeclipError(f"diagnostics {str(path)!r} cannot be read ({error}): diagnose again") from error
+
+
+def diagnose(
+    catalog: Catalog, result: ClusterResult, config: ClusterConfig, what: DiagnoseConfig | None = None
+) -> Diagnostics:
+    """Look into a clustering that was applied to a catalog.
+
+    Args:
+        catalog: With the columns that `modeclip.clustering.fitting.apply` adds.
+        result: What that returned.
+        config: What it was clustered with.
+        what: What to look into, and with how many rows.
+
+    Raises:
+        ModeclipError: The catalog is not clustered, or a number does not fit the sample.
+    """
+    what = what or DiagnoseConfig()
+    num_samples = min(what.num_samples, len(catalog))
+    most = max([*what.fine, *([config.num_fine] if what.num_seeds else [])], default=0)
+    if most > num_samples:
+        raise ModeclipError(
+            f"diagnose.num_samples: {num_samples:,} rows cannot be fitted with {most:,} clusters; raise it, or ask for "
+            "fewer clusters"
+        )
+    fits = len(what.fine) or what.num_seeds
+    x = read_embeddings(catalog, sample_rows(len(catalog), num_samples, what.seed)) if fits else None
+    numbers = [number for number in what.experts if number <= result.clustering.num_fine]
+    if len(numbers) < len(what.experts):
+        log(f"sweep of experts: left out numbers above {result.clustering.num_fine}, the number of fine clusters")
+    return Diagnostics(
+        experts=sweep_experts(result, numbers, config),
+        fine=sweep_fine(x, what.fine, config) if x is not None else (),
+        stability=measure_stability(x, what.num_seeds, config) if x is not None and what.num_seeds else None,
+        negatives=_count_negatives(catalog, result, config, what) if what.num_batches else None,
+        num_samples=num_samples if fits else 0,
+    )
+
+
+def sweep_experts(result: ClusterResult, numbers: Sequence[int], config: ClusterConfig) -> tuple[ExpertsTrial, ...]:
+    """Group the same fine clusters into several numbers of experts; none is applied to the catalog.
+
+    Args:
+        result: Fine clusters and their sizes.
+        numbers: Numbers of experts, each at most that of the fine clusters.
+        config: As for `modeclip.clustering.fitting.regroup`.
+    """
+    sizes = np.array([card.size for card in result.fine])
+    trials = []
+    for number in numbers:
+        clustering = regroup(result.clustering, number, config)
+        own = clustering.coarse_centers[clustering.expert_of_fine]
+        rows = [int(sizes[(clustering.experts_of_fine == k).any(1)].sum()) for k in range(number)]
+        squares = np.square(clustering.fine_centers.astype(np.float64) - own).sum(1)
+        trial = ExpertsTrial(
+            num_experts=number,
+            imbalance=imbalance_of(rows),
+            smallest=min(rows),
+            mean_range=float(clustering.range_of_expert.mean()),
+            objective=float(squares.mean()),
+        )
+        trials.append(trial)
+    return tuple(trials)
+
+
+def sweep_fine(x: Float[np.ndarray, "N D"], numbers: Sequence[int], config: ClusterConfig) -> tuple[FineTrial, ...]:
+    """Fit several numbers of fine clusters to the same embeddings.
+
+    Args:
+        x: Embeddings of the sample.
+        numbers: Numbers of fine clusters, each at most N.
+        config: Limit of a cluster's size, iterations, seed.
+    """
+    trials = []
+    with progress("sweep fine clusters", sum(numbers), "clusters") as advance:
+        for number in numbers:
+            started = time.monotonic()
+            fit = kmeans(
+                x,
+                number,
+                max_size_ratio=config.max_size_ratio,
+                num_iterations=config.num_iterations,
+                seed=config.seed,
+            )
+            seconds = time.monotonic() - started
+            assignment, squared = nearest(x, fit.centers)
+            sizes = np.bincount(assignment, minlength=number)
+            trial = FineTrial(
+                num_fine=number,
+                objective=float(squared.mean(dtype=np.float64)),
+                imbalance=imbalance_of(sizes),
+                num_empty=int((sizes == 0).sum()),
+                seconds=seconds,
+            )
+            trials.append(trial)
+            advance(number)
+    return tuple(trials)
+
+
+def measure_stability(x: Float[np.ndarray, "N D"], num_seeds: int, config: ClusterConfig) -> Stability:
+    """Compare the clusterings that different seeds make of the same embeddings.
+
+    Args:
+        x: Embeddings of the sample.
+        num_seeds: Seeds, 2 or more: that of the config and those after it.
+        config: The clustering.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    labels = {}
+    with progress("compare seeds", num_seeds, "seeds") as advance:
+        for seed in range(config.seed, config.seed + num_seeds):
+            clustering = fit_embeddings(x, replace(config, seed=seed))
+            fine = nearest(x, clustering.fine_centers)[0]
+            labels[seed] = fine, clustering.expert_of_fine[fine]
+            advance(1)
+    return Stability(
+        pairs=tuple(
+            SeedPair(
+                seeds=(first, second),
+                fine=float(adjusted_rand_score(labels[first][0], labels[second][0])),
+                experts=float(adjusted_rand_score(labels[first][1], labels[second][1])),
+            )
+            for first, second in itertools.combinations(labels, 2)
+        )
+    )
+
+
+def _count_negatives(
+    catalog: Catalog, result: ClusterResult, config: ClusterConfig, what: DiagnoseConfig
+) -> NegativeReport:
+    """Count false negatives in batches of the catalog; only labels are in memory for all the rows drawn from."""
+    rows = sample_rows(len(catalog), config.fit_samples, what.seed)
+    fine, caption_ids = [], []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = catalog.read(["fine_cluster", "caption"], rows[start : start + ROWS_AT_ONCE])
+        fine.append(part["fine_cluster"])
+        caption_ids.append(np.array([hash(caption) for caption in part["caption"]]))
+    clusters = np.concatenate(fine)
+    with progress("count false negatives", 3 * what.num_batches, "batches") as advance:
+
+        def read_batch(positions: np.ndarray) -> np.ndarray:
+            advance(1)
+            return read_embeddings(catalog, rows[positions])
+
+        return measure_negatives(
+            read_batch,
+            np.concatenate(caption_ids),
+            clusters,
+            result.clustering.experts_of_fine[clusters],
+            batch_size=what.batch_size,
+            num_batches=what.num_batches,
+            threshold=what.threshold,
+            seed=what.seed,
+        )
+
+
+def _negatives_row(kind: Negatives) -> list[str]:
+    name = {"random": "random", "expert": "of one expert", "fine": "of one fine cluster"}[kind.kind]
+    low, high = kind.false.interval
+    return [
+        name,
+        f"{100 * kind.identical:.3g}",
+        f"{100 * kind.false.mean:.3g}",
+        f"{100 * max(low, 0):.3g} to {100 * high:.3g}",
+        f"{kind.false_per_pair.mean:.2f}",
+        f"{kind.cosine.mean:.3f}",
+    ]
+
+
+def _read_negatives(content: dict[str, Any]) -> NegativeReport:
+    def estimates(kind: dict[str, Any]) -> dict[str, Any]:
+        return {name: Estimate(**value) if isinstance(value, dict) else value for name, value in kind.items()}
+
+    fields = {name: value for name, value in content.items() if name != "verdict"}
+    return NegativeReport(**{**fields, "kinds": tuple(Negatives(**estimates(kind)) for kind in content["kinds"])})
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -1,0 +1,128 @@
+"""The commands that make a model out of models: finetune (on a small own set) and merge. Parse, call, print."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from modeclip.adapting.finetuning import PAGE_FILE, FinetuneConfig
+from modeclip.adapting.merging import MergeConfig
+from modeclip.commands.data import AsJson, CatalogPath
+from modeclip.evaluation.metrics import Interval
+from modeclip.system.console import print_json, print_table
+from modeclip.training.jobs import AugmentConfig, EngineConfig
+
+Model = Positional[
+    Annotated[str, arg(help="Where to start: a model folder, an expert in a bundle, NAME, NAME@TAG or hf-hub:...")]
+]
+Models = Positional[
+    Annotated[tuple[str, ...], arg(metavar="SOURCE...", help="Models, or bundles for their finished experts.")]
+]
+Tasks = Annotated[str | None, arg(help="Catalog of zero-shot tasks, such as tasks.lance of a run.")]
+Out = Annotated[Path, arg(help="Folder of the new model.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentOptions(AugmentConfig):
+    """How pictures are varied."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the `AugmentConfig` that is made of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(EngineConfig):
+    """How the machine is used."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the `EngineConfig` that is made of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(FinetuneConfig):
+    """How the model is fine-tuned."""
+
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    """How pictures are varied."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    """How the machine is used."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the `FinetuneConfig` that is made of it, whose errors are one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(MergeConfig):
+    """How the models are averaged."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the `MergeConfig` that is made of it, whose errors are one line."""
+
+
+def finetune(
+    model: Model,
+    catalog: CatalogPath,
+    config: Annotated[OmitArgPrefixes[FinetuneOptions], arg(name="training")],
+    *,
+    out: Out,
+    tasks: Tasks = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model on a small own set without losing what it could: before and after on both."""
+    from modeclip.adapting.finetuning import finetune as run_finetune
+    from modeclip.data.catalog import Catalog
+
+    parts = {"augment": AugmentConfig(**asdict(config.augment)), "engine": EngineConfig(**asdict(config.engine))}
+    settings = FinetuneConfig(**{part.name: getattr(config, part.name) for part in fields(FinetuneConfig)} | parts)
+    result = run_finetune(model, Catalog.open(catalog), settings, out=out, tasks=tasks)
+    if as_json:
+        print_json(asdict(result))
+        return
+    rows = [
+        (row.name, f"{row.num_images:,}", *map(_percent, (row.before, row.tuned, row.after)), _points(row.change))
+        for row in result.table
+    ]
+    title = f"alpha {result.alpha:g}, {result.num_train:,} pairs, {result.steps:,} of {result.planned_steps:,} steps"
+    print_table(title, ["accuracy in %", "images", "before", "tuned", "after", "change"], rows)
+    print(f"model: {result.folder}\npage: {out / PAGE_FILE}")
+
+
+def merge(
+    models: Models,
+    config: Annotated[OmitArgPrefixes[MergeOptions], arg(name="merging")],
+    *,
+    out: Out,
+    tasks: Tasks = None,
+    as_json: AsJson = False,
+) -> None:
+    """Average the weights of models that come from one seed: all, by weights, or those that help (greedy)."""
+    from modeclip.adapting.merging import merge as run_merge
+
+    result = run_merge(models, MergeConfig(**asdict(config)), out=out, tasks=tasks)
+    if as_json:
+        print_json(asdict(result))
+        return
+    rows = [
+        (candidate.name, f"{candidate.weight:.3f}", _score(candidate.score), _score(candidate.soup_score))
+        for candidate in result.candidates
+    ]
+    rows.append(("average", "", _score(result.score), ""))
+    print_table(f"{result.how} average", ["model", "weight", "accuracy in %", "with those before"], rows)
+    for name in result.left_out:
+        print(f"left out, its seed stands in for it: {name}")
+    print(f"model: {result.folder}")
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.1f}"
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.mean:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+
+
+def _points(interval: Interval) -> str:
+    return f"{100 * interval.mean:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"

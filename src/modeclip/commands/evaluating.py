@@ -1,0 +1,171 @@
+"""The command that compares models: evaluate. Parse, call, print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from modeclip.commands.data import AsJson
+from modeclip.commands.routing import MaxMemory, to_bytes
+from modeclip.errors import ModeclipError, unknown
+from modeclip.mixture.rules import RULES, Mix
+from modeclip.system.console import print_json, print_table
+
+if TYPE_CHECKING:
+    from modeclip.evaluation.averages import Average
+    from modeclip.evaluation.evaluate import Result
+    from modeclip.evaluation.intervals import Interval
+
+Models = Positional[
+    Annotated[
+        tuple[str, ...],
+        arg(metavar="MODEL...", help="Bundles, BUNDLE#expert-0, BUNDLE#seed, model folders, NAME@TAG; NAME=MODEL."),
+    ]
+]
+Tasks = Annotated[
+    tuple[str, ...],
+    arg(help="Folders, tables, catalogs, or names of published tasks and groups (tasks26, robustness); NAME=PATH."),
+]
+CACHE_FOLDER = "features"
+"""Folder of the results that holds the features, unless another is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """How models are compared."""
+
+    templates: tuple[str, ...] = ()
+    """Prompts, {} or {c} where the class name goes; default: each task's own, or the first bundle's."""
+    data: str = "data"
+    """Folder that holds the data of published tasks, each in a folder of its name."""
+    rule: tuple[str, ...] = ()
+    """Routing rules of the mixtures; with several, each mixture is one model a rule. Default: each bundle's."""
+    temperature: float | None = None
+    """Temperature of the rule; default: the bundle's, or the rule's own."""
+    max_experts: int | None = None
+    """Experts that a task may use; default: all."""
+    max_memory: MaxMemory = None
+    """Use as many experts as fit into so many GB (10^9 bytes)."""
+    bounds: bool = False
+    """Show the best single expert of each mixture and its oracle, chosen by the labels; all its experts run."""
+    mix: Mix = "cosines"
+    """What of the experts is weighted and summed to tell classes apart."""
+    probe: bool = False
+    """Fit a linear probe too, where a task has training images."""
+    probe_c: float | None = None
+    """Inverse strength of its regularisation; default: chosen on held-out training images."""
+    cache: Path | None = None
+    """Folder where features are kept; default: features in the folder of the results."""
+    batch_size: int = 512
+    """Images encoded at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1..."""
+    precision: str = "32-true"
+    """32-true, bf16-mixed, 16-mixed, or auto for the fastest here."""
+
+
+def evaluate(
+    models: Models,
+    *,
+    tasks: Tasks,
+    options: Annotated[OmitArgPrefixes[EvaluateOptions], arg(name="evaluation")],
+    out: Annotated[Path, arg(help="Folder of the results: JSON, JSON lines, predictions as Parquet.")] = Path(
+        "evaluation"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
+    from modeclip.data.tasks.open import load_tasks
+    from modeclip.evaluation.averages import BEST_SINGLE, averages, bounds
+    from modeclip.evaluation.evaluate import PROBE, ScoreConfig, evaluate_systems
+    from modeclip.evaluation.probing import ProbeConfig
+    from modeclip.evaluation.results import check_names, read_results, write_results
+    from modeclip.evaluation.systems import open_systems
+    from modeclip.models.feature_cache import FeatureCache
+
+    if not tasks:
+        raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
+    if wrong := [rule for rule in options.rule if rule not in RULES]:
+        raise unknown("rule", wrong[0], RULES)
+    if options.batch_size < 1:
+        raise ModeclipError(f"batch_size: expected 1 image or more, got {options.batch_size}")
+    config = ScoreConfig(
+        probe=ProbeConfig(C=options.probe_c) if options.probe else None,
+        batch_size=options.batch_size,
+        mix=options.mix,
+        device=options.device,
+        precision=options.precision,
+    )
+    read_results(out)  # what cannot be read there would be found after all the work
+    loaded = load_tasks(tasks, templates=options.templates, root=options.data, train=options.probe)
+    cache = FeatureCache(options.cache or out / CACHE_FOLDER)
+    systems = open_systems(
+        models,
+        cache,
+        rules=options.rule,
+        temperature=options.temperature,
+        max_experts=options.max_experts,
+        max_memory=to_bytes(options.max_memory),
+        bounds=options.bounds,
+    )
+    bounded = {f"{system.expert_of} {BEST_SINGLE}" for system in systems if system.expert_of}
+    names = [system.name for system in systems] + sorted(bounded)
+    check_names(names, [task.name for task in loaded], PROBE if options.probe else "")
+    results = evaluate_systems(systems, loaded, config, cache, done=lambda found: write_results(out, found))
+    if options.bounds:
+        results += (chosen := bounds(results, systems))
+        write_results(out, chosen)
+    means = averages(results)
+    if as_json:
+        records = [
+            {"task": result.task.name, "kind": result.kind, "system": result.system}
+            | {"main": result.outcome.main, "metrics": dict(result.outcome.metrics)}
+            | dict(result.provenance)
+            for result in results
+        ]
+        print_json({"results": records, "averages": [asdict(mean) for mean in means], "folder": str(out)})
+        return
+    unseen = {system.name for system in systems if not system.is_given}
+    shown = [result for result in results if result.system not in unseen]
+    for kind in dict.fromkeys(result.kind for result in shown):
+        _print_kind(kind, [result for result in shown if result.kind == kind], means)
+    print(f"results: {out}")
+
+
+def _print_kind(kind: str, results: Sequence[Result], means: Sequence[Average]) -> None:
+    """Print a table of one kind of tasks: a row a task and metric, a column a model."""
+    systems = list(dict.fromkeys(result.system for result in results))
+    of_place = {(result.task.name, result.system): result.outcome for result in results}
+    rows: list[tuple[str, ...]] = []
+    for task in dict.fromkeys(result.task.name for result in results):
+        outcomes = [of_place[task, system] for system in systems]
+        single = kind in {"classification", "linear_probe"}
+        for metric in [outcomes[0].main] if single else outcomes[0].metrics:
+            scores = (f"{100 * outcome.metrics[metric]:.1f}" for outcome in outcomes)
+            rows.append((task, metric, *scores))
+    for group in dict.fromkeys(mean.group for mean in means if mean.kind == kind):
+        of_system = {mean.system: mean for mean in means if (mean.kind, mean.group) == (kind, group)}
+        chosen = [of_system[system] for system in systems]
+        label = f"average of {group or 'tasks'} ({len(chosen[0].tasks)})"
+        rows.append((label, "", *(f"{100 * mean.score.mean:.1f}" for mean in chosen)))
+        rows.append(("", "95 %", *(_percent(mean.score) for mean in chosen)))
+        if len(systems) > 1:
+            rows.append((f"  minus {systems[0]}", "", *(_points(mean.versus_first) for mean in chosen)))
+            rows.append(("", "95 %", *(_percent(mean.versus_first) for mean in chosen)))
+        if any(mean.test for mean in chosen):
+            tests = (f"{mean.test.p_value:.2g}" if mean.test else "" for mean in chosen)
+            rows.append(("", "McNemar p", *tests))
+    title = f"{kind.replace('_', ' ')} in % (95 %: bootstrap over the samples of each task)"
+    print_table(title, ["task", "metric", *systems], rows)
+
+
+def _percent(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+
+
+def _points(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.mean:+.1f}"

@@ -1,0 +1,238 @@
+"""The commands that train: train, train-experts, status. Parse, call, print.
+
+Their options are the fields of ``TrainConfig``, ``AugmentConfig``, ``EngineConfig`` and ``ExpertsConfig``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from modeclip.errors import ModeclipError
+from modeclip.system.console import console, log, print_json, print_table
+from modeclip.training.experts import ExpertsConfig
+from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
+
+AsJson = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
+RunFolder = Positional[Annotated[Path, arg(help="Folder of a run, with catalog.lance and clusters/.")]]
+RESUME = "latest: go on where this folder's own checkpoint is; never: train anew"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentOptions(AugmentConfig):
+    """How pictures are varied."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the config that is made of it, whose errors are one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(EngineConfig):
+    """How the machine is used."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the config that is made of it, whose errors are one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainConfig):
+    """How each model is trained."""
+
+    augment: OmitArgPrefixes[AugmentOptions] = field(default_factory=AugmentOptions)
+    """How pictures are varied."""
+    engine: OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
+    """How the machine is used."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the config that is made of it, whose errors are one line."""
+
+    def config(self) -> TrainConfig:
+        """Return the checked config."""
+        parts = {"augment": AugmentConfig(**asdict(self.augment)), "engine": EngineConfig(**asdict(self.engine))}
+        return TrainConfig(**{entry.name: getattr(self, entry.name) for entry in fields(TrainConfig)} | parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsOptions(ExpertsConfig):
+    """Which models there are, and where they run; the dense controls only on request."""
+
+    dense: bool = False
+    """Also train the dense control: the seed goes on with all data, as long as one expert of the paper."""
+    dense_total: bool = False
+    """Also train a dense model at the mixture's total cost, on a schedule of its own: the fair comparison."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the config that is made of it, whose errors are one line."""
+
+    def config(self) -> ExpertsConfig:
+        """Return the checked config."""
+        return ExpertsConfig(**asdict(self))
+
+
+def train(
+    source: Positional[
+        Annotated[str, arg(help="A catalog, or the job.json of a model, which has all the rest in it.")]
+    ],
+    training: OmitArgPrefixes[TrainOptions],
+    out: Annotated[Path, arg(help="Folder of the model.")] = Path("model"),
+    where: Annotated[tuple[str, ...], arg(help="Only pairs with these values: --where expert=3.")] = (),
+    mask: Annotated[str | None, arg(help="Only pairs that this column of booleans marks.")] = None,
+    resume: Annotated[
+        str, arg(help=f"{RESUME}; a finished job's folder or a .pt of open_clip_train: continue that one.")
+    ] = "latest",
+    threads: Annotated[int, arg(help="Threads that compute.")] = 1,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Train one model on a catalog or a part of it; under torchrun or Slurm by several processes."""
+    from modeclip.data.catalog import Catalog
+    from modeclip.fleet import single_job
+    from modeclip.training.resuming import prepare
+    from modeclip.training.trainer import train as train_job
+
+    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if source.endswith(".json"):
+        if (training, where, mask, resume) != (TrainOptions(), (), None, "latest"):
+            raise ModeclipError(
+                f"train: {source} says all that is to be done; give it alone, or a catalog with options"
+            )
+        job = TrainJob.load(Path(source))
+    else:
+        if resume == "never" and os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) != "1":
+            raise ModeclipError(
+                f"train: --resume never is for one process, several would not agree on what is gone; remove {out} first"
+            )
+        start = None if resume in {"latest", "never"} else resume
+        job = single_job(
+            Catalog.open(source),
+            out,
+            training.config(),
+            where=_parse_where(where),
+            mask=mask,
+            start=_check_start(start),
+            threads=threads,
+        )
+        if is_first:  # the others wait for it when they meet
+            prepare(job, "never" if resume == "never" else "latest")
+            job.save()
+    result = train_job(job)
+    if not is_first:
+        return
+    if as_json:
+        print_json(asdict(result) | {"folder": job.folder})
+    else:
+        print(f"{job.folder}: {result.samples:,} samples of {result.rows:,} pairs in {result.seconds:.0f} s")
+
+
+def train_experts(
+    run: RunFolder,
+    training: OmitArgPrefixes[TrainOptions],
+    experts: OmitArgPrefixes[ExpertsOptions],
+    for_classes: Annotated[
+        tuple[str, ...], arg(help="Files of class names: one expert for the fine clusters nearest to them.")
+    ] = (),
+    nearest: Annotated[int, arg(help="Fine clusters that each class name takes.")] = 1,
+    resume: Annotated[str, arg(help=f"{RESUME}.")] = "latest",
+    rule: Annotated[str | None, arg(help="Routing rule of the bundle.")] = None,
+    template: Annotated[tuple[str, ...], arg(help="Prompts of the bundle, {} or {c} for the class name.")] = ("{}",),
+    *,
+    plan: Annotated[bool, arg(help="Say what it costs, and stop.")] = False,
+    commands: Annotated[
+        bool, arg(help="Print a command for each model, for any machine that sees the folder.")
+    ] = False,
+    ray: Annotated[
+        bool, arg(help="Train on the Ray cluster of RAY_ADDRESS, or one that runs here, or a new one.")
+    ] = False,
+    stop_on_failure: Annotated[bool, arg(help="Stop all models when one fails.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the experts of a clustered catalog: what is missing, after saying what it costs."""
+    from modeclip.evaluation.run_evaluation import EvaluateConfig
+    from modeclip.fleet import open_fleet
+    from modeclip.training.launching import commands_for
+    from modeclip.training.resuming import prepare
+
+    if resume not in {"latest", "never"}:
+        raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
+    evaluate = EvaluateConfig(templates=template, rule=rule or EvaluateConfig().rule)
+    config = experts.config()
+    fleet = open_fleet(run, training.config(), config, classes=for_classes, nearest=nearest)
+    if not (plan and resume == "never"):
+        for job in fleet.jobs:
+            prepare(job, resume)
+    if commands:
+        lines = commands_for(fleet.missing, config.processes_per_job)
+        print_json(lines) if as_json else print("\n".join(lines))
+        return
+    content = _plan(fleet.missing, fleet.catalog, config, quiet=as_json, stop=plan)
+    if plan:
+        print_json(content) if as_json else None
+        return
+    bundle = fleet.run_missing(ray=ray, stop_on_failure=stop_on_failure, evaluate=evaluate)
+    if as_json:
+        print_json({"plan": content, "models": [job.folder for job in fleet.jobs], "bundle": bundle and str(bundle)})
+        return
+    for job in fleet.jobs:
+        print(f"{job.name}: {job.folder}")
+    print(f"bundle: {bundle}" if bundle else "no bundle yet: no expert of the clusters is trained")
+
+
+def status(
+    folder: Positional[Annotated[Path, arg(help="Folder of a run, of its models, or of one model.")]],
+    *,
+    watch: Annotated[bool, arg(help="Show it live until all have ended.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far the models of a run are; works from any machine that sees the folder, while they train."""
+    from modeclip.training import status as board
+
+    title = f"models of {folder}"
+    rows = board.watch(lambda: board.status(folder), title) if watch else board.status(folder)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    elif not (watch and console.is_terminal):  # where it was shown live, it is there already
+        print_table(title, board.COLUMNS, [row.cells() for row in rows])
+
+
+def _plan(
+    jobs: Sequence[TrainJob], catalog: Any, config: ExpertsConfig, *, quiet: bool, stop: bool
+) -> dict[str, Any] | None:
+    """Print the plan of what is missing; return it for machines, or None if nothing is."""
+    from modeclip.training.costs import COLUMNS, plan
+
+    if not jobs:
+        log("nothing to train: all models are done")
+        return None
+    found = plan(jobs, catalog, workers=config.jobs, processes=config.processes_per_job)
+    if not quiet:
+        print_table(f"plan: {len(jobs)} models, {config.jobs} at a time", COLUMNS, found.rows())
+    if found.problem and stop:
+        log(found.problem)
+    elif found.problem:
+        raise ModeclipError(found.problem)
+    return found.to_json()
+
+
+def _parse_where(words: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not name or not value.removeprefix("-").isdigit():
+            raise ModeclipError(f"--where {word!r}: expected COLUMN=NUMBER, such as expert=3")
+        found[name] = int(value)
+    return found
+
+
+def _check_start(start: str | None) -> str | None:
+    """Raise for a checkpoint to start from that is none; a model by its name belongs into --model."""
+    if start is None or start.endswith(".pt") or (Path(start) / "job.json").is_file():
+        return start
+    raise ModeclipError(
+        f"--resume {start}: expected latest, never, the folder of a finished job, or a .pt of open_clip_train; "
+        "a pretrained model to start from is named by --model"
+    )

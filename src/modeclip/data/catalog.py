@@ -1,0 +1,379 @@
+"""A Lance dataset with a row per image-caption pair: stages read its columns and add columns to it.
+
+Images are held in the row, or referred to where they lie (file or address, offset, size). The position of a row is its
+identity in every stage. Lance gives atomic versions, fast random access and new columns without rewriting the others;
+none of that is written here. A column that a stage added carries its facts (what it was made by) in its own metadata.
+
+``modeclip.data.indexing`` makes catalogs, ``modeclip.data.mapping`` adds what takes long to compute. Price: measured rates are in
+docs/scale.md; ``batches``, ``select`` and ``add_columns`` of a stream hold a part of the rows at a time, ``read`` what
+it returns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Int, Shaped
+from PIL import Image
+
+from modeclip.data.samples import ChangedError, Sample, cause_of, decode_image, hash_image, hash_parts
+from modeclip.data.storage import (
+    NEW,
+    OLD,
+    add_files,
+    only_writer,
+    remove_files,
+    show_columns,
+    write_column_file,
+)
+from modeclip.errors import ModeclipError, unknown
+from modeclip.system.files import writing
+from modeclip.system.paths import is_url, join
+
+PAIR_COLUMNS = {
+    "key": pa.string(),
+    "caption": pa.string(),
+    "image": pa.large_binary(),
+    "path": pa.string(),
+    "offset": pa.int64(),
+    "size": pa.int64(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "digest": pa.binary(16),
+    "group": pa.string(),
+    "task": pa.string(),
+}
+"""Columns of the pairs themselves. ``digest``: hash of the encoded image; ``task``: only where pairs are held out."""
+
+CATALOG = "catalog.lance"
+"""Name of the catalog in a folder that indexing wrote."""
+IMAGE_COLUMNS = ("key", "image", "path", "offset", "size", "digest")
+FORMAT = "modeclip.format"
+FORMAT_VERSION = "2"
+FINGERPRINT = "modeclip.fingerprint"
+FACTS = b"modeclip.facts"
+"""Metadata of a column that a stage added: JSON."""
+
+T = TypeVar("T")
+
+
+class Catalog:
+    """One Lance dataset, a row per image-caption pair; safe to share between threads, not to fork."""
+
+    def __init__(self, dataset: Any, path: str) -> None:
+        self._dataset = dataset
+        self.path = path
+        """Its folder, or its address in an object store."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> Catalog:
+        """Open a catalog that ``index`` wrote.
+
+        Args:
+            path: The folder that indexing wrote to, or ``catalog.lance`` in it; or an address in an object store.
+
+        Raises:
+            ModeclipError: There is none at this path, it is unfinished, or it is of another format.
+        """
+        import lance
+
+        given = path = str(path)
+        if not path.rstrip("/").endswith(".lance") and not Path(path, "_versions").is_dir():
+            path = join(path, CATALOG)
+        if not is_url(path) and not Path(path).is_dir():
+            raise ModeclipError(f"no catalog at {given!r}: make one with modeclip index, or correct the path")
+        try:
+            dataset = lance.dataset(path)
+        except (OSError, ValueError) as error:
+            if not is_url(path) and (Path(path) / "data").is_dir():
+                raise ModeclipError(
+                    f"catalog {path!r} is unfinished: give the same modeclip index command again to finish it"
+                ) from error
+            raise ModeclipError(f"{path!r} is no catalog: expected what modeclip index wrote") from error
+        version = (dataset.schema.metadata or {}).get(FORMAT.encode(), b"none").decode()
+        if version != FORMAT_VERSION:
+            raise ModeclipError(
+                f"catalog {path!r} has format {version}, expected {FORMAT_VERSION}: write it again with modeclip index"
+            )
+        return cls(dataset, path)
+
+    @property
+    def dataset(self) -> Any:
+        """The Lance dataset, for what is not offered here."""
+        return self._dataset
+
+    def __len__(self) -> int:
+        return int(self._dataset.count_rows())
+
+    @property
+    def name(self) -> str:
+        """What people call it: its file's name, or that of the folder of a ``catalog.lance``."""
+        *_, folder, file = ["", *self.path.rstrip("/").split("/")]
+        return folder if file == CATALOG and folder else file
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in the order in which they came."""
+        return [name for name in self._dataset.schema.names if not name.startswith((NEW, OLD))]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What indexing recorded of the catalog as a whole."""
+        return {name.decode(): value.decode() for name, value in self._dataset.schema.metadata.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over keys, captions and image bytes of all rows in order, as hexadecimal digits.
+
+        Fixed when the pairs are indexed: the same pairs give the same fingerprint wherever and whenever they are
+        indexed, at once or bit by bit, copied or referred to; columns that stages add do not change it.
+        """
+        return self.metadata[FINGERPRINT]
+
+    def facts(self, column: str) -> dict[str, Any] | None:
+        """Return what the stage that added a column recorded of it; None for a column of the pairs.
+
+        Raises:
+            ModeclipError: There is no such column.
+        """
+        self._require([column])
+        facts = (self._dataset.schema.field(column).metadata or {}).get(FACTS)
+        return None if facts is None else dict(json.loads(facts))
+
+    def read(
+        self, columns: Sequence[str], rows: Int[np.ndarray, " n"] | None = None
+    ) -> dict[str, Shaped[np.ndarray, "n *_"]]:
+        """Read columns into memory.
+
+        Args:
+            columns: Names of columns.
+            rows: Positions, in any order, repeats allowed; all rows by default.
+
+        Returns:
+            By name, in the order of ``rows``: numbers as they are stored, vectors as (n, D), strings and
+            bytes as objects.
+
+        Raises:
+            ModeclipError: There is no such column or row, or a stage has not filled the column for all rows asked for.
+        """
+        table = self._table(columns, rows)
+        return {name: self._to_numpy(name, table[name].combine_chunks()) for name in columns}
+
+    def read_fragment(self, columns: Sequence[str], fragment: int) -> dict[str, Shaped[np.ndarray, "n *_"]]:
+        """Read columns of one of Lance's fragments, by its number."""
+        self._require(columns)
+        table = self._dataset.get_fragment(fragment).to_table(columns=list(columns))
+        return {name: self._to_numpy(name, table[name].combine_chunks()) for name in columns}
+
+    def batches(
+        self, columns: Sequence[str], batch_size: int = 8192
+    ) -> Iterator[dict[str, Shaped[np.ndarray, "n *_"]]]:
+        """Read columns as a stream of dictionaries as ``read`` returns them, in the order of the rows."""
+        self._require(columns)
+        for batch in self._dataset.to_batches(columns=list(columns), batch_size=batch_size):
+            yield {name: self._to_numpy(name, batch[name]) for name in columns}
+
+    def select(self, mask: str | Bool[np.ndarray, " N"] | None = None, **equals: object) -> Int[np.ndarray, " n"]:
+        """Return the positions (ascending) of the rows in which every named column has the value given.
+
+        Args:
+            mask: Rows that may be chosen: booleans for all rows, or the name of a column of booleans.
+            equals: A value for each named column; a column of lists has it where the list holds it.
+
+        Raises:
+            ModeclipError: There is no such column, it never holds such a value, or the mask is of another length.
+        """
+        if isinstance(mask, str):
+            equals[mask], mask = True, None
+        if mask is not None and len(mask) != len(self):
+            raise ModeclipError(f"mask has {len(mask):,} rows, catalog {self.path!r} has {len(self):,}")
+        names = list(equals)
+        self._require(names)
+        types = self._dataset.schema
+        wanted = {name: _to_scalar(name, value, types.field(name).type) for name, value in equals.items()}
+        found, start = [np.empty(0, np.int64)], 0
+        for batch in self._dataset.to_batches(columns=names or ["offset"]):
+            chosen = np.ones(batch.num_rows, bool) if mask is None else mask[start : start + batch.num_rows].copy()
+            for name in names:
+                chosen &= _equal(batch[name], wanted[name])
+            found.append(start + np.flatnonzero(chosen))
+            start += batch.num_rows
+        return np.concatenate(found)
+
+    def images(self, rows: Int[np.ndarray, " n"]) -> list[Image.Image]:
+        """Read and decode images to RGB, in the order of ``rows``.
+
+        Raises:
+            ModeclipError: A file is gone or has changed since it was indexed.
+        """
+        return self._each_image(rows, decode_image)
+
+    def encoded_images(self, rows: Int[np.ndarray, " n"]) -> list[bytes]:
+        """Read images as they are stored, in the order of ``rows``; errors as for ``images``."""
+        return self._each_image(rows, lambda data: data)
+
+    def digests(self, rows: Int[np.ndarray, " n"]) -> list[bytes | None]:
+        """Return the hash of each image's encoded bytes; where it is unknown and in no file of this machine, None.
+
+        Images in files of this machine are read for it, because a file may have changed.
+
+        Raises:
+            ModeclipError: A file is gone or has changed since it was indexed.
+        """
+        table = self._table(["path", "digest"], rows)
+        found: list[bytes | None] = table["digest"].to_pylist()
+        paths = table["path"].to_pylist()
+        outside = np.array([n for n, path in enumerate(paths) if path is not None and not is_url(path)], np.int64)
+
+        def hash_some(places: range) -> list[bytes]:
+            return self._each_image(rows[outside[places.start : places.stop]], hash_image)
+
+        for place, digest in zip(outside.tolist(), hash_parts(self.name, len(outside), hash_some), strict=True):
+            found[place] = digest
+        return found
+
+    def _each_image(self, rows: Int[np.ndarray, " n"], work: Callable[[bytes], T]) -> list[T]:
+        table = self._table(IMAGE_COLUMNS, rows)
+        results = []
+        columns = (column.to_pylist() for column in table.columns)
+        for key, image, path, offset, size, digest in zip(*columns, strict=True):
+            try:
+                data = Sample(key, "", image, path, offset, size).read()
+                if image is None and digest is not None and hash_image(data) != digest:
+                    raise ChangedError
+                results.append(work(data))
+            except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+                raise ModeclipError(
+                    f"image of {key!r} (path {path}): {cause_of(error)}; it was whole when"
+                    f" {self.path!r} was indexed: bring the file back or index again"
+                ) from error
+        return results
+
+    def add_columns(
+        self, values: Mapping[str, Any] | Iterable[Mapping[str, Any]], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add columns, or replace those of the same names; they appear together, in one version.
+
+        Args:
+            values: By column name an array with a value for each row: numpy, (N,) or (N, D) for vectors,
+                or pyarrow. Or a stream of such dictionaries, for consecutive parts of the rows, of which
+                only one is held in memory.
+            facts: What is to be remembered of the columns, as ``facts`` returns it.
+
+        Raises:
+            ModeclipError: The disk is full, or another process is writing to the catalog.
+            ValueError: The lengths are not those of the catalog, or a column is one of the pairs'.
+        """
+        dataset, parts = self._dataset, ([values] if isinstance(values, Mapping) else values)
+        tables = _cut((to_table(part) for part in parts), [part.physical_rows for part in dataset.get_fragments()])
+        files: dict[int, str] = {}
+        with writing(self.path), only_writer(self.path):
+            try:
+                for fragment, table in zip(dataset.get_fragments(), tables, strict=True):
+                    files[fragment.fragment_id] = write_column_file(self.path, table, NEW)
+                    schema = table.schema
+            except BaseException:
+                remove_files(self.path, files.values())
+                raise
+            self.show(schema, files, facts or {})
+
+    def show(self, schema: pa.Schema, files: Mapping[int, str], facts: Mapping[str, Any]) -> None:
+        """Make columns of files that ``write_column_file`` wrote, one for each fragment.
+
+        Args:
+            schema: Names and types of the columns.
+            files: Name of each fragment's file.
+            facts: As for ``add_columns``.
+
+        Raises:
+            ValueError: A column is one of the pairs'.
+        """
+        if fixed := sorted(PAIR_COLUMNS.keys() & schema.names):
+            raise ValueError(f"columns of the pairs themselves cannot be replaced: {fixed}")
+        metadata = {FACTS: json.dumps(dict(facts))}
+        described = pa.schema([field.with_nullable(True).with_metadata(metadata) for field in schema])
+        self._dataset = show_columns(self._dataset, described, files)
+
+    def add_files(self, files: Mapping[int, str]) -> None:
+        """Give columns that are there their values in the fragments that lack them; arguments as for ``show``."""
+        self._dataset = add_files(self._dataset, files)
+
+    def _table(self, columns: Sequence[str], rows: Int[np.ndarray, " n"] | None) -> pa.Table:
+        self._require(columns)
+        if rows is None:
+            return self._dataset.to_table(columns=list(columns))
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise ModeclipError(
+                f"catalog {self.path!r} has rows 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}"
+            )
+        return self._dataset.take(rows.tolist(), columns=list(columns))
+
+    def _require(self, columns: Iterable[str]) -> None:
+        for name in columns:
+            if name not in self.columns:
+                raise unknown(f"column of {self.path!r}", name, self.columns)
+
+    def _to_numpy(self, name: str, column: pa.Array) -> Shaped[np.ndarray, "n *_"]:
+        if column.null_count and self.facts(name) is not None:
+            raise ModeclipError(
+                f"column {name} of {self.path!r} has no values for {column.null_count:,} pairs that were added since:"
+                " run its stage again (modeclip embed, modeclip cluster), which does only what is missing"
+            )
+        return to_numpy(column)
+
+
+def to_numpy(column: pa.Array) -> Shaped[np.ndarray, "n *_"]:
+    """Return a column without missing numbers as an array; lists of D numbers as (n, D)."""
+    if pa.types.is_fixed_size_list(column.type):
+        return to_numpy(column.flatten()).reshape(len(column), column.type.list_size)
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def to_table(values: Mapping[str, Any]) -> pa.Table:
+    """Return columns as a table; an (N, D) array becomes a column of fixed-size lists."""
+    columns = {}
+    for name, value in values.items():
+        if isinstance(value, np.ndarray) and value.ndim == 2:
+            flat = pa.array(np.ascontiguousarray(value).reshape(-1))
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
+        else:
+            columns[name] = pa.array(value) if isinstance(value, np.ndarray) else value
+    return pa.table(columns)
+
+
+def _to_scalar(name: str, value: object, kind: pa.DataType) -> pa.Scalar:
+    kind = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
+    try:
+        return pa.scalar(value, kind)
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise ModeclipError(f"column {name!r} holds {kind}, which {value!r} is not") from error
+
+
+def _equal(column: pa.Array, value: pa.Scalar) -> Bool[np.ndarray, " n"]:
+    """Say of each row whether it has a value, or a list that holds it."""
+    if pa.types.is_fixed_size_list(column.type):
+        inside = pc.equal(pc.list_flatten(column.fill_null([None] * column.type.list_size)), value)
+        return np.asarray(np.asarray(inside.fill_null(False)).reshape(len(column), -1).any(1))
+    return np.asarray(pc.equal(column, value).fill_null(False))
+
+
+def _cut(tables: Iterator[pa.Table], sizes: Iterable[int]) -> Iterator[pa.Table]:
+    """Cut a stream of tables into tables of the sizes given, which must be what there is in all."""
+    waiting: list[pa.Table] = []
+    for size in sizes:
+        while sum(map(len, waiting)) < size:
+            if (table := next(tables, None)) is None:
+                raise ValueError(f"expected a value for every row, got {size - sum(map(len, waiting))} too few")
+            waiting.append(table)
+        whole = pa.concat_tables(waiting)
+        waiting = [whole.slice(size)]
+        yield whole.slice(0, size)
+    if left := sum(map(len, chain(waiting, tables))):
+        raise ValueError(f"expected a value for every row, got {left} too many")

@@ -1,0 +1,203 @@
+"""A catalog and work on blocks of its rows go in; the columns that the work makes come out, fragment by fragment.
+
+Each fragment is one task: read, work, write a file, note it down. Tasks need nothing of each other, so they run one
+after the other in this process, or on a Ray cluster, which repeats those whose worker died. A killed map goes on with
+the fragments that are not noted down; one commit shows all of them. Fragments that were appended after the columns
+were made are the only ones that are computed when the same work is given again.
+
+Price: that of the work; a fragment of the inputs and outputs in memory. Ray workers read and write the catalog
+themselves, so its path must mean the same for all of them: one machine, a shared folder, an object store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Shaped
+
+from modeclip.data.catalog import Catalog, to_table
+from modeclip.data.storage import (
+    NEW,
+    Ledger,
+    missing_fragments,
+    only_writer,
+    read_schema,
+    remove_files,
+    write_column_file,
+)
+from modeclip.errors import ModeclipError
+from modeclip.system.console import log, progress
+from modeclip.system.files import writing
+
+IMAGE = "image"
+"""Input that stands for the encoded image, wherever it lies."""
+IMAGES_AT_ONCE = 1024
+"""Rows of a block where images are read: 100 MB of photographs."""
+MAX_RETRIES = 3
+"""How often Ray repeats a fragment whose worker died; one that kills its worker each time is not tried for ever."""
+TASKS_AHEAD = 4
+"""Ray tasks handed in per processor; the others wait here, so that an interrupt has little to call back."""
+
+
+@runtime_checkable
+class Work(Protocol):
+    """What is computed of blocks of rows. It is pickled once for every Ray worker."""
+
+    inputs: tuple[str, ...]
+    """Columns that it reads; ``image`` stands for the encoded images."""
+    outputs: tuple[str, ...]
+    """Columns that it makes."""
+    unit: str
+    """What a row is to it, plural ("captions")."""
+    facts: dict[str, Any]
+    """All that decides the result and is to be remembered with the columns, as JSON."""
+
+    def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, "n *_"]]:
+        """Return the outputs of a block, which is a fragment or, with images, a part of one."""
+        ...
+
+
+def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = False) -> int:
+    """Add the columns that a piece of work makes, or replace them; return the number of rows computed.
+
+    Args:
+        catalog: Any catalog; it has the columns afterwards.
+        work: What to compute.
+        description: For the progress bar.
+        ray: Run on the Ray cluster that ``RAY_ADDRESS`` names, one that runs on this machine, or a new one.
+
+    Raises:
+        ModeclipError: What the work raises, ray is not installed, or another process is writing to the catalog.
+    """
+    dataset = catalog.dataset
+    sizes = {fragment.fragment_id: fragment.physical_rows for fragment in dataset.get_fragments()}
+    if any(fragment.num_deletions for fragment in dataset.get_fragments()):
+        raise ModeclipError(f"catalog {catalog.path!r} has deleted rows: index again with --replace")
+    is_new = any(name not in catalog.columns or catalog.facts(name) != work.facts for name in work.outputs)
+    todo = set(sizes) if is_new else missing_fragments(dataset, work.outputs)
+    if not todo:
+        log(f"{description}: all {len(catalog):,} {work.unit} have it already")
+        return 0
+    with writing(catalog.path), only_writer(catalog.path):
+        ledger = Ledger(catalog.path, "-".join(("map", *work.outputs)))
+        task = _Task(catalog.path, work, NEW if is_new else "", ledger, _plan(catalog, work, todo))
+        done = task.finished()
+        with progress(description, sum(sizes[part] for part in todo), work.unit) as advance:
+            if done:
+                log(f"{description}: going on behind {len(done):,} of {len(todo):,} fragments that were done before")
+                advance(sum(sizes[part] for part in done))
+            for part in (_run_on_ray if ray else _run_here)(task, sorted(todo - set(done))):
+                advance(sizes[part])
+        files = task.finished()
+        if is_new:
+            catalog.show(read_schema(catalog.path, next(iter(files.values()))), files, work.facts)
+        else:
+            catalog.add_files(files)
+        ledger.clear()
+    return sum(sizes[part] for part in todo)
+
+
+def _plan(catalog: Catalog, work: Work, todo: set[int]) -> str:
+    """Return what tells whether fragments that were noted down belong to the same map."""
+    identity = [catalog.fingerprint, work.inputs, work.outputs, work.facts, sorted(todo)]
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be done with each fragment, wherever that happens."""
+
+    path: str
+    work: Work
+    prefix: str
+    """Begins the names of the columns in the files."""
+    ledger: Ledger
+    plan: str
+
+    def __call__(self, part: int) -> int:
+        """Compute one fragment, write its file and note it down."""
+        catalog = Catalog.open(self.path)
+        blocks = [self.work(block) for block in _blocks(catalog, part, self.work.inputs)]
+        table = to_table({name: np.concatenate([block[name] for block in blocks]) for name in self.work.outputs})
+        self.ledger.add(f"{part:06d}", [self.plan, write_column_file(self.path, table, self.prefix)])
+        return part
+
+    def finished(self) -> dict[int, str]:
+        """Return the file of each finished fragment, after removing what is left of another map."""
+        parts = self.ledger.parts()
+        if any(plan != self.plan for plan, _ in parts.values()):
+            remove_files(self.path, [file for _, file in parts.values()])
+            self.ledger.clear()
+            return {}
+        return {int(part): file for part, (_, file) in parts.items()}
+
+
+def _blocks(catalog: Catalog, part: int, inputs: Sequence[str]) -> Iterator[dict[str, Shaped[np.ndarray, "n *_"]]]:
+    """Read the inputs of a fragment: as one block, or with images in several."""
+    if IMAGE not in inputs:
+        yield catalog.read_fragment(inputs, part)
+        return
+    fragments = {fragment.fragment_id: fragment.physical_rows for fragment in catalog.dataset.get_fragments()}
+    first = sum(rows for fragment, rows in fragments.items() if fragment < part)
+    for start in range(first, first + fragments[part], IMAGES_AT_ONCE):
+        rows = np.arange(start, min(start + IMAGES_AT_ONCE, first + fragments[part]))
+        others = [name for name in inputs if name != IMAGE]
+        block = catalog.read(others, rows) if others else {}
+        encoded = np.empty(len(rows), object)
+        encoded[:] = catalog.encoded_images(rows)
+        yield block | {IMAGE: encoded}
+
+
+def _run_here(task: _Task, parts: Sequence[int]) -> Iterator[int]:
+    """Do fragments one after the other."""
+    yield from map(task, parts)
+
+
+def _run_on_ray(task: _Task, parts: Sequence[int]) -> Iterator[int]:
+    """Do fragments as tasks of a Ray cluster, which repeats a task whose worker died."""
+    try:
+        import ray
+    except ImportError:
+        raise ModeclipError('--ray needs the package ray: pip install "modeclip[ray]"') from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    processors = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    log(f"on Ray with {processors} processors")
+    shared, ahead = ray.put(task), TASKS_AHEAD * max(1, processors)
+    remote = ray.remote(max_retries=MAX_RETRIES, num_cpus=1)(_do)
+    waiting, under_way = deque(parts), set[Any]()
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < ahead:
+                under_way.add(remote.remote(shared, waiting.popleft()))
+            finished, _ = ray.wait(list(under_way), num_returns=1)
+            under_way -= set(finished)
+            yield from ray.get(finished)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ModeclipError(
+            f"Ray gave up on a fragment: {str(error).splitlines()[0]}; give the command again"
+        ) from None
+    finally:
+        for reference in under_way:
+            ray.cancel(reference)
+
+
+_known_tasks: dict[tuple[str, str], _Task] = {}
+
+
+def _do(task: _Task, part: int) -> int:
+    """Do a fragment in a Ray worker, which keeps the work, and with it a loaded model, from one to the next."""
+    identity = (task.path, task.plan)
+    if identity not in _known_tasks:
+        _known_tasks.clear()
+        _known_tasks[identity] = task
+    return _known_tasks[identity](part)

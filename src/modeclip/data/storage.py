@@ -1,0 +1,290 @@
+"""Lance's files, fragments and versions: what is written becomes part of a dataset in one commit, or not at all.
+
+Data files are written first, wherever and by whomever; a ledger beside them says which parts of a long piece of work
+are finished, so that a killed one goes on where it was. A commit then makes all of them visible at once: rows of a new
+dataset, more rows of one, or columns of its fragments. All of it works on a local folder and on an object store, which
+Lance reaches by its own client and the ledger by fsspec, both configured by the usual environment variables.
+
+Price: no data are written twice; a commit reads the footer of each new file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+
+from modeclip.system.files import only_process, write_atomically
+from modeclip.system.paths import is_url, join
+
+STORAGE_VERSION: Final = "2.1"
+ROWS_PER_FRAGMENT = 1 << 16
+"""Most rows of a fragment: what a stage works on as a whole."""
+ROWS_PER_WRITE = 8192
+NEW, OLD = "_modeclip_new_", "_modeclip_old_"
+"""Begin the names of columns that a commit is about to show, and of those that it has just replaced."""
+SIDE_FOLDER = "_modeclip"
+"""Folder inside a dataset that holds ledgers and the lock; Lance leaves it alone."""
+KEEP_VERSIONS = timedelta(hours=1)
+"""How long what was replaced stays, for those who are still reading it."""
+
+
+@contextmanager
+def only_writer(uri: str) -> Iterator[None]:
+    """Keep other processes from writing to a local dataset; on an object store Lance's commits have to do.
+
+    Raises:
+        ModeclipError: Another process is writing to it.
+    """
+    if is_url(uri):
+        yield
+        return
+    folder = Path(uri) / SIDE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_process(folder):
+        yield
+
+
+class Ledger:
+    """The finished parts of one piece of work on a dataset, each with what is to be remembered of it as JSON."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self._files, self._folder = url_to_fs(join(uri, f"{SIDE_FOLDER}/{name}"))
+        self._is_local = not is_url(uri)
+
+    def add(self, part: str, content: Any) -> None:
+        """Remember that a part is finished; all or nothing."""
+        path, text = f"{self._folder}/{part}.json", json.dumps(content)
+        if self._is_local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(path), text)
+        else:
+            self._files.pipe_file(path, text.encode())
+
+    def parts(self) -> dict[str, Any]:
+        """Return what is remembered of each finished part, sorted by name."""
+        self._files.invalidate_cache()
+        if not self._files.exists(self._folder):
+            return {}
+        paths = sorted(path for path in self._files.ls(self._folder, detail=False) if path.endswith(".json"))
+        return {Path(path).stem: json.loads(self._files.cat_file(path)) for path in paths}
+
+    def clear(self) -> None:
+        """Forget all parts."""
+        if self._files.exists(self._folder):
+            self._files.rm(self._folder, recursive=True)
+
+
+class FileWriter:
+    """Pushes tables into new data files of a dataset, none with more than ``max_rows`` rows."""
+
+    def __init__(self, uri: str, schema: pa.Schema, max_rows: int = ROWS_PER_FRAGMENT) -> None:
+        self.schema, self.max_rows = schema, max_rows
+        self.num_rows = 0
+        """Rows of the file being written."""
+        self._uri, self._folder = uri, join(uri, "data")
+        self._file: Any = None
+        self._name = ""
+        self._finished: list[tuple[str, int]] = []
+
+    def write(self, table: pa.Table) -> None:
+        """Append the rows of a table."""
+        from lance.file import LanceFileWriter
+
+        table = table.cast(self.schema)
+        while len(table):
+            if self._file is None:
+                if not is_url(self._uri):
+                    Path(self._folder).mkdir(parents=True, exist_ok=True)
+                self._name = f"{uuid.uuid4().hex}.lance"
+                self._file = LanceFileWriter(join(self._folder, self._name), self.schema, version=STORAGE_VERSION)
+            some = table.slice(0, min(ROWS_PER_WRITE, self.max_rows - self.num_rows))
+            self._file.write_batch(some)
+            self.num_rows += len(some)
+            table = table.slice(len(some))
+            if self.num_rows >= self.max_rows:
+                self._close()
+
+    def finish(self) -> list[tuple[str, int]]:
+        """Close the last file and return (name, rows) of all files since the last call."""
+        self._close()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def discard(self) -> None:
+        """Remove the files that no commit has taken: after an error, above all on a full disk."""
+        names = [name for name, _ in self._finished] + ([self._name] if self._file is not None else [])
+        self._finished, self._file, self.num_rows = [], None, 0
+        remove_files(self._uri, names)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._finished.append((self._name, self.num_rows))
+            self._file, self.num_rows = None, 0
+
+
+def write_column_file(uri: str, table: pa.Table, prefix: str) -> str:
+    """Write the columns of one fragment to a file, with a prefix before their names, and return its name."""
+    writer = FileWriter(uri, pa.schema([field.with_name(prefix + field.name) for field in table.schema]), len(table))
+    writer.write(table.rename_columns(writer.schema.names))
+    return writer.finish()[0][0]
+
+
+def read_schema(uri: str, name: str) -> pa.Schema:
+    """Return the columns of a file that ``write_column_file`` wrote, by the names that they will have."""
+    from lance.file import LanceFileReader
+
+    schema = LanceFileReader(join(uri, f"data/{name}")).metadata().schema
+    return pa.schema([field.with_name(field.name.removeprefix(NEW)) for field in schema])
+
+
+def remove_unfinished(uri: str) -> None:
+    """Remove the folder of a local dataset of which nothing has been committed or noted down."""
+    if not is_url(uri) and not exists(uri) and not any(Path(uri, SIDE_FOLDER).rglob("*.json")):
+        shutil.rmtree(uri, ignore_errors=True)
+
+
+def remove_dataset(uri: str) -> None:
+    """Remove a dataset, if it is there."""
+    from fsspec.core import url_to_fs
+
+    store, folder = url_to_fs(uri)
+    if store.exists(folder):
+        store.rm(folder, recursive=True)
+
+
+def exists(uri: str) -> bool:
+    """Say whether there is a dataset, one that has been committed."""
+    import lance
+
+    try:
+        lance.dataset(uri)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def remove_files(uri: str, names: Iterable[str]) -> None:
+    """Remove those of some data files that are there and belong to no commit."""
+    import lance
+    from fsspec.core import url_to_fs
+
+    store, folder = url_to_fs(join(uri, "data"))
+    committed = _files_of(lance.dataset(uri)) if exists(uri) else set()
+    for name in set(names) - committed:
+        with suppress(FileNotFoundError):
+            store.rm_file(f"{folder}/{name}")
+
+
+def create(uri: str, schema: pa.Schema, files: Sequence[Sequence[Any]]) -> None:
+    """Commit files as a new dataset, or as the new content of one.
+
+    Args:
+        uri: Folder or address of the dataset; the files lie in its ``data``.
+        schema: Plain columns (numbers, strings, bytes), with the metadata of the dataset.
+        files: (name, number of rows) in order.
+    """
+    import lance
+    from fsspec.core import url_to_fs
+    from lance.fragment import DataFile, FragmentMetadata
+
+    store, folder = url_to_fs(join(uri, "data"))
+    fields = list(range(len(schema)))
+    version = [int(number) for number in STORAGE_VERSION.split(".")]
+    fragments = [
+        FragmentMetadata(
+            position,
+            [DataFile(name, fields, fields, version[0], version[1], int(store.size(f"{folder}/{name}")))],
+            num_rows,
+        )
+        for position, (name, num_rows) in enumerate(files)
+    ]
+    dataset = lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, fragments))
+    dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
+
+
+def append(uri: str, files: Sequence[Sequence[Any]], metadata: Mapping[str, str]) -> None:
+    """Commit files as further rows of a dataset, those that are not in it yet, and then its new metadata."""
+    import lance
+    from lance.fragment import DataFile, FragmentMetadata
+
+    dataset = lance.dataset(uri)
+    known = _files_of(dataset)
+    fragments = [
+        FragmentMetadata(0, [DataFile.create(dataset, name)], num_rows) for name, num_rows in files if name not in known
+    ]
+    if fragments:
+        operation = lance.LanceOperation.Append(fragments)
+        dataset = lance.LanceDataset.commit(uri, operation, read_version=dataset.version)
+    dataset.update_schema_metadata(dict(metadata), replace=True)
+
+
+def _files_of(dataset: Any) -> set[str]:
+    return {str(file.path) for fragment in dataset.get_fragments() for file in fragment.data_files()}
+
+
+def show_columns(dataset: Any, schema: pa.Schema, files: Mapping[int, str]) -> Any:
+    """Commit a file for every fragment as columns, in the place of those of the same names, and return the dataset.
+
+    Args:
+        dataset: A Lance dataset.
+        schema: The columns; the files hold them under names that begin with ``NEW``.
+        files: Name of the file of each fragment.
+    """
+    remove_hidden(dataset)
+    dataset.add_columns(pa.schema([field.with_name(NEW + field.name) for field in schema]))
+    dataset = add_files(dataset, files)
+    old = [name for name in schema.names if name in dataset.schema.names]
+    # One commit swaps all names, so that a reader sees the old columns or the new ones.
+    dataset.alter_columns(
+        *({"path": name, "name": OLD + name} for name in old),
+        *({"path": NEW + name, "name": name} for name in schema.names),
+    )
+    if old:
+        dataset.drop_columns([OLD + name for name in old])
+        dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
+    return dataset
+
+
+def add_files(dataset: Any, files: Mapping[int, str]) -> Any:
+    """Commit a further data file for some fragments, with values of columns that the schema has; return the dataset."""
+    import lance
+    from lance.fragment import DataFile, FragmentMetadata
+
+    fragments = []
+    for fragment in dataset.get_fragments():
+        known = fragment.metadata
+        added = [DataFile.create(dataset, files[known.id])] if known.id in files else []
+        fragments.append(
+            FragmentMetadata(
+                known.id, [*known.files, *added], known.physical_rows, known.deletion_file, known.row_id_meta
+            )
+        )
+    operation = lance.LanceOperation.Merge(fragments, dataset.lance_schema)
+    return lance.LanceDataset.commit(dataset.uri, operation, read_version=dataset.version)
+
+
+def remove_hidden(dataset: Any) -> None:
+    """Drop the columns that a process left which was killed between its commits."""
+    if left := [name for name in dataset.schema.names if name.startswith((NEW, OLD))]:
+        dataset.drop_columns(left)
+
+
+def missing_fragments(dataset: Any, names: Sequence[str]) -> set[int]:
+    """Return the fragments that have no values of these columns: those that were appended after the columns."""
+    wanted = {field.id() for field in dataset.lance_schema.fields() if field.name() in names}
+    return {
+        fragment.fragment_id
+        for fragment in dataset.get_fragments()
+        if not wanted <= {field for file in fragment.data_files() for field in file.fields}
+    }

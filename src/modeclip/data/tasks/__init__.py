@@ -1,0 +1,1 @@
+"""What models are asked: images, and class names, texts or candidates to tell them apart."""

@@ -1,0 +1,211 @@
+"""A folder with a sub-folder of images for each class goes in; the task that lies there comes out.
+
+Files beside the data say what their folders do not: ``classnames.txt`` (a class name a line), prompts in
+``zeroshot_classification_templates.txt`` (one a line, with ``{c}`` for the class name) or, as JSON, in
+``zeroshot_classification_templates.json`` (a list, or a list for each class name).
+
+Price: a listing of the folders; no image is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from modeclip.data.prompts import check_templates, fill
+from modeclip.data.tasks.images import FileImages
+from modeclip.data.tasks.task import Task
+from modeclip.errors import ModeclipError
+from modeclip.system.paths import join, list_folder, read_bytes, state, walk
+
+CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+CLASS_PROMPTS = "zeroshot_classification_templates.json"
+TEST_FOLDERS = ("test", "val", "validation", "valid")
+TRAIN_FOLDER = "train"
+FILE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """A task as it lies on disk."""
+
+    task: Task
+    """The task."""
+    named: bool
+    """Whether the data say what the classes are called, other than by names of folders or numbers."""
+    numbered: bool = False
+    """Whether all that is known of the classes is their numbers, of which the last may not occur."""
+
+
+# ---------------------------------------------------------------- files beside the data
+
+
+def read_lines(folder: str, name: str) -> tuple[str, ...] | None:
+    """Return the lines of a text file without the space around them and blank last ones; None: there is no such file.
+
+    Raises:
+        ModeclipError: One of the others is blank, or the file is no text.
+    """
+    path = join(folder, name)
+    if not state(path):
+        return None
+    try:
+        lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ModeclipError(f"{path!r} is not UTF-8 ({error.reason} at byte {error.start}): write it again") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    if "" in lines:
+        raise ModeclipError(f"{path!r}: line {lines.index('') + 1} is blank; expected one entry a line")
+    if not lines:
+        raise ModeclipError(f"{path!r} is empty: expected one entry a line, or no such file")
+    return tuple(lines)
+
+
+def read_templates(folder: str, classnames: Sequence[str]) -> dict[str, Any]:
+    """Return the fields ``templates`` and ``prompts`` of a task from the files beside its data.
+
+    Raises:
+        ModeclipError: A prompt has no place for the class name, or a class has no prompts.
+    """
+    path = join(folder, CLASS_PROMPTS)
+    if state(path):
+        try:
+            return parse_templates(json.loads(read_bytes(path)), classnames, path)
+        except ValueError as error:
+            if isinstance(error, ModeclipError):
+                raise
+            raise ModeclipError(f"{path!r} is not JSON: {error}") from error
+    lines = read_lines(folder, TEMPLATES)
+    return {} if lines is None else parse_templates(list(lines), classnames, join(folder, TEMPLATES))
+
+
+def parse_templates(value: object, classnames: Sequence[str], where: str) -> dict[str, Any]:
+    """Return the fields of a task from prompts for all classes (a list), or for each (a list by class name).
+
+    Examples:
+        >>> parse_templates(["a {c}."], ["cat"], "f"), parse_templates({"cat": ["it purrs"]}, ["cat"], "f")
+        ({'templates': ('a {c}.',)}, {'prompts': (('it purrs',),)})
+    """
+    if isinstance(value, list) and value and all(isinstance(prompt, str) for prompt in value):
+        check_templates(value, where)
+        return {"templates": tuple(value)}
+    if not isinstance(value, Mapping):
+        raise ModeclipError(f"{where!r}: expected a list of prompts, or a list of prompts for each class name")
+    if missing := [name for name in classnames if not value.get(name)]:
+        raise ModeclipError(f"{where!r} has no prompts for class {missing[0]!r} ({len(missing):,} such classes)")
+    prompts = []
+    for name in classnames:
+        own = [value[name]] if isinstance(value[name], str) else value[name]
+        if not isinstance(own, list) or not all(isinstance(prompt, str) for prompt in own):
+            raise ModeclipError(f"{where!r}: prompts of class {name!r} are no list of texts")
+        prompts.append(tuple(fill(prompt, name) for prompt in own))
+    return {"prompts": tuple(prompts)}
+
+
+# ---------------------------------------------------------------- folders of classes
+
+
+def place_of_test(root: str) -> str:
+    """Return the folder of the test split: test/ or val/ where there is one, else the folder itself."""
+    folders = list_folder(root)[0]
+    name = next((name for name in TEST_FOLDERS if name in folders), None)
+    return join(root, name) if name else root
+
+
+def read_image_folder(name: str, root: str, folder: str) -> Found:
+    """Read images that lie in a folder for each class.
+
+    Args:
+        name: Name of the task.
+        root: Where ``classnames.txt`` (a line for each folder, in their order) and prompts are looked for.
+        folder: The folder of the split.
+
+    Raises:
+        ModeclipError: There is no class folder, one has no image, or the names do not fit.
+    """
+    folders = _class_folders(name, folder)
+    names, labels = list[str](), list[int]()
+    for label, each in enumerate(folders):
+        own = [
+            join(join(each, below) if below else each, file)
+            for below, files in walk(join(folder, each))
+            for file in files
+            if file.lower().endswith(FILE_SUFFIXES)
+        ]
+        if not own:
+            raise ModeclipError(
+                f"task {name!r}: folder {join(folder, each)!r} holds no image ({', '.join(FILE_SUFFIXES)}):"
+                " fill or remove it"
+            )
+        names += own
+        labels += [label] * len(own)
+    classnames, named = read_lines(root, CLASSNAMES), True
+    if classnames is None:
+        classnames, named = tuple(folders), False
+    elif len(classnames) != len(folders):
+        raise ModeclipError(
+            f"task {name!r}: {join(root, CLASSNAMES)!r} has {len(classnames):,} lines, expected one for each of"
+            f" {len(folders):,} folders"
+        )
+    task = Task(
+        name=name,
+        kind="classification",
+        images=FileImages(task=name, names=names, paths=[join(folder, each) for each in names]),
+        classnames=classnames,
+        labels=np.array(labels, np.int64),
+        source=folder,
+        **read_templates(root, classnames),
+    )
+    return Found(task=task, named=named)
+
+
+def _class_folders(name: str, folder: str) -> list[str]:
+    """Return the names of the classes' folders, numbers in their order."""
+    folders = list_folder(folder)[0]
+    if not folders:
+        raise ModeclipError(
+            f"task {name!r}: folder {folder!r} has no sub-folders: expected images in a folder for each class, a table"
+            " (.parquet, .csv, .jsonl), a catalog, or CLIP_benchmark's layout (test/nshards.txt)"
+        )
+    if all(each.isdecimal() for each in folders):
+        folders.sort(key=lambda each: (int(each), each))
+    return folders
+
+
+# ---------------------------------------------------------------- training splits
+
+
+def with_train(task: Task, train: Task) -> Task:
+    """Return a task with the images that a linear probe is fitted on; classes are told by their names.
+
+    Raises:
+        ModeclipError: They have classes that the task lacks, or it is no classification.
+    """
+    if task.kind != "classification" or train.kind != "classification":
+        raise ModeclipError(f"task {task.name!r}: only classification has a training split")
+    if strange := sorted(set(train.classnames) - set(task.classnames)):
+        raise ModeclipError(
+            f"task {task.name!r}: the training split has class {strange[0]!r}, which the test split has not"
+            f" ({len(strange):,} such classes): remove it there"
+        )
+    labels = train.labels
+    assert labels is not None
+    if train.classnames != task.classnames:
+        number_of = {name: number for number, name in enumerate(task.classnames)}
+        places = np.array([number_of[name] for name in train.classnames])
+        if labels.ndim == 2:
+            wide = np.zeros((len(labels), len(task.classnames)), bool)
+            wide[:, places] = labels
+            labels = wide
+        else:
+            labels = places[labels]
+    told = replace(
+        train, classnames=task.classnames, labels=labels, templates=(), prompts=(), metric=task.metric, group=task.group
+    )
+    return replace(task, train=told)

@@ -1,0 +1,394 @@
+"""What the user names goes in: folders, tables, catalogs, published tasks; the tasks of an evaluation come out.
+
+A specification is ``PATH`` or ``NAME=PATH`` (without a name it is that of the folder or file), or the name of a
+published task or group (`modeclip.data.tasks.published`), whose data lie below a root. What lies at a path is recognised by
+itself: a catalog, CLIP_benchmark's webdataset layout, a table, annotations, a folder of classes. ``retrieval:`` before
+it asks for captions where there are classes too, ``#column=value`` behind a catalog selects rows.
+
+A task whose name is a published one is that task, wherever its data lie, with its metric and class names. Asked for by
+name it has the published prompts; by a path alone those beside the data, and the published ones where there are none.
+
+Price: that of `modeclip.data.tasks.layouts` and its neighbours; no image is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from jaxtyping import Int
+
+from modeclip.data.catalog import CATALOG, Catalog
+from modeclip.data.indexing import TASKS
+from modeclip.data.prompts import check_templates
+from modeclip.data.tasks.annotations import read_annotations
+from modeclip.data.tasks.layouts import (
+    TEST_FOLDERS,
+    TRAIN_FOLDER,
+    Found,
+    parse_templates,
+    place_of_test,
+    read_image_folder,
+    with_train,
+)
+from modeclip.data.tasks.published import (
+    KnownTask,
+    class_names,
+    find_data,
+    find_known,
+    known_tasks,
+    missing_data,
+    task_groups,
+    templates_of,
+    unknown_task,
+)
+from modeclip.data.tasks.shards import has_shards, read_webdataset
+from modeclip.data.tasks.tables import SUFFIXES, read_table
+from modeclip.data.tasks.task import Task, catalog_classification, catalog_retrieval, catalog_tasks
+from modeclip.errors import ModeclipError
+from modeclip.system.console import log
+from modeclip.system.paths import absolute, is_folder, is_url, join, list_folder, parent, state
+
+RETRIEVAL = "retrieval:"
+SPEC = re.compile(r"(?:(?P<name>[^=/#:]+)=)?(?P<path>[^#]+)(?:#(?P<where>.+))?", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One specification, in its parts."""
+
+    name: str
+    """Name of the task."""
+    is_named: bool = False
+    """Whether the user gave it, rather than a path alone."""
+    path: str
+    """Where it lies, absolute."""
+    where: str = ""
+    """Of a catalog: ``column=value``, several joined by ``&``; a column alone is one of booleans."""
+    retrieval: bool = False
+    """Whether captions are asked for."""
+    known: KnownTask | None = None
+    """The published task that it is."""
+
+
+def load_tasks(
+    specs: Sequence[str],
+    *,
+    templates: Sequence[str] = (),
+    template_file: Path | None = None,
+    root: str = "data",
+    train: bool = False,
+    train_specs: Sequence[str] = (),
+) -> list[Task]:
+    """Return the tasks that specifications name, in their order.
+
+    Args:
+        specs: The specifications.
+        templates: Prompts with ``{}`` for all tasks, in place of their own.
+        template_file: Prompts by task, in CLIP_benchmark's format: JSON, a list for each task, or for each of its class
+            names.
+        root: Folder below which the data of published tasks lie, each in a folder of its name.
+        train: Whether to read training splits, for linear probes: a folder or files ``train`` beside ``test``.
+        train_specs: Training splits that lie elsewhere, as NAME=PATH with the name of a task.
+
+    Raises:
+        ModeclipError: A specification names nothing, two tasks have the same name, or the data are not whole.
+    """
+    check_templates(templates, "templates")
+    tasks: list[Task] = []
+    for spec in specs:
+        tasks += [task for part in _expand(spec, root) for task in _load(part, train)]
+    if twice := [name for name, number in Counter(task.name for task in tasks).items() if number > 1]:
+        places = " and ".join(repr(task.source) for task in tasks if task.name == twice[0])
+        raise ModeclipError(f"task {twice[0]!r} is there twice ({places}): give one of them another name (NAME=PATH)")
+    for task in tasks:
+        twice = [name for name, number in Counter(task.classnames).items() if number > 1]
+        if twice and find_known(task.name) is None:  # published lists have such: two classes of ImageNet are "missile"
+            log(f"task {task.name!r}: several classes are called {twice[0]!r}, and nothing tells them apart")
+    tasks = _add_train(tasks, train_specs)
+    if template_file is not None:
+        tasks = _use_template_file(tasks, template_file)
+    if templates:
+        tasks = [replace(task, templates=tuple(templates), prompts=()) for task in tasks]
+    return tasks
+
+
+# ---------------------------------------------------------------- specifications
+
+
+def _expand(text: str, root: str) -> list[Spec]:
+    """Return the specifications that one stands for; several for a group."""
+    retrieval, rest = text.startswith(RETRIEVAL), text.removeprefix(RETRIEVAL)
+    if names := task_groups().get(rest):
+        return _find_group(rest, names, root)
+    path = absolute(rest)
+    match = None if _exists(path) else SPEC.fullmatch(rest)
+    name, where = "", ""
+    if match is not None:
+        name, where = match["name"] or "", match["where"] or ""
+        path = absolute(match["path"]) if match["path"].strip() else path
+    if not _exists(path):
+        known = None if name or where else find_known(rest)
+        if known is not None:
+            found = find_data(known, root)
+            if found is None:
+                raise missing_data(known, root)
+            return [Spec(name=known.name, is_named=True, path=absolute(found), retrieval=retrieval, known=known)]
+        if name and (known := find_known(name)):
+            raise ModeclipError(f"task {name!r}: {path!r} does not exist; expected data of {known.title}")
+        if name:
+            raise ModeclipError(f"task {name!r}: {path!r} does not exist; correct the path")
+        raise unknown_task(text)
+    own = name or _name_of(path)
+    known = find_known(own)
+    return [Spec(name=own, is_named=bool(name), path=path, where=where, retrieval=retrieval, known=known)]
+
+
+def _find_group(group: str, names: Sequence[str], root: str) -> list[Spec]:
+    """Return the tasks of a group, all of whose data must be there."""
+    found = {name: find_data(known_tasks()[name], root) for name in names}
+    missing = [name for name, place in found.items() if place is None]
+    if missing:
+        first = missing_data(known_tasks()[missing[0]], root)
+        raise ModeclipError(
+            f"{len(missing)} of {len(names)} tasks of {group!r} have no data: {', '.join(missing)}; {first}"
+        )
+    return [
+        Spec(name=name, is_named=True, path=absolute(place), known=known_tasks()[name])
+        for name, place in found.items()
+        if place is not None
+    ]
+
+
+def _exists(path: str) -> bool:
+    return is_folder(path) or bool(state(path)) or (is_url(path) and path.rstrip("/").endswith(".lance"))
+
+
+def _name_of(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.stem in TEST_FOLDERS:  # of a task that is named by the folder around it
+        pure = pure.parent
+    name = pure.name.removesuffix(pure.suffix) if pure.suffix.lower() in (*SUFFIXES, ".json", ".lance") else pure.name
+    return name.removeprefix("wds_")
+
+
+# ---------------------------------------------------------------- what lies there
+
+
+def _load(spec: Spec, train: bool) -> list[Task]:
+    if _is_catalog(spec.path):
+        return _catalog(spec)
+    if spec.where:
+        raise ModeclipError(f"task {spec.name!r}: #{spec.where} selects rows of a catalog, and {spec.path!r} is none")
+    parts = _read(spec, train)
+    task = _finish(parts["test"], spec)
+    if spec.retrieval and task.kind != "retrieval":
+        raise ModeclipError(
+            f"task {task.name!r}: {spec.path!r} holds {task.kind} without captions; leave out {RETRIEVAL!r}"
+        )
+    if train and "train" in parts and task.kind == "classification":
+        task = with_train(task, _finish(parts["train"], spec))
+    return [task]
+
+
+def _read(spec: Spec, train: bool) -> dict[str, Found]:
+    """Read what lies at a path: "test", and "train" where that is wanted and there."""
+    name, path, suffix = spec.name, spec.path, PurePosixPath(spec.path).suffix.lower()
+    if not is_folder(path):
+        if suffix in SUFFIXES or suffix == ".txt":
+            return read_table(name, [path], spec.retrieval)
+        if suffix == ".json":
+            return {"test": read_annotations(name, path)}
+        raise ModeclipError(
+            f"task {name!r}: {path!r} is no file of tasks: expected {', '.join(SUFFIXES)} or .json, a catalog or"
+            " a folder"
+        )
+    test = place_of_test(path)
+    root = parent(path) if test == path and PurePosixPath(path).name in TEST_FOLDERS else path
+    train_folder = join(root, TRAIN_FOLDER)
+    has_train = train and is_folder(train_folder)
+    if has_shards(test):
+        parts = {"test": read_webdataset(name, root, test)}
+        if has_train and has_shards(train_folder):
+            parts["train"] = read_webdataset(name, root, train_folder)
+        return parts
+    if files := _tables(path, "test", any_name=test == path):
+        parts = read_table(name, files, spec.retrieval)
+        if train and "train" not in parts and (more := _tables(path, TRAIN_FOLDER)):
+            parts["train"] = read_table(name, more)["test"]
+        return parts
+    if test == path and len(found := [file for file in list_folder(path)[1] if file.endswith(".json")]) == 1:
+        return {"test": read_annotations(name, join(path, found[0]))}
+    parts = {"test": read_image_folder(name, root, test)}
+    if has_train and test != root:
+        parts["train"] = read_image_folder(name, root, train_folder)
+    return parts
+
+
+def _tables(folder: str, split: str, any_name: bool = False) -> list[str]:
+    """Return the tables of a split in a folder, or in data/ there as Hugging Face has them.
+
+    Args:
+        folder: The folder.
+        split: What their names begin with.
+        any_name: Whether tables of other names than those for training will do.
+    """
+    for place in (folder, join(folder, "data")):
+        names = [name for name in list_folder(place)[1] if name.lower().endswith(SUFFIXES)]
+        own = [name for name in names if name.lower().startswith(split)]
+        others = [name for name in names if not name.lower().startswith(TRAIN_FOLDER)]
+        chosen = own or (others if any_name else [])
+        if len(chosen) > 1 and not all(name.lower().endswith(".parquet") for name in chosen):
+            raise ModeclipError(f"{place!r} holds several tables ({', '.join(chosen[:4])}): name one of them")
+        if chosen:
+            return [join(place, name) for name in chosen]
+    return []
+
+
+def _finish(found: Found, spec: Spec) -> Task:
+    """Give a task what was published of it, and class names as people write them."""
+    task, known = found.task, spec.known
+    if known is None:
+        if found.numbered:
+            raise ModeclipError(
+                f"task {task.name!r}: labels are numbers, and nothing says what the classes are called: put"
+                f" classnames.txt beside {task.source!r}, a line for each class in the order of the numbers"
+            )
+        return task if found.named or task.kind != "classification" else _clean(task)
+    if known.kind != task.kind:
+        raise ModeclipError(
+            f"task {task.name!r}: {known.title} is {known.kind}, but {task.source!r} holds {task.kind}; put there"
+            f" {known.put or 'images in a folder for each class'}, or give it another name (NAME=PATH)"
+        )
+    if task.labels is None:
+        return replace(task, group=known.group)
+    has_own = bool(task.templates or task.prompts) and not spec.is_named
+    return replace(
+        task,
+        group=known.group,
+        metric=known.metric if task.labels.ndim == 1 else task.metric,
+        classnames=task.classnames if found.named else class_names(known, task.classnames),
+        templates=task.templates if has_own else templates_of(known),
+        prompts=task.prompts if has_own else (),
+    )
+
+
+def _clean(task: Task) -> Task:
+    """Take underscores in names of folders for spaces."""
+    names = tuple(name.replace("_", " ").strip() for name in task.classnames)
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise ModeclipError(f"task {task.name!r}: two classes are called {twice[0]!r}: rename one of their folders")
+    return replace(task, classnames=names)
+
+
+# ---------------------------------------------------------------- catalogs
+
+
+def _is_catalog(path: str) -> bool:
+    if path.rstrip("/").endswith(".lance"):
+        return True
+    return is_folder(path) and any(name in list_folder(path)[0] for name in ("_versions", CATALOG))
+
+
+def _catalog(spec: Spec) -> list[Task]:
+    """Return the tasks of a catalog, or the one that a selection of its rows is."""
+    held_out = not spec.where and not spec.retrieval and not spec.path.rstrip("/").endswith(".lance")
+    has_tasks = held_out and TASKS in list_folder(spec.path)[0]  # the folder of a run
+    catalog = Catalog.open(join(spec.path, TASKS) if has_tasks else spec.path)
+    if spec.where:
+        rows = _select(catalog, spec)
+        return [
+            catalog_retrieval(catalog, rows, spec.name)
+            if spec.retrieval
+            else catalog_classification(catalog, rows, spec.name)
+        ]
+    held = catalog.read(["task"])["task"].astype(str) if "task" in catalog.columns else np.array([""])
+    if not any(held):
+        if spec.retrieval:
+            return [catalog_retrieval(catalog, np.arange(len(catalog)), spec.name)]
+        raise ModeclipError(
+            f"catalog {spec.path!r} holds no tasks: select rows with {spec.path}#column=value (columns:"
+            f" {', '.join(catalog.columns)}), or write retrieval: before it"
+        )
+    names = sorted(set(held) - {""})
+    if spec.is_named and len(names) > 1:
+        raise ModeclipError(
+            f"task {spec.name!r}: {spec.path!r} holds {len(names):,} tasks: leave out the name, or select one, such as"
+            f" {spec.name}={spec.path}#task={names[0]}"
+        )
+    if spec.retrieval:
+        tasks = [catalog_retrieval(catalog, np.flatnonzero(held == name), name) for name in names]
+    else:
+        tasks = catalog_tasks(catalog)
+    return [replace(tasks[0], name=spec.name)] if spec.is_named else tasks
+
+
+def _select(catalog: Catalog, spec: Spec) -> Int[np.ndarray, " n"]:
+    import pyarrow as pa
+
+    equals: dict[str, object] = {}
+    for part in spec.where.split("&"):
+        column, equal, text = part.partition("=")
+        value: object = text if equal else True
+        if column in catalog.columns and equal:
+            kind = catalog.dataset.schema.field(column).type
+            kind = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
+            try:
+                value = pa.scalar(text).cast(kind).as_py()
+            except pa.ArrowException as error:
+                raise ModeclipError(
+                    f"task {spec.name!r}: column {column!r} holds {kind}, which {text!r} is not"
+                ) from error
+        equals[column] = value
+    rows = catalog.select(None, **equals)
+    if not len(rows):
+        raise ModeclipError(f"task {spec.name!r}: no row of {spec.path!r} has {spec.where}")
+    return rows
+
+
+# ---------------------------------------------------------------- further files
+
+
+def _add_train(tasks: list[Task], specs: Sequence[str]) -> list[Task]:
+    """Give tasks the training splits that are named for them."""
+    by_name = {task.name: task for task in tasks}
+    for text in specs:
+        match = SPEC.fullmatch(text)
+        if match is None or not match["name"]:
+            raise ModeclipError(f"training split {text!r}: expected NAME=PATH with the name of a task")
+        if match["name"] not in by_name:
+            raise ModeclipError(f"training split {text!r}: no task {match['name']!r}; tasks: {', '.join(by_name)}")
+        (spec,) = _expand(text, "")
+        found = _load(spec, train=False)
+        if len(found) != 1:
+            raise ModeclipError(f"training split {text!r} holds {len(found):,} tasks: select one with #task=...")
+        by_name[spec.name] = with_train(by_name[spec.name], found[0])
+    return list(by_name.values())
+
+
+def _use_template_file(tasks: list[Task], path: Path) -> list[Task]:
+    """Give tasks the prompts of a file that names them."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModeclipError(f"template file {str(path)!r} does not exist; correct the path") from error
+    except ValueError as error:
+        raise ModeclipError(f"template file {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ModeclipError(f"template file {str(path)!r}: expected prompts by name of a task")
+    changed = []
+    for task in tasks:
+        known = find_known(task.name)
+        names = [task.name, *((known.name, *known.also) if known else ())]
+        key = next((name for name in names if name in content), None)
+        if key is None or task.kind != "classification":
+            changed.append(task)
+            continue
+        told = {"templates": (), "prompts": ()} | parse_templates(content[key], task.classnames, f"{path}, {key}")
+        changed.append(replace(task, **told))
+    return changed

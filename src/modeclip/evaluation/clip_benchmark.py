@@ -1,0 +1,231 @@
+r"""A bundle, and CLIP_benchmark's own command line -> its own JSON, with the mixture as the model.
+
+    python -m modeclip.evaluation.clip_benchmark eval --model_type modeclip --model BUNDLE --pretrained RULE --no_amp \
+        --dataset wds/pets --dataset_root tasks/{dataset} --output {dataset}.json
+
+The installed package runs as it is: this module registers one more kind of model and hands over. ``--pretrained`` is
+the routing rule (``default``, or left out: the bundle's). CLIP_benchmark loads the model before the dataset, so the
+model is routed when the dataset is there: a classification by its class names (every prompt has its class's weights;
+experts without weight are not run), anything else text by text, each text a task of its own.
+
+CLIP_benchmark normalises vectors, so the mixture is given in the form of unit norm (see ``mixture``): cosines are the
+mixture's similarities divided by sqrt(K), the order is the same, and with one template a class so are all metrics. With
+several, it averages the unit vectors of all experts together and normalises once; modeclip's own evaluation, like the
+paper, normalises the mean of each expert. So there a class's weights are changed by how much each expert's prompts
+differ among themselves. Its text retrieval uses the same weights a text as image retrieval, which is modeclip's for
+``per_class`` and ``uniform``; Eq. 7 (one vector for the whole corpus) needs `modeclip evaluate`. Without ``--no_amp``
+it multiplies in half precision, and its numbers differ from run to run of other hardware.
+
+Source: CLIP_benchmark 1.6. MoDE Sec. 3.4.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from modeclip.errors import ModeclipError, in_one_line, unknown
+from modeclip.mixture.mode import MoDE
+from modeclip.mixture.rules import RULES
+from modeclip.models.clip import encode_image, encode_text
+
+MODEL_TYPE = "modeclip"
+DEFAULT_RULE = "default"
+"""Value of ``--pretrained`` that stands for the bundle's own rule."""
+
+
+class RoutedByDataset(nn.Module):
+    """A mixture as CLIP_benchmark takes a model: vectors of unit norm, routed once the dataset is known."""
+
+    def __init__(self, mode: MoDE, rule: str | None, device: str | torch.device) -> None:
+        """Find out who may have weight; experts are loaded when something is encoded.
+
+        Args:
+            mode: The mixture.
+            rule: Routing rule; None: the bundle's.
+            device: Where the experts run.
+        """
+        super().__init__()
+        self._mode, self._rule, self._device = mode, rule, device
+        self._num_members = mode.route(["any"], rule=rule, each=True).weights.shape[-1]
+        self._active = list(range(self._num_members))
+        self._models: list[nn.Module] = []
+        self.preprocess, self._tokenize = mode.clip(0).preprocess, mode.clip(0).tokenizer
+        self._last: tuple[tuple[str, ...], Tensor] = (), torch.empty(0)
+        self._class_of_prompt: dict[str, int] = {}
+        self._class_weights: Float[np.ndarray, "L K"] = np.empty((0, self._num_members))
+
+    def route_by(self, classnames: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]) -> None:
+        """Route to the classes of a dataset.
+
+        Args:
+            classnames: L class names.
+            templates: Prompts with ``{c}`` for the name, or the prompts of each class.
+        """
+        weights = self._mode.route(classnames, rule=self._rule).weights
+        self._class_weights = np.broadcast_to(weights, (len(classnames), self._num_members))
+        self._active = np.flatnonzero((self._class_weights > 0).any(axis=0)).tolist()
+        for index, name in enumerate(classnames):
+            prompts = templates[name] if isinstance(templates, Mapping) else [t.format(c=name) for t in templates]
+            for prompt in prompts:
+                if self._class_of_prompt.setdefault(prompt, index) != index:
+                    print(f"modeclip: classes {classnames[self._class_of_prompt[prompt]]!r} and {name!r} share the "
+                          f"prompt {prompt!r} and the first one's weights", file=sys.stderr)  # fmt: skip
+
+    def tokenizer(self, texts: Sequence[str]) -> Tensor:
+        """Turn texts into token ids; what is encoded next are these texts."""
+        tokens: Tensor = self._tokenize(list(texts))
+        self._last = tuple(texts), tokens
+        return tokens
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Encode (B, 3, H, W) images into (B, D * active experts + 1) unit vectors."""
+        with torch.autocast(images.device.type, enabled=False):
+            features = [encode_image(model, images) for model in self._experts()]
+        return nn.functional.pad(torch.cat(features, dim=-1) / len(features) ** 0.5, (0, 1))
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Encode token ids, just made by ``tokenizer``, into unit vectors that carry the weights."""
+        texts, made = self._last
+        if made.shape != tokens.shape or not torch.equal(made, tokens.cpu()):
+            raise ModeclipError("clip_benchmark: texts must be encoded in the batches in which they were tokenized")
+        with torch.autocast(tokens.device.type, enabled=False):
+            features = [encode_text(model, tokens) for model in self._experts()]
+        weights = torch.from_numpy(self._weights_of(texts)[:, self._active].astype(np.float32)).to(tokens.device)
+        parts = [weights[:, [place]] * part for place, part in enumerate(features)]
+        rest = (1 - weights.square().sum(dim=-1, keepdim=True)).clamp(min=0).sqrt()
+        return torch.cat([*parts, rest], dim=-1)
+
+    def _experts(self) -> list[nn.Module]:
+        """Return the models that have weight."""
+        if not self._models:
+            self._models = [self._mode.clip(expert).model.to(self._device) for expert in self._active]
+        return self._models
+
+    def _weights_of(self, texts: Sequence[str]) -> Float[np.ndarray, "B K"]:
+        rows = np.array([self._class_of_prompt.get(text, -1) for text in texts])
+        weights = self._class_weights[rows] if len(self._class_weights) else np.empty((len(texts), self._num_members))
+        strangers: list[int] = np.flatnonzero(rows < 0).tolist()
+        if strangers:
+            weights[strangers] = self._mode.route_queries([texts[row] for row in strangers], rule=self._rule)
+        return weights
+
+
+def load(
+    model_name: str, pretrained: str, cache_dir: str | None = None, device: str | torch.device = "cpu"
+) -> tuple[RoutedByDataset, Any, Callable[[Sequence[str]], Tensor]]:
+    """Load a bundle as CLIP_benchmark loads models: (model, transform, tokenizer).
+
+    Args:
+        model_name: Folder of the bundle, or its id on the Hub.
+        pretrained: Routing rule, or ``default``.
+        cache_dir: Not used: bundles lie where they lie.
+        device: Where it runs.
+    """
+    del cache_dir
+    rule = None if pretrained in (DEFAULT_RULE, "") else pretrained
+    if rule is not None and rule not in RULES:
+        raise unknown("rule", rule, [DEFAULT_RULE, *RULES])
+    mode = MoDE.load(model_name)
+    if mode.per_image:
+        raise ModeclipError(
+            f"bundle {model_name}: its clusters are of images, and CLIP_benchmark hands over no pictures to route; "
+            "use `modeclip evaluate`"
+        )
+    model = RoutedByDataset(mode, rule, device)
+    return model, model.preprocess, model.tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run CLIP_benchmark's command line with bundles as one more kind of model."""
+    try:
+        from clip_benchmark import cli, models
+    except ImportError:
+        raise ModeclipError("clip_benchmark is not installed; pip install clip-benchmark") from None
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    loaded: list[RoutedByDataset] = []
+
+    def load_noted(**named: Any) -> tuple[RoutedByDataset, Any, Callable[[Sequence[str]], Tensor]]:
+        found = load(**named)
+        loaded[:] = [found[0]]
+        return found
+
+    def build_routed(*positional: Any, **named: Any) -> Any:
+        """Build a dataset, and route the model that was loaded for it."""
+        dataset = build(*positional, **named)
+        if loaded and named.get("task") == "zeroshot_classification" and getattr(dataset, "classes", None):
+            loaded.pop().route_by(dataset.classes, dataset.templates)
+        return dataset
+
+    _mend_accuracy()
+    build = cli.build_dataset
+    models.TYPE2FUNC[MODEL_TYPE] = load_noted
+    if MODEL_TYPE not in models.MODEL_TYPES:
+        models.MODEL_TYPES.append(MODEL_TYPE)  # the list that the command line's choices are
+    cli.build_dataset = build_routed
+    before, sys.argv = sys.argv, ["modeclip.evaluation.clip_benchmark", *_with_output(_with_rule(given))]
+    try:
+        cli.main()
+    finally:
+        sys.argv, cli.build_dataset = before, build
+
+
+def _mend_accuracy() -> None:
+    """Put a function in the place of CLIP_benchmark's accuracy where NumPy refuses what that one does.
+
+    Version 1.6 makes numbers of arrays of one element, which is an error since NumPy 2.4.
+    """
+    from clip_benchmark.metrics import zeroshot_classification
+
+    def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
+        best = output.topk(max(topk), dim=1).indices
+        return [float((best[:, :k] == target[:, None]).any(dim=1).double().mean()) for k in topk]
+
+    try:
+        zeroshot_classification.accuracy(torch.eye(2), torch.tensor([0, 1]))
+    except TypeError:
+        zeroshot_classification.accuracy = accuracy
+
+
+def _is_ours(arguments: list[str]) -> bool:
+    return arguments[:1] == ["eval"] and bool({MODEL_TYPE, f"--model_type={MODEL_TYPE}"} & set(arguments))
+
+
+def _with_rule(arguments: list[str]) -> list[str]:
+    """Name the bundle's own rule where CLIP_benchmark's default would be weights of another model."""
+    has_rule = any(word.split("=")[0] in ("--pretrained", "--pretrained_model") for word in arguments)
+    if not _is_ours(arguments) or has_rule:
+        return arguments
+    return [*arguments, "--pretrained", DEFAULT_RULE]
+
+
+def _with_output(arguments: list[str]) -> list[str]:
+    """Name the JSON where CLIP_benchmark's default name, which holds that of the model, would be a path."""
+    has_output = any(word.split("=")[0] == "--output" for word in arguments)
+    if not _is_ours(arguments) or has_output or "--model" not in arguments:
+        return arguments
+    place = arguments.index("--model") + 1
+    named = arguments[place : place + 1]
+    several = arguments[place + 1 : place + 2]
+    if several and not several[0].startswith("-"):
+        raise ModeclipError("clip_benchmark: several models need --output NAME with {model} or {pretrained} in it")
+    name = Path(*named).resolve().name.replace("{", "{{").replace("}", "}}")
+    return [*arguments, "--output", f"{{dataset}}_{{pretrained}}_{name}_{{language}}_{{task}}.json"]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ModeclipError, OSError) as error:
+        message = in_one_line(error) if isinstance(error, OSError) else error
+        print(f"modeclip: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,344 @@
+"""Errors of models trained with more and more compute in, a scaling law for each family of models out, and its picture.
+
+The law is error = A * compute^(-b): a straight line in log space, fitted by least squares over the points of a family.
+A point is one model (size, data, samples seen); its error is the mean over seeds. Fitted are the points of the Pareto
+frontier, which no cheaper point of the family beats: a model that saw too little data for its size, or too much for it,
+says nothing of what the compute could have bought. All points are the other choice.
+
+Intervals are percentile bootstraps: the points of a family are drawn again with replacement, then the seeds of each
+point, and the frontier and the line are made anew. Of three or four points they are rough, and rather too narrow.
+
+Two families are compared by the compute that each needs for one error: what the reference reaches at its largest
+compute, by its law.
+
+Source: OpenCLIP (arXiv 2212.07143), Sec. 4 and Fig. 1, for the law. Its figures are fitted to the lowest error in each
+of five bins of compute; a frontier is the same idea and needs no bins. Compute as `modeclip.models.flops` counts it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from modeclip.errors import ModeclipError, unknown
+from modeclip.evaluation.intervals import Interval
+
+LARGEST_LOG = 700.0
+"""Where logarithms end, so that what is made of them is a number that JSON and a float both have."""
+MIN_SIZES = 3
+"""Different computes that a line needs at least: through two goes a line always."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """How scaling laws are fitted."""
+
+    points: Literal["frontier", "all"] = "frontier"
+    """Which points of a family are fitted."""
+    reference: str = "dense"
+    """Family that the others are compared with; if there is none of that name, the first."""
+    num_resamples: int = 2000
+    """Resamples of the intervals."""
+    confidence: float = 0.95
+    """Share of the resamples between the two ends of an interval, in (0, 1)."""
+    seed: int = 0
+    """Of the resamples."""
+
+    def __post_init__(self) -> None:
+        if self.points not in ("frontier", "all"):
+            raise unknown("choice of points", self.points, ["frontier", "all"])
+        if self.num_resamples < 1:
+            raise ModeclipError(f"scaling: num_resamples: expected 1 or more, got {self.num_resamples}")
+        if self.seed < 0:
+            raise ModeclipError(f"scaling: seed: expected 0 or more, got {self.seed}")
+        if not 0 < self.confidence < 1:
+            raise ModeclipError(f"scaling: confidence: expected a number between 0 and 1, got {self.confidence}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model at one compute."""
+
+    name: str
+    """Name of the model."""
+    family: str
+    """Family that it belongs to."""
+    compute: float
+    """Floating-point operations of its whole training."""
+    errors: tuple[float, ...]
+    """Error of each seed, a fraction in (0, 1]."""
+    fitted: bool = True
+    """Whether the law is fitted to it."""
+
+    @property
+    def error(self) -> float:
+        """Mean over the seeds."""
+        return float(np.mean(self.errors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """The scaling law of one family, error = A * compute^(-b)."""
+
+    family: str
+    """Name of the family."""
+    A: Interval
+    """Error at a compute of one operation, by the law; what is beyond e^700, of a steep law, is given as that."""
+    b: Interval
+    """Exponent; what halves the error is 2^(1/b) times the compute."""
+    num_points: int
+    """Points that it is fitted to."""
+    residual: float
+    """Root of the mean squared distance of these from the line, in natural logarithms of the error."""
+    best_error: Interval
+    """Error at the largest compute of the family, by the law."""
+    compute_ratio: Interval | None
+    """Compute for the error that the reference reaches at its largest compute, over what the reference needs for it;
+    None for the reference itself, or where a law does not fall."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingResult:
+    """Laws of all families with the points behind them."""
+
+    laws: tuple[Law, ...]
+    """One a family, the reference first."""
+    points: tuple[Point, ...]
+    """All points, by family and compute."""
+    config: ScalingConfig
+    """How they were fitted."""
+    bands: dict[str, tuple[tuple[float, float, float, float], ...]]
+    """Family to (compute, error by the law, low, high) along its line."""
+
+
+def read_points(paths: Sequence[Path]) -> list[Point]:
+    """Read results, a JSON object a line: name, family, compute and error, and the seed where there are several.
+
+    In place of ``compute`` a line may have ``flops_per_sample`` and ``samples``, whose product it is; in place of
+    ``error`` it may have ``accuracy``. Lines of equal name, family and compute are seeds of one point; what else a line
+    holds is left alone.
+
+    Raises:
+        ModeclipError: A file cannot be read, a line lacks something or holds what cannot be, or a seed comes twice.
+    """
+    found: dict[tuple[str, str, float], dict[Any, float]] = defaultdict(dict)
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            cause = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+            raise ModeclipError(f"scaling: {path} cannot be read: {cause}; give files of JSON lines") from error
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                key, seed, value = _read_line(line, f"{path}, line {number}")
+                if seed in found[key]:
+                    raise ModeclipError(
+                        f"scaling: {path}, line {number}: {key[0]} of {key[1]} with seed {seed} comes twice at this "
+                        "compute; give each seed its number, or each size its name"
+                    )
+                found[key][seed] = value
+    points = [
+        Point(name=name, family=family, compute=compute, errors=tuple(seeds.values()))
+        for (name, family, compute), seeds in found.items()
+    ]
+    return sorted(points, key=lambda point: (point.family, point.compute, point.name))
+
+
+def fit_scaling(points: Sequence[Point], config: ScalingConfig | None = None) -> ScalingResult:
+    """Fit the law of each family.
+
+    Args:
+        points: At least three of different compute a family.
+        config: How they are fitted.
+
+    Raises:
+        ModeclipError: There are too few points.
+    """
+    config = config or ScalingConfig()
+    families = sorted({point.family for point in points}, key=lambda name: (name != config.reference, name))
+    if not families:
+        raise ModeclipError("scaling: expected results, got none; a line is a JSON object, see the documentation")
+    marked: list[Point] = []
+    lines, limits = {}, {}
+    for place, family in enumerate(families):
+        own = [point for point in points if point.family == family]
+        chosen = choose_points(np.array([p.compute for p in own]), np.array([p.error for p in own]), config.points)
+        _check_sizes(own, chosen)
+        marked += [Point(**{**vars(point), "fitted": bool(fitted)}) for point, fitted in zip(own, chosen, strict=True)]
+        fitted = [point for point in marked if point.family == family and point.fitted]
+        exact = fit_line(np.array([p.compute for p in fitted]), np.array([p.error for p in fitted]))
+        draw = np.random.default_rng([config.seed, place])
+        lines[family] = np.vstack([exact, _resample(own, config, draw)])  # (1 + resamples, 2): log A, b
+        limits[family] = min(p.compute for p in own), max(p.compute for p in own)
+    reference = families[0]
+    laws = []
+    for family in families:
+        log_a, b = lines[family].T
+        own = [point for point in marked if point.family == family and point.fitted]
+        misses = [math.log(point.error) - (log_a[0] - b[0] * math.log(point.compute)) for point in own]
+        laws.append(
+            Law(
+                family=family,
+                A=_interval(_exp(log_a), config.confidence),
+                b=_interval(b, config.confidence),
+                num_points=len(own),
+                residual=float(np.sqrt(np.mean(np.square(misses)))),
+                best_error=_interval(_exp(log_a - b * math.log(limits[family][1])), config.confidence),
+                compute_ratio=None
+                if family == reference
+                else _compare(lines[family], lines[reference], limits[reference][1], config.confidence),
+            )
+        )
+    marked.sort(key=lambda point: (families.index(point.family), point.compute, point.name))
+    bands = {family: _band(lines[family], *limits[family], config.confidence) for family in families}
+    return ScalingResult(laws=tuple(laws), points=tuple(marked), config=config, bands=bands)
+
+
+def choose_points(compute: Float[np.ndarray, " P"], error: Float[np.ndarray, " P"], which: str) -> np.ndarray:
+    """Mark the points that a law is fitted to: all, or those that no point of the same or less compute beats.
+
+    Examples:
+        >>> choose_points(np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.6, 0.4]), "frontier")
+        array([ True, False,  True])
+    """
+    chosen = np.ones(len(compute), bool)
+    if which == "frontier":
+        order = np.lexsort((error, compute))
+        best = np.minimum.accumulate(error[order])
+        chosen[order[1:]] = error[order[1:]] < best[:-1]
+    return chosen
+
+
+def fit_line(compute: Float[np.ndarray, " P"], error: Float[np.ndarray, " P"]) -> Float[np.ndarray, "2"]:
+    """Fit log error = log A - b * log compute by least squares, and return (log A, b).
+
+    Examples:
+        >>> fit_line(np.array([1.0, 10.0, 100.0]), np.array([0.8, 0.4, 0.2])).round(3).tolist()
+        [-0.223, 0.301]
+    """
+    across, up = np.log(compute), np.log(error)
+    centre = across.mean()
+    slope = ((across - centre) @ (up - up.mean())) / np.square(across - centre).sum()
+    return np.array([up.mean() - slope * centre, -slope])
+
+
+def _resample(points: Sequence[Point], config: ScalingConfig, draw: np.random.Generator) -> np.ndarray:
+    """Fit the line to points and seeds drawn again, as often as wanted: (resamples, 2)."""
+    compute = np.array([point.compute for point in points])
+    counts = np.array([len(point.errors) for point in points])
+    errors = np.array([np.resize(point.errors, counts.max()) for point in points])
+    lines: list[np.ndarray] = []
+    while len(lines) < config.num_resamples:
+        drawn = draw.integers(0, len(points), len(points))
+        if len(np.unique(np.log(compute[drawn]))) < 2:
+            continue  # no line goes through one place
+        seeds = draw.integers(0, counts[drawn, None], (len(points), counts.max()))
+        counted = np.arange(counts.max()) < counts[drawn, None]
+        error = (errors[drawn[:, None], seeds] * counted).sum(axis=1) / counts[drawn]
+        chosen = choose_points(compute[drawn], error, config.points)
+        if len(np.unique(np.log(compute[drawn][chosen]))) >= 2:
+            lines.append(fit_line(compute[drawn][chosen], error[chosen]))
+        elif config.points == "frontier":
+            # The cheapest of these points is the best of them: more compute did not help at all.
+            lines.append(np.array([math.log(error[chosen].mean()), 0.0]))
+    return np.array(lines)
+
+
+def _compare(line: np.ndarray, reference: np.ndarray, compute: float, confidence: float) -> Interval | None:
+    """Return the compute for the error that the reference has at a compute, over that compute."""
+    log_compute = math.log(compute)
+    log_error = reference[:, 0] - reference[:, 1] * log_compute
+    if line[0, 1] <= 0 or reference[0, 1] <= 0:
+        return None
+    falling = np.maximum(line[:, 1], 1e-3)  # a line that does not fall never gets there
+    return _interval(np.exp(np.clip((line[:, 0] - log_error) / falling - log_compute, -50, 50)), confidence)
+
+
+def _exp(logs: np.ndarray) -> np.ndarray:
+    values: np.ndarray = np.exp(np.clip(logs, -LARGEST_LOG, LARGEST_LOG))
+    return values
+
+
+def _interval(values: np.ndarray, confidence: float) -> Interval:
+    """Return the first value with the interval of the others."""
+    low, high = np.quantile(values[1:], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(mean=float(values[0]), low=float(low), high=float(high))
+
+
+def _band(
+    lines: np.ndarray, low: float, high: float, confidence: float
+) -> tuple[tuple[float, float, float, float], ...]:
+    """Return (compute, error, low, high) at places along a line."""
+    band = []
+    for compute in np.geomspace(low, high, 40).tolist():
+        interval = _interval(_exp(lines[:, 0] - lines[:, 1] * math.log(compute)), confidence)
+        band.append((compute, interval.mean, interval.low, interval.high))
+    return tuple(band)
+
+
+def _check_sizes(points: Sequence[Point], chosen: np.ndarray) -> None:
+    """Raise if a line through the points would say nothing."""
+    family, sizes = points[0].family, len(np.unique(np.log([point.compute for point in points])))
+    left = len(np.unique(np.log([point.compute for point, fitted in zip(points, chosen, strict=True) if fitted])))
+    if sizes < MIN_SIZES:
+        raise ModeclipError(
+            f"scaling: family {family}: expected results at {MIN_SIZES} different computes or more, got {sizes}; train "
+            "more sizes, or leave the family out"
+        )
+    if left < MIN_SIZES:
+        raise ModeclipError(
+            f"scaling: family {family}: only {left} of its {sizes} computes are on the Pareto frontier, expected "
+            f"{MIN_SIZES} or more; fit all points (--points all), or train sizes in between"
+        )
+
+
+def _read_line(line: str, where: str) -> tuple[tuple[str, str, float], Any, float]:
+    """Return (name, family, compute), seed and error of a line."""
+    try:
+        row = json.loads(line)
+    except ValueError as fault:  # also of an integer with thousands of digits
+        raise ModeclipError(f"scaling: {where}: expected a JSON object, got {line.strip()[:60]!r}: {fault}") from fault
+    if not isinstance(row, dict):
+        raise ModeclipError(f"scaling: {where}: expected a JSON object, got {line.strip()[:60]!r}")
+    missing = [field for field in ("name", "family") if not isinstance(row.get(field), str) or not row[field]]
+    if missing:
+        raise ModeclipError(f"scaling: {where}: expected text in {' and '.join(missing)}, got the fields {sorted(row)}")
+    if "compute" in row:
+        compute = _number(row, "compute", where)
+    elif "flops_per_sample" in row and "samples" in row:
+        compute = _number(row, "flops_per_sample", where) * _number(row, "samples", where)
+    else:
+        raise ModeclipError(
+            f"scaling: {where}: expected compute, or flops_per_sample and samples, got the fields {sorted(row)}"
+        )
+    if ("error" in row) == ("accuracy" in row):
+        raise ModeclipError(f"scaling: {where}: expected either error or accuracy, got the fields {sorted(row)}")
+    error = _number(row, "error", where) if "error" in row else 1 - _number(row, "accuracy", where)
+    if not 0 < compute < math.inf:
+        raise ModeclipError(f"scaling: {where}: compute: expected floating-point operations above 0, got {compute:g}")
+    seed = row.get("seed")
+    if isinstance(seed, list | dict):
+        raise ModeclipError(f"scaling: {where}: seed: expected a number or a name, got {seed!r:.60}")
+    if not 0 < error <= 1:
+        raise ModeclipError(
+            f"scaling: {where}: error: expected a fraction above 0 and at most 1 (accuracy: 0 to below 1, no percent), "
+            f"got {error:g}"
+        )
+    return (row["name"], row["family"], compute), seed, error
+
+
+def _number(row: dict[str, Any], field: str, where: str) -> float:
+    value = row[field]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise ModeclipError(f"scaling: {where}: {field}: expected a number, got {value!r:.60}")
+    return float(value)

@@ -1,0 +1,298 @@
+"""A bundle and a trained expert in; the same bundle with that expert added, replaced or filled in, out.
+
+What is new is written under names that are not in use. Then mode.json, which names every file, is replaced as a whole:
+that is the moment of the change. Then what it no longer names is removed. So a bundle whose change was killed is the
+old one or the new one, on every file system, and no file of another expert is copied, linked or moved. A process that
+opened the bundle before opens it again to see the change.
+
+An expert fits a bundle when its towers, tokenizer and preprocessing are those of the seed, and when its job says that
+it continues from that seed, or from the expert whose place it takes, on a cluster of the bundle's own clustering.
+
+Price: the bundle's files are hashed twice, the new expert is copied once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from modeclip.clustering.novelty import FineQuantiles
+from modeclip.errors import ModeclipError
+from modeclip.mixture.bundle import (
+    EDITS,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    Bundle,
+    Expert,
+    copy_model,
+    hash_files,
+    load_bundle,
+    save_centres,
+)
+from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
+from modeclip.system.files import only_process, write_atomically, writing
+from modeclip.training.jobs import TrainJob, TrainResult
+
+_OURS = re.compile(r"(expert-\d+|centres|clusters)-edit\d+(\..+)?|expert-\d+\.part")
+"""Names that only an edit writes: where mode.json does not have them, a killed edit left them behind."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NewClusters:
+    """The fine clusters that a new expert brings."""
+
+    fine_centers: Float[np.ndarray, "m D"]
+    """Their centres."""
+    cards: tuple[Mapping[str, Any], ...]
+    """A card of each, as ``clusters.json`` has them: ``size``, ``keywords``, ``nearest_captions``..."""
+    keywords: tuple[str, ...]
+    """Words that its captions use more than the others'."""
+    fine_quantiles: FineQuantiles | None = None
+    """Of ALL fine clusters, the bundle's first; None: the new bundle has none."""
+
+
+def add_expert(
+    folder: Path, model: Path, clusters: NewClusters, *, note: Mapping[str, Any] | None = None, force: bool = False
+) -> Bundle:
+    """Add one more expert with fine clusters of its own.
+
+    Args:
+        folder: The bundle.
+        model: Folder of the expert: of its finished job, or with ``force`` any open_clip folder.
+        clusters: What it was trained on.
+        note: What else the lineage shall remember (``catalog``).
+        force: Do not ask where the expert comes from.
+
+    Raises:
+        ModeclipError: The expert does not fit the bundle.
+    """
+    with only_process(_own(folder)), writing(folder):
+        bundle = load_bundle(folder)
+        index, number = bundle.num_experts, len(bundle.edits) + 1
+        entry = _entry(bundle, index, model, "add", note, force)
+        size = sum(int(card["size"]) for card in clusters.cards)
+        place = _place_model(bundle, index, model)
+        files = {"centres": f"centres-edit{number}.safetensors", "clusters": f"clusters-edit{number}.json"}
+        save_centres(
+            folder / files["centres"],
+            np.concatenate([bundle.fine_centers, clusters.fine_centers.astype(np.float32)]),
+            np.concatenate([bundle.expert_of_fine, np.full(len(clusters.cards), index)]),
+            clusters.fine_quantiles,
+        )
+        first = len(bundle.fine_centers)
+        cards = [
+            dict(card) | {"index": first + i, "expert": index, "experts": [index]}
+            for i, card in enumerate(clusters.cards)
+        ]
+        write_atomically(folder / files["clusters"], json.dumps(bundle.clusters + cards) + "\n")
+        expert = Expert(name=f"expert-{index}", folder=place, size=size, keywords=clusters.keywords)
+        return _commit(bundle, (*bundle.experts, expert), entry, {place, *files.values()}, files)
+
+
+def replace_expert(
+    folder: Path,
+    expert: int,
+    model: Path,
+    *,
+    size: int | None = None,
+    note: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Bundle:
+    """Put another model in the place of an expert, or the first one where the seed stood in.
+
+    Args:
+        folder: The bundle.
+        expert: Its number, 0 to K - 1.
+        model: Folder of the expert: of its finished job, or with ``force`` any open_clip folder.
+        size: Pairs of its cluster; None: as before.
+        note: What else the lineage shall remember (``catalog``).
+        force: Do not ask where the expert comes from.
+
+    Raises:
+        ModeclipError: There is no such expert, or the model does not fit the bundle.
+    """
+    with only_process(_own(folder)), writing(folder):
+        bundle = load_bundle(folder)
+        if not 0 <= expert < bundle.num_experts:
+            raise ModeclipError(f"bundle {folder}: has experts 0 to {bundle.num_experts - 1}, got {expert}")
+        old = bundle.experts[expert]
+        action = "replace" if old.folder != "seed" else "fill in"
+        entry = _entry(bundle, expert, model, action, note, force)
+        place = _place_model(bundle, expert, model)
+        new = replace(old, folder=place, size=old.size if size is None else size)
+        experts = (*bundle.experts[:expert], new, *bundle.experts[expert + 1 :])
+        return _commit(bundle, experts, entry, {place})
+
+
+def check_model_fits(bundle: Bundle, model: Path) -> None:
+    """Raise unless a model has the towers, the tokenizer and the preprocessing of the bundle's.
+
+    Raises:
+        ModeclipError: A file is missing or damaged, or something differs; it says what.
+    """
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (model / file).is_file():
+            raise ModeclipError(f"expert {model}: {file} is missing; expected a folder as open_clip saves it")
+    reference = next(folder for folder in _folders(bundle) if (folder / WEIGHTS_FILE).is_file())
+    found, expected = (_flat(_read_config(folder)) for folder in (model, reference))
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ModeclipError(
+                f"expert {model}: another model than the bundle's: {name} is {found.get(name)!r}, expected "
+                f"{expected.get(name)!r} as in {reference}; experts of a bundle share towers, tokenizer, preprocessing"
+            )
+    shapes, expected_shapes = _shapes(model / WEIGHTS_FILE), _shapes(reference / WEIGHTS_FILE)
+    for name in sorted(shapes.keys() | expected_shapes.keys()):
+        if shapes.get(name) != expected_shapes.get(name):
+            raise ModeclipError(
+                f"expert {model}: weights of another shape than the bundle's: {name} is {shapes.get(name)}, expected "
+                f"{expected_shapes.get(name)} as in {reference}"
+            )
+
+
+def check_origin(bundle: Bundle, expert: int, model: Path) -> None:
+    """Raise unless a model's job says that it is an expert of this bundle's seed and clustering.
+
+    Raises:
+        ModeclipError: It is not, it is unfinished, or nothing says where it comes from.
+    """
+    name, force = f"expert-{expert}", "give --force to put it there nevertheless"
+    if not (model / "job.json").is_file():
+        raise ModeclipError(f"expert {model}: no job.json says which seed and clustering it comes from; {force}")
+    job = TrainJob.load(model / "job.json")
+    if TrainResult.read(replace(job, folder=str(model))) is None:
+        raise ModeclipError(f"expert {model}: its training is not finished; modeclip train {model / 'job.json'}")
+    lineage = bundle.lineage
+    if job.digest == lineage.get("jobs", {}).get(name):
+        return
+    if job.where.get("expert", expert) != expert:
+        raise ModeclipError(f"expert {model}: was trained on the rows of expert {job.where['expert']}, not {expert}")
+    places = ["seed", *(e.folder for e in bundle.experts if e.name == name)]
+    starts = {bundle.job_digest("seed"), bundle.job_digest(name)} | {bundle.weights_hash(place) for place in places}
+    if job.start_digest not in starts - {None}:
+        raise ModeclipError(
+            f"expert {model}: continues from another model ({job.start_digest or 'none'}) than the bundle's seed "
+            f"({bundle.job_digest('seed') or 'unknown'}) or its {name}; {force}"
+        )
+    known = {bundle.clustering, *(edit["clustering"] for edit in bundle.edits)}
+    known |= {lineage.get("catalog_fingerprint", ""), lineage.get("stages", {}).get("cluster", "")} - {""}
+    if not {job.catalog_fingerprint, *job.catalog_fingerprint.split("-")} & known:
+        raise ModeclipError(
+            f"expert {model}: is of another clustering ({job.catalog_fingerprint}) than the bundle "
+            f"({', '.join(sorted(known))}); {force}"
+        )
+
+
+def _own(folder: Path) -> Path:
+    """Return the folder of a bundle that can be written to."""
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ModeclipError(f"{folder} is no bundle on this machine: {MANIFEST_FILE} is missing")
+    return folder
+
+
+def _entry(
+    bundle: Bundle, expert: int, model: Path, action: str, note: Mapping[str, Any] | None, force: bool
+) -> dict[str, Any]:
+    """Check a model and return what the lineage will say of the edit."""
+    check_model_fits(bundle, model)
+    if not force:
+        check_origin(bundle, expert, model)
+    entry: dict[str, Any] = {
+        "action": action,
+        "expert": f"expert-{expert}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modeclip": version("modeclip"),
+        "clustering": bundle.clustering,
+        "forced": force,
+        "job": None,
+    }
+    with suppress(ModeclipError):
+        job = TrainJob.load(model / "job.json")
+        entry |= {"job": job.digest, "start": job.start_digest, "catalog_fingerprint": job.catalog_fingerprint}
+        if (result := TrainResult.read(replace(job, folder=str(model)))) is not None:
+            entry |= {"pairs": result.rows, "samples": result.samples}
+    return entry | dict(note or {})
+
+
+def _place_model(bundle: Bundle, expert: int, model: Path) -> str:
+    """Copy a model into the bundle's folder under a name that the bundle does not use, and return the name."""
+    name = f"expert-{expert}"
+    if any(file.startswith(f"{name}/") for file in bundle.manifest["sha256"]):
+        name += f"-edit{len(bundle.edits) + 1}"
+    part, place = bundle.path / f"{name}.part", bundle.path / name
+    shutil.rmtree(part, ignore_errors=True)
+    copy_model(model, part)
+    shutil.rmtree(place, ignore_errors=True)
+    part.replace(place)
+    return name
+
+
+def _commit(
+    bundle: Bundle,
+    experts: tuple[Expert, ...],
+    entry: Mapping[str, Any],
+    new: set[str],
+    files: Mapping[str, str] | None = None,
+) -> Bundle:
+    """Replace mode.json, the moment of the change, and remove what it no longer names."""
+    path, manifest = bundle.path, dict(bundle.manifest)
+    manifest |= {"format_version": FORMAT_VERSION, "experts": [asdict(expert) for expert in experts]}
+    manifest |= {"lineage": {**bundle.lineage, EDITS: [*bundle.edits, entry]}}
+    old_files = {"centres": bundle.centres_file, "clusters": bundle.clusters_file}
+    manifest["files"] = dict(files or old_files)
+    dropped = {expert.folder for expert in bundle.experts} - {expert.folder for expert in experts} - {"seed"}
+    dropped |= set(old_files.values()) - set(manifest["files"].values())
+    kept = {file: digest for file, digest in manifest["sha256"].items() if file.partition("/")[0] not in dropped}
+    added = [path / name for name in sorted(new)]
+    manifest["sha256"] = kept | hash_files(
+        path, [f for a in added for f in (sorted(a.iterdir()) if a.is_dir() else [a])]
+    )
+    write_atomically(path / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+    named = {file.partition("/")[0] for file in manifest["sha256"]}
+    for leftover in path.iterdir():
+        if leftover.name in dropped or (_OURS.fullmatch(leftover.name) and leftover.name not in named):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return load_bundle(path)
+
+
+def _folders(bundle: Bundle) -> list[Path]:
+    """Return the folders of a bundle's models, the seed's first."""
+    return [bundle.path / "seed", *(bundle.model_folder(k) for k in range(bundle.num_experts))]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModeclipError(f"expert {folder}: {CONFIG_FILE} cannot be read ({error}); save the model again") from None
+    return content
+
+
+def _flat(content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in content.items():
+        leaves |= _flat(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
+    return leaves
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a file, from its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise ModeclipError(f"expert {path.parent}: {path.name} is damaged ({error}); save the model again") from None

@@ -1,0 +1,386 @@
+"""A bundle, new pairs and a proposal in; a trained job and the extended bundle out.
+
+*Continue an expert*: it goes on from its last checkpoint, optimizer state included, where its job's folder is at hand
+(``models/expert-2`` beside the bundle, or the folder given), else from the weights in the bundle. It sees the new pairs
+of its clusters that are not novel, as often as it saw its own. *A new expert* continues from the seed in the same way,
+on the novel pairs, with as many samples as each other expert had; fine clusters are fitted to their captions, with
+about as many pairs in each as in the bundle.
+
+Schedule: with optimizer state the learning rate starts where the experts' part of the schedule started (5.96 % of the
+highest in the paper) and falls to 0. From weights alone AdamW knows no moments yet, so that rate is reached by a
+warm-up first.
+
+All of it is resumable: the folder keeps what was decided, the job its checkpoints, the bundle's lineage what is done.
+
+Source: ours; MoDE (arXiv 2404.16030) Sec. 3.3 for what an expert's training is.
+Price: that of the training; the novel captions' embeddings in memory once, two million at most for the fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from modeclip.clustering.cards import Tally, make_cards, split_words
+from modeclip.clustering.fitting import read_embeddings, sample_rows
+from modeclip.clustering.kmeans import kmeans, nearest
+from modeclip.clustering.novelty import fit_quantiles
+from modeclip.data.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quantiles_of
+from modeclip.mixture.bundle import Bundle, load_bundle
+from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
+from modeclip.models.checkpoints import find_checkpoint
+from modeclip.system.files import only_process, write_atomically, writing
+from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult, learning_rate_at
+from modeclip.training.launching import run_jobs
+
+PLAN_FILE = "extend.json"
+FIT_SAMPLES = 2_000_000
+"""Novel captions that the new fine centres are fitted on, at most, as for the bundle's own."""
+MAX_SIZE_RATIO = 1.5
+"""Largest new fine cluster by the mean, as `ClusterConfig` has it."""
+ROWS_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendConfig:
+    """How an expert is continued or added."""
+
+    samples: int | None = None
+    """Samples that it sees; by default a continued expert sees its new pairs as often as it saw its own, and a new one
+    as many samples as each of the others."""
+    batch_size: int | None = None
+    """Pairs a step, at most those there are; by default as for the bundle's experts."""
+    learning_rate: float | None = None
+    """Highest learning rate of the whole schedule, of which this is the last part; by default the bundle's."""
+    start: str | None = None
+    """Folder of the finished job to go on from: the expert's, or the seed's for a new one; by default the one in
+    `models` beside the bundle if it is there, else the weights in the bundle."""
+    threads: int = 1
+    """Threads that compute."""
+    seed: int = 0
+    """Decides the new fine clusters."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, least in (("samples", 1), ("batch_size", 2), ("threads", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ModeclipError(f"extend.{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendResult:
+    """What was done."""
+
+    action: Literal["continue", "new"]
+    """Which of the two."""
+    expert: int
+    """Number of the expert."""
+    num_pairs: int
+    """Pairs that it was trained on."""
+    samples: int
+    """Samples that it saw."""
+    folder: str
+    """Of its job."""
+    bundle: str
+    """That has it now."""
+
+
+def continue_job(bundle: Bundle, expert: int, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
+    """Return the job that continues an expert on the new pairs of its clusters that are not novel.
+
+    Args:
+        bundle: Whose expert it is.
+        expert: Its number.
+        catalog: New pairs, assigned to the bundle.
+        folder: Where the model goes.
+        config: Budget and start.
+
+    Raises:
+        ModeclipError: There is no such expert, nothing says how the bundle was trained, or the start is another job's.
+    """
+    if not 0 <= expert < bundle.num_experts:
+        raise ModeclipError(f"bundle {bundle.path}: has experts 0 to {bundle.num_experts - 1}, got {expert}")
+    where = {"expert": expert, "novel": False}
+    new, size = len(catalog.select(None, **where)), max(bundle.experts[expert].size, 1)
+    job = _job_from(bundle, f"expert-{expert}", bundle.experts[expert].folder, catalog, folder, config)
+    samples = config.samples or round(_expert_samples(bundle, job.config) * new / size)
+    return replace(_with_samples(job, samples), where=where)
+
+
+def new_expert_job(bundle: Bundle, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
+    """Return the job that trains a new expert from the seed on the novel pairs; arguments as for `continue_job`."""
+    job = _job_from(bundle, "seed", "seed", catalog, folder, config)
+    samples = config.samples or _expert_samples(bundle, job.config)
+    return replace(_with_samples(job, samples), name=f"expert-{bundle.num_experts}", mask="novel")
+
+
+def fit_new_clusters(
+    bundle: Bundle, catalog: Catalog, config: ExtendConfig, fitted_on: Catalog | None = None
+) -> NewClusters:
+    """Fit fine clusters to the novel pairs of a catalog, about as many pairs to each as in the bundle.
+
+    Args:
+        bundle: Which they will be added to.
+        catalog: New pairs, assigned to the bundle.
+        config: Seed.
+        fitted_on: Catalog that the bundle was made from, where it has no quantiles.
+
+    Raises:
+        ModeclipError: No pair is novel.
+    """
+    rows = catalog.select(mask="novel")
+    if not len(rows):
+        raise ModeclipError(f"catalog {catalog.path!r}: no pair is novel to {bundle.path}; continue an expert instead")
+    x = read_embeddings(catalog, rows[sample_rows(len(rows), FIT_SAMPLES, config.seed)])
+    pairs_per_fine = sum(expert.size for expert in bundle.experts) / len(bundle.fine_centers)
+    wanted = max(1, round(len(rows) / max(pairs_per_fine, 1)))
+    num_fine = min(wanted, len(np.unique(x, axis=0)))
+    centers = kmeans(x, num_fine, max_size_ratio=MAX_SIZE_RATIO, seed=config.seed).centers
+    tally = Tally(num_fine + 1, sample_rows(len(rows), FIT_SAMPLES, config.seed), config.seed)
+    fines, distances = [], []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        fine, squared = nearest(read_embeddings(catalog, part), centers)
+        fines.append(fine)
+        distances.append(np.sqrt(squared))
+        tally.add(fine, distances[-1], catalog.read(["caption"], part)["caption"])
+    for card in bundle.clusters:  # what the bundle speaks of, so that key words are those of the new pairs alone
+        tally.words[-1].update(word for caption in card["nearest_captions"] for word in split_words(caption))
+    spread = float(np.linalg.norm(centers - centers.mean(0), axis=1).mean())
+    whose = np.array([[0]] * num_fine + [[1]])
+    cards, experts = make_cards(tally, whose, np.array([spread, 0.0]))
+    found = fit_quantiles(
+        np.concatenate(fines), np.concatenate(distances), num_fine, quantiles_of(bundle, fitted_on).levels
+    )
+    return NewClusters(
+        fine_centers=centers,
+        cards=tuple(_in_catalog(asdict(card), rows) for card in cards[:-1]),
+        keywords=experts[0].keywords,
+        fine_quantiles=quantiles_of(bundle, fitted_on).extended(found),
+    )
+
+
+def extend(
+    bundle: Path,
+    catalog: Catalog,
+    out: Path,
+    *,
+    action: int | Literal["new"] | None = None,
+    thresholds: AssignConfig | None = None,
+    config: ExtendConfig | None = None,
+    fitted_on: Catalog | None = None,
+) -> ExtendResult:
+    """Assign new pairs, train what is worth it, and put the expert into the bundle; given again, go on.
+
+    Args:
+        bundle: Folder of the bundle; it is changed when the expert is trained.
+        catalog: The new pairs; its columns of clusters and novelty are written.
+        out: Folder of the job.
+        action: Number of the expert to continue, or ``new``; None: what is proposed, if that is one thing.
+        thresholds: As for `assign`.
+        config: Budget and start.
+        fitted_on: Catalog that the bundle was made from, where it has no quantiles.
+
+    Raises:
+        ModeclipError: Nothing or more than one thing is proposed, or the folder is of another extension.
+    """
+    config, thresholds = config or ExtendConfig(), thresholds or AssignConfig()
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out), writing(out):
+        opened = load_bundle(bundle)
+        plan = _read_plan(out)
+        if plan is None:
+            found = assign(catalog, opened, thresholds, fitted_on=fitted_on)
+            job = _decide(opened, found, catalog, out, action, config)
+            plan = {"action": "new" if job.mask else "continue", "expert": int(job.name.removeprefix("expert-"))}
+            plan |= {"bundle": str(bundle.resolve()), "clustering": opened.clustering, "pairs": catalog.fingerprint}
+            job.save()
+            write_atomically(out / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+        _check_plan(plan, bundle, catalog, out, action)
+        job = TrainJob.load(out / f"expert-{plan['expert']}" / "job.json")
+        if not any(edit["job"] == job.digest for edit in opened.edits):
+            _train_and_put(opened, job, plan, catalog, thresholds, config, fitted_on)
+    result = TrainResult.read(job)
+    assert result is not None, "a job whose expert is in the bundle is finished"
+    return ExtendResult(
+        action=plan["action"],
+        expert=plan["expert"],
+        num_pairs=result.rows,
+        samples=result.samples,
+        folder=job.folder,
+        bundle=str(bundle),
+    )
+
+
+def _decide(
+    bundle: Bundle,
+    found: AssignResult,
+    catalog: Catalog,
+    out: Path,
+    action: int | Literal["new"] | None,
+    config: ExtendConfig,
+) -> TrainJob:
+    """Return the job of the action that was asked for, or of the one that is proposed."""
+    if action is None:
+        proposals = found.proposals
+        if not proposals:
+            raise ModeclipError(
+                f"extend: of {found.num_pairs:,} new pairs, {found.num_novel:,} of them novel, no model is worth"
+                " training (modeclip assign has the counts); give --expert K or --new to train one nevertheless"
+            )
+        if len(proposals) > 1:
+            choices = " or ".join("--new" if p.action == "new" else f"--expert {p.expert}" for p in proposals)
+            raise ModeclipError(f"extend: {len(proposals)} things are worth doing; choose one, {choices}")
+        action = "new" if proposals[0].action == "new" else proposals[0].expert
+    if action == "new":
+        return new_expert_job(bundle, catalog, out / f"expert-{bundle.num_experts}", config)
+    return continue_job(bundle, action, catalog, out / f"expert-{action}", config)
+
+
+def _train_and_put(
+    bundle: Bundle,
+    job: TrainJob,
+    plan: Mapping[str, Any],
+    catalog: Catalog,
+    thresholds: AssignConfig,
+    config: ExtendConfig,
+    fitted_on: Catalog | None,
+) -> None:
+    if bundle.clustering != plan["clustering"]:
+        raise ModeclipError(
+            f"extend: bundle {bundle.path} got other experts since this was begun in {Path(job.folder).parent};"
+            " begin in another --out"
+        )
+    if _fingerprint(catalog) != job.catalog_fingerprint:  # the columns may be those of another bundle by now
+        assign(catalog, bundle, thresholds, fitted_on=fitted_on)
+    if _fingerprint(catalog) != job.catalog_fingerprint:
+        raise ModeclipError(
+            f"extend: {Path(job.folder).parent} was begun with other thresholds or pairs; give the same, or another"
+            " --out"
+        )
+    result = run_jobs([job], 1)[job.name]
+    note = {"catalog": catalog.name}
+    if plan["action"] == "new":
+        add_expert(bundle.path, Path(job.folder), fit_new_clusters(bundle, catalog, config, fitted_on), note=note)
+    else:
+        size = bundle.experts[plan["expert"]].size + result.rows
+        replace_expert(bundle.path, plan["expert"], Path(job.folder), size=size, note=note)
+
+
+def _read_plan(out: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads((out / PLAN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def _check_plan(
+    plan: Mapping[str, Any], bundle: Path, catalog: Catalog, out: Path, action: int | Literal["new"] | None
+) -> None:
+    same = plan["bundle"] == str(bundle.resolve()) and plan["pairs"] == catalog.fingerprint
+    if not same or action not in {None, "new" if plan["action"] == "new" else plan["expert"]}:
+        kind = "adds" if plan["action"] == "new" else "continues"
+        raise ModeclipError(
+            f"extend: {out} {kind} expert {plan['expert']} of {plan['bundle']} with other pairs or for another purpose;"
+            " give another --out"
+        )
+
+
+def _job_from(bundle: Bundle, name: str, place: str, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
+    """Return a job that goes on from a model of the bundle: from its checkpoint if at hand, else from its weights."""
+    start = _job_at_hand(bundle, name, config.start)
+    settings = start.config if start is not None else _settings(bundle)
+    settings = replace(
+        settings,
+        batch_size=config.batch_size or settings.batch_size,
+        learning_rate=config.learning_rate or settings.learning_rate,
+    )
+    share = settings.seed_parts / settings.total_parts
+    job = TrainJob(
+        name=name,
+        folder=str(folder),
+        catalog=catalog.path,
+        catalog_fingerprint=_fingerprint(catalog),
+        config=settings,
+        first_step=0,
+        last_step=1,
+        first_share=0.0,
+        last_share=1.0,
+        threads=config.threads,
+    )
+    if start is not None:
+        return replace(
+            job,
+            config=replace(settings, model=start.folder),  # what it was built from itself may be gone
+            start_from=start.folder,
+            start_digest=start.digest,
+            first_step=start.last_step,
+            first_share=share,
+        )
+    if not (bundle.path / place).is_dir():
+        raise ModeclipError(f"bundle {bundle.path}: has no {place} to start from; give --start with its job's folder")
+    settings = replace(
+        settings, model=str((bundle.path / place).resolve()), learning_rate=learning_rate_at(share, settings)
+    )
+    return replace(job, config=settings, start_digest=bundle.weights_hash(place) or "")
+
+
+def _job_at_hand(bundle: Bundle, name: str, given: str | None) -> TrainJob | None:
+    """Return the finished job that a model of the bundle comes from, if its checkpoint can be found."""
+    folder, digest = Path(given) if given else bundle.path.parent / "models" / name, bundle.job_digest(name)
+    job = TrainJob.load(folder / "job.json") if given or (digest and (folder / "job.json").is_file()) else None
+    if job is not None and job.digest == digest:
+        job = replace(job, folder=str(folder.resolve()))
+        if TrainResult.read(job) is not None and find_checkpoint(folder, digest) is not None:
+            return job
+    if given:
+        raise ModeclipError(f"start {given}: not the finished job that {name} of {bundle.path} comes from ({digest})")
+    return None
+
+
+def _settings(bundle: Bundle) -> TrainConfig:
+    """Return the settings that the bundle's lineage says its models were trained with."""
+    from pydantic import TypeAdapter, ValidationError
+
+    recorded = bundle.lineage.get("recipe", {}).get("train")
+    try:
+        return TypeAdapter(TrainConfig).validate_python(recorded)
+    except ValidationError as error:
+        raise ModeclipError(
+            f"bundle {bundle.path}: its lineage does not say how it was trained ({error.errors()[0]['msg']}); give"
+            " --start with the job's folder"
+        ) from None
+
+
+def _expert_samples(bundle: Bundle, config: TrainConfig) -> int:
+    """Return the samples that each expert of the bundle saw after the seed."""
+    steps = config.steps_per_part * (config.total_parts - config.seed_parts)
+    if bundle.lineage.get("recipe", {}).get("experts", {}).get("budget") == "matched":
+        steps = max(1, steps // bundle.num_experts)
+    return steps * config.batch_size
+
+
+def _with_samples(job: TrainJob, samples: int) -> TrainJob:
+    return replace(job, last_step=job.first_step + max(1, samples // job.config.batch_size))
+
+
+def _fingerprint(catalog: Catalog) -> str:
+    """Return what pairs and their assignment are known by."""
+    facts = (catalog.facts("novel") if "novel" in catalog.columns else None) or {}
+    return f"{catalog.fingerprint}-{facts.get('clustering')}-{facts.get('quantiles')}-{facts.get('novel_beyond')}"
+
+
+def _in_catalog(card: dict[str, Any], rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
+    """Return a card whose rows are those of the catalog, not positions among the novel ones."""
+    found = {name: rows[list(card[name])].tolist() if card[name] else [] for name in ("nearest_rows", "random_rows")}
+    return card | found

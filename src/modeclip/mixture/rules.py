@@ -1,0 +1,399 @@
+"""Class embeddings and cluster centres in, a weight per expert out: whom a task listens to.
+
+A mixture answers with the weighted sum of its experts' cosine similarities; this module gives the
+weights. Nothing is learned and no image is needed: a class name is embedded as the captions were,
+so the fine cluster that it falls into tells which expert was trained on such words. With class
+embeddings e_l, fine centres e_s, S_c the fine clusters of expert c, and d_l the distance of class l
+to its nearest centre:
+
+    A_ls = exp(-||e_l - e_s||^2 / temperature)                                         (eq. 5)
+    p(c) = softmax over c of the sum, over all classes l and all s in S_c, of A_ls     (eq. 6)
+
+The rules:
+
+- `eq6`: a class keeps only the A of its nearest centre, A_l = exp(-d_l^2 / temperature).
+- `paper`: `eq6`; but if L < 10, every A_l is multiplied by exp(0.5 - sqrt(L)), and if L > 200, the
+  temperature is divided by ln(L). So nothing changes at L = 10 and at L = 200 exactly.
+- `release`: what the published code computes, of the plain distance and without a temperature:
+  A_l = exp((add - d_l) * mul), with add = exp(0.5 - sqrt(L)) if L < 10, else 0, and
+  mul = 5 * log10(max(10, L - 200)), which is 5 up to L = 210; then p = softmax(sums / 8).
+- `uniform`: 1 / K each, the plain ensemble.
+- `coarse`: `eq6` with the mean of each expert's fine centres in place of the fine centres.
+- `top1`: all weight on the expert that has the most under `paper`.
+- `per_class`: each class has its own weights, the experts' shares of its A_ls over ALL centres.
+- `share`: the mean of `per_class` over the classes.
+
+The sum of an expert without a fine cluster is 0. In the softmax of `paper`, `eq6`, `release` and
+`coarse` that is still exp(0) > 0: the published formulas give some weight to an expert that no
+class speaks for. `share` and `per_class` give it 0.
+
+What a row is. A task's classes, or the texts of a corpus whose images ask for a text (eq. 7), are
+routed together. Queries that ask for an image, and images where the clusters are of images, are
+each a task of their own: `each=True` gives a row of weights to each, under every rule.
+
+`max_experts` n keeps the n experts with the largest mean over all rows, their weights renormalised.
+
+Source: MoDE (arXiv 2404.16030), Sec. 3.4, eq. 5-7; App. E for the two terms of `paper` that depend
+on L; CoarseCluster in Sec. 5.2; images in Sec. 5.3. `top1`, `share`, `per_class` and the budget are ours;
+what was tried beyond them and did not win is in ``runs/candidates.py``.
+Price: one product of an L x D with a D x M matrix in float64, a chunk of rows at a time: `per_class`
+weighs a million texts of 384 dimensions in 17 seconds for M = 1024 and in 2 minutes for M = 8192 (one
+core, ``benchmarks/routing.py``); memory is that of the weights and of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from modeclip.clustering.nearness import nearest_center, nearest_of, squared_distances
+from modeclip.data.prompts import check_templates, fill
+from modeclip.errors import ModeclipError, unknown
+
+RULES = ("paper", "eq6", "release", "uniform", "coarse", "top1", "share", "per_class")
+
+DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.1}
+"""Each rule's temperature for callers that name none: the paper's; 0.1 if all centres count."""
+
+Mix = Literal["cosines", "log-probabilities"]
+MIXES: tuple[Mix, ...] = get_args(Mix)
+"""What of the experts is weighed: cosines (the paper); log-probabilities need all classes of a task at once."""
+
+SMALL_TASK = 10
+"""A task with fewer classes than this is small (App. E)."""
+
+LARGE_TASK = 200
+"""A task with more classes than this is large (App. E)."""
+
+RELEASE_SLOPE = 5.0
+"""Factor of the plain distance in the published code, before it grows with L."""
+
+RELEASE_SOFTNESS = 8.0
+"""What the published code divides the experts' sums by before the softmax."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routing:
+    """The experts' weights for one task, and the distances that they were made from."""
+
+    weights: Float[np.ndarray, "... K"]
+    """Weight of each expert, summing to 1: (K,), or a row for each class (L, K) under `per_class` and
+    with `each`."""
+
+    nearest_fine: Int[np.ndarray, " L"]
+    """Index of the fine centre nearest to each class; the lowest index if several are."""
+
+    distance: Float[np.ndarray, " L"]
+    """Euclidean distance to that centre, NOT squared: 0 to 2 for unit vectors."""
+
+    entropy: float
+    """Entropy of the weights in nats: 0 is one expert, ln(K) uniform. Of rows: the mean."""
+
+
+def route(
+    class_embeddings: Float[np.ndarray, "L D"],
+    fine_centers: Float[np.ndarray, "M D"],
+    expert_of_fine: Int[np.ndarray, " M"],
+    *,
+    num_experts: int,
+    rule: str = "paper",
+    temperature: float = 0.2,
+    each: bool = False,
+    max_experts: int | None = None,
+) -> Routing:
+    """Weigh the experts for one task.
+
+    Args:
+        class_embeddings: One unit vector a class, by the encoder that embedded the captions.
+        fine_centers: Centres of the fine clusters of the captions.
+        expert_of_fine: Which expert, 0 to K - 1, each fine cluster belongs to.
+        num_experts: K.
+        rule: One of `RULES`; the top of this module gives each one's formula.
+        temperature: Lambda of eq. 5, in units of squared distance, above 0. The default is the
+            paper's, see `DEFAULT_TEMPERATURE`; `uniform` and `release` take no notice of it.
+        each: Whether every row is a task of its own, as queries for images and images are.
+        max_experts: How many experts may have weight; None: all.
+
+    Returns:
+        The weights. `nearest_fine` and `distance` are about the fine centres under every rule,
+        also under those that do not use them (`uniform`, `coarse`).
+
+    Raises:
+        ModeclipError: The rule is unknown, the temperature is not above 0, there is no class, an
+            array has a wrong shape or is not finite, or another argument is out of range.
+
+    Examples:
+        Seven classes at distance 0.6 from their nearest centre, which is expert 0's for five:
+
+        >>> centers = np.array([[0.0, 0.0], [3.0, 0.0]])
+        >>> classes = np.array([[0.0, 0.6]] * 5 + [[3.0, 0.6]] * 2)
+        >>> route(classes, centers, np.array([0, 1]), num_experts=2, rule="eq6").weights.round(3)
+        array([0.621, 0.379])
+
+    References:
+        Ma et al., MoDE: CLIP Data Experts via Clustering, arXiv 2404.16030, Sec. 3.4 and App. E.
+    """
+    if rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    _check(class_embeddings, fine_centers, expert_of_fine, num_experts, temperature)
+    if max_experts is not None and max_experts < 1:
+        raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
+    if rule in {"share", "per_class"}:
+        is_member = np.eye(num_experts)[expert_of_fine]
+        weights, nearest_fine, distance = _share(class_embeddings, fine_centers, is_member, temperature)
+        if rule == "share" and not each:
+            weights = weights.mean(axis=0)
+    else:
+        nearest_fine, distance = nearest_center(class_embeddings, fine_centers)
+        if rule == "coarse":
+            coarse_centers, expert_of_coarse = _coarse_clusters(fine_centers, expert_of_fine)
+            nearest_coarse, near = nearest_center(class_embeddings, coarse_centers)
+            expert_of_class = expert_of_coarse[nearest_coarse]
+        else:
+            expert_of_class, near = expert_of_fine[nearest_fine].astype(np.int64), distance
+        weights = _task_weights(rule, near, expert_of_class, num_experts, temperature, each)
+    if max_experts is not None:
+        weights = keep_best(weights, max_experts)
+    return Routing(weights=weights, nearest_fine=nearest_fine, distance=distance, entropy=entropy(weights))
+
+
+def share(
+    class_embeddings: Float[np.ndarray, "L D"],
+    fine_centers: Float[np.ndarray, "M D"],
+    expert_of_fine: Int[np.ndarray, " M"],
+    *,
+    num_experts: int,
+    temperature: float,
+) -> Float[np.ndarray, "L K"]:
+    """Weigh the experts for every class: their shares of its affinity to all fine centres.
+
+    Args:
+        class_embeddings: One unit vector a class, or query text.
+        fine_centers: Centres of the fine clusters of the captions.
+        expert_of_fine: Which expert, 0 to K - 1, each fine cluster belongs to.
+        num_experts: K.
+        temperature: Lambda of eq. 5, above 0. Towards 0, the nearest centre alone decides.
+
+    Returns:
+        Weights that sum to 1 in each row.
+
+    Raises:
+        ModeclipError: As in `route`.
+
+    Examples:
+        >>> centers = np.array([[0.0], [1.0]])
+        >>> classes = np.array([[0.1], [0.5]])
+        >>> share(classes, centers, np.array([0, 1]), num_experts=2, temperature=0.2).round(3)
+        array([[0.982, 0.018],
+               [0.5  , 0.5  ]])
+    """
+    return route(
+        class_embeddings,
+        fine_centers,
+        expert_of_fine,
+        num_experts=num_experts,
+        rule="per_class",
+        temperature=temperature,
+    ).weights
+
+
+def embed_classes(
+    encode: Callable[[Sequence[str]], Float[np.ndarray, "_ D"]],
+    classnames: Sequence[str],
+    templates: Sequence[str] = (),
+) -> Float[np.ndarray, "L D"]:
+    """Embed class names for routing: the names themselves (the paper), or their prompts (the published code).
+
+    Args:
+        encode: The clusters' encoder: texts -> unit vectors.
+        classnames: L class names.
+        templates: Prompts with ``{}`` where the name goes, whose unit vectors are averaged and
+            scaled to norm 1; none: the plain names.
+
+    Raises:
+        ModeclipError: A template has no place for the name.
+    """
+    check_templates(templates, "route")
+    if not templates:
+        return encode(list(classnames))
+    total = sum(encode([fill(template, name) for name in classnames]) for template in templates)
+    vectors = np.asarray(total)
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit.astype(vectors.dtype)
+
+
+def keep_best(weights: Float[np.ndarray, "... K"], count: int, *, per_row: bool = False) -> Float[np.ndarray, "... K"]:
+    """Give all weight to the experts that have the most, the lowest index of equals.
+
+    Args:
+        weights: (K,), or rows of weights.
+        count: How many experts are kept, 1 or more.
+        per_row: Whether each row keeps its own; else all keep those with the largest mean.
+
+    Returns:
+        Weights that sum to 1. A row that had nothing for any of those kept shares equally among them.
+
+    Examples:
+        >>> keep_best(np.array([0.1, 0.6, 0.3]), 2).round(3)
+        array([0.   , 0.667, 0.333])
+    """
+    if count < 1:
+        raise ModeclipError(f"max_experts: expected 1 or more, got {count}")
+    if count >= weights.shape[-1]:
+        return weights
+    size = weights if per_row or weights.ndim == 1 else weights.mean(axis=0)
+    mask = np.zeros(size.shape)
+    np.put_along_axis(mask, np.argsort(-size, axis=-1, kind="stable")[..., :count], 1.0, axis=-1)
+    return reweigh(weights, mask)
+
+
+def reweigh(weights: Float[np.ndarray, "... K"], factors: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
+    """Multiply weights by factors of 0 or more and make them sum to 1; where nothing is left, the factors count alone.
+
+    Examples:
+        >>> reweigh(np.array([[0.5, 0.5], [0.0, 1.0]]), np.array([1.0, 0.0]))
+        array([[1., 0.],
+               [1., 0.]])
+    """
+    product = weights * factors
+    total = product.sum(axis=-1, keepdims=True)
+    alone = factors / factors.sum(axis=-1, keepdims=True)
+    shares: np.ndarray = np.where(total > 0, product / np.where(total > 0, total, 1.0), alone)
+    return shares
+
+
+def softmax(x: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
+    """Normalise exp(x) over the last axis; the largest value is taken off first, so none overflows.
+
+    Examples:
+        >>> softmax(np.array([1000.0, 1000.0, 0.0]))
+        array([0.5, 0.5, 0. ])
+    """
+    exponential: np.ndarray = np.exp(x - x.max(axis=-1, keepdims=True))
+    exponential /= exponential.sum(axis=-1, keepdims=True)
+    return exponential
+
+
+def entropy(weights: Float[np.ndarray, "... K"]) -> float:
+    """Measure how spread the weights are, in nats, with 0 ln 0 = 0; the mean if there are rows.
+
+    Examples:
+        >>> entropy(np.array([1.0, 0.0])), round(entropy(np.array([0.5, 0.5])), 4)
+        (0.0, 0.6931)
+    """
+    positive = np.where(weights > 0, weights, 1.0)
+    return float(abs((positive * np.log(positive)).sum(axis=-1).mean()))
+
+
+def _task_weights(
+    rule: str, distance: np.ndarray, expert_of_class: np.ndarray, num_experts: int, temperature: float, each: bool
+) -> np.ndarray:
+    """Return the weights under the rules that look at the nearest centre alone: (K,), or a row for each class."""
+    num_classes = 1 if each else len(distance)
+
+    def sums(affinity: np.ndarray) -> np.ndarray:
+        if not each:
+            return np.bincount(expert_of_class, weights=affinity, minlength=num_experts)
+        rows = np.zeros((len(affinity), num_experts))
+        rows[np.arange(len(affinity)), expert_of_class] = affinity
+        return rows
+
+    match rule:
+        case "eq6" | "coarse":
+            return softmax(sums(_eq6_affinity(distance, temperature)))
+        case "paper":
+            return softmax(sums(_paper_affinity(distance, temperature, num_classes)))
+        case "top1":
+            # The largest sum has the largest weight, but nearly flat weights can round to a tie.
+            best = sums(_paper_affinity(distance, temperature, num_classes)).argmax(axis=-1)
+            one_hot: np.ndarray = np.eye(num_experts)[best]
+            return one_hot
+        case "release":
+            return softmax(sums(_release_affinity(distance, num_classes)) / RELEASE_SOFTNESS)
+        case _:
+            return np.full((len(distance), num_experts) if each else num_experts, 1 / num_experts)
+
+
+def _share(
+    class_embeddings: np.ndarray, fine_centers: np.ndarray, is_member: np.ndarray, temperature: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each class's shares, its nearest centre and the distance to it, in one pass over the distances."""
+    num_classes = len(class_embeddings)
+    shares = np.empty((num_classes, is_member.shape[1]))
+    nearest_fine, distance = np.empty(num_classes, dtype=np.int64), np.empty(num_classes)
+    for rows, chunk, squared in squared_distances(class_embeddings, fine_centers):
+        nearest_fine[rows], distance[rows] = nearest_of(chunk, squared, fine_centers)
+        squared -= squared.min(axis=1, keepdims=True)
+        squared /= -temperature
+        sums: np.ndarray = np.exp(squared, out=squared) @ is_member
+        shares[rows] = sums / sums.sum(axis=1, keepdims=True)
+    return shares, nearest_fine, distance
+
+
+def _eq6_affinity(distance: np.ndarray, temperature: float) -> np.ndarray:
+    """A_l of eq. 5, of the nearest centre."""
+    return np.exp(-(distance**2) / temperature)
+
+
+def _paper_affinity(distance: np.ndarray, temperature: float, num_classes: int) -> np.ndarray:
+    """A_l of eq. 5 with the terms of App. E for a small and for a large task."""
+    if num_classes > LARGE_TASK:
+        temperature = temperature / math.log(num_classes)
+    scale = math.exp(0.5 - math.sqrt(num_classes)) if num_classes < SMALL_TASK else 1.0
+    return scale * _eq6_affinity(distance, temperature)
+
+
+def _release_affinity(distance: np.ndarray, num_classes: int) -> np.ndarray:
+    """A_l as the published code computes it."""
+    add = math.exp(0.5 - math.sqrt(num_classes)) if num_classes < SMALL_TASK else 0.0
+    mul = RELEASE_SLOPE * math.log10(max(10, num_classes - LARGE_TASK))
+    return np.exp((add - distance) * mul)
+
+
+def _coarse_clusters(fine_centers: np.ndarray, expert_of_fine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean fine centre of every expert that has one, and which experts those are."""
+    experts = np.unique(expert_of_fine)
+    centers = fine_centers.astype(np.float64)
+    means = np.stack([centers[expert_of_fine == expert].mean(axis=0) for expert in experts])
+    return means, experts.astype(np.int64)
+
+
+def _check(
+    class_embeddings: np.ndarray,
+    fine_centers: np.ndarray,
+    expert_of_fine: np.ndarray,
+    num_experts: int,
+    temperature: float,
+) -> None:
+    """Raise for the first argument that no rule can work with."""
+    for name, rows in (("class_embeddings", class_embeddings), ("fine_centers", fine_centers)):
+        if rows.ndim != 2 or len(rows) == 0:
+            raise ModeclipError(f"{name}: expected a matrix of 1 or more rows, got shape {rows.shape}")
+        is_finite = np.isfinite(rows).all(axis=1)
+        if not is_finite.all():
+            raise ModeclipError(f"{name}: row {is_finite.argmin()} has a value that is not finite")
+    if class_embeddings.shape[1] != fine_centers.shape[1]:
+        raise ModeclipError(
+            f"class_embeddings: expected {fine_centers.shape[1]} dimensions as fine_centers has, "
+            f"got {class_embeddings.shape[1]}; use the encoder that embedded the captions"
+        )
+    num_fine = len(fine_centers)
+    if expert_of_fine.shape != (num_fine,) or expert_of_fine.dtype.kind not in "iu":
+        raise ModeclipError(
+            f"expert_of_fine: expected an integer for each of {num_fine} fine centers, "
+            f"got {expert_of_fine.dtype} of shape {expert_of_fine.shape}"
+        )
+    is_outside = (expert_of_fine < 0) | (expert_of_fine >= num_experts)
+    if is_outside.any():
+        fine = is_outside.argmax()
+        raise ModeclipError(
+            f"expert_of_fine: expected 0 to {num_experts - 1} (num_experts is {num_experts}), "
+            f"got {expert_of_fine[fine]} at fine cluster {fine}"
+        )
+    if not 0 < temperature < math.inf:
+        raise ModeclipError(f"temperature: expected a finite number above 0, got {temperature}")

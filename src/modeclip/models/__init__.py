@@ -1,0 +1,1 @@
+"""CLIP models: loading, saving, counting their work, and the vectors they give."""

@@ -1,0 +1,392 @@
+"""Model specification -> CLIP model with its tokenizer and preprocessing; the only file that knows open_clip.
+
+A model is named as open_clip users name it: ``ViT-B-32`` (random weights), ``ViT-B-32@laion2b_s34b_b79k`` (a pretrained
+tag or a checkpoint file), ``hf-hub:org/name``, ``local-dir:/path`` or just the path of such a folder. What is saved is
+such a folder (``open_clip_config.json`` + ``open_clip_model.safetensors``): open_clip loads it with no line of ours.
+
+Captions are cut to the longest of their batch before the text tower sees them. In a causal tower no position sees a
+later one, and the features are read at the end-of-text token, so the padding behind it changes nothing: the result is
+the same to rounding, for a fraction of the work (icon names use 4 to 12 of 77 positions).
+
+Source: OpenCLIP (arXiv 2212.07143) for the conventions; model folders as open_clip 3 reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modeclip.errors import ModeclipError, unknown
+from modeclip.models.checkpoints import numbers_allowed, write_tensors
+from modeclip.system.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # of the files that open_clip takes from a model folder
+PARITY_FILE = "parity.json"
+PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+"""Largest difference between features of unit norm that is rounding, by the type of the weights in memory."""
+SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+"""Where SigLIP's scale and bias start (arXiv 2303.15343, Sec. 3.2)."""
+_OWN_CONFIGS = Path(__file__).parent / "configs"
+_PARITY_TEXTS = ("A red Heart", "!", "an arrow that points to the left, " * 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A CLIP model with everything that it takes to run or save it."""
+
+    model: Any
+    """The open_clip model, an ``nn.Module`` (open_clip declares no types)."""
+    config: dict[str, Any]
+    """Content of its ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``."""
+    tokenizer: Any
+    """Callable: list of texts -> (B, context_length) int64 token ids."""
+    preprocess: Any
+    """Callable: PIL image -> (3, H, W) float32, open_clip's transform for inference."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Width and height that the image tower takes, in pixels."""
+        size = self.model.visual.image_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return int(width), int(height)
+
+    def images(self, pictures: Sequence[Image]) -> Tensor:
+        """Turn pictures into a (B, 3, H, W) float32 batch, equal to ``preprocess`` on each of them.
+
+        Pictures that have the model's size already need no resizing and no crop: those are normalised as one batch,
+        which is several times as fast for small pictures.
+        """
+        import torch
+
+        if any(picture.size != self.image_size or picture.mode != "RGB" for picture in pictures):
+            return torch.stack([self.preprocess(picture) for picture in pictures])
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        batch = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        mean = torch.tensor(self.model.visual.image_mean).view(1, 3, 1, 1)
+        std = torch.tensor(self.model.visual.image_std).view(1, 3, 1, 1)
+        return batch.sub_(mean).div_(std)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Turn texts into (B, context_length) int64 token ids."""
+        tokens: Tensor = self.tokenizer(list(texts))
+        return tokens
+
+
+def load_clip(spec: str | Path, *, seed: int = 0, patch_dropout: float = 0.0, siglip: bool = False) -> Clip:
+    """Build a CLIP on the CPU from a model specification (see the top of this file).
+
+    Args:
+        spec: Name, ``name@tag``, ``name@file``, ``hf-hub:``, ``local-dir:`` or the path of a model folder.
+        seed: Of the random start, where the specification carries no weights.
+        patch_dropout: Share of the patches that the image tower leaves out in training, in [0, 1).
+        siglip: Give the model a bias beside its scale; where it had none, both start as SigLIP's.
+
+    Raises:
+        ModeclipError: The name or tag is unknown, the folder is no model, the weights need another activation than
+            the name gives them, or the image tower has no patches to leave out.
+    """
+    import open_clip
+    import torch
+
+    open_clip.add_model_config(_OWN_CONFIGS)
+    check_model(str(spec))
+    name, tag = _resolve(str(spec))
+    if tag and not Path(tag).is_file():
+        _check_tag(name, tag)
+    start = SIGLIP_START if siglip else {}
+    with _quiet(), _loading(str(spec)), torch.random.fork_rng(devices=[]), numbers_allowed():
+        torch.manual_seed(seed)
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=tag, force_patch_dropout=patch_dropout, **start
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    if patch_dropout and not any("PatchDropout" in type(module).__name__ for module in model.visual.modules()):
+        raise ModeclipError(f"model {spec}: its image tower has no patches; set train.augment.patch_dropout to 0")
+    config = _config_of(name, model)
+    if start:
+        config["model_cfg"] |= start
+        if not model.logit_bias.any():  # open_clip's stand-in where weights carry none
+            with torch.no_grad():
+                model.logit_scale.fill_(start["init_logit_scale"])
+                model.logit_bias.fill_(start["init_logit_bias"])
+    return Clip(model=model, config=config, tokenizer=tokenizer, preprocess=preprocess)
+
+
+def model_shapes(spec: str, *, siglip: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in a model's state, without making or loading its weights.
+
+    Raises:
+        ModeclipError: As for ``load_clip``.
+    """
+    import open_clip
+    import torch
+
+    open_clip.add_model_config(_OWN_CONFIGS)
+    check_model(spec)
+    name, tag = _resolve(spec)
+    if tag and not Path(tag).is_file():
+        _check_tag(name, tag)
+    start = SIGLIP_START if siglip else {}
+    with _quiet(), _loading(spec), torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False, device="meta", pretrained_text=False, **start)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def check_model(spec: str) -> None:
+    """Raise for a model specification that cannot be loaded, as far as can be told without importing open_clip.
+
+    Raises:
+        ModeclipError: The name is unknown, or the folder is no model.
+    """
+    name, tag = _resolve(spec)
+    if tag and "." in Path(tag).name and not Path(tag).is_file():
+        raise ModeclipError(f"model {spec}: there is no file {tag}; correct the path, or name a pretrained tag")
+    if name.startswith("local-dir:"):
+        _check_folder(Path(name.removeprefix("local-dir:")))
+    elif not name.startswith("hf-hub:"):
+        own = sorted(path.stem for path in _OWN_CONFIGS.glob("*.json"))
+        package = find_spec("open_clip")
+        folders = [Path(folder) / "model_configs" for folder in (package and package.submodule_search_locations) or ()]
+        known = {path.stem for folder in folders for path in folder.glob("*.json")}
+        if name not in known.union(own):
+            few = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "any other of open_clip.list_models()"]
+            raise unknown("model", name, [*own, *few, "the path of a model folder"])
+
+
+def save_clip(clip: Clip, folder: Path) -> None:
+    """Write a model as the folder that open_clip loads with ``local-dir:``, and the proof that it does.
+
+    Raises:
+        ModeclipError: The disk is full, or open_clip makes another model of the folder (see ``write_parity``).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PARITY_FILE).unlink(missing_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, clip.model.state_dict())
+    write_atomically(folder / CONFIG_FILE, json.dumps(clip.config, indent=2) + "\n")
+    if hasattr(clip.tokenizer, "save_pretrained"):  # Hugging Face's; open_clip looks for it in the folder
+        clip.tokenizer.save_pretrained(str(folder))
+    write_parity(clip, folder)
+
+
+def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
+    """Load a model folder with open_clip alone, compare it with the model in memory, and write what differs.
+
+    Both run on the same device, on two random pictures (one of the model's size, one of another size and shape) and on
+    fixed texts: so preprocessing, token ids and the towers (with their activation function) are all compared.
+
+    Returns:
+        The content of ``parity.json``.
+
+    Raises:
+        ModeclipError: They differ by more than rounding.
+    """
+    import open_clip
+    import torch
+    from PIL import Image
+
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    ours = next(clip.model.parameters())
+    draw = np.random.default_rng(0)
+    width, height = clip.image_size
+    shapes = [(height + height // 2, width + width // 4, 3), (height, width, 3)]
+    pictures = [Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+    images = torch.cat([clip.images([picture]) for picture in pictures])
+    tokens = clip.tokens(_PARITY_TEXTS)
+    kind = str(ours.dtype).removeprefix("torch.")
+    tolerance = PARITY_TOLERANCE.get(kind, PARITY_TOLERANCE["float32"])
+    training = clip.model.training
+    clip.model.eval()
+    model.to(ours.device).eval()
+    try:
+        with torch.inference_mode():
+            inputs = {"encode_image": images.to(ours), "encode_text": tokens.to(ours.device)}
+            features = [
+                [getattr(tower, method)(value, normalize=True).float() for method, value in inputs.items()]
+                for tower in (clip.model, model.to(ours.dtype))
+            ]
+    finally:
+        clip.model.train(training)
+    seen = torch.stack([preprocess(picture) for picture in pictures])
+    parity: dict[str, Any] = {
+        "preprocess": {"max_abs": _largest(images, seen)},
+        "token_ids_equal": bool(torch.equal(tokens, tokenizer(list(_PARITY_TEXTS)))),
+    }
+    for tower, here, there in zip(("image", "text"), *features, strict=True):
+        cosine = float(torch.nn.functional.cosine_similarity(here, there).min())
+        parity[tower] = {"max_abs": _largest(here, there), "min_cosine": cosine}
+    parity |= {"tolerance": tolerance, "precision": kind, "device": str(ours.device)}
+    parity["versions"] = {name: version(name) for name in ("modeclip", "open_clip_torch", "torch")}
+    write_atomically(folder / PARITY_FILE, json.dumps(parity, indent=2) + "\n")
+    _refuse_difference(parity, folder)
+    return parity
+
+
+def encode_image(model: Any, images: Tensor) -> Tensor:
+    """Encode (B, 3, H, W) images into (B, D) unit vectors."""
+    features: Tensor = model.encode_image(images, normalize=True)
+    return features
+
+
+def encode_text(model: Any, tokens: Tensor) -> Tensor:
+    """Encode (B, context_length) token ids into (B, D) unit vectors, cutting the padding that no caption uses.
+
+    The cut is exact where the text tower is open_clip's own, causal, and read at the end-of-text token, whichever class
+    of model it sits in; any other tower gets the full length.
+    """
+    import torch.nn.functional as F  # noqa: N812  (the name that PyTorch's own documents use)
+    from open_clip.transformer import text_global_pool
+
+    tower, pool, end = _causal_tower(model)
+    if tower is None:
+        features: Tensor = model.encode_text(tokens, normalize=True)
+        return features
+    used = (tokens != 0).any(dim=0).nonzero()  # an id of 0 is padding, but also the token "!"
+    length = int(used.max()) + 1 if len(used) else tokens.shape[1]
+    tokens = tokens[:, :length]
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+    x = text_global_pool(x, tokens, pool, eos_token_id=end)
+    projection = tower.text_projection
+    if projection is not None:
+        x = projection(x) if callable(projection) else x @ projection
+    return F.normalize(x, dim=-1)
+
+
+@contextmanager
+def fast_attention(device: torch.device, precision: str) -> Iterator[None]:
+    """Choose the attention kernel: plain products for bfloat16 on a CPU, PyTorch's choice elsewhere.
+
+    On the CPU the fused kernel is slow for short sequences in bfloat16, such as 17 image patches;
+    ``benchmarks/train_step.py`` prints by how much.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device.type == "cpu" and precision.startswith("bf16"):
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+def _resolve(spec: str) -> tuple[str, str | None]:
+    """Split a specification into open_clip's model name and pretrained tag."""
+    if spec.startswith(("hf-hub:", "local-dir:")):
+        return spec, None
+    if Path(spec).is_dir():
+        return f"local-dir:{spec}", None
+    name, _, tag = spec.partition("@")
+    return name.replace("/", "-"), tag or None
+
+
+def _causal_tower(model: Any) -> tuple[Any, str, int | None]:
+    """Return the module with the text tower's parts, its pooling and its end-of-text id; None: no cut is exact."""
+    import open_clip
+    from open_clip.transformer import TextTransformer
+
+    if isinstance(model, open_clip.CLIP):
+        tower, pool, end = model, model.text_pool_type, getattr(model, "text_eos_id", None)
+    elif isinstance(model, open_clip.CustomTextCLIP) and isinstance(model.text, TextTransformer):
+        tower, pool, end = model.text, model.text.pool_type, model.text.eos_id
+    else:
+        return None, "", None
+    at_end = getattr(tower, "cls_emb", None) is None and (pool == "argmax" or (pool == "eos" and end))
+    exact = tower.attn_mask is not None and at_end
+    return (tower, pool, end) if exact else (None, "", None)
+
+
+@contextmanager
+def _loading(spec: str) -> Iterator[None]:
+    """Turn what open_clip raises for a model that it cannot make into one line."""
+    try:
+        yield
+    except Exception as error:  # damaged files alone raise nearly anything
+        raise ModeclipError(f"model {spec}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_tag(name: str, tag: str) -> None:
+    """Raise for a tag that open_clip does not know, and for weights that need another activation than the name's."""
+    import open_clip
+
+    found = open_clip.get_pretrained_cfg(name, tag)
+    if not found:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise unknown(f"pretrained tag of {name}", tag, tags, f"open_clip.list_pretrained_tags_by_model({name!r})")
+    config = open_clip.get_model_config(name) or {}
+    if found.get("quick_gelu", False) != config.get("quick_gelu", False):
+        quick = "QuickGELU" if found.get("quick_gelu", False) else "GELU"
+        other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+        advice = f"; write {other}@{tag}" if other in open_clip.list_models() else ""
+        raise ModeclipError(f"model {name}@{tag}: these weights were trained with {quick}, {name} has not{advice}")
+
+
+def _largest(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two tensors; infinite if their shapes differ."""
+    return float((one.float() - other.float()).abs().max()) if one.shape == other.shape else math.inf
+
+
+def _refuse_difference(parity: dict[str, Any], folder: Path) -> None:
+    found = [
+        f"{part} by {parity[part]['max_abs']:.2g}"
+        for part in ("preprocess", "image", "text")
+        if not parity[part]["max_abs"] <= parity["tolerance"]
+    ]
+    found += [] if parity["token_ids_equal"] else ["token ids"]
+    if found:
+        raise ModeclipError(
+            f"{folder}: open_clip makes another model of this folder than the one in memory; they differ in "
+            f"{', '.join(found)} (tolerance {parity['tolerance']:g}, see {PARITY_FILE}): its {CONFIG_FILE} does not "
+            "describe the weights (QuickGELU, image size, mean, std)"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise for a folder without settings or weights: open_clip would start such a model at random."""
+    has_weights = any(path.suffix in WEIGHTS_SUFFIXES for path in folder.glob("*"))
+    for file, is_there in ((CONFIG_FILE, (folder / CONFIG_FILE).is_file()), (WEIGHTS_FILE, has_weights)):
+        if not is_there:
+            raise ModeclipError(f"model folder {folder}: {file} is missing; expected a folder as open_clip saves it")
+
+
+def _config_of(name: str, model: Any) -> dict[str, Any]:
+    """Return what ``open_clip_config.json`` must say for a model that was created by this name."""
+    import open_clip
+
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / CONFIG_FILE
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
+    wanted = ("mean", "std", "interpolation", "resize_mode")
+    preprocess = {key: value for key, value in model.visual.preprocess_cfg.items() if key in wanted}
+    return {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": preprocess}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back open_clip's notes on the root logger while a model is built."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

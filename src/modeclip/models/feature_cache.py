@@ -1,0 +1,159 @@
+"""Vectors -> files named after all that decides their content, and back; each made once.
+
+Each file is an .npy of float32 rows with the SHA-256 of all before it as its last 32 bytes: a damaged file counts as
+missing and is made again. Files appear whole or not at all, so several processes may share a folder and a killed one
+leaves nothing that is taken for whole. Nothing is declared stale: other content has another name.
+
+Price: 4 D bytes of disk a vector; a file is read once when it is opened, to be checked, and then memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import file_digest, sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Float
+
+from modeclip.models.pool import Models
+from modeclip.system.files import writing
+
+FORMAT = 1  # raise it when the same inputs start to give other vectors
+OLD_SECONDS = 24 * 3600.0  # age from which what a killed process has left half-written is removed
+DIGEST_BYTES = 32
+
+
+class FeatureCache:
+    """A folder of vectors, and the models that are in memory to make more of them."""
+
+    def __init__(self, folder: Path | None = None, *, max_loaded: int | None = None) -> None:
+        """Open a cache.
+
+        Args:
+            folder: Where the files are; None: in a temporary folder, which ends with this object.
+            max_loaded: Models in memory at a time, at most; None: as many as fit (see `MODEL_SHARE`).
+        """
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="modeclip-features-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_old_parts(folder)
+        self.folder = folder
+        self.models = Models(max_loaded)
+        self._used: set[str] = set()
+        self._checked: dict[str, tuple[int, int]] = {}
+
+    def key(self, kind: str, **parts: object) -> str:
+        """Return the name of the file of what these parts decide."""
+        made_by = {"format": FORMAT, "open_clip": version("open_clip_torch")}
+        content = json.dumps([kind, made_by, parts], sort_keys=True)
+        return f"{kind}-{sha256(content.encode()).hexdigest()[:40]}"
+
+    def has(self, key: str, num_rows: int) -> bool:
+        """Tell whether a file is there and whole."""
+        return self._read(key, num_rows) is not None
+
+    def read(self, key: str, num_rows: int) -> Float[np.ndarray, "N D"]:
+        """Return the rows of a file that is there, memory-mapped."""
+        rows = self._read(key, num_rows)
+        assert rows is not None, f"{self.folder / key} was there a moment ago"
+        return rows
+
+    @contextmanager
+    def writer(self, key: str, num_rows: int) -> Iterator[Callable[[Any, Float[np.ndarray, "n D"]], None]]:
+        """Yield ``write(rows, vectors)``; the file appears at the end, if all went well."""
+        handle, name = tempfile.mkstemp(prefix=f"{key}.", suffix=".part", dir=self.folder)
+        os.close(handle)
+        part = Path(name)
+        maps: list[np.memmap[Any, Any]] = []
+
+        def write(rows: Any, vectors: Float[np.ndarray, "n D"]) -> None:
+            if not maps:
+                shape = (num_rows, vectors.shape[1])
+                maps.append(np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape))
+                _reserve(part)
+            maps[0][rows] = vectors
+
+        try:
+            with writing(self.folder):
+                yield write
+                maps.pop().flush()
+                with part.open("r+b") as file:
+                    digest = file_digest(file, "sha256").digest()
+                    file.seek(0, os.SEEK_END)
+                    file.write(digest)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(self.folder / f"{key}.npy")
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def remove_unused(self) -> None:
+        """Remove the files that have not been read since this cache was opened."""
+        for path in self.folder.glob("*.npy"):
+            if path.stem not in self._used:
+                path.unlink(missing_ok=True)
+
+    def _read(self, key: str, num_rows: int) -> Float[np.ndarray, "N D"] | None:
+        path = self.folder / f"{key}.npy"
+        try:
+            state = path.stat()
+            moment = (state.st_mtime_ns, state.st_ino)
+            if self._checked.get(key) != moment:
+                with path.open("rb") as file:
+                    if not _is_whole(file, state.st_size):
+                        return None
+            rows = np.asarray(np.load(path, mmap_mode="r"))
+        except (OSError, ValueError):
+            return None
+        if rows.ndim != 2 or len(rows) != num_rows or rows.dtype != np.float32:
+            return None
+        self._checked[key] = moment
+        self._used.add(key)
+        return rows
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of texts in their order."""
+    content = sha256()
+    for text in texts:
+        raw = text.encode()
+        content.update(len(raw).to_bytes(8, "little") + raw)
+    return content.hexdigest()
+
+
+def _is_whole(file: BinaryIO, size: int) -> bool:
+    """Whether a file ends with the SHA-256 of what is before."""
+    content, left = sha256(), size - DIGEST_BYTES
+    while left > 0 and (block := file.read(min(left, 1 << 22))):
+        content.update(block)
+        left -= len(block)
+    return file.read() == content.digest()
+
+
+def _reserve(path: Path) -> None:
+    """Take the blocks of a sparse file now: a mapped file that meets a full disk later ends the process."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _remove_old_parts(folder: Path) -> None:
+    for path in folder.glob("*.part"):
+        try:
+            if time.time() - path.stat().st_mtime > OLD_SECONDS:
+                path.unlink()
+        except FileNotFoundError:  # by another process
+            pass

@@ -1,0 +1,350 @@
+"""CLIPs, and images or texts -> their unit vectors, each computed once and kept by the hash of its content.
+
+One pass over the images serves all models that lack their vectors: a batch is read and decoded once, prepared once for
+each kind of preprocessing among the models, and encoded by each of them while the next batch is being read. Class
+names and texts are sorted by length, so that each batch is cut to the length that it needs (``clip.encode_text``).
+
+Vectors are kept under the hash of the weights and settings of the model, the precision, and the bytes of the images
+(or the texts): a model that is trained on, or a picture that is changed, never meets old vectors (`modeclip.models.feature_cache`).
+
+Price: one forward pass a model and image; 4 D bytes of disk for each. Models are loaded when they are first needed; as
+many are kept as fit into half of the free memory, at the price of one more pass over the images if not all do.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from modeclip.data.prompts import fill
+from modeclip.data.tasks.task import Images
+from modeclip.errors import ModeclipError
+from modeclip.mixture.bundle import hash_files
+from modeclip.models.clip import Clip, encode_image, encode_text
+from modeclip.models.encoders import MINILM_PACKAGE, OWN, PREFIXES, SIMCSE_ID, Encoder, load_encoder
+from modeclip.models.encoders.hub import cached_folder
+from modeclip.models.feature_cache import FeatureCache, hash_texts
+from modeclip.models.pool import Source, choose_device, computing, resolve_precision
+from modeclip.system.console import progress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+T = TypeVar("T")
+
+TEXT_BATCH = 512  # texts encoded at a time
+ENCODED_AT_ONCE = 1 << 16  # texts whose routing vectors are in memory at a time: 200 MB of 768 numbers
+SHOWN_TEXTS = 20_000  # texts x models from which a progress bar is shown
+
+
+class CachedEncoder:
+    """An encoder of texts that is loaded only for texts that the cache does not have; see `encoders.Encoder`."""
+
+    def __init__(self, name: str, dimension: int, cache: FeatureCache) -> None:
+        self.name, self.dimension, self._cache = name, dimension, cache
+
+    def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        """Return a float32 vector of norm 1 for each text, in the order of the texts."""
+        identity = self._identity
+        if identity is None or not texts:
+            return self._encoder.encode(list(texts))
+        key = self._cache.key("names", encoder=identity, texts=hash_texts(texts))
+        if not self._cache.has(key, len(texts)):
+            with self._cache.writer(key, len(texts)) as write:
+                for start in range(0, len(texts), ENCODED_AT_ONCE):
+                    part = list(texts[start : start + ENCODED_AT_ONCE])
+                    write(slice(start, start + len(part)), self._encoder.encode(part))
+        return self._cache.read(key, len(texts))
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return load_encoder(self.name)
+
+    @cached_property
+    def _identity(self) -> dict[str, str] | None:
+        return encoder_identity(self.name)
+
+
+def encoder_identity(name: str) -> dict[str, str] | None:
+    """Return what tells an encoder from others without running it; None: that cannot be told."""
+    prefix, _, rest = name.partition(":")
+    place = rest if prefix in PREFIXES and rest else name
+    folder = Path(place).expanduser()
+    if prefix.startswith("clip") and rest:
+        return {"kind": prefix, "model": Source.of(name, folder if folder.is_dir() else rest).digest}
+    if folder.is_dir():
+        return {"kind": prefix if rest else "", **hash_files(folder, sorted(folder.rglob("*")))}
+    if name == "minilm":
+        return {"name": name, "version": version(MINILM_PACKAGE.replace("_", "-"))}
+    if OWN.fullmatch(name) and prefix not in PREFIXES:
+        return None
+    hub = cached_folder(SIMCSE_ID if name == "simcse" else place)
+    return None if hub is None else {"kind": prefix if rest else "", "folder": str(hub)}
+
+
+def embed_images(
+    encoder: str,
+    embed: Callable[[Sequence[Image]], Float[np.ndarray, "n D"]],
+    images: Images,
+    cache: FeatureCache,
+    *,
+    batch_size: int = 256,
+) -> Float[np.ndarray, "N D"]:
+    """Return the vectors that images are routed by, where a bundle's clusters are of images.
+
+    Args:
+        encoder: Name of the bundle's encoder.
+        embed: What embeds pictures as the clusters were (``MoDE.embed_images``).
+        images: N images.
+        cache: Where vectors are kept.
+        batch_size: Images embedded at a time.
+    """
+    identity = encoder_identity(encoder)
+    key = cache.key("pictures", encoder=identity or time.time_ns(), images=images.digest)
+    if not cache.has(key, len(images)):
+        with cache.writer(key, len(images)) as write, progress("embed images", len(images), "images") as advance:
+            for start in range(0, len(images), batch_size):
+                rows = np.arange(start, min(start + batch_size, len(images)))
+                write(rows, embed(images.read(rows)))
+                advance(len(rows))
+    return cache.read(key, len(images))
+
+
+def missing_images(
+    sources: Sequence[Source], images: Images, cache: FeatureCache, *, precision: str = "32-true"
+) -> list[Source]:
+    """Return the sources whose vectors of some images are not in the cache, each model once."""
+    kinds = {source.digest: source for source in sources}
+    return [
+        source
+        for source in kinds.values()
+        if not cache.has(_image_key(cache, source, images, resolve_precision(precision)), len(images))
+    ]
+
+
+def image_features(
+    sources: Sequence[Source],
+    images: Images,
+    cache: FeatureCache,
+    *,
+    batch_size: int = 512,
+    device: str = "auto",
+    precision: str = "32-true",
+    advance: Callable[[int], None] | None = None,
+) -> list[Float[np.ndarray, "N D"]]:
+    """Return the unit vectors of images by each model, float32, memory-mapped.
+
+    Args:
+        sources: Models; the same one several times costs nothing.
+        images: N images, of which each is decoded once for all models that lack their vectors.
+        cache: Where vectors are kept.
+        batch_size: Images encoded at a time.
+        device: ``auto``, ``cpu``, ``cuda``...
+        precision: One of `PRECISIONS`, or ``auto`` (see ``devices.choose_precision``).
+        advance: Called with the numbers of images x models that are done; None: an own progress bar is shown.
+
+    Raises:
+        ModeclipError: There is no image, or a model or an image cannot be read.
+    """
+    if len(images) == 0:
+        raise ModeclipError("expected at least 1 image, got none")
+    precision = resolve_precision(precision)
+    keys = {source.digest: _image_key(cache, source, images, precision) for source in sources}
+    missing = missing_images(sources, images, cache, precision=precision)
+    total = len(images) * len(missing)
+    shown = progress("encode images", total, "images x models") if missing and advance is None else nullcontext(advance)
+    with shown as count:
+        for clips in cache.models.groups(missing, choose_device(device)):
+            _encode_images(clips, images, cache, keys, batch_size, precision, count or (lambda _: None))
+    return [cache.read(keys[source.digest], len(images)) for source in sources]
+
+
+def text_features(
+    sources: Sequence[Source],
+    texts: Sequence[str],
+    cache: FeatureCache,
+    *,
+    device: str = "auto",
+    precision: str = "32-true",
+) -> list[Float[np.ndarray, "T D"]]:
+    """Return the unit vectors of texts by each model, float32, memory-mapped; arguments as in `image_features`."""
+    precision, content = resolve_precision(precision), hash_texts(texts)
+    keys = {
+        source.digest: cache.key("texts", source=source.digest, precision=precision, texts=content)
+        for source in sources
+    }
+    missing = [source for source in _distinct(sources) if not cache.has(keys[source.digest], len(texts))]
+    with _text_bar(len(texts) * len(missing)) as advance:
+        for clips in cache.models.groups(missing, choose_device(device)):
+            with ExitStack() as stack:
+                write = {name: stack.enter_context(cache.writer(keys[name], len(texts))) for name in clips}
+                for digest, rows, vectors in _encoded_texts(clips, texts, precision):
+                    write[digest](rows, vectors)
+                    advance(len(rows))
+    return [cache.read(keys[source.digest], len(texts)) for source in sources]
+
+
+def class_features(
+    sources: Sequence[Source],
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    cache: FeatureCache,
+    *,
+    device: str = "auto",
+    precision: str = "32-true",
+) -> list[Float[np.ndarray, "L D"]]:
+    """Return a unit vector a class by each model, of its prompts; see `prompt_features`.
+
+    Args:
+        sources: Models.
+        classnames: L class names.
+        templates: Prompts with ``{}`` where the name goes.
+        cache: Where vectors are kept.
+        device: As in `image_features`.
+        precision: As in `image_features`.
+    """
+    prompts = [[fill(template, name) for template in templates] for name in classnames]
+    return prompt_features(sources, prompts, cache, device=device, precision=precision)
+
+
+def prompt_features(
+    sources: Sequence[Source],
+    prompts: Sequence[Sequence[str]],
+    cache: FeatureCache,
+    *,
+    device: str = "auto",
+    precision: str = "32-true",
+) -> list[Float[np.ndarray, "L D"]]:
+    """Return a unit vector a class by each model: its prompts encoded, normalised, averaged, normalised.
+
+    Args:
+        sources: Models.
+        prompts: One or more for each of L classes.
+        cache: Where vectors are kept.
+        device: As in `image_features`.
+        precision: As in `image_features`.
+    """
+    precision = resolve_precision(precision)
+    texts = [text for of_class in prompts for text in of_class]
+    sizes = [len(of_class) for of_class in prompts]
+    content = hash_texts([*texts, *map(str, sizes)])
+    keys = {
+        source.digest: cache.key("classes", source=source.digest, precision=precision, prompts=content)
+        for source in sources
+    }
+    missing = [source for source in _distinct(sources) if not cache.has(keys[source.digest], len(prompts))]
+    class_of_text = np.repeat(np.arange(len(prompts)), sizes)
+    with _text_bar(len(texts) * len(missing)) as advance:
+        for clips in cache.models.groups(missing, choose_device(device)):
+            sums: dict[str, np.ndarray] = {}
+            for digest, rows, vectors in _encoded_texts(clips, texts, precision):
+                total = sums.setdefault(digest, np.zeros((len(prompts), vectors.shape[1])))
+                np.add.at(total, class_of_text[rows], vectors)
+                advance(len(rows))
+            for digest, total in sums.items():
+                with cache.writer(keys[digest], len(prompts)) as write:
+                    write(slice(None), (total / np.linalg.norm(total, axis=1, keepdims=True)).astype(np.float32))
+    return [cache.read(keys[source.digest], len(prompts)) for source in sources]
+
+
+def _encode_images(
+    clips: Mapping[str, Clip],
+    images: Images,
+    cache: FeatureCache,
+    keys: Mapping[str, str],
+    batch_size: int,
+    precision: str,
+    advance: Callable[[int], None],
+) -> None:
+    """Write the vectors of all images by some models, in one pass."""
+    kind_of = {digest: _preprocess_kind(clip) for digest, clip in clips.items()}
+    example = {kind_of[digest]: clip for digest, clip in clips.items()}
+
+    def batches() -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        for start in range(0, len(images), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(images)))
+            pictures = images.read(rows)
+            yield slice(start, start + len(rows)), {kind: clip.images(pictures) for kind, clip in example.items()}
+
+    with ExitStack() as stack:
+        write = {digest: stack.enter_context(cache.writer(keys[digest], len(images))) for digest in clips}
+        for rows, prepared in _ahead(batches()):
+            for digest, clip in clips.items():
+                with computing(clip, precision) as device:
+                    vectors = _unit(encode_image(clip.model, prepared[kind_of[digest]].to(device)))
+                write[digest](rows, vectors)
+                advance(len(vectors))
+
+
+def _encoded_texts(
+    clips: Mapping[str, Clip], texts: Sequence[str], precision: str
+) -> Iterator[tuple[str, Int[np.ndarray, " n"], Float[np.ndarray, "n D"]]]:
+    """Yield (digest of a model, numbers of texts, their vectors), texts of similar length together."""
+    kind_of = {digest: _tokenizer_kind(digest, clip) for digest, clip in clips.items()}
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    for start in range(0, len(order), TEXT_BATCH):
+        rows = order[start : start + TEXT_BATCH]
+        tokens: dict[str, Tensor] = {}
+        for digest, clip in clips.items():
+            kind = kind_of[digest]
+            if kind not in tokens:
+                tokens[kind] = clip.tokens([texts[row] for row in rows])
+            with computing(clip, precision) as device:
+                vectors = _unit(encode_text(clip.model, tokens[kind].to(device)))
+            yield digest, rows, vectors
+
+
+def _unit(vectors: Tensor) -> Float[np.ndarray, "n D"]:
+    """Return vectors as float32 rows of norm 1, which those of a low precision are only nearly."""
+    import torch.nn.functional as F  # noqa: N812
+
+    array: np.ndarray = (vectors if vectors.dtype.itemsize == 4 else F.normalize(vectors.float(), dim=-1)).cpu().numpy()
+    return array
+
+
+def _ahead(batches: Iterator[T]) -> Iterator[T]:
+    """Yield batches, the next one being made by a thread meanwhile."""
+    done = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, done)
+        while (batch := coming.result()) is not done:
+            coming = pool.submit(next, batches, done)
+            yield batch  # type: ignore[misc]  # it is not `done`
+
+
+def _text_bar(total: int) -> Any:
+    """Show progress where texts are many."""
+    return progress("encode texts", total, "texts x models") if total > SHOWN_TEXTS else nullcontext(lambda _: None)
+
+
+def _image_key(cache: FeatureCache, source: Source, images: Images, precision: str) -> str:
+    return cache.key("images", source=source.digest, precision=precision, images=images.digest)
+
+
+def _preprocess_kind(clip: Clip) -> str:
+    """Return what tells the preprocessing of models apart."""
+    return json.dumps(clip.model.visual.preprocess_cfg, sort_keys=True, default=str)
+
+
+def _tokenizer_kind(digest: str, clip: Clip) -> str:
+    """Return what tells the tokenizers of models apart; those that come from files are not shared."""
+    settings = clip.config.get("model_cfg", {}).get("text_cfg", {})
+    if {"hf_tokenizer_name", "hf_model_name"} & settings.keys():
+        return digest
+    keys = ("context_length", "vocab_size", "tokenizer_kwargs")
+    return json.dumps([type(clip.tokenizer).__name__, *(settings.get(key) for key in keys)], sort_keys=True)
+
+
+def _distinct(sources: Sequence[Source]) -> list[Source]:
+    return list({source.digest: source for source in sources}.values())

@@ -1,0 +1,1 @@
+"""Everything that people look at: pages, pictures and their one style."""

@@ -1,0 +1,271 @@
+"""A route in, a picture of it out, as SVG or PNG: class -> nearest fine clusters -> weights of the experts.
+
+The same few rectangles and words are written as SVG or painted with Pillow, whose own font needs no file. Up to
+`MAX_ROOMY` classes have their nearest clusters below one another, in the order of the task; more have one line each,
+in columns, sorted by the expert that has most of their weight, so that a thousand classes can be looked over.
+
+Price: milliseconds for a hundred classes.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modeclip.errors import ModeclipError
+from modeclip.mixture.explain import ClassReason, Route
+from modeclip.system.files import write_atomically, writing
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+MAX_ROOMY = 40
+"""Most classes that are drawn with all their nearest clusters."""
+MAX_COLUMN = 60
+"""Most classes in a column of those that are drawn as one line."""
+MAX_DRAWN = 1500
+"""Most classes that are drawn; of more, every n-th in the order of the picture."""
+LINE, FONT, EDGE, GAP = 19.0, 12, 18.0, 30.0
+"""Height of a line, size of the letters, margin, room between columns: pixels."""
+NAME, CLUSTER, BAR = 150.0, 330.0, 180.0
+"""Widths of what a class is called, of a cluster's captions, of a bar: pixels."""
+PNG_SCALE = 2
+"""Pixels of a PNG for one of the drawing, for sharp letters."""
+PAPER, INK, SOFT, RULE = "#fbfbf9", "#17191e", "#5c6370", "#d5d6d0"
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A filled rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    color: str
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A line of text; ``y`` is its middle."""
+
+    x: float
+    y: float
+    text: str
+    color: str = INK
+    bold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What is drawn, and on how large a page."""
+
+    width: float
+    height: float
+    parts: tuple[Box | Words, ...]
+
+
+def write_picture(route: Route, path: Path) -> None:
+    """Write the picture of a route to a file.
+
+    Args:
+        route: Weights of a task.
+        path: File that ends in ``.svg`` or ``.png``.
+
+    Raises:
+        ModeclipError: The file's name ends otherwise, or the disk is full.
+    """
+    check_picture(path)
+    drawing = draw_route(route)
+    with writing(path):
+        if path.suffix.lower() == ".svg":
+            write_atomically(path, to_svg(drawing))
+        else:
+            _paint(drawing, path)
+
+
+def check_picture(path: Path) -> None:
+    """Raise for a file that no picture can be written to."""
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise ModeclipError(f"picture {path}: expected a file that ends in .svg or .png")
+    if not path.absolute().parent.is_dir():
+        raise ModeclipError(f"picture {path}: there is no folder {path.parent}; make it, or name another")
+
+
+def draw_route(route: Route) -> Drawing:
+    """Lay out a route: title, what the experts are, then the classes."""
+    reasons, colors = route.explain(), expert_colors(len(route.members))
+    shares = route.class_weights
+    mean = shares.mean(axis=0)
+    order = np.arange(len(reasons))
+    width, columns = _columns(min(len(order), MAX_DRAWN))
+    if columns:
+        order = np.lexsort((order, -shares.max(axis=1), shares.argmax(axis=1)))
+        order = order[:: -(-len(order) // MAX_DRAWN)]
+    drawn = f"{len(order):,} of " if len(order) < len(reasons) else ""
+    title = (
+        f"{drawn}{len(reasons):,} classes, rule {route.rule}, temperature {route.temperature:g}, "
+        f"entropy {route.routing.entropy:.2f} of at most {np.log(len(mean)):.2f} nats"
+    )
+    parts: list[Box | Words] = [Words(EDGE, EDGE + LINE / 2, title, bold=True)]
+    y = EDGE + 1.6 * LINE
+    keywords = [", ".join(expert.keywords[:5]) for expert in route.bundle.experts]
+    bar = NAME + 70.0
+    for name, words, weight, color in zip(route.members, keywords, mean.tolist(), colors, strict=True):
+        parts += [Box(EDGE, y + 4, 11.0, 11.0, color), Words(EDGE + 18, y + LINE / 2, _fit(name, NAME - 60))]
+        parts += [Box(EDGE + NAME - 30, y + 4, 100 * weight, 11.0, color)]
+        parts += [Words(EDGE + bar, y + LINE / 2, f"{weight:.2f}"), Words(EDGE + bar + 40, y + LINE / 2, words, SOFT)]
+        y += LINE
+    y += LINE / 2
+    for column in range(max(1, columns)):
+        left = EDGE + column * (_LINE_WIDTH + GAP)
+        heads = {
+            0: "class",
+            NAME: "distance to the nearest fine clusters, their captions",
+            NAME + CLUSTER + 20: "weights",
+        }
+        parts += [Words(left + x, y + LINE / 2, words, SOFT) for x, words in heads.items()]
+    y += 1.2 * LINE
+    if columns == 0:
+        parts += _roomy(reasons, route.members, colors, y)
+        height = y + len(reasons) * (3 * LINE + 10)
+    else:
+        rows = -(-len(order) // columns)
+        for place, index in enumerate(order.tolist()):
+            left = EDGE + (place // rows) * (_LINE_WIDTH + GAP)
+            parts += _one_line(reasons[index], route.members, colors, left, y + (place % rows) * LINE)
+        height = y + rows * LINE
+    return Drawing(width=width, height=height + EDGE, parts=tuple(parts))
+
+
+def to_svg(drawing: Drawing) -> str:
+    """Write a drawing as SVG."""
+    size = f"{drawing.width:g} {drawing.height:g}"
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{drawing.width:g}" '
+        f'height="{drawing.height:g}" font-family="Helvetica, Arial, sans-serif" font-size="{FONT}">',
+        f'<rect width="100%" height="100%" fill="{PAPER}"/>',
+    ]
+    for part in drawing.parts:
+        if isinstance(part, Box):
+            place = f'x="{part.x:.1f}" y="{part.y:.1f}" width="{part.width:.1f}" height="{part.height:.1f}"'
+            lines.append(f'<rect {place} fill="{part.color}"/>')
+        else:
+            weight = ' font-weight="bold"' if part.bold else ""
+            place = f'x="{part.x:.1f}" y="{part.y + 0.35 * FONT:.1f}"'
+            lines.append(f'<text {place} fill="{part.color}"{weight}>{escape(_printable(part.text))}</text>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def expert_colors(count: int) -> list[str]:
+    """Return a colour for each expert, as different as so many can be; the lightness changes too.
+
+    Examples:
+        >>> len(set(expert_colors(32)))
+        32
+    """
+    colors = []
+    for index in range(count):
+        red, green, blue = colorsys.hls_to_rgb((0.58 + index * 0.618034) % 1, (0.42, 0.56, 0.66)[index % 3], 0.55)
+        colors.append(f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}")
+    return colors
+
+
+_LINE_WIDTH = NAME + CLUSTER + BAR + 110
+
+
+def _columns(num_classes: int) -> tuple[float, int]:
+    """Return the width of the page, and the columns of single lines; 0 where there is room for all clusters."""
+    if num_classes <= MAX_ROOMY:
+        return 2 * EDGE + _LINE_WIDTH, 0
+    columns = min(3, -(-num_classes // MAX_COLUMN))
+    return 2 * EDGE + columns * _LINE_WIDTH + (columns - 1) * GAP, columns
+
+
+def _roomy(reasons: Sequence[ClassReason], members: Sequence[str], colors: list[str], y: float) -> list[Box | Words]:
+    """Draw each class with all its nearest clusters below one another."""
+    parts: list[Box | Words] = []
+    for reason in reasons:
+        parts.append(Box(EDGE, y, _LINE_WIDTH, 1.0, RULE))
+        parts.append(Words(EDGE, y + 5 + LINE / 2, _fit(reason.name, NAME - 10), bold=True))
+        for place, cluster in enumerate(reason.clusters):
+            parts += _cluster(reason, place, colors[cluster.expert], EDGE + NAME, y + 5 + place * LINE)
+        parts += _bar(reason, members, colors, EDGE + NAME + CLUSTER + 20, y + 5)
+        y += 3 * LINE + 10
+    return parts
+
+
+def _one_line(reason: ClassReason, members: Sequence[str], colors: list[str], x: float, y: float) -> list[Box | Words]:
+    """Draw a class with its nearest cluster."""
+    parts: list[Box | Words] = [Words(x, y + LINE / 2, _fit(reason.name, NAME - 10), bold=True)]
+    parts += _cluster(reason, 0, colors[reason.clusters[0].expert], x + NAME, y)
+    return parts + _bar(reason, members, colors, x + NAME + CLUSTER + 20, y)
+
+
+def _cluster(reason: ClassReason, place: int, color: str, x: float, y: float) -> list[Box | Words]:
+    """Draw whose a cluster is, how far it lies, and its captions."""
+    cluster = reason.clusters[place]
+    captions = _fit(" · ".join(cluster.captions), CLUSTER - 55)
+    distance = Words(x + 16, y + LINE / 2, f"{cluster.distance:.2f}", SOFT)
+    return [Box(x, y + 4, 11.0, 11.0, color), distance, Words(x + 50, y + LINE / 2, captions)]
+
+
+def _bar(reason: ClassReason, members: Sequence[str], colors: list[str], x: float, y: float) -> list[Box | Words]:
+    """Draw the weights of a class behind one another, and name the largest."""
+    parts: list[Box | Words] = []
+    at, best = x, int(np.argmax(reason.weights))
+    for weight, color in zip(reason.weights, colors, strict=True):
+        if weight * BAR >= 0.2:
+            parts.append(Box(at, y + 3, weight * BAR, LINE - 6, color))
+        at += weight * BAR
+    label = f"{reason.weights[best]:.2f} {members[best]}"
+    return [*parts, Words(x + BAR + 8, y + LINE / 2, _fit(label, 95.0), SOFT)]
+
+
+@cache
+def _font() -> FreeTypeFont | ImageFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(FONT * PNG_SCALE)
+
+
+def _fit(text: str, width: float) -> str:
+    """Cut text that is wider than so many pixels; a bold letter may be a tenth wider."""
+    text = _printable(text)
+    font = _font()
+    if font.getlength(text) <= 0.92 * width * PNG_SCALE:
+        return text
+    while text and font.getlength(text + "…") > 0.92 * width * PNG_SCALE:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _printable(text: str) -> str:
+    """Return text on one line, without characters that XML does not allow."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _paint(drawing: Drawing, path: Path) -> None:
+    """Paint a drawing as PNG."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (round(drawing.width * PNG_SCALE), round(drawing.height * PNG_SCALE)), PAPER)
+    pencil, font = ImageDraw.Draw(image), _font()
+    for part in drawing.parts:
+        x, y = part.x * PNG_SCALE, part.y * PNG_SCALE
+        if isinstance(part, Box):
+            right, bottom = x + part.width * PNG_SCALE - 1, y + part.height * PNG_SCALE - 1
+            pencil.rectangle((x, y, max(x, right), max(y, bottom)), fill=part.color)
+        else:
+            stroke = 0.5 if part.bold else 0
+            pencil.text((x, y), part.text, fill=part.color, font=font, anchor="lm", stroke_width=stroke)
+    part_path = path.with_name(path.name + ".part")
+    image.save(part_path, "PNG")
+    part_path.replace(path)

@@ -1,0 +1,402 @@
+"""A run folder in, one self-contained HTML page out: results, curves, cluster atlas, routing, samples, cost.
+
+Method: this file reads the run and computes what is drawn (which rows form a group, where a curve or a dot lies, which
+classes and samples are shown); ``templates/`` holds the words and the looks. Charts are inline SVG that the template
+draws from those positions, so the page needs no chart library. The page opens from a file and loads nothing: styles,
+script and pictures are inside, and its content security policy makes the browser refuse everything else. Text that
+comes from the data (captions, class names, key words) is escaped by the template engine, always.
+
+A part of the run that does not exist (no tasks, no log, no catalog) leaves a sentence in place of its section.
+
+Price: about two seconds on one core for 256 clusters and 4 experts, nearly all of it the two-dimensional map.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from modeclip.errors import ModeclipError
+from modeclip.pages.charts import MAP_SIZE, Axis, choose_labels, draw_curves, fit_box, project
+from modeclip.system.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from modeclip.data.catalog import Catalog
+
+Json = dict[str, Any]
+
+MAX_DOTS = 1500  # clusters on the map, largest first: a few seconds of t-SNE, still one dot beside the other
+MAX_CLASSES = 10  # classes shown for a task
+MAX_SAMPLES = 40  # pictures shown for an expert
+THUMBNAIL_PIXELS = 96
+SMALL_PIXELS = (
+    64  # pictures up to this side (icons) are kept exactly and shown whole; others are lossy and fill a square
+)
+
+GROUPS = (
+    ("models", ("seed", "dense")),
+    ("experts", ("expert",)),
+    ("mixtures", ("mixture",)),
+    ("controls", ("control",)),
+    ("bounds", ("bound",)),
+)
+CONTROL_MODEL = re.compile(r"(random|full|one-step)-\d+")
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the page of a run and return where it lies.
+
+    Args:
+        run: A run folder with ``results.json``; every other part may be absent.
+        out: The page to write; ``report.html`` in the run folder by default. An existing page is replaced at once,
+            never half-written.
+
+    Raises:
+        ModeclipError: The folder holds no readable ``results.json``, or a training log has a broken line.
+    """
+    results = read_results(run)
+    models, seed = results["models"], int(results["seed"])
+    atlas = build_atlas(run, results["routing"])
+    experts = find_experts(models, atlas)
+    page = render(
+        results=results,
+        num_experts=len(experts),
+        headline=find_headline(models),
+        table=build_table(results),
+        training=build_training(run, models),
+        atlas=atlas,
+        tasks=build_tasks(results, atlas),
+        sheets=build_sheets(run, experts, seed),
+    )
+    path = out or run / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page)
+    return path
+
+
+def read_results(run: Path) -> Json:
+    """Read ``results.json`` of a run; parts that a run may lack come back empty."""
+    path = run / "results.json"
+    if not path.is_file():
+        raise ModeclipError(f"no results.json in {run}: expected a finished run folder; `modeclip run` writes one")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results["models"] = sorted(results.get("models") or [], key=lambda model: model["samples"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModeclipError(f"{path} is not a modeclip result ({error!r}); evaluate the run again") from error
+    empty: Json = {"name": run.name, "date": "", "seed": 0, "machine": {}, "chance": {}, "tasks": [], "routing": {}}
+    return {**empty, "stages": read_stages(run), **results}
+
+
+def read_stages(run: Path) -> list[Json]:
+    """Read the records of a run's finished stages, in the order in which they finished."""
+    paths = sorted((run / "stages").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def find_headline(models: Sequence[Json]) -> Json:
+    """Pick the mixture under the default rule and the dense model of equal cost, and judge their difference.
+
+    Returns:
+        ``mixture``, ``dense``, ``uniform`` and ``random`` (a model or None), ``versus``, and ``verdict``: "win" or
+        "loss" when the bootstrap interval of the difference excludes zero, "tie" when it holds zero, "none" when there
+        is nothing to compare.
+    """
+    mixtures = [model for model in models if model["kind"] == "mixture"]
+    mixture = next((model for model in mixtures if model.get("default")), None)
+    versus = (mixture or {}).get("versus_dense_total")
+    verdict = "none"
+    if versus:
+        low, high = versus["interval"]
+        verdict = "win" if low > 0 else "loss" if high < 0 else "tie"
+    uniform = next((model for model in mixtures if model["rule"] == "uniform"), None)
+    cost = (mixture or {}).get("samples")
+    of_its_cost = [m for m in models if m["name"] == "dense-total" or (m["name"], m["samples"]) == ("dense", cost)]
+    dense = max(of_its_cost, key=lambda model: len(model["name"]), default=None)
+    random = next((model for model in models if family_of(model["name"]) == "random"), None)
+    found = {"mixture": mixture, "dense": dense, "uniform": uniform, "random": random}
+    return {**found, "versus": versus, "verdict": verdict}
+
+
+def build_table(results: Json) -> Json | None:
+    """Arrange the models in groups and find the best value of each column; None if nothing was evaluated.
+
+    Single models stand in the order of their cost; the other groups are sorted by average accuracy, best first.
+    Bounds are chosen with the test labels, so they are never called the best.
+    """
+    models = [model for model in results["models"] if model.get("average") is not None]
+    if not models or not results["tasks"]:
+        return None
+    groups = []
+    for key, kinds in GROUPS:
+        rows = [model for model in models if model["kind"] in kinds]
+        if key != "models":
+            rows.sort(key=lambda model: -model["average"])
+        if rows:
+            groups.append({"key": key, "rows": rows})
+    honest = [model for model in models if model["kind"] != "bound"] or models
+    names = [task["name"] for task in results["tasks"]]
+    ends = [end for model in models for end in model.get("interval") or [model["average"]]]
+    margin = 0.04 * (max(ends) - min(ends)) or 0.01
+    return {
+        "groups": groups,
+        "best": {name: max(model["accuracy"].get(name, 0.0) for model in honest) for name in names},
+        "best_average": max(model["average"] for model in honest),
+        "highest": {name: max(model["accuracy"].get(name, 0.0) for model in models) for name in names},
+        "axis": Axis(min(ends) - margin, max(ends) + margin, 0.0, 100.0),
+        "has_versus": any(model.get("versus_dense_total") for model in models),
+        "has_entropy": any(model.get("entropy") for model in models),
+    }
+
+
+def build_training(run: Path, models: Sequence[Json]) -> Json | None:
+    """Read the training logs and place the curves of loss and learning rate on one axis of samples."""
+    names = [model["name"] for model in models if model["kind"] in ("seed", "dense", "expert")]
+    paths = {path.parent.name: path for path in sorted(run.glob("models/*/log.jsonl"))}
+    order = {name: position for position, name in enumerate(names)}
+    logs = {
+        name: log
+        for name in sorted(paths, key=lambda name: (order.get(name, len(order)), name))
+        if len((log := read_log(paths[name]))["samples"])
+    }
+    if not logs:
+        return None
+    branch = float(logs["seed"]["samples"][-1]) if "seed" in logs and len(logs) > 1 else None
+    charts = [
+        draw_curves(logs, "loss", branch, size=(720.0, 520.0), right=116.0),
+        draw_curves(logs, "lr", branch, size=(420.0, 190.0), right=14.0),
+    ]
+    for chart in charts:
+        chart["labels"] = [item for item in chart["labels"] if not CONTROL_MODEL.fullmatch(item[0])]
+    return {
+        "names": list(logs),
+        "families": list(dict.fromkeys(family_of(name) for name in logs)),
+        "charts": charts,
+        "speeds": [
+            {"name": name, "rate": float(np.median(log["samples_per_second"])), "wait": float(log["data_wait"].mean())}
+            for name, log in logs.items()
+        ],
+    }
+
+
+def read_log(path: Path) -> dict[str, Float[np.ndarray, " steps"]]:
+    """Read a training log into columns, in the order of samples; of a step written twice the later line counts."""
+    fields = ("samples", "loss", "lr", "samples_per_second", "data_wait")
+    records: dict[float, list[float]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            values = [float(record[field]) for field in fields]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModeclipError(f"{path} line {number} is not a training record ({error!r}); train it again") from error
+        if all(map(math.isfinite, values)):
+            records[values[0]] = values
+    table = np.array([records[key] for key in sorted(records)]).reshape(-1, len(fields))
+    return dict(zip(fields, table.T, strict=True))
+
+
+def build_atlas(run: Path, routing: Mapping[str, Json]) -> Json | None:
+    """Place the fine clusters on a plane, with the tasks that met each; None if the run has no clusters."""
+    folder = run / "clusters"
+    if not (folder / "cards.json").is_file() or not (folder / "clustering.safetensors").is_file():
+        return None
+    from safetensors.numpy import load_file
+
+    cards = json.loads((folder / "cards.json").read_text(encoding="utf-8"))
+    shown = sorted(cards["fine"], key=lambda card: (-card["size"], card["index"]))[:MAX_DOTS]
+    centers = load_file(folder / "clustering.safetensors")["fine_centers"].astype(np.float32)
+    positions = fit_box(project(centers[[card["index"] for card in shown]]), MAP_SIZE, margin=34.0)
+    largest = float(np.clip(340 / math.sqrt(len(shown)), 7, 26))
+    biggest = max(card["size"] for card in shown) or 1
+    met = {name: {item["nearest_fine"] for item in task["classes"]} for name, task in routing.items()}
+    dots = [
+        {
+            **card,
+            "x": round(float(x), 1),
+            "y": round(float(y), 1),
+            "r": round(max(2.5, largest * math.sqrt(card["size"] / biggest)), 1),
+            "tasks": [name for name, indices in met.items() if card["index"] in indices],
+        }
+        for card, (x, y) in zip(shown, positions, strict=True)
+    ]
+    return {
+        **cards,
+        "dots": dots,
+        "labels": choose_labels(dots),
+        "card_of_fine": {card["index"]: card for card in cards["fine"]},
+        "size": MAP_SIZE,
+    }
+
+
+def build_tasks(results: Json, atlas: Json | None) -> list[Json]:
+    """Describe the routing of each task: weights, entropy, the clusters that its classes met, and some classes."""
+    cards = atlas["card_of_fine"] if atlas else {}
+    places = {dot["index"]: dot for dot in atlas["dots"]} if atlas else {}
+    tasks = []
+    for task in results["tasks"]:
+        routing = results["routing"].get(task["name"])
+        if routing is None:
+            continue
+        classes = sorted(routing["classes"], key=lambda item: (item["distance"], item["name"]))
+        indices = np.linspace(0, len(classes) - 1, min(MAX_CLASSES, len(classes))).round().astype(int)
+        counts = np.bincount([item["nearest_fine"] for item in classes], minlength=1)
+        met = {int(fine): int(counts[fine]) for fine in np.flatnonzero(counts)}
+        shares = np.zeros(len(routing["weights"]))
+        for fine, count in met.items():
+            if fine in cards:
+                shares[cards[fine]["expert"]] += count / len(classes)
+        tasks.append(
+            {
+                **task,
+                **routing,
+                "shares": shares.tolist() if cards else [],
+                "shown": [
+                    {**classes[index], "cluster": cards.get(classes[index]["nearest_fine"])} for index in indices
+                ],
+                "num_met": len(met),
+                "dots": [
+                    {**places[fine], "r": round(min(30.0, 6 + 5 * math.sqrt(count)), 1)}
+                    for fine, count in met.items()
+                    if fine in places
+                ],
+            }
+        )
+    return tasks
+
+
+def find_experts(models: Sequence[Json], atlas: Json | None) -> list[int]:
+    """Return the numbers of the run's experts, from its clusters or, without them, from the evaluated models."""
+    if atlas:
+        return sorted(card["index"] for card in atlas["experts"])
+    return sorted(int(model["name"].rpartition("-")[2]) for model in models if model["kind"] == "expert")
+
+
+def build_sheets(run: Path, experts: Sequence[int], seed: int) -> Json:
+    """Draw a random sheet of pictures with captions for each expert.
+
+    Returns:
+        ``sheets``, one an expert, or none and the ``reason`` why the pictures cannot be had.
+    """
+    from modeclip.data.catalog import Catalog
+
+    try:
+        catalog = Catalog.open(run / "catalog.lance")
+        return {"sheets": [draw_sheet(catalog, expert, seed) for expert in experts], "reason": ""}
+    except ModeclipError as error:
+        return {"sheets": [], "reason": str(error)}
+
+
+def draw_sheet(catalog: Catalog, expert: int, seed: int) -> Json:
+    """Draw pictures from the training data of one expert, no caption twice."""
+    rows = catalog.select(expert=expert)
+    drawn = np.random.default_rng((seed, expert)).permutation(rows)[: 8 * MAX_SAMPLES]
+    captions = [str(caption) for caption in catalog.read(["caption"], drawn)["caption"]] if len(drawn) else []
+    first = {caption: int(row) for caption, row in zip(reversed(captions), drawn[::-1], strict=True)}
+    chosen = list(dict.fromkeys(captions))[:MAX_SAMPLES]
+    images = catalog.images(np.array([first[caption] for caption in chosen], dtype=np.int64)) if chosen else []
+    pictures = [
+        {"source": encode_image(image), "small": is_small(image), "caption": caption}
+        for image, caption in zip(images, chosen, strict=True)
+    ]
+    return {"expert": expert, "num_samples": len(rows), "pictures": pictures}
+
+
+def is_small(image: Image) -> bool:
+    """Tell whether an image is small enough (an icon) to be shown exactly and whole."""
+    return max(image.size) <= SMALL_PIXELS
+
+
+def encode_image(image: Image) -> str:
+    """Return a small copy of an image as a data URI."""
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    small.save(buffer, "WEBP", lossless=is_small(image), quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def render(**parts: Any) -> str:
+    """Fill the template with the parts of the page."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "count": format_count,
+        "duration": format_duration,
+        "label": label,
+        "short": format_short,
+    }
+    environment.filters |= {**filters, "effective": math.exp, "entropy_limit": lambda count: math.log(max(count, 1))}
+    script = environment.get_template("report.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html").render(**parts, script=script, script_hash=digest)
+
+
+def format_count(value: float | int) -> str:
+    """Return a count with three digits and a magnitude.
+
+    Examples:
+        >>> format_count(950), format_count(12_800_000)
+        ('950', '12.8 M')
+    """
+    for power, letter in ((9, " G"), (6, " M"), (3, " k")):
+        if value >= 0.9995 * 10**power:
+            return f"{float(f'{value / 10**power:.3g}'):g}{letter}"
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def format_short(value: float | int) -> str:
+    """Return a number of an axis, with an exponent if it is small.
+
+    Examples:
+        >>> format_short(2.5), format_short(0.0005)
+        ('2.5', '5e-4')
+    """
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:.3g}"
+    power = math.floor(math.log10(abs(value)) + 1e-9)
+    return f"{value / 10**power:.3g}e{power}"
+
+
+def format_duration(seconds: float | int) -> str:
+    """Return a duration in the unit that suits it.
+
+    Examples:
+        >>> format_duration(3.42), format_duration(754), format_duration(7260)
+        ('3.4 s', '12 min 34 s', '2 h 01 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def family_of(name: str) -> str:
+    """Return the control that a row or a model belongs to, as recipes name it; of any other model its own name.
+
+    Examples:
+        >>> family_of("OneStep-4"), family_of("one-step-3"), family_of("expert-3")
+        ('one-step', 'one-step', 'expert-3')
+    """
+    match = CONTROL_MODEL.fullmatch(name.lower().replace("onestep", "one-step"))
+    return match[1] if match else name
+
+
+def label(name: str) -> str:
+    """Return the name of a model, or of a control's models, as the page writes it."""
+    shown = {"dense-total": "dense, equal cost", "random": "Random-n", "full": "Full-n", "one-step": "OneStep-n"}
+    return shown.get(name, name.replace("expert-", "expert "))

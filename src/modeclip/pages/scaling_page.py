@@ -1,0 +1,164 @@
+"""Scaling laws in, one picture (SVG) and one page (HTML) out; both load nothing.
+
+The picture has its colours in it, so that it can stand alone or be turned into a PNG by any tool. Both axes are
+logarithmic: a law is a straight line, its interval the band around it. Points that the law is not fitted to are hollow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modeclip.evaluation.scaling import ScalingResult
+from modeclip.pages.charts import Axis
+from modeclip.system.files import write_atomically, writing
+
+PAGE_FILE, PICTURE_FILE, RESULT_FILE = "scaling.html", "scaling.svg", "scaling.json"
+SIZE = (860.0, 500.0)  # wider where a family's name is long
+FRAME = (70.0, 20.0, 700.0, 440.0)  # left, upper, right, lower; names of the families stand to the right
+COLORS = ("#0072b2", "#d98200", "#009e73", "#c25e9a", "#c8501a", "#3b9fdb", "#9c9000", "#75675a")
+"""Told apart by the colour-blind (Okabe and Ito), as in the report."""
+NAME_GAP = 17.0  # between names of families
+MAX_NAMES = 24  # more points than this get no names beside them
+LETTER = 5.6  # width of a letter of such a name
+FAMILY_LETTER = 8.4  # of a family's name
+
+
+def write_page(result: ScalingResult, folder: Path, what: str = "error") -> tuple[Path, Path]:
+    """Write page and picture into a folder.
+
+    Args:
+        result: What was fitted.
+        folder: Where they go; it is made if there is none.
+        what: What the error is of, for the upright axis.
+
+    Returns:
+        The page and the picture.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page, picture = folder / PAGE_FILE, folder / PICTURE_FILE
+    chart = draw(result, what)
+    with writing(folder):
+        svg = _render("scaling.svg", chart=chart)
+        write_atomically(picture, svg)
+        write_atomically(page, _render("scaling.html", result=result, svg=svg, colors=colors_of(result)))
+    return page, picture
+
+
+def draw(result: ScalingResult, what: str = "error") -> dict[str, Any]:
+    """Place points, lines and bands on the picture."""
+    values = [error for point in result.points for error in point.errors]
+    values += [number for band in result.bands.values() for place in band for number in place[1:2]]
+    computes = [point.compute for point in result.points]
+    left, upper, right, lower = FRAME
+    across = Axis(min(computes) / 1.4, max(computes) * 1.4, left, right, log=True)
+    up = Axis(min(values) / 1.08, max(values) * 1.08, lower, upper, log=True)
+    colors = colors_of(result)
+    families: list[dict[str, Any]] = []
+    for law in result.laws:
+        band = result.bands[law.family]
+        line = [(across.place(compute), up.place(error)) for compute, error, _, _ in band]
+        edge = [(across.place(compute), _inside(up.place(low))) for compute, _, low, _ in band]
+        edge += [(across.place(compute), _inside(up.place(high))) for compute, _, _, high in reversed(band)]
+        families.append({"name": law.family, "color": colors[law.family], "line": _path(line), "band": _path(edge)})
+        families[-1] |= {"law": f"error = {law.A.mean:.3g} × C", "power": f"{-law.b.mean:.3f}", "end": line[-1][1]}
+    points = [
+        {
+            "x": across.place(point.compute),
+            "y": up.place(point.error),
+            "low": up.place(min(point.errors)),
+            "high": up.place(max(point.errors)),
+            "color": colors[point.family],
+            "fitted": point.fitted,
+            "title": f"{point.name}, {point.family}\n{format_compute(point.compute)} FLOPs, error "
+            f"{100 * point.error:.1f} %, seeds: {len(point.errors)}",
+            "name": point.name,
+        }
+        for point in result.points
+    ]
+    return {
+        "size": (max(SIZE[0], right + 24 + FAMILY_LETTER * max(len(law.family) for law in result.laws)), SIZE[1]),
+        "frame": FRAME,
+        "what": what,
+        "x_ticks": [(format_compute(value), place) for value, place in _ticks(across)],
+        "y_ticks": [(f"{100 * value:.3g}", place) for value, place in up.ticks(6)],
+        "families": _name_families(families),
+        "points": points,
+        "names": _name_points(points) if len(points) <= MAX_NAMES else [],
+    }
+
+
+def colors_of(result: ScalingResult) -> dict[str, str]:
+    """Return the colour of each family."""
+    return {law.family: COLORS[place % len(COLORS)] for place, law in enumerate(result.laws)}
+
+
+def format_compute(value: float) -> str:
+    """Write a number of operations with its power of ten.
+
+    Examples:
+        >>> format_compute(3.2e15), format_compute(1e12)
+        ('3.2·10¹⁵', '10¹²')
+    """
+    mantissa, power = f"{value:.1e}".split("e")
+    raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    factor = mantissa.removesuffix(".0")
+    return f"10{raised}" if factor == "1" else f"{factor}·10{raised}"
+
+
+def _ticks(axis: Axis) -> list[tuple[float, float]]:
+    """Return powers of ten if there are some, else round values."""
+    powers = range(math.ceil(math.log10(axis.low)), math.floor(math.log10(axis.high)) + 1)
+    ticks = [(10.0**power, axis.place(10.0**power)) for power in powers]
+    return ticks if len(ticks) > 2 else axis.ticks(5)
+
+
+def _inside(height: float) -> float:
+    return min(max(height, FRAME[1]), FRAME[3])
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    return "M" + " ".join(f"{x:.1f} {y:.1f}" for x, y in places)
+
+
+def _name_families(families: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each family's name a height beside the end of its line where it covers no other name."""
+    floor = FRAME[1] + 8
+    for family in sorted(families, key=lambda family: float(family["end"])):
+        family["height"] = floor = max(float(family["end"]), floor)
+        floor += 2 * NAME_GAP
+    return families
+
+
+def _name_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Place names above or below their points, and leave out those that would cover another name or a point."""
+    taken = [(point["x"] - 6, point["y"] - 6, point["x"] + 6, point["y"] + 6) for point in points]
+    names = []
+    for point in points:
+        half = LETTER * len(point["name"]) / 2
+        for shift in (-10.0, 18.0):
+            box = (point["x"] - half, point["y"] + shift - 9, point["x"] + half, point["y"] + shift + 2)
+            free = all(
+                box[0] > other[2] or box[2] < other[0] or box[1] > other[3] or box[3] < other[1] for other in taken
+            )
+            if free and box[0] > FRAME[0] and box[2] < FRAME[2]:
+                taken.append(box)
+                names.append({"x": point["x"], "y": point["y"] + shift, "name": point["name"]})
+                break
+    return names
+
+
+def _render(template: str, **parts: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["compute"] = format_compute
+    return environment.get_template(template).render(**parts)

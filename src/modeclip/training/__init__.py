@@ -1,0 +1,1 @@
+"""Training the seed, the experts and their controls."""

@@ -1,0 +1,337 @@
+"""A selection of rows and a step -> the batch of that step: pictures, tokens, and the seconds that it was waited for.
+
+The batch is a pure function of (seed, step, rows). A pass over the rows is a pseudo-random permutation of them that is
+computed element by element (a Feistel network on the row's position, walked until the position is one of the N), so
+that the order of a billion rows takes no memory and the batch of step one million is known without the ones before it.
+Hence a job can be resumed at any step, processes of one job take disjoint parts of the same batch, and another number
+of workers changes nothing but the time.
+
+Pictures travel as bytes (a quarter of the floats) and are normalised on the device. Where all pictures of a job fit
+into ``engine.keep_pictures_gb``, each is read and decoded once: small pictures take longer to read than a small model
+takes to learn from them (``benchmarks/feed.py``).
+
+Price: a batch and a few pieces of 256 samples ahead of it in memory, and the pictures that are kept. Rejected: workers
+that fork (Lance is not fork-safe), shuffle buffers (their order depends on timing, and they cannot be resumed).
+
+Source: permutations of any size by cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from modeclip.data.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.training.augmenting import NUM_DRAWS, augment
+from modeclip.training.jobs import TrainConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+PIECE_SAMPLES = 256
+PREFETCH_THREADS = 2
+PREFETCH_PIECES = 4  # for each thread or worker process
+KEPT_BYTES = 1000  # of a kept sample beside its pixels: objects and tokens
+PIXEL_BYTES = 4  # Pillow's RGB
+KNOWN_CAPTIONS = 1 << 17  # captions whose tokens are kept: 40 MB at 77 tokens; the next pass has them again
+CROP_STREAM = 1 << 40  # keys of the random streams of augmentation start here, far from those of the orders of the rows
+_ROUNDS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A process's part of the samples of one step."""
+
+    images: Tensor
+    """(b, 3, H, W) uint8."""
+    tokens: Tensor
+    """(b, context_length) int64."""
+    caption_ids: Tensor
+    """(b,) int64, equal for equal captions; empty unless the loss masks them."""
+
+
+def batch_rows(
+    rows: Int[np.ndarray, " N"], step: int, batch_size: int, seed: int, part: slice = slice(None)
+) -> Int[np.ndarray, " B"]:
+    """Return the rows of one step's batch: each pass over the rows is a new permutation, no row twice in a batch.
+
+    A pure function of its arguments. The rows left over at the end of a pass (fewer than a batch) wait for another
+    pass's permutation. ``part`` asks for some positions of the batch, and only those are computed.
+    """
+    batches_per_pass = len(rows) // batch_size
+    passes, index = divmod(step, batches_per_pass)
+    positions = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.int64)[part]
+    batch: np.ndarray = rows[permute(positions, len(rows), seed, passes)]
+    return batch
+
+
+def draws_of(seed: int, step: int, first: int, last: int) -> Float[np.ndarray, "b 11"]:
+    """Return the random numbers of positions ``first`` to before ``last`` of a step's batch, and compute no others."""
+    bits = np.random.Philox(key=[seed, CROP_STREAM + step])
+    blocks, rest = divmod(first * NUM_DRAWS, 4)  # Philox makes four numbers at a time
+    bits.advance(blocks)
+    draw = np.random.Generator(bits)
+    draw.random(rest)
+    return draw.random((last - first, NUM_DRAWS))
+
+
+def permute(positions: Int[np.ndarray, " B"], count: int, seed: int, stream: int) -> Int[np.ndarray, " B"]:
+    """Map positions below ``count`` one to one to positions below ``count``, at random.
+
+    Args:
+        positions: Each in 0 to below ``count``.
+        count: Size of the permutation.
+        seed: Chooses it, together with ``stream``.
+        stream: Number of the permutation.
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.Generator(np.random.Philox(key=[seed, stream])).integers(0, 1 << 63, _ROUNDS, dtype=np.uint64)
+
+    def encrypt(values: np.ndarray) -> np.ndarray:
+        left, right = values >> half, values & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        return (left << half) | right
+
+    result = encrypt(positions.astype(np.uint64))
+    while (outside := result >= np.uint64(count)).any():  # the domain is at most four times as large, so this ends soon
+        result[outside] = encrypt(result[outside])
+    return result.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit numbers (the finaliser of MurmurHash3)."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    scrambled: np.ndarray = values ^ (values >> np.uint64(33))
+    return scrambled
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is the same at every reading of a row."""
+
+    picture: Image
+    """Decoded, RGB, of its own size."""
+    tokens: Int[np.ndarray, " context_length"]
+    """int32 token ids of the caption."""
+    caption_id: int
+    """Equal for equal captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """All that it takes to make the batch of any step, in any process."""
+
+    catalog: str
+    """Path of the catalog."""
+    rows: Tensor
+    """(N,) int64, the rows that are trained on."""
+    config: TrainConfig
+    """Batch size, seed and augmentation."""
+    tokenizer: Any
+    """Texts -> (n, context_length) token ids."""
+    preprocess: Any
+    """open_clip's transform for inference; its steps before the tensor are used where nothing is cropped at random."""
+    image_size: tuple[int, int]
+    """Width and height of the pictures, in pixels."""
+    rank: int = 0
+    """Which process of the job this is."""
+    world_size: int = 1
+    """Processes of the job; each takes an equal part of every batch."""
+    kept: dict[int, Sample] | None = None
+    """Samples that an earlier job of this process has kept, of the same catalog and tokenizer; filled further."""
+
+    @cached_property
+    def _opened(self) -> Catalog:
+        return Catalog.open(self.catalog)
+
+    @cached_property
+    def _known_tokens(self) -> dict[str, Int[np.ndarray, " context_length"]]:
+        return {}
+
+    @cached_property
+    def _kept(self) -> dict[int, Sample] | None:
+        """The samples read so far, by row; None where not all of the job's fit, or several processes read."""
+        room, rows = self.config.engine.keep_pictures_gb * 1e9, self.rows.numpy()
+        if self.config.engine.workers or len(rows) * KEPT_BYTES > room:
+            return None
+        sizes = self._opened.read(["width", "height"], rows)
+        pixels = int((sizes["width"].astype(np.int64) * sizes["height"]).sum())
+        if len(rows) * KEPT_BYTES + pixels * PIXEL_BYTES > room:
+            return None
+        return {} if self.kept is None else self.kept
+
+    def _samples(self, rows: Int[np.ndarray, " b"]) -> list[Sample]:
+        """Return the samples of rows, in their order."""
+        kept = self._kept
+        missing = np.array([row for row in rows.tolist() if not kept or row not in kept], np.int64)
+        found: dict[int, Sample] = {}
+        if len(missing):
+            captions: list[str] = self._opened.read(["caption"], missing)["caption"].tolist()
+            parts = zip(self._opened.images(missing), self._tokens(captions), map(_hash, captions), strict=True)
+            found = dict(zip(missing.tolist(), (Sample(*part) for part in parts), strict=True))
+        if kept is None:
+            return [found[row] for row in rows.tolist()]
+        kept.update(found)
+        return [kept[row] for row in rows.tolist()]
+
+    def _tokens(self, captions: Sequence[str]) -> list[Int[np.ndarray, " context_length"]]:
+        """Return the token ids of captions; the tokenizer, a third of a small picture's feed, sees each once."""
+        known = self._known_tokens
+        ids = {caption: known[caption] for caption in captions if caption in known}
+        if new := sorted(set(captions) - ids.keys()):
+            ids |= zip(new, self.tokenizer(new).numpy().astype(np.int32), strict=True)
+            if len(known) < KNOWN_CAPTIONS:
+                known.update(ids)
+        return [ids[caption] for caption in captions]
+
+    def piece(self, step: int, first: int, last: int) -> Batch:
+        """Return the samples of a step from position ``first`` of the global batch to before ``last``."""
+        import torch
+
+        config = self.config
+        samples = self._samples(batch_rows(self.rows.numpy(), step, config.batch_size, config.seed, slice(first, last)))
+        draws = draws_of(config.seed, step, first, last)
+        pictures: Sequence[Image] = augment(
+            [sample.picture for sample in samples], self.image_size, config.augment, draws
+        )
+        pixels = torch.from_numpy(np.stack([np.asarray(self._fit(picture)) for picture in pictures]))
+        ids = [sample.caption_id for sample in samples] if config.mask_same_captions else []
+        return Batch(
+            images=pixels.permute(0, 3, 1, 2).contiguous(),
+            tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
+            caption_ids=torch.tensor(ids, dtype=torch.int64),
+        )
+
+    def batches(self, steps: range) -> Iterator[tuple[Batch, float]]:
+        """Yield this process's part of each step's batch with the seconds that it was waited for."""
+        import torch
+
+        pieces: list[Batch] = []
+        waited = 0.0
+        for piece, seconds in _timed(self._pieces(_Pieces(self, steps))):
+            pieces.append(piece)
+            waited += seconds
+            if sum(len(piece.tokens) for piece in pieces) == self.config.batch_size // self.world_size:
+                batch = Batch(
+                    images=torch.cat([piece.images for piece in pieces]),
+                    tokens=torch.cat([piece.tokens for piece in pieces]),
+                    caption_ids=torch.cat([piece.caption_ids for piece in pieces]),
+                )
+                pieces.clear()  # before the step, which takes its time, not after it
+                del piece
+                yield batch, waited
+                waited = 0.0
+
+    def _pieces(self, pieces: _Pieces) -> Iterator[Batch]:
+        workers = self.config.engine.workers
+        if workers == 0:
+            yield from _ahead(pieces.__getitem__, range(len(pieces)))
+            return
+        from torch.utils.data import DataLoader
+
+        self.rows.share_memory_()  # type: ignore[no-untyped-call]
+        loader: DataLoader[Any] = DataLoader(
+            pieces,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH_PIECES,
+            multiprocessing_context="forkserver",
+            worker_init_fn=_one_thread,
+        )
+        yield from map(_checked, loader)
+
+    def _fit(self, picture: Image) -> Image:
+        """Bring a picture that no crop has scaled to the model's size as open_clip does for inference."""
+        from torchvision.transforms import ToTensor
+
+        if picture.size == self.image_size and picture.mode == "RGB":
+            return picture
+        for transform in self.preprocess.transforms:
+            if isinstance(transform, ToTensor):
+                break
+            picture = transform(picture)
+        return picture
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The pieces of the batches of some steps by number, as PyTorch's loader wants them."""
+
+    feed: Feed
+    steps: range
+
+    @property
+    def _share(self) -> int:
+        return self.feed.config.batch_size // self.feed.world_size
+
+    @property
+    def _per_step(self) -> int:
+        return -(-self._share // PIECE_SAMPLES)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self._per_step
+
+    def __getitem__(self, index: int) -> Batch | ModeclipError:
+        step, part = divmod(index, self._per_step)
+        start = self.feed.rank * self._share
+        first = start + part * PIECE_SAMPLES
+        try:
+            return self.feed.piece(self.steps[step], first, min(first + PIECE_SAMPLES, start + self._share))
+        except ModeclipError as error:  # raised in a worker it would come out with a traceback in its text
+            return error
+
+
+def _one_thread(_: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _hash(caption: str) -> int:
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), signed=True)
+
+
+def _ahead(load: Callable[[int], Batch | ModeclipError], numbers: range) -> Iterator[Batch]:
+    """Yield ``load`` of each number in order; threads load the next few meanwhile."""
+    with ThreadPoolExecutor(PREFETCH_THREADS) as pool:
+        waiting: deque[Future[Batch | ModeclipError]] = deque()
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(load, number))
+                if len(waiting) >= PREFETCH_PIECES:
+                    yield _checked(waiting.popleft().result())
+            while waiting:
+                yield _checked(waiting.popleft().result())
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _checked(piece: Batch | ModeclipError) -> Batch:
+    if isinstance(piece, ModeclipError):
+        raise piece
+    return piece
+
+
+def _timed(values: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    while True:
+        started = time.monotonic()
+        try:
+            value = next(values)
+        except StopIteration:
+            return
+        yield value, time.monotonic() - started

@@ -1,0 +1,257 @@
+"""Jobs and their catalog -> what they will cost: rows, samples, time, memory and disk, before any of it is spent.
+
+Time, memory and the sizes of the files are measured: the job itself is trained for a few steps in a folder that is
+thrown away, once for each model, batch and number of threads; the time is the median of the steps behind the warm-up.
+It is measured alone, so jobs that share a machine's memory bandwidth take longer than it says.
+
+Price: some seconds for each distinct model (importing torch, ``MEASURED_STEPS`` steps, a checkpoint).
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modeclip.data.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.models.clip import WEIGHTS_FILE
+from modeclip.system.console import console
+from modeclip.training.jobs import TrainJob
+from modeclip.training.launching import start_job, trouble_of
+from modeclip.training.status import LOG_FILE, in_words, job_status
+from modeclip.training.trainer import job_rows
+
+MEASURED_STEPS = 10
+WARM_UP_STEPS = 3
+"""Of the measured steps, those that do not count: first uses of kernels, caches and memory."""
+COLUMNS = ("model", "rows", "steps", "samples", "passes", "s/step", "time", "memory GB", "disk GB", "done")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a few real steps of a job took."""
+
+    seconds_per_step: float
+    """Median wall time of a step, alone on the machine."""
+    memory_gb: float
+    """Highest memory of a process: of the GPU where there is one, else resident; in 10^9 bytes."""
+    checkpoint_bytes: int
+    """Size of a checkpoint."""
+    model_bytes: int
+    """Size of the exported model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """What one job will cost."""
+
+    name: str
+    """Of the model."""
+    rows: int
+    """Pairs of the catalog that it trains on."""
+    steps: int
+    """Steps that it takes in all."""
+    samples: int
+    """Samples that it trains on in all."""
+    share_done: float
+    """Part of them that is done already, in [0, 1]."""
+    seconds_per_step: float | None
+    """Measured; None where nothing is left to do."""
+    seconds: float
+    """Time of what is left."""
+    memory_gb: float | None
+    """Highest memory of one process; None where nothing is left to do."""
+    disk_bytes: int
+    """Space that it takes at most from now on: its checkpoints, one more while it is written, and the model."""
+
+    @property
+    def passes(self) -> float:
+        """How often it sees each of its pairs, in the mean."""
+        return self.samples / self.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all jobs will cost."""
+
+    jobs: tuple[JobPlan, ...]
+    """One for each job, in their order."""
+    seconds: float
+    """Wall time of what is left with so many jobs at the same time, if they do not slow each other down."""
+    disk_bytes: int
+    """Space that all of them take from now on."""
+    free_bytes: int
+    """Space that is free where they go."""
+    folder: str
+    """Where they go."""
+
+    @property
+    def problem(self) -> str | None:
+        """Return why it cannot work, as a line for the user."""
+        if self.disk_bytes <= self.free_bytes:
+            return None
+        return (
+            f"{self.folder}: the models and checkpoints need {_gb(self.disk_bytes)} GB, {_gb(self.free_bytes)} GB are "
+            "free; free some space, choose another folder, or set --keep-checkpoints lower"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan for machines."""
+        return asdict(self) | {"problem": self.problem}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the rows of a table with `COLUMNS`."""
+        rows = [
+            (
+                job.name,
+                f"{job.rows:,}",
+                f"{job.steps:,}",
+                f"{job.samples:,}",
+                f"{job.passes:.2f}",
+                "" if job.seconds_per_step is None else f"{job.seconds_per_step:.3f}",
+                in_words(job.seconds) if job.seconds else "",
+                "" if job.memory_gb is None else f"{job.memory_gb:.2f}",
+                _gb(job.disk_bytes) if job.disk_bytes else "",
+                f"{100 * job.share_done:.0f} %" if job.share_done else "",
+            )
+            for job in self.jobs
+        ]
+        total = sum(job.samples for job in self.jobs)
+        return [*rows, ("all", "", "", f"{total:,}", "", "", in_words(self.seconds), "", _gb(self.disk_bytes), "")]
+
+
+def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, processes: int = 1) -> Plan:
+    """Say what jobs will cost, after training a few steps of each kind.
+
+    Args:
+        jobs: The jobs, none of them running.
+        catalog: Their catalog.
+        workers: Jobs at the same time.
+        processes: Processes that train one job together.
+
+    Raises:
+        ModeclipError: A job cannot work: too few pairs, an unknown model, a precision that the device lacks.
+    """
+    measured: dict[str, Measurement] = {}
+    plans = []
+    for job in jobs:
+        rows, status = job_rows(job, catalog), job_status(job)
+        left = job.last_step - status.step
+        known: Measurement | None = None
+        if left:
+            kind = _kind(job)
+            if kind not in measured:
+                with console.status(f"measuring a few steps of {job.name}"):
+                    measured[kind] = measure(job, processes)
+            known = measured[kind]
+        kept = job.config.engine.keep_checkpoints + 1
+        plans.append(
+            JobPlan(
+                name=job.name,
+                rows=len(rows),
+                steps=job.last_step - job.first_step,
+                samples=(job.last_step - job.first_step) * job.config.batch_size,
+                share_done=status.share,
+                seconds_per_step=known.seconds_per_step if known else None,
+                seconds=left * known.seconds_per_step if known else 0.0,
+                memory_gb=known.memory_gb if known else None,
+                disk_bytes=kept * known.checkpoint_bytes + known.model_bytes if known else 0,
+            )
+        )
+    folder = Path(jobs[0].folder).parent
+    return Plan(
+        jobs=tuple(plans),
+        seconds=wall_time(jobs, [entry.seconds for entry in plans], workers),
+        disk_bytes=sum(entry.disk_bytes for entry in plans),
+        free_bytes=free_bytes(folder),
+        folder=str(folder),
+    )
+
+
+def measure(job: TrainJob, processes: int = 1) -> Measurement:
+    """Train a few steps of a job in a process of its own and a folder that is thrown away.
+
+    Raises:
+        ModeclipError: The job cannot work.
+    """
+    with tempfile.TemporaryDirectory(prefix="modeclip-plan-") as temporary:
+        folder = Path(temporary) / job.name
+        engine = replace(job.config.engine, log_every=1, save_every="24h", keep_checkpoints=1, report_to=())
+        probe = replace(
+            job,
+            folder=str(folder),
+            config=replace(job.config, engine=engine),
+            first_step=0,
+            last_step=MEASURED_STEPS,
+            first_share=0.0,
+            last_share=1.0,
+            start_from=None,
+            start_digest="",
+        )
+        _train(probe, processes)
+        lines = [json.loads(line) for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+        counted = [line for line in lines if line["step"] > WARM_UP_STEPS]
+        checkpoints = [file.stat().st_size for file in folder.rglob("*.safetensors") if file.name != WEIGHTS_FILE]
+        return Measurement(
+            seconds_per_step=statistics.median(job.config.batch_size / line["samples_per_second"] for line in counted),
+            memory_gb=max(line["memory_gb"] for line in lines),
+            checkpoint_bytes=max(checkpoints),
+            model_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        )
+
+
+def wall_time(jobs: Sequence[TrainJob], seconds: Sequence[float], workers: int) -> float:
+    """Return when the last job ends if each free worker takes the next one that can start.
+
+    Args:
+        jobs: In the order in which they should start.
+        seconds: Time of each.
+        workers: Jobs at the same time.
+    """
+    left, clock = dict(zip([job.folder for job in jobs], seconds, strict=True)), 0.0
+    waiting, running, done = list(jobs), list[tuple[float, str]](), set[str]()
+    while waiting or running:
+        ready = [job for job in waiting if job.start_from not in left or job.start_from in done]
+        for job in ready[: workers - len(running)]:
+            waiting.remove(job)
+            heapq.heappush(running, (clock + left[job.folder], job.folder))
+        clock, folder = heapq.heappop(running)
+        done.add(folder)
+    return clock
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free space of the file system that a folder lies on, or will lie on."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _kind(job: TrainJob) -> str:
+    """Return all that the time and memory of a step depend on."""
+    config = replace(job.config, seed=0, samples=2 * job.config.batch_size, total_parts=2, seed_parts=1)
+    return json.dumps([asdict(config), job.threads])
+
+
+def _train(job: TrainJob, processes: int) -> None:
+    """Train a job in a process of its own and wait for it."""
+    process = start_job(job, processes)
+    try:
+        trouble = trouble_of(job, process.wait())
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if trouble:
+        raise ModeclipError(trouble)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.2f}"

@@ -1,0 +1,164 @@
+"""What a training job reports of itself -> ``log.jsonl``, and TensorBoard or Weights & Biases where asked for.
+
+A job that continues cuts its log back to the step that it continues from, so that every step is told once. Scalars are
+named as open_clip names them (``train/loss``), so that runs of both lie in the same charts. Weights & Biases works
+without an account and without a network: such a run is kept in the job's folder for ``wandb sync``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from modeclip.errors import ModeclipError
+from modeclip.system.console import log
+from modeclip.system.files import write_atomically
+
+LOG_FILE = "log.jsonl"
+PROJECT = "modeclip"
+"""Project of Weights & Biases, unless ``WANDB_PROJECT`` names another."""
+INIT_TIMEOUT_SECONDS = 30.0
+"""How long its server may take to answer before a run is kept in the job's folder."""
+
+
+class Journal:
+    """The log of one run of a job."""
+
+    def __init__(
+        self, folder: Path, step: int, report_to: Sequence[str], name: str, settings: Mapping[str, Any]
+    ) -> None:
+        """Open the log and cut it back.
+
+        Args:
+            folder: Of the job.
+            step: That the job continues from; what was told of later ones is dropped.
+            report_to: ``tensorboard``, ``wandb``, both or none.
+            name: Of the run.
+            settings: Of the run, as they are to be shown beside its curves.
+
+        Raises:
+            ModeclipError: What is needed for ``report_to`` is not installed.
+        """
+        check_reports(report_to)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / LOG_FILE
+        _cut_back(self._path, step)
+        openers: dict[str, type[_TensorBoard | _Wandb]] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+        self._places = [openers[place](folder, step, name, settings) for place in report_to]
+        self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
+
+    def count(self, samples: int, waited: float) -> None:
+        """Count a step: its samples, and the seconds that it waited for them."""
+        self._samples += samples
+        self._waited += waited
+
+    def write(self, **values: int | float) -> None:
+        """Write a line of ``values``, which hold ``step``, with the rate and the wait since the last line.
+
+        Numbers that are not finite become null in the file: they are no JSON.
+        """
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        values["samples_per_second"] = round(self._samples / seconds, 1)
+        values["data_wait"] = round(self._waited / seconds, 4)
+        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        step = int(values.pop("step"))
+        for place in self._places:
+            place.write(step, {f"train/{key}": value for key, value in values.items()})
+        self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
+
+    def close(self) -> None:
+        """Hand over what is still held back."""
+        for place in self._places:
+            place.close()
+
+
+def check_reports(report_to: Sequence[str]) -> None:
+    """Raise if a place that is to be reported to needs a package that is not installed.
+
+    Raises:
+        ModeclipError: The message says which to install.
+    """
+    for place in report_to:
+        if find_spec(place) is None:
+            raise ModeclipError(
+                f"train.engine.report_to: {place} is not installed; install it with pip install 'modeclip[{place}]', "
+                "or leave it out"
+            )
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int, name: str, settings: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._writer.add_text(name, f"```json\n{json.dumps(settings, indent=2, default=str)}\n```", step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: Path, step: int, name: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        del step  # a step that the server has already been told is ignored by it
+        # Without ``silent`` it would write its own lines behind the one that says why a job failed.
+        quiet = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS)
+        start = partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=_identity(folder / "wandb-id.txt"),
+            name=name,
+            dir=str(folder),
+            config=dict(settings),
+            settings=quiet,
+        )
+        mode = os.environ.get("WANDB_MODE", "online")
+        self._run: Any = None
+        try:
+            if mode == "online" and wandb.login(prompt=False):
+                self._run = start(resume="allow")
+        except wandb.errors.Error as error:
+            log(f"{name}: Weights & Biases does not answer ({error}); this run is kept in {folder} for wandb sync")
+        if self._run is None:
+            self._run = start(mode="disabled" if mode == "disabled" else "offline")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _identity(path: Path) -> str:
+    """Return the id of the run, the same each time that the job continues."""
+    if not path.is_file():
+        write_atomically(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8")
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drop the lines after a step, and the line that a kill cut short."""
+    kept = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                kept += [line] if json.loads(line)["step"] <= step else []
+            except (json.JSONDecodeError, KeyError, TypeError):
+                break
+    write_atomically(path, "".join(f"{line}\n" for line in kept))

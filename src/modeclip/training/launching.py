@@ -1,0 +1,400 @@
+"""Jobs -> trained models: by processes of this machine, by torchrun, on Ray, or by commands for other machines.
+
+Each job is a process of its own with its own folder (a group of them under torchrun, if asked), started when the job
+that it continues from is done. A job that fails takes only those with it that need it. Every process ends when the one
+that started it is gone, however that went, and leaves a checkpoint: the same call then does what is missing.
+
+Price: a process for each job, which imports torch anew (two seconds), and a look at their files five times a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from modeclip.errors import ModeclipError
+from modeclip.system.console import console, log, make_progress
+from modeclip.system.files import write_atomically
+from modeclip.training.jobs import TrainJob, TrainResult
+from modeclip.training.status import ERRORS_FILE, OUTPUT_FILE, is_locked, job_status
+from modeclip.training.trainer import PARENT_VARIABLE
+
+POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 60.0
+"""How long a process may take to save a checkpoint when it is asked to end."""
+MAX_RETRIES = 3
+"""How often Ray repeats a job whose worker died; one that kills its worker each time is not tried for ever."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a job that was asked to end and left a checkpoint."""
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Where jobs run."""
+
+    def is_free(self) -> bool:
+        """Say whether another job may be started now."""
+        ...
+
+    def start(self, job: TrainJob) -> None:
+        """Start a job."""
+        ...
+
+    def ended(self) -> dict[str, str]:
+        """Return what there is to say of each job that has ended since, by name; nothing if it went well."""
+        ...
+
+    def stop(self) -> None:
+        """End all that runs, each with a checkpoint."""
+        ...
+
+
+def run_jobs(
+    jobs: Sequence[TrainJob],
+    workers: int,
+    *,
+    processes: int = 1,
+    ray: bool = False,
+    stop_on_failure: bool = False,
+    on_done: Callable[[TrainJob], object] | None = None,
+) -> dict[str, TrainResult]:
+    """Train all jobs that are not done yet, with one live board for all of them.
+
+    Args:
+        jobs: The jobs; one that continues from another may stand anywhere.
+        workers: Jobs at the same time on this machine; Ray takes as many as it has processors for.
+        processes: Processes that train one job together, by torchrun.
+        ray: Run on the Ray cluster of ``RAY_ADDRESS``, one that runs on this machine, or a new one; all its machines
+            must see the jobs' folders and the catalog.
+        stop_on_failure: Stop all when one fails, each with a checkpoint.
+        on_done: Called with each job that is done, after it is; not with those that were done before.
+
+    Returns:
+        The result of each job, by name.
+
+    Raises:
+        ModeclipError: Jobs failed; the others are done, unless they were to stop or need one of these.
+    """
+    results = {job.name: result for job in jobs if (result := TrainResult.read(job)) is not None}
+    waiting = [job for job in jobs if job.name not in results]
+    if not waiting:
+        return results
+    for job in waiting:
+        if not (Path(job.folder) / "job.json").is_file():
+            job.save()  # so that a board of the folder shows what waits
+    runner: Runner = _OnRay(processes) if ray else _Here(workers, processes)
+    failures = _Schedule(jobs, results, runner, stop_on_failure, on_done).run(waiting)
+    if failures:
+        raise ModeclipError(_summary(failures, len(jobs)))
+    return results
+
+
+class _Schedule:
+    """Which job starts when; what came of each."""
+
+    def __init__(
+        self,
+        jobs: Sequence[TrainJob],
+        results: dict[str, TrainResult],
+        runner: Runner,
+        stop_on_failure: bool,
+        on_done: Callable[[TrainJob], object] | None,
+    ) -> None:
+        self.jobs, self.results, self.runner = {job.name: job for job in jobs}, results, runner
+        self.stop_on_failure, self.on_done = stop_on_failure, on_done
+        self.failures: dict[str, str] = {}
+        self.running: dict[str, TrainJob] = {}
+        self.elsewhere: set[str] = set()
+
+    def run(self, waiting: list[TrainJob]) -> dict[str, str]:
+        """Run jobs to their end and return what there is to say of each that failed or could not start."""
+        with make_progress() as bars:
+            tasks = {
+                job.name: bars.add_task(f"train {job.name}", total=_samples(job), unit="samples", start=False)
+                for job in waiting
+            }
+            try:
+                while not (self.failures and self.stop_on_failure):
+                    ready = [job for job in waiting if self._is_ready(job)]
+                    if not (self.running or ready):
+                        break  # all are done, or what waits needs what has failed
+                    for job in ready:
+                        if self._begin(job):
+                            waiting.remove(job)
+                            bars.start_task(tasks[job.name])
+                    time.sleep(POLL_SECONDS)
+                    for name, job in self.running.items():
+                        bars.update(tasks[name], completed=round(job_status(job).share * _samples(job)))
+                    for name, trouble in self.runner.ended().items():
+                        self._end(self.running.pop(name), trouble)
+            finally:
+                self.runner.stop()
+        for job in self.running.values():
+            self.failures[job.name] = f"{job.name}: stopped, since another failed; run again to continue"
+        for job in waiting:
+            needed = self._needed(job)
+            reason = f"it needs {needed}" if needed in self.failures else "another failed"
+            self.failures[job.name] = f"{job.name}: not started, since {reason}"
+        return self.failures
+
+    def _begin(self, job: TrainJob) -> bool:
+        """Start a job, if there is room for it and nobody else is at it; return whether it waits no longer."""
+        if is_locked(Path(job.folder)):
+            if job.name not in self.elsewhere:
+                self.elsewhere.add(job.name)
+                log(f"{job.name}: another process is training it; waiting")
+        elif TrainResult.read(job) is not None:  # by that process
+            self._end(job, "")
+            return True
+        elif self.runner.is_free():
+            self.running[job.name] = job
+            self.runner.start(job)
+            return True
+        return False
+
+    def _needed(self, job: TrainJob) -> str | None:
+        """Return the job that this one continues from, if it is one of those that are trained here."""
+        return next((other.name for other in self.jobs.values() if other.folder == job.start_from), None)
+
+    def _is_ready(self, job: TrainJob) -> bool:
+        needed = self._needed(job)
+        return needed is None or needed in self.results
+
+    def _end(self, job: TrainJob, trouble: str) -> None:
+        result = TrainResult.read(job)
+        if result is None or trouble:
+            self.failures[job.name] = trouble or f"{job.name}: training ended without a result; run again to continue"
+            log(self.failures[job.name])
+            return
+        self.results[job.name] = result
+        if not console.is_terminal:
+            log(f"train {job.name}: {result.samples:,} samples in {result.seconds:.0f} s")
+        if self.on_done is not None:
+            self.on_done(job)
+
+
+class _Here:
+    """Processes of this machine."""
+
+    def __init__(self, workers: int, processes: int) -> None:
+        self.workers, self.processes = workers, processes
+        self.running: dict[str, tuple[TrainJob, subprocess.Popen[str]]] = {}
+
+    def is_free(self) -> bool:
+        return len(self.running) < self.workers
+
+    def start(self, job: TrainJob) -> None:
+        self.running[job.name] = (job, start_job(job, self.processes))
+
+    def ended(self) -> dict[str, str]:
+        over = {name: pair for name, pair in self.running.items() if pair[1].poll() is not None}
+        for name in over:
+            del self.running[name]
+        return {name: trouble_of(job, int(process.returncode)) for name, (job, process) in over.items()}
+
+    def stop(self) -> None:
+        for _, process in self.running.values():
+            process.terminate()
+        for job, process in self.running.values():
+            try:
+                process.wait(timeout=PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            trouble_of(job, int(process.returncode))
+
+
+class _OnRay:
+    """Tasks of a Ray cluster, each of which starts the job's processes where it runs."""
+
+    def __init__(self, processes: int) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ModeclipError('--ray needs the package ray: pip install "modeclip[ray]"') from None
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        self.ray, self.processes = ray, processes
+        self.total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        self.running: dict[Any, TrainJob] = {}
+        log(f"on Ray with {self.total.get('CPU', 0):g} processors and {self.total.get('GPU', 0):g} GPUs")
+
+    def is_free(self) -> bool:
+        return True  # Ray itself holds a task back until there is room for it
+
+    def start(self, job: TrainJob) -> None:
+        needs = {"CPU": job.threads * self.processes, "GPU": self.processes if self.total.get("GPU") else 0}
+        for name, count in needs.items():
+            if count > self.total.get(name, 0):
+                raise ModeclipError(
+                    f"{job.name} needs {count} of Ray's {name}, which has {self.total.get(name, 0):g} in all; lower "
+                    "experts.threads_per_job or experts.processes_per_job, or add machines to the cluster"
+                )
+        job = _placed(job)
+        task = self.ray.remote(
+            num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_retries=MAX_RETRIES, retry_exceptions=True
+        )(_train_on_ray)
+        self.running[task.remote(job, self.processes)] = job
+
+    def ended(self) -> dict[str, str]:
+        if not self.running:
+            return {}
+        over, _ = self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
+        return {self.running.pop(reference).name: self._trouble(reference) for reference in over}
+
+    def _trouble(self, reference: Any) -> str:
+        try:
+            return str(self.ray.get(reference))
+        except self.ray.exceptions.RayTaskError as error:
+            return str(error.cause)
+        except self.ray.exceptions.RayError as error:
+            return f"Ray gave up on a job: {str(error).splitlines()[0]}; give the command again"
+
+    def stop(self) -> None:
+        for reference in self.running:
+            self.ray.cancel(reference)  # raises KeyboardInterrupt in the task, which stops its processes
+        if self.running:
+            self.ray.wait(list(self.running), num_returns=len(self.running), timeout=PATIENCE_SECONDS)
+
+
+def _train_on_ray(job: TrainJob, processes: int) -> str:
+    """Train a job in a Ray task; return what went wrong, or raise for what another attempt may mend."""
+    process = start_job(job, processes)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait(PATIENCE_SECONDS)
+        raise
+    trouble = trouble_of(job, code)
+    if code < 0 or code == STOPPED:
+        raise ChildProcessError(trouble or f"{job.name}: training was stopped; run again to continue")
+    return trouble
+
+
+def commands_for(jobs: Sequence[TrainJob], processes: int = 1) -> list[str]:
+    """Write the job files and return a line for the shell for each job, in an order that works.
+
+    The lines may be run anywhere that sees the folders and the catalog. A comment says which job must be finished
+    before: at most one, the seed. A job that is done already does nothing when its line is run again.
+
+    Args:
+        jobs: The jobs.
+        processes: Processes that train one job together.
+    """
+    names = {job.folder: job.name for job in jobs}
+    lines = []
+    for job in sorted(jobs, key=lambda job: job.start_from in names):
+        words = ["python", *_words(_placed(job), processes)]
+        needed = names.get(job.start_from or "")
+        lines.append(shlex.join(words) + (f"  # after {needed}" if needed else ""))
+    return lines
+
+
+def _summary(failures: dict[str, str], count: int) -> str:
+    """Return one line about the jobs that failed; each has had its own line."""
+    if len(failures) == 1:
+        return next(iter(failures.values()))
+    first = next(iter(failures.values()))
+    return f"{len(failures)} of {count} models are missing ({', '.join(failures)}); the first: {first}"
+
+
+def start_job(job: TrainJob, processes: int = 1) -> subprocess.Popen[str]:
+    """Start the process of a job in a session of its own, where a Ctrl-C does not reach it.
+
+    Args:
+        job: What to train; its file is written.
+        processes: Processes that train it together, by torchrun.
+    """
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(job.threads)}
+    words = _words(job, processes)
+    if processes > 1:
+        words = ["-m", "modeclip.training.launching", *words[2:]]
+    (Path(job.folder) / ERRORS_FILE).unlink(missing_ok=True)
+    with (Path(job.folder) / OUTPUT_FILE).open("w", encoding="utf-8") as output:
+        return subprocess.Popen(
+            [sys.executable, *words], env=environment, stderr=output, stdout=output, text=True, start_new_session=True
+        )
+
+
+def trouble_of(job: TrainJob, code: int) -> str:
+    """Return what a process that ended has to say, nothing if all went well; if not, ``errors.txt`` has all of it.
+
+    Args:
+        job: What it trained.
+        code: Its exit code.
+    """
+    output, path = Path(job.folder) / OUTPUT_FILE, Path(job.folder) / ERRORS_FILE
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
+    output.unlink(missing_ok=True)
+    if code == 0 and TrainResult.read(job) is not None:
+        return ""
+    if code in (STOPPED, -signal.SIGTERM):  # the latter before it had begun
+        return f"{job.name}: training was stopped; run again to continue"
+    if code < 0 or not lines:
+        lines.append(f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+    write_atomically(path, "\n".join(lines) + "\n")
+    if code == 2:
+        return lines[-1]
+    return f"{job.name}: training ended early: {lines[-1]} (all of it in {path}); run again to continue"
+
+
+def _words(job: TrainJob, processes: int) -> list[str]:
+    """Write the job file and return the arguments of Python that train it."""
+    train = ["-m", "modeclip.training.trainer", str(job.save())]
+    if processes == 1:
+        return train
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *train]
+
+
+def _samples(job: TrainJob) -> int:
+    return (job.last_step - job.first_step) * job.config.batch_size
+
+
+def _placed(job: TrainJob) -> TrainJob:
+    """Return a job whose paths mean the same in any folder."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).resolve())
+
+    start = None if job.start_from is None else absolute(job.start_from)
+    return replace(job, folder=absolute(job.folder), catalog=absolute(job.catalog), start_from=start)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run torchrun in this process, quietly, until it ends or the process that started this one is gone."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    parent = int(os.environ[PARENT_VARIABLE])
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # its workers look for this process
+    logging.disable(logging.CRITICAL)  # what the workers say is what counts
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        torchrun(list(words))
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        raise SystemExit(2 if 2 in codes else 1) from None
+    except SignalException:
+        raise SystemExit(STOPPED) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,148 @@
+"""A job, its rows and the number of its processes -> nothing, or the one line that says why it cannot succeed.
+
+Looks at everything that can be known before a model is built: the batch, the device, the weights it starts from (names
+and shapes, by their headers), a sample of the pairs, and the disk. Price: below a second, most of it for importing
+open_clip, which training needs anyway.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modeclip.errors import ModeclipError, unknown
+from modeclip.models.checkpoints import FOLDER, check_weights, find_checkpoint
+from modeclip.models.clip import model_shapes
+from modeclip.training.journal import check_reports
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+    from modeclip.data.catalog import Catalog
+    from modeclip.training.jobs import TrainJob
+
+CAPTIONS_SEEN = 4096
+"""Captions that are looked at, spread evenly over the rows."""
+IMAGES_SEEN = 32
+"""Images that are decoded, spread in the same way."""
+_KEYS_SHOWN = 3
+
+
+def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], world_size: int) -> None:
+    """Raise before anything is built if a job cannot succeed.
+
+    Args:
+        job: The job.
+        catalog: Of its pairs.
+        rows: That it trains on.
+        world_size: Processes that train it together.
+
+    Raises:
+        ModeclipError: The message names the job, what is wrong and what to do.
+    """
+    _check_batch(job, world_size)
+    _check_precision(job)
+    check_reports(job.config.engine.report_to)
+    shapes = model_shapes(job.config.model, siglip=job.config.loss == "siglip")
+    own = find_checkpoint(Path(job.folder), job.digest)
+    if own is not None:
+        check_weights(own, shapes)
+    elif job.start_from is not None:
+        _check_start(job, Path(job.start_from), shapes)
+    _check_pairs(job, catalog, rows)
+    _check_disk(job, 4 * sum(math.prod(shape) for shape in shapes.values()))
+
+
+def _check_batch(job: TrainJob, world_size: int) -> None:
+    batch = job.config.batch_size
+    if batch % world_size:
+        raise ModeclipError(
+            f"{job.name}: train.batch_size is {batch:,} over all processes, which {world_size} processes cannot share "
+            f"equally; set it to a multiple of {world_size}, such as {math.ceil(batch / world_size) * world_size:,}"
+        )
+
+
+def _check_precision(job: TrainJob) -> None:
+    import torch
+
+    precision = job.config.engine.precision
+    if precision == "16-mixed" and not torch.cuda.is_available():
+        raise ModeclipError(
+            f"{job.name}: train.engine.precision is 16-mixed, which needs a GPU, and this machine has none; set it to "
+            "auto, 32-true or bf16-mixed"
+        )
+    if (
+        precision == "bf16-mixed"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ModeclipError(
+            f"{job.name}: train.engine.precision is bf16-mixed, which {torch.cuda.get_device_name()} lacks; set it to "
+            "auto, 16-mixed or 32-true"
+        )
+
+
+def _check_start(job: TrainJob, start: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Check the weights that a job starts from: another job's checkpoint, or a file of open_clip_train."""
+    path = start if start.is_file() else find_checkpoint(start, job.start_digest or None)
+    if path is None:
+        what = "holds no checkpoint of the job that this one continues" if start.is_dir() else "does not exist"
+        raise ModeclipError(f"{job.name}: start_from {start} {what}; train that model first, or correct the path")
+    check_weights(path, shapes)
+
+
+def _check_pairs(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> None:
+    """Look at a sample of the pairs: captions that say nothing, images that do not decode."""
+    for name in [*job.where, *([job.mask] if job.mask else [])]:
+        if name not in catalog.columns:
+            raise unknown(f"column of {catalog.path!r}, which {job.name} selects its rows by,", name, catalog.columns)
+    seen = _spread(rows, CAPTIONS_SEEN)
+    pairs = catalog.read(["key", "caption"], seen)
+    empty = [
+        key for key, caption in zip(pairs["key"], pairs["caption"], strict=True) if not (caption and caption.strip())
+    ]
+    if empty:
+        raise ModeclipError(
+            f"{job.name}: {len(empty):,} of {len(seen):,} captions looked at are empty ({_some(empty)}); leave such "
+            "pairs out with a column of booleans (mask), or index again"
+        )
+    seen, damaged = _spread(rows, IMAGES_SEEN), []
+    try:
+        catalog.images(seen)
+    except ModeclipError as first:
+        for position, key in enumerate(catalog.read(["key"], seen)["key"].tolist()):
+            try:
+                catalog.images(seen[position : position + 1])
+            except ModeclipError:
+                damaged.append(key)
+        raise ModeclipError(
+            f"{job.name}: {len(damaged):,} of {len(seen):,} images looked at cannot be read ({_some(damaged)}); the "
+            f"first: {first}"
+        ) from first
+
+
+def _check_disk(job: TrainJob, weight_bytes: int) -> None:
+    """Check the space for the checkpoints that are kept, the one that is being written, and the finished model."""
+    keep, folder = job.config.engine.keep_checkpoints, Path(job.folder)
+    present = sum(file.stat().st_size for file in (folder / FOLDER).glob("*") if file.is_file())
+    needed = (3 * (keep + 1) + 1) * weight_bytes - present
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ModeclipError(
+            f"{job.name}: its checkpoints need {needed / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are "
+            f"free; free some space, or set train.engine.keep_checkpoints (now {keep}) lower"
+        )
+
+
+def _spread(rows: Int[np.ndarray, " N"], count: int) -> Int[np.ndarray, " n"]:
+    """Return at most ``count`` of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "")

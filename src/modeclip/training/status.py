@@ -1,0 +1,244 @@
+"""A folder of jobs -> how each of them stands: what the processes that train have left in their files.
+
+Nothing is asked of the processes themselves, so it works from any machine that sees the folder, while others write:
+``job.json`` says what is to be done, the lock whether a process is at it, the last whole line of ``log.jsonl`` how far
+it is, ``done.json`` that it is finished, and ``errors.txt`` why it is not.
+
+Price: a few small reads for each model; of a log only the last 16 kB.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.live import Live
+from rich.table import Table
+
+from modeclip.errors import ModeclipError
+from modeclip.system.console import console
+from modeclip.training.jobs import TrainJob, TrainResult
+
+OUTPUT_FILE, ERRORS_FILE = "output.txt", "errors.txt"
+"""What a job's process writes for a person; it becomes ``errors.txt`` when the job fails, and goes otherwise."""
+LOG_FILE = "log.jsonl"
+LOG_TAIL_BYTES = 1 << 14
+SPEED_LINES = 5
+"""Lines of the log whose median is the speed: one that a checkpoint slowed down does not count."""
+REFRESH_SECONDS = 1.0
+GAP_SECONDS = 60.0
+"""How long a watch waits for another job to start when none runs."""
+
+State = Literal["finished", "running", "waiting", "stopped", "failed"]
+COLOURS: dict[State, str] = {
+    "finished": "green",
+    "running": "cyan",
+    "waiting": "dim",
+    "stopped": "yellow",
+    "failed": "red",
+}
+COLUMNS = ("model", "state", "step", "done", "samples/s", "loss", "time left", "checkpoint", "note")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """How one job stands."""
+
+    name: str
+    """Of the model."""
+    state: State
+    """``stopped``: begun, then ended by a signal or with its machine; the same command goes on with it."""
+    step: int
+    """Step of the schedule that it has reached, as far as its log says."""
+    last_step: int
+    """Step at which it ends."""
+    share: float
+    """Part of its own steps that is done, in [0, 1]."""
+    samples_per_second: float | None
+    """Lately; None before the first line of the log."""
+    loss: float | None
+    """In the last line of the log."""
+    seconds_left: float | None
+    """At that speed; None where nothing runs."""
+    checkpoint_age_seconds: float | None
+    """Since its newest checkpoint; None if there is none."""
+    note: str = ""
+    """Last line of what went wrong."""
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the status as words for the columns of a table."""
+        return (
+            self.name,
+            self.state,
+            f"{self.step:,} / {self.last_step:,}",
+            f"{100 * self.share:.1f} %",
+            "" if self.samples_per_second is None else f"{self.samples_per_second:,.0f}",
+            "" if self.loss is None else f"{self.loss:.4f}",
+            "" if self.seconds_left is None else in_words(self.seconds_left),
+            "" if self.checkpoint_age_seconds is None else f"{in_words(self.checkpoint_age_seconds)} ago",
+            self.note,
+        )
+
+
+def status(folder: Path) -> tuple[JobStatus, ...]:
+    """Return how the jobs of a folder stand: the seed first, then by name.
+
+    Args:
+        folder: Of a run, of its models, or of one job.
+
+    Raises:
+        ModeclipError: There is no job in it.
+    """
+    paths = [path for pattern in ("job.json", "*/job.json", "models/*/job.json") for path in folder.glob(pattern)]
+    if not paths:
+        raise ModeclipError(f"{folder}: no job.json in it or in its models; give the folder of a run that is training")
+    return tuple(job_status(TrainJob.load(path), path.parent) for path in sorted(paths, key=_place))
+
+
+def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
+    """Return how one job stands; its folder may have been moved since the job was written."""
+    folder = Path(job.folder) if folder is None else folder
+    lines = read_log(folder)
+    result = TrainResult.read(replace(job, folder=str(folder)))
+    step = job.last_step if result is not None else int(lines[-1]["step"]) if lines else job.first_step
+    step = min(max(step, job.first_step), job.last_step)
+    ages = [time.time() - moment for path in checkpoint_files(folder) if (moment := _modified(path)) is not None]
+    note = _last_words(folder)
+    state = _state(folder, result is not None, bool(lines or ages), bool(note))
+    speeds = [line["samples_per_second"] for line in lines[-SPEED_LINES:] if "samples_per_second" in line]
+    speed = statistics.median(speeds) if speeds else None
+    left = (job.last_step - step) * job.config.batch_size
+    return JobStatus(
+        name=job.name,
+        state=state,
+        step=step,
+        last_step=job.last_step,
+        share=(step - job.first_step) / (job.last_step - job.first_step),
+        samples_per_second=speed,
+        loss=float(lines[-1]["loss"]) if lines and "loss" in lines[-1] else None,
+        seconds_left=left / speed if speed and state == "running" else None,
+        checkpoint_age_seconds=max(0.0, min(ages)) if ages else None,
+        note=note if state == "failed" else "",
+    )
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the last whole lines of a job's log, oldest first; one that is being written is left out."""
+    try:
+        with (folder / LOG_FILE).open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES)
+            file.seek(start)
+            pieces = file.read().split(b"\n")
+    except OSError:
+        return []
+    lines = []
+    for piece in pieces[1 if start else 0 :]:
+        with suppress(ValueError):
+            line = json.loads(piece)
+            lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
+    return lines
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the checkpoints of a job that are there now."""
+    return list((folder / "checkpoints").glob("*.safetensors"))
+
+
+def is_locked(folder: Path) -> bool:
+    """Say whether a process is at work in a folder; asking hinders nobody for longer than a moment."""
+    try:
+        with (folder / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def board_table(rows: Iterable[JobStatus], title: str) -> Table:
+    """Return the table of a board."""
+    table = Table(title=title, title_justify="left")
+    for name in COLUMNS:
+        left = name in {"model", "state", "note"}
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "note", overflow="fold")
+    for row in rows:
+        cells = row.cells()
+        table.add_row(cells[0], f"[{COLOURS[row.state]}]{cells[1]}[/]", *cells[2:-1], cells[-1].replace("[", r"\["))
+    return table
+
+
+def watch(read: Callable[[], tuple[JobStatus, ...]], title: str) -> tuple[JobStatus, ...]:
+    """Show the board until every job has ended, or none has run for a minute; return how they stand then.
+
+    Args:
+        read: Returns how the jobs stand now.
+        title: Of the table.
+    """
+    rows, idle_since = read(), time.monotonic()
+    with Live(board_table(rows, title), console=console, auto_refresh=False) as live:
+        while any(row.state in {"running", "waiting"} for row in rows):
+            if any(row.state == "running" for row in rows):
+                idle_since = time.monotonic()
+            if time.monotonic() - idle_since > GAP_SECONDS:
+                break
+            time.sleep(REFRESH_SECONDS)
+            rows = read()
+            live.update(board_table(rows, title), refresh=True)
+    return rows
+
+
+def in_words(seconds: float) -> str:
+    """Return a time in its two largest units.
+
+    Examples:
+        >>> in_words(8.0), in_words(68.0), in_words(7_300.0), in_words(200_000.0)
+        ('8 s', '1 min 8 s', '2 h 1 min', '2 d 7 h')
+    """
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86_400
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{int(minutes)} min {int(seconds % 60)} s"
+    return f"{int(hours)} h {int(minutes % 60)} min" if days < 1 else f"{int(days)} d {int(hours % 24)} h"
+
+
+def _state(folder: Path, is_done: bool, is_begun: bool, has_errors: bool) -> State:
+    if is_done:
+        return "finished"
+    if is_locked(folder):
+        return "running"
+    if has_errors:
+        return "failed"
+    return "stopped" if is_begun else "waiting"
+
+
+def _last_words(folder: Path) -> str:
+    """Return the last line of what a job's process wrote on standard error."""
+    try:
+        lines = (folder / ERRORS_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1] if lines else ""
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it has just been removed
+        return None
+
+
+def _place(path: Path) -> tuple[bool, list[tuple[int, str]]]:
+    """Return what sorts the jobs: the seed first, numbers by their value."""
+    parts = re.findall(r"\d+|\D+", path.parent.name)
+    return path.parent.name != "seed", [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

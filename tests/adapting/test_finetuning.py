@@ -1,0 +1,319 @@
+"""Fine-tuning on a small own set: no held-out image is trained on, training stops early, numbers are the folders'."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from modeclip.adapting.finetuning import FinetuneConfig, FinetuneResult, finetune
+from modeclip.adapting.holdout import draw_units, own_task, split_rows
+from modeclip.adapting.merging import interpolate
+from modeclip.adapting.tradeoff import Point, choose_alpha
+from modeclip.commands.adapting import finetune as finetune_command
+from modeclip.commands.adapting import merge as merge_command
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources.options import DataConfig
+from modeclip.data.tasks.task import catalog_tasks
+from modeclip.errors import ModeclipError
+from modeclip.evaluation.metrics import bootstrap_interval
+from modeclip.training.jobs import EngineConfig, TrainJob
+from modeclip.training.trainer import job_rows
+
+CONFIG = FinetuneConfig(
+    epochs=4,
+    batch_size=16,
+    learning_rate=2e-3,
+    checks=4,
+    patience=4,
+    alphas=4,
+    engine=EngineConfig(precision="32-true", save_every="4steps", log_every=1),
+)
+COLOURS = [(220, 60, 60), (60, 220, 60), (60, 60, 220), (220, 220, 60), (220, 220, 220)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Own set: real icons in five colours, a sub-folder for each, and two copies; general tasks: real icons."""
+    out = tmp_path_factory.mktemp("own")
+    index(DataConfig(source="icons", train_sets=("octicons",), tasks=("heroicons",)), out / "icons")
+    draw = np.random.default_rng(0)
+    for number, colour in enumerate(COLOURS):
+        (out / "photos" / f"sort_{number}").mkdir(parents=True)
+        pictures = Catalog.open(out / "icons").images(np.arange(20) * 10 + number)
+        for copy, picture in enumerate(pictures):
+            shade = np.clip(np.array(colour) + draw.integers(-40, 40, 3), 0, 255)
+            pixels = np.asarray(picture).astype(int) * shade // 255
+            Image.fromarray(pixels.astype(np.uint8)).save(out / "photos" / f"sort_{number}" / f"{copy}.png")
+    (out / "photos" / "sort_0" / "again.png").write_bytes((out / "photos" / "sort_0" / "3.png").read_bytes())
+    (out / "photos" / "sort_1" / "alien.png").write_bytes((out / "photos" / "sort_0" / "3.png").read_bytes())
+    index(DataConfig(source=str(out / "photos")), out / "catalog")
+    return out
+
+
+@pytest.fixture(scope="module")
+def catalog(folder: Path) -> Catalog:
+    return Catalog.open(folder / "catalog")
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path, catalog: Catalog) -> FinetuneResult:
+    """One fine-tuning with general tasks, from a random start."""
+    tasks = str(folder / "icons" / "tasks.lance")
+    return finetune("modeclip-icon", catalog, CONFIG, out=folder / "tuned", tasks=tasks)
+
+
+def answers(folder: Path, catalog: Catalog, rows: np.ndarray, classnames: tuple[str, ...]) -> np.ndarray:
+    """Classify images with nothing but open_clip."""
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model.eval()
+    with torch.no_grad():
+        texts = model.encode_text(tokenizer(list(classnames)), normalize=True)
+        images = torch.stack([preprocess(picture) for picture in catalog.images(rows)])
+        return (model.encode_image(images, normalize=True) @ texts.T).argmax(1).numpy()
+
+
+@pytest.mark.parametrize("unit", ["image", "class", "group"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_image_is_on_both_sides(catalog: Catalog, unit: str, seed: int) -> None:
+    split = split_rows(catalog, unit, 0.2, seed)  # type: ignore[arg-type]
+    again = split_rows(catalog, unit, 0.2, seed)  # type: ignore[arg-type]
+    assert np.array_equal(split.held_out, again.held_out)
+    digests = catalog.read(["digest"])["digest"]
+    assert not set(digests[split.train]) & set(digests[split.held_out])
+    assert len(split.train) + len(split.held_out) + split.num_duplicates == len(catalog) == 20 * len(COLOURS) + 2
+    captions = catalog.read(["caption"])["caption"]
+    if unit == "image":
+        assert split.num_duplicates == 0  # copies are drawn together
+        assert len(split.held_out) in range(19, 25)
+        assert all(3 <= (captions[split.held_out] == caption).sum() <= 7 for caption in set(captions))
+    else:
+        assert len(set(captions[split.held_out])) == 1
+        assert not set(captions[split.train]) & set(captions[split.held_out])
+        spoiled = captions[split.held_out][0] in {"a photo of a sort 0.", "a photo of a sort 1."}
+        assert split.num_duplicates == {True: 1, False: 0}[spoiled] + (
+            captions[split.held_out][0] == "a photo of a sort 1."
+        )
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=80), st.floats(0.01, 0.99), st.integers(0, 2**31))
+def test_draw_of_units(numbers: list[int], fraction: float, seed: int) -> None:
+    units = np.array(numbers)
+    strata = units % 3
+    drawn = draw_units(units, strata, fraction, seed)
+    values = np.unique(units)
+    if len(values) < 2:
+        return
+    taken = [bool(drawn[units == value].all()) for value in values]
+    assert taken == [bool(drawn[units == value].any()) for value in values], "a unit stays together"
+    assert 0 < sum(taken) < len(values)
+    assert abs(sum(taken) - fraction * len(values)) <= 1
+    for stratum in range(3):
+        members = [t for t, value in zip(taken, values, strict=True) if value % 3 == stratum]
+        assert abs(sum(members) - fraction * len(members)) <= 2
+
+
+def test_held_out_images_are_spread_over_seeds(catalog: Catalog) -> None:
+    """Every image is held out by some seed: the draw is no fixed pattern."""
+    held_out = {int(row) for seed in range(60) for row in split_rows(catalog, "image", 0.2, seed).held_out}
+    assert held_out == set(range(len(catalog)))
+
+
+def test_training_sees_only_the_training_rows(tuned: FinetuneResult, catalog: Catalog) -> None:
+    job = TrainJob.load(Path(tuned.folder) / "train" / "job.json")
+    split = split_rows(catalog, CONFIG.holdout, CONFIG.holdout_fraction, CONFIG.seed)
+    column = next(name for name in Catalog.open(catalog.path).columns if name.startswith("finetune_"))
+    reopened = Catalog.open(catalog.path)
+    assert np.array_equal(reopened.select(mask=column), split.train)
+    assert np.array_equal(job_rows(job, reopened), split.train)
+    assert job.config.mask_same_captions
+    assert (tuned.num_train, tuned.num_held_out) == (len(split.train), len(split.held_out))
+
+
+def test_numbers_are_those_of_the_written_folders(tuned: FinetuneResult, catalog: Catalog, folder: Path) -> None:
+    out, tasks = Path(tuned.folder), Catalog.open(folder / "icons" / "tasks.lance")
+    task = own_task(catalog, split_rows(catalog, CONFIG.holdout, CONFIG.holdout_fraction, CONFIG.seed))
+    [general] = catalog_tasks(tasks)
+    own_row, general_row = tuned.table
+    for place, column in ((out / "seed", "before"), (out / "best", "tuned"), (out, "after")):
+        right = answers(place, catalog, task.images.rows, task.classnames) == task.labels
+        assert getattr(own_row, column) == bootstrap_interval({"own set": right})
+        right = answers(place, tasks, general.images.rows, general.classnames) == general.labels
+        assert getattr(general_row, column).mean == pytest.approx(right.mean(), abs=0.004)
+    assert own_row.after.mean > own_row.before.mean + 0.3, "five colours are learnt at once"
+    assert own_row.change.mean == pytest.approx(own_row.after.mean - own_row.before.mean)
+    assert [point.alpha for point in tuned.curve] == [0, 0.25, 0.5, 0.75, 1]
+    chosen = choose_alpha(tuned.curve, tuned.tolerance)
+    assert (tuned.alpha, own_row.after.mean) == (chosen.alpha, chosen.own)
+    wanted = interpolate(out / "seed", out / "best", tuned.alpha).model.state_dict()
+    got = load_file(out / "open_clip_model.safetensors")
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert dict(tuned.checks)[tuned.best_step] == max(score for _, score in tuned.checks) == tuned.curve[-1].own
+
+
+def test_page_is_one_file(tuned: FinetuneResult) -> None:
+    page = (Path(tuned.folder) / "finetune.html").read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count('<path class="curve') == 3
+    assert f"After, alpha {tuned.alpha:g}" in page
+    content = json.loads((Path(tuned.folder) / "finetune.json").read_text())
+    assert content["table"][0]["after"]["mean"] == tuned.table[0].after.mean
+
+
+def test_same_call_again_is_done(tuned: FinetuneResult, catalog: Catalog, folder: Path) -> None:
+    model = Path(tuned.folder) / "open_clip_model.safetensors"
+    before = model.stat().st_mtime_ns
+    tasks = str(folder / "icons" / "tasks.lance")
+    assert finetune("modeclip-icon", catalog, CONFIG, out=tuned.folder, tasks=tasks) == tuned
+    assert model.stat().st_mtime_ns == before
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=11),
+    st.sampled_from([0.0, 0.1, 0.25, 1.0]),
+    st.booleans(),
+)
+def test_choice_follows_the_rule(numbers: list[tuple[int, int]], tolerance: float, has_general: bool) -> None:
+    curve = [
+        Point(alpha=index / 10, own=own / 10, general=general / 10 if has_general else None)
+        for index, (own, general) in enumerate(numbers)
+    ]
+    chosen = choose_alpha(curve, tolerance)
+    allowed = [
+        i for i, (_, general) in enumerate(numbers) if not has_general or numbers[0][1] - general <= 10 * tolerance
+    ]
+    best = max(numbers[i][0] for i in allowed)
+    assert chosen == curve[min(i for i in allowed if numbers[i][0] == best)]
+
+
+@pytest.mark.parametrize(("patience", "num_checks"), [(2, 3), (9, 6)])
+def test_early_stop_stops(catalog: Catalog, tmp_path: Path, patience: int, num_checks: int) -> None:
+    """A rate that changes nothing: the first check stays the best, and training ends ``patience`` checks later."""
+    config = replace(CONFIG, learning_rate=1e-12, epochs=2, checks=6, patience=patience, alphas=1)
+    result = finetune("modeclip-icon", catalog, config, out=tmp_path / "tuned")
+    every = result.planned_steps // 6
+    assert len(result.checks) >= num_checks
+    assert result.best_step == every
+    assert result.steps == (every * 3 if patience == 2 else result.planned_steps)
+    logged = (tmp_path / "tuned" / "train" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == list(range(1, result.steps + 1))
+    assert result.alpha == 0.0
+    assert result.curve[0].general is None
+    assert len(result.table) == 1
+
+
+SCRIPT = """
+import sys
+from modeclip.data.catalog import Catalog
+from modeclip.adapting.finetuning import finetune
+from test_finetuning import CONFIG
+finetune("modeclip-icon", Catalog.open(sys.argv[1]), CONFIG, out=sys.argv[2], tasks=sys.argv[3])
+"""
+
+
+def start(catalog: Catalog, out: Path, tasks: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, catalog.path, str(out), str(tasks)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_twice_and_run_again_gives_the_same(
+    tuned: FinetuneResult, catalog: Catalog, folder: Path, tmp_path: Path
+) -> None:
+    """Killed in training, and between two alphas."""
+    tasks, out = folder / "icons" / "tasks.lance", tmp_path / "tuned"
+    for word in ('"checks": [[', '"found": {"0.0"'):
+        process, deadline = start(catalog, out, tasks), time.monotonic() + 240
+        while not ((out / "notes.json").is_file() and word in (out / "notes.json").read_text()):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert not (out / "finetune.json").exists()
+    result = finetune("modeclip-icon", catalog, CONFIG, out=out, tasks=str(tasks))
+    ours, theirs = (
+        {name: value for name, value in asdict(each).items() if name not in {"folder", "digest"}}
+        for each in (result, tuned)
+    )
+    assert ours == theirs
+    name = "open_clip_model.safetensors"
+    assert (out / name).read_bytes() == (Path(tuned.folder) / name).read_bytes()
+
+
+def test_commands_print_tables_and_json(
+    tuned: FinetuneResult, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: object) -> str:
+        commands = {"finetune": finetune_command, "merge": merge_command}
+        tyro.extras.subcommand_cli_from_dict(commands, args=[str(word) for word in words])
+        return capsys.readouterr().out
+
+    best, seed = f"{tuned.folder}/best", f"{tuned.folder}/seed"
+    merged = json.loads(run("merge", best, seed, "--out", tmp_path / "merged", "--weights", 3, 1, "--json"))
+    assert [candidate["weight"] for candidate in merged["candidates"]] == [0.75, 0.25]
+    assert "weighted average" in run("merge", best, seed, "--out", tmp_path / "merged", "--weights", 3, 1)
+    words = ("finetune", tmp_path / "merged", folder / "catalog", "--out", tmp_path / "out", "--epochs", 1)
+    words += ("--batch-size", 32, "--checks", 1, "--alphas", 1, "--threads", 1, "--precision", "32-true")
+    table = run(*words)
+    assert all(word in table for word in ("own set", "before", "tuned", "after", "change", "page: "))
+    again = json.loads(run(*words, "--json"))
+    assert again["model"] == str(tmp_path / "merged")
+    with pytest.raises(ModeclipError, match=r"train\.engine\.precision must be auto"):
+        run(*words[:-1], "wrong")
+    with pytest.raises(ModeclipError, match="finetune: epochs must be at least 1, got 0"):
+        run(*words, "--epochs", 0)
+
+
+def test_requests_that_cannot_work(tuned: FinetuneResult, catalog: Catalog, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "one").mkdir(parents=True)
+    for number in range(2):
+        picture = Image.new("RGB", (32, 32), (80 * number, 0, 0))
+        picture.save(tmp_path / "photos" / "one" / f"{number}.png")
+    index(DataConfig(source=str(tmp_path / "photos")), tmp_path / "small")
+    small, out = Catalog.open(tmp_path / "small"), tmp_path / "out"
+    with pytest.raises(ModeclipError, match="has 1 classes, expected at least 2 to hold one out"):
+        finetune("modeclip-icon", small, replace(CONFIG, holdout="class"), out=out)
+    with pytest.raises(ModeclipError, match="1 pairs with 1 captions are left to train on"):
+        finetune("modeclip-icon", small, CONFIG, out=out)
+    with pytest.raises(ModeclipError, match="unknown model 'nothing'"):
+        finetune("nothing", catalog, CONFIG, out=out)
+    with pytest.raises(ModeclipError, match="holds no tasks"):
+        finetune("modeclip-icon", catalog, CONFIG, out=out, tasks=str(folder / "catalog"))
+    with pytest.raises(ModeclipError, match="is also the folder to write to"):
+        finetune(tuned.folder, catalog, CONFIG, out=tuned.folder)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"holdout_fraction": 1.0}, r"holdout_fraction must lie in \(0, 1\), got 1.0"),
+        ({"tolerance": -0.1}, r"tolerance must lie in \[0, 1\], got -0.1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"templates": ("x",)}, "template 'x' has no {}"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ModeclipError, match=message):
+        FinetuneConfig(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,109 @@
+"""Prior-based selection: the fine clusters of class names against a slow search, and the rows that they give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeclip.clustering.class_selection import mark_prior, name_of, nearest_fine, read_classes, select_for_classes
+from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.embedding import EmbedConfig, embed
+from modeclip.clustering.fitting import ClusterConfig, cluster
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources.options import DataConfig
+from modeclip.errors import ModeclipError
+from modeclip.models.encoders import load_encoder
+
+NAMES = ["arrow", "file", "git branch", "person", "arrow"]
+
+
+@pytest.fixture(scope="module")
+def clustered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Catalog, Clustering]:
+    out = tmp_path_factory.mktemp("priors")
+    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    embed(Catalog.open(out), EmbedConfig(encoder="tfidf", dimension=16))
+    found = cluster(Catalog.open(out), ClusterConfig(num_fine=8, num_experts=2, num_iterations=3))
+    return Catalog.open(out), found.clustering
+
+
+def test_nearest_centres_agree_with_a_slow_search() -> None:
+    draw = np.random.default_rng(0)
+    centers = draw.integers(-2, 3, (40, 3)).astype(np.float32)  # with many ties
+    vectors = draw.integers(-2, 3, (300, 3)).astype(np.float32)
+    found = nearest_fine(vectors, centers, 5)
+    for vector, nearest in zip(vectors, found, strict=True):
+        distances = [(float(((vector - center) ** 2).sum()), k) for k, center in enumerate(centers)]
+        assert nearest.tolist() == [k for _, k in sorted(distances)[:5]]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_rows_are_those_of_the_nearest_clusters(clustered: tuple[Catalog, Clustering], count: int) -> None:
+    catalog, clustering = clustered
+    selection = select_for_classes(catalog, clustering, NAMES, name=f"some_{count}", count=count)
+    assert selection.classnames == tuple(NAMES[:4])
+    vectors = load_encoder(catalog.facts("caption_embedding")["encoder"]).encode(NAMES[:4])
+    wanted = set()
+    for vector in vectors.astype(np.float64):
+        distances = [((vector - center) ** 2).sum() for center in clustering.fine_centers.astype(np.float64)]
+        wanted |= set(np.argsort(distances, kind="stable")[:count].tolist())
+    assert selection.fine.tolist() == sorted(wanted)
+    marked = mark_prior(catalog, selection)
+    fine = catalog.read(["fine_cluster"])["fine_cluster"]
+    rows = [row for row in range(len(catalog)) if int(fine[row]) in wanted]
+    assert catalog.select(mask=f"prior_some_{count}").tolist() == rows
+    assert marked == len(rows) == sum((fine == k).sum() for k in wanted)
+    assert (marked == len(catalog)) == (count == 8)
+
+
+def test_the_same_classes_write_nothing_anew(clustered: tuple[Catalog, Clustering]) -> None:
+    catalog, clustering = clustered
+    first = select_for_classes(catalog, clustering, NAMES, name="again")
+    mark_prior(catalog, first)
+    version = catalog.dataset.version
+    second = select_for_classes(catalog, clustering, NAMES, name="again")
+    assert second.digest == first.digest
+    mark_prior(catalog, second)
+    assert catalog.dataset.version == version
+    other = select_for_classes(catalog, clustering, NAMES, name="again", count=2)
+    assert other.digest != first.digest
+    assert mark_prior(catalog, other) == np.isin(catalog.read(["fine_cluster"])["fine_cluster"], other.fine).sum()
+    assert catalog.dataset.version > version
+
+
+def test_several_tasks_are_one_selection(clustered: tuple[Catalog, Clustering], tmp_path: Path) -> None:
+    (tmp_path / "arrows.txt").write_text("arrow left\narrow right\n\n")
+    (tmp_path / "my-people.txt").write_text("person\n")
+    sources = [str(tmp_path / "arrows.txt"), str(tmp_path / "my-people.txt")]
+    names = [name for source in sources for name in read_classes(source)]
+    assert (names, name_of(sources)) == (["arrow left", "arrow right", "person"], "arrows_my_people")
+    catalog, clustering = clustered
+    both = set(select_for_classes(catalog, clustering, names, name="both").fine.tolist())
+    each = [
+        select_for_classes(catalog, clustering, read_classes(source), name="one").fine.tolist() for source in sources
+    ]
+    assert both == set(each[0]) | set(each[1])
+
+
+@pytest.mark.parametrize(
+    ("names", "name", "count", "message"),
+    [
+        ([], "a", 1, "prior a: no class names"),
+        (["x"], "a b", 1, "prior 'a b': expected a name of letters, digits and _"),
+        (["x"], "a", 9, "nearest: expected 1 to 8, the number of fine clusters, got 9"),
+        (["x"], "a", 0, "nearest: expected 1 to 8"),
+    ],
+)
+def test_mistakes(clustered: tuple[Catalog, Clustering], names: list[str], name: str, count: int, message: str) -> None:
+    with pytest.raises(ModeclipError, match=message):
+        select_for_classes(*clustered, names, name=name, count=count)
+
+
+def test_classes_that_are_no_file_and_no_list() -> None:
+    assert read_classes("cat, dog") == ["cat", "dog"]
+    with pytest.raises(ModeclipError, match=r"classes nowhere\.txt: no such file"):
+        read_classes("nowhere.txt")
+    with pytest.raises(ModeclipError, match="no class names in it"):
+        read_classes(" , ")

@@ -1,0 +1,313 @@
+"""The controls: whose rows are whose, what their rows of the table say, and that adding them touches nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from modeclip.clustering.controls import ONE_STEP_FOLDER, add_controls, cluster_in_one_step, pin_jobs, split_at_random
+from modeclip.clustering.embedding import COLUMN
+from modeclip.clustering.fitting import ClusterConfig, Clustering, cluster
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources import DataConfig
+from modeclip.data.tasks.task import catalog_tasks
+from modeclip.errors import ModeclipError
+from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate, mix
+from modeclip.mixture.bundle import load_bundle
+from modeclip.mixture.bundling import assemble_bundle
+from modeclip.mixture.mode import class_features
+from modeclip.models.clip import load_clip, save_clip
+from modeclip.training.jobs import TrainJob
+from modeclip.training.trainer import train
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+NUM_EXPERTS = 3
+CONFIG = ClusterConfig(num_fine=12, num_experts=NUM_EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real icons with vectors of words in place of a sentence encoder's, clustered."""
+    out = tmp_path_factory.mktemp("indexed")
+    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    catalog = Catalog.open(out / "catalog.lance")
+    words = [set(caption.split()) for caption in catalog.read(["caption"])["caption"]]
+    vocabulary = {word: np.random.default_rng(n).normal(size=16) for n, word in enumerate(sorted(set().union(*words)))}
+    x = np.array([sum(vocabulary[word] for word in sorted(caption)) for caption in words])
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    catalog.add_columns({COLUMN: x}, facts={"encoder": "words"})
+    cluster(catalog, CONFIG).save(out / "clusters")
+    return out
+
+
+@pytest.fixture
+def folder(indexed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(indexed, tmp_path / "run")
+
+
+def read(folder: Path, column: str) -> np.ndarray:
+    return Catalog.open(folder / "catalog.lance").read([column])[column]
+
+
+def versions(folder: Path) -> int:
+    return len(list((folder / "catalog.lance" / "_versions").glob("*.manifest")))
+
+
+def test_random_split_has_the_clusters_sizes_and_nothing_of_their_content(folder: Path) -> None:
+    split_at_random(Catalog.open(folder / "catalog.lance"), seed=0)
+    expert, split = read(folder, "expert"), read(folder, "random_expert")
+    assert np.bincount(split).tolist() == np.bincount(expert).tolist()
+    sizes = np.bincount(expert) / len(expert)
+    agreement, expected = (split == expert).mean(), float(sizes @ sizes)
+    assert abs(agreement - expected) < 4 * (expected * (1 - expected) / len(expert)) ** 0.5
+
+
+def test_random_split_depends_on_sizes_and_seed_alone(folder: Path) -> None:
+    catalog = Catalog.open(folder / "catalog.lance")
+    splits = {}
+    for name, seed, turned in (("first", 0, False), ("other seed", 1, False), ("turned", 0, True)):
+        expert = read(folder, "expert")
+        catalog.add_columns({"expert": expert[::-1].copy() if turned else expert}, facts={"made": name})
+        split_at_random(catalog, seed)
+        splits[name] = read(folder, "random_expert")
+    assert (splits["first"] == splits["turned"]).all()
+    assert (splits["first"] != splits["other seed"]).any()
+
+
+def test_random_split_of_overlapping_experts_keeps_every_rows_number_of_experts(folder: Path) -> None:
+    catalog = Catalog.open(folder / "catalog.lance")
+    cluster(catalog, replace(CONFIG, overlap=2))
+    split_at_random(catalog, seed=0)
+    expert, split = read(folder, "expert"), read(folder, "random_expert")
+    assert split.shape == expert.shape == (len(catalog), 2)
+    assert (split[:, 0] != split[:, 1]).all()
+    assert np.bincount(split.reshape(-1)).tolist() == np.bincount(expert.reshape(-1)).tolist()
+
+
+def test_one_step_is_the_nearest_of_its_own_centres(folder: Path) -> None:
+    catalog = Catalog.open(folder / "catalog.lance")
+    one_step = cluster_in_one_step(catalog, CONFIG, folder / "clusters" / ONE_STEP_FOLDER)
+    assert one_step.fine_centers.shape == (NUM_EXPERTS, 16)
+    assert sorted(one_step.expert_of_fine.tolist()) == list(range(NUM_EXPERTS))
+    expected = []
+    for x in read(folder, COLUMN).astype(np.float64):
+        distances = [float(((x - center) ** 2).sum()) for center in one_step.fine_centers.astype(np.float64)]
+        expected.append(one_step.expert_of_fine[distances.index(min(distances))])
+    assert read(folder, "one_step_expert").tolist() == expected
+    assert Clustering.load(folder / "clusters" / ONE_STEP_FOLDER).digest == one_step.digest
+
+
+def test_what_is_there_is_not_made_again_and_what_is_stale_is(folder: Path) -> None:
+    catalog, clusters = Catalog.open(folder / "catalog.lance"), folder / "clusters"
+    saved = clusters / ONE_STEP_FOLDER / "clustering.safetensors"
+    sizes = add_controls(catalog, ["one-step", "full", "random"], CONFIG, clusters)
+    assert sizes.keys() == {"random_expert", "one_step_expert"}
+    assert sizes["random_expert"].tolist() == np.bincount(read(folder, "expert")).tolist()
+    before, written = versions(folder), saved.stat().st_mtime_ns
+    add_controls(Catalog.open(folder / "catalog.lance"), ["one-step", "random"], CONFIG, clusters)
+    assert (versions(folder), saved.stat().st_mtime_ns) == (before, written)
+    saved.write_bytes(b"cut short")
+    add_controls(catalog, ["one-step"], CONFIG, clusters)
+    assert Clustering.load(saved.parent).num_fine == NUM_EXPERTS
+    assert versions(folder) == before, "the same centres: the column stays"
+    old = read(folder, "one_step_expert")
+    add_controls(catalog, ["one-step", "random"], replace(CONFIG, seed=3, max_size_ratio=None), clusters)
+    assert versions(folder) > before
+    assert (read(folder, "one_step_expert") != old).any()
+    assert catalog.facts("random_expert")["seed"] == 3  # type: ignore[index]
+
+
+def test_jobs_of_a_control_are_stale_when_its_column_is_another(folder: Path) -> None:
+    catalog, clusters = Catalog.open(folder / "catalog.lance"), folder / "clusters"
+    add_controls(catalog, ["random"], CONFIG, clusters)
+    expert = TrainJob(
+        name="expert-0", folder="x", catalog="c", catalog_fingerprint="f", config=train_config(),
+        first_step=0, last_step=1, first_share=0.0, last_share=1.0, where={"expert": 0},
+    )  # fmt: skip
+    random = replace(expert, name="random-0", where={"random_expert": 0})
+    first = pin_jobs([expert, random], catalog)
+    assert first == pin_jobs([expert, random], catalog)
+    add_controls(catalog, ["random"], replace(CONFIG, seed=1), clusters)
+    second = pin_jobs([expert, random], catalog)
+    assert [a.digest == b.digest for a, b in zip(first, second, strict=True)] == [True, False]
+
+
+def train_config() -> Any:
+    from modeclip.training.jobs import TrainConfig
+
+    return TrainConfig(samples=32 * 32, batch_size=32)
+
+
+def test_catalog_that_is_not_clustered(tmp_path: Path) -> None:
+    index(DataConfig(source="icons", train_sets=("octicons",)), tmp_path)
+    catalog = Catalog.open(tmp_path / "catalog.lance")
+    with pytest.raises(ModeclipError, match="has no column expert, whose sizes a random split takes: cluster it first"):
+        split_at_random(catalog, 0)
+    with pytest.raises(ModeclipError, match="has no column caption_embedding: embed its captions first"):
+        cluster_in_one_step(catalog, CONFIG, tmp_path / "one-step")
+
+
+@pytest.fixture(scope="module")
+def scored(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A real evaluation of untrained models under all names, and what it was made from."""
+    root, bundle = tmp_path_factory.mktemp("models"), load_bundle(small_run / "bundle")
+    names = ["seed", *(f"{kind}-{k}" for kind in ("expert", "random", "full", "one-step") for k in range(2))]
+    models = []
+    for seed, name in enumerate(names):
+        save_clip(load_clip("modeclip-icon", seed=seed), root / name)
+        samples, start = (1000, None) if name == "seed" else (10 + seed, root / "seed")
+        models.append(TrainedModel(name=name, folder=root / name, samples=samples, start=start))
+    centers = bundle.fine_centers[[0, 9]]
+    one_step = Clustering(fine_centers=centers, experts_of_fine=np.array([[1], [0]]), coarse_centers=centers[::-1])
+    arguments = (Clustering.load(small_run / "clusters"), bundle.encoder, EvaluateConfig())
+    catalog = Catalog.open(small_run / "tasks.lance")
+    results = evaluate(catalog, models, *arguments, one_step=one_step)
+    partial = evaluate(catalog, [model for model in models if model.name != "full-1"], *arguments)
+    return {"results": results, "partial": partial, "models": models, "catalog": catalog, "one_step": one_step}
+
+
+def accuracy_by_hand(scored: dict[str, Any], kind: str, weigh: Callable[[str], np.ndarray]) -> dict[str, float]:
+    """Average the similarity matrices of a control's two models, task by task."""
+    import torch
+
+    catalog, found = scored["catalog"], {}
+    folders = {model.name: model.folder for model in scored["models"]}
+    for task in catalog_tasks(catalog):
+        total = np.zeros((len(task.images), len(task.classnames)))
+        for k in range(2):
+            clip = load_clip(folders[f"{kind}-{k}"])
+            with torch.inference_mode():
+                image = clip.model.eval().encode_image(clip.images(catalog.images(task.images.rows)), normalize=True)
+                cosine = (image @ class_features(clip.model, clip, task.classnames, ["{}"]).T).numpy()
+            total += np.broadcast_to(weigh(task.name)[..., k], len(task.classnames)) * cosine
+        found[task.name] = float((total.argmax(1) == task.labels).mean())
+    return found
+
+
+@pytest.mark.parametrize(("kind", "name"), [("random", "Random-2"), ("full", "Full-2"), ("one-step", "OneStep-2")])
+def test_a_control_is_the_average_of_its_models(scored: dict[str, Any], kind: str, name: str) -> None:
+    (row,) = (r for r in scored["results"]["models"] if (r["name"], r["rule"]) == (name, "uniform"))
+    assert row["kind"] == "control"
+    assert row["accuracy"] == pytest.approx(accuracy_by_hand(scored, kind, lambda _: np.array([0.5, 0.5])))
+    members = [model.samples for model in scored["models"] if model.name.startswith(f"{kind}-")]
+    assert row["samples"] == 1000 + sum(members), "the seed counts once"
+
+
+def test_one_step_is_routed_by_its_own_centres(scored: dict[str, Any], small_run: Path) -> None:
+    from modeclip.mixture.rules import route
+    from modeclip.models.encoders import load_encoder
+
+    (row,) = (r for r in scored["results"]["models"] if (r["name"], r["rule"]) == ("OneStep-2", "per_class"))
+    one_step, encoder = scored["one_step"], load_encoder(load_bundle(small_run / "bundle").encoder)
+    classes = {task.name: list(task.classnames) for task in catalog_tasks(scored["catalog"])}
+
+    def weigh(task: str) -> np.ndarray:
+        embeddings = encoder.encode(classes[task])
+        centers = (one_step.fine_centers, one_step.expert_of_fine)
+        return route(embeddings, *centers, num_experts=2, rule="per_class", temperature=0.1).weights
+
+    assert row["accuracy"] == pytest.approx(accuracy_by_hand(scored, "one-step", weigh))
+    assert row["entropy"].keys() == classes.keys()
+
+
+def test_differences_to_the_mixture(scored: dict[str, Any]) -> None:
+    rows = scored["results"]["models"]
+    (mixture,) = (row for row in rows if row["default"])
+    controls = [row for row in rows if row["kind"] == "control"]
+    assert len(controls) == 4
+    for row in controls:
+        low, high = row["versus_mixture"]["interval"]
+        assert row["versus_mixture"]["difference"] == pytest.approx(row["average"] - mixture["average"])
+        assert low <= row["versus_mixture"]["difference"] <= high
+    assert mixture["versus_mixture"] is None
+    assert not any(row["name"].startswith(("random-", "full-", "one-step-")) for row in rows)
+
+
+def test_control_without_one_of_its_models_is_left_out(scored: dict[str, Any]) -> None:
+    names = [(row["name"], row["rule"]) for row in scored["partial"]["models"] if row["kind"] == "control"]
+    assert names == [("Random-2", "uniform"), ("OneStep-2", "uniform")]
+
+
+@given(arrays(np.float64, (3, 4, 5), elements=st.floats(-1, 1)), st.integers(0, 2))
+def test_mixing_does_not_depend_on_the_order_of_the_models(cosines: np.ndarray, turn: int) -> None:
+    weights = np.array([0.5, 0.3, 0.2])
+    turned = mix(list(np.roll(cosines, turn, axis=0)), np.roll(weights, turn))
+    np.testing.assert_allclose(mix(list(cosines), weights), turned, atol=1e-12)
+
+
+def test_bundle_works_from_the_seed_on(small_run: Path, tmp_path: Path) -> None:
+    """With no expert, with one, and with a model that belongs to other settings, which is not taken."""
+    run = shutil.copytree(small_run, tmp_path / "run")
+    jobs = [TrainJob.load(run / "models" / name / "job.json") for name in ("seed", "expert-0", "expert-1")]
+    jobs = [replace(job, folder=str(run / "models" / job.name)) for job in jobs]
+    bundles = []
+    for count in (1, 2):
+        path = assemble_bundle(run, [jobs[0], *jobs[1:count]])
+        bundles.append([expert.folder for expert in load_bundle(path).experts])
+    stale = replace(jobs[2], out_of_cluster_fraction=0.5)
+    bundles.append([expert.folder for expert in load_bundle(assemble_bundle(run, [*jobs[:2], stale])).experts])
+    assert bundles == [["seed", "seed"], ["expert-0", "seed"], ["expert-0", "seed"]]
+    assert load_bundle(run / "bundle").fine_quantiles is not None
+    with pytest.raises(ModeclipError, match="no bundle without its seed, which is not trained yet"):
+        assemble_bundle(run, [replace(jobs[0], threads=2)])
+
+
+@pytest.mark.slow
+def test_controls_are_added_to_a_finished_run(
+    small_recipe: Path, small_run: Path, tmp_path: Path, modeclip_command: Command
+) -> None:
+    """Killed while it trains them, it goes on; only they are trained; a second run does nothing."""
+    out = shutil.copytree(small_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.glob("models/*/open_clip_model.safetensors")}
+    recipe = tmp_path / "controls.yaml"
+    recipe.write_text(small_recipe.read_text() + "experts: {controls: [random, full, one-step]}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "modeclip", "run", str(recipe), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "models" / "random-0" / "done.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = modeclip_command("run", recipe, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    names = {f"{kind}-{k}" for kind in ("random", "full", "one-step") for k in range(2)}
+    assert {path.name for path in (out / "models").iterdir()} == names | {path.parent.name for path in before}
+
+    whole = TrainJob.load(out / "models" / "random-1" / "job.json")
+    train(replace(whole, folder=str(tmp_path / "whole")))
+    weights = "open_clip_model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (out / "models" / "random-1" / weights).read_bytes()
+
+    rows = {(row["name"], row["rule"]): row for row in json.loads((out / "results.json").read_text())["models"]}
+    for name, rule in (("Random-2", "uniform"), ("Full-2", "uniform"), ("OneStep-2", "uniform")):
+        assert rows[name, rule]["samples"] == rows["mixture", "per_class"]["samples"]
+    assert ("OneStep-2", "per_class") in rows
+    assert "OneStep-2, per_class" in (out / "report.html").read_text()
+    assert {expert["folder"] for expert in json.loads((out / "bundle" / "mode.json").read_text())["experts"]} == {
+        "expert-0",
+        "expert-1",
+    }
+    moments = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "recipe.yaml"
+    }
+    again = modeclip_command("run", recipe, "--out", out)
+    assert again.returncode == 0, again.stderr
+    assert "controls  done: random_expert of" in again.stderr
+    changed = {path.name for path, moment in moments.items() if path.stat().st_mtime_ns != moment}
+    assert changed <= {"lock"}

@@ -1,0 +1,363 @@
+"""Tables, Parquet files and Hugging Face datasets become samples with further columns, whoever wrote them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from modeclip.data.samples import (
+    DAMAGED_TABLE,
+    EMPTY_CAPTION,
+    MISSING_TABLE,
+    NO_CAPTION,
+    NO_IMAGE,
+    NOT_DOWNLOADED,
+    NOT_UTF8,
+    Sample,
+    Skipped,
+    decode_image,
+)
+from modeclip.data.sources import DataConfig, open_source
+from modeclip.errors import ModeclipError
+
+
+def read(source: Path | str, **options: object) -> list[Sample | Skipped]:
+    units = open_source(DataConfig(source=str(source), **options)).units
+    return [item for unit in units for item in unit.read()]
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", "\t"), ("t.csv", ","), ("t.csv", ";"), ("t.tsv", "\t")])
+def test_a_table_is_read_whatever_separates_its_columns(tmp_path: Path, name, separator):
+    images = write(tmp_path / "pictures", {"1.png": b"one", "2.png": b"two"})
+    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, delimiter=separator)
+        rows.writerow(["id", "title", "filepath"])
+        rows.writerow(["7", "a cat, a dog; a\tbird", "pictures/1.png"])
+        rows.writerow(["8", 'two "lines"\nof text', str(images / "2.png")])
+    first, second = read(tmp_path / name)
+    assert (first.key, first.caption, first.read()) == ("pictures/1.png", "a cat, a dog; a\tbird", b"one")
+    assert (second.caption, second.read()) == ('two "lines"\nof text', b"two")
+
+
+def test_columns_and_separator_can_be_named(tmp_path: Path):
+    (tmp_path / "t.csv").write_text("text!file\na cat!1.png\n")
+    (sample,) = read(tmp_path / "t.csv", image_column="file", caption_column="text", separator="!")
+    assert (sample.caption, sample.path) == ("a cat", str(tmp_path / "1.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("url,title\n", "has no image column 'filepath'; its columns are url, title; set data.image_column"),
+        ("filepath,about\n", "has no caption column 'title'; its columns are filepath, about; set data.caption_column"),
+        ("", "is empty: expected a header and rows"),
+        (
+            "filepath,title\nhttps://x/1.jpg,a",
+            "image column 'filepath' holds addresses such as 'https://x/1.jpg': download the images with img2dataset",
+        ),
+        ("URL,TEXT\nu,t", "if the images are those of column 'URL', download them with img2dataset first"),
+    ],
+)
+def test_a_table_that_cannot_be_used_says_why(tmp_path: Path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ModeclipError) as caught:
+        read(tmp_path / "t.csv")
+    assert message in str(caught.value)
+    assert str(tmp_path / "t.csv") in str(caught.value)
+
+
+def test_rows_that_lack_something_are_skipped_by_cause(tmp_path: Path):
+    (tmp_path / "t.csv").write_bytes(b"filepath,title\n1.png\n,a cat\n\n2.png,[]\n4.png,caf\xe9\n3.png,a dog\n")
+    *skipped, sample = read(tmp_path / "t.csv")
+    assert [(s.key, s.cause) for s in skipped] == [
+        ("1.png", NO_CAPTION),
+        ("t.csv row 3", NO_IMAGE),
+        ("2.png", EMPTY_CAPTION),
+        ("4.png", NOT_UTF8),
+    ]
+    assert sample.caption == "a dog"
+
+
+cell = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map(str.strip).filter(bool)
+pairs_of_cells = st.lists(
+    st.tuples(cell, cell.filter(lambda text: text[0] != "[")), min_size=1, unique_by=lambda p: p[0]
+)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs_of_cells)
+def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, pairs):
+    with (tmp_path / "t.tsv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t").writerows([("filepath", "title"), *pairs])
+    samples = read(tmp_path / "t.tsv")
+    assert [(s.key, s.caption) for s in samples] == pairs
+    assert [s.path for s in samples] == [os.path.join(tmp_path, image) for image, _ in pairs]  # noqa: PTH118
+
+
+def test_further_columns_of_a_table_are_kept_as_texts(tmp_path: Path):
+    (tmp_path / "t.csv").write_bytes(b"id,filepath,title,size,note\n7,1.png,a cat,2,caf\xe9\n8,2.png,a dog,,\n")
+    source = open_source(DataConfig(source=str(tmp_path / "t.csv")))
+    assert source.kind == "table"
+    assert source.what == "1 table (columns 'filepath' and 'title') with 3 further columns"
+    assert source.extra == pa.schema([(name, pa.string()) for name in ("id", "source_size", "note")])
+    first, second = source.units[0].read()
+    assert first.extra == {"id": "7", "source_size": "2", "note": "caf\ufffd"}
+    assert second.extra == {"id": "8", "source_size": None, "note": None}
+
+
+def test_several_tables_are_one_source(tmp_path: Path):
+    write(tmp_path, {"a/0.csv": b"image,text,x\n1.png,one,5\n", "a/1.csv": b"text,image\ntwo,2.png\n"})
+    write(tmp_path, {"b/0.csv": b"image,text\n1.png,three\n"})
+    joined = f"{tmp_path}/a/{{0..2}}.csv::{tmp_path}/b/0.csv"
+    first, second, missing, third = read(joined)
+    assert [(s.key, s.caption, s.extra) for s in (first, second, third)] == [
+        ("a/1.png", "one", {"x": "5"}),
+        ("a/2.png", "two", {"x": None}),
+        ("b/1.png", "three", {"x": None}),
+    ]
+    assert [s.path for s in (first, third)] == [f"{tmp_path}/a/1.png", f"{tmp_path}/b/1.png"]
+    assert (missing.key, missing.cause) == (f"{tmp_path}/a/2.csv", MISSING_TABLE)
+    assert [s.key for s in read(tmp_path / "a")] == ["1.png", "2.png"]
+    with pytest.raises(ModeclipError, match=r"none of 2 table files exists \(first: .*x0\.csv\)"):
+        read(f"{tmp_path}/x{{0,1}}.csv")
+
+
+def test_a_table_that_breaks_off_gives_what_comes_before(tmp_path: Path):
+    (tmp_path / "0.csv").write_text("filepath,title\na,b\nc," + "x" * 140_000)
+    (tmp_path / "1.csv").write_text("other,title\na,b\n")
+    sample, broken, strange = read(tmp_path)
+    assert sample.caption == "b"
+    assert (broken.key, broken.cause) == (f"{tmp_path}/0.csv", DAMAGED_TABLE)
+    assert broken.detail.startswith("row 3: field larger than field limit")
+    assert (strange.key, strange.cause) == (f"{tmp_path}/1.csv", DAMAGED_TABLE)
+
+
+def test_several_captions_of_an_image_lie_in_a_list_or_in_rows_that_follow_each_other(tmp_path: Path):
+    rows = [["filepath", "title"], ["1.png", '["one", "two"]'], ["1.png", "three"], ["2.png", "[not json]"]]
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    captions = {s.key: s.caption for s in read(tmp_path / "t.csv")}
+    assert captions == {"1.png": "one", "1.png#1": "two", "1.png#2": "three", "2.png": "[not json]"}
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "path"])
+def test_images_of_parquet_files_are_bytes_structs_or_paths(tmp_path: Path, kind):
+    data = [picture(10), picture(20)]
+    images = {
+        "bytes": pa.array(data),
+        "struct": pa.array([{"bytes": data[0], "path": "x.png"}, {"bytes": None, "path": "files/2.png"}]),
+        "path": pa.array(["files/1.png", f"{tmp_path}/files/2.png"]),
+    }[kind]
+    write(tmp_path, {"files/1.png": data[0], "files/2.png": data[1]})
+    extra = {"n": [1, None], "day": [date(2026, 1, 2), None], "box": [[1], [2]], "text": ["kept", "too"]}
+    pq.write_table(pa.table({"image": images, "caption": ["one", "two"]} | extra), tmp_path / "t.parquet")
+    source = open_source(DataConfig(source=str(tmp_path / "t.parquet")))
+    assert source.kind == "parquet"
+    assert source.what == "1 Parquet file (columns 'image' and 'caption') with 3 further columns"
+    assert source.extra == pa.schema([("n", pa.int64()), ("day", pa.string()), ("text", pa.string())])
+    samples = list(source.units[0].read())
+    assert [s.read() for s in samples] == data
+    assert [s.caption for s in samples] == ["one", "two"]
+    assert samples[0].extra == {"n": 1, "day": "2026-01-02", "text": "kept"}
+    keys = {"bytes": ["t/0", "t/1"], "struct": ["t/0", "files/2.png"], "path": ["files/1.png", samples[1].path]}
+    assert [s.key for s in samples] == keys[kind]
+
+
+def test_parquet_files_stream_in_order_and_may_differ(tmp_path: Path):
+    for number in range(3):
+        rows = range(number * 1000, number * 1000 + 1000)
+        columns = {"jpg": [b"%d" % row for row in rows], "TEXT": [f"row {row}" for row in rows]}
+        if number != 1:
+            columns["score"] = [row / 2 for row in rows] if number == 0 else [f"{row}?" for row in rows]
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet", row_group_size=300)
+    samples = read(tmp_path)
+    assert [s.caption for s in samples] == [f"row {row}" for row in range(3000)]
+    assert [s.read() for s in samples] == [b"%d" % row for row in range(3000)]
+    assert [s.key for s in samples[999:1001]] == ["0/999", "1/0"]
+    assert [samples[row].extra["score"] for row in (7, 1007, 2007)] == [3.5, None, None]
+
+
+def test_rows_of_parquet_files_that_lack_something_are_skipped_by_cause(tmp_path: Path):
+    table = pa.table(
+        {
+            "key": ["0", "1", "2", "3", "4", "5"],
+            "jpg": [b"a", None, None, b"d", b"e", b"f"],
+            "caption": pa.array([["one", "two"], ["x"], ["y"], None, [" "], ["six"]]),
+            "status": ["success", "failed_to_download", "success", "success", "success", "success"],
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    found = [(item.key, getattr(item, "cause", "")) for item in read(tmp_path / "t.parquet")]
+    assert found == [
+        ("t/0", ""),
+        ("t/0#1", ""),
+        ("t/1", NOT_DOWNLOADED),
+        ("t/2", NO_IMAGE),
+        ("t/3", NO_CAPTION),
+        ("t/4", EMPTY_CAPTION),
+        ("t/5", ""),
+    ]
+
+
+def test_text_in_parquet_that_is_not_utf8_is_skipped(tmp_path: Path):
+    texts = pa.array([b"one", b"caf\xe9", b"three"]).view(pa.string())
+    pq.write_table(pa.table({"image": [b"a", b"b", b"c"], "text": texts, "note": texts}), tmp_path / "t.parquet")
+    one, broken, three = read(tmp_path / "t.parquet")
+    assert (one.caption, broken.cause, three.extra) == ("one", NOT_UTF8, {"note": "three"})
+
+
+@pytest.mark.parametrize("damage", ["middle", "cut", "nothing"])
+def test_a_damaged_parquet_file_is_skipped_after_what_can_be_read(tmp_path: Path, damage):
+    for number in range(2):
+        rows = range(2000)
+        image = [os.urandom(200) for _ in rows]
+        table = pa.table({"image": image, "text": [f"{number} {row}" for row in rows]})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=500, use_dictionary=False)
+    content = bytearray((tmp_path / "1.parquet").read_bytes())
+    if damage == "middle":
+        where = pq.ParquetFile(tmp_path / "1.parquet").metadata.row_group(2).column(0).data_page_offset
+        content[where : where + 40] = b"\xff" * 40
+    (tmp_path / "1.parquet").write_bytes({"middle": content, "cut": content[:5000], "nothing": b""}[damage])
+    *samples, problem = read(tmp_path)
+    assert (problem.key, problem.cause) == (f"{tmp_path}/1.parquet", DAMAGED_TABLE)
+    assert len(problem.detail) > 10
+    assert len(samples) <= 3000
+    assert (len(samples) > 2000) == (damage == "middle")
+    assert [s.caption for s in samples] == [f"{row // 2000} {row % 2000}" for row in range(len(samples))]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"url": ["http://x"], "caption": ["c"]}, {}, "if the images are those of column 'url', download them with"),
+        (
+            {"image": ["https://x/1.jpg"], "text": ["c"]},
+            {},
+            "image column 'image' holds addresses such as 'https://x/1",
+        ),
+        ({"image": [b"i"]}, {}, "has no caption column 'title'; its columns are image; set data.caption_column"),
+        ({"image": [b"i"], "text": ["c"]}, {"image_column": "pic"}, "has no image column 'pic'; its columns are image"),
+        ({"image": [1.5], "text": ["c"]}, {}, "image column 'image' holds double, expected bytes, paths or images"),
+        ({"image": [b"i"], "text": [7]}, {}, "caption column 'text' holds int64, expected text or lists of text"),
+    ],
+)
+def test_parquet_files_without_the_columns_say_what_to_do(tmp_path: Path, columns, options, message):
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(ModeclipError) as caught:
+        read(tmp_path / "t.parquet", **options)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"table '{tmp_path}/t.parquet'")
+
+
+def test_parquet_files_of_which_none_can_be_read_are_an_error(tmp_path: Path):
+    write(tmp_path, {"0.parquet": b"no", "1.parquet": b"neither"})
+    with pytest.raises(ModeclipError, match=r"0\.parquet' cannot be read \(.*\), nor can any other of 2 files"):
+        read(tmp_path)
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+@pytest.fixture
+def faces():
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    pictures = [Image.fromarray(np.full((4, 4, 3), shade, np.uint8)) for shade in range(40)]
+    features = datasets.Features(
+        image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=["cat", "big_dog"])
+    )
+    rows = {"image": pictures, "text": [f"picture {n}" for n in range(40)], "label": [n % 2 for n in range(40)]}
+    return datasets, datasets.Dataset.from_dict(rows, features=features)
+
+
+def shades(samples: list[Sample]) -> list[int]:
+    return [decode_image(sample.read()).getpixel((0, 0))[0] for sample in samples]
+
+
+def test_a_dataset_saved_to_disk_is_read_without_its_library(tmp_path: Path, faces):
+    _, dataset = faces
+    dataset.save_to_disk(tmp_path / "d", num_shards=3)
+    source = open_source(DataConfig(source=str(tmp_path / "d")))
+    assert source.kind == "huggingface"
+    assert source.what == "3 Hugging Face files (columns 'image' and 'text') with 1 further column"
+    samples = [item for unit in source.units for item in unit.read()]
+    assert [s.caption for s in samples] == [f"picture {n}" for n in range(40)]
+    assert shades(samples) == list(range(40))
+    assert [s.extra for s in samples[:2]] == [{"label": 0}, {"label": 1}]
+    selected = dataset.select([5, 3, 30])
+    selected.save_to_disk(tmp_path / "few")
+    assert shades(read(tmp_path / "few")) == [5, 3, 30]
+
+
+def test_classes_of_a_dataset_become_captions_where_it_has_no_text(tmp_path: Path, faces):
+    _, dataset = faces
+    bare = dataset.remove_columns("text")
+    bare.save_to_disk(tmp_path / "d")
+    bare.to_parquet(tmp_path / "p" / "0.parquet")
+    for place in ("d", "p"):
+        samples = read(tmp_path / place, class_template="a {}")
+        assert [s.caption for s in samples[:3]] == ["a cat", "a big dog", "a cat"]
+        assert shades(samples) == list(range(40))
+
+
+def test_of_several_splits_train_is_read(tmp_path: Path, faces):
+    datasets, dataset = faces
+    splits = datasets.DatasetDict(train=dataset.select(range(30)), test=dataset.select(range(30, 40)))
+    splits.save_to_disk(tmp_path / "s")
+    source = open_source(DataConfig(source=str(tmp_path / "s")))
+    assert source.what.startswith("1 Hugging Face file, train of train, test (columns")
+    assert shades([item for unit in source.units for item in unit.read()]) == list(range(30))
+    assert shades(read(tmp_path / "s" / "test")) == list(range(30, 40))
+    (tmp_path / "s" / "test" / "state.json").write_text("{}")
+    with pytest.raises(ModeclipError, match=r"is no whole Hugging Face dataset \(KeyError"):
+        read(tmp_path / "s" / "test")
+
+
+def test_parquet_that_datasets_wrote_is_known_as_such(tmp_path: Path, faces):
+    _, dataset = faces
+    dataset.to_parquet(tmp_path / "p" / "train-0.parquet")
+    source = open_source(DataConfig(source=str(tmp_path / "p")))
+    assert source.kind == "huggingface"
+    assert shades(list(source.units[0].read())) == list(range(40))
+
+
+def test_a_truncated_arrow_file_gives_what_comes_before(tmp_path: Path, faces):
+    _, dataset = faces
+    dataset.save_to_disk(tmp_path / "d", num_shards=2)
+    last = sorted((tmp_path / "d").glob("*.arrow"))[-1]
+    last.write_bytes(last.read_bytes()[:-900])
+    *samples, problem = read(tmp_path / "d")
+    assert (problem.key, problem.cause) == (str(last), DAMAGED_TABLE)
+    assert shades(samples) == list(range(20))
+    assert json.loads((tmp_path / "d" / "state.json").read_text())["_data_files"]

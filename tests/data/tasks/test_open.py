@@ -1,0 +1,299 @@
+"""What a user names becomes tasks: folders, catalogs, published tasks; every mistake is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources.options import DataConfig
+from modeclip.data.tasks.open import load_tasks
+from modeclip.errors import ModeclipError
+
+
+def save(path: Path, color: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), (color, 10, 10)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes with test and training images."""
+    for split, count in (("test", 2), ("train", 3)):
+        for label, name in enumerate(("tabby_cat", "dog", "newt")):
+            for number in range(count):
+                save(
+                    tmp_path / "animals" / split / name / f"{number}.png", 50 * label + number + 5 * (split == "train")
+                )
+    return tmp_path / "animals"
+
+
+def colors(images) -> list[int]:
+    return [image.getpixel((0, 0))[0] for image in images.read(np.arange(len(images)))]
+
+
+# ---------------------------------------------------------------- folders of classes
+
+
+def test_a_folder_of_classes_is_read_as_torchvision_reads_it(folder):
+    datasets = pytest.importorskip("torchvision.datasets")
+    peer = datasets.ImageFolder(str(folder / "test"))
+    (task,) = load_tasks([str(folder)])
+    assert task.name == "animals"
+    assert [name.replace(" ", "_") for name in task.classnames] == peer.classes
+    assert task.images.keys() == [str(Path(path).relative_to(folder / "test")) for path, _ in peer.samples]
+    assert task.labels.tolist() == peer.targets
+    assert task.templates == ()
+
+
+def test_the_training_split_is_read_where_it_is_wanted(folder):
+    (task,) = load_tasks([str(folder)], train=True)
+    assert task.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert task.train.classnames == task.classnames
+    assert colors(task.train.images)[:4] == [55, 56, 57, 105]
+    assert load_tasks([str(folder)])[0].train is None
+
+
+def test_a_training_split_may_lack_classes_and_lie_elsewhere(folder, tmp_path):
+    save(tmp_path / "more" / "newt" / "1.png", 7)
+    (task,) = load_tasks([str(folder)], train_specs=[f"animals={tmp_path}/more"])
+    assert task.train.labels.tolist() == [1]
+    assert task.classnames[1] == "newt"
+    for spec, words in [
+        (f"{tmp_path}/more", "expected NAME=PATH"),
+        (f"plants={tmp_path}/more", "no task 'plants'; tasks: animals"),
+        (f"animals={tmp_path}/none", "'animals': .* does not exist"),
+    ]:
+        with pytest.raises(ModeclipError, match=words):
+            load_tasks([str(folder)], train_specs=[spec])
+    save(tmp_path / "more" / "fish" / "1.png", 7)
+    with pytest.raises(ModeclipError, match="has class 'fish', which the test split has not"):
+        load_tasks([str(folder)], train_specs=[f"animals={tmp_path}/more"])
+
+
+def test_classnames_beside_the_folders_are_theirs_in_order(folder):
+    (folder / "classnames.txt").write_text("a dog\na newt\na tabby_cat\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("I see {c}.\nhere is {c}\n")
+    (task,) = load_tasks([str(folder)])
+    assert task.classnames == ("a dog", "a newt", "a tabby_cat")
+    assert task.templates == ("I see {c}.", "here is {c}")
+    (folder / "classnames.txt").write_text("a dog\n")
+    with pytest.raises(ModeclipError, match="has 1 lines, expected one for each of 3 folders"):
+        load_tasks([str(folder)])
+
+
+def test_the_folder_of_a_split_is_the_same_task(folder):
+    (folder / "classnames.txt").write_text("a dog\na newt\na cat\n")
+    (whole, part) = load_tasks([f"x={folder}", str(folder / "test")], train=True)
+    assert (part.name, part.digest) == ("animals", whole.digest)
+    assert part.train.digest == whole.train.digest
+
+
+def test_classes_of_one_name_are_told_of(folder, capsys):
+    (folder / "classnames.txt").write_text("cat\ndog\ncat\n")
+    assert load_tasks([f"pets2={folder}"])[0].classnames == ("cat", "dog", "cat")
+    assert "task 'pets2': several classes are called 'cat'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_empty_class_is_named(folder):
+    (folder / "test" / "axolotl").mkdir()
+    (folder / "test" / "axolotl" / "notes.txt").write_text("none yet")
+    with pytest.raises(ModeclipError, match=r"axolotl' holds no image .*: fill or remove it"):
+        load_tasks([str(folder)])
+
+
+def test_an_empty_folder_says_what_is_expected(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ModeclipError, match=r"'nothing': folder .* has no sub-folders: expected"):
+        load_tasks([str(tmp_path / "nothing")])
+
+
+def test_folders_that_are_one_class_are_named(tmp_path):
+    save(tmp_path / "x" / "a_b" / "1.png", 1)
+    save(tmp_path / "x" / "a b" / "1.png", 1)
+    with pytest.raises(ModeclipError, match="two classes are called 'a b'"):
+        load_tasks([str(tmp_path / "x")])
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(ModeclipError, match=r"x.zip' is no file of tasks: expected .parquet, .csv"):
+        load_tasks([str(tmp_path / "x.zip")])
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_names_are_given_or_those_of_the_folders(folder):
+    (task, other) = load_tasks([f"first={folder}", str(folder)])
+    assert (task.name, other.name) == ("first", "animals")
+
+
+def test_two_tasks_of_one_name_are_refused(folder):
+    with pytest.raises(ModeclipError, match=r"'animals' is there twice .*another name \(NAME=PATH\)"):
+        load_tasks([str(folder), str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("food102", r"no published task 'food102'; nearest: food101, \S+, \S+; all 44: docs/evaluation.md$"),
+        ("no/such/folder", r"no such folder or file, and no published task 'no/such/folder'; nearest: "),
+        ("birds=no/such", r"task 'birds': '.*no/such' does not exist"),
+        ("pets=no/such", r"task 'pets': '.*no/such' does not exist; expected data of Oxford-IIIT Pets"),
+    ],
+)
+def test_what_is_not_there_is_named(spec, words):
+    with pytest.raises(ModeclipError, match=words):
+        load_tasks([spec])
+
+
+def test_folders_of_classes_have_no_captions(folder):
+    with pytest.raises(ModeclipError, match="holds classification without captions; leave out 'retrieval:'"):
+        load_tasks([f"retrieval:{folder}"])
+
+
+def test_tasks_in_an_object_store_are_read_in_place(folder):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for path in folder.rglob("*.png"):
+        store.pipe(f"/bucket/animals/{path.relative_to(folder)}", path.read_bytes())
+        store.pipe(f"/bucket/table/{path.parent.name}-{path.name}", path.read_bytes())
+    rows = "image,label\nnewt-0.png,newt\ndog-1.png,dog\n"
+    store.pipe("/bucket/table/test.csv", rows.encode())
+    (there, table) = load_tasks(["memory://bucket/animals", "memory://bucket/table/test.csv"], train=True)
+    (here,) = load_tasks([str(folder)], train=True)
+    assert there.digest == here.digest
+    assert there.train.digest == here.train.digest
+    assert (table.name, table.labels.tolist(), len(table.images.digests())) == ("table", [1, 0], 2)
+
+
+def test_selections_are_of_catalogs_only(folder):
+    with pytest.raises(ModeclipError, match=r"#group=x selects rows of a catalog, and '.*animals' is none"):
+        load_tasks([f"{folder}#group=x"])
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_prompts_of_the_user_replace_all_others(folder):
+    (folder / "zeroshot_classification_templates.txt").write_text("I see {c}.\n")
+    (task,) = load_tasks([str(folder)], templates=["the {}", "my {c}"])
+    assert task.templates == ("the {}", "my {c}")
+    with pytest.raises(ModeclipError, match=r"templates: template 'plain' has no \{\}"):
+        load_tasks([str(folder)], templates=["a {}", "plain"])
+
+
+def test_prompts_come_from_a_file_by_task(folder, tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps({"animals": ["an animal: {c}"], "others": []}))
+    assert load_tasks([str(folder)], template_file=file)[0].templates == ("an animal: {c}",)
+    own = {"dog": ["it barks"], "newt": ["it swims"], "tabby cat": ["it purrs", "it sleeps"]}
+    file.write_text(json.dumps({"animals": own}))
+    (task,) = load_tasks([str(folder)], template_file=file)
+    assert task.prompts == tuple(tuple(own[name]) for name in task.classnames)
+    assert load_tasks([f"else={folder}"], template_file=file)[0].prompts == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "template file .* does not exist"),
+        ("{", "is not JSON"),
+        ("[]", "expected prompts by name of a task"),
+        ('{"animals": {"dog": ["x"]}}', r"prompts.json, animals' has no prompts for class 'newt' \(2 such classes\)"),
+        ('{"animals": ["x"]}', "animals: template 'x' has no"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_one_line(folder, tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "prompts.json").write_text(content)
+    with pytest.raises(ModeclipError, match=words):
+        load_tasks([str(folder)], template_file=tmp_path / "prompts.json")
+
+
+# ---------------------------------------------------------------- catalogs
+
+
+@pytest.fixture(scope="module")
+def catalogs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog of captions (two of them for each image), and one of two tasks, as ``index`` writes them."""
+    root = tmp_path_factory.mktemp("catalogs")
+    for number in range(4):
+        save(root / "pairs" / f"{number}.png", 20 * number)
+        (root / "pairs" / f"{number}.txt").write_text(f"caption {number}\nanother {number}\n")
+        for task in ("small", "large"):
+            save(root / task / f"class_{number % 2}" / f"{number}.png", 10 * number + len(task))
+    tasks = (str(root / "small"), str(root / "large"))
+    index(DataConfig(source=str(root / "pairs"), caption_lines=True, tasks=tasks), root / "out")
+    return root / "out"
+
+
+def test_a_catalog_of_tasks_is_all_of_them(catalogs):
+    tasks = load_tasks([str(catalogs / "tasks.lance")])
+    assert [task.name for task in tasks] == ["large", "small"]
+    assert tasks[0].classnames == ("class_0", "class_1")
+
+
+def test_the_folder_of_a_run_stands_for_its_tasks(catalogs):
+    assert [task.name for task in load_tasks([str(catalogs)])] == ["large", "small"]
+
+
+def test_a_table_beside_classes_is_not_mistaken_for_them(folder):
+    (folder / "labels.csv").write_text("file,kind\n")
+    assert load_tasks([str(folder)])[0].classnames[0] == "dog"
+
+
+def test_a_selection_of_a_catalog_is_one_task(catalogs):
+    path = catalogs / "tasks.lance"
+    (task,) = load_tasks([f"mine={path}#task=small"])
+    assert (task.name, len(task.images)) == ("mine", 4)
+    (both,) = load_tasks([f"mine={path}#task=small&caption=class_1"])
+    assert both.classnames == ("class_1",)
+    (one,) = load_tasks([f"mine={path}#width=4&task=large"])
+    assert len(one.images) == 4
+
+
+def test_captions_of_a_catalog_that_share_an_image_find_it_together(catalogs):
+    (task,) = load_tasks([f"retrieval:{catalogs}/catalog.lance"])
+    assert task.kind == "retrieval"
+    assert len(task.images) == 4
+    assert sorted(task.texts) == sorted(f"{word} {n}" for n in range(4) for word in ("caption", "another"))
+    found = dict(zip(task.texts, task.image_of_text.tolist(), strict=True))
+    assert [colors(task.images)[found[f"another {n}"]] for n in range(4)] == [0, 20, 40, 60]
+    (part,) = load_tasks([f"retrieval:few={catalogs}/catalog.lance#caption=caption 2"])
+    assert colors(part.images) == [40]
+
+
+def test_tasks_of_a_catalog_can_be_asked_for_captions(catalogs):
+    tasks = load_tasks([f"retrieval:{catalogs}/tasks.lance"])
+    assert [task.kind for task in tasks] == ["retrieval"] * 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("{}/catalog.lance", r"holds no tasks: select rows with .*#column=value"),
+        ("mine={}/tasks.lance", r"holds 2 tasks: leave out the name, or select one, such as mine=.*#task=large"),
+        ("{}/tasks.lance#task=medium", r"no row of .* has task=medium"),
+        ("{}/tasks.lance#colour=red", r"unknown column of .* 'colour'"),
+        ("{}/tasks.lance#width=wide", r"column 'width' holds int32, which 'wide' is not"),
+    ],
+)
+def test_selections_that_find_nothing_are_one_line(catalogs, spec, words):
+    with pytest.raises(ModeclipError, match=words):
+        load_tasks([spec.format(catalogs)])
+
+
+def test_the_hash_of_images_is_that_of_the_catalog(catalogs):
+    (task,) = load_tasks([f"x={catalogs}/tasks.lance#task=small"])
+    catalog = Catalog.open(catalogs / "tasks.lance")
+    names = catalog.read(["path"], task.images.rows)["path"]
+    (folder,) = load_tasks([str(Path(names[0]).parents[1])])
+    assert folder.images.digest == task.images.digest

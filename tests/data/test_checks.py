@@ -1,0 +1,431 @@
+"""A check counts what is wrong with a catalog as a slow count does, names the cause, and shows it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import struct
+import tarfile
+import tracemalloc
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageChops
+
+from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
+from modeclip.data.checks import CheckConfig, CheckResult, check
+from modeclip.data.examining import SHORT_FILE
+from modeclip.data.findings import (
+    CHANGED,
+    DUPLICATE_CAPTIONS,
+    DUPLICATE_IMAGES,
+    DUPLICATE_KEYS,
+    EMPTY_CAPTION,
+    FREQUENT_CAPTION,
+    KINDS,
+    LONG_CAPTION,
+    MOJIBAKE,
+    NOT_FINITE,
+    NOT_UNIT,
+    SHORT_CAPTION,
+    UNPRINTABLE,
+    HistogramCounter,
+    count_repeats,
+)
+from modeclip.data.indexing import index
+from modeclip.data.samples import BOMB, EMPTY, MISSING, UNDECODABLE, Sample
+from modeclip.data.sources import DataConfig
+from modeclip.data.sources.icons import read_icons
+from modeclip.data.storage import FileWriter, create
+from modeclip.errors import ModeclipError
+from modeclip.pages.check_page import (
+    SHEET_PAIRS,
+    TILE,
+    draw_contact_sheet,
+    draw_histogram,
+    draw_rows,
+    read_tiles,
+    write_check,
+)
+
+
+@pytest.fixture(scope="session")
+def icons() -> list[bytes]:
+    """Sixty different real icons."""
+    found = (item.image for item in read_icons(["lucide"], 32) if isinstance(item, Sample))
+    return list(islice(dict.fromkeys(found), 60))
+
+
+def write_pairs(folder: Path, icons: list[bytes], captions: list[str]) -> Path:
+    folder.mkdir(parents=True)
+    for number, caption in enumerate(captions):
+        (folder / f"{number:03d}.png").write_bytes(icons[number])
+        (folder / f"{number:03d}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def write_shards(folder: Path, icons: list[bytes], per_shard: int = 20) -> Path:
+    folder.mkdir(parents=True)
+    for start in range(0, len(icons), per_shard):
+        with tarfile.open(folder / f"{start // per_shard:05d}.tar", "w") as tar:
+            for number, icon in enumerate(icons[start : start + per_shard]):
+                for suffix, data in (("png", icon), ("txt", f"caption {start + number}".encode())):
+                    member = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def catalog_of(source: Path, **options: object) -> Catalog:
+    out = source.with_name(f"{source.name} out")
+    index(DataConfig(source=str(source), **options), out)
+    return Catalog.open(out / "catalog.lance")
+
+
+def counts(result: CheckResult) -> dict[str, int]:
+    return {finding.what: finding.count for finding in result.findings}
+
+
+def read_png(path: Path) -> Image.Image:
+    return Image.open(io.BytesIO(path.read_bytes()))
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it has 20,000 by 20,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
+
+
+# ---------------------------------------------------------------- files and images
+
+
+@pytest.mark.parametrize("copy_images", [False, True])
+def test_whole_data_have_no_findings(tmp_path: Path, icons, copy_images):
+    result = check(catalog_of(write_shards(tmp_path / "data", icons), copy_images=copy_images))
+    assert result.findings == ()
+    assert not result.has_errors
+    assert (result.num_pairs, result.num_captions, result.num_groups, result.num_decoded) == (60, 60, 3, 60)
+    assert result.num_files == (0 if copy_images else 3)
+    assert result.frequent_captions == ()
+    assert [count for _, count in result.frequent_groups] == [20, 20, 20]
+    assert result.sizes == ((32, 32, 60),)
+    assert sum(result.aspects.counts) == sum(result.shorter_sides.counts) == sum(result.caption_lengths.counts) == 60
+
+
+def test_shards_that_are_gone_or_cut_are_counted_by_file(tmp_path: Path, icons):
+    folder = write_shards(tmp_path / "data", icons)
+    catalog = catalog_of(folder)
+    places = catalog.read(["path", "offset", "size"])
+    (folder / "00002.tar").unlink()
+    cut = folder / "00001.tar"
+    cut.write_bytes(cut.read_bytes()[:15_000])
+    behind = (places["path"] == str(cut)) & (places["offset"] + places["size"] > 15_000)
+    assert 0 < behind.sum() < 20
+    for config in (CheckConfig(decode_samples=0), CheckConfig(decode_all=True)):  # decoding counts nothing twice
+        result = check(catalog, config)
+        assert counts(result) == {MISSING: 20, SHORT_FILE: behind.sum()}
+        assert result.damaged_files == (
+            (str(folder / "00002.tar"), MISSING, 20),
+            (str(cut), SHORT_FILE, behind.sum()),
+        )
+        assert result.has_errors
+        first = int(np.argmax(behind))
+        key = catalog.read(["key"], np.array([first]))["key"][0]
+        assert result.findings[1].first == f"row {first}, key {key!r}: {cut}"
+
+
+def test_each_kind_of_damage_to_an_image_has_its_cause(tmp_path: Path, icons):
+    folder = write_pairs(tmp_path / "data", icons, [f"caption {n}" for n in range(40)])
+    catalog = catalog_of(folder)
+    (folder / "001.png").write_bytes(bytes(len(icons[1])))
+    (folder / "002.png").write_bytes(icons[2][:-30])
+    (folder / "003.png").write_bytes(bomb())
+    (folder / "004.png").write_bytes(b"")
+    (folder / "005.png").unlink()
+    (folder / "007.png").write_bytes(icons[6])
+    larger = io.BytesIO()
+    Image.new("RGB", (33, 40)).save(larger, "PNG")
+    (folder / "008.png").write_bytes(larger.getvalue())
+    found = counts(check(catalog, CheckConfig(duplicate_images=True)))
+    assert found == {MISSING: 1, EMPTY: 1, UNDECODABLE: 2, BOMB: 1, CHANGED: 1, DUPLICATE_IMAGES: 2}
+    causes = {tile.row: tile.cause for tile in read_tiles(catalog, np.arange(10))}
+    expected = {1: UNDECODABLE, 2: UNDECODABLE, 3: BOMB, 4: EMPTY, 5: MISSING}
+    assert causes == {row: expected.get(row, "") for row in range(10)}
+
+
+def test_images_in_the_row_can_be_damaged_too(tmp_path: Path, icons):
+    catalog = catalog_of(write_pairs(tmp_path / "data", icons, ["a caption"] * 3), copy_images=True)
+    result = check(catalog)
+    assert counts(result) == {DUPLICATE_CAPTIONS: 3}
+    assert result.num_files == 0
+
+
+def test_a_sample_is_decoded_unless_all_is_asked_for(tmp_path: Path, icons):
+    folder = write_pairs(tmp_path / "data", icons, [f"caption {n}" for n in range(60)])
+    catalog = catalog_of(folder)
+    for path in folder.glob("*.png"):
+        path.write_bytes(bytes(path.stat().st_size))
+    for config, looked_at in (
+        (CheckConfig(decode_samples=7), 7),
+        (CheckConfig(decode_samples=7, decode_all=True), 60),
+        (CheckConfig(decode_samples=100), 60),
+    ):
+        result = check(catalog, config)
+        (finding,) = result.findings
+        assert (finding.what, finding.count, finding.looked_at) == (UNDECODABLE, looked_at, looked_at)
+        assert result.num_decoded == looked_at
+    firsts = {check(catalog, CheckConfig(decode_samples=2, seed=seed)).findings[0].first for seed in (0, 0, 1, 2, 3)}
+    assert 2 <= len(firsts) <= 4
+    assert check(catalog, CheckConfig(decode_samples=0)).findings == ()
+
+
+# ---------------------------------------------------------------- captions
+
+
+def test_captions_are_judged_one_by_one(tmp_path: Path, icons):
+    captions = {
+        "a plain caption": (),
+        "x": (SHORT_CAPTION,),
+        "猫": (SHORT_CAPTION,),
+        "cafÃ© with milk": (MOJIBAKE,),
+        "itâ€™s a trap": (MOJIBAKE,),
+        "café with milk, naïve": (),
+        "bell \x07 rings": (UNPRINTABLE,),
+        "broken \ufffd sign": (UNPRINTABLE,),
+        "word " * 75: (),
+        "word " * 76: (LONG_CAPTION,),
+        "猫 " * 200: (LONG_CAPTION,),
+    }
+    catalog = catalog_of(write_pairs(tmp_path / "data", icons, list(captions)))
+    stored = catalog.read(["caption"])["caption"].tolist()
+    assert [text.strip() for text in captions] == stored
+    expected = Counter(what for found in captions.values() for what in found)
+    assert counts(check(catalog)) == expected
+
+
+def num_tokens(text: str) -> int:
+    """Tokens of a text without a limit, start and end included."""
+    return int((tokenizer()([text], context_length=1000) != 0).sum())
+
+
+@cache
+def tokenizer() -> Callable[..., torch.Tensor]:
+    import open_clip
+
+    return open_clip.get_tokenizer("ViT-B-32")
+
+
+@pytest.mark.parametrize("context_length", [5, 8, 24])
+def test_captions_that_are_cut_are_those_with_too_many_tokens(tmp_path: Path, icons, context_length):
+    draw = np.random.default_rng(0)
+    words = ["cat", "antidisestablishmentarianism", "İĞ", "&amp;", "ﬁne", "7", "?!", "naïve", "क़क़", "x"]
+    captions = [" ".join(draw.choice(words, draw.integers(1, 12))) for _ in range(60)]
+    catalog = catalog_of(write_pairs(tmp_path / "data", icons, captions))
+    expected = sum(num_tokens(caption) > context_length for caption in captions)
+    found = counts(check(catalog, CheckConfig(context_length=context_length, decode_samples=0)))
+    assert 0 < expected < 60
+    assert found[LONG_CAPTION] == expected
+
+
+def test_repeats_are_named_with_their_counts(tmp_path: Path, icons):
+    captions = ["the same"] * 25 + ["twice"] * 2 + ["three"] * 3 + [f"caption {n}" for n in range(30)]
+    result = check(catalog_of(write_pairs(tmp_path / "data", icons, captions)), CheckConfig(decode_samples=0))
+    assert counts(result) == {DUPLICATE_CAPTIONS: 30, FREQUENT_CAPTION: 25}
+    assert result.frequent_captions == (("the same", 25), ("three", 3), ("twice", 2))
+    assert result.num_captions == 33
+    assert result.findings[1].first == "'the same', 25 times, first in row 0"
+
+
+def test_rows_that_indexing_would_refuse_are_found(tmp_path: Path, icons):
+    """A catalog that another tool wrote, or that was damaged inside."""
+    images = [icons[0], b"", icons[2][:60], bomb(), None, icons[5]]
+    values = {
+        "key": ["a", "b", "a", "c", "d", "e"],
+        "caption": ["first one", "", " \t", None, "fifth one", "sixth one"],
+        "image": images,
+        "path": [None] * 6,
+        "offset": [0] * 6,
+        "size": [len(image or b"x") for image in images],
+        "width": [32] * 6,
+        "height": [32] * 5 + [31],
+        "group": ["g"] * 6,
+    }
+    table = pa.table(values, schema=pa.schema([(name, PAIR_COLUMNS[name]) for name in values]))
+    path = str(tmp_path / "c.lance")
+    writer = FileWriter(path, table.schema)
+    writer.write(table)
+    create(path, table.schema.with_metadata({FORMAT: FORMAT_VERSION, FINGERPRINT: "0" * 32}), writer.finish())
+    catalog = Catalog.open(path)
+    result = check(catalog)
+    assert counts(result) == {
+        DUPLICATE_KEYS: 2,
+        EMPTY_CAPTION: 3,
+        EMPTY: 1,
+        UNDECODABLE: 1,
+        BOMB: 1,
+        MISSING: 1,
+        CHANGED: 1,
+    }
+    firsts = {finding.what: finding.first for finding in result.findings}
+    assert firsts[DUPLICATE_KEYS] == "'a', 2 times, first in row 0"
+    assert firsts[EMPTY_CAPTION] == "row 1, key 'b': ''"
+    assert firsts[CHANGED] == "row 5, key 'e': held in the row: 32 x 32, was 32 x 31"
+    write_check(catalog, result, tmp_path)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 40), max_size=200))
+def test_repeats_are_counted_as_a_counter_does(values):
+    found = count_repeats(np.array(values, np.int64))
+    counter = Counter(values)
+    assert found.num_distinct == len(counter)
+    assert found.num_repeated == sum(count for count in counter.values() if count > 1)
+    expected = sorted(((count, values.index(value)) for value, count in counter.items()), key=lambda t: (-t[0], t[1]))
+    assert found.top == expected[:10]
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=50))
+def test_a_histogram_counts_every_value_once(values):
+    edges = (1.0, 2.0, 5.0, 100.0)
+    counter = HistogramCounter(edges)
+    counter.add(np.array(values[:20], float))
+    counter.add(np.array(values[20:], float))
+    slow = [sum(low <= max(v, 1.0) < high for v in values) for low, high in zip(edges, (*edges[1:], 1e9), strict=True)]
+    assert list(counter.finish().counts) == slow
+
+
+def test_hashes_take_few_bytes_a_row():
+    values = np.random.default_rng(0).integers(0, 2**62, 1_000_000)
+    tracemalloc.start()
+    count_repeats(values)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * len(values)
+
+
+# ---------------------------------------------------------------- embeddings and options
+
+
+def test_embeddings_that_are_no_unit_vectors_are_errors(tmp_path: Path, icons):
+    catalog = catalog_of(write_pairs(tmp_path / "data", icons, [f"caption {n}" for n in range(20)]))
+    vectors = np.random.default_rng(0).standard_normal((20, 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    catalog.add_columns({"caption_embedding": vectors.astype(np.float16)})
+    assert check(catalog).findings == ()
+    vectors[3, 2], vectors[4, 0], vectors[5] = np.nan, np.inf, 0
+    catalog.add_columns({"caption_embedding": vectors.astype(np.float16)})
+    result = check(catalog)
+    assert counts(result) == {NOT_FINITE: 2, NOT_UNIT: 1}
+    assert result.findings[1].first == "row 5, key '005.png': length 0"
+
+
+@pytest.mark.parametrize("name", ["decode_samples", "context_length", "short_characters", "threads"])
+def test_options_that_make_no_sense_are_refused(name):
+    with pytest.raises(ModeclipError, match=rf"^check\.{name}: expected \d or more, got -1$"):
+        CheckConfig(**{name: -1})
+
+
+def test_a_result_is_plain_text_and_json(tmp_path: Path, icons):
+    folder = write_pairs(tmp_path / "data", icons, ["one caption", "x", "third caption"])
+    catalog = catalog_of(folder)
+    (folder / "000.png").unlink()
+    result = check(catalog)
+    content = json.loads(json.dumps(result.to_json()))
+    assert content["num_pairs"] == 3
+    assert content["findings"][0]["what"] == MISSING
+    assert content["caption_lengths"]["counts"] == list(result.caption_lengths.counts)
+    assert [row[:4] for row in result.rows()] == [
+        (MISSING, "error", "1", "33.3 %"),
+        (SHORT_CAPTION, "note", "1", "33.3 %"),
+    ]
+    severities = [severity for severity, _ in KINDS.values()]
+    assert severities == sorted(severities, key=["error", "warning", "note"].index)
+    assert EMPTY_CAPTION in KINDS
+
+
+# ---------------------------------------------------------------- what is drawn
+
+
+def test_a_sheet_shows_every_pair_and_crosses_out_what_is_broken(tmp_path: Path, icons):
+    folder = write_pairs(tmp_path / "data", icons, [f"caption {n}" for n in range(30)])
+    catalog = catalog_of(folder)
+    before = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "a.png", columns=8))
+    again = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "b.png", columns=8))
+    assert before.tobytes() == again.tobytes()
+    assert 8 * TILE < before.width < 9 * TILE
+    (folder / "009.png").write_bytes(bytes(100))
+    after = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "a.png", columns=8))
+    left, top, right, bottom = ImageChops.difference(before, after).getbbox()
+    assert TILE < left < right < 2 * TILE + 30  # the second tile of the second row, and nothing else
+    assert TILE < top < bottom < 3 * TILE
+    empty = read_png(draw_contact_sheet(catalog, np.arange(0), tmp_path / "e.png"))
+    assert empty.width < 2 * TILE
+
+
+def test_a_caption_of_one_endless_word_or_of_strange_signs_is_drawn(tmp_path: Path, icons):
+    catalog = catalog_of(write_pairs(tmp_path / "data", icons, ["w" * 4000, "猫\u200b\x07 x", "a " * 500, "é"]))
+    sheet = read_png(draw_contact_sheet(catalog, np.arange(4), tmp_path / "a.png", columns=3))
+    assert sheet.width < 4 * TILE
+
+
+def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path, icons):
+    captions = [f"caption {n}" for n in range(58)] + ["<script>alert(1)</script>", '"quoted" & <b>bold</b>']
+    folder = write_pairs(tmp_path / "data", icons, captions)
+    catalog = catalog_of(folder)
+    (folder / "059.png").write_bytes(bytes(100))
+    (folder / "002.png").unlink()
+    result = check(catalog)
+    page, sheet = write_check(catalog, result, tmp_path / "page")
+    assert sorted(path.name for path in page.parent.iterdir()) == ["check.html", "contact.png"]
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<b>bold" not in text
+    assert not re.search(r'(src|href)="(?!data:)|url\(|@import', text)
+    assert text.count('class="gone"') == 2
+    assert text.count("<rect ") == sum(
+        count > 0 for h in (result.caption_lengths, result.shorter_sides, result.aspects) for count in h.counts
+    )
+    for finding in result.findings:
+        assert finding.what in text
+        assert finding.advice in text
+    first = re.search(r'src="data:image/webp;base64,([^"]+)"', text)
+    assert Image.open(io.BytesIO(base64.b64decode(first.group(1)))).size == (32, 32)
+    assert read_png(sheet).size[0] > 11 * TILE
+
+
+def test_pairs_are_drawn_by_a_seed(tmp_path: Path, icons):
+    catalog = catalog_of(write_pairs(tmp_path / "data", icons, [f"caption {n}" for n in range(60)]))
+    assert draw_rows(catalog, 10).tolist() == draw_rows(catalog, 10).tolist() != draw_rows(catalog, 10, seed=1).tolist()
+    assert len(set(draw_rows(catalog, 10).tolist())) == 10
+    assert draw_rows(catalog, SHEET_PAIRS).tolist() == list(range(60))
+
+
+def test_bars_stay_inside_their_frame_and_keep_their_proportions():
+    counter = HistogramCounter((0.0, 1.0, 2.0, 4.0, 8.0, 16.0))
+    counter.add(np.array([0, 1, 1, 5, 5, 5, 5, 100]))
+    chart = draw_histogram(counter.finish())
+    left, upper, right, lower = chart["frame"]
+    bars = chart["bars"]
+    assert [bar["count"] for bar in bars] == [1, 2, 4, 1]
+    assert [bar["words"] for bar in bars] == ["0 to 1", "1 to 2", "4 to 8", "16"]
+    assert all(left <= bar["x"] and bar["x"] + bar["width"] <= right and bar["y"] >= upper for bar in bars)
+    assert all(bar["y"] + bar["height"] == pytest.approx(lower, abs=0.2) for bar in bars)
+    assert bars[2]["height"] == pytest.approx(4 * bars[0]["height"], abs=0.3)
+    assert draw_histogram(HistogramCounter((0.0, 1.0)).finish()) is None

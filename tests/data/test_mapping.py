@@ -1,0 +1,295 @@
+"""Work on a catalog's fragments: the same bytes whoever does it, nothing done twice, kills leave nothing half-done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from modeclip.clustering.embedding import EmbedConfig, embed
+from modeclip.clustering.fitting import ClusterConfig, cluster
+from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
+from modeclip.data.mapping import map_columns
+from modeclip.data.storage import FileWriter, append, create
+from modeclip.errors import ModeclipError
+
+ROWS, FRAGMENT_ROWS = 60, 10
+METADATA = {FORMAT: FORMAT_VERSION, FINGERPRINT: "f" * 32}
+
+
+@dataclass
+class Lengths:
+    """Real work with a trace: the length of each caption and image, a line in a log for every block."""
+
+    log: str
+    inputs: tuple[str, ...] = ("caption",)
+    outputs: tuple[str, ...] = ("length", "vector")
+    unit: str = "captions"
+    facts: dict[str, Any] = field(default_factory=lambda: {"made_by": "lengths"})
+    die_at: str = ""
+    """Caption at which the process dies the first time that it is met."""
+    sleep: float = 0.0
+
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        captions = block["caption"].tolist()
+        with Path(self.log).open("a") as file:
+            file.write(f"start {captions[0]}\n")
+        if self.die_at in captions and not Path(self.log + ".died").exists():
+            Path(self.log + ".died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "bad caption" in captions:
+            raise ModeclipError("caption 'bad caption' cannot be used")
+        time.sleep(self.sleep)
+        with Path(self.log).open("a") as file:
+            file.write(f"end {captions[0]}\n")
+        lengths = np.array([len(caption) for caption in captions], np.int32)
+        if "image" in self.inputs:
+            lengths += np.array([len(image) for image in block["image"]], np.int32)
+        return {"length": lengths, "vector": np.stack([lengths, lengths**2], axis=1).astype(np.float16)}
+
+
+def rows_of(first: int, count: int, caption: str = "caption", captions: Sequence[str] = ()) -> pa.Table:
+    numbers = range(first, first + count)
+    values = {
+        "key": [f"key {n}" for n in numbers],
+        "caption": list(captions) or [f"{caption} {n}" for n in numbers],
+        "image": [bytes(n) for n in numbers],
+        "path": [None] * count,
+        "offset": [0] * count,
+        "size": list(numbers),
+        "width": [4] * count,
+        "height": [4] * count,
+        "digest": [bytes(16)] * count,
+        "group": ["a"] * count,
+    }
+    return pa.table(values, schema=pa.schema([(name, PAIR_COLUMNS[name]) for name in values]))
+
+
+def write_catalog(path: Path, captions: Sequence[str] = ()) -> Catalog:
+    writer = FileWriter(str(path), rows_of(0, 1).schema, max_rows=FRAGMENT_ROWS)
+    writer.write(rows_of(0, ROWS, captions=captions))
+    create(str(path), writer.schema.with_metadata(METADATA), writer.finish())
+    return Catalog.open(path)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return write_catalog(tmp_path / "c.lance")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Lengths:
+    return Lengths(str(tmp_path / "log"))
+
+
+def ended(work: Lengths) -> Counter[str]:
+    """How often each fragment was worked on to the end, by its first caption."""
+    return Counter(line[4:] for line in Path(work.log).read_text().splitlines() if line.startswith("end "))
+
+
+def column_bytes(catalog: Catalog) -> list[bytes]:
+    """The files of the two columns, fragment by fragment, byte by byte."""
+    wanted = {f.id() for f in catalog.dataset.lance_schema.fields() if f.name() in ("length", "vector")}
+    files = [
+        file.path
+        for fragment in catalog.dataset.get_fragments()
+        for file in fragment.data_files()
+        if wanted & set(file.fields)
+    ]
+    return [Path(catalog.path, "data", name).read_bytes() for name in files]
+
+
+def expected(captions: list[str]) -> np.ndarray:
+    return np.array([len(caption) for caption in captions], np.int32)
+
+
+EACH_ONCE = {f"caption {n}": 1 for n in range(0, ROWS, FRAGMENT_ROWS)}
+
+
+# ---------------------------------------------------------------- in this process
+
+
+def test_each_fragment_is_computed_once_and_never_again(catalog: Catalog, work: Lengths):
+    assert map_columns(catalog, work, "lengths") == ROWS
+    assert map_columns(Catalog.open(catalog.path), work, "lengths") == 0
+    assert ended(work) == EACH_ONCE
+    opened = Catalog.open(catalog.path)
+    columns = opened.read(["caption", "length", "vector"])
+    assert (columns["length"] == expected(columns["caption"].tolist())).all()
+    assert (columns["vector"][:, 1] == columns["length"] ** 2).all()
+    assert opened.facts("length") == opened.facts("vector") == {"made_by": "lengths"}
+    assert not list(Path(catalog.path, "_modeclip").glob("map*"))
+
+
+def test_images_are_work_too(catalog: Catalog, work: Lengths):
+    work.inputs = ("caption", "image")
+    map_columns(catalog, work, "lengths")
+    columns = catalog.read(["caption", "length"])
+    assert (columns["length"] == expected(columns["caption"].tolist()) + np.arange(ROWS)).all()
+
+
+def test_other_work_replaces_the_columns(catalog: Catalog, work: Lengths):
+    map_columns(catalog, work, "lengths")
+    work.facts = {"made_by": "another"}
+    assert map_columns(catalog, work, "lengths") == ROWS
+    assert catalog.facts("length") == {"made_by": "another"}
+    assert catalog.columns.count("length") == 1
+
+
+def test_only_rows_that_came_later_are_computed(catalog: Catalog, work: Lengths):
+    map_columns(catalog, work, "lengths")
+    before = column_bytes(catalog)
+    writer = FileWriter(catalog.path, rows_of(0, 1).schema)
+    writer.write(rows_of(ROWS, 7, "new"))
+    append(catalog.path, writer.finish(), METADATA)
+    opened = Catalog.open(catalog.path)
+    assert map_columns(opened, work, "lengths") == 7
+    assert ended(work) == EACH_ONCE | {"new 60": 1}
+    columns = Catalog.open(catalog.path).read(["caption", "length"])
+    assert (columns["length"] == expected(columns["caption"].tolist())).all()
+    assert column_bytes(opened)[:-1] == before
+
+
+def test_an_error_leaves_the_old_columns_and_what_was_finished(catalog: Catalog, work: Lengths):
+    map_columns(catalog, work, "lengths")
+    bad = Lengths(work.log, facts={"made_by": "bad"}, die_at="never")
+    broken = iter(range(100))
+
+    class Failing(Lengths):
+        def __call__(self, block):
+            if next(broken) == 3:
+                raise ModeclipError("the disk on which the model lay is gone")
+            return super().__call__(block)
+
+    failing = Failing(work.log, facts={"made_by": "bad"})
+    with pytest.raises(ModeclipError, match="the model lay is gone"):
+        map_columns(catalog, failing, "lengths")
+    assert Catalog.open(catalog.path).facts("length") == {"made_by": "lengths"}
+    count = ended(work).total()
+    map_columns(Catalog.open(catalog.path), bad, "lengths")
+    assert ended(work).total() == count + 3  # of six fragments three were there
+    assert Catalog.open(catalog.path).facts("length") == {"made_by": "bad"}
+
+
+def test_what_is_left_of_other_work_is_removed(catalog: Catalog, work: Lengths):
+    class Failing(Lengths):
+        def __call__(self, block):
+            if block["caption"][0] == "caption 30":
+                raise RuntimeError("stop")
+            return super().__call__(block)
+
+    with pytest.raises(RuntimeError, match="stop"):
+        map_columns(catalog, Failing(work.log, facts={"made_by": "first"}), "lengths")
+    map_columns(catalog, work, "lengths")
+    used = {f.path for fragment in catalog.dataset.get_fragments() for f in fragment.data_files()}
+    assert {path.name for path in Path(catalog.path, "data").iterdir()} == used
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from modeclip.data.catalog import Catalog
+from modeclip.data.mapping import map_columns
+from test_mapping import Lengths
+map_columns(Catalog.open(sys.argv[1]), Lengths(sys.argv[2], sleep=0.2), "lengths")
+"""
+
+
+def test_a_killed_map_goes_on_where_it_was(tmp_path: Path, catalog: Catalog, work: Lengths):
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, catalog.path, work.log]
+    for wanted in (2, 4):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not Path(work.log).exists() or ended(work).total() < wanted:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert Catalog.open(catalog.path).columns == catalog.columns
+    work.sleep = 0.2
+    map_columns(catalog, work, "lengths")
+    counts = ended(work)
+    assert set(counts) == set(EACH_ONCE)
+    assert counts.total() <= len(EACH_ONCE) + 2  # at most the one that was being noted down at each kill
+    other = write_catalog(tmp_path / "other.lance")
+    map_columns(other, work, "lengths")
+    assert column_bytes(other) == column_bytes(catalog)
+
+
+# ---------------------------------------------------------------- on Ray
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[None]:
+    """A real Ray cluster of two workers on this machine."""
+    ray = pytest.importorskip("ray")
+    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, runtime_env=environment)
+    yield
+    ray.shutdown()
+
+
+def in_module(work: Lengths) -> Any:
+    """The same work, as Ray's workers can import it."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        from test_mapping import Lengths as Importable
+    finally:
+        sys.path.pop(0)
+    return Importable(**vars(work))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # ray's own
+@pytest.mark.usefixtures("two_workers")
+class TestRay:
+    def test_ray_makes_the_same_bytes(self, tmp_path: Path, catalog: Catalog, work: Lengths):
+        assert map_columns(catalog, in_module(work), "lengths", ray=True) == ROWS
+        assert ended(work) == EACH_ONCE
+        other = write_catalog(tmp_path / "other.lance")
+        map_columns(other, work, "lengths")
+        assert column_bytes(other) == column_bytes(catalog)
+        assert other.facts("length") == catalog.facts("length")
+
+    def test_a_dead_workers_fragment_is_done_again_and_no_other_twice(self, catalog: Catalog, work: Lengths):
+        work.die_at = "caption 25"
+        map_columns(catalog, in_module(work), "lengths", ray=True)
+        assert Path(work.log + ".died").exists()
+        starts = Counter(line[6:] for line in Path(work.log).read_text().splitlines() if line.startswith("start "))
+        assert starts["caption 20"] == 2
+        assert ended(work) == EACH_ONCE
+        columns = catalog.read(["caption", "length"])
+        assert (columns["length"] == expected(columns["caption"].tolist())).all()
+
+    def test_a_users_mistake_in_a_worker_is_one_line_here(self, tmp_path: Path, work: Lengths):
+        path = str(tmp_path / "bad.lance")
+        writer = FileWriter(path, rows_of(0, 1).schema)
+        table = rows_of(0, 2)
+        writer.write(table.set_column(1, "caption", pa.array(["fine", "bad caption"])))
+        create(path, writer.schema.with_metadata(METADATA), writer.finish())
+        with pytest.raises(ModeclipError, match=r"^caption 'bad caption' cannot be used$"):
+            map_columns(Catalog.open(path), in_module(work), "lengths", ray=True)
+
+    def test_captions_are_embedded_and_assigned_alike_here_and_there(self, tmp_path: Path):
+        captions = [f"{word} {thing}" for word in ("red", "tall", "old") for thing in ("house", "tree", "cat", "boat")]
+        made = []
+        for ray in (True, False):
+            catalog = write_catalog(tmp_path / f"{ray}.lance", captions * 5)
+            assert len(catalog.dataset.get_fragments()) == 6
+            result = embed(catalog, EmbedConfig(encoder="minilm"), ray=ray)
+            assert (result.num_captions, result.num_computed) == (ROWS, ROWS)
+            clustering = cluster(catalog, ClusterConfig(num_fine=6, num_experts=2), ray=ray)
+            columns = catalog.read(["caption_embedding", "fine_cluster", "fine_distance", "expert"])
+            made.append({name: column.tobytes() for name, column in columns.items()} | {"cards": repr(clustering.fine)})
+            assert catalog.facts("caption_embedding")["encoder"] == "minilm"
+        assert made[0] == made[1]

@@ -1,0 +1,104 @@
+"""Shards and catalogs in an object store: a real S3 server on this machine, reached as any other would be."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.mapping import map_columns
+from modeclip.data.sources.options import DataConfig
+from modeclip.errors import ModeclipError
+
+pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of an S3 server that answers on a free port."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    S3FileSystem.clear_instance_cache()  # one that another module opened knows another server
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="data")
+        yield "s3://data"
+    S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def shard(first: int, count: int) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for number in range(first, first + count):
+            picture = io.BytesIO()
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(picture, "PNG")
+            for suffix, data in (("png", picture.getvalue()), ("txt", f"caption {number}".encode())):
+                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def upload(uri: str, data: bytes) -> None:
+    import fsspec
+
+    with fsspec.open(uri, "wb") as file:
+        file.write(data)
+
+
+class Lengths:
+    inputs = ("caption", "image")
+    outputs = ("length",)
+    unit = "captions"
+    facts: ClassVar[dict[str, object]] = {"made_by": "lengths"}
+
+    def __call__(self, block):
+        assert all(data.startswith(b"\x89PNG") for data in block["image"])
+        return {"length": np.array([len(caption) for caption in block["caption"]], np.int32)}
+
+
+def test_a_catalog_lives_in_an_object_store_from_its_shards_to_its_columns(bucket: str, tmp_path: Path):
+    for number in range(3):
+        upload(f"{bucket}/shards/{number:05d}.tar", shard(10 * number, 10))
+    first = index(DataConfig(source=f"{bucket}/shards/{{00000..00001}}.tar"), f"{bucket}/out")
+    assert (first.kind, first.num_samples, first.skipped) == ("shards", 20, {})
+    catalog = Catalog.open(f"{bucket}/out")
+    assert map_columns(catalog, Lengths(), "lengths") == 20
+    assert index(DataConfig(source=f"{bucket}/shards/"), f"{bucket}/out").num_added == 10
+    catalog = Catalog.open(f"{bucket}/out/catalog.lance")
+    assert map_columns(catalog, Lengths(), "lengths") == 10
+    assert catalog.read(["length"])["length"].tolist() == [len(f"caption {n}") for n in range(30)]
+    rows = np.array([29, 3, 17])
+    assert [image.getpixel((0, 0))[0] for image in catalog.images(rows)] == [29, 3, 17]
+    for number in range(3):  # the same shards on this machine
+        (tmp_path / f"{number:05d}.tar").write_bytes(shard(10 * number, 10))
+    index(DataConfig(source=str(tmp_path)), tmp_path / "out")
+    assert Catalog.open(tmp_path / "out").fingerprint == catalog.fingerprint
+
+
+def test_what_is_not_in_the_store_is_said_in_one_line(bucket: str, tmp_path: Path):
+    with pytest.raises(ModeclipError, match=r"'s3://data/none/catalog.lance' is no catalog: expected what modeclip"):
+        Catalog.open(f"{bucket}/none")
+    with pytest.raises(ModeclipError):
+        index(DataConfig(source=f"{bucket}/none/{{0..2}}.tar"), tmp_path / "out")

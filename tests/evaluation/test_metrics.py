@@ -1,0 +1,200 @@
+"""Metrics against hand-made matrices, scikit-learn, and bootstraps that really resample images."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score
+
+from modeclip.errors import ModeclipError
+from modeclip.evaluation.metrics import (
+    Interval,
+    bootstrap_interval,
+    correct,
+    paired_interval,
+)
+
+
+def random_predictions(seed, num_images=300, num_classes=12):
+    """Scores that are right about half the time, classes of very different sizes."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(num_classes, size=num_images) * rng.integers(2, size=num_images)
+    scores = rng.normal(size=(num_images, num_classes)) + 1.5 * np.eye(num_classes)[labels]
+    return scores, labels
+
+
+# --- accuracies ----------------------------------------------------------------------------------
+
+
+def test_a_matrix_made_by_hand():
+    scores = np.array(
+        [
+            [0.7, 0.2, 0.1],  # class 0, right
+            [0.1, 0.2, 0.7],  # class 0, wrong
+            [0.4, 0.4, 0.2],  # class 0, a tie that the lower index wins, right
+            [0.4, 0.4, 0.2],  # class 1, the same tie, wrong
+            [-9.0, -8.0, -np.inf],  # class 1, right
+        ]
+    )
+    labels = np.array([0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(correct(scores, labels), [True, False, True, False, True])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_accuracies_equal_scikit_learns(seed):
+    scores, labels = random_predictions(seed)
+    predictions = scores.argmax(axis=1)
+    for given in (scores, scores.astype(np.float32), predictions):
+        assert correct(given, labels).mean() == pytest.approx(accuracy_score(labels, predictions))
+
+
+@pytest.mark.parametrize(
+    ("predictions", "labels", "message"),
+    [
+        (
+            np.zeros(2, int),
+            np.zeros(3, int),
+            "labels: expected one for each prediction, and at least one, got 3 for 2 predictions",
+        ),
+        (
+            np.zeros((0, 2)),
+            np.zeros(0, int),
+            "labels: expected one for each prediction, and at least one, got 0 for 0 predictions",
+        ),
+        (
+            np.array([[0.0, 1.0], [math.nan, 0.0]]),
+            np.zeros(2, int),
+            "predictions: row 1 holds NaN; the model diverged",
+        ),
+        (
+            np.zeros((2, 3)),
+            np.array([1, 3]),
+            "labels: expected 0 to 2 for 3 classes, got 1 to 3",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_said(predictions, labels, message):
+    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
+        inspect.unwrap(correct)(predictions, labels)
+
+
+# --- intervals -----------------------------------------------------------------------------------
+
+
+def make_tasks(seed):
+    """Three tasks of different size; two models whose mistakes go together."""
+    rng = np.random.default_rng(seed)
+    model, baseline = {}, {}
+    for task, num_images, model_fraction in (("a", 400, 0.7), ("b", 50, 0.4), ("c", 120, 0.9)):
+        model[task] = rng.random(num_images) < model_fraction
+        baseline[task] = model[task] ^ (rng.random(num_images) < 0.15)
+    return model, baseline
+
+
+def slow_interval(statistic, images_of_task, num_resamples=4000):
+    """Resample the images of each task one by one, and take the 2.5 and 97.5 percentiles."""
+    rng = np.random.default_rng(123)
+    values = []
+    for _ in range(num_resamples):
+        drawn = {task: rng.integers(n, size=n) for task, n in images_of_task.items()}
+        values.append(statistic(drawn))
+    return np.percentile(values, [2.5, 97.5])
+
+
+def test_interval_equals_one_by_resampling_images():
+    model, _ = make_tasks(0)
+    low, high = slow_interval(
+        lambda drawn: np.mean([model[task][rows].mean() for task, rows in drawn.items()]),
+        {task: len(is_correct) for task, is_correct in model.items()},
+    )
+    interval = bootstrap_interval(model)
+    assert interval.mean == pytest.approx(np.mean([c.mean() for c in model.values()]))
+    assert interval.low == pytest.approx(low, abs=0.004)
+    assert interval.high == pytest.approx(high, abs=0.004)
+
+
+def test_paired_interval_equals_one_by_resampling_pairs():
+    model, baseline = make_tasks(1)
+    low, high = slow_interval(
+        lambda drawn: np.mean([model[task][rows].mean() - baseline[task][rows].mean() for task, rows in drawn.items()]),
+        {task: len(is_correct) for task, is_correct in model.items()},
+    )
+    interval = paired_interval(model, baseline)
+    assert interval.mean == pytest.approx(bootstrap_interval(model).mean - bootstrap_interval(baseline).mean)
+    assert interval.low == pytest.approx(low, abs=0.004)
+    assert interval.high == pytest.approx(high, abs=0.004)
+
+
+def test_interval_of_one_task_is_the_binomials():
+    is_correct = np.arange(1000) < 800
+    interval = bootstrap_interval({"task": is_correct})
+    half_width = 1.96 * math.sqrt(0.8 * 0.2 / 1000)
+    assert interval.low == pytest.approx(0.8 - half_width, abs=0.002)
+    assert interval.high == pytest.approx(0.8 + half_width, abs=0.002)
+
+
+def test_pairing_narrows_the_interval():
+    model, baseline = make_tasks(2)
+    paired = paired_interval(model, baseline)
+    alone = [bootstrap_interval(model), bootstrap_interval(baseline)]
+    assert paired.high - paired.low < 0.7 * math.hypot(*(i.high - i.low for i in alone))
+
+
+def test_a_model_against_itself_and_the_other_way_round():
+    model, baseline = make_tasks(3)
+    assert paired_interval(model, model) == Interval(mean=0.0, low=0.0, high=0.0)
+    forth, back = paired_interval(model, baseline), paired_interval(baseline, model)
+    assert forth.mean == pytest.approx(-back.mean)
+    assert forth.low == pytest.approx(-back.high, abs=0.004)
+
+
+def test_seed_decides_and_order_of_tasks_does_not():
+    model, baseline = make_tasks(4)
+    backwards = dict(reversed(model.items()))
+    assert bootstrap_interval(model, seed=5) == bootstrap_interval(backwards, seed=5)
+    assert bootstrap_interval(model, seed=5) != bootstrap_interval(model, seed=6)
+    assert paired_interval(model, baseline) == paired_interval(backwards, baseline)
+
+
+def test_more_confidence_is_wider():
+    model, _ = make_tasks(5)
+    narrow, wide = (bootstrap_interval(model, confidence=c) for c in (0.5, 0.99))
+    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+
+
+RIGHT = np.array([True, True])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bootstrap_interval({}), "interval: expected tasks with images, got no tasks"),
+        (
+            lambda: bootstrap_interval({"pets": RIGHT, "cars": RIGHT[:0]}),
+            "interval: expected tasks with images, got none in 'cars'",
+        ),
+        (
+            lambda: bootstrap_interval({"pets": RIGHT}, confidence=95.0),
+            "confidence: expected a number between 0 and 1, got 95.0",
+        ),
+        (
+            lambda: bootstrap_interval({"pets": RIGHT}, num_resamples=0),
+            "num_resamples: expected at least 1, got 0",
+        ),
+        (
+            lambda: paired_interval({"pets": RIGHT}, {"cars": RIGHT}),
+            "paired interval: expected the same tasks for both models, got ['pets'] and ['cars']",
+        ),
+        (
+            lambda: paired_interval({"pets": RIGHT}, {"pets": RIGHT[:1]}),
+            "paired interval, task 'pets': expected the same images for both models, got 2 and 1",
+        ),
+    ],
+)
+def test_what_has_no_interval_is_said(call, message):
+    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
+        call()

@@ -1,0 +1,282 @@
+"""The command line: what it prints, and one clear line with exit code 2 for each of a user's mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modeclip.__main__ import _interrupt
+from modeclip.clustering.class_selection import read_classes
+from modeclip.commands import PIPE_CLOSED, main
+from modeclip.errors import ModeclipError, in_one_line
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+COMMANDS = (
+    *("demo", "run", "index", "check", "uids", "embed", "cluster", "route", "classify", "report"),
+    *("train", "train-experts", "status", "assign", "extend", "bundle", "finetune", "merge"),
+)
+
+
+@pytest.fixture(scope="module")
+def heart(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real picture of a heart, as a file."""
+    from modeclip.data.catalog import Catalog
+
+    catalog = Catalog.open(small_run / "catalog.lance")
+    [row, *_] = catalog.select(caption="heart")
+    path = tmp_path_factory.mktemp("picture") / "heart.png"
+    path.write_bytes(catalog.read(["image"], rows=[row] if isinstance(row, int) else row.reshape(1))["image"][0])
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that must fail; return its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith("modeclip: error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_complete(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "Show this help" in (text := capsys.readouterr().out) or "show this help" in text
+
+
+def test_classify_prints_table_and_json(
+    small_run: Path, heart: Path, tmp_path: Path, modeclip_command: Command
+) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("heart\narrow left\nbell\n")
+    done = modeclip_command("classify", small_run / "bundle", heart, "--classes", classes)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("heart", "arrow left", "bell", "probability"))
+    done = modeclip_command("classify", small_run / "bundle", heart, "--classes", "heart,arrow left,bell", "--json")
+    [picture] = json.loads(done.stdout)
+    assert sum(entry["probability"] for entry in picture["classes"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_route_prints_weights_clusters_and_entropy(small_run: Path, modeclip_command: Command) -> None:
+    words = ("route", small_run / "bundle", "--classes", "heart,arrow left", "--rule", "eq6")
+    done = modeclip_command(*words)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("heart", "expert-0", "expert-1", "rule eq6", "entropy", "distance"))
+    content = json.loads(modeclip_command(*words, "--json").stdout)
+    assert sum(content["weights"]) == pytest.approx(1)
+    assert content["rule"] == "eq6"
+    assert content["classes"][0]["clusters"][0]["captions"]
+
+
+def test_class_names_from_file_or_list(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\n\n hot dog \n")
+    assert read_classes(str(tmp_path / "classes.txt")) == ["cat", "hot dog"]
+    assert read_classes("cat, hot dog,") == ["cat", "hot dog"]
+    with pytest.raises(ModeclipError, match="no class names in it"):
+        read_classes(" , ")
+
+
+def test_class_names_that_are_a_path_or_too_many_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ncat\n", encoding="utf-8-sig")
+    assert read_classes(str(tmp_path / "classes.txt")) == ["cat", "cat"]
+    assert "classes: 'cat' is there more than once (1 such names)" in capsys.readouterr().err
+    many = [f"class number {number}" for number in range(30)]
+    assert read_classes(",".join(many)) == many
+    assert read_classes("c" * 300) == ["c" * 300]
+    for text, found in ((tmp_path, "a folder"), (tmp_path / "classes", "no such file"), ("classes.json", "no such")):
+        with pytest.raises(ModeclipError, match=f"classes .*: {found}.*; give a file with one class name a line"):
+            read_classes(str(text))
+
+
+def write_recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+RECIPE_MISTAKES = {
+    "data: {source: nowhere}": "nowhere",
+    "data: {source: icons, train_sets: [emoji]}": "unknown icon set 'emoji'; known: ",
+    "data: {sauce: icons}": "unknown field 'data.sauce'; known: source, ",
+    "dota: {source: icons}": "unknown field 'dota'; known: name, data, ",
+    "train: {samples: 4096}": "data: Field required",
+    "data: {source: icons}\ntrain: {samples: many}": "train.samples: Input should be a valid integer",
+    "data: {source: icons}\ntrain: {batch_size: 1}": "train.batch_size must be at least 2",
+    "data: {source: icons}\nexperts: {budget: free}": "experts.budget: Input should be 'paper' or 'matched', got",
+    "data: {source: icons}\nevaluate: {rule: best}": "unknown rule 'best'; known: paper, eq6",
+    "data: {source: icons}\nembed: {encoder: bert}": "unknown encoder 'bert'; known: auto, minilm",
+    "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, modeclip-icon-s",
+    "- a list": "expected sections such as `data:`, got list",
+    "data: {source: [": "no valid YAML",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), RECIPE_MISTAKES.items())
+def test_mistakes_in_a_recipe(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "run", write_recipe(tmp_path, text), "--out", tmp_path / "run")
+    assert message in line
+
+
+def test_more_clusters_than_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
+    text = f"data: {{source: {own_folder}}}\ncluster: {{num_fine: 100}}\ntrain: {{samples: 512, batch_size: 16}}"
+    line = fails(capsys, "run", write_recipe(tmp_path, text), "--out", tmp_path / "run")
+    assert "num_fine" in line
+    assert "100" in line
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """Twenty pairs in a folder."""
+    from PIL import Image
+
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (32, 32), (12 * i, 0, 99)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"colour {i}")
+    return folder
+
+
+def test_mistakes_in_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
+    """Each kind of source, with what users get wrong in it."""
+    (tmp_path / "pairs.csv").write_text("picture,words\npairs/0.png,colour\n")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for picture in own_folder.glob("*.png"):
+            tar.add(picture, picture.name)
+    mistakes = {
+        "none": "none",
+        "none.csv": "none.csv",
+        "pairs.csv": "has no image column 'filepath'; its columns are picture, words; set data.image_column",
+        "0.tar": "0.tar",
+    }
+    for source, message in mistakes.items():
+        line = fails(capsys, "run", write_recipe(tmp_path, f"data: {{source: {source}}}"), "--out", tmp_path / "run")
+        assert message in line
+        assert not (tmp_path / "run" / "catalog.lance").exists()
+    for i in range(5):
+        (own_folder / f"{i}.png").write_bytes(b"")
+    line = fails(capsys, "run", write_recipe(tmp_path, f"data: {{source: {own_folder}}}"), "--out", tmp_path / "run")
+    assert "image is empty (0 bytes)" in line
+
+
+@pytest.mark.parametrize("command", ["scaling", "evaluate"])
+@pytest.mark.parametrize(
+    ("option", "place", "message"),
+    [
+        ("--out", "file", "a folder is needed where a file is; choose another path"),
+        ("--out", "file/below", "a folder is needed where a file is; choose another path"),
+        ("--out", "n" * 300, "file name too long; choose a shorter name"),
+        ("--cache", "file", "a folder is needed where a file is; choose another path"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to(
+    command: str, option: str, place: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "scaling" and option == "--cache":
+        return
+    (tmp_path / "file").write_text("kept")
+    rows = [{"name": "s", "family": "dense", "compute": 10.0**n, "error": 0.9 / n} for n in (1, 2, 3)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task" / "cat").mkdir(parents=True)
+    (tmp_path / "task" / "cat" / "1.png").write_bytes(b"never opened")
+    given: dict[str, list[object]] = {
+        "scaling": [tmp_path / "results.jsonl", "--num-resamples", 9],
+        "evaluate": ["modeclip-icon", "--tasks", tmp_path / "task"],
+    }
+    line = fails(capsys, command, *given[command], option, tmp_path / place)
+    assert line.endswith(message)
+    assert str(tmp_path / place) in line
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "x"), "x: permission denied; choose another path, or see to its"),
+        (IsADirectoryError(21, "Is a directory", "x"), "x: is a directory; a file is needed where a folder is"),
+        (OSError(28, "No space left on device"), "no space left on device; free some space and give the same command"),
+        (IsADirectoryError(21, "Is a directory", "x.part", None, "x"), "x.part -> x: is a directory; a file is needed"),
+        (OSError("the\nHub is silent"), "the Hub is silent"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error: OSError, line: str) -> None:
+    assert in_one_line(error).startswith(line)
+
+
+@pytest.mark.parametrize("words", [("index", "--help"), ("scaling", "results.jsonl", "--json")])
+def test_a_reader_that_has_seen_enough_is_no_error(words: tuple[str, ...], tmp_path: Path) -> None:
+    rows = [{"name": "s", "family": "dense", "compute": 10.0**n, "error": 0.9 / n} for n in (1, 2, 3)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "modeclip", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (PIPE_CLOSED, "")
+
+
+def test_ctrl_c_during_an_import(tmp_path: Path) -> None:
+    """The process ends at once, with one line; a package that the command line imports presses the key."""
+    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "modeclip", "index", "--help"]
+    # As in a terminal: in a shell's background Ctrl-C is ignored, and a new process inherits that.
+    as_in_a_terminal = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    started = [sys.executable, "-c", as_in_a_terminal, *command]
+    done = subprocess.run(started, capture_output=True, env=environment, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "modeclip: interrupted\n")
+
+
+def test_ctrl_c_otherwise_is_left_to_the_command() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt(2, sys._getframe())
+
+
+def test_mistakes_in_other_arguments(
+    small_run: Path, heart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = small_run / "bundle"
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "task" / "cat").mkdir(parents=True)
+    (tmp_path / "task" / "cat" / "1.png").write_bytes(b"never opened")
+    on_task = ("--tasks", tmp_path / "task", "--out", tmp_path / "out")
+    (tmp_path / "model" / "open_clip_config.json").write_text("{")
+    (tmp_path / "model" / "open_clip_model.safetensors").write_bytes(b"")
+    mistakes = {
+        ("run", tmp_path / "none.yaml"): "none.yaml: no such file",
+        ("route", tmp_path, "--classes", "a,b"): "is no bundle: mode.json is missing",
+        ("route", bundle, "--classes", tmp_path / "none.txt"): "none.txt: no such file",
+        ("route", bundle, "--classes", "a,b", "--rule", "best"): "unknown rule 'best'; known: paper, eq6",
+        ("route", bundle, "--classes", "a,b", "--rule", "eq6", "--temperature", "0"): "temperature: expected",
+        ("classify", bundle, tmp_path / "none.png", "--classes", "a,b"): "none.png: no such file",
+        ("classify", bundle, tmp_path / "text.png", "--classes", "a,b"): "image does not decode",
+        ("classify", bundle, heart, "--classes", "a,b", "--template", "x"): "template 'x' has no {}",
+        ("classify", bundle, heart, "--classes", "a,b", "--top", "0"): "top: expected 1 class or more, got 0",
+        ("classify", bundle, heart, "--classes", "a,b", "--top", "-1"): "top: expected 1 class or more, got -1",
+        ("route", bundle, "--classes", "a,b", "--max-memory", "nan"): "max_memory: expected a number of GB above 0",
+        ("route", bundle, "--classes", "a,b", "--max-memory", "inf"): "max_memory: expected a number of GB above 0",
+        ("evaluate", "", *on_task): "evaluate: model '' is empty; give a bundle",
+        ("evaluate", "x=", *on_task): "evaluate: model 'x' is empty; give a",
+        ("evaluate", "/", *on_task): "open_clip_config.json is missing",
+        ("evaluate", "modeclip-icon", "--tasks", f"{'t' * 240}={tmp_path}/task", *on_task[2:]): "shorter names",
+        ("evaluate", tmp_path / "model", *on_task): "is no JSON (Expecting",
+        ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch_size: expected 1 image or more, got 0",
+        ("report", tmp_path): "is no finished run: results.json is missing",
+        ("train", tmp_path / "job.json"): "cannot be read",
+    }
+    for words, message in mistakes.items():
+        assert message in fails(capsys, *words)

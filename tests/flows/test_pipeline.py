@@ -1,0 +1,234 @@
+"""The whole method through the real commands: done once, continued after a kill, redone only where it is stale."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from modeclip.mixture.mode import MoDE
+from modeclip.pipeline import load_recipe, run
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")  # without controls
+MODELS = ("seed", "dense", "dense-total", "expert-0", "expert-1")
+
+
+def numbers(run: Path) -> dict[str, object]:
+    """Everything of the results that must not depend on the course of a run, or on a dense model beside it."""
+    results = json.loads((run / "results.json").read_text())
+    rows = [row | {"versus_dense_total": None} for row in results["models"] if row["kind"] != "dense"]
+    return {key: results[key] for key in ("tasks", "routing")} | {"models": rows}
+
+
+def weights(run: Path, names: Sequence[str] = MODELS) -> dict[str, bytes]:
+    return {name: (run / "models" / name / "open_clip_model.safetensors").read_bytes() for name in names}
+
+
+def stage_times(run: Path) -> dict[str, int]:
+    return {name: (run / "stages" / f"{name}.json").stat().st_mtime_ns for name in STAGES}
+
+
+def test_run_leaves_everything_that_it_promises(small_run: Path) -> None:
+    for name in ("catalog.lance", "tasks.lance", "clusters", "bundle/mode.json", "results.json", "report.html"):
+        assert (small_run / name).exists(), name
+    results = json.loads((small_run / "results.json").read_text())
+    rows = {(row["name"], row["rule"]): row for row in results["models"]}
+    part = 1024 // 32
+    costs = {name: rows[name, None]["samples"] / part for name in (*MODELS, "best single", "oracle")}
+    assert costs == {
+        "seed": 27, "dense": 32, "expert-0": 32, "expert-1": 32,
+        "dense-total": 37, "best single": 37, "oracle": 37,
+    }  # fmt: skip
+    assert sum(row["default"] for row in results["models"]) == 1
+    assert all(row["samples"] == 37 * part for row in results["models"] if row["kind"] == "mixture")
+    assert all(0 <= low <= row["average"] <= high <= 1 for row in results["models"] for low, high in [row["interval"]])
+    best = max(rows[f"expert-{k}", None]["average"] for k in range(2))
+    assert rows["best single", None]["average"] == best <= rows["oracle", None]["average"]
+
+
+def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Path, modeclip_process: Command) -> None:
+    before = stage_times(small_run)
+    started = time.monotonic()
+    done = modeclip_process("run", small_recipe, "--out", small_run, "--json")
+    assert time.monotonic() - started < 10
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["name"] == "small"
+    assert stage_times(small_run) == before
+
+
+@pytest.mark.slow
+def test_killed_run_continues_to_the_same_numbers(
+    small_recipe: Path, small_run: Path, tmp_path: Path, modeclip_command: Command
+) -> None:
+    """Kill -9 a random moment after each of three beginnings; the end is that of the run that was left alone."""
+    draw = random.Random(0)
+    out, recipe = tmp_path / "killed", tmp_path / "small.yaml"
+    settings = small_recipe.read_text().replace("batch_size: 32", "batch_size: 32, engine: {save_every: 3steps}")
+    recipe.write_text(settings + "experts: {dense: false, dense_total: false}\n")
+    command = [sys.executable, "-m", "modeclip", "run", str(recipe), "--out", str(out)]
+    for begun in ("recipe.yaml", "stages/index.json", "models/seed/checkpoints/step-*"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not list(out.glob(begun)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "results.json").exists()
+    done = modeclip_command("run", recipe, "--out", out)
+    assert done.returncode == 0, done.stderr
+    trained = ("seed", "expert-0", "expert-1")
+    assert weights(out, trained) == weights(small_run, trained)
+    assert numbers(out) == numbers(small_run)
+
+
+def test_only_what_is_stale_is_done_again(small_recipe: Path, small_run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(small_run, tmp_path / "run")
+    before, trained = stage_times(out), weights(out)
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(small_recipe.read_text().replace("rule: per_class", "rule: eq6"))
+    run(load_recipe(changed), out)
+    redone = {name for name, moment in stage_times(out).items() if moment != before[name]}
+    assert redone == {"bundle", "evaluate", "report"}
+    assert weights(out) == trained
+    assert json.loads((out / "bundle" / "mode.json").read_text())["rule"] == "eq6"
+
+
+def test_two_runs_in_one_folder(small_recipe: Path, tmp_path: Path, modeclip_process: Command) -> None:
+    from modeclip.system.files import only_process
+
+    with only_process(tmp_path):
+        done = modeclip_process("run", small_recipe, "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        "another process is at work in this folder; wait for it, stop it, or choose another"
+    )
+
+
+@pytest.fixture(scope="module")
+def own_pairs(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real icons as a user has them: a folder of images with texts beside, the same as a table, and as tar shards."""
+    import tarfile
+
+    from modeclip.data.catalog import Catalog
+
+    root = tmp_path_factory.mktemp("own")
+    catalog = Catalog.open(small_run / "catalog.lance")
+    data = catalog.read(["caption", "image"])
+    (root / "folder").mkdir()
+    lines = ["filepath\ttitle"]
+    for i, (caption, image) in enumerate(zip(data["caption"], data["image"], strict=True)):
+        (root / "folder" / f"{i:05}.png").write_bytes(image)
+        (root / "folder" / f"{i:05}.txt").write_text(caption)
+        lines.append(f"folder/{i:05}.png\t{caption}")
+    (root / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    files = sorted((root / "folder").iterdir())
+    for shard in range(2):
+        with tarfile.open(root / f"{shard:05}.tar", "w") as tar:
+            for file in files[shard * len(files) // 2 : (shard + 1) * len(files) // 2]:
+                tar.add(file, file.name)
+    return root
+
+
+@pytest.mark.slow
+def test_own_pairs_from_recipe_to_bundle(own_pairs: Path, modeclip_command: Command) -> None:
+    recipe = own_pairs / "folder.yaml"
+    recipe.write_text(
+        "data: {source: folder, holdout_fraction: 0.1}\n"
+        "cluster: {num_fine: 8, num_experts: 2}\n"
+        "train: {samples: 512, batch_size: 16}\nexperts: {dense: false, dense_total: false}\n"
+    )
+    out = own_pairs / "runs" / "folder"  # beside the data, as most users have it
+    for _ in range(2):
+        done = modeclip_command("run", recipe, "--out", out)
+        assert done.returncode == 0, done.stderr
+    assert all(f"{stage:<9} done: " in done.stderr for stage in STAGES)
+    results = json.loads((out / "results.json").read_text())
+    assert [task["name"] for task in results["tasks"]] == ["holdout"]
+    picture = own_pairs / "folder" / "00000.png"
+    done = modeclip_command("classify", out / "bundle", picture, "--classes", "alert,heart", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {entry["name"] for entry in json.loads(done.stdout)[0]["classes"]} == {"alert", "heart"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["pairs.tsv", "{00000..00001}.tar"])
+def test_own_pairs_with_a_given_seed_and_one_expert(own_pairs: Path, small_run: Path, source: str) -> None:
+    """From other sources, with an encoder that is fitted to the captions; the seed stands in for the other expert."""
+    recipe, seed = own_pairs / f"{source[0]}.yaml", small_run / "models" / "seed"
+    recipe.write_text(
+        f"data: {{source: '{source}', holdout_fraction: 0.1}}\nembed: {{encoder: tfidf, dimension: 32}}\n"
+        "cluster: {num_fine: 8, num_experts: 2}\n"
+        f"train: {{samples: 512, batch_size: 16}}\nexperts: {{start: {seed}, only: [1], controls: [one-step]}}\n"
+    )
+    out = own_pairs / "runs" / recipe.stem
+    result = run(load_recipe(recipe), out)
+    assert [task["name"] for task in result.results["tasks"]] == ["holdout"]
+    costs = {(row["name"], row["rule"]): row["samples"] for row in result.results["models"]}
+    seed_cost = json.loads((seed / "done.json").read_text())["samples"]
+    assert costs["seed", None] == seed_cost
+    assert costs["mixture", "uniform"] == costs["expert-1", None] == seed_cost + 5 * 16
+    assert {path.name for path in (out / "models").iterdir()} == {"expert-1"}
+    before = stage_times(out)
+    run(load_recipe(recipe), out)
+    assert stage_times(out) == before
+    mode = MoDE.load(result.bundle)
+    assert [expert.folder for expert in mode.bundle.experts] == ["seed", "expert-1"]
+    (prediction,) = mode.task(["alert", "heart"]).classify([Image.open(own_pairs / "folder" / "00000.png")])
+    assert set(prediction.classnames) == {"alert", "heart"}
+
+
+def test_bundle_holds_what_was_trained_and_clustered(small_run: Path) -> None:
+    centres = load_file(small_run / "bundle" / "centres.safetensors")
+    assert centres["fine_centers"].shape == (16, 384)
+    assert set(centres["expert_of_fine"].tolist()) == {0, 1}
+    for name in ("seed", "expert-0", "expert-1"):
+        file = f"{name}/open_clip_model.safetensors"
+        assert (small_run / "bundle" / file).read_bytes() == (small_run / "models" / file).read_bytes()
+
+
+def can_mount() -> bool:
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="this machine allows no private mounts")
+@pytest.mark.parametrize(("megabytes", "words"), [(1, "disk full"), (60, "seed: its checkpoints need")])
+def test_full_disk(small_recipe: Path, tmp_path: Path, megabytes: int, words: str) -> None:
+    """On a real file system of that size: full while the catalog is written, and too small for a model."""
+    recipe = tmp_path.parent / f"disk-{megabytes}.yaml"
+    recipe.write_text(small_recipe.read_text() + "embed: {encoder: tfidf, dimension: 32}\nexperts: {jobs: 1}\n")
+    script = (
+        f"mount -t tmpfs -o size={megabytes}m tmpfs {tmp_path} && "
+        f"exec {sys.executable} -m modeclip.commands run {recipe} --out {tmp_path}/run"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        capture_output=True, text=True, check=False, timeout=300, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_paths_count_from_the_recipe(small_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_run / "bundle" / "seed", tmp_path / "models" / "seed")
+    (tmp_path / "my.yaml").write_text(
+        "data: {source: 'a.tar::/b.tar', tasks: [birds=tests/birds, flowers]}\ntrain: {model: models/seed}\n"
+    )
+    recipe = load_recipe(tmp_path / "my.yaml")
+    assert recipe.name == "my"
+    assert recipe.data.source == f"{tmp_path}/a.tar::/b.tar"
+    assert recipe.data.tasks == (f"birds={tmp_path}/tests/birds", f"flowers={tmp_path}/flowers")
+    assert recipe.train.model == f"{tmp_path}/models/seed"

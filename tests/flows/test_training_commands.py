@@ -1,0 +1,202 @@
+"""The commands that train, as a user gives them: a plan, experts one by one, a bundle from the first one on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.embedding import EmbedConfig, embed
+from modeclip.clustering.fitting import ClusterConfig, cluster
+from modeclip.commands.training import status, train, train_experts
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources.options import DataConfig
+from modeclip.errors import ModeclipError
+from modeclip.evaluation.run_evaluation import EvaluateConfig
+from modeclip.fleet import open_fleet
+from modeclip.mixture.bundle import load_bundle
+from modeclip.training.experts import ExpertsConfig
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.training.trainer import job_rows
+
+SETTINGS = ("--samples", "512", "--batch-size", "16", "--precision", "32-true", "--log-every", "1")
+
+
+@pytest.fixture(scope="module")
+def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of real icons that is clustered and not trained."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    embed(Catalog.open(out), EmbedConfig(encoder="tfidf", dimension=16))
+    cluster(Catalog.open(out), ClusterConfig(num_fine=8, num_experts=2, num_iterations=3)).save(out / "clusters")
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(clustered: Path) -> Path:
+    """The same with its seed and expert 1."""
+    assert run(train_experts, clustered, *SETTINGS, "--only", "1", "--jobs", "1") is None
+    return clustered
+
+
+def run(command: Callable[..., None], *words: object) -> Any:
+    return tyro.cli(command, args=[str(word) for word in words])
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "open_clip_model.safetensors").read_bytes()
+
+
+def test_a_plan_stops_there(clustered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
+    run(train_experts, copy, *SETTINGS, "--budget", "matched", "--controls", "random", "one-step", "--plan", "--json")
+    content = json.loads(capsys.readouterr().out)
+    names = ["seed", *(f"{kind}-{k}" for kind in ("expert", "random", "one-step") for k in range(2))]
+    assert [job["name"] for job in content["jobs"]] == names
+    sizes = [len(Catalog.open(copy).select(expert=k)) for k in range(2)]
+    assert [job["rows"] for job in content["jobs"]][1:5] == sizes * 2
+    assert not (copy / "models").exists()
+    assert not (copy / "bundle").exists()
+
+
+def test_the_bundle_works_from_the_first_expert_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = load_bundle(trained / "bundle")
+    assert [expert.folder for expert in bundle.experts] == ["seed", "expert-1"]
+    assert weights(trained / "bundle" / "expert-1") == weights(trained / "models" / "expert-1")
+    run(status, trained, "--json")
+    assert [(row["name"], row["state"]) for row in json.loads(capsys.readouterr().out)] == [
+        ("seed", "finished"),
+        ("expert-1", "finished"),
+    ]
+
+
+def test_the_same_again_does_only_what_is_missing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (trained / "models").rglob("*.safetensors")}
+    manifest = (trained / "bundle" / "mode.json").stat().st_mtime_ns
+    run(train_experts, trained, *SETTINGS, "--only", "1", "--json")
+    content = json.loads(capsys.readouterr().out)
+    assert content["plan"] is None
+    assert {path: path.stat().st_mtime_ns for path in (trained / "models").rglob("*.safetensors")} == before
+    assert (trained / "bundle" / "mode.json").stat().st_mtime_ns == manifest
+    run(train_experts, trained, *SETTINGS, "--commands", "--json")
+    [line] = json.loads(capsys.readouterr().out)
+    assert line.endswith("expert-0/job.json")  # nothing else is missing, and the seed is there
+    run(status, trained)
+    assert "waiting" in capsys.readouterr().out
+
+
+def test_a_bundle_that_was_edited_is_left_alone(trained: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    config = TrainConfig(samples=512, batch_size=16, engine=EngineConfig(precision="32-true"))
+    fleet = open_fleet(copy, config, ExpertsConfig(dense=False, dense_total=False))
+    assert [job.name for job in fleet.missing] == ["expert-0"]
+    path = copy / "bundle" / "mode.json"
+    content = json.loads(path.read_text())
+    edited = content | {"lineage": {"jobs": {}, "edits": [{"expert": "expert-9"}]}}
+    path.write_text(json.dumps(edited))
+    assert fleet.write_bundle(EvaluateConfig()) == copy / "bundle"
+    assert json.loads(path.read_text()) == edited
+    path.write_text(json.dumps(content | {"lineage": {"jobs": {}}}))
+    fleet.write_bundle(EvaluateConfig())
+    assert json.loads(path.read_text())["lineage"]["jobs"] == content["lineage"]["jobs"]
+
+
+def test_a_clustering_that_is_not_the_catalogs(trained: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    clustering = Clustering.load(copy / "clusters")
+    replace(clustering, fine_centers=clustering.fine_centers + 1).save(copy / "clusters")
+    with pytest.raises(ModeclipError, match="is not the clustering that the catalog's column expert comes from"):
+        run(train_experts, copy, *SETTINGS)
+
+
+def test_other_settings_are_refused_by_name(trained: Path) -> None:
+    with pytest.raises(
+        ModeclipError, match=r"seed holds what was trained with other settings: .*learning_rate was 0\.001"
+    ):
+        run(train_experts, trained, *SETTINGS, "--learning-rate", "0.01")
+    with pytest.raises(ModeclipError, match="--resume is latest or never, got 'x'; --start names a trained seed"):
+        run(train_experts, trained, *SETTINGS, "--resume", "x")
+
+
+def test_one_expert_for_a_tasks_classes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "arrows.txt").write_text("arrow left\narrow right\n")
+    words = ("--for-classes", tmp_path / "arrows.txt", "--nearest", "2", "--commands", "--json")
+    run(train_experts, trained, *SETTINGS, *words)
+    [line] = json.loads(capsys.readouterr().out)  # the seed is there
+    job, catalog = TrainJob.load(Path(line.split()[-1])), Catalog.open(trained)
+    assert (job.name, job.start_from) == ("expert-arrows", str(trained / "models" / "seed"))
+    rows = job_rows(job, catalog)
+    assert rows.tolist() == catalog.select(mask="prior_arrows").tolist()
+    assert 0 < len(rows) < len(catalog)
+
+
+def test_train_of_a_part_continues_a_seed_as_its_expert_does(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same rows, steps and start as train-experts gives expert 1: the same bits."""
+    out = tmp_path / "own"
+    words = (trained, *SETTINGS, "--out", out, "--where", "expert=1", "--resume", trained / "models" / "seed")
+    run(train, *words, "--json")
+    assert json.loads(capsys.readouterr().out)["samples"] == 5 * 16
+    assert weights(out) == weights(trained / "models" / "expert-1")
+    done = (out / "done.json").stat().st_mtime_ns
+    run(train, *words)
+    assert (out / "done.json").stat().st_mtime_ns == done  # it is finished
+    with pytest.raises(ModeclipError, match=r"own holds what was trained with other settings: .*where\.expert was 1"):
+        run(train, *words[:-4], "--resume", trained / "models" / "seed")
+    run(train, out / "job.json")
+    assert str(out) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("{run}/models/seed/job.json", "--samples", "7"), "says all that is to be done; give it alone"),
+        (("{run}", "--where", "expert"), "--where 'expert': expected COLUMN=NUMBER, such as expert=3"),
+        (("{run}", "--resume", "ViT-B-32"), "--resume ViT-B-32: expected latest, never, the folder of a finished job"),
+        (("{run}", "--batch-size", "1"), "train.batch_size must be at least 2"),
+        (("{run}", "--save-every", "often"), "train.engine.save_every must be a number with s, min"),
+        (("{run}", "--min-crop-share", "0"), "train.augment.min_crop_share must lie in"),
+        (("{run}", "--where", "expert=7"), "expert"),
+        (("nowhere",), "no catalog at 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(trained: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ModeclipError) as caught:
+        run(train, *[word.format(run=trained) for word in words], "--out", tmp_path / "out")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(train_experts, "--help")
+    shown = capsys.readouterr().out
+    for name in (
+        "micro-batch",
+        "keep-checkpoints",
+        "patch-dropout",
+        "report-to",
+        "budget",
+        "processes-per-job",
+        "start",
+    ):
+        assert f"--{name}" in shown
+
+
+@pytest.mark.slow
+def test_a_model_as_the_start_stands_in_for_missing_experts(clustered: Path, tmp_path: Path) -> None:
+    """Fine-tuning: the start is exported, the expert has a schedule of its own, the bundle has both."""
+    copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
+    run(train_experts, copy, *SETTINGS, "--start", "modeclip-icon", "--only", "0", "--jobs", "1")
+    job = TrainJob.load(copy / "models" / "expert-0" / "job.json")
+    assert (job.first_step, job.first_share, job.last_share, job.start_from) == (0, 0.0, 1.0, None)
+    assert [expert.folder for expert in load_bundle(copy / "bundle").experts] == ["expert-0", "seed"]

@@ -1,0 +1,31 @@
+"""The memory that a stage is said to take, against memory taken on purpose."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+MEASURE = """
+import json, subprocess, sys, time
+from modeclip.system.memory import PeakMemory, memory_gb
+
+HOLD = "import sys, time; x = b'x' * int(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+before = memory_gb()
+with PeakMemory() as peak:
+    own = b"x" * 200_000_000
+    with subprocess.Popen([sys.executable, "-c", HOLD, "300000000"], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        time.sleep(1.2)
+        child.kill()
+    del own
+print(json.dumps([peak.gb - before, memory_gb() - before]))
+"""
+
+
+def test_peak_counts_a_process_and_its_children() -> None:
+    # in a process of its own: this one has memory of other tests, which may be given back at any time
+    output = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True).stdout
+    peak, after = json.loads(output)
+    assert 0.5 <= peak <= 0.6
+    assert after < 0.1

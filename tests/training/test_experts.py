@@ -1,0 +1,214 @@
+"""The plan of the method: who sees how many samples, on which schedule, from which start, in which order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeclip.clustering.clusters import Clustering
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources.options import DataConfig
+from modeclip.errors import ModeclipError
+from modeclip.training.experts import ExpertsConfig, count_pairs, fingerprint_of, part, plan_jobs, seed_model
+from modeclip.training.jobs import TrainConfig, TrainJob
+from modeclip.training.trainer import job_rows
+
+TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """Real icons with experts of known sizes, and the columns of two controls."""
+    out = tmp_path_factory.mktemp("catalog")
+    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    catalog = Catalog.open(out)
+    experts = np.repeat([0, 1, 2], [100, 400, len(catalog) - 500]).astype(np.int32)
+    catalog.add_columns({"expert": experts, "random_expert": np.roll(experts, 50), "one_step_expert": experts[::-1]})
+    return catalog
+
+
+def plan(folder: Path, experts: ExpertsConfig, num_experts: int = 4, **more: object) -> dict[str, TrainJob]:
+    jobs = plan_jobs(folder / "catalog.lance", "f", folder / "models", num_experts, TRAIN, experts, **more)  # type: ignore[arg-type]
+    return {job.name: job for job in jobs}
+
+
+def parts(job: TrainJob) -> float:
+    return (job.last_step - job.first_step) / TRAIN.steps_per_part
+
+
+def finish(job: TrainJob) -> None:
+    """Leave what a finished job leaves, without its model."""
+    job.save()
+    result = {"digest": job.digest, "samples": 1, "rows": 1, "seconds": 1.0}
+    (Path(job.folder) / "done.json").write_text(json.dumps(result))
+
+
+def test_a_dense_control_of_the_mixtures_cost_is_trained_once(tmp_path: Path) -> None:
+    """5 parts of 10 steps are 10 steps for each of five experts: the dense control costs that too."""
+    jobs = plan(tmp_path, ExpertsConfig(budget="matched"), 5)
+    assert list(jobs) == ["seed", "dense", *(f"expert-{k}" for k in range(5))]
+    assert "dense-total" in plan(tmp_path, ExpertsConfig(budget="matched", dense=False), 5)
+
+
+@pytest.mark.parametrize(("budget", "expert", "total"), [("paper", 5, 47), ("matched", 1.2, 31.8)])
+def test_budgets_cost_what_they_say(tmp_path: Path, budget: str, expert: float, total: float) -> None:
+    """The matched budget is 5/4 parts an expert, rounded down to a step of a tenth of a part."""
+    jobs = plan(tmp_path, ExpertsConfig(budget=budget))  # type: ignore[arg-type]
+    assert list(jobs) == ["seed", "dense-total", "dense", *(f"expert-{k}" for k in range(4))]
+    assert parts(jobs["seed"]) == 27
+    assert parts(jobs["dense"]) == 5
+    assert [parts(jobs[f"expert-{k}"]) for k in range(4)] == pytest.approx([expert] * 4)
+    assert parts(jobs["dense-total"]) == pytest.approx(total)
+    assert list(plan(tmp_path, ExpertsConfig(dense=False, dense_total=False), 2)) == ["seed", "expert-0", "expert-1"]
+
+
+@pytest.mark.parametrize("budget", ["paper", "matched"])
+def test_schedules_meet_where_the_seed_ends(tmp_path: Path, budget: str) -> None:
+    jobs = plan(tmp_path, ExpertsConfig(budget=budget, controls=("random", "full", "one-step")))  # type: ignore[arg-type]
+    seed = jobs["seed"]
+    assert len(jobs) == 3 + 4 * 4
+    for name in set(jobs) - {"seed", "dense-total"}:
+        job = jobs[name]
+        assert (job.start_from, job.start_digest) == (seed.folder, seed.digest)
+        assert job.first_step == seed.last_step
+        assert job.learning_rate(job.first_step) == pytest.approx(seed.learning_rate(seed.last_step))
+        assert job.learning_rate(job.last_step) == pytest.approx(0)
+    assert jobs["dense-total"].start_from is None
+    assert jobs["dense-total"].first_step == 0
+    assert jobs["dense-total"].learning_rate(jobs["dense-total"].last_step) == pytest.approx(0)
+
+
+def test_digest_follows_what_decides_the_result(tmp_path: Path) -> None:
+    expert = plan(tmp_path, ExpertsConfig())["expert-0"]
+    assert replace(expert, folder="/elsewhere", catalog="/elsewhere").digest == expert.digest
+    for change in ({"where": {"expert": 1}}, {"threads": 2}, {"catalog_fingerprint": "g"}, {"start_digest": "other"}):
+        assert replace(expert, **change).digest != expert.digest  # type: ignore[arg-type]
+    # how and when an expert runs does not change what it is
+    run = ExpertsConfig(order="range", only=(0,), jobs=7, processes_per_job=2, controls=("full",))
+    assert plan(tmp_path, run)["expert-0"] == expert
+
+
+def test_rows_of_an_expert(catalog: Catalog, tmp_path: Path) -> None:
+    expert_of_row = catalog.read(["expert"])["expert"]
+    job = plan(tmp_path, ExpertsConfig(), 3)["expert-1"]
+    assert job_rows(job, catalog).tolist() == np.flatnonzero(expert_of_row == 1).tolist()
+    mixed = job_rows(replace(job, out_of_cluster_fraction=0.1), catalog)
+    outside = mixed[expert_of_row[mixed] != 1]
+    assert set(np.flatnonzero(expert_of_row == 1)) <= set(mixed)
+    assert len(outside) == round(0.1 * (expert_of_row != 1).sum()) == len(set(outside))
+    assert (mixed == job_rows(replace(job, out_of_cluster_fraction=0.1), catalog)).all()
+
+
+def test_controls_differ_from_the_experts_by_one_thing_each(catalog: Catalog, tmp_path: Path) -> None:
+    config = ExpertsConfig(controls=("random", "full", "one-step"), budget="matched")
+    jobs = plan(tmp_path, config, 3)
+    columns = catalog.read(["random_expert", "one_step_expert"])
+    for k in range(3):
+        expert = jobs[f"expert-{k}"]
+        same = {"name": expert.name, "folder": expert.folder}
+        assert replace(jobs[f"random-{k}"], where={"expert": k}, **same) == expert
+        assert replace(jobs[f"one-step-{k}"], where={"expert": k}, **same) == expert
+        full = jobs[f"full-{k}"]
+        assert full.config.seed == TRAIN.seed + 1 + k
+        assert replace(full, where={"expert": k}, config=TRAIN, **same) == expert
+        for name, column in (("random", "random_expert"), ("one-step", "one_step_expert")):
+            rows = job_rows(jobs[f"{name}-{k}"], catalog)
+            assert rows.tolist() == np.flatnonzero(columns[column] == k).tolist()
+        assert len(job_rows(full, catalog)) == len(catalog)
+
+
+def test_order_and_subset(catalog: Catalog, tmp_path: Path) -> None:
+    def experts(config: ExpertsConfig, **more: object) -> list[str]:
+        jobs = plan_jobs(Path(catalog.path), "f", tmp_path, 3, TRAIN, config, **more)  # type: ignore[arg-type]
+        return [job.name for job in jobs]
+
+    only = ExpertsConfig(dense=False, dense_total=False, order="size")
+    assert count_pairs(catalog, 3).tolist() == [len(catalog.select(expert=k)) for k in range(3)]
+    assert experts(only) == ["seed", "expert-1", "expert-2", "expert-0"]
+    assert experts(replace(only, order="range"), ranges=[0.2, 0.9, 0.5]) == ["seed", "expert-1", "expert-2", "expert-0"]
+    assert experts(replace(only, order="range")) == ["seed", "expert-0", "expert-1", "expert-2"]
+    few = ExpertsConfig(only=(2, 0), controls=("random",))
+    assert experts(few) == ["seed", "expert-0", "expert-2"]
+    with pytest.raises(ModeclipError, match=r"experts\.only: there is no expert 3; expected 0 to 2"):
+        experts(ExpertsConfig(only=(1, 3)))
+
+
+def test_a_finished_job_as_the_seed(tmp_path: Path) -> None:
+    """The experts go on at its step and at its place of the schedule, which may differ from this config's."""
+    given = replace(plan(tmp_path, ExpertsConfig())["seed"], name="given", folder=str(tmp_path / "given"), last_step=99)
+    given.save()
+    with pytest.raises(ModeclipError, match=r"experts\.start: the job in .*given is not finished; train it first"):
+        plan(tmp_path, ExpertsConfig(start=given.folder))
+    finish(given)
+    jobs = plan(tmp_path, ExpertsConfig(start=given.folder))
+    assert list(jobs) == ["dense-total", "dense", *(f"expert-{k}" for k in range(4))]
+    for job in jobs.values():
+        assert (job.start_from, job.start_digest, job.first_step) == (given.folder, given.digest, 99)
+        assert job.learning_rate(99) == pytest.approx(given.learning_rate(99))
+    assert [parts(jobs[name]) for name in ("expert-3", "dense", "dense-total")] == [5, 5, 20]
+    assert seed_model(tmp_path, TRAIN, ExpertsConfig(start=given.folder)) == Path(given.folder)
+    other = replace(given, config=replace(TRAIN, model="ViT-B-32"))
+    finish(other)
+    with pytest.raises(ModeclipError, match=r"given is a ViT-B-32, train\.model is modeclip-icon; give the same model"):
+        plan(tmp_path, ExpertsConfig(start=given.folder))
+
+
+def test_a_checkpoint_and_a_pretrained_model_as_the_seed(tmp_path: Path) -> None:
+    file = tmp_path / "epoch_27.pt"
+    with pytest.raises(ModeclipError, match=r"epoch_27\.pt: no such file; expected a checkpoint of open_clip_train"):
+        plan(tmp_path, ExpertsConfig(start=str(file)))
+    file.write_bytes(b"weights")
+    job = plan(tmp_path, ExpertsConfig(start=str(file)))["expert-0"]
+    other = plan(tmp_path, ExpertsConfig())["expert-0"]
+    assert job.start_from == str(file)
+    assert replace(job, start_from=other.start_from, start_digest=other.start_digest) == other
+    file.write_bytes(b"others")
+    assert plan(tmp_path, ExpertsConfig(start=str(file)))["expert-0"].digest != job.digest
+
+    tuned = plan(tmp_path, ExpertsConfig(start="ViT-B-32"))["expert-0"]
+    assert (tuned.config.model, tuned.start_from, tuned.first_step, parts(tuned)) == ("ViT-B-32", None, 0, 5)
+    assert tuned.learning_rate(0) == 0  # a warm-up of its own
+    assert tuned.learning_rate(tuned.last_step) == pytest.approx(0)
+    with pytest.raises(ModeclipError, match="unknown model 'nonsense'"):
+        plan(tmp_path, ExpertsConfig(start="nonsense"))
+
+
+def test_a_pretrained_seed_is_exported_to_stand_in(tmp_path: Path) -> None:
+    folder = seed_model(tmp_path, TRAIN, ExpertsConfig(start="modeclip-icon"))
+    assert folder == tmp_path / "seed"
+    assert {path.name for path in folder.iterdir()} >= {"open_clip_config.json", "open_clip_model.safetensors"}
+    before = (folder / "open_clip_model.safetensors").stat().st_mtime_ns
+    assert seed_model(tmp_path, TRAIN, ExpertsConfig(start="modeclip-icon")) == folder
+    assert (folder / "open_clip_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_fingerprint_follows_pairs_clusters_and_weights(catalog: Catalog, tmp_path: Path) -> None:
+    centers = np.eye(4, dtype=np.float32)
+    first = Clustering(fine_centers=centers, experts_of_fine=np.array([[0], [0], [1], [1]]), coarse_centers=centers[:2])
+    other = replace(first, experts_of_fine=np.array([[0], [1], [1], [1]]))
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"weights")
+    found = {fingerprint_of(catalog, clusters, "ViT-B-32") for clusters in (None, first, other)}
+    found.add(fingerprint_of(catalog, first, str(tmp_path)))
+    assert len(found) == 4
+    assert fingerprint_of(Catalog.open(catalog.path), first, "ViT-B-32") in found
+
+
+def test_a_branch_lies_beside_the_seed(tmp_path: Path) -> None:
+    parting = part(tmp_path / "c.lance", "f", tmp_path / "models", TRAIN, ExpertsConfig(threads_per_job=3))
+    job = parting.branch("expert-own", steps=7)
+    assert (job.folder, job.last_step - job.first_step, job.threads) == (str(tmp_path / "models" / "expert-own"), 7, 3)
+    assert TrainJob.load(job.save()) == job
+
+
+def test_settings_out_of_range() -> None:
+    assert len(asdict(ExpertsConfig())) <= 12
+    with pytest.raises(ModeclipError, match=r"experts\.out_of_cluster_fraction must lie in \[0, 1\], got 2"):
+        ExpertsConfig(out_of_cluster_fraction=2.0)
+    for name in ("jobs", "threads_per_job", "processes_per_job"):
+        with pytest.raises(ModeclipError, match=rf"experts\.{name} must be at least 1, got 0"):
+            ExpertsConfig(**{name: 0})  # type: ignore[arg-type]

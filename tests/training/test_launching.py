@@ -1,0 +1,277 @@
+"""Processes of jobs: failures that stay their own, kills, orphans, printed commands, torchrun and Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from modeclip.data.indexing import index
+from modeclip.data.sources.options import DataConfig
+from modeclip.errors import ModeclipError
+from modeclip.system.files import only_process
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
+from modeclip.training.launching import commands_for, run_jobs
+from modeclip.training.resuming import changes, prepare
+from modeclip.training.status import job_status
+
+CONFIG = TrainConfig(
+    samples=8 * 32, batch_size=8, engine=EngineConfig(precision="32-true", save_every="1steps", log_every=1)
+)
+FOREVER = 100_000
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred real icons."""
+    out = tmp_path_factory.mktemp("catalog")
+    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    return out / "catalog.lance"
+
+
+def make_job(catalog: Path, folder: Path, last_step: int = 2, start: TrainJob | None = None) -> TrainJob:
+    return TrainJob(
+        name=folder.name,
+        folder=str(folder),
+        catalog=str(catalog),
+        catalog_fingerprint="test",
+        config=CONFIG,
+        first_step=0 if start is None else start.last_step,
+        last_step=last_step if start is None else start.last_step + last_step,
+        first_share=0.0,
+        last_share=1.0,
+        start_from=None if start is None else start.folder,
+        start_digest="" if start is None else start.digest,
+    )
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes whose command names a job of this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if any(word.startswith(str(folder).encode()) and word.endswith(b"job.json") for word in words):
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until_it_trains(job: TrainJob) -> None:
+    deadline = time.monotonic() + 180
+    while not (job_status(job).state == "running" and job_status(job).checkpoint_age_seconds is not None):
+        assert time.monotonic() < deadline, job_status(job)
+        time.sleep(0.05)
+
+
+def wait_until_all_are_gone(folder: Path) -> None:
+    deadline = time.monotonic() + 90
+    while processes_of(folder):
+        assert time.monotonic() < deadline, processes_of(folder)
+        time.sleep(0.2)
+
+
+def weights(job: TrainJob) -> bytes:
+    return (Path(job.folder) / "open_clip_model.safetensors").read_bytes()
+
+
+def test_a_job_that_is_killed_takes_only_those_that_need_it(catalog: Path, tmp_path: Path) -> None:
+    killed = make_job(catalog, tmp_path / "killed", FOREVER)
+    needs = make_job(catalog, tmp_path / "needs", 1, killed)
+    other = make_job(catalog, tmp_path / "other")
+
+    def kill() -> None:
+        wait_until_it_trains(killed)
+        for process in processes_of(tmp_path / "killed"):
+            os.kill(process, signal.SIGKILL)
+
+    thread, done = threading.Thread(target=kill), list[str]()
+    thread.start()
+    message = (
+        r"2 of 3 models are missing \(killed, needs\); the first: killed: training ended early: killed by signal 9"
+    )
+    with pytest.raises(ModeclipError, match=message):
+        run_jobs([needs, killed, other], 2, on_done=lambda job: done.append(job.name))
+    thread.join()
+    assert TrainResult.read(other) is not None
+    assert done == ["other"]
+    assert [job_status(job).state for job in (killed, needs, other)] == ["failed", "waiting", "finished"]
+    assert not (tmp_path / "needs" / "log.jsonl").exists()
+    assert not (tmp_path / "other" / "errors.txt").exists()
+    assert not processes_of(tmp_path)
+
+
+def test_a_users_mistake_is_its_own_line_and_stops_the_others_if_asked(catalog: Path, tmp_path: Path) -> None:
+    wrong = make_job(tmp_path / "nowhere.lance", tmp_path / "wrong")
+    endless = make_job(catalog, tmp_path / "endless", FOREVER)
+    with pytest.raises(ModeclipError) as caught:
+        run_jobs([endless, wrong], 2, stop_on_failure=True)
+    assert "the first: no catalog at " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not processes_of(tmp_path)
+    assert job_status(endless).state in {"stopped", "waiting"}
+    with pytest.raises(ModeclipError, match=r"^no catalog at .*nowhere\.lance"):
+        run_jobs([wrong], 1)
+
+
+def test_commands_do_what_the_processes_do(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each printed line is given to a shell, in another folder; then there is nothing left to do."""
+    seed = make_job(catalog, tmp_path / "models of a run" / "seed")
+    expert = make_job(catalog, tmp_path / "models of a run" / "expert-0", 1, seed)
+    lines = commands_for([expert, seed])
+    assert [line.endswith("seed/job.json'") for line in lines] == [True, False]
+    assert lines[1].endswith("  # after seed")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in lines:
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    before = [weights(job) for job in (seed, expert)]
+    assert set(run_jobs([seed, expert], 1)) == {"seed", "expert-0"}
+    assert [weights(job) for job in (seed, expert)] == before
+    monkeypatch.chdir(tmp_path)
+    moved = replace(expert, folder="models of a run/expert-0", start_from="models of a run/seed")
+    assert commands_for([moved]) == [lines[1].removesuffix("  # after seed")]
+    assert TrainJob.load(Path(expert.folder) / "job.json").start_from == seed.folder
+    [line, _] = commands_for([seed, expert], processes=4)
+    assert line.startswith(
+        "python -m torch.distributed.run --standalone --nproc_per_node 4 -m modeclip.training.trainer "
+    )
+
+
+@pytest.mark.slow
+def test_a_job_that_another_process_trains_is_waited_for(catalog: Path, tmp_path: Path) -> None:
+    job = make_job(catalog, tmp_path / "job", 1)
+    job.save()
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with only_process(tmp_path / "job"):
+            entered.set()
+            leave.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    entered.wait(60)
+    threading.Timer(1.0, leave.set).start()
+    assert run_jobs([job], 1)["job"].samples == 8
+    holder.join()
+
+
+def test_a_folder_of_another_job_is_refused(catalog: Path, tmp_path: Path) -> None:
+    job = make_job(catalog, tmp_path / "job")
+    prepare(job)
+    job.save()
+    (tmp_path / "job" / "checkpoints").mkdir()
+    checkpoint = tmp_path / "job" / "checkpoints" / "step-000000001.safetensors"
+    checkpoint.write_bytes(b"weights")
+    prepare(job)
+    longer = replace(job, config=replace(CONFIG, batch_size=16, samples=16 * 32), last_step=99, where={"expert": 1})
+    with pytest.raises(ModeclipError) as caught:
+        prepare(longer)
+    text = str(caught.value)
+    assert "batch_size was 8, now 16, samples was 256, now 512, where.expert was None, now 1; give these again" in text
+    assert "--resume never to train anew" in text
+    assert changes(job, replace(job, last_step=99)) == ["last_step was 2, now 99"]
+    assert checkpoint.exists()
+    prepare(longer, "never")
+    assert not checkpoint.exists()
+    prepare(longer)
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from modeclip.training.jobs import TrainJob
+from modeclip.training.launching import run_jobs
+run_jobs([TrainJob.load(Path(sys.argv[1]))], 1, processes=int(sys.argv[2]))
+"""
+
+
+def launch(job: TrainJob, processes: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(job.save()), str(processes)], stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_process_outlives_the_one_that_started_it(catalog: Path, tmp_path: Path, processes: int) -> None:
+    job = make_job(catalog, tmp_path / "job", FOREVER)
+    launcher = launch(job, processes)
+    try:
+        wait_until_it_trains(job)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_until_all_are_gone(tmp_path)
+    status = job_status(job)
+    assert (status.state, status.note) == ("stopped", "")
+    assert status.step > 0
+
+
+@pytest.mark.slow
+class TestTorchrun:
+    def test_two_processes_train_one_model(self, catalog: Path, tmp_path: Path) -> None:
+        job = make_job(catalog, tmp_path / "job")
+        assert run_jobs([job], 1, processes=2)["job"].samples == 16
+        assert not (tmp_path / "job" / "errors.txt").exists()
+        assert not processes_of(tmp_path)
+
+    def test_a_users_mistake_in_them_is_one_line(self, catalog: Path, tmp_path: Path) -> None:
+        job = replace(make_job(catalog, tmp_path / "job"), where={"width": 1})
+        with pytest.raises(ModeclipError) as caught:
+            run_jobs([job], 1, processes=2)
+        assert "\n" not in str(caught.value)
+        assert "0 pairs" in str(caught.value)
+        assert job_status(job).state == "failed"
+
+
+@pytest.fixture
+def ray_of_two() -> Iterator[None]:
+    """A real Ray cluster with two processors on this machine."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # ray's own
+@pytest.mark.usefixtures("ray_of_two")
+def test_ray_repeats_a_job_whose_worker_died(catalog: Path, tmp_path: Path) -> None:
+    """The worker that trains is killed; another one goes on from the checkpoint, to the same bits."""
+    seed = make_job(catalog, tmp_path / "seed", 30)
+    expert = make_job(catalog, tmp_path / "expert-0", 1, seed)
+    wrong = make_job(tmp_path / "nowhere.lance", tmp_path / "wrong")
+    killed = list[int]()
+
+    def kill() -> None:
+        wait_until_it_trains(seed)
+        [process] = processes_of(tmp_path / "seed")
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        killed.append(int(fields[1]))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(ModeclipError, match=r"^no catalog at "):
+        run_jobs([seed, expert, wrong], 1, ray=True)
+    thread.join()
+    assert killed
+    assert [job_status(job).state for job in (seed, expert, wrong)] == ["finished", "finished", "failed"]
+    alone = replace(seed, folder=str(tmp_path / "alone"))
+    run_jobs([alone], 1)
+    assert weights(alone) == weights(seed)
+    too_wide = replace(make_job(catalog, tmp_path / "wide"), threads=3)
+    with pytest.raises(ModeclipError, match="wide needs 3 of Ray's CPU, which has 2 in all; lower experts"):
+        run_jobs([too_wide], 1, ray=True)

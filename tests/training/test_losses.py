@@ -1,0 +1,155 @@
+"""The contrastive losses: against sums written out by hand, in chunks, with masks, and over two processes."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from modeclip.training.losses import contrastive_loss, sigmoid_loss
+
+
+def make_batch(count: int = 6, dimension: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(F.normalize(torch.randn(count, dimension, generator=generator), dim=1) for _ in range(2))  # type: ignore[return-value]
+
+
+def slow_contrastive(image: Tensor, text: Tensor, scale: float, same: list[int] | None = None) -> float:
+    """Cross-entropy both ways, number by number."""
+    count, total = len(image), 0.0
+    same = list(range(count)) if same is None else same
+    for i in range(count):
+        others = [j for j in range(count) if j == i or same[i] != same[j]]
+        own = scale * float(image[i] @ text[i])
+        total -= own - math.log(sum(math.exp(scale * float(image[i] @ text[j])) for j in others))
+        total -= own - math.log(sum(math.exp(scale * float(image[j] @ text[i])) for j in others))
+    return total / (2 * count)
+
+
+def slow_sigmoid(image: Tensor, text: Tensor, scale: float, bias: float, same: list[int] | None = None) -> float:
+    count, total = len(image), 0.0
+    same = list(range(count)) if same is None else same
+    for i in range(count):
+        for j in range(count):
+            if i == j or same[i] != same[j]:
+                logit = scale * float(image[i] @ text[j]) + bias
+                total += math.log(1 + math.exp(-logit if i == j else logit))
+    return total / count
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 12, 1])
+@pytest.mark.parametrize("same", [None, [0, 1, 0, 2, 1, 0]])
+def test_losses_equal_sums_by_hand(chunk: int, same: list[int] | None) -> None:
+    image, text = make_batch()
+    ids = None if same is None else torch.tensor(same)
+    got = contrastive_loss(image, text, torch.tensor(7.0), ids, chunk)
+    assert float(got) == pytest.approx(slow_contrastive(image, text, 7.0, same), rel=1e-5)
+    got = sigmoid_loss(image, text, torch.tensor(7.0), torch.tensor(-3.0), ids, chunk)
+    assert float(got) == pytest.approx(slow_sigmoid(image, text, 7.0, -3.0, same), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 12])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_gradients_equal_finite_differences(kind: str, masked: bool, chunk: int) -> None:
+    """The gradient is written out by hand in losses.py, so PyTorch's numerical check is its judge, in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        image, text = (value.double().requires_grad_() for value in make_batch())
+        scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor([-2.0], requires_grad=True)
+        ids = torch.tensor([0, 1, 0, 2, 1, 0]) if masked else None
+        if kind == "clip":
+            assert torch.autograd.gradcheck(lambda i, t, s: contrastive_loss(i, t, s, ids, chunk), (image, text, scale))
+        else:
+            inputs = (image, text, scale, bias)
+            assert torch.autograd.gradcheck(lambda i, t, s, b: sigmoid_loss(i, t, s, b, ids, chunk), inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_gradients_equal_those_of_two_cross_entropies() -> None:
+    image, text = make_batch(64, 32)
+    scale = torch.tensor(30.0, requires_grad=True)
+    inputs = [image.requires_grad_(), text.requires_grad_(), scale]
+    logits = scale * image @ text.T
+    labels = torch.arange(64)
+    plain = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    for mine, theirs in zip(
+        torch.autograd.grad(3 * contrastive_loss(image, text, scale), inputs),
+        torch.autograd.grad(3 * plain, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_masked_pairs_have_no_gradient_towards_each_other() -> None:
+    image, text = make_batch(3)
+    image.requires_grad_()
+    contrastive_loss(image, text, torch.tensor(9.0), torch.tensor([4, 4, 4])).backward()
+    assert image.grad is not None
+    assert float(image.grad.abs().max()) < 1e-6, "without negatives there is nothing to learn"
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist
+from modeclip.training.losses import contrastive_loss, sigmoid_loss
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+image, text, weight, ids = torch.load(sys.argv[1], weights_only=True)
+share = slice(rank * len(image) // world, (rank + 1) * len(image) // world)
+found = []
+for masked in (False, True):
+    for kind in ("clip", "siglip"):
+        layer = weight.clone().requires_grad_()
+        scale, bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+        features = [torch.nn.functional.normalize(value[share] @ layer, dim=1) for value in (image, text)]
+        own = ids[share] if masked else None
+        if kind == "clip":
+            loss = contrastive_loss(*features, scale, own, 40)
+        else:
+            loss = sigmoid_loss(*features, scale, bias, own, 40)
+        loss.backward()
+        grads = [layer.grad, scale.grad] + ([bias.grad] if kind == "siglip" else [])
+        loss = loss.detach()
+        dist.all_reduce(loss)
+        for grad in grads:
+            dist.all_reduce(grad)
+            grad /= world  # as DDP does
+        found.append([loss, *grads])
+if rank == 0:
+    torch.save(found, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+    image, text = make_batch(16, 8)
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(5))
+    ids = torch.arange(16) % 5
+    torch.save((image, text, weight, ids), tmp_path / "in.pt")
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*command, str(script), str(tmp_path / "in.pt"), str(tmp_path / "out.pt")], check=True, capture_output=True
+    )
+    found = iter(torch.load(tmp_path / "out.pt", weights_only=True))
+    for masked in (False, True):
+        for kind in ("clip", "siglip"):
+            layer = weight.clone().requires_grad_()
+            scale, bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+            features = [F.normalize(value @ layer, dim=1) for value in (image, text)]
+            own = ids if masked else None
+            loss = (
+                contrastive_loss(*features, scale, own) if kind == "clip" else sigmoid_loss(*features, scale, bias, own)
+            )
+            loss.backward()
+            expected = [loss.detach(), layer.grad, scale.grad] + ([bias.grad] if kind == "siglip" else [])
+            for one, two in zip(expected, next(found), strict=True):
+                torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,180 @@
+"""What cannot succeed is refused in one line before a model is built: each cause once, on real catalogs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources import DataConfig
+from modeclip.errors import ModeclipError
+from modeclip.models.checkpoints import Checkpoint, save_checkpoint
+from modeclip.models.clip import load_clip, save_clip
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.training.preflight import preflight
+
+CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true"))
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("catalog")
+    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    return out / "catalog.lance"
+
+
+@pytest.fixture(scope="module")
+def catalog(icons: Path) -> Catalog:
+    return Catalog.open(icons)
+
+
+@pytest.fixture
+def job(icons: Path, tmp_path: Path) -> TrainJob:
+    return TrainJob(
+        name="expert-1",
+        folder=str(tmp_path / "expert-1"),
+        catalog=str(icons),
+        catalog_fingerprint="test",
+        config=CONFIG,
+        first_step=0,
+        last_step=24,
+        first_share=0.0,
+        last_share=1.0,
+    )
+
+
+def changed(job: TrainJob, engine: dict[str, Any] | None = None, **settings: Any) -> TrainJob:
+    config = replace(job.config, engine=replace(job.config.engine, **(engine or {})), **settings)
+    return replace(job, config=config)
+
+
+def refused(job: TrainJob, catalog: Catalog, message: str, num_rows: int = 200, world_size: int = 1) -> None:
+    with pytest.raises(ModeclipError, match=message) as raised:
+        preflight(job, catalog, np.arange(num_rows), world_size)
+    assert "\n" not in str(raised.value)
+
+
+def test_good_job_passes_soon_and_leaves_nothing(job: TrainJob, catalog: Catalog) -> None:
+    rows = np.arange(len(catalog))
+    preflight(job, catalog, rows, 2)
+    started = time.process_time()
+    preflight(job, catalog, rows, 1)
+    assert time.process_time() - started < 2  # about 0.1 s
+    assert not Path(job.folder).exists()
+
+
+def test_batch(job: TrainJob, catalog: Catalog) -> None:
+    refused(job, catalog, r"which 5 processes cannot share equally; set it to a multiple of 5, such as 35", 200, 5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_precision_that_needs_a_gpu(job: TrainJob, catalog: Catalog) -> None:
+    refused(changed(job, {"precision": "16-mixed"}), catalog, "is 16-mixed, which needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("ViT-B-33", "unknown model 'ViT-B-33'; known: modeclip-icon"),
+        ("ViT-B-32@laion3b", "unknown pretrained tag of ViT-B-32 'laion3b'; nearest: laion"),
+        ("ViT-B-32@openai", "these weights were trained with QuickGELU, .* write ViT-B-32-quickgelu@openai"),
+        ("modeclip-icon@weights.pt", "there is no file weights.pt"),
+    ],
+)
+def test_model(job: TrainJob, catalog: Catalog, model: str, message: str) -> None:
+    refused(changed(job, model=model), catalog, message)
+
+
+def test_columns(job: TrainJob, catalog: Catalog) -> None:
+    refused(replace(job, where={"expert": 1}), catalog, "unknown column .* expert-1 selects its rows by, 'expert'; kno")
+    refused(replace(job, mask="good"), catalog, "'good'; known: key, caption")
+
+
+def test_start_that_is_missing(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
+    refused(replace(job, start_from=str(tmp_path / "seed")), catalog, r"start_from \S+seed does not exist; train that")
+    (tmp_path / "seed").mkdir()
+    refused(replace(job, start_from=str(tmp_path / "seed")), catalog, "holds no checkpoint of the job that this one")
+    refused(replace(job, start_from=str(tmp_path / "x.pt")), catalog, r"x\.pt does not exist")
+
+
+def test_start_of_another_model(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
+    model = load_clip("modeclip-icon").model.state_dict()
+    seed = Checkpoint(step=3, digest="seed", model=model, optimizer={}, facts={})
+    save_checkpoint(tmp_path / "seed", seed, keep=1)
+    torch.save({"state_dict": model}, tmp_path / "epoch_3.pt")
+    for start in (tmp_path / "seed", tmp_path / "epoch_3.pt"):
+        good = replace(job, start_from=str(start))
+        preflight(good, catalog, np.arange(200), 1)
+        refused(
+            changed(good, loss="siglip"), catalog, r"is of another model than train\.model: missing: logit_bias; set"
+        )
+        refused(
+            changed(good, model="ViT-B-32"),
+            catalog,
+            r"missing: .* and 201 more; other shape: .* instead of \(512,.* and 94 more",
+        )
+    refused(
+        replace(job, start_from=str(tmp_path / "seed"), start_digest="other"), catalog, "holds no checkpoint of the"
+    )
+
+
+def test_own_checkpoint_makes_the_start_needless(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
+    job = replace(job, start_from=str(tmp_path / "gone"))
+    model = load_clip("modeclip-icon").model.state_dict()
+    own = Checkpoint(step=3, digest=job.digest, model=model, optimizer={}, facts={})
+    path = save_checkpoint(Path(job.folder), own, keep=1)
+    preflight(job, catalog, np.arange(200), 1)
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(job, catalog, r"step-000000003\.safetensors is damaged")
+
+
+def test_model_folder_of_ours_is_a_model(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
+    save_clip(load_clip("modeclip-icon", siglip=True), tmp_path / "model")
+    preflight(changed(job, model=str(tmp_path / "model"), loss="siglip"), catalog, np.arange(200), 1)
+
+
+def test_empty_captions(job: TrainJob, icons: Path, tmp_path: Path) -> None:
+    import lance
+
+    catalog = Catalog.open(icons)
+    table = catalog.dataset.to_table()
+    captions = [" " if row in {5, 7} else text.as_py() for row, text in enumerate(table["caption"])]
+    table = table.set_column(table.schema.get_field_index("caption"), "caption", [captions])
+    lance.write_dataset(table, tmp_path / "catalog.lance", schema=catalog.dataset.schema)
+    key = catalog.read(["key"], np.array([5]))["key"][0]
+    refused(job, Catalog.open(tmp_path / "catalog.lance"), rf"2 of 200 captions looked at are empty \({key}, ")
+
+
+def test_images_that_do_not_decode(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    pairs = catalog.read(["caption"], np.arange(40))["caption"]
+    for row, (image, caption) in enumerate(zip(catalog.images(np.arange(40)), pairs, strict=True)):
+        image.save(source / f"{row:02}.png")
+        (source / f"{row:02}.txt").write_text(caption)
+    index(DataConfig(source=str(source)), tmp_path / "out")
+    own = Catalog.open(tmp_path / "out")
+    preflight(job, own, np.arange(len(own)), 1)
+    (source / "00.png").unlink()
+    (source / "39.png").write_bytes((source / "39.png").read_bytes()[:60])
+    refused(job, own, r"2 of 32 images looked at cannot be read \(\S*00\S*, \S*39\S*\); the first: .* missing", 40)
+
+
+def test_disk_too_small_for_the_checkpoints(job: TrainJob, catalog: Catalog) -> None:
+    many = changed(job, {"keep_checkpoints": 10**9})
+    refused(many, catalog, r"its checkpoints need \S+ GB in \S+expert-1, where \S+ GB are free; .*keep_checkpoints")
+
+
+def test_pairs_are_looked_at_only_in_part(job: TrainJob, catalog: Catalog) -> None:
+    """However many rows there are, the same number is read (here rows repeat, to have a million)."""
+    rows = np.sort(np.tile(np.arange(len(catalog)), 1_000_000 // len(catalog)))
+    started = time.process_time()
+    preflight(job, catalog, rows, 1)
+    assert time.process_time() - started < 2

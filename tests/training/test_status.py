@@ -1,0 +1,137 @@
+"""The board of a run's jobs: each state from real files and locks, half-written lines, and a job while it trains."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from modeclip.data.indexing import index
+from modeclip.data.sources.options import DataConfig
+from modeclip.errors import ModeclipError
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.training.status import board_table, is_locked, job_status, read_log, status, watch
+
+CONFIG = TrainConfig(
+    samples=32 * 4000, batch_size=16, engine=EngineConfig(precision="32-true", save_every="1steps", log_every=1)
+)
+
+
+def make_job(folder: Path, **changes: object) -> TrainJob:
+    job = TrainJob(
+        name=folder.name,
+        folder=str(folder),
+        catalog=str(folder.parent / "catalog.lance"),
+        catalog_fingerprint="test",
+        config=CONFIG,
+        first_step=100,
+        last_step=300,
+        first_share=0.0,
+        last_share=1.0,
+    )
+    job = replace(job, **changes)  # type: ignore[arg-type]
+    job.save()
+    return job
+
+
+def write_log(job: TrainJob, steps: range, tail: str = "") -> None:
+    lines = [
+        json.dumps({"step": step, "loss": 1 / step, "samples_per_second": 320.0 if step % 50 else 1.0})
+        for step in steps
+    ]
+    (Path(job.folder) / "log.jsonl").write_text("\n".join(lines) + "\n" + tail)
+
+
+def finish(job: TrainJob) -> None:
+    result = {"digest": job.digest, "samples": 1, "rows": 1, "seconds": 1.0}
+    (Path(job.folder) / "done.json").write_text(json.dumps(result))
+
+
+def test_states_from_what_jobs_leave(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    finish(make_job(models / "seed"))
+    waiting = make_job(models / "expert-10")
+    stopped = make_job(models / "expert-2")
+    write_log(stopped, range(110, 210, 10), tail='{"step": 210, "lo')
+    failed = make_job(models / "expert-9")
+    (Path(failed.folder) / "errors.txt").write_text("Traceback\nRuntimeError: [CUDA] error\n")
+    other = make_job(models / "dense")
+    finish(replace(other, threads=7))  # what is there was made by another job
+    rows = {row.name: row for row in status(tmp_path)}
+    assert list(rows) == ["seed", "dense", "expert-2", "expert-9", "expert-10"]
+    assert [row.state for row in rows.values()] == ["finished", "waiting", "stopped", "failed", "waiting"]
+    assert (rows["seed"].share, rows["seed"].step, rows["expert-10"].share) == (1.0, 300, 0.0)
+    two = rows["expert-2"]
+    assert (two.step, two.share, two.loss) == (200, 0.5, pytest.approx(1 / 200))
+    assert (two.samples_per_second, two.seconds_left) == (320.0, None)  # the median: one line was slow
+    assert rows["expert-9"].note == "RuntimeError: [CUDA] error"
+    assert rows["expert-2"].note == ""
+    assert [row.name for row in status(models)] == list(rows)
+    assert [row.name for row in status(Path(waiting.folder))] == ["expert-10"]
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console.print(board_table(rows.values(), "t"))
+    assert "RuntimeError: [CUDA] error" in console.export_text()
+    console.file.close()
+
+
+def test_a_lock_that_is_held_means_running(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job")
+    write_log(job, range(110, 160, 10))
+    assert job_status(job).state == "stopped"
+    with (tmp_path / "job" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        row = job_status(job)
+        assert (row.state, row.step) == ("running", 150)
+        assert row.seconds_left == pytest.approx((300 - 150) * 16 / 320)
+    assert not is_locked(tmp_path / "job")
+    assert not is_locked(tmp_path)
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 99', b"\x00\x00", b'{"step": "x"}\n', b"[1]\n", b"\xff\xfe\n"])
+def test_lines_that_are_half_written_do_not_count(tmp_path: Path, tail: bytes) -> None:
+    job = make_job(tmp_path / "job")
+    write_log(job, range(101, 300))  # longer than what is read
+    with (tmp_path / "job" / "log.jsonl").open("ab") as file:
+        file.write(tail)
+    assert read_log(tmp_path / "job")[-1]["step"] == 299
+    assert job_status(job).step == 299
+    (tmp_path / "job" / "log.jsonl").write_bytes(tail)
+    assert job_status(job).step == 100
+
+
+def test_a_folder_without_jobs(tmp_path: Path) -> None:
+    with pytest.raises(ModeclipError, match=r"no job\.json in it or in its models; give the folder of a run"):
+        status(tmp_path)
+
+
+def test_a_job_while_it_trains_and_after_it_was_stopped(tmp_path: Path) -> None:
+    index(DataConfig(source="icons", train_sets=("octicons",)), tmp_path)
+    job = make_job(tmp_path / "job", first_step=0, last_step=4000)
+    process = subprocess.Popen([sys.executable, "-m", "modeclip.training.trainer", str(tmp_path / "job" / "job.json")])
+    try:
+        deadline, seen = time.monotonic() + 120, set[str]()
+        while not ((row := job_status(job)).state == "running" and row.step and row.checkpoint_age_seconds is not None):
+            seen.add(row.state)
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        assert seen <= {"waiting", "running"}
+        assert row.samples_per_second
+        assert row.seconds_left
+        assert 0 < row.share < 1
+        assert row.checkpoint_age_seconds < 60
+        process.send_signal(signal.SIGTERM)
+        rows = watch(lambda: status(tmp_path / "job"), "live")  # ends by itself when nothing runs any more
+    finally:
+        process.kill()
+        process.wait()
+    assert rows[0].state == "stopped"
+    assert rows[0].step >= row.step

@@ -1,0 +1,485 @@
+"""Training: the loss and the schedule against oracles, and exactness through checkpoints, kills and hand-overs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources import DataConfig
+from modeclip.errors import ModeclipError
+from modeclip.models.clip import Clip, encode_text, load_clip, save_clip
+from modeclip.training.batches import CROP_STREAM, Feed, batch_rows, draws_of, permute
+from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, learning_rate_at
+from modeclip.training.trainer import FAILED_BATCH_FILE, job_rows, train
+
+CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true", save_every="5steps"))
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog of a few hundred real icons."""
+    out = tmp_path_factory.mktemp("catalog")
+    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    return out / "catalog.lance"
+
+
+def make_job(catalog: Path, folder: Path, **changes: object) -> TrainJob:
+    job = TrainJob(
+        name=folder.name,
+        folder=str(folder),
+        catalog=str(catalog),
+        catalog_fingerprint="test",
+        config=CONFIG,
+        first_step=0,
+        last_step=24,
+        first_share=0.0,
+        last_share=1.0,
+    )
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def start(job: TrainJob, **environment: str) -> subprocess.Popen[str]:
+    """Train a job in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "modeclip.training.trainer", str(job.save())],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def steps_logged(folder: Path) -> list[int]:
+    path = folder / "log.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not newest(folder):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def newest(folder: Path) -> Path | None:
+    return max(folder.glob("checkpoints/step-*.safetensors"), default=None)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "open_clip_model.safetensors").read_bytes()
+
+
+def test_schedule_rises_to_the_highest_rate_and_falls_to_zero() -> None:
+    config = TrainConfig(learning_rate=0.5, warmup_fraction=0.1)
+    assert learning_rate_at(0.05, config) == pytest.approx(0.25)
+    assert learning_rate_at(0.1, config) == pytest.approx(0.5)
+    assert learning_rate_at(0.55, config) == pytest.approx(0.25)
+    assert learning_rate_at(1.0, config) == pytest.approx(0.0)
+
+
+def test_expert_goes_on_where_the_seed_left_the_schedule(tmp_path: Path) -> None:
+    seed = make_job(tmp_path, tmp_path / "seed", last_step=27, last_share=27 / 32)
+    expert = make_job(tmp_path, tmp_path / "expert-0", first_step=27, last_step=32, first_share=27 / 32)
+    assert expert.learning_rate(27) == pytest.approx(seed.learning_rate(27))
+    assert expert.learning_rate(32) == pytest.approx(0.0)
+    assert expert.learning_rate(27) / CONFIG.learning_rate == pytest.approx(0.0596, abs=6e-3)
+
+
+@given(count=st.integers(1, 3000), seed=st.integers(0, 5), stream=st.integers(0, 9))
+def test_permutation_hits_every_position_once(count: int, seed: int, stream: int) -> None:
+    found = permute(np.arange(count, dtype=np.int64), count, seed, stream)
+    assert sorted(found.tolist()) == list(range(count))
+
+
+def test_permutation_mixes() -> None:
+    """Neighbours go anywhere: over many permutations, each position gets each value about equally often."""
+    counts = np.zeros((10, 10))
+    for stream in range(5000):
+        counts[np.arange(10), permute(np.arange(10, dtype=np.int64), 10, 0, stream)] += 1
+    assert abs(counts / 500 - 1).max() < 0.2  # the deviation of a fair one is 0.042, of 100 the largest about 0.15
+    long = permute(np.arange(100_000, dtype=np.int64), 100_000, 0, 0)
+    assert abs(np.corrcoef(long[:-1], long[1:])[0, 1]) < 0.02
+
+
+@given(first=st.integers(0, 60), count=st.integers(1, 9))
+def test_random_numbers_of_a_part_are_those_of_the_whole(first: int, count: int) -> None:
+    whole = draws_of(3, 8, 0, 70)
+    assert (draws_of(3, 8, first, first + count) == whole[first : first + count]).all()
+    assert (whole == np.random.Generator(np.random.Philox(key=[3, CROP_STREAM + 8])).random(whole.shape)).all()
+
+
+@given(count=st.integers(8, 200), batch=st.integers(2, 8), seed=st.integers(0, 3))
+def test_batches_are_permutations_of_the_rows(count: int, batch: int, seed: int) -> None:
+    rows = np.arange(count, dtype=np.int64) * 3
+    per_pass = count // batch
+    for first in (0, per_pass):
+        seen = np.concatenate([batch_rows(rows, first + step, batch, seed) for step in range(per_pass)])
+        assert len(set(seen.tolist())) == per_pass * batch
+        assert set(seen.tolist()) <= set(rows.tolist())
+    assert (batch_rows(rows, per_pass, batch, seed) == batch_rows(rows, per_pass, batch, seed)).all()
+
+
+@pytest.mark.parametrize("model", ["modeclip-icon", "ViT-B-32"])
+def test_cut_captions_give_the_features_of_full_ones(model: str) -> None:
+    clip = load_clip(model)
+    clip.model.eval()
+    texts = ["arrow", "! warning ! of a much longer kind !", "!"]
+    for batch in (texts, texts[2:], texts[:1]):
+        tokens = clip.tokens(batch)
+        with torch.inference_mode():
+            full = clip.model.encode_text(tokens, normalize=True)
+            torch.testing.assert_close(encode_text(clip.model, tokens), full, atol=1e-5, rtol=0)
+
+
+def test_batch_of_images_equals_preprocess_of_each() -> None:
+    clip = load_clip("modeclip-icon")
+    draw = np.random.default_rng(0)
+    right = [Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(3)]
+    wrong = [*right, Image.fromarray(draw.integers(0, 255, (50, 40, 3), dtype=np.uint8))]
+    for pictures in (right, wrong):
+        expected = torch.stack([clip.preprocess(picture) for picture in pictures])
+        torch.testing.assert_close(clip.images(pictures), expected, atol=1e-6, rtol=0)
+
+
+def test_saved_model_is_a_plain_open_clip_folder(tmp_path: Path) -> None:
+    import open_clip
+
+    clip = load_clip("modeclip-icon", seed=3)
+    save_clip(clip, tmp_path)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["a heart", "an arrow"])
+    image = preprocess(Image.new("RGB", (70, 50), "red")).unsqueeze(0)
+    with torch.inference_mode():
+        for method, inputs in (("encode_image", image), ("encode_text", tokens)):
+            theirs, ours = getattr(model, method)(inputs), getattr(clip.model.eval(), method)(inputs)
+            torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+
+
+def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path) -> None:
+    """Optimizer state, schedule and order of the batches all carry over: not a bit differs."""
+    whole = make_job(catalog, tmp_path / "whole")
+    first = make_job(catalog, tmp_path / "first", last_step=15, last_share=15 / 24)
+    rest = {"first_step": 15, "first_share": 15 / 24, "start_from": first.folder, "start_digest": first.digest}
+    for job in (whole, first, make_job(catalog, tmp_path / "second", **rest)):
+        train(job)
+    assert weights(tmp_path / "second") == weights(tmp_path / "whole")
+
+
+def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path) -> None:
+    whole, killed = make_job(catalog, tmp_path / "whole"), make_job(catalog, tmp_path / "killed")
+    train(whole)
+    process = start(killed)
+    wait_for_checkpoint(process, tmp_path / "killed")
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "done.json").exists()
+    train(killed)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert steps_logged(tmp_path / "killed") == steps_logged(tmp_path / "whole") == [10, 20, 24]
+    first, second = (load_file(newest(tmp_path / name) or "") for name in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sigterm_saves_before_it_ends(catalog: Path, tmp_path: Path) -> None:
+    job = make_job(catalog, tmp_path / "job", last_step=2000)
+    process = start(job)
+    wait_for_checkpoint(process, tmp_path / "job")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_job_ends_when_its_parent_is_gone(catalog: Path, tmp_path: Path) -> None:
+    job = make_job(catalog, tmp_path / "job", last_step=2000)
+    process = start(job, MODECLIP_PARENT="1" if os.getpid() != 1 else "2")
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_second_process_in_the_same_folder_gives_up(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeclip.training.trainer.LOCK_PATIENCE_SECONDS", 0.0)
+    job = make_job(catalog, tmp_path / "job", last_step=2000)
+    process = start(job)
+    wait_for_checkpoint(process, tmp_path / "job")
+    with pytest.raises(ModeclipError, match="another process is at work in this folder"):
+        train(job)
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+def test_finished_job_is_not_trained_again(catalog: Path, tmp_path: Path) -> None:
+    job = make_job(catalog, tmp_path / "job", last_step=2)
+    result = train(job)
+    before = (tmp_path / "job" / "open_clip_model.safetensors").stat().st_mtime_ns
+    assert train(job) == result
+    assert (tmp_path / "job" / "open_clip_model.safetensors").stat().st_mtime_ns == before
+    assert train(replace(job, config=replace(CONFIG, seed=1))).digest != result.digest
+
+
+def test_batch_larger_than_the_selection(catalog: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, samples=10**6, batch_size=4096)
+    with pytest.raises(ModeclipError, match=r"pairs are fewer than one batch of 4,096; set train\.batch_size"):
+        train(make_job(catalog, tmp_path / "job", config=config))
+
+
+def test_loss_that_is_not_finite(catalog: Path, tmp_path: Path) -> None:
+    """The step is the one at fault, also when the losses are looked at later; its batch is named, nothing is saved."""
+    engine = EngineConfig(precision="32-true", log_every=7)
+    job = make_job(catalog, tmp_path / "job", config=replace(CONFIG, learning_rate=1e30, engine=engine))
+    with pytest.raises(ModeclipError, match=r"the loss is nan at step 2; its batch begins with .*train\.learning_rate"):
+        train(job)
+    failed = json.loads((tmp_path / "job" / FAILED_BATCH_FILE).read_text())
+    opened = Catalog.open(catalog)
+    rows = batch_rows(job_rows(job, opened), failed["step"], CONFIG.batch_size, CONFIG.seed)
+    assert failed["keys"] == opened.read(["key"], rows)["key"].tolist()
+    assert newest(tmp_path / "job") is None
+
+
+def test_damaged_checkpoint(catalog: Path, tmp_path: Path) -> None:
+    (tmp_path / "job" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "job" / "checkpoints" / "step-000000005.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(ModeclipError, match=r"step-000000005\.safetensors is damaged .*; delete it and run again"):
+        train(make_job(catalog, tmp_path / "job"))
+
+
+def test_expert_without_its_seed(catalog: Path, tmp_path: Path) -> None:
+    job = make_job(catalog, tmp_path / "expert-0", start_from=str(tmp_path / "seed"), start_digest="x")
+    with pytest.raises(ModeclipError, match="train that model first"):
+        train(job)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, "train.batch_size must be at least 2"),
+        ({"seed_parts": 32}, "train.seed_parts must lie in 1 to 31"),
+        ({"samples": 100}, "train.samples must be at least batch_size"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ModeclipError, match=message.replace(".", r"\.")):
+        TrainConfig(**settings)  # type: ignore[arg-type]
+
+
+def features(model: torch.nn.Module, images: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
+    return [model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)]
+
+
+def make_feed(catalog: Path, config: TrainConfig, **changes: object) -> Feed:
+    clip = load_clip(config.model)
+    settings = {"rows": torch.arange(300), "tokenizer": clip.tokenizer, "preprocess": clip.preprocess}
+    settings |= {"catalog": str(catalog), "config": config, "image_size": clip.image_size}
+    return Feed(**settings | changes)  # type: ignore[arg-type]
+
+
+def test_step_is_that_of_plain_pytorch(catalog: Path, tmp_path: Path) -> None:
+    """Three steps of the engine against a loop of a few lines: same weights, batches, rates and optimizer."""
+    job = make_job(catalog, tmp_path / "job", last_step=3)
+    train(job)
+    clip = load_clip(CONFIG.model, seed=CONFIG.seed)
+    decayed = [value for value in clip.model.parameters() if value.ndim >= 2]
+    others = [value for value in clip.model.parameters() if value.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
+    feed = make_feed(catalog, CONFIG, rows=torch.from_numpy(job_rows(job, Catalog.open(catalog))))
+    mean, std = (torch.tensor(getattr(clip.model.visual, f"image_{name}")).view(1, 3, 1, 1) for name in ("mean", "std"))
+    for step, (batch, _) in enumerate(feed.batches(range(3))):
+        for group in optimizer.param_groups:
+            group["lr"] = job.learning_rate(step)
+        image, text = features(clip.model, (batch.images / 255 - mean) / std, batch.tokens)
+        logits = clip.model.logit_scale.exp() * image @ text.T
+        labels = torch.arange(len(logits))
+        optimizer.zero_grad()
+        ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).backward()
+        optimizer.step()
+    trained = load_file(tmp_path / "job" / "open_clip_model.safetensors")
+    for name, value in clip.model.state_dict().items():
+        torch.testing.assert_close(trained[name], value, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_and_processes_share_one_order(catalog: Path, workers: int) -> None:
+    config = replace(CONFIG, mask_same_captions=True, engine=EngineConfig(workers=workers))
+    whole = [batch for batch, _ in make_feed(catalog, CONFIG).batches(range(4, 12))]
+    halves = [
+        [batch for batch, _ in make_feed(catalog, config, rank=rank, world_size=2).batches(range(4, 12))]
+        for rank in range(2)
+    ]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.images, torch.cat([half[step].images for half in halves]))
+        assert torch.equal(batch.tokens, torch.cat([half[step].tokens for half in halves]))
+        ids = torch.cat([half[step].caption_ids for half in halves]).tolist()
+        texts = [tuple(row) for row in batch.tokens.tolist()]
+        assert [ids.index(value) for value in ids] == [texts.index(text) for text in texts]
+
+
+def read_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the list that the rows of all pictures read from now on are added to."""
+    rows: list[int] = []
+    images = Catalog.images
+
+    def counted(self: Catalog, asked: np.ndarray) -> list[Image.Image]:
+        rows.extend(asked.tolist())
+        return images(self, asked)
+
+    monkeypatch.setattr(Catalog, "images", counted)
+    return rows
+
+
+def test_kept_pictures_change_nothing_and_are_read_once(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three passes over 300 rows, for two jobs of one process, one of which masks equal captions."""
+    config, masked = CONFIG, replace(CONFIG, mask_same_captions=True)
+    never = replace(masked, engine=EngineConfig(keep_pictures_gb=0.0))
+    steps, kept = range(3 * (300 // CONFIG.batch_size)), {}
+    plain = [batch for batch, _ in make_feed(catalog, never).batches(steps)]
+    rows = read_rows(monkeypatch)
+    list(make_feed(catalog, config, kept=kept).batches(steps))
+    for batch, (again, _) in zip(plain, make_feed(catalog, masked, kept=kept).batches(steps), strict=True):
+        for name in ("images", "tokens", "caption_ids"):
+            assert torch.equal(getattr(batch, name), getattr(again, name)), name
+    assert len(kept) > 288  # three passes leave out another rest each
+    # two threads that read ahead may both miss a row when a pass ends and the next begins
+    assert len(rows) <= len(kept) + 4 * CONFIG.batch_size
+
+
+def test_pictures_that_do_not_all_fit_are_not_kept(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_picture = 1000 + 4 * 32 * 32  # bytes of an icon with its tokens
+    for gigabytes, twice in ((301 * a_picture / 1e9, False), (299 * a_picture / 1e9, True)):
+        config = replace(CONFIG, engine=EngineConfig(keep_pictures_gb=gigabytes))
+        feed = make_feed(catalog, config)
+        feed.piece(0, 0, 32)
+        rows = read_rows(monkeypatch)
+        feed.piece(0, 0, 32)
+        assert bool(rows) is twice
+
+
+def small_config(**changes: object) -> TrainConfig:
+    engine = EngineConfig(precision="32-true", save_every="10h", **changes.pop("engine", {}))  # type: ignore[arg-type]
+    return replace(CONFIG, engine=engine, **changes)  # type: ignore[arg-type]
+
+
+def trained_weights(catalog: Path, folder: Path, config: TrainConfig, last_step: int = 3) -> dict[str, torch.Tensor]:
+    train(make_job(catalog, folder, config=config, last_step=last_step))
+    return load_file(folder / "open_clip_model.safetensors")
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("micro_batch", [8, 12, "auto"])
+def test_micro_batches_change_nothing(catalog: Path, tmp_path: Path, micro_batch: int | str, loss: str) -> None:
+    """12 leaves a rest of 8: gradients are those of the whole batch, whatever the parts."""
+    whole = trained_weights(catalog, tmp_path / "whole", small_config(loss=loss))
+    parts = trained_weights(catalog, tmp_path / "parts", small_config(loss=loss, engine={"micro_batch": micro_batch}))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=2e-5, rtol=1e-4)
+
+
+def test_patch_dropout_and_micro_batches_are_repeatable(catalog: Path, tmp_path: Path) -> None:
+    config = small_config(
+        augment=AugmentConfig(patch_dropout=0.5, color_jitter=0.4, grayscale_probability=0.2), engine={"micro_batch": 8}
+    )
+    first, second = (trained_weights(catalog, tmp_path / name, config) for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    plain = trained_weights(catalog, tmp_path / "plain", small_config())
+    assert any(not torch.equal(first[name], plain[name]) for name in first)
+
+
+def test_visit_sees_the_model_and_ends_the_job(catalog: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def visit(clip: Clip, step: int) -> bool:
+        seen.append((step, clip.model.training))
+        return step == 8
+
+    result = train(make_job(catalog, tmp_path / "job"), visit_every=4, visit=visit)
+    assert seen == [(4, False), (8, False)]
+    assert result.samples == 8 * CONFIG.batch_size
+    assert (tmp_path / "job" / "done.json").is_file()
+
+
+def by_torchrun(job: TrainJob) -> None:
+    """Train a job in two processes, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "modeclip.training.trainer", str(job.save())], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def by_slurm(job: TrainJob) -> None:
+    """Train a job in two processes with the environment that srun gives its tasks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    common |= {
+        "SLURM_NODEID": "0",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    tasks = [start(job, **common, SLURM_PROCID=str(task), SLURM_LOCALID=str(task)) for task in range(2)]
+    for task in tasks:
+        _, errors = task.communicate(timeout=240)
+        assert task.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.parametrize(("strategy", "launch"), [("ddp", by_slurm), ("fsdp", by_torchrun)])
+def test_two_processes_train_what_one_does(
+    catalog: Path, tmp_path: Path, strategy: str, launch: Callable[[TrainJob], None]
+) -> None:
+    """Also with micro-batches, over a checkpoint, and read back by one process: the state of both kinds is the same."""
+    whole = trained_weights(catalog, tmp_path / "whole", small_config(), last_step=4)
+    config = small_config(engine={"strategy": strategy, "micro_batch": 8})
+    launch(make_job(catalog, tmp_path / "two", config=config, last_step=2, last_share=0.5))
+    second = make_job(
+        catalog,
+        tmp_path / "then",
+        config=config,
+        first_step=2,
+        first_share=0.5,
+        last_step=4,
+        start_from=str(tmp_path / "two"),
+    )
+    launch(second)
+    train(replace(second, folder=str(tmp_path / "alone")))
+    for folder in ("then", "alone"):
+        found = load_file(tmp_path / folder / "open_clip_model.safetensors")
+        for name, value in whole.items():
+            torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "fp8"}, "train.engine.precision must be auto, 32-true, bf16-mixed or 16-mixed, got 'fp8'"),
+        ({"save_every": "soon"}, "train.engine.save_every must be a number with s, min, h, steps or epochs"),
+        ({"save_every": "0.5epochs"}, "train.engine.save_every must be a whole number of epochs"),
+        ({"keep_checkpoints": 0}, "train.engine.keep_checkpoints must be at least 1, got 0"),
+        ({"report_to": ("mail",)}, "unknown place in train.engine.report_to"),
+    ],
+)
+def test_engine_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ModeclipError, match=message.replace(".", r"\.")):
+        EngineConfig(**settings)  # type: ignore[arg-type]
