@@ -168,12 +168,7 @@ def test_numbers_are_those_of_the_written_folders(tuned: FinetuneResult, catalog
     assert dict(tuned.checks)[tuned.best_step] == max(score for _, score in tuned.checks) == tuned.curve[-1].own
 
 
-def test_page_is_one_file(tuned: FinetuneResult) -> None:
-    page = (Path(tuned.folder) / "finetune.html").read_text(encoding="utf-8")
-    assert "Content-Security-Policy" in page
-    assert "http" not in page.replace("http-equiv", "")
-    assert page.count('<path class="curve') == 3
-    assert f"After, alpha {tuned.alpha:g}" in page
+def test_result_file_holds_the_table(tuned: FinetuneResult) -> None:
     content = json.loads((Path(tuned.folder) / "finetune.json").read_text())
     assert content["table"][0]["after"]["mean"] == tuned.table[0].after.mean
 

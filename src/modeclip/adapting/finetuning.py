@@ -36,16 +36,14 @@ from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import MANIFEST_FILE, load_bundle
 from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
-from modeclip.pages.charts import draw_curves
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, write_atomically, writing
 from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
 from modeclip.training.trainer import train
 
-RESULT_FILE, PAGE_FILE, NOTES_FILE = "finetune.json", "finetune.html", "notes.json"
+RESULT_FILE, NOTES_FILE = "finetune.json", "notes.json"
 FORMAT = 1  # raise it when the same settings start to give something else
 GRADIENT_NORM = 1.0  # largest norm of a gradient; early batches of a foreign set are far from what the model knows
-CHART_SIZE = (640.0, 300.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +156,7 @@ def finetune(
     out: str | Path,
     tasks: str | None = None,
 ) -> FinetuneResult:
-    """Fine-tune a model on a catalog and write the chosen model, its result and a page; a killed run continues.
+    """Fine-tune a model on a catalog and write the chosen model and its result; a killed run continues.
 
     Args:
         model: Specification or folder of the start: a seed, an expert of a bundle, an average.
@@ -196,7 +194,6 @@ def finetune(
         clip = load_clip(seed)
         interpolate_into(clip, seed, out / "best", result.alpha)
         save_clip(clip, out)
-        write_atomically(out / PAGE_FILE, render(result))
         write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")
     return result
 
@@ -211,29 +208,6 @@ def check_start(model: str) -> None:
         folders = dict.fromkeys([SEED, *(expert.folder for expert in load_bundle(model).experts)])
         raise ModeclipError(f"finetune: {model} is a bundle; give a model in it, {model}/NAME: {', '.join(folders)}")
     check_model(model)
-
-
-def render(result: FinetuneResult) -> str:
-    """Return the page of a result: one file that loads nothing."""
-    import jinja2
-
-    alphas = np.array([point.alpha for point in result.curve])
-    lines = {"own set": np.array([point.own for point in result.curve])}
-    if result.curve[0].general is not None:
-        lines["general tasks"] = np.array([point.general for point in result.curve])
-    logs = {name: {"samples": alphas, "accuracy": values} for name, values in lines.items()}
-    steps, scores = (np.array(column, float) for column in zip(*result.checks, strict=True))
-    training = {"own set": {"samples": steps, "accuracy": scores}}
-    loader = jinja2.FileSystemLoader(Path(__file__).parents[1] / "pages" / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("finetune.html").render(
-        result=result,
-        line=draw_curves(logs, "accuracy", result.alpha, size=CHART_SIZE, right=110.0),
-        training=draw_curves(training, "accuracy", float(result.best_step), size=CHART_SIZE, right=20.0),
-        num_experts=2,
-    )
 
 
 # ---------------------------------------------------------------- training, and what it leaves behind

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from modeclip.adapting.finetuning import PAGE_FILE, FinetuneConfig
+from modeclip.adapting.finetuning import FinetuneConfig
 from modeclip.adapting.merging import MergeConfig
 from modeclip.commands.data import AsJson, CatalogPath
 from modeclip.evaluation.metrics import Interval
@@ -74,10 +74,12 @@ def finetune(
     """Fine-tune a model on a small own set without losing what it could: before and after on both."""
     from modeclip.adapting.finetuning import finetune as run_finetune
     from modeclip.data.catalog import Catalog
+    from modeclip.pages.finetune_page import write_finetuning
 
     parts = {"augment": AugmentConfig(**asdict(config.augment)), "engine": EngineConfig(**asdict(config.engine))}
     settings = FinetuneConfig(**{part.name: getattr(config, part.name) for part in fields(FinetuneConfig)} | parts)
     result = run_finetune(model, Catalog.open(catalog), settings, out=out, tasks=tasks)
+    page = write_finetuning(result, out)
     if as_json:
         print_json(asdict(result))
         return
@@ -87,7 +89,7 @@ def finetune(
     ]
     title = f"alpha {result.alpha:g}, {result.num_train:,} pairs, {result.steps:,} of {result.planned_steps:,} steps"
     print_table(title, ["accuracy in %", "images", "before", "tuned", "after", "change"], rows)
-    print(f"model: {result.folder}\npage: {out / PAGE_FILE}")
+    print(f"model: {result.folder}\npage: {page}")
 
 
 def merge(
