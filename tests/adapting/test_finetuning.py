@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeclip.adapting.finetuning import FinetuneConfig, FinetuneResult, finetune
-from modeclip.adapting.holdout import draw_units, own_task, split_rows
+from modeclip.adapting.finetuning import AlphaPoint, FinetuneConfig, FinetuneResult, choose_alpha, finetune
 from modeclip.adapting.merging import interpolate
-from modeclip.adapting.tradeoff import Point, choose_alpha
+from modeclip.adapting.validation import draw_units, own_task, split_rows
 from modeclip.commands.adapting import finetune as finetune_command
 from modeclip.commands.adapting import merge as merge_command
 from modeclip.data.catalog import Catalog
@@ -188,7 +187,7 @@ def test_same_call_again_is_done(tuned: FinetuneResult, catalog: Catalog, folder
 )
 def test_choice_follows_the_rule(numbers: list[tuple[int, int]], tolerance: float, has_general: bool) -> None:
     curve = [
-        Point(alpha=index / 10, own=own / 10, general=general / 10 if has_general else None)
+        AlphaPoint(alpha=index / 10, own=own / 10, general=general / 10 if has_general else None)
         for index, (own, general) in enumerate(numbers)
     ]
     chosen = choose_alpha(curve, tolerance)
@@ -226,7 +225,8 @@ finetune("modeclip-icon", Catalog.open(sys.argv[1]), CONFIG, out=sys.argv[2], ta
 
 def start(catalog: Catalog, out: Path, tasks: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, catalog.path, str(out), str(tasks)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from modeclip.commands.scaling import scaling
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.scaling import Point, ScalingConfig, choose_points, fit_line, fit_scaling, read_points
+from modeclip.evaluation.scaling import ScalingConfig, ScalingPoint, choose_points, fit_line, fit_scaling, read_points
 
 SIZES = {"xs": 1.8e7, "s": 5e7, "m": 1.2e8}
 BUDGETS = (2.5e5, 1e6, 4e6)
@@ -22,11 +22,11 @@ BUDGETS = (2.5e5, 1e6, 4e6)
 
 def law(
     family: str, A: float, b: float, noise: float = 0.0, seeds: int = 1, seed: int = 0, factor: float = 1.0
-) -> list[Point]:
+) -> list[ScalingPoint]:
     """Return points that follow a law, each seed off by a random share."""
     draw = np.random.default_rng(seed)
     return [
-        Point(
+        ScalingPoint(
             name=f"{size} {budget:g}",
             family=family,
             compute=factor * flops * budget,
@@ -42,7 +42,7 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def rows_of(points: list[Point]) -> list[dict[str, Any]]:
+def rows_of(points: list[ScalingPoint]) -> list[dict[str, Any]]:
     return [
         {"name": point.name, "family": point.family, "compute": point.compute, "error": error, "seed": seed}
         for point in points
@@ -122,7 +122,7 @@ def test_a_family_that_never_gets_there_has_no_ratio() -> None:
 
 def test_points_that_are_beaten_do_not_bend_the_line() -> None:
     points = law("dense", 4.0, 0.06)
-    wasted = Point(name="m too short", family="dense", compute=points[5].compute, errors=(0.99,))
+    wasted = ScalingPoint(name="m too short", family="dense", compute=points[5].compute, errors=(0.99,))
     frontier, everything = (
         fit_scaling([*points, wasted], ScalingConfig(points=which, num_resamples=50)) for which in ("frontier", "all")
     )
@@ -148,7 +148,7 @@ def test_fewer_than_three_sizes_are_refused(which: str) -> None:
 
 def test_a_frontier_of_two_sizes_is_refused() -> None:
     points = [
-        Point(name=str(place), family="dense", compute=10.0**place, errors=(error,))
+        ScalingPoint(name=str(place), family="dense", compute=10.0**place, errors=(error,))
         for place, error in enumerate([0.5, 0.6, 0.7, 0.4])
     ]
     with pytest.raises(ModeclipError, match=r"only 2 of its 4 computes are on the Pareto frontier.*--points all"):
@@ -223,7 +223,7 @@ def test_a_law_too_steep_for_a_number_is_still_one(tmp_path: Path, capsys: pytes
 
 def test_computes_that_no_logarithm_tells_apart_are_one() -> None:
     near = [1e18, 1e18 + 128, 1e18 + 256]
-    points = [Point(name=str(c), family="dense", compute=c, errors=(0.5 / n,)) for n, c in enumerate(near, 1)]
+    points = [ScalingPoint(name=str(c), family="dense", compute=c, errors=(0.5 / n,)) for n, c in enumerate(near, 1)]
     with pytest.raises(ModeclipError, match="expected results at 3 different computes or more, got 1"):
         fit_scaling(points)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modeclip.adapting.finetuning import FinetuneResult
-from modeclip.adapting.tradeoff import Point, TableRow
+from modeclip.adapting.finetuning import AlphaPoint, FinetuneResult, TableRow
 from modeclip.evaluation.metrics import Interval
 from modeclip.pages.finetune_page import write_finetuning
 
@@ -19,7 +18,7 @@ def make_interval(mean: float) -> Interval:
 
 @pytest.fixture
 def result() -> FinetuneResult:
-    curve = [Point(alpha=n / 4, own=0.5 + 0.1 * n - 0.015 * n * n, general=0.61 - 0.02 * n) for n in range(5)]
+    curve = [AlphaPoint(alpha=n / 4, own=0.5 + 0.1 * n - 0.015 * n * n, general=0.61 - 0.02 * n) for n in range(5)]
     rows = [
         TableRow(
             name=name,

@@ -27,13 +27,21 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from modeclip.adapting.holdout import Split, Unit, own_task, split_rows
 from modeclip.adapting.merging import SEED, as_folder, interpolate_into
-from modeclip.adapting.tradeoff import Point, TableRow, choose_alpha, curve_of, table_row
-from modeclip.adapting.validation import Correct, Examiner, average, open_tasks
+from modeclip.adapting.validation import (
+    Correct,
+    Examiner,
+    HoldoutUnit,
+    Split,
+    average,
+    open_tasks,
+    own_task,
+    split_rows,
+)
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError
+from modeclip.evaluation.intervals import Interval, bootstrap_interval, paired_interval
 from modeclip.mixture.bundle import MANIFEST_FILE, load_bundle
 from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import log, progress
@@ -60,7 +68,7 @@ class FinetuneConfig:
     """Share of the steps in which the rate rises, so that AdamW's averages settle before it is high; in [0, 1)."""
     weight_decay: float = 0.1
     """AdamW's decay of matrices, half of pre-training's: few steps, and the start is worth keeping."""
-    holdout: Unit = "image"
+    holdout: HoldoutUnit = "image"
     """What is held out: images at random, the same share of each class; whole classes (distinct captions): does it
     help names never seen?; whole groups (folders, shards): another source, camera or site."""
     holdout_fraction: float = 0.2
@@ -99,6 +107,36 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlphaPoint:
+    """One place on the line from the start to the tuned model."""
+
+    alpha: float
+    """Share of the tuned model."""
+    own: float
+    """Accuracy on the held-out images of the own set."""
+    general: float | None
+    """Mean accuracy over the general tasks; None without them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One line of the table: accuracies with 95 % bootstrap intervals over the images."""
+
+    name: str
+    """Of the task; ``general tasks`` is the plain mean over them."""
+    num_images: int
+    """Images that are classified."""
+    before: Interval
+    """The start, alpha = 0."""
+    tuned: Interval
+    """The best step of the training, alpha = 1."""
+    after: Interval
+    """The chosen alpha: the model in the folder."""
+    change: Interval
+    """After minus before on the same images."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
     """What ``finetune.json`` holds."""
 
@@ -130,7 +168,7 @@ class FinetuneResult:
     """Accuracy that the general tasks were allowed to lose."""
     checks: tuple[tuple[int, float], ...]
     """Step and held-out accuracy during training."""
-    curve: tuple[Point, ...]
+    curve: tuple[AlphaPoint, ...]
     """From alpha 0 to 1."""
     table: tuple[TableRow, ...]
     """Own set, mean over the general tasks, each general task."""
@@ -387,4 +425,55 @@ def _make_result(
         checks=tuple(notes.checks),
         curve=curve,
         table=tuple(table_row(name, tasks, found, chosen.alpha) for name, tasks in lines.items()),
+    )
+
+
+def curve_of(found: Mapping[float, Correct]) -> tuple[AlphaPoint, ...]:
+    """Return the accuracies along the line; the first task is the own set, the others are the general tasks."""
+    own, *general = next(iter(found.values()))
+    return tuple(
+        AlphaPoint(
+            alpha=alpha,
+            own=float(correct[own].mean()),
+            general=average({task: correct[task] for task in general}) if general else None,
+        )
+        for alpha, correct in found.items()
+    )
+
+
+def choose_alpha(curve: Sequence[AlphaPoint], tolerance: float) -> AlphaPoint:
+    """Choose a point by the rule of ``finetuning``.
+
+    Args:
+        curve: The points, that of alpha 0 first.
+        tolerance: How much below alpha 0 the general tasks may be.
+
+    Examples:
+        >>> curve = [AlphaPoint(alpha=0.0, own=0.5, general=0.7), AlphaPoint(alpha=0.5, own=0.8, general=0.695)]
+        >>> choose_alpha([*curve, AlphaPoint(alpha=1.0, own=0.9, general=0.6)], 0.01).alpha
+        0.5
+    """
+    start = curve[0].general
+    rounding = 1e-9
+    allowed = [p for p in curve if start is None or p.general is None or p.general >= start - tolerance - rounding]
+    return max(allowed, key=lambda point: (point.own, -point.alpha))
+
+
+def table_row(name: str, tasks: Sequence[str], found: Mapping[float, Correct], alpha: float) -> TableRow:
+    """Return the line of one task, or of the mean over several.
+
+    Args:
+        name: Its name.
+        tasks: The tasks.
+        found: Answers by alpha and task.
+        alpha: The chosen one.
+    """
+    before, tuned, after = ({task: found[place][task] for task in tasks} for place in (0.0, 1.0, alpha))
+    return TableRow(
+        name=name,
+        num_images=sum(len(images) for images in before.values()),
+        before=bootstrap_interval(before),
+        tuned=bootstrap_interval(tuned),
+        after=bootstrap_interval(after),
+        change=paired_interval(after, before),
     )

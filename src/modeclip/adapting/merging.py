@@ -103,7 +103,7 @@ class MergeResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class SoupTrial:
     """One step of a greedy soup."""
 
     index: int
@@ -156,7 +156,7 @@ def merge(
     return result
 
 
-def greedy_soup(scores: Sequence[float], score_of: Callable[[tuple[int, ...]], float]) -> list[Trial]:
+def greedy_soup(scores: Sequence[float], score_of: Callable[[tuple[int, ...]], float]) -> list[SoupTrial]:
     """Choose models as the greedy soup does: the best first, then each one whose addition does not lower the score.
 
     Args:
@@ -173,10 +173,10 @@ def greedy_soup(scores: Sequence[float], score_of: Callable[[tuple[int, ...]], f
     """
     order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
     kept, best = [order[0]], scores[order[0]]
-    steps = [Trial(index=order[0], score=best, kept=True)]
+    steps = [SoupTrial(index=order[0], score=best, kept=True)]
     for index in order[1:]:
         score = score_of(tuple(sorted([*kept, index])))
-        steps.append(Trial(index=index, score=score, kept=score >= best))
+        steps.append(SoupTrial(index=index, score=score, kept=score >= best))
         if score >= best:
             kept.append(index)
             best = score

@@ -74,7 +74,7 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class ProbeTrial:
     """One C of the search."""
 
     C: float
@@ -102,7 +102,7 @@ class ProbeResult:
     """Its metrics and answers, as `metrics.classify` gives them."""
     C: float
     """The regularisation that was given or found."""
-    sweep: tuple[Trial, ...]
+    sweep: tuple[ProbeTrial, ...]
     """What the search tried, by C; empty where C was given."""
     converged: bool
     """Whether the last fit ended before the limit of its steps."""
@@ -213,7 +213,7 @@ def hold_out(labels: Int[np.ndarray, " N"], fraction: float, seed: int) -> np.nd
     return chosen
 
 
-def _search(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, config: ProbeConfig) -> list[Trial]:
+def _search(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, config: ProbeConfig) -> list[ProbeTrial]:
     """Try values of C and return them in their order."""
     if not held_out.any():
         raise ModeclipError(
@@ -222,7 +222,7 @@ def _search(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, conf
         )
     part, known = features[~held_out], labels[~held_out]
     others, answers = features[held_out], labels[held_out]
-    found: dict[float, tuple[Trial, Any]] = {}  # by log10 C
+    found: dict[float, tuple[ProbeTrial, Any]] = {}  # by log10 C
 
     def attempt(exponent: float) -> None:
         smaller = [old for old in found if old < exponent]
@@ -231,7 +231,7 @@ def _search(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, conf
         with np.errstate(divide="ignore"):  # a class that is ruled out has a chance of 0
             chances = model.predict_log_proba(others)
         found[exponent] = (
-            Trial(
+            ProbeTrial(
                 C=10.0**exponent,
                 accuracy=float((chances.argmax(axis=1) == answers).mean()),
                 loss=float(-chances[np.arange(len(answers)), answers].mean()),

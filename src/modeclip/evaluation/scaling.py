@@ -22,7 +22,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class ScalingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class ScalingPoint:
     """One model at one compute."""
 
     name: str
@@ -112,7 +112,7 @@ class ScalingResult:
 
     laws: tuple[Law, ...]
     """One a family, the reference first."""
-    points: tuple[Point, ...]
+    points: tuple[ScalingPoint, ...]
     """All points, by family and compute."""
     config: ScalingConfig
     """How they were fitted."""
@@ -120,7 +120,7 @@ class ScalingResult:
     """Family to (compute, error by the law, low, high) along its line."""
 
 
-def read_points(paths: Sequence[Path]) -> list[Point]:
+def read_points(paths: Sequence[Path]) -> list[ScalingPoint]:
     """Read results, a JSON object a line: name, family, compute and error, and the seed where there are several.
 
     In place of ``compute`` a line may have ``flops_per_sample`` and ``samples``, whose product it is; in place of
@@ -147,13 +147,13 @@ def read_points(paths: Sequence[Path]) -> list[Point]:
                     )
                 found[key][seed] = value
     points = [
-        Point(name=name, family=family, compute=compute, errors=tuple(seeds.values()))
+        ScalingPoint(name=name, family=family, compute=compute, errors=tuple(seeds.values()))
         for (name, family, compute), seeds in found.items()
     ]
     return sorted(points, key=lambda point: (point.family, point.compute, point.name))
 
 
-def fit_scaling(points: Sequence[Point], config: ScalingConfig | None = None) -> ScalingResult:
+def fit_scaling(points: Sequence[ScalingPoint], config: ScalingConfig | None = None) -> ScalingResult:
     """Fit the law of each family.
 
     Args:
@@ -167,13 +167,13 @@ def fit_scaling(points: Sequence[Point], config: ScalingConfig | None = None) ->
     families = sorted({point.family for point in points}, key=lambda name: (name != config.reference, name))
     if not families:
         raise ModeclipError("scaling: expected results, got none; a line is a JSON object, see the documentation")
-    marked: list[Point] = []
+    marked: list[ScalingPoint] = []
     lines, limits = {}, {}
     for place, family in enumerate(families):
         own = [point for point in points if point.family == family]
         chosen = choose_points(np.array([p.compute for p in own]), np.array([p.error for p in own]), config.points)
         _check_sizes(own, chosen)
-        marked += [Point(**{**vars(point), "fitted": bool(fitted)}) for point, fitted in zip(own, chosen, strict=True)]
+        marked += [replace(point, fitted=bool(fitted)) for point, fitted in zip(own, chosen, strict=True)]
         fitted = [point for point in marked if point.family == family and point.fitted]
         exact = fit_line(np.array([p.compute for p in fitted]), np.array([p.error for p in fitted]))
         draw = np.random.default_rng([config.seed, place])
@@ -231,7 +231,7 @@ def fit_line(compute: Float[np.ndarray, " P"], error: Float[np.ndarray, " P"]) -
     return np.array([up.mean() - slope * centre, -slope])
 
 
-def _resample(points: Sequence[Point], config: ScalingConfig, draw: np.random.Generator) -> np.ndarray:
+def _resample(points: Sequence[ScalingPoint], config: ScalingConfig, draw: np.random.Generator) -> np.ndarray:
     """Fit the line to points and seeds drawn again, as often as wanted: (resamples, 2)."""
     compute = np.array([point.compute for point in points])
     counts = np.array([len(point.errors) for point in points])
@@ -285,7 +285,7 @@ def _band(
     return tuple(band)
 
 
-def _check_sizes(points: Sequence[Point], chosen: np.ndarray) -> None:
+def _check_sizes(points: Sequence[ScalingPoint], chosen: np.ndarray) -> None:
     """Raise if a line through the points would say nothing."""
     family, sizes = points[0].family, len(np.unique(np.log([point.compute for point in points])))
     left = len(np.unique(np.log([point.compute for point, fitted in zip(points, chosen, strict=True) if fitted])))
