@@ -1,4 +1,5 @@
 # make demo   the whole method on the built-in data: result table, report, bundle in runs/demo
+# make check  format, lint, types, import order, and the tests that are quick: under 3 minutes
 # make test   everything that must hold: format, lint, types, import order, documentation, tests
 # Another Python than python3: make PYTHON=python3.12 venv (remove .venv first to change it later).
 
@@ -6,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .NOTPARALLEL:
-.PHONY: help venv demo test lint format docs unit clean
+.PHONY: help venv demo check test lint format docs unit clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -32,6 +33,9 @@ demo: venv
 # line closes the whole run.
 test: lint docs unit
 
+check: lint
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --quiet -m "not slow"
+
 lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,7 +50,7 @@ docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 unit: venv
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 # What is made here and can be made again; never the environment, never a run.
 clean:

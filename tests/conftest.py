@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch or a tokenizer is imported. Subprocesses inherit it, so that the commands that tests run are
 # deterministic and cannot reach for a download.
@@ -22,12 +24,18 @@ import hypothesis
 import pytest
 from filelock import FileLock
 
+if TYPE_CHECKING:
+    from modeclip.data.catalog import Catalog
+
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no GPU."""
+    """Mark tests that look at a whole run as slow; skip tests marked ``gpu`` where there is no GPU."""
+    for item in items:
+        if "small_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -56,16 +64,78 @@ def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_run(small_recipe: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A finished run folder of that recipe, made by the real command once for all processes that test."""
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """Make a folder once for all processes that test: a function of its name and of what fills it."""
     base = tmp_path_factory.getbasetemp()
     root = base if worker_id == "master" else base.parent
-    out = root / "small"
-    with FileLock(root / "small.lock"):
-        if not (out / "report.html").exists():
-            done = run_in_process("run", small_recipe, "--out", out)
-            assert done.returncode == 0, done.stderr
-    return out
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        out = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (root / f"{name}.whole").exists():
+                fill(out)
+                (root / f"{name}.whole").touch()
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_run(small_recipe: Path, made_once: Callable[..., Path]) -> Path:
+    """A finished run folder of that recipe, made by the real command."""
+
+    def fill(out: Path) -> None:
+        done = run_in_process("run", small_recipe, "--out", out)
+        assert done.returncode == 0, done.stderr
+
+    return made_once("small", fill)
+
+
+@pytest.fixture(scope="session")
+def icons_catalog(made_once: Callable[..., Path]) -> Path:
+    """A catalog of a few hundred real icons with their names, for reading; `icons_copy` may be changed."""
+
+    def fill(out: Path) -> None:
+        from modeclip.data.indexing import index
+        from modeclip.data.sources import DataConfig
+
+        index(DataConfig(source="icons", train_sets=("octicons",)), out)
+
+    return made_once("icons", fill) / "catalog.lance"
+
+
+@pytest.fixture(scope="module")
+def icons_copy(icons_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """A copy of that catalog that the tests of a module may add columns to."""
+    from modeclip.data.catalog import Catalog
+
+    return Catalog.open(shutil.copytree(icons_catalog, tmp_path_factory.mktemp("icons") / "catalog.lance"))
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An empty bucket of an S3 server on a free port of this machine, which the usual environment variables name."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    S3FileSystem.clear_instance_cache()  # one that another module opened knows another server
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="data")
+        yield "s3://data"
+    S3FileSystem.clear_instance_cache()
+    server.stop()
 
 
 @pytest.fixture(scope="session")

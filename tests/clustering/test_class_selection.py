@@ -12,8 +12,6 @@ from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster
 from modeclip.data.catalog import Catalog
-from modeclip.data.indexing import index
-from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders import load_encoder
 
@@ -21,12 +19,10 @@ NAMES = ["arrow", "file", "git branch", "person", "arrow"]
 
 
 @pytest.fixture(scope="module")
-def clustered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Catalog, Clustering]:
-    out = tmp_path_factory.mktemp("priors")
-    index(DataConfig(source="icons", train_sets=("octicons",)), out)
-    embed(Catalog.open(out), EmbedConfig(encoder="tfidf", dimension=16))
-    found = cluster(Catalog.open(out), ClusterConfig(num_fine=8, num_experts=2, num_iterations=3))
-    return Catalog.open(out), found.clustering
+def clustered(icons_copy: Catalog) -> tuple[Catalog, Clustering]:
+    embed(icons_copy, EmbedConfig(encoder="tfidf", dimension=16))
+    found = cluster(icons_copy, ClusterConfig(num_fine=8, num_experts=2, num_iterations=3))
+    return icons_copy, found.clustering
 
 
 def test_nearest_centres_agree_with_a_slow_search() -> None:

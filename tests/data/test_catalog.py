@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,21 +13,15 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.data.samples import hash_image
 from modeclip.data.storage import NEW, FileWriter, append, create, only_writer
 from modeclip.errors import ModeclipError
 from modeclip.system.files import writing
+from support import plain_png
 
 NUM_ROWS = 50
-
-
-def picture(shade: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (shade, shade, shade)).save(file, "PNG")
-    return file.getvalue()
 
 
 def write_catalog(path: Path) -> Path:
@@ -36,18 +29,18 @@ def write_catalog(path: Path) -> Path:
     block, offsets = b"", []
     for n in range(NUM_ROWS):
         offsets.append(len(block))
-        block += picture(n)
+        block += plain_png(n)
     (path.parent / "block").write_bytes(block)
     values = {
         "key": [f"key {n}" for n in range(NUM_ROWS)],
         "caption": [f"caption {n // 2}" for n in range(NUM_ROWS)],
-        "image": [picture(n) if n % 2 else None for n in range(NUM_ROWS)],
+        "image": [plain_png(n) if n % 2 else None for n in range(NUM_ROWS)],
         "path": [None if n % 2 else str(path.parent / "block") for n in range(NUM_ROWS)],
         "offset": offsets,
-        "size": [len(picture(n)) for n in range(NUM_ROWS)],
+        "size": [len(plain_png(n)) for n in range(NUM_ROWS)],
         "width": [4] * NUM_ROWS,
         "height": [4] * NUM_ROWS,
-        "digest": [hash_image(picture(n)) for n in range(NUM_ROWS)],
+        "digest": [hash_image(plain_png(n)) for n in range(NUM_ROWS)],
         "group": ["a" if n < 20 else "b" for n in range(NUM_ROWS)],
     }
     table = pa.table(values, schema=pa.schema([(name, PAIR_COLUMNS[name]) for name in values]))
@@ -251,13 +244,13 @@ def test_images_that_went_away_are_named(catalog: Catalog):
     block.write_bytes(whole[:200])
     with pytest.raises(ModeclipError, match=r"image of 'key 8' \(path .*block\): image has changed; it was whole"):
         catalog.images(np.array([1, 8]))
-    block.write_bytes(whole.replace(picture(0), picture(49)[: len(picture(0))].ljust(len(picture(0)))))
+    block.write_bytes(whole.replace(plain_png(0), plain_png(49)[: len(plain_png(0))].ljust(len(plain_png(0)))))
     for read in (catalog.images, catalog.encoded_images, catalog.digests):
         with pytest.raises(ModeclipError, match=r"image of 'key 0' .*: image has changed"):
             read(np.array([0]))
     block.write_bytes(whole)
     rows = np.array([8, 1, 0, 8])
-    assert catalog.digests(rows) == [hash_image(picture(row)) for row in rows]
+    assert catalog.digests(rows) == [hash_image(plain_png(row)) for row in rows]
     block.unlink()
     with pytest.raises(ModeclipError, match=r"image of 'key 0' .*: image file is missing; .*bring the file back"):
         catalog.images(np.array([0]))

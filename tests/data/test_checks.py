@@ -6,10 +6,7 @@ import base64
 import io
 import json
 import re
-import struct
-import tarfile
 import tracemalloc
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -59,6 +56,7 @@ from modeclip.pages.check_page import (
     read_tiles,
     write_check,
 )
+from support import png_bomb, tar_of, write_pairs
 
 
 @pytest.fixture(scope="session")
@@ -68,23 +66,13 @@ def icons() -> list[bytes]:
     return list(islice(dict.fromkeys(found), 60))
 
 
-def write_pairs(folder: Path, icons: list[bytes], captions: list[str]) -> Path:
-    folder.mkdir(parents=True)
-    for number, caption in enumerate(captions):
-        (folder / f"{number:03d}.png").write_bytes(icons[number])
-        (folder / f"{number:03d}.txt").write_text(caption, encoding="utf-8")
-    return folder
-
-
 def write_shards(folder: Path, icons: list[bytes], per_shard: int = 20) -> Path:
     folder.mkdir(parents=True)
     for start in range(0, len(icons), per_shard):
-        with tarfile.open(folder / f"{start // per_shard:05d}.tar", "w") as tar:
-            for number, icon in enumerate(icons[start : start + per_shard]):
-                for suffix, data in (("png", icon), ("txt", f"caption {start + number}".encode())):
-                    member = tarfile.TarInfo(f"{number:03d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        members: list[tuple[str, bytes]] = []
+        for number, icon in enumerate(icons[start : start + per_shard]):
+            members += [(f"{number:03d}.png", icon), (f"{number:03d}.txt", f"caption {start + number}".encode())]
+        (folder / f"{start // per_shard:05d}.tar").write_bytes(tar_of(members))
     return folder
 
 
@@ -100,17 +88,6 @@ def counts(result: CheckResult) -> dict[str, int]:
 
 def read_png(path: Path) -> Image.Image:
     return Image.open(io.BytesIO(path.read_bytes()))
-
-
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 20,000 by 20,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
-    body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
 
 
 # ---------------------------------------------------------------- files and images
@@ -156,7 +133,7 @@ def test_each_kind_of_damage_to_an_image_has_its_cause(tmp_path: Path, icons):
     catalog = catalog_of(folder)
     (folder / "001.png").write_bytes(bytes(len(icons[1])))
     (folder / "002.png").write_bytes(icons[2][:-30])
-    (folder / "003.png").write_bytes(bomb())
+    (folder / "003.png").write_bytes(png_bomb())
     (folder / "004.png").write_bytes(b"")
     (folder / "005.png").unlink()
     (folder / "007.png").write_bytes(icons[6])
@@ -255,7 +232,7 @@ def test_repeats_are_named_with_their_counts(tmp_path: Path, icons):
 
 def test_rows_that_indexing_would_refuse_are_found(tmp_path: Path, icons):
     """A catalog that another tool wrote, or that was damaged inside."""
-    images = [icons[0], b"", icons[2][:60], bomb(), None, icons[5]]
+    images = [icons[0], b"", icons[2][:60], png_bomb(), None, icons[5]]
     values = {
         "key": ["a", "b", "a", "c", "d", "e"],
         "caption": ["first one", "", " \t", None, "fifth one", "sixth one"],

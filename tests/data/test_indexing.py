@@ -7,12 +7,9 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import tarfile
 import time
-import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -42,6 +39,7 @@ from modeclip.data.samples import (
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.errors import ModeclipError
+from support import can_mount, png_bomb, tar_of
 
 
 @pytest.fixture(scope="session")
@@ -67,14 +65,8 @@ def write_table(folder: Path, icons: list[Sample]) -> Path:
 
 
 def write_shards(folder: Path, icons: list[Sample]) -> Path:
-    folder.mkdir(parents=True)
     for number, part in enumerate((icons[:25], icons[25:])):
-        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            for icon in part:
-                for suffix, data in (("png", icon.image), ("txt", icon.caption.encode())):
-                    member = tarfile.TarInfo(f"{icon.key}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        write_shard(folder / f"{number:05d}.tar", part)
     return folder
 
 
@@ -188,23 +180,12 @@ def shrink(icon: Sample, side: int) -> bytes:
     return file.getvalue()
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 20,000 by 20,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
-    body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
-
-
 def test_each_kind_of_damage_is_counted_and_the_rest_is_used(tmp_path: Path, icons):
     folder = write_folder(tmp_path / "data", icons)
     (folder / "001.png").write_bytes(b"")
     (folder / "002.png").write_bytes(icons[2].image[:100])
     (folder / "003.png").write_bytes(b"no image")
-    (folder / "004.png").write_bytes(bomb())
+    (folder / "004.png").write_bytes(png_bomb())
     (folder / "005.txt").write_bytes(b"caf\xe9")
     (folder / "006.txt").unlink()
     (folder / "007.png").unlink()
@@ -345,12 +326,10 @@ def test_a_catalog_stays_until_its_successor_is_whole(tmp_path: Path, icons):
 
 def write_shard(path: Path, icons: list[Sample]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for icon in icons:
-            for suffix, data in (("png", icon.image), ("txt", icon.caption.encode())):
-                member = tarfile.TarInfo(f"{icon.key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    members = [
+        (f"{icon.key}.{s}", data) for icon in icons for s, data in (("png", icon.image), ("txt", icon.caption.encode()))
+    ]
+    path.write_bytes(tar_of(members))
     return path
 
 
@@ -423,7 +402,7 @@ def test_a_killed_run_goes_on_behind_the_shards_it_has_read(tmp_path: Path, icon
     index(config, tmp_path / "whole")
     monkeypatch.setattr(indexing, "ROWS_PER_PART", 1)
     code = (
-        "import os, signal\nfrom modeclip import indexing\nindexing.ROWS_PER_PART = 1\n"
+        "import os, signal\nfrom modeclip.data import indexing\nindexing.ROWS_PER_PART = 1\n"
         "read = indexing._Indexing._read_unit\n"
         "def dying(self, unit, advance):\n"
         "    if '00002' in unit.name: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -459,11 +438,6 @@ def test_further_columns_of_a_table_come_along(tmp_path: Path, icons):
     catalog = Catalog.open(tmp_path / "out")
     assert catalog.read(["uid"])["uid"].tolist() == [f"uid{n}" for n in range(40)]
     assert catalog.select(uid="uid7").tolist() == [7]
-
-
-def can_mount() -> bool:
-    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounts a small file system")

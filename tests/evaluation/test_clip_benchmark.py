@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import tarfile
 import warnings
 from collections.abc import Sequence
 from contextlib import chdir
@@ -28,6 +27,7 @@ from modeclip.evaluation.similarity import Similarity
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import class_features, image_features, text_features
 from modeclip.models.pool import Source
+from support import tar_of
 
 TEMPLATES = ("{}", "an icon of {}, black on white", "{} symbol.")
 IMAGES = 150
@@ -59,12 +59,12 @@ def write_layout(folder: Path, files: Sequence[dict[str, bytes]], **texts: str) 
     (folder / "test" / "nshards.txt").write_text("1\n")
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text + "\n")
-    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
-        for number, sample in enumerate(files):
-            for extension, content in sample.items():
-                member = tarfile.TarInfo(f"s{number:07}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    members = [
+        (f"s{number:07}.{extension}", content)
+        for number, sample in enumerate(files)
+        for extension, content in sample.items()
+    ]
+    (folder / "test" / "0.tar").write_bytes(tar_of(members))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from modeclip.mixture.mode import MoDE
 from modeclip.pipeline import load_recipe, run
+from support import can_mount, weights_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")  # without controls
@@ -33,7 +34,7 @@ def numbers(run: Path) -> dict[str, object]:
 
 
 def weights(run: Path, names: Sequence[str] = MODELS) -> dict[str, bytes]:
-    return {name: (run / "models" / name / "open_clip_model.safetensors").read_bytes() for name in names}
+    return {name: weights_of(run / "models" / name) for name in names}
 
 
 def stage_times(run: Path) -> dict[str, int]:
@@ -197,10 +198,6 @@ def test_bundle_holds_what_was_trained_and_clustered(small_run: Path) -> None:
     for name in ("seed", "expert-0", "expert-1"):
         file = f"{name}/open_clip_model.safetensors"
         assert (small_run / "bundle" / file).read_bytes() == (small_run / "models" / file).read_bytes()
-
-
-def can_mount() -> bool:
-    return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="this machine allows no private mounts")

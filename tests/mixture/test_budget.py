@@ -23,6 +23,7 @@ from modeclip.mixture.mode import _bytes_in_memory
 from modeclip.mixture.rules import RULES, route
 from modeclip.models.clip import load_clip
 from modeclip.models.encoders import load_any_encoder
+from support import encode_picture
 
 CLASSES = ["heart", "arrow left", "bell", "book", "an unheard-of thing"]
 
@@ -212,11 +213,7 @@ def of_images(request: pytest.FixtureRequest, small_run: Path, tmp_path_factory:
 
 
 def png(picture: Image.Image) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_picture(picture.convert("RGB"))
 
 
 def image_weights(bundle: Path, pictures: list[Image.Image], rule: str) -> np.ndarray:

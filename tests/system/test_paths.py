@@ -5,9 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
-import tarfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +17,7 @@ from modeclip.data.sources import DataConfig, open_source, open_task, source_sta
 from modeclip.errors import ModeclipError
 from modeclip.system import paths as places
 from modeclip.system.paths import MAX_OPEN_FILES, folders_below, read_bytes
+from support import tar_of
 
 
 def open_descriptors() -> int:
@@ -112,42 +111,8 @@ def test_an_address_without_its_client_says_how_to_install_it(monkeypatch: pytes
 # ---------------------------------------------------------------- an S3 server
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket of a local S3 server, reached by nothing but the usual environment variables."""
-    from botocore.session import Session
-    from moto.server import ThreadedMotoServer
-    from s3fs import S3FileSystem
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    S3FileSystem.clear_instance_cache()  # one that another module opened knows another server
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = Session().create_client("s3")
-        client.create_bucket(Bucket="pairs")
-        client.close()
-        yield "s3://pairs"
-    S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 def put(url: str, data: bytes) -> None:
     places.filesystem(url).pipe_file(url, data)
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return data.getvalue()
 
 
 def parquet_of(columns: dict[str, object]) -> bytes:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from modeclip.data.samples import DAMAGED_TABLE, EMPTY_CAPTION, NO_CAPTION, NOT_UTF8, Sample, Skipped
 from modeclip.data.sources import DataConfig, detect, open_source, open_task, relative_to, source_state
 from modeclip.errors import ModeclipError
+from support import tar_of
 
 
 def read(source: Path | str, **options: object) -> list[Sample | Skipped]:
@@ -295,13 +294,3 @@ def test_paths_of_a_recipe_are_taken_from_its_folder(tmp_path: Path):
     moved = relative_to(DataConfig(source="x", tasks=("pets=eval", "s3://bucket/birds")), tmp_path)
     assert moved.tasks == (f"pets={tmp_path}/eval", "birds=s3://bucket/birds")
     assert relative_to(DataConfig(source="iconify", tasks=("lucide",)), tmp_path).tasks == ("lucide",)
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return data.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from datetime import date
@@ -31,6 +30,7 @@ from modeclip.data.samples import (
 )
 from modeclip.data.sources import DataConfig, open_source
 from modeclip.errors import ModeclipError
+from support import plain_png
 
 
 def read(source: Path | str, **options: object) -> list[Sample | Skipped]:
@@ -46,9 +46,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def picture(shade: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 3), (shade, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+    return plain_png((shade, 0, 0), (4, 3))
 
 
 # ---------------------------------------------------------------- tables

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from modeclip.data.tasks.open import load_tasks
 from modeclip.data.tasks.published import (
@@ -24,15 +22,9 @@ from modeclip.data.tasks.published import (
 )
 from modeclip.data.tasks.task import METRICS
 from modeclip.errors import ModeclipError
+from support import plain_png
 
-
-def png(color: int = 0) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (2, 2), (color, color, color)).save(file, "PNG")
-    return file.getvalue()
-
-
-IMAGE = png()
+IMAGE = plain_png()
 
 
 def save_classes(folder: Path, names: list[str]) -> Path:
@@ -295,7 +287,7 @@ def test_hateful_memes_as_they_are_published(tmp_path):
     (tmp_path / "hateful_memes" / "img").mkdir(parents=True)
     rows = [{"id": n, "img": f"img/{n}.png", "label": n % 2, "text": "words"} for n in range(4)]
     for row in rows:
-        (tmp_path / "hateful_memes" / row["img"]).write_bytes(png(row["id"]))
+        (tmp_path / "hateful_memes" / row["img"]).write_bytes(plain_png(row["id"]))
     (tmp_path / "hateful_memes" / "dev_seen.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (task,) = load_tasks(["hateful_memes"], root=str(tmp_path))
     assert (task.metric, task.classnames) == ("roc_auc", ("meme", "hatespeech meme"))

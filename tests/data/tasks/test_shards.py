@@ -16,6 +16,7 @@ from PIL import Image
 
 from modeclip.data.tasks.open import load_tasks
 from modeclip.errors import ModeclipError
+from support import encode_picture, tar_of
 
 pytest.importorskip("clip_benchmark")
 
@@ -201,18 +202,12 @@ def write_shard(root: Path, members: list[tuple[str, bytes]], kind: str = "") ->
     (root / "classnames.txt").write_text("cat\ndog\n")
     if kind:
         (root / "dataset_type.txt").write_text(kind)
-    with tarfile.open(root / "test" / "0.tar", "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    (root / "test" / "0.tar").write_bytes(tar_of(members))
     return root
 
 
 def encoded(color: int = 0, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (5, 5), (color, color, color)).save(file, kind)
-    return file.getvalue()
+    return encode_picture(Image.new("RGB", (5, 5), (color, color, color)), kind)
 
 
 def npy(*values: float) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,16 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from modeclip.data.tasks.open import load_tasks
 from modeclip.errors import ModeclipError
+from support import plain_png
 
 
 def encoded(color: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (color, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+    return plain_png((color, 0, 0))
 
 
 def colors(images) -> list[int]:

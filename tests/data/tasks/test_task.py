@@ -12,11 +12,11 @@ from PIL import Image
 from modeclip.data.tasks.images import FileImages
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
+from support import noise_picture
 
 
 def picture(seed: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
-    draw = np.random.default_rng(seed)
-    return Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8))
+    return noise_picture(seed, size[::-1])
 
 
 def some_images(folder: Path, count: int = 3, kind: str = "png") -> FileImages:

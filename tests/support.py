@@ -1,0 +1,119 @@
+"""What many tests need to make by hand: pictures, tar files, small jobs, vectors, a look at weights.
+
+Fixtures that cost seconds (a finished run, a catalog of icons, an S3 server) are in conftest.py, made once for all
+processes that test.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import subprocess
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from modeclip.data.catalog import Catalog
+    from modeclip.training.jobs import TrainConfig, TrainJob
+
+WEIGHTS = "open_clip_model.safetensors"
+
+
+def encode_picture(picture: Image.Image, kind: str = "PNG") -> bytes:
+    """Return the bytes of a picture's file."""
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def plain_png(color: int | tuple[int, int, int] = 0, size: tuple[int, int] = (4, 4)) -> bytes:
+    """Return a PNG of one colour; a number is a grey."""
+    return encode_picture(Image.new("RGB", size, (color, color, color) if isinstance(color, int) else color))
+
+
+def noise_picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """Return a picture of random pixels, another one for each seed; size is (width, height)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png_bomb() -> bytes:
+    """Return a PNG of a few bytes that says it has 20,000 by 20,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
+
+
+def tar_of(members: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> bytes:
+    """Return a plain tar of these members, in their order; given as pairs, a name may occur twice."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, content in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def write_pairs(folder: Path, images: Iterable[bytes], captions: Sequence[str]) -> Path:
+    """Write a folder of ``000.png`` with ``000.txt`` and so on."""
+    folder.mkdir(parents=True)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=False)):
+        (folder / f"{number:03d}.png").write_bytes(image)
+        (folder / f"{number:03d}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def can_mount() -> bool:
+    """Whether a test may mount a small disk in a namespace of its own."""
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def unit_rows(rows: int, dimension: int, random: np.random.Generator | int = 0) -> np.ndarray:
+    """Return random float32 vectors of length 1."""
+    vectors = np.random.default_rng(random).normal(size=(rows, dimension)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def make_job(catalog: Catalog | Path | str, folder: Path, config: TrainConfig, **changes: object) -> TrainJob:
+    """Return a job of 24 steps from a model's own start, named after its folder, with these changes."""
+    from modeclip.training.jobs import TrainJob
+
+    job = TrainJob(
+        name=folder.name,
+        folder=str(folder),
+        catalog=str(getattr(catalog, "path", catalog)),
+        catalog_fingerprint="test",
+        config=config,
+        first_step=0,
+        last_step=24,
+        first_share=0.0,
+        last_share=1.0,
+    )
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def mark_done(job: TrainJob) -> None:
+    """Leave the record of a finished job, without its model."""
+    job.save()
+    record = {"digest": job.digest, "samples": 1, "rows": 1, "seconds": 1.0}
+    (Path(job.folder) / "done.json").write_text(json.dumps(record))
+
+
+def weights_of(model: Path | str) -> bytes:
+    """Return a model folder's file of weights: equal bytes are equal models."""
+    return (Path(model) / WEIGHTS).read_bytes()
