@@ -113,7 +113,7 @@ def icons_copy(icons_catalog: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     """An empty bucket of an S3 server on a free port of this machine, which the usual environment variables name."""
     import boto3
     from moto.server import ThreadedMotoServer
@@ -132,8 +132,9 @@ def bucket() -> Iterator[str]:
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="data")
-        yield "s3://data"
+        name = request.module.__name__.rpartition(".")[2].replace("_", "-")  # all servers of a process share buckets
+        boto3.client("s3").create_bucket(Bucket=name)
+        yield f"s3://{name}"
     S3FileSystem.clear_instance_cache()
     server.stop()
 

@@ -37,7 +37,7 @@ def encode_picture(picture: Image.Image, kind: str = "PNG") -> bytes:
 
 def plain_png(color: int | tuple[int, int, int] = 0, size: tuple[int, int] = (4, 4)) -> bytes:
     """Return a PNG of one colour; a number is a grey."""
-    return encode_picture(Image.new("RGB", size, (color, color, color) if isinstance(color, int) else color))
+    return encode_picture(Image.new("RGB", size, color if isinstance(color, tuple) else (int(color),) * 3))
 
 
 def noise_picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
