@@ -79,7 +79,7 @@ class Fleet:
         """
 
         def refresh(job: TrainJob) -> None:
-            if "expert" in job.where:
+            if job.role == "expert":
                 try:
                     self.write_bundle(evaluate)
                 except (ModeclipError, OSError) as error:  # no reason to stop the other experts; it is tried again
@@ -104,15 +104,15 @@ class Fleet:
         Returns:
             Its folder; None where no expert of the clusters is done.
         """
-        done = {job.name: job.digest for job in self.members if TrainResult.read(job) is not None}
-        if not any(name.startswith("expert-") for name in done):
+        done = [job for job in self.members if TrainResult.read(job) is not None]
+        if all(job.role != "expert" for job in done):
             return None
         with only_process(self.run / MODELS, LOCK_PATIENCE_SECONDS):
             folder = self.run / BUNDLE
             lineage = self._lineage(folder)
             if lineage.get(EDITS):
                 log(f"bundle: {folder} was edited since it was made and stays as it is; modeclip bundle adds to it")
-            elif lineage.get("jobs") != done:
+            elif lineage.get("jobs") != {job.name: job.digest for job in done}:
                 given = self.experts.start is not None
                 assemble_bundle(
                     self.run,
@@ -173,7 +173,7 @@ def open_fleet(
         prior = select_for_classes(catalog, clustering, names, name=name_of(classes), count=nearest)
         mark_prior(catalog, prior)
         parting = part(path, fingerprint, run / MODELS, train, experts)
-        expert = parting.branch(f"expert-{prior.name}")
+        expert = parting.branch("prior", name=f"expert-{prior.name}")
         expert = replace(expert, mask=prior.column, catalog_fingerprint=f"{fingerprint}-{prior.digest}")
         jobs = [expert] if parting.seed is None else [parting.seed, expert]
     else:
@@ -221,7 +221,7 @@ def single_job(
         fingerprint += f"-{sha256(rows.tobytes()).hexdigest()[:16]}"
     experts = ExpertsConfig(start=start, threads_per_job=threads)
     parting = part(Path(catalog.path), fingerprint, folder.parent, train, experts)
-    job = replace(parting.branch(folder.name), where=where, mask=mask)
+    job = replace(parting.branch("single", name=folder.name), where=where, mask=mask)
     if parting.seed is None:
         return job
     return replace(job, first_step=0, first_share=0.0, start_from=None, start_digest="")

@@ -272,7 +272,7 @@ class _Run:
     def models(self) -> list[TrainedModel]:
         """Return the finished models, the seed among them also where it was given."""
         models = [model for job in self.jobs() if (model := TrainedModel.of(job)) is not None]
-        if all(model.name != "seed" for model in models):
+        if all(model.role != "seed" for model in models):
             models.append(TrainedModel.given(self.seed))
         return models
 

@@ -171,7 +171,7 @@ def scored(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for seed, name in enumerate(names):
         save_clip(load_clip("modeclip-icon", seed=seed), root / name)
         samples, start = (1000, None) if name == "seed" else (10 + seed, root / "seed")
-        models.append(TrainedModel(name=name, folder=root / name, samples=samples, start=start))
+        models.append(TrainedModel(name=name, role=role_of(name)[0], folder=root / name, samples=samples, start=start))
     centers = bundle.fine_centers[[0, 9]]
     one_step = Clustering(fine_centers=centers, experts_of_fine=np.array([[1], [0]]), coarse_centers=centers[::-1])
     arguments = (Clustering.load(small_run / "clusters"), bundle.encoder, EvaluateConfig())

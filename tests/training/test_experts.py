@@ -110,7 +110,7 @@ def test_controls_differ_from_the_experts_by_one_thing_each(catalog: Catalog, tm
     columns = catalog.read(["random_expert", "one_step_expert"])
     for k in range(3):
         expert = jobs[f"expert-{k}"]
-        same = {"name": expert.name, "folder": expert.folder}
+        same = {"name": expert.name, "role": expert.role, "folder": expert.folder}
         assert replace(jobs[f"random-{k}"], where={"expert": k}, **same) == expert
         assert replace(jobs[f"one-step-{k}"], where={"expert": k}, **same) == expert
         full = jobs[f"full-{k}"]

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from modeclip.adapting.merging import SEED, as_folder, interpolate_into
+from modeclip.adapting.merging import as_folder, interpolate_into
 from modeclip.adapting.validation import (
     Correct,
     Examiner,
@@ -42,7 +42,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import Interval, bootstrap_interval, paired_interval
-from modeclip.mixture.bundle import MANIFEST_FILE, load_bundle
+from modeclip.mixture.bundle import MANIFEST_FILE, SEED, load_bundle
 from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, write_atomically, writing

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from modeclip.adapting.validation import Examiner, average, open_tasks
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError
-from modeclip.mixture.bundle import MANIFEST_FILE, load_bundle
+from modeclip.mixture.bundle import MANIFEST_FILE, SEED, load_bundle
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import progress
 from modeclip.system.files import write_atomically, writing
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import torch
 
 RESULT_FILE = "merge.json"
-SEED = "seed"
 """Folder of a bundle that runs for experts that are not finished."""
 _COUNTER = ".num_batches_tracked"  # of batch norms; used only by those without a momentum, which no CLIP has
 _START = ("init_logit_scale", "init_logit_bias")  # settings of a random start, which weights replace

@@ -111,7 +111,7 @@ def bundle(
     as_json: AsJson = False,
 ) -> None:
     """Show what a bundle consists of and where it came from; replace or fill in experts."""
-    from modeclip.mixture.bundle import load_bundle
+    from modeclip.mixture.bundle import SEED, load_bundle
     from modeclip.mixture.bundle_edits import replace_expert
 
     for text in put:
@@ -126,7 +126,7 @@ def bundle(
     rows = []
     for index, expert in enumerate(opened.experts):
         megabytes = sum(file.stat().st_size for file in opened.model_folder(index).iterdir()) / 1e6
-        model = f"{expert.folder} ({megabytes:,.0f} MB)" + (", stands in" if expert.folder == "seed" else "")
+        model = f"{expert.folder} ({megabytes:,.0f} MB)" + (", stands in" if expert.folder == SEED else "")
         fine = str(int((opened.expert_of_fine == index).sum()))
         rows.append((expert.name, model, f"{expert.size:,}", fine, ", ".join(expert.keywords)))
     title = f"{bundle}: {len(opened.fine_centers):,} fine clusters, rule {opened.rule}, encoder {opened.encoder}"
@@ -143,8 +143,10 @@ def bundle(
 
 def _parse_put(text: str) -> tuple[int, Path]:
     """Return number and folder of ``expert-2=FOLDER``."""
+    from modeclip.training.jobs import role_of
+
     name, _, folder = text.partition("=")
-    number = name.removeprefix("expert-")
-    if not folder or not number.isdecimal():
+    role, index = role_of(name)
+    if not folder or role != "expert" or index is None:
         raise ModeclipError(f"--put {text}: expected an expert and a folder, such as expert-2=models/expert-2")
-    return int(number), Path(folder)
+    return index, Path(folder)

@@ -35,13 +35,13 @@ from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import CachedEncoder, class_features, image_features, missing_images
 from modeclip.models.pool import Source
 from modeclip.system.console import progress
-from modeclip.training.jobs import TrainJob, TrainResult
+from modeclip.training.jobs import Role, TrainJob, TrainResult, job_name
 
 DEFAULT_RULE = "per_class"
 """What measurement favours: on tasks that had no part in choosing it, over three seeds, it beats uniform weights by
 2.1 ± 1.0 points where experts have specialised, and the published rules gain nothing (``runs/results.py``)."""
 
-CONTROLS = {"random": "Random", "full": "Full", "one-step": "OneStep"}
+CONTROLS: dict[Role, str] = {"random": "Random", "full": "Full", "one-step": "OneStep"}
 """Name of a control's row, by the name of its models: ``random-0``, ``random-1``..."""
 
 
@@ -78,6 +78,8 @@ class TrainedModel:
 
     name: str
     """``seed``, ``dense``, ``dense-total``, ``expert-0``, ``random-0``..."""
+    role: Role
+    """What it is for."""
     folder: Path
     """Its open_clip folder."""
     samples: int
@@ -92,7 +94,7 @@ class TrainedModel:
         if result is None:
             return None
         start = None if job.start_from is None else Path(job.start_from).resolve()
-        return cls(name=job.name, folder=Path(job.folder).resolve(), samples=result.samples, start=start)
+        return cls(name=job.name, role=job.role, folder=Path(job.folder).resolve(), samples=result.samples, start=start)
 
     @classmethod
     def given(cls, folder: Path) -> TrainedModel:
@@ -100,7 +102,8 @@ class TrainedModel:
         result = None
         if (folder / "job.json").is_file():
             result = TrainResult.read(replace(TrainJob.load(folder / "job.json"), folder=str(folder)))
-        return cls(name="seed", folder=folder.resolve(), samples=0 if result is None else result.samples)
+        samples = 0 if result is None else result.samples
+        return cls(name=job_name("seed"), role="seed", folder=folder.resolve(), samples=samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,7 @@ def evaluate(
         ``tasks``, ``chance``, ``models`` and ``routing``, as ``results.json`` holds them.
     """
     tasks, cache = catalog_tasks(catalog), cache or FeatureCache()
-    models = sorted(models, key=lambda m: (m.name != "seed", m.name.startswith("expert-"), len(m.name)))
+    models = sorted(models, key=lambda m: (m.role != "seed", m.role == "expert", len(m.name)))
     names = CachedEncoder(encoder, clustering.fine_centers.shape[1], cache)
     scorer = _Scorer(
         sources={model.name: Source.of(model.name, model.folder) for model in models},
@@ -195,13 +198,17 @@ def _plan(
 ) -> list[_Plan]:
     """Return the rows: single models, the mixture under every rule, the controls whose models are all there."""
     known, num_experts = [model.name for model in models], clustering.num_experts
-    plans = [_Plan(name=name, kind=_kind(name), members=(name,)) for name in known if not _is_control(name)]
-    experts = tuple(f"expert-{k}" if f"expert-{k}" in known else "seed" for k in range(num_experts))
+    plans = [
+        _Plan(name=model.name, kind=_kind(model.role), members=(model.name,))
+        for model in models
+        if model.role not in CONTROLS
+    ]
+    experts = tuple(name if (name := job_name("expert", k)) in known else job_name("seed") for k in range(num_experts))
     plans += [
         _Plan(name="mixture", kind="mixture", members=experts, rule=rule, clustering=clustering) for rule in RULES
     ]
     for control, title in CONTROLS.items():
-        members, name = tuple(f"{control}-{k}" for k in range(num_experts)), f"{title}-{num_experts}"
+        members, name = tuple(job_name(control, k) for k in range(num_experts)), f"{title}-{num_experts}"
         if not set(known) >= set(members):
             continue
         if control == "one-step" and one_step is not None and config.rule != "uniform":
@@ -337,12 +344,8 @@ def _cost(names: Sequence[str], models: Sequence[TrainedModel]) -> int:
     return sum(parts.values())
 
 
-def _kind(name: str) -> str:
-    return "expert" if name.startswith("expert-") else "seed" if name == "seed" else "dense"
-
-
-def _is_control(name: str) -> bool:
-    return name.rpartition("-")[0] in CONTROLS
+def _kind(role: Role) -> str:
+    return role if role in {"expert", "seed"} else "dense"
 
 
 def _explained(routing: Routing, task: Task, rule: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from modeclip.data.tasks.task import Images
 from modeclip.errors import ModeclipError, unknown
-from modeclip.mixture.bundle import MANIFEST_FILE, Bundle, load_bundle
+from modeclip.mixture.bundle import MANIFEST_FILE, SEED, Bundle, load_bundle
 from modeclip.mixture.explain import Asked
 from modeclip.mixture.mode import MoDE
 from modeclip.mixture.rules import RULES
@@ -30,8 +30,6 @@ from modeclip.models.encoders import IMAGE_PREFIXES
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import CachedEncoder, embed_images
 from modeclip.models.pool import Source
-
-SEED = "seed"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

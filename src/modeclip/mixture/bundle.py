@@ -35,6 +35,7 @@ from modeclip.clustering.novelty import FineQuantiles
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
 from modeclip.system.files import hash_file
+from modeclip.training.jobs import job_name
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "mode.json"
@@ -42,6 +43,8 @@ MANIFEST_FIELDS = ("encoder", "rule", "temperature", "templates", "experts", "li
 CENTRES_FILE = "centres.safetensors"
 CLUSTERS_FILE = "clusters.json"
 PARITY_FILE = "parity.json"
+SEED = job_name("seed")
+"""Folder of the seed in a bundle; it stands in for every expert that is missing."""
 EDITS = "edits"
 """Field of the lineage: what was added or replaced since the bundle was made, in order."""
 FITTED, ENCODER_FOLDER = "tfidf:", "encoder"
@@ -174,8 +177,8 @@ def save_bundle(
     (part / CLUSTERS_FILE).write_text(json.dumps(cards["fine"]) + "\n", encoding="utf-8")
     experts = [
         Expert(
-            name=f"expert-{card['index']}",
-            folder=f"expert-{card['index']}" if f"expert-{card['index']}" in models else "seed",
+            name=(name := job_name("expert", card["index"])),
+            folder=name if name in models else SEED,
             size=card["size"],
             keywords=tuple(card["keywords"]),
         )

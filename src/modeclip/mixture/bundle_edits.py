@@ -33,6 +33,7 @@ from modeclip.mixture.bundle import (
     EDITS,
     FORMAT_VERSION,
     MANIFEST_FILE,
+    SEED,
     Bundle,
     Expert,
     copy_model,
@@ -42,7 +43,7 @@ from modeclip.mixture.bundle import (
 )
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
 from modeclip.system.files import only_process, write_atomically, writing
-from modeclip.training.jobs import TrainJob, TrainResult
+from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
 _OURS = re.compile(r"(expert-\d+|centres|clusters)-edit\d+(\..+)?|expert-\d+\.part")
 """Names that only an edit writes: where mode.json does not have them, a killed edit left them behind."""
@@ -96,7 +97,7 @@ def add_expert(
             for i, card in enumerate(clusters.cards)
         ]
         write_atomically(folder / files["clusters"], json.dumps(bundle.clusters + cards) + "\n")
-        expert = Expert(name=f"expert-{index}", folder=place, size=size, keywords=clusters.keywords)
+        expert = Expert(name=job_name("expert", index), folder=place, size=size, keywords=clusters.keywords)
         return _commit(bundle, (*bundle.experts, expert), entry, {place, *files.values()}, files)
 
 
@@ -127,7 +128,7 @@ def replace_expert(
         if not 0 <= expert < bundle.num_experts:
             raise ModeclipError(f"bundle {folder}: has experts 0 to {bundle.num_experts - 1}, got {expert}")
         old = bundle.experts[expert]
-        action = "replace" if old.folder != "seed" else "fill in"
+        action = "replace" if old.folder != SEED else "fill in"
         entry = _entry(bundle, expert, model, action, note, force)
         place = _place_model(bundle, expert, model)
         new = replace(old, folder=place, size=old.size if size is None else size)
@@ -167,7 +168,7 @@ def check_origin(bundle: Bundle, expert: int, model: Path) -> None:
     Raises:
         ModeclipError: It is not, it is unfinished, or nothing says where it comes from.
     """
-    name, force = f"expert-{expert}", "give --force to put it there nevertheless"
+    name, force = job_name("expert", expert), "give --force to put it there nevertheless"
     if not (model / "job.json").is_file():
         raise ModeclipError(f"expert {model}: no job.json says which seed and clustering it comes from; {force}")
     job = TrainJob.load(model / "job.json")
@@ -178,8 +179,8 @@ def check_origin(bundle: Bundle, expert: int, model: Path) -> None:
         return
     if job.where.get("expert", expert) != expert:
         raise ModeclipError(f"expert {model}: was trained on the rows of expert {job.where['expert']}, not {expert}")
-    places = ["seed", *(e.folder for e in bundle.experts if e.name == name)]
-    starts = {bundle.job_digest("seed"), bundle.job_digest(name)} | {bundle.weights_hash(place) for place in places}
+    places = [SEED, *(e.folder for e in bundle.experts if e.name == name)]
+    starts = {bundle.job_digest(SEED), bundle.job_digest(name)} | {bundle.weights_hash(place) for place in places}
     if job.start_digest not in starts - {None}:
         raise ModeclipError(
             f"expert {model}: continues from another model ({job.start_digest or 'none'}) than the bundle's seed "
@@ -210,7 +211,7 @@ def _entry(
         check_origin(bundle, expert, model)
     entry: dict[str, Any] = {
         "action": action,
-        "expert": f"expert-{expert}",
+        "expert": job_name("expert", expert),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modeclip": version("modeclip"),
         "clustering": bundle.clustering,
@@ -227,7 +228,7 @@ def _entry(
 
 def _place_model(bundle: Bundle, expert: int, model: Path) -> str:
     """Copy a model into the bundle's folder under a name that the bundle does not use, and return the name."""
-    name = f"expert-{expert}"
+    name = job_name("expert", expert)
     if any(file.startswith(f"{name}/") for file in bundle.manifest["sha256"]):
         name += f"-edit{len(bundle.edits) + 1}"
     part, place = bundle.path / f"{name}.part", bundle.path / name
@@ -251,7 +252,7 @@ def _commit(
     manifest |= {"lineage": {**bundle.lineage, EDITS: [*bundle.edits, entry]}}
     old_files = {"centres": bundle.centres_file, "clusters": bundle.clusters_file}
     manifest["files"] = dict(files or old_files)
-    dropped = {expert.folder for expert in bundle.experts} - {expert.folder for expert in experts} - {"seed"}
+    dropped = {expert.folder for expert in bundle.experts} - {expert.folder for expert in experts} - {SEED}
     dropped |= set(old_files.values()) - set(manifest["files"].values())
     kept = {file: digest for file, digest in manifest["sha256"].items() if file.partition("/")[0] not in dropped}
     added = [path / name for name in sorted(new)]
@@ -268,7 +269,7 @@ def _commit(
 
 def _folders(bundle: Bundle) -> list[Path]:
     """Return the folders of a bundle's models, the seed's first."""
-    return [bundle.path / "seed", *(bundle.model_folder(k) for k in range(bundle.num_experts))]
+    return [bundle.path / SEED, *(bundle.model_folder(k) for k in range(bundle.num_experts))]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

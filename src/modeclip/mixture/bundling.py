@@ -21,7 +21,7 @@ from modeclip.clustering.novelty import fitted_quantiles
 from modeclip.data.catalog import CATALOG, Catalog
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.run_evaluation import EvaluateConfig
-from modeclip.mixture.bundle import save_bundle
+from modeclip.mixture.bundle import SEED, save_bundle
 from modeclip.training.jobs import TrainJob, TrainResult
 
 CLUSTERS, BUNDLE = "clusters", "bundle"
@@ -53,8 +53,8 @@ def assemble_bundle(
     config, catalog = config or EvaluateConfig(), Catalog.open(run / CATALOG)
     clustering = Clustering.load(run / CLUSTERS)
     finished = [job for job in jobs if is_bundled(job) and TrainResult.read(job) is not None]
-    models = ({} if seed is None else {"seed": seed}) | {job.name: Path(job.folder) for job in finished}
-    if "seed" not in models:
+    models = ({} if seed is None else {SEED: seed}) | {job.name: Path(job.folder) for job in finished}
+    if SEED not in models:
         raise ModeclipError(f"{run}: no bundle without its seed, which is not trained yet; train it first")
     save_bundle(
         run / BUNDLE,
@@ -83,7 +83,7 @@ def assemble_bundle(
 
 def is_bundled(job: TrainJob) -> bool:
     """Tell whether a job's model is part of a bundle: the seed, or an expert of the clusters."""
-    return job.name == "seed" or "expert" in job.where
+    return job.role in {"seed", "expert"}
 
 
 def encoder_of(catalog: Catalog) -> str:

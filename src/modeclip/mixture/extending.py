@@ -34,11 +34,11 @@ from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quantiles_of
-from modeclip.mixture.bundle import Bundle, load_bundle
+from modeclip.mixture.bundle import SEED, Bundle, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
 from modeclip.models.checkpoints import find_checkpoint
 from modeclip.system.files import only_process, write_atomically, writing
-from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult, learning_rate_at
+from modeclip.training.jobs import Role, TrainConfig, TrainJob, TrainResult, job_name, learning_rate_at
 from modeclip.training.launching import run_jobs
 
 PLAN_FILE = "extend.json"
@@ -111,16 +111,17 @@ def continue_job(bundle: Bundle, expert: int, catalog: Catalog, folder: Path, co
         raise ModeclipError(f"bundle {bundle.path}: has experts 0 to {bundle.num_experts - 1}, got {expert}")
     where = {"expert": expert, "novel": False}
     new, size = len(catalog.select(None, **where)), max(bundle.experts[expert].size, 1)
-    job = _job_from(bundle, f"expert-{expert}", bundle.experts[expert].folder, catalog, folder, config)
+    job = _job_from(bundle, "expert", expert, bundle.experts[expert].folder, catalog, folder, config)
     samples = config.samples or round(_expert_samples(bundle, job.config) * new / size)
     return replace(_with_samples(job, samples), where=where)
 
 
 def new_expert_job(bundle: Bundle, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
     """Return the job that trains a new expert from the seed on the novel pairs; arguments as for `continue_job`."""
-    job = _job_from(bundle, "seed", "seed", catalog, folder, config)
+    job, index = _job_from(bundle, "seed", None, SEED, catalog, folder, config), bundle.num_experts
     samples = config.samples or _expert_samples(bundle, job.config)
-    return replace(_with_samples(job, samples), name=f"expert-{bundle.num_experts}", mask="novel")
+    job = replace(job, name=job_name("expert", index), role="expert", index=index, mask="novel")
+    return _with_samples(job, samples)
 
 
 def fit_new_clusters(
@@ -201,12 +202,12 @@ def extend(
         if plan is None:
             found = assign(catalog, opened, thresholds, fitted_on=fitted_on)
             job = _decide(opened, found, catalog, out, action, config)
-            plan = {"action": "new" if job.mask else "continue", "expert": int(job.name.removeprefix("expert-"))}
+            plan = {"action": "new" if job.mask else "continue", "expert": job.index}
             plan |= {"bundle": str(bundle.resolve()), "clustering": opened.clustering, "pairs": catalog.fingerprint}
             job.save()
             write_atomically(out / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
         _check_plan(plan, bundle, catalog, out, action)
-        job = TrainJob.load(out / f"expert-{plan['expert']}" / "job.json")
+        job = TrainJob.load(out / job_name("expert", plan["expert"]) / "job.json")
         if not any(edit["job"] == job.digest for edit in opened.edits):
             _train_and_put(opened, job, plan, catalog, thresholds, config, fitted_on)
     result = TrainResult.read(job)
@@ -242,8 +243,8 @@ def _decide(
             raise ModeclipError(f"extend: {len(proposals)} things are worth doing; choose one, {choices}")
         action = "new" if proposals[0].action == "new" else proposals[0].expert
     if action == "new":
-        return new_expert_job(bundle, catalog, out / f"expert-{bundle.num_experts}", config)
-    return continue_job(bundle, action, catalog, out / f"expert-{action}", config)
+        return new_expert_job(bundle, catalog, out / job_name("expert", bundle.num_experts), config)
+    return continue_job(bundle, action, catalog, out / job_name("expert", action), config)
 
 
 def _train_and_put(
@@ -296,8 +297,17 @@ def _check_plan(
         )
 
 
-def _job_from(bundle: Bundle, name: str, place: str, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
+def _job_from(
+    bundle: Bundle,
+    role: Role,
+    index: int | None,
+    place: str,
+    catalog: Catalog,
+    folder: Path,
+    config: ExtendConfig,
+) -> TrainJob:
     """Return a job that goes on from a model of the bundle: from its checkpoint if at hand, else from its weights."""
+    name = job_name(role, index)
     start = _job_at_hand(bundle, name, config.start)
     settings = start.config if start is not None else _settings(bundle)
     settings = replace(
@@ -308,6 +318,8 @@ def _job_from(bundle: Bundle, name: str, place: str, catalog: Catalog, folder: P
     share = settings.seed_parts / settings.total_parts
     job = TrainJob(
         name=name,
+        role=role,
+        index=index,
         folder=str(folder),
         catalog=catalog.path,
         catalog_fingerprint=_fingerprint(catalog),

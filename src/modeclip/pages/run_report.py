@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from jaxtyping import Float
 from modeclip.errors import ModeclipError
 from modeclip.pages.charts import MAP_SIZE, Axis, choose_labels, draw_curves, fit_box, project
 from modeclip.system.files import write_atomically
+from modeclip.training.jobs import job_name, role_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +52,6 @@ GROUPS = (
     ("controls", ("control",)),
     ("bounds", ("bound",)),
 )
-CONTROL_MODEL = re.compile(r"(random|full|one-step)-\d+")
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -173,13 +172,14 @@ def build_training(run: Path, models: Sequence[Json]) -> Json | None:
     }
     if not logs:
         return None
-    branch = float(logs["seed"]["samples"][-1]) if "seed" in logs and len(logs) > 1 else None
+    seed = logs.get(job_name("seed"))
+    branch = float(seed["samples"][-1]) if seed is not None and len(logs) > 1 else None
     charts = [
         draw_curves(logs, "loss", branch, size=(720.0, 520.0), right=116.0),
         draw_curves(logs, "lr", branch, size=(420.0, 190.0), right=14.0),
     ]
     for chart in charts:
-        chart["labels"] = [item for item in chart["labels"] if not CONTROL_MODEL.fullmatch(item[0])]
+        chart["labels"] = [item for item in chart["labels"] if not is_control(item[0])]
     return {
         "names": list(logs),
         "families": list(dict.fromkeys(family_of(name) for name in logs)),
@@ -280,7 +280,8 @@ def find_experts(models: Sequence[Json], atlas: Json | None) -> list[int]:
     """Return the numbers of the run's experts, from its clusters or, without them, from the evaluated models."""
     if atlas:
         return sorted(card["index"] for card in atlas["experts"])
-    return sorted(int(model["name"].rpartition("-")[2]) for model in models if model["kind"] == "expert")
+    found = [role_of(model["name"]) for model in models]
+    return sorted(index for role, index in found if role == "expert" and index is not None)
 
 
 def build_sheets(run: Path, experts: Sequence[int], seed: int) -> Json:
@@ -392,8 +393,14 @@ def family_of(name: str) -> str:
         >>> family_of("OneStep-4"), family_of("one-step-3"), family_of("expert-3")
         ('one-step', 'one-step', 'expert-3')
     """
-    match = CONTROL_MODEL.fullmatch(name.lower().replace("onestep", "one-step"))
-    return match[1] if match else name
+    model = name.lower().replace("onestep", "one-step")
+    return role_of(model)[0] if is_control(model) else name
+
+
+def is_control(name: str) -> bool:
+    """Tell whether a model is a member of a control mixture."""
+    role, index = role_of(name)
+    return index is not None and role != "expert"
 
 
 def label(name: str) -> str:

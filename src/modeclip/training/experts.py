@@ -29,7 +29,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import check_model
 from modeclip.system.files import hash_file
-from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
+from modeclip.training.jobs import Role, TrainConfig, TrainJob, TrainResult, job_name
 
 CONTROL_COLUMNS = {"random": "random_expert", "one-step": "one_step_expert"}
 """Column of the catalog that says which model of a control has which rows."""
@@ -86,16 +86,21 @@ class Parting:
     rest: TrainJob
     """From there to the end of the schedule on all data; every branch is a variation of it."""
 
-    def branch(self, name: str, *, steps: int | None = None) -> TrainJob:
+    def branch(
+        self, role: Role, index: int | None = None, *, name: str | None = None, steps: int | None = None
+    ) -> TrainJob:
         """Return a job that starts where the seed ends, in a folder beside the seed's.
 
         Args:
-            name: Of the model and of its folder.
+            role: What the model is for.
+            index: Which of them it is, for roles of which there are several.
+            name: Of the model and of its folder; by default what role and index make.
             steps: How many it takes to the end of the schedule; by default as many as the dense control's rest.
         """
         last_step = self.rest.last_step if steps is None else self.rest.first_step + steps
+        name = name or job_name(role, index)
         folder = str(Path(self.rest.folder).with_name(name))
-        return replace(self.rest, name=name, folder=folder, last_step=last_step)
+        return replace(self.rest, name=name, role=role, index=index, folder=folder, last_step=last_step)
 
     @property
     def num_steps(self) -> int:
@@ -135,8 +140,9 @@ def plan_jobs(
     jobs = [] if parting.seed is None else [parting.seed]
     if not experts.only:
         jobs += _dense_controls(parting, num_experts * steps, experts)
-    for kind in ("expert", *(() if experts.only else experts.controls)):
-        jobs += [_member(parting, kind, k, steps, experts) for k in numbers]
+    roles: tuple[Role, ...] = ("expert", *(() if experts.only else experts.controls))
+    for role in roles:
+        jobs += [_member(parting, role, k, steps, experts) for k in numbers]
     return jobs
 
 
@@ -144,8 +150,9 @@ def part(catalog: Path, fingerprint: str, folder: Path, train: TrainConfig, expe
     """Return where the experts part from the seed, be it trained here or given; arguments as for `plan_jobs`."""
     seed_steps = train.seed_parts * train.steps_per_part
     seed = TrainJob(
-        name="seed",
-        folder=str(folder / "seed"),
+        name=job_name("seed"),
+        role="seed",
+        folder=str(folder / job_name("seed")),
         catalog=str(catalog),
         catalog_fingerprint=fingerprint,
         config=train,
@@ -157,8 +164,9 @@ def part(catalog: Path, fingerprint: str, folder: Path, train: TrainConfig, expe
     )
     rest = replace(
         seed,
-        name="dense",
-        folder=str(folder / "dense"),
+        name=job_name("dense"),
+        role="dense",
+        folder=str(folder / job_name("dense")),
         first_step=seed_steps,
         last_step=train.total_parts * train.steps_per_part,
         first_share=seed.last_share,
@@ -206,7 +214,7 @@ def seed_model(folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Path
         train: Names the model.
         experts: Says whether the seed is given.
     """
-    own, start = folder / "seed", experts.start
+    own, start = folder / job_name("seed"), experts.start
     if start is None or (Path(start) / "job.json").is_file():
         return own if start is None else Path(start)
     if not own.is_dir():
@@ -265,10 +273,10 @@ def _dense_controls(parting: Parting, mixture_steps: int, experts: ExpertsConfig
     return [*jobs, parting.branch("dense")] if experts.dense else jobs
 
 
-def _member(parting: Parting, kind: str, k: int, steps: int, experts: ExpertsConfig) -> TrainJob:
+def _member(parting: Parting, role: Role, k: int, steps: int, experts: ExpertsConfig) -> TrainJob:
     """Return one model of a mixture: of the experts, or of a control."""
-    job = parting.branch(f"{kind}-{k}", steps=steps)
-    if kind == "full":
+    job = parting.branch(role, k, steps=steps)
+    if role == "full":
         return replace(job, config=replace(job.config, seed=job.config.seed + 1 + k))
-    where = {CONTROL_COLUMNS.get(kind, "expert"): k}
+    where = {CONTROL_COLUMNS.get(role, "expert"): k}
     return replace(job, where=where, out_of_cluster_fraction=experts.out_of_cluster_fraction)

@@ -16,12 +16,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.system.files import write_atomically
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+Role = Literal["seed", "dense", "dense-total", "expert", "random", "full", "one-step", "prior", "single"]
+"""What a model is for: the seed; the dense model that continues it, or that costs what the whole mixture costs; an
+expert of a cluster; a member of one of the control mixtures; the expert of some class names; one model by itself."""
+MEMBER_ROLES: tuple[Role, ...] = ("expert", "random", "full", "one-step")
+"""Roles of which a run has one model for each expert; their jobs have an index."""
+UNHASHED_FIELDS = frozenset({"folder", "start_from", "catalog", "role", "index"})
+"""Fields of a job that do not decide its result, and so are no part of its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +184,42 @@ class TrainConfig:
         return self.samples // (self.batch_size * self.total_parts)
 
 
+def job_name(role: Role, index: int | None = None) -> str:
+    """Return the name of a model of a run, which is also the name of its folder.
+
+    Examples:
+        >>> job_name("seed"), job_name("expert", 3)
+        ('seed', 'expert-3')
+    """
+    return role if index is None else f"{role}-{index}"
+
+
+def role_of(name: str) -> tuple[Role, int | None]:
+    """Return the role and the index that a model's name stands for; job files and results of old runs have no others.
+
+    Examples:
+        >>> role_of("one-step-3"), role_of("dense-total"), role_of("expert-birds"), role_of("my-model")
+        (('one-step', 3), ('dense-total', None), ('prior', None), ('single', None))
+    """
+    stem, _, number = name.rpartition("-")
+    roles: dict[str, Role] = {role: role for role in get_args(Role)}
+    if roles.get(stem) in MEMBER_ROLES:
+        return (roles[stem], int(number)) if number.isdecimal() else ("prior" if stem == "expert" else "single", None)
+    if name.startswith("expert-"):
+        return "prior", None
+    return (roles[name] if name in {"seed", "dense", "dense-total"} else "single"), None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
     """One model to be trained: everything that decides the result, and where it goes."""
 
     name: str
     """Name of the model: ``seed``, ``dense``, ``expert-0``..."""
+    role: Role = "single"
+    """What the model is for."""
+    index: int | None = None
+    """Number of the expert, or of a control's member; None for the other roles."""
     folder: str
     """Where its files go."""
     catalog: str
@@ -215,9 +253,13 @@ class TrainJob:
     @property
     def digest(self) -> str:
         """Hash of all that decides the result, not of where it is written."""
-        content = {key: value for key, value in asdict(self).items() if key not in {"folder", "start_from", "catalog"}}
+        return sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the fields that decide the result."""
+        content = {key: value for key, value in asdict(self).items() if key not in UNHASHED_FIELDS}
         content["config"]["engine"] = {"precision": self.config.engine.precision}
-        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return content
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step of the job."""
@@ -239,6 +281,8 @@ class TrainJob:
             config = content["config"]
             engine = {**config["engine"], "report_to": tuple(config["engine"]["report_to"])}
             parts = {"augment": AugmentConfig(**config["augment"]), "engine": EngineConfig(**engine)}
+            if "role" not in content:  # written before jobs had roles
+                content["role"], content["index"] = role_of(content["name"])
             return cls(**{**content, "config": TrainConfig(**{**config, **parts})})
         except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ModeclipError(f"job file {path} cannot be read: {error}") from error

@@ -5,7 +5,6 @@ A job goes on from its own checkpoint. One of other settings is never continued 
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,10 @@ def prepare(job: TrainJob, resume: str = "latest") -> None:
 
 def changes(before: TrainJob, job: TrainJob) -> list[str]:
     """Return what two jobs differ in that decides the result, a few words each."""
-    old, new = _flat(_deciding(before)), _flat(_deciding(job))
+    old, new = _flat(before.deciding()), _flat(job.deciding())
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     causes = [name for name in different if name not in FOLLOWS] or different
     return [f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in causes]
-
-
-def _deciding(job: TrainJob) -> dict[str, Any]:
-    content = {key: value for key, value in asdict(job).items() if key not in {"folder", "start_from", "catalog"}}
-    content["config"]["engine"] = {"precision": job.config.engine.precision}
-    return content
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -101,7 +101,8 @@ def status(folder: Path) -> tuple[JobStatus, ...]:
     paths = [path for pattern in ("job.json", "*/job.json", "models/*/job.json") for path in folder.glob(pattern)]
     if not paths:
         raise ModeclipError(f"{folder}: no job.json in it or in its models; give the folder of a run that is training")
-    return tuple(job_status(TrainJob.load(path), path.parent) for path in sorted(paths, key=_place))
+    jobs = sorted(((TrainJob.load(path), path.parent) for path in paths), key=_place)
+    return tuple(job_status(job, place) for job, place in jobs)
 
 
 def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
@@ -238,7 +239,8 @@ def _modified(path: Path) -> float | None:
         return None
 
 
-def _place(path: Path) -> tuple[bool, list[tuple[int, str]]]:
+def _place(entry: tuple[TrainJob, Path]) -> tuple[bool, list[tuple[int, str]]]:
     """Return what sorts the jobs: the seed first, numbers by their value."""
-    parts = re.findall(r"\d+|\D+", path.parent.name)
-    return path.parent.name != "seed", [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    job, folder = entry
+    parts = re.findall(r"\d+|\D+", folder.name)
+    return job.role != "seed", [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
