@@ -200,7 +200,7 @@ def test_fingerprint_follows_pairs_clusters_and_weights(catalog: Catalog, tmp_pa
 
 def test_a_branch_lies_beside_the_seed(tmp_path: Path) -> None:
     parting = part(tmp_path / "c.lance", "f", tmp_path / "models", TRAIN, ExpertsConfig(threads_per_job=3))
-    job = parting.branch("expert-own", steps=7)
+    job = parting.branch("prior", name="expert-own", steps=7)
     assert (job.folder, job.last_step - job.first_step, job.threads) == (str(tmp_path / "models" / "expert-own"), 7, 3)
     assert TrainJob.load(job.save()) == job
 

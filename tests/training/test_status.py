@@ -18,7 +18,7 @@ from rich.console import Console
 from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
-from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, role_of
 from modeclip.training.status import board_table, is_locked, job_status, read_log, status, watch
 
 CONFIG = TrainConfig(
@@ -27,8 +27,11 @@ CONFIG = TrainConfig(
 
 
 def make_job(folder: Path, **changes: object) -> TrainJob:
+    role, index = role_of(folder.name)
     job = TrainJob(
         name=folder.name,
+        role=role,
+        index=index,
         folder=str(folder),
         catalog=str(folder.parent / "catalog.lance"),
         catalog_fingerprint="test",
