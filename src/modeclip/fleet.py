@@ -21,7 +21,7 @@ from typing import Any
 
 from modeclip.clustering.class_selection import PriorSelection, mark_prior, name_of, read_classes, select_for_classes
 from modeclip.clustering.clusters import Clustering
-from modeclip.clustering.controls import add_controls, pin_jobs
+from modeclip.clustering.controls import add_controls
 from modeclip.clustering.fitting import ClusterConfig
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
@@ -30,7 +30,7 @@ from modeclip.mixture.bundle import EDITS, MANIFEST_FILE
 from modeclip.mixture.bundling import BUNDLE, CLUSTERS, assemble_bundle, is_bundled
 from modeclip.system.console import log
 from modeclip.system.files import only_process
-from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
+from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import run_jobs
 

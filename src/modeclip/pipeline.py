@@ -27,7 +27,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from modeclip.clustering.controls import ONE_STEP_FOLDER, add_controls, pin_jobs
+from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER, add_controls
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, Clustering, cluster
 from modeclip.data.catalog import Catalog
@@ -43,7 +43,7 @@ from modeclip.models.feature_cache import FeatureCache
 from modeclip.system.console import log
 from modeclip.system.files import only_process, write_atomically, writing
 from modeclip.system.memory import PeakMemory, return_memory
-from modeclip.training.experts import CONTROL_COLUMNS, ExpertsConfig, fingerprint_of, plan_jobs, seed_model
+from modeclip.training.experts import ExpertsConfig, fingerprint_of, pin_jobs, plan_jobs, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob
 from modeclip.training.launching import run_jobs
 from modeclip.training.trainer import job_rows

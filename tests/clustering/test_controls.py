@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from modeclip.clustering.controls import ONE_STEP_FOLDER, add_controls, cluster_in_one_step, pin_jobs, split_at_random
+from modeclip.clustering.controls import ONE_STEP_FOLDER, add_controls, cluster_in_one_step, split_at_random
 from modeclip.clustering.embedding import COLUMN
 from modeclip.clustering.fitting import ClusterConfig, Clustering, cluster
 from modeclip.data.catalog import Catalog
@@ -32,6 +32,7 @@ from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.bundling import assemble_bundle
 from modeclip.mixture.mode import class_features
 from modeclip.models.clip import load_clip, save_clip
+from modeclip.training.experts import pin_jobs
 from modeclip.training.jobs import TrainJob
 from modeclip.training.trainer import train
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
-from modeclip.training.experts import ExpertsConfig, count_pairs, fingerprint_of, part, plan_jobs, seed_model
+from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob
 from modeclip.training.trainer import job_rows
 

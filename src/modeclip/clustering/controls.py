@@ -21,25 +21,24 @@ Price: ``random`` holds one number a row; ``one-step`` costs a fit and one pass 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import COLUMN
-from modeclip.clustering.fitting import Assignment, ClusterConfig, Clustering, fit
+from modeclip.clustering.fitting import Assignment, ClusterConfig, count_pairs, fit
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import map_columns
 from modeclip.errors import ModeclipError
-from modeclip.training.experts import CONTROL_COLUMNS, count_pairs
-from modeclip.training.jobs import TrainJob
 
-RANDOM_COLUMN, ONE_STEP_COLUMN = CONTROL_COLUMNS["random"], CONTROL_COLUMNS["one-step"]
+RANDOM_COLUMN, ONE_STEP_COLUMN = "random_expert", "one_step_expert"
+CONTROL_COLUMNS = {"random": RANDOM_COLUMN, "one-step": ONE_STEP_COLUMN}
+"""Column of the catalog that says which model of a control trains on which rows."""
 ONE_STEP_FOLDER = "one-step"
 """Folder of the one-step clustering, in that of the clustering."""
 SPLIT_STREAM = 1 << 42  # key of the random stream of the split, far from those of the training's batches and crops
@@ -65,21 +64,6 @@ def add_controls(
         cluster_in_one_step(catalog, config, folder / ONE_STEP_FOLDER)
     columns = [column for control, column in CONTROL_COLUMNS.items() if control in controls]
     return {column: count_pairs(catalog, config.num_experts, column) for column in columns}
-
-
-def pin_jobs(jobs: Sequence[TrainJob], catalog: Catalog) -> list[TrainJob]:
-    """Return jobs that are stale when the column that selects a control's rows was made in another way.
-
-    The fingerprint of the other jobs already says how their rows are selected; the controls' has what their column is
-    remembered by behind it.
-    """
-    pinned = []
-    for job in jobs:
-        for column in sorted(job.where.keys() & set(CONTROL_COLUMNS.values())):
-            made_by = sha256(json.dumps(catalog.facts(column), sort_keys=True).encode()).hexdigest()[:16]
-            job = replace(job, catalog_fingerprint=f"{job.catalog_fingerprint}-{made_by}")
-        pinned.append(job)
-    return pinned
 
 
 def split_at_random(catalog: Catalog, seed: int) -> None:

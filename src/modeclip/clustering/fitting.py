@@ -45,6 +45,7 @@ __all__ = [
     "Clustering",
     "apply",
     "cluster",
+    "count_pairs",
     "fit",
     "fit_embeddings",
     "imbalance_of",
@@ -290,6 +291,14 @@ def apply(catalog: Catalog, clustering: Clustering, config: ClusterConfig, *, ra
         imbalance=imbalance_of([card.size for card in experts]),
         objective=tally.squares / max(len(catalog), 1),
     )
+
+
+def count_pairs(catalog: Catalog, num_experts: int, column: str = "expert") -> Int[np.ndarray, " K"]:
+    """Count the rows of each expert, as a column of the catalog has them; a row of two experts counts for both."""
+    counts = np.zeros(num_experts, np.int64)
+    for block in catalog.batches([column]):
+        counts += np.bincount(block[column].reshape(-1), minlength=num_experts)[:num_experts]
+    return counts
 
 
 def imbalance_of(sizes: Sequence[int] | Int[np.ndarray, " K"]) -> float:

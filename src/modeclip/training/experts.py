@@ -15,6 +15,7 @@ out-of-cluster samples, which is an option here and 0 as in the paper.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -25,14 +26,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.controls import CONTROL_COLUMNS
+from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import check_model
 from modeclip.system.files import hash_file
 from modeclip.training.jobs import Role, TrainConfig, TrainJob, TrainResult, job_name
-
-CONTROL_COLUMNS = {"random": "random_expert", "one-step": "one_step_expert"}
-"""Column of the catalog that says which model of a control has which rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,12 +252,19 @@ def _order(
     return [int(k) for k in np.argsort(first, kind="stable")]
 
 
-def count_pairs(catalog: Catalog, num_experts: int, column: str = "expert") -> Int[np.ndarray, " K"]:
-    """Return how many rows each expert has, by the catalog's column."""
-    counts = np.zeros(num_experts, np.int64)
-    for block in catalog.batches([column]):
-        counts += np.bincount(block[column].reshape(-1), minlength=num_experts)[:num_experts]
-    return counts
+def pin_jobs(jobs: Sequence[TrainJob], catalog: Catalog) -> list[TrainJob]:
+    """Return the jobs with each control's job tied to the column that selects its rows.
+
+    The fingerprint of every other job already says how its rows are selected. A control's job also carries a hash of
+    how its column was made, so that it is trained again when that column is made in another way.
+    """
+    pinned = []
+    for job in jobs:
+        for column in sorted(job.where.keys() & set(CONTROL_COLUMNS.values())):
+            made_by = sha256(json.dumps(catalog.facts(column), sort_keys=True).encode()).hexdigest()[:16]
+            job = replace(job, catalog_fingerprint=f"{job.catalog_fingerprint}-{made_by}")
+        pinned.append(job)
+    return pinned
 
 
 def _dense_controls(parting: Parting, mixture_steps: int, experts: ExpertsConfig) -> list[TrainJob]:
