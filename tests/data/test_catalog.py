@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
-from modeclip.data.samples import hash_image
+from modeclip.data.images import hash_image
 from modeclip.data.storage import NEW, FileWriter, append, create, only_writer
 from modeclip.errors import ModeclipError
 from modeclip.system.files import writing

@@ -23,7 +23,6 @@ from PIL import Image, ImageChops
 
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.data.checks import CheckConfig, CheckResult, check
-from modeclip.data.examining import SHORT_FILE
 from modeclip.data.findings import (
     CHANGED,
     DUPLICATE_CAPTIONS,
@@ -42,7 +41,7 @@ from modeclip.data.findings import (
     count_repeats,
 )
 from modeclip.data.indexing import index
-from modeclip.data.samples import BOMB, EMPTY, MISSING, UNDECODABLE, Sample
+from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, Sample
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.data.storage import FileWriter, create

@@ -21,8 +21,8 @@ from PIL import Image
 
 from modeclip.data import indexing
 from modeclip.data.catalog import Catalog
-from modeclip.data.indexing import IndexResult, index
-from modeclip.data.rows import Distinct
+from modeclip.data.images import decode_image
+from modeclip.data.indexing import Distinct, IndexResult, index
 from modeclip.data.samples import (
     BOMB,
     DUPLICATE,
@@ -34,7 +34,6 @@ from modeclip.data.samples import (
     UNDECODABLE,
     UNREADABLE,
     Sample,
-    decode_image,
 )
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from modeclip.data.images import cause_of, decode_image, measure_image
 from modeclip.data.samples import (
     BOMB,
     EMPTY_CAPTION,
@@ -24,9 +25,6 @@ from modeclip.data.samples import (
     CaptionRule,
     Sample,
     Skipped,
-    cause_of,
-    decode_image,
-    measure_image,
     samples_of,
 )
 

@@ -476,7 +476,7 @@ def test_model2vec_is_the_mean_of_token_vectors(name_of):
 def test_clip_vectors_are_those_of_open_clip(name_of):
     import torch
 
-    from modeclip.data.samples import decode_image
+    from modeclip.data.images import decode_image
 
     clip = load_clip(name_of["clip"].removeprefix("clip:"))
     images = [picture(number) for number in range(4)]
@@ -497,7 +497,7 @@ def test_timm_vectors_are_those_of_timm(name_of):
     import timm
     import torch
 
-    from modeclip.data.samples import decode_image
+    from modeclip.data.images import decode_image
 
     encoder = in_float32(lambda: load_any_encoder(name_of["timm"]))
     assert isinstance(encoder, PairEncoder)

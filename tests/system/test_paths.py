@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from modeclip.data.samples import DAMAGED_SHARD, MISSING, MISSING_SHARD, Sample, Skipped, cause_of
+from modeclip.data.images import cause_of
+from modeclip.data.samples import DAMAGED_SHARD, MISSING, MISSING_SHARD, Sample, Skipped
 from modeclip.data.sources import DataConfig, open_source, open_task, source_state
 from modeclip.errors import ModeclipError
 from modeclip.system import paths as places

@@ -140,7 +140,7 @@ def classify(
 
 def open_picture(path: Path) -> Any:
     """Return a picture file, decoded, or one line that says why it cannot be."""
-    from modeclip.data.samples import cause_of, decode_image
+    from modeclip.data.images import cause_of, decode_image
 
     try:
         return decode_image(path.read_bytes())

@@ -4,9 +4,10 @@ Images are held in the row, or referred to where they lie (file or address, offs
 identity in every stage. Lance gives atomic versions, fast random access and new columns without rewriting the others;
 none of that is written here. A column that a stage added carries its facts (what it was made by) in its own metadata.
 
-``modeclip.data.indexing`` makes catalogs, ``modeclip.data.mapping`` adds what takes long to compute. Price: measured rates are in
-docs/scale.md; ``batches``, ``select`` and ``add_columns`` of a stream hold a part of the rows at a time, ``read`` what
-it returns.
+``modeclip.data.indexing`` makes catalogs, ``modeclip.data.mapping`` adds what takes long to compute.
+
+Price: measured rates are in docs/scale.md. ``batches``, ``samples``, ``select`` and ``add_columns`` of a stream hold a
+part of the rows at a time, ``read`` what it returns.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int, Shaped
 from PIL import Image
 
-from modeclip.data.samples import ChangedError, Sample, cause_of, decode_image, hash_image, hash_parts
+from modeclip.data.images import ChangedError, cause_of, decode_image, hash_image, hash_parts
+from modeclip.data.samples import Sample
 from modeclip.data.storage import (
     NEW,
     OLD,
@@ -54,6 +56,7 @@ PAIR_COLUMNS = {
 
 CATALOG = "catalog.lance"
 """Name of the catalog in a folder that indexing wrote."""
+SAMPLE_COLUMNS = ("key", "caption", "image", "path", "offset", "size")
 IMAGE_COLUMNS = ("key", "image", "path", "offset", "size", "digest")
 FORMAT = "modeclip.format"
 FORMAT_VERSION = "2"
@@ -179,6 +182,31 @@ class Catalog:
         self._require(columns)
         for batch in self._dataset.to_batches(columns=list(columns), batch_size=batch_size):
             yield {name: self._to_numpy(name, batch[name]) for name in columns}
+
+    def samples(
+        self, rows: Int[np.ndarray, " n"] | None = None, *, extra: Sequence[str] = (), block_size: int = 64
+    ) -> Iterator[list[Sample]]:
+        """Yield pairs as samples, in blocks that are read one at a time.
+
+        Args:
+            rows: Positions, in any order; all rows by default.
+            extra: Columns whose values the samples carry in ``extra``.
+            block_size: Samples per block; their images are in memory where the rows hold them.
+        """
+        columns = (*SAMPLE_COLUMNS, *extra)
+        if rows is None:
+            blocks = self.batches(columns, block_size)
+        else:
+            starts = range(0, len(rows), block_size)
+            blocks = (self.read(columns, rows[start : start + block_size]) for start in starts)
+        for block in blocks:
+            rows_of_block = zip(*(block[name].tolist() for name in columns), strict=True)
+            samples = []
+            for values in rows_of_block:
+                pair = dict(zip(columns, values, strict=True))
+                further, caption = {name: pair.pop(name) for name in extra}, pair.pop("caption") or ""
+                samples.append(Sample(caption=caption, extra=further, **pair))
+            yield samples
 
     def select(self, mask: str | Bool[np.ndarray, " N"] | None = None, **equals: object) -> Int[np.ndarray, " n"]:
         """Return the positions (ascending) of the rows in which every named column has the value given.

@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from modeclip.data.catalog import Catalog
-from modeclip.data.examining import SHORT_FILE, examine_all
 from modeclip.data.findings import (
     CHANGED,
     DUPLICATE_CAPTIONS,
@@ -48,8 +47,8 @@ from modeclip.data.findings import (
     count_repeats,
     format_share,
 )
-from modeclip.data.intake import strict_pillow
-from modeclip.data.samples import EMPTY, MISSING
+from modeclip.data.images import examine_all, strict_pillow
+from modeclip.data.samples import EMPTY, MISSING, SHORT_FILE
 from modeclip.errors import ModeclipError
 from modeclip.system.console import progress
 from modeclip.system.paths import file_size
@@ -362,9 +361,12 @@ def _decode_images(catalog: Catalog, config: CheckConfig, found: Findings, find_
     hashes, origin = np.empty(total if find_repeats else 0, np.int64), np.empty(total if find_repeats else 0, np.int64)
     whole = 0
     with strict_pillow(), progress("check images", total, "images") as advance:
-        for row, sample, sides, seen in examine_all(catalog, rows, config.threads):
+        blocks = catalog.samples(rows, extra=("width", "height"))
+        numbers = range(total) if rows is None else rows.tolist()
+        for row, seen in zip(numbers, examine_all(blocks, config.threads), strict=True):
             advance(1)
-            what, detail = seen.cause, seen.detail
+            sample, what, detail = seen.sample, seen.cause, seen.detail
+            sides = sample.extra["width"], sample.extra["height"]
             if not what and sides not in ((0, 0), (seen.width, seen.height)):
                 what, detail = CHANGED, f"{seen.width} x {seen.height}, was {sides[0]} x {sides[1]}"
             if what in (MISSING, SHORT_FILE, EMPTY) and (sample.path is not None or sample.size == 0):
@@ -372,8 +374,8 @@ def _decode_images(catalog: Catalog, config: CheckConfig, found: Findings, find_
             if what:
                 place = ": ".join(part for part in (sample.path or "held in the row", detail) if part)
                 found.add(what, 1, total, f"row {row:,}, key {sample.key!r}: {place}")
-            if find_repeats and not seen.cause:
-                hashes[whole], origin[whole] = seen.digest, row
+            if find_repeats and seen.digest is not None:
+                hashes[whole], origin[whole] = int.from_bytes(seen.digest[:8], signed=True), row
                 whole += 1
     if find_repeats and (repeats := count_repeats(hashes[:whole])).num_repeated:
         count, first = repeats.top[0]

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from modeclip.data.examining import SHORT_FILE
-from modeclip.data.samples import BOMB, EMPTY, MISSING, UNDECODABLE, UNREADABLE
+from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 

@@ -12,27 +12,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from array import array
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from modeclip.data.catalog import CATALOG, PAIR_COLUMNS, Catalog
-from modeclip.data.intake import Skips, check_all, strict_pillow
-from modeclip.data.rows import Distinct, Rows
-from modeclip.data.samples import (
-    MISSING_SHARD,
-    MISSING_TABLE,
-    Skipped,
-)
+from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
+from modeclip.data.images import Examined, examine, map_in_order, strict_pillow
+from modeclip.data.samples import HARMLESS, MISSING_SHARD, MISSING_TABLE, NOT_UTF8, Sample, Skipped
 from modeclip.data.sources import open_source, open_task, split_task
 from modeclip.data.sources.icons import TRAIN_SETS
 from modeclip.data.sources.options import DataConfig, Source, Unit
-from modeclip.data.storage import Ledger, exists, only_writer, remove_dataset, remove_files, remove_unfinished
+from modeclip.data.storage import (
+    FileWriter,
+    Ledger,
+    append,
+    create,
+    exists,
+    only_writer,
+    remove_dataset,
+    remove_files,
+    remove_unfinished,
+)
 from modeclip.errors import ModeclipError
 from modeclip.system.console import Advance, log, progress
 from modeclip.system.files import writing
@@ -49,6 +59,12 @@ ROWS_PER_PART = 1 << 15
 """After how many rows the units read so far are written down as finished."""
 NOT_SETTINGS = ("source", "tasks", "max_skipped_fraction", "workers", "train_sets", "exclude_sets")
 """Fields of ``DataConfig`` that may differ from one run to the next on the same catalog."""
+CHECK_THREADS = os.cpu_count() or 1
+SAMPLES_PER_CHECK = 32
+MANY_SKIPPED = 1000
+"""Number of skipped pairs after which too high a share of them stops the reading."""
+ROWS_PER_WRITE = 1024
+BYTES_PER_WRITE = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +179,7 @@ class _Indexing:
                 for batch in catalog.batches(["key"], 1 << 16):
                     known.add_all(batch["key"])
         self.rows = [
-            Rows(path, _schema(source, catalog, is_task), catalog.fingerprint if catalog else "", known)
+            CatalogWriter(path, _schema(source, catalog, is_task), catalog.fingerprint if catalog else "", known)
             for path, catalog, is_task in zip(self.paths, old, (False, True), strict=True)
         ]
         self.plan = hashlib.blake2b(json.dumps([self.settings, self.sources, replace]).encode()).hexdigest()[:32]
@@ -281,7 +297,7 @@ def _index_tasks(
         classes: What a class may be called; None: anything.
         skips: Counts what is skipped.
     """
-    rows = Rows(path, _schema(tasks[0][1], None, is_task=True), "", None)
+    rows = CatalogWriter(path, _schema(tasks[0][1], None, is_task=True), "", None)
     with progress("index tasks", None, "pairs") as advance:
         for position, (name, source) in enumerate(tasks, 1):
             for unit in source.units:
@@ -327,3 +343,201 @@ def _schema(source: Source, old: Catalog | None, is_task: bool) -> pa.Schema:
             log(f"columns {', '.join(new)} are left out: the catalog was begun without them")
         further = [field for field in further if field.name not in new]
     return pa.schema([*pairs, *further])
+
+
+# ---------------------------------------------------------------- checking pairs
+
+
+def check_all(stream: Iterator[Sample | Skipped], config: DataConfig, in_memory: bool) -> Iterator[Examined | Skipped]:
+    """Read and decode the images of a stream, in order; those in files by threads, with a bounded number under way.
+
+    Args:
+        stream: Samples; what is skipped already passes through.
+        config: Which images are decoded and which are copied.
+        in_memory: The images are small and in memory, where threads would only wait for each other.
+    """
+
+    def check_part(part: list[Sample | Skipped]) -> list[Examined | Skipped]:
+        return [item if isinstance(item, Skipped) else _check(item, config) for item in part]
+
+    if in_memory:
+        for item in stream:
+            yield from check_part([item])
+        return
+    parts = iter(lambda: list(islice(stream, SAMPLES_PER_CHECK)), [])
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        for checked in map_in_order(pool, check_part, parts, 2 * CHECK_THREADS):
+            yield from checked
+
+
+def _check(sample: Sample, config: DataConfig) -> Examined | Skipped:
+    """Read and decode one image, unless the user wants it unopened."""
+    try:
+        "".join((sample.key, sample.caption, sample.path or "")).encode()
+    except UnicodeEncodeError as error:
+        return Skipped(ascii(sample.key), NOT_UTF8, f"{error.reason} in {error.object!a}")
+    if not config.check_images and not config.copy_images and sample.image is None:
+        return Examined(sample)
+    seen = examine(sample, keep=config.copy_images)
+    return Skipped(sample.key, seen.cause, seen.detail or sample.path or "") if seen.cause else seen
+
+
+class Skips:
+    """Counts of what was skipped by cause, with the first example of each."""
+
+    def __init__(self, config: DataConfig, causes: Mapping[str, int]) -> None:
+        self.causes: Counter[str] = Counter(causes)
+        self.num_seen = 0
+        self._first: dict[str, Skipped] = {}
+        self._config = config
+        self._num_damaged = 0
+
+    def add(self, skipped: Skipped) -> None:
+        """Count one; raise when they are too many, whatever may still come."""
+        self.causes[skipped.cause] += 1
+        self._first.setdefault(skipped.cause, skipped)
+        if skipped.cause not in HARMLESS:
+            self._num_damaged += 1
+            if self._num_damaged % MANY_SKIPPED == 0:
+                self.stop_if_too_many()
+
+    def stop_if_too_many(self) -> None:
+        """Raise when more than ``max_skipped_fraction`` of what was seen cannot be used."""
+        if self._num_damaged > self._config.max_skipped_fraction * self.num_seen:
+            raise ModeclipError(
+                f"data.source {self._config.source!r}: {self._num_damaged:,} of {self.num_seen:,} pairs cannot"
+                f" be used, more than data.max_skipped_fraction {self._config.max_skipped_fraction};"
+                f" stopped there: {self}; mend the data or raise data.max_skipped_fraction"
+            )
+
+    def __str__(self) -> str:
+        return (
+            "; ".join(
+                f"{cause} {self.causes[cause]:,} (first: {first.key!r}, {' '.join(first.detail.split())})"
+                for cause, first in self._first.items()
+            )
+            or "none"
+        )
+
+
+# ---------------------------------------------------------------- writing rows
+
+
+class CatalogWriter:
+    """The rows that are added to one catalog, with their fingerprint.
+
+    Attributes:
+        files: (name, rows) of the data files that are finished.
+        fingerprint: Hash over all rows so far; each row is hashed together with the fingerprint before it.
+        num_waiting: Rows since the last call of ``finish``.
+    """
+
+    def __init__(self, path: str, schema: pa.Schema, fingerprint: str, known: Distinct | None) -> None:
+        self.fingerprint = fingerprint
+        self.files: list[list[Any]] = []
+        self.num_waiting = 0
+        self._path, self._schema, self._known = path, schema, known
+        self._further = [name for name in schema.names if name not in PAIR_COLUMNS]
+        self._writer = FileWriter(path, schema)
+        self._table: list[dict[str, object]] = []
+        self._table_bytes = 0
+
+    def add(self, checked: Examined, task: str = "") -> None:
+        """Append a row, unless its key is one of those known."""
+        sample = checked.sample
+        if self._known is not None and sample.key in self._known:
+            return
+        identity = (self.fingerprint, sample.key, sample.caption, sample.group, task, checked.digest)
+        self.fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+        in_row = checked.image is not None
+        self._table.append(
+            {
+                "key": sample.key,
+                "caption": sample.caption,
+                "image": checked.image,
+                "path": None if in_row else sample.path,
+                "offset": 0 if in_row else sample.offset,
+                "size": len(checked.image or b"") if in_row else sample.size,
+                "width": checked.width,
+                "height": checked.height,
+                "digest": checked.digest,
+                "group": sample.group,
+                "task": task,
+            }
+            | {name: sample.extra.get(name) for name in self._further}
+        )
+        self.num_waiting += 1
+        self._table_bytes += len(checked.image or b"")
+        if len(self._table) >= ROWS_PER_WRITE or self._table_bytes >= BYTES_PER_WRITE:
+            self._write()
+
+    def finish(self) -> list[list[Any]]:
+        """Finish the data file, so that no later row is in it; return (name, rows) of the files since the last call."""
+        self._write()
+        finished = [list(file) for file in self._writer.finish()]
+        self.files += finished
+        self.num_waiting = 0
+        return finished
+
+    def discard(self) -> None:
+        """Remove what is not finished."""
+        self._writer.discard()
+
+    def commit(self, metadata: Mapping[str, str], replace: bool) -> None:
+        """Make the rows of all finished files a catalog, or a part of the one that is there."""
+        described = {FORMAT: FORMAT_VERSION, FINGERPRINT: self.fingerprint, **metadata}
+        if replace or not exists(self._path):
+            create(self._path, self._schema.with_metadata(described), self.files)
+        else:
+            append(self._path, self.files, described)
+
+    def _write(self) -> None:
+        if self._table:
+            self._writer.write(pa.Table.from_pylist(self._table, schema=self._schema))
+            self._table, self._table_bytes = [], 0
+
+
+class Distinct:
+    """A set of texts that keeps 8 to 16 bytes of hash a text.
+
+    The chance that a billion texts are counted one short is 3 % (n² / 2^65).
+
+    Hashes lie in 256 parts by their last byte, each sorted, so that only one at a time is sorted anew.
+    """
+
+    def __init__(self) -> None:
+        self._sorted = [np.empty(0, np.uint64) for _ in range(256)]
+        self._new = [array("Q") for _ in range(256)]
+
+    def add(self, text: str) -> None:
+        """Put a text in."""
+        value = self._hash(text)
+        new = self._new[value % 256]
+        new.append(value)
+        if len(new) > len(self._sorted[value % 256]) + 256:
+            self._merge(value % 256)
+
+    def add_all(self, texts: Iterable[str]) -> None:
+        """Put several texts in."""
+        for text in texts:
+            self.add(text)
+
+    def __len__(self) -> int:
+        return sum(len(self._merge(part)) for part in range(256))
+
+    def __contains__(self, text: str) -> bool:
+        value = self._hash(text)
+        values = self._merge(value % 256)
+        position = int(np.searchsorted(values, np.uint64(value)))
+        return position < len(values) and int(values[position]) == value
+
+    def _merge(self, part: int) -> np.ndarray:
+        if self._new[part]:
+            new = np.frombuffer(self._new[part], np.uint64)
+            self._sorted[part] = np.unique(np.concatenate([self._sorted[part], new]))
+            self._new[part] = array("Q")
+        return self._sorted[part]
+
+    @staticmethod
+    def _hash(text: str) -> int:
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

@@ -1,34 +1,18 @@
-"""What one image-caption pair is, the causes for which one is skipped, and how its two halves decode.
+"""What one image-caption pair is, and the causes for which a pair is skipped.
 
-A sample names the bytes of its image: held in memory, or lying in a file (a whole one, or a byte range
-of a tar shard) on this machine or in an object store. What cannot be a sample is a ``Skipped`` with a cause, which
-its reader counts.
-
-Images become RGB over white. open_clip drops transparency instead, which turns a black drawing on a
-transparent ground all black; it also lets Pillow clip 16-bit images to nearly all white.
+A sample names the bytes of its image: they are in memory, or in a file (the whole file, or a byte range of a tar
+shard) on this machine or in an object store. What cannot become a sample is a ``Skipped`` with a cause, which whoever
+reads the source counts.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from modeclip.errors import ModeclipError
-from modeclip.system.console import progress
 from modeclip.system.paths import read_bytes
-
-HASHED_AT_ONCE = 256  # images that a thread hashes before it says so
-MANY_IMAGES = 4096  # from here on hashing shows how far it is
 
 # Causes for which a pair, or a whole part of a source, is skipped, as they appear in results.
 NO_CAPTION = "no caption"
@@ -41,6 +25,7 @@ UNREADABLE = "image file cannot be read"
 EMPTY = "image is empty (0 bytes)"
 UNDECODABLE = "image does not decode"
 CHANGED = "image has changed"
+SHORT_FILE = "image file is shorter than recorded"
 BOMB = "image has too many pixels (decompression bomb)"
 NOT_DOWNLOADED = "image was not downloaded (img2dataset)"
 UNRENDERED = "icon does not render"
@@ -158,75 +143,3 @@ def samples_of(captions: Sequence[str], key: str, **where: Any) -> Iterator[Samp
     """
     for number, caption in enumerate(captions):
         yield Sample(f"{key}#{number}" if number else key, caption, **where)
-
-
-class ChangedError(Exception):
-    """The bytes of an image are not those that were seen before."""
-
-
-def hash_image(data: bytes) -> bytes:
-    """Return the 16 bytes that tell an encoded image from others: a catalog's column ``digest``."""
-    return blake2b(data, digest_size=16).digest()
-
-
-def hash_parts(name: str, count: int, hash_some: Callable[[range], list[bytes]]) -> list[bytes]:
-    """Hash images by several threads, and show how far that is where they are many.
-
-    Args:
-        name: What they are the images of.
-        count: How many there are.
-        hash_some: Returns the hashes of the images of some numbers.
-    """
-    parts = [range(start, min(start + HASHED_AT_ONCE, count)) for start in range(0, count, HASHED_AT_ONCE)]
-    found: list[bytes] = []
-    bar = progress(f"hash {name}", count, "images") if count >= MANY_IMAGES else nullcontext()
-    with bar as advance, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for part in pool.map(hash_some, parts):
-            found += part
-            if advance is not None:
-                advance(len(part))
-    return found
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decode an encoded image to RGB; transparent parts become white.
-
-    Raises:
-        Exception: The bytes are no image that Pillow can decode; ``cause_of`` names the cause.
-    """
-    return _to_rgb(Image.open(io.BytesIO(data)))
-
-
-def measure_image(data: bytes) -> tuple[int, int]:
-    """Return (width, height) of an image after decoding it to its last byte.
-
-    Raises:
-        Exception: As for ``decode_image``.
-    """
-    image = Image.open(io.BytesIO(data))
-    size = image.size
-    image.draft("RGB", (1, 1))  # JPEG: all data are read, but an eighth of the size comes out
-    _to_rgb(image)
-    return size
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def cause_of(error: Exception) -> str:
-    """Return the cause under which an exception from reading or decoding an image is counted."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return MISSING
-    if isinstance(error, ChangedError):
-        return CHANGED
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return BOMB
-    if isinstance(error, ModeclipError) or (isinstance(error, OSError) and error.errno is not None):
-        return UNREADABLE
-    return UNDECODABLE

@@ -20,8 +20,8 @@ from jaxtyping import Int
 from modeclip.data.catalog import Catalog
 from modeclip.data.checks import CheckResult
 from modeclip.data.findings import Histogram, format_share
-from modeclip.data.intake import strict_pillow
-from modeclip.data.samples import EMPTY, Sample, cause_of, decode_image
+from modeclip.data.images import cause_of, decode_image, strict_pillow
+from modeclip.data.samples import EMPTY, Sample
 from modeclip.pages.charts import Axis
 from modeclip.pages.run_report import encode_image, format_count, format_duration, is_small
 from modeclip.system.files import write_atomically, writing

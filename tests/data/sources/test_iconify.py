@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeclip.data.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample, decode_image
+from modeclip.data.images import decode_image
+from modeclip.data.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample
 from modeclip.data.sources import DataConfig, open_source, open_task, source_state
 from modeclip.data.sources.iconify import VERSION, assemble_svg, find_package, iconify_caption, variant_pattern
 from modeclip.data.sources.icons import render

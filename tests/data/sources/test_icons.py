@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeclip.data.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample, Skipped, decode_image
+from modeclip.data.images import decode_image
+from modeclip.data.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample, Skipped
 from modeclip.data.sources import icons
 from modeclip.data.sources.icons import (
     ICON_SETS,

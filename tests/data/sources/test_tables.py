@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from modeclip.data.images import decode_image
 from modeclip.data.samples import (
     DAMAGED_TABLE,
     EMPTY_CAPTION,
@@ -26,7 +27,6 @@ from modeclip.data.samples import (
     NOT_UTF8,
     Sample,
     Skipped,
-    decode_image,
 )
 from modeclip.data.sources import DataConfig, open_source
 from modeclip.errors import ModeclipError

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL.Image import Image
 
-from modeclip.data.samples import cause_of, decode_image, hash_image, hash_parts
+from modeclip.data.images import cause_of, decode_image, hash_image, hash_parts
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import is_url, join, open_file, read_bytes
 

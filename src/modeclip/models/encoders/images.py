@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from modeclip.data.samples import cause_of, decode_image
+from modeclip.data.images import cause_of, decode_image
 from modeclip.errors import ModeclipError, unknown
 from modeclip.models.clip import Clip, encode_image, encode_text, load_clip
 from modeclip.models.encoders.hub import (
