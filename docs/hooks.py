@@ -1,6 +1,6 @@
 """What the documentation takes from the code, so that one fact stands in one place.
 
-Five marks in a Markdown page are replaced when the site is built:
+Eight marks in a Markdown page are replaced when the site is built:
 
 * a comment ``config: ClusterConfig`` becomes a table of that dataclass: field, type,
   default, and the string that stands under the field;
@@ -9,6 +9,10 @@ Five marks in a Markdown page are replaced when the site is built:
 * a comment ``block: README.md result table`` becomes what stands in that file between the comments
   ``result table: begin`` and ``result table: end``;
 * a comment ``file: PATH`` becomes that file as a code block;
+* a comment ``files: PACKAGE`` becomes a table of that package's files with the first line of their docstrings;
+* a comment ``api: PACKAGE`` becomes the documentation of all modules of that package, in the order of their imports;
+* comments ``walk: TITLE``, each with a line ``MODULE | what happens there`` for every step, become numbered lists, and a
+  comment ``house`` the picture of all packages and files with these walks on it;
 * a fenced block ``math``, or code in dollar signs, becomes MathML: no script, no network.
 """
 
@@ -20,6 +24,8 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -125,6 +131,144 @@ def file_block(file_name: str) -> str:
     return f"```{path.suffix[1:]}\n{path.read_text(encoding='utf-8').strip()}\n```"
 
 
+@dataclass(frozen=True)
+class Module:
+    """A file of the package."""
+
+    name: str
+    """Dotted, below ``modeclip``."""
+    path: Path
+    summary: str
+    """First line of its docstring."""
+    num_lines: int
+
+
+@cache
+def modules() -> dict[str, Module]:
+    """Return every module of the package by its dotted name below ``modeclip``; packages by their own names."""
+    root, found = ROOT / "src" / "modeclip", {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        text = path.read_text(encoding="utf-8")
+        summary = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+        if not summary:
+            raise PluginError(f"{path} has no docstring that says what it is for")
+        found[name] = Module(name, path, summary, text.count("\n"))
+    return found
+
+
+@cache
+def layers(container: str) -> list[str]:
+    """Return the children of a package in the order of their imports, first what all others may import."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    full = f"modeclip.{container}" if container else "modeclip"
+    for contract in contracts:
+        if contract["type"] == "layers" and full in contract["containers"]:
+            words = [word.strip(" ()") for layer in contract["layers"] for word in re.split("[|:]", layer)]
+            return words[::-1]
+    raise PluginError(f"no import contract in pyproject.toml orders the files of {full}")
+
+
+def members(package: str) -> list[Module]:
+    """Return a package's files and, behind each sub-package's own, its files, in the order of their imports."""
+    found = []
+    for child in layers(package):
+        name = f"{package}.{child}" if package else child
+        found.append(modules()[name])
+        if modules()[name].path.name == "__init__.py" and package:
+            found += members(name)
+    return found
+
+
+def file_table(package: str) -> str:
+    """Return the Markdown table of a package's files."""
+    rows = [f"| `{place_of(module)}` | {module.summary.replace('|', chr(92) + '|')} |" for module in members(package)]
+    return "\n".join(["| file | what it is for |", "|---|---|", *rows])
+
+
+def place_of(module: Module) -> str:
+    """Return where a module lies, below ``src/modeclip``."""
+    return str(module.path.relative_to(ROOT / "src" / "modeclip"))
+
+
+def api_of(package: str) -> str:
+    """Return the marks by which mkdocstrings documents the modules of a package."""
+    options = "    options: { show_root_heading: false, show_root_toc_entry: false }"
+    named = [modules()[package]] if modules()[package].path.name == "errors.py" else members(package)
+    return "\n\n".join(f"### `{m.name}`\n\n{m.summary}\n\n::: modeclip.{m.name}\n{options}" for m in named)
+
+
+def read_walks(markdown: str) -> dict[str, list[tuple[Module, str]]]:
+    """Return the walks of a page: title to its steps, each a module and what happens there."""
+    walks = {}
+    for title, lines in re.findall(r"<!-- walk: (.+?)\n(.*?)-->", markdown, re.DOTALL):
+        steps = []
+        for line in lines.strip().splitlines():
+            name, _, text = (part.strip() for part in line.partition("|"))
+            if name not in modules():
+                raise PluginError(f"walk {title!r}: modeclip has no module {name!r}")
+            steps.append((modules()[name], text))
+        walks[title] = steps
+    return walks
+
+
+def walk_list(steps: list[tuple[Module, str]]) -> str:
+    """Return a walk as a numbered list."""
+    return "\n".join(f"{n}. `{place_of(module)}` {text}" for n, (module, text) in enumerate(steps, 1))
+
+
+ROOM, ROW, MARGIN, TITLE_WIDTH, HOUSE_WIDTH = 6, 24, 12, 104, 980
+"""Pixels: between rooms, height of a row of rooms, around a floor, left of it for its name, of the whole."""
+WALK_COLORS = ("#c2410c", "#1d4ed8", "#15803d")
+
+
+def draw_house(walks: dict[str, list[tuple[Module, str]]]) -> str:
+    """Return the house as SVG: a floor a package, a room a file, a numbered dot for each step of a walk."""
+    shapes, places, y = [], {}, 8.0
+    for package in layers(""):
+        if package == "__main__":
+            continue
+        is_package = modules()[package].path.name == "__init__.py"
+        x, top = float(TITLE_WIDTH + MARGIN), y
+        y += MARGIN / 2
+        for module in [m for m in members(package) if m.name != package] if is_package else [modules()[package]]:
+            label = module.name.partition(".")[2] or module.name
+            width = 6.2 * len(label) + 30
+            if x + width > HOUSE_WIDTH - MARGIN:
+                x, y = float(TITLE_WIDTH + MARGIN), y + ROW + ROOM
+            places[module.name] = (x, y, width)
+            shapes.append(f'<rect class="room" x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{ROW}" rx="4"/>')
+            shapes.append(f'<text x="{x + 8:.0f}" y="{y + 16:.0f}">{label}</text>')
+            x += width + ROOM
+        y += ROW + MARGIN / 2
+        places.setdefault(package, (TITLE_WIDTH - 34.0, top + 4, 30.0))
+        floor = f'<rect class="floor" x="1" y="{top:.0f}" width="{HOUSE_WIDTH - 2}" height="{y - top:.0f}" rx="6"/>'
+        shapes.insert(0, f'{floor}<text class="name" x="12" y="{top + 22:.0f}">{package}</text>')
+        y += 6
+    dots: dict[str, int] = {}
+    for color, steps in zip(WALK_COLORS, walks.values(), strict=False):
+        for number, (module, _) in enumerate(steps, 1):
+            x, top, width = places[module.name]
+            dots[module.name] = before = dots.get(module.name, 0)
+            dots[module.name] += 1
+            center = x + width - 9 - 15 * before
+            shapes.append(f'<circle cx="{center:.0f}" cy="{top + ROW / 2:.0f}" r="7.5" fill="{color}"/>')
+            shapes.append(f'<text class="step" x="{center:.0f}" y="{top + ROW / 2 + 3:.0f}">{number}</text>')
+    for index, title in enumerate(walks):
+        shapes.append(f'<circle cx="20" cy="{y + 12:.0f}" r="7.5" fill="{WALK_COLORS[index]}"/>')
+        shapes.append(f'<text x="34" y="{y + 16:.0f}">{title}</text>')
+        y += 22
+    label = "The packages of modeclip, a floor each, with a room for each file; dots are the steps of the walks"
+    return (
+        f'<svg class="house" viewBox="0 0 {HOUSE_WIDTH} {y + 8:.0f}" role="img" aria-label="{label}">'
+        + "".join(shapes)
+        + "</svg>"
+    )
+
+
 def render_formulas(markdown: str) -> str:
     """Replace LaTeX in ``math`` fences and in dollar-and-backtick code by MathML."""
 
@@ -144,4 +288,9 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda found: file_block(found[1]), markdown)
     markdown = re.sub(r"<!-- help: ([\w -]+?) -->", lambda found: command_help(found[1]), markdown)
     markdown = re.sub(r"<!-- block: (\S+) ([\w ]+?) -->", lambda found: shared_block(found[1], found[2]), markdown)
+    walks = read_walks(markdown)
+    markdown = markdown.replace("<!-- house -->", draw_house(walks) if "<!-- house -->" in markdown else "")
+    markdown = re.sub(r"<!-- walk: (.+?)\n.*?-->", lambda found: walk_list(walks[found[1]]), markdown, flags=re.DOTALL)
+    markdown = re.sub(r"<!-- files: ([\w.]+) -->", lambda found: file_table(found[1]), markdown)
+    markdown = re.sub(r"<!-- api: ([\w.]+) -->", lambda found: api_of(found[1]), markdown)
     return render_formulas(markdown)

@@ -130,13 +130,28 @@ def two_expert_weight(first: int, second: int, distance: float, rule: str) -> fl
     return float(route(classes, centers.astype(np.float64), experts, num_experts=2, rule=rule).weights[0])
 
 
-def test_readme_has_every_file_in_the_order_of_the_import_contract() -> None:
+def test_readme_has_every_package_in_the_order_of_the_import_contract() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     layers = config["tool"]["importlinter"]["contracts"][0]["layers"]
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is where")[1]
-    listed = re.findall(r"^  (\w+)\.py ", tree, re.MULTILINE)
+    listed = re.findall(r"^  (\w+)(?:\.py|/) ", tree, re.MULTILINE)
     assert listed == layers[::-1]
-    assert set(listed) == {path.stem for path in (ROOT / "src" / "modeclip").glob("*.py")} - {"__init__"}
+    there = {path.stem for path in (ROOT / "src" / "modeclip").iterdir() if (path / "__init__.py").exists()}
+    there |= {path.stem for path in (ROOT / "src" / "modeclip").glob("*.py")} - {"__init__"}
+    assert set(listed) == there
+
+
+def test_every_package_has_a_contract_for_its_files() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    ordered = {
+        container
+        for contract in config["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers" and contract.get("exhaustive")
+        for container in contract["containers"]
+    }
+    root = ROOT / "src"
+    packages = {".".join(path.parent.relative_to(root).parts) for path in root.rglob("__init__.py")}
+    assert ordered == packages
 
 
 def test_public_names_are_sorted_and_few() -> None:
