@@ -23,7 +23,7 @@ from experiments import MAIN, PARTS, Arm, base_arm
 from records import BY_SEED, Records, against, averages, interval, label, mean, plain_arms, short, table
 
 from modeclip.mixture.rules import RULES
-from modeclip.pages.scaling_page import write_page
+from modeclip.pages.scaling_page import write_scaling
 
 PAPER = {
     "main": "B/32, 26 tasks: MetaCLIP 58.2 / MoDE-2 58.6 / MoDE-4 59.0 (400M); 59.8 / 61.2 / 61.7 (2.5B)",
@@ -389,7 +389,7 @@ def main() -> None:
     lines = "".join(json.dumps(line) + "\n" for line in scaling_lines(records))
     arguments.records.with_name("scaling.jsonl").write_text(lines, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
-        _, picture = write_page(laws_of(records), Path(folder), "mean over 36 tasks of the zero-shot error")
+        _, picture = write_scaling(laws_of(records), Path(folder), "mean over 36 tasks of the zero-shot error")
         shutil.copyfile(picture, arguments.docs.parent / "assets" / picture.name)
 
 

@@ -46,11 +46,11 @@ from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.data.storage import FileWriter, create
 from modeclip.errors import ModeclipError
+from modeclip.pages.charts import draw_bins
 from modeclip.pages.check_page import (
     SHEET_PAIRS,
     TILE,
     draw_contact_sheet,
-    draw_histogram,
     draw_rows,
     read_tiles,
     write_check,
@@ -396,7 +396,9 @@ def test_pairs_are_drawn_by_a_seed(tmp_path: Path, icons):
 def test_bars_stay_inside_their_frame_and_keep_their_proportions():
     counter = HistogramCounter((0.0, 1.0, 2.0, 4.0, 8.0, 16.0))
     counter.add(np.array([0, 1, 1, 5, 5, 5, 5, 100]))
-    chart = draw_histogram(counter.finish())
+    found = counter.finish()
+    chart = draw_bins(found.counts, found.edges, size=(380.0, 210.0))
+    assert chart is not None
     left, upper, right, lower = chart["frame"]
     bars = chart["bars"]
     assert [bar["count"] for bar in bars] == [1, 2, 4, 1]
@@ -404,4 +406,4 @@ def test_bars_stay_inside_their_frame_and_keep_their_proportions():
     assert all(left <= bar["x"] and bar["x"] + bar["width"] <= right and bar["y"] >= upper for bar in bars)
     assert all(bar["y"] + bar["height"] == pytest.approx(lower, abs=0.2) for bar in bars)
     assert bars[2]["height"] == pytest.approx(4 * bars[0]["height"], abs=0.3)
-    assert draw_histogram(HistogramCounter((0.0, 1.0)).finish()) is None
+    assert draw_bins((0, 0), (0.0, 1.0), size=(380.0, 210.0)) is None

@@ -28,7 +28,7 @@ from modeclip.data.indexing import index
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.errors import ModeclipError
-from modeclip.pages.charts import Axis, choose_labels, fit_box, project, spread, thin
+from modeclip.pages.charts import Axis, choose_labels, fit_box, neighbour_plane, spread, thin
 from modeclip.pages.run_report import write_report
 
 EVIL = "</script><script>alert('1')</script><img src=x onerror=alert(2)> \" onload='x' {{ 7*7 }}"
@@ -584,7 +584,7 @@ def test_thinning_keeps_the_ends_and_the_mean() -> None:
 @pytest.mark.parametrize("num", [1, 2, 7, 12])
 def test_map_is_finite_and_inside_for_few_points(num: int) -> None:
     points = np.random.default_rng(0).normal(size=(num, 5)).astype(np.float32)
-    placed = fit_box(project(points), (100.0, 50.0), margin=5.0)
+    placed = fit_box(neighbour_plane(points), (100.0, 50.0), margin=5.0)
     assert placed.min() >= 5 - 1e-4
     assert (placed.max(axis=0) <= [95.001, 45.001]).all()
 

@@ -44,11 +44,11 @@ def scaling(
 ) -> None:
     """Fit error = A * compute^(-b) to results of several sizes and budgets, one law a family, with intervals."""
     from modeclip.evaluation.scaling import fit_scaling, read_points
-    from modeclip.pages.scaling_page import RESULT_FILE, write_page
+    from modeclip.pages.scaling_page import RESULT_FILE, write_scaling
     from modeclip.system.files import write_atomically
 
     result = fit_scaling(read_points(results), ScalingConfig(**asdict(config)))
-    pages = write_page(result, out, what) if out is not None else ()
+    pages = write_scaling(result, out, what) if out is not None else ()
     if out is not None:
         write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
     if as_json:

@@ -1,21 +1,16 @@
-"""A clustering in, one self-contained HTML page out: its experts, its fine clusters, and what its choices are worth.
+"""The atlas of a clustering: its experts and fine clusters in pictures and captions, and what its choices are worth.
 
-Method: as in `modeclip.pages.run_report`: this file computes what is drawn, ``templates/atlas.html`` holds words and order; one
-file, nothing is loaded, and the content security policy makes the browser refuse everything else. The map shows the
-fine centres on their two main directions (PCA): straight distances, unlike the report's t-SNE, but only the share of
-the variance that is stated beside it. Pictures are taken until a budget is spent: some for each expert first, then one
-for each fine cluster, largest first, then a second one, and so on.
+The map shows the fine centres on their two main directions (PCA). Unlike the t-SNE of a run's report it keeps straight
+distances, but it shows only a share of the variance, which the page states. Pictures are added until their budget is
+spent: some for each expert first, then one for each fine cluster, largest first, then a second one, and so on.
 
-Price: a few seconds for 1024 clusters, nearly all of it reading pictures; the page weighs the pictures' budget and
-about a megabyte for 1024 clusters.
+Price: a few seconds for 1024 clusters, nearly all of it for reading pictures. The page weighs as much as the budget
+for pictures plus about a megabyte for 1024 clusters.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +22,8 @@ from modeclip.clustering.diagnostics import Diagnostics
 from modeclip.clustering.fitting import ClusterResult
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.pages.charts import MAP_SIZE, choose_labels, draw_histogram, draw_trials, fit_box, principal_plane
-from modeclip.pages.run_report import encode_image, format_count, format_duration, format_short, is_small, label
+from modeclip.pages.charts import draw_histogram, draw_map, draw_trials, principal_plane
+from modeclip.pages.html import embed_picture, render
 from modeclip.system.files import write_atomically
 
 Json = dict[str, Any]
@@ -67,7 +62,8 @@ def write_atlas(
     pictures, reason = take_pictures(catalog, result, picture_bytes)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = _render(
+    page = render(
+        "atlas.html",
         name=name or catalog.name,
         num_experts=len(result.experts),
         num_rows=sum(card.size for card in result.fine),
@@ -75,7 +71,6 @@ def write_atlas(
         atlas=build_map(result),
         experts=build_experts(result, pictures),
         reason=reason,
-        num_pictures=sum(len(group) for group in pictures.values()),
         sizes=draw_histogram(np.array([card.size for card in result.fine], np.float64), size=(720.0, 210.0)),
         largest=max(card.size for card in result.fine),
         num_empty=sum(card.size == 0 for card in result.fine),
@@ -90,27 +85,19 @@ def build_map(result: ClusterResult) -> Json:
     """Place all fine clusters on the plane of their main directions."""
     shown = sorted(result.fine, key=lambda card: (-card.size, card.index))
     plane, share = principal_plane(result.clustering.fine_centers[[card.index for card in shown]])
-    positions = fit_box(plane, MAP_SIZE, margin=34.0)
-    largest = float(np.clip(340 / math.sqrt(len(shown)), 7, 26))
-    biggest = max(shown[0].size, 1)
-    dots = [
+    clusters = [
         {
             "index": card.index,
             "expert": card.expert,
             "size": card.size,
             "keywords": card.keywords,
             "nearest_captions": card.nearest_captions,
-            "x": round(float(x), 1),
-            "y": round(float(y), 1),
-            "r": round(max(2.0, largest * math.sqrt(card.size / biggest)), 1),
             "tasks": [],
         }
-        for card, (x, y) in zip(shown, positions, strict=True)
+        for card in shown
     ]
     return {
-        "dots": dots,
-        "labels": choose_labels(dots),
-        "size": MAP_SIZE,
+        **draw_map(clusters, plane, smallest=2.0),
         "share": share,
         "experts": result.experts,
         "imbalance": result.imbalance,
@@ -183,11 +170,11 @@ def take_pictures(
         for (owner, _), image, caption in zip(part, images, captions, strict=True):
             if any(caption == known["caption"] for known in pictures.get(owner, [])):
                 continue
-            source = encode_image(image)
-            spent += len(source)
+            picture = embed_picture(image, str(caption))
+            spent += len(picture["source"])
             if spent > most_bytes:
                 return pictures, ""
-            pictures.setdefault(owner, []).append({"source": source, "small": is_small(image), "caption": str(caption)})
+            pictures.setdefault(owner, []).append(picture)
     return pictures, ""
 
 
@@ -212,27 +199,3 @@ def _alternate(card: FineCard) -> list[int]:
     """Return nearest and random rows of a card in turn, each once."""
     pairs = itertools.zip_longest(card.nearest_rows, card.random_rows)
     return list(dict.fromkeys(row for pair in pairs for row in pair if row is not None))
-
-
-def _render(**parts: Any) -> str:
-    """Fill the template with the parts of the page."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": format_count,
-        "duration": format_duration,
-        "label": label,
-        "short": format_short,
-        "effective": math.exp,
-        "entropy_limit": lambda count: math.log(max(count, 1)),
-    }
-    script = environment.get_template("report.js").render()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("atlas.html").render(**parts, script=script, script_hash=digest)

@@ -1,7 +1,8 @@
-"""Arrays in, positions on a page out: axes with round ticks, curves, a map of clusters, labels that do not collide.
+"""Charts: axes with round numbers, curves, bars, a map of clusters, and labels that do not cover each other.
 
-Knows nothing of run folders or HTML: the report's template turns these positions into inline SVG. Page coordinates
-start at the upper left corner, so a larger height lies further down.
+These functions only compute positions; a page's template turns them into inline SVG, so that no page needs a chart
+library. A chart is a dictionary with its ``size`` (width, height), its ``frame`` (left, upper, right, lower), ticks as
+pairs (value, position) and what is drawn. The origin is the upper left corner: a larger height lies further down.
 """
 
 from __future__ import annotations
@@ -135,7 +136,59 @@ def spread(heights: Sequence[float], *, gap: float, low: float, high: float) -> 
     return placed
 
 
-def project(centers: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M 2"]:
+def draw_bins(counts: Sequence[int], edges: Sequence[float], *, size: tuple[float, float]) -> Json | None:
+    """Place the bars of counts on a logarithmic axis, or return None if nothing was counted.
+
+    Each bar is as wide as its bin is on that axis.
+
+    Args:
+        counts: How many values each bin holds.
+        edges: Lower edge of each bin, ascending. The last bin has no upper edge; it is drawn as wide as the one before.
+        size: Width and height of the chart in its own units.
+    """
+    lows, heights = np.array(edges), np.array(counts)
+    filled = np.flatnonzero(heights)
+    if not len(filled):
+        return None
+    first, last = int(filled[0]), min(len(heights) - 1, int(filled[-1]) + 1)
+    highs = np.append(lows[1:], 2 * lows[-1] - lows[-2])
+    low = lows[first] or 0.5  # a bin that starts at 0 has no place on a logarithmic axis
+    across = Axis(float(low), float(highs[last]), 46.0, size[0] - 12, log=True)
+    up = Axis(0.0, float(heights.max()) * 1.08, size[1] - 34, 10.0)
+    bars = []
+    for position in range(first, last + 1):
+        left, right = across.place(max(float(lows[position]), float(low))), across.place(float(highs[position]))
+        top = up.place(int(heights[position]))
+        words = f"{lows[position]:g}" if position == len(heights) - 1 else f"{lows[position]:g} to {highs[position]:g}"
+        bars.append(
+            {
+                "x": round(left + 0.5, 1),
+                "y": round(top, 1),
+                "width": round(max(right - left - 1, 0.5), 1),
+                "height": round(up.start - top, 1),
+                "words": words,
+                "count": int(heights[position]),
+            }
+        )
+    return {
+        "size": size,
+        "frame": (across.start, up.end, across.end, up.start),
+        "bars": [bar for bar in bars if bar["count"]],
+        "x_ticks": _thin_ticks(across.ticks(5)),
+        "y_ticks": up.ticks(4),
+    }
+
+
+def _thin_ticks(ticks: list[tuple[float, float]], gap: float = 34.0) -> list[tuple[float, float]]:
+    """Leave out ticks whose numbers would touch."""
+    kept: list[tuple[float, float]] = []
+    for value, place in ticks:
+        if value > 0 and (not kept or place - kept[-1][1] >= gap):
+            kept.append((value, place))
+    return kept
+
+
+def neighbour_plane(centers: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M 2"]:
     """Map points to a plane so that neighbours stay neighbours (t-SNE); a handful by their principal components."""
     if len(centers) < 8:
         return principal_plane(centers)[0]
@@ -217,6 +270,30 @@ def fit_box(points: Float[np.ndarray, "M 2"], size: tuple[float, float], margin:
     low, extent = points.min(axis=0), np.ptp(points, axis=0)
     unit = np.where(extent > 0, (points - low) / np.where(extent > 0, extent, 1), 0.5)
     return margin + unit * (np.asarray(size) - 2 * margin)
+
+
+def draw_map(clusters: Sequence[Json], plane: Float[np.ndarray, "M 2"], *, smallest: float) -> Json:
+    """Place clusters on a map as dots whose area is their size.
+
+    Args:
+        clusters: ``index``, ``expert``, ``size``, ``keywords`` and what else the template shows of each cluster, the
+            largest first; it draws them in this order, so that small dots lie on large ones.
+        plane: Where they lie, in any unit.
+        smallest: Least radius of a dot.
+    """
+    positions = fit_box(plane, MAP_SIZE, margin=34.0)
+    largest = float(np.clip(340 / math.sqrt(len(clusters)), 7, 26))
+    biggest = clusters[0]["size"] or 1
+    dots = [
+        {
+            **cluster,
+            "x": round(float(x), 1),
+            "y": round(float(y), 1),
+            "r": round(max(smallest, largest * math.sqrt(cluster["size"] / biggest)), 1),
+        }
+        for cluster, (x, y) in zip(clusters, positions, strict=True)
+    ]
+    return {"size": MAP_SIZE, "dots": dots, "labels": choose_labels(dots)}
 
 
 def choose_labels(dots: Iterable[Json]) -> list[Json]:

@@ -37,7 +37,6 @@ def write_finetuning(result: FinetuneResult, folder: Path | str) -> Path:
                 result=result,
                 line=draw_curves(logs, "accuracy", result.alpha, size=CHART_SIZE, right=110.0),
                 training=draw_curves(training, "accuracy", float(result.best_step), size=CHART_SIZE, right=20.0),
-                num_experts=2,
             ),
         )
     return page

@@ -16,10 +16,21 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modeclip.training.jobs import role_of
+
 if TYPE_CHECKING:
     from jinja2 import Environment
     from PIL.Image import Image
 
+Json = dict[str, Any]
+
+PAPER, INK, SOFT, RULE, WARN = "#fbfbf9", "#17191e", "#5c6370", "#d5d6d0", "#a8371b"
+"""Colours of pictures that stand alone: background, text, quiet text, lines, alarm."""
+PALETTE = (
+    *(("#0072b2", "#4ea9e6"), ("#d98200", "#f0a93b"), ("#009e73", "#34c79c"), ("#c25e9a", "#e391c1")),
+    *(("#c8501a", "#ff8a5c"), ("#3b9fdb", "#97d5fa"), ("#9c9000", "#e3d84f"), ("#75675a", "#b9a796")),
+)
+"""Colours of experts and families on light and on dark ground, which colour-blind people tell apart (Okabe and Ito)."""
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL_PIXELS = 96
 SMALL_PIXELS = 64
@@ -47,6 +58,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["palette"] = PALETTE
     environment.filters |= {
         "compute": format_compute,
         "count": format_count,
@@ -54,8 +66,19 @@ def _environment() -> Environment:
         "duration": format_duration,
         "effective": math.exp,
         "entropy_limit": lambda count: math.log(max(count, 1)),
+        "family": family_of,
+        "label": label,
+        "percent": lambda value: f"{100 * value:.1f}",
+        "percent_range": lambda ends: f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}",
+        "plain": lambda value: f"{value:g}",
+        "plain_percent": lambda value: f"{100 * value:g}",
+        "points": _format_points,
+        "points_range": lambda ends: f"{_format_points(ends[0])} to {_format_points(ends[1])}",
+        "px": lambda value: f"{value:.1f}",
         "short": format_short,
+        "short_percent": lambda value: f"{100 * value:.3g}",
         "thousands": "{:,}".format,
+        "tone": _tone_of,
     }
     return environment
 
@@ -66,6 +89,19 @@ def _digest(script: str) -> str:
 
 
 # ---------------------------------------------------------------- pictures
+
+
+def embed_picture(image: Image | None, caption: str, *, place: str = "", cause: str = "") -> Json:
+    """Return what templates need to show a pair.
+
+    Args:
+        image: The picture; None shows ``cause`` in its stead.
+        caption: Its caption.
+        place: Where the pair lies, for the pointer.
+        cause: Why there is no picture.
+    """
+    source, small = ("", False) if image is None else (picture_url(image), is_small(image))
+    return {"source": source, "small": small, "caption": caption, "place": place, "cause": cause}
 
 
 def is_small(image: Image) -> bool:
@@ -134,3 +170,40 @@ def format_compute(value: float) -> str:
     raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     factor = mantissa.removesuffix(".0")
     return f"10{raised}" if factor == "1" else f"{factor}·10{raised}"
+
+
+def _format_points(value: float) -> str:
+    """Return a difference of two shares in percentage points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+# ---------------------------------------------------------------- names of models as pages write them
+
+
+def family_of(name: str) -> str:
+    """Return the control that a row or a model belongs to, as recipes name it; any other model is its own family.
+
+    Examples:
+        >>> family_of("OneStep-4"), family_of("one-step-3"), family_of("expert-3")
+        ('one-step', 'one-step', 'expert-3')
+    """
+    model = name.lower().replace("onestep", "one-step")
+    return role_of(model)[0] if is_control(model) else name
+
+
+def is_control(name: str) -> bool:
+    """Tell whether a model is a member of a control mixture."""
+    role, index = role_of(name)
+    return index is not None and role != "expert"
+
+
+def label(name: str) -> str:
+    """Return the name of a model, or of a control's models, in words."""
+    shown = {"dense-total": "dense, equal cost", "random": "Random-n", "full": "Full-n", "one-step": "OneStep-n"}
+    return shown.get(name, name.replace("expert-", "expert "))
+
+
+def _tone_of(name: str) -> str:
+    """Return the class of ``page.css`` that colours a model."""
+    role, index = role_of(name)
+    return f"e{index}" if role == "expert" else "m-" + family_of(name).replace(" ", "-")

@@ -21,6 +21,7 @@ import numpy as np
 
 from modeclip.errors import ModeclipError
 from modeclip.mixture.explain import ClassReason, Route
+from modeclip.pages.html import INK, PAPER, RULE, SOFT
 from modeclip.system.files import write_atomically, writing
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ NAME, CLUSTER, BAR = 150.0, 330.0, 180.0
 """Widths of what a class is called, of a cluster's captions, of a bar: pixels."""
 PNG_SCALE = 2
 """Pixels of a PNG for one of the drawing, for sharp letters."""
-PAPER, INK, SOFT, RULE = "#fbfbf9", "#17191e", "#5c6370", "#d5d6d0"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,17 @@
-"""A run folder in, one self-contained HTML page out: results, curves, cluster atlas, routing, samples, cost.
+"""The report of a run: one page with results, training curves, the map of clusters, routing, pictures and cost.
 
-Method: this file reads the run and computes what is drawn (which rows form a group, where a curve or a dot lies, which
-classes and samples are shown); ``templates/`` holds the words and the looks. Charts are inline SVG that the template
-draws from those positions, so the page needs no chart library. The page opens from a file and loads nothing: styles,
-script and pictures are inside, and its content security policy makes the browser refuse everything else. Text that
-comes from the data (captions, class names, key words) is escaped by the template engine, always.
+This file reads the run folder and computes what is drawn: which rows form a group, where a curve or a dot lies, which
+classes and pictures are shown. If the run lacks a part (tasks, logs, a catalog), a sentence takes the place of its
+section.
 
-A part of the run that does not exist (no tasks, no log, no catalog) leaves a sentence in place of its section.
-
-Price: about two seconds on one core for 256 clusters and 4 experts, nearly all of it the two-dimensional map.
+Price: about two seconds on one core for 256 clusters and 4 experts, nearly all of it for the two-dimensional map.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,25 +19,22 @@ import numpy as np
 from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
-from modeclip.pages.charts import MAP_SIZE, Axis, choose_labels, draw_curves, fit_box, project
+from modeclip.pages.charts import Axis, draw_curves, draw_map, neighbour_plane
+from modeclip.pages.html import embed_picture, family_of, is_control, render
 from modeclip.system.files import write_atomically
 from modeclip.training.jobs import job_name, role_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from modeclip.data.catalog import Catalog
 
 Json = dict[str, Any]
 
-MAX_DOTS = 1500  # clusters on the map, largest first: a few seconds of t-SNE, still one dot beside the other
-MAX_CLASSES = 10  # classes shown for a task
-MAX_SAMPLES = 40  # pictures shown for an expert
-THUMBNAIL_PIXELS = 96
-SMALL_PIXELS = (
-    64  # pictures up to this side (icons) are kept exactly and shown whole; others are lossy and fill a square
-)
-
+MAX_DOTS = 1500
+"""Most clusters on the map, largest first: t-SNE takes a few seconds, and the dots still lie beside each other."""
+MAX_CLASSES = 10
+"""Most classes shown for a task."""
+MAX_SAMPLES = 40
+"""Most pictures shown for an expert."""
 GROUPS = (
     ("models", ("seed", "dense")),
     ("experts", ("expert",)),
@@ -52,15 +42,15 @@ GROUPS = (
     ("controls", ("control",)),
     ("bounds", ("bound",)),
 )
+"""Groups of rows in the table of results, each with the kinds of models in it."""
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of a run and return where it lies.
+    """Write the report of a run and return its path.
 
     Args:
-        run: A run folder with ``results.json``; every other part may be absent.
-        out: The page to write; ``report.html`` in the run folder by default. An existing page is replaced at once,
-            never half-written.
+        run: A run folder with ``results.json``. Every other part may be missing.
+        out: The page to write; ``report.html`` in the run folder by default. An existing page is replaced as a whole.
 
     Raises:
         ModeclipError: The folder holds no readable ``results.json``, or a training log has a broken line.
@@ -70,6 +60,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     atlas = build_atlas(run, results["routing"])
     experts = find_experts(models, atlas)
     page = render(
+        "report.html",
         results=results,
         num_experts=len(experts),
         headline=find_headline(models),
@@ -217,27 +208,12 @@ def build_atlas(run: Path, routing: Mapping[str, Json]) -> Json | None:
     cards = json.loads((folder / "cards.json").read_text(encoding="utf-8"))
     shown = sorted(cards["fine"], key=lambda card: (-card["size"], card["index"]))[:MAX_DOTS]
     centers = load_file(folder / "clustering.safetensors")["fine_centers"].astype(np.float32)
-    positions = fit_box(project(centers[[card["index"] for card in shown]]), MAP_SIZE, margin=34.0)
-    largest = float(np.clip(340 / math.sqrt(len(shown)), 7, 26))
-    biggest = max(card["size"] for card in shown) or 1
     met = {name: {item["nearest_fine"] for item in task["classes"]} for name, task in routing.items()}
-    dots = [
-        {
-            **card,
-            "x": round(float(x), 1),
-            "y": round(float(y), 1),
-            "r": round(max(2.5, largest * math.sqrt(card["size"] / biggest)), 1),
-            "tasks": [name for name, indices in met.items() if card["index"] in indices],
-        }
-        for card, (x, y) in zip(shown, positions, strict=True)
-    ]
-    return {
-        **cards,
-        "dots": dots,
-        "labels": choose_labels(dots),
-        "card_of_fine": {card["index"]: card for card in cards["fine"]},
-        "size": MAP_SIZE,
-    }
+    for card in shown:
+        card["tasks"] = [name for name, indices in met.items() if card["index"] in indices]
+    plane = neighbour_plane(centers[[card["index"] for card in shown]])
+    card_of_fine = {card["index"]: card for card in cards["fine"]}
+    return {**cards, **draw_map(shown, plane, smallest=2.5), "card_of_fine": card_of_fine}
 
 
 def build_tasks(results: Json, atlas: Json | None) -> list[Json]:
@@ -307,103 +283,5 @@ def draw_sheet(catalog: Catalog, expert: int, seed: int) -> Json:
     first = {caption: int(row) for caption, row in zip(reversed(captions), drawn[::-1], strict=True)}
     chosen = list(dict.fromkeys(captions))[:MAX_SAMPLES]
     images = catalog.images(np.array([first[caption] for caption in chosen], dtype=np.int64)) if chosen else []
-    pictures = [
-        {"source": encode_image(image), "small": is_small(image), "caption": caption}
-        for image, caption in zip(images, chosen, strict=True)
-    ]
+    pictures = [embed_picture(image, caption) for image, caption in zip(images, chosen, strict=True)]
     return {"expert": expert, "num_samples": len(rows), "pictures": pictures}
-
-
-def is_small(image: Image) -> bool:
-    """Tell whether an image is small enough (an icon) to be shown exactly and whole."""
-    return max(image.size) <= SMALL_PIXELS
-
-
-def encode_image(image: Image) -> str:
-    """Return a small copy of an image as a data URI."""
-    small, buffer = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    small.save(buffer, "WEBP", lossless=is_small(image), quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def render(**parts: Any) -> str:
-    """Fill the template with the parts of the page."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    filters: dict[str, Callable[..., str]] = {
-        "count": format_count,
-        "duration": format_duration,
-        "label": label,
-        "short": format_short,
-    }
-    environment.filters |= {**filters, "effective": math.exp, "entropy_limit": lambda count: math.log(max(count, 1))}
-    script = environment.get_template("report.js").render()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html").render(**parts, script=script, script_hash=digest)
-
-
-def format_count(value: float | int) -> str:
-    """Return a count with three digits and a magnitude.
-
-    Examples:
-        >>> format_count(950), format_count(12_800_000)
-        ('950', '12.8 M')
-    """
-    for power, letter in ((9, " G"), (6, " M"), (3, " k")):
-        if value >= 0.9995 * 10**power:
-            return f"{float(f'{value / 10**power:.3g}'):g}{letter}"
-    return f"{float(f'{value:.3g}'):g}"
-
-
-def format_short(value: float | int) -> str:
-    """Return a number of an axis, with an exponent if it is small.
-
-    Examples:
-        >>> format_short(2.5), format_short(0.0005)
-        ('2.5', '5e-4')
-    """
-    if value == 0 or abs(value) >= 0.01:
-        return f"{value:.3g}"
-    power = math.floor(math.log10(abs(value)) + 1e-9)
-    return f"{value / 10**power:.3g}e{power}"
-
-
-def format_duration(seconds: float | int) -> str:
-    """Return a duration in the unit that suits it.
-
-    Examples:
-        >>> format_duration(3.42), format_duration(754), format_duration(7260)
-        ('3.4 s', '12 min 34 s', '2 h 01 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def family_of(name: str) -> str:
-    """Return the control that a row or a model belongs to, as recipes name it; of any other model its own name.
-
-    Examples:
-        >>> family_of("OneStep-4"), family_of("one-step-3"), family_of("expert-3")
-        ('one-step', 'one-step', 'expert-3')
-    """
-    model = name.lower().replace("onestep", "one-step")
-    return role_of(model)[0] if is_control(model) else name
-
-
-def is_control(name: str) -> bool:
-    """Tell whether a model is a member of a control mixture."""
-    role, index = role_of(name)
-    return index is not None and role != "expert"
-
-
-def label(name: str) -> str:
-    """Return the name of a model, or of a control's models, as the page writes it."""
-    shown = {"dense-total": "dense, equal cost", "random": "Random-n", "full": "Full-n", "one-step": "OneStep-n"}
-    return shown.get(name, name.replace("expert-", "expert "))

@@ -13,20 +13,19 @@ from typing import Any
 
 from modeclip.evaluation.scaling import ScalingResult
 from modeclip.pages.charts import Axis
+from modeclip.pages.html import PALETTE, format_compute, render
 from modeclip.system.files import write_atomically, writing
 
 PAGE_FILE, PICTURE_FILE, RESULT_FILE = "scaling.html", "scaling.svg", "scaling.json"
 SIZE = (860.0, 500.0)  # wider where a family's name is long
 FRAME = (70.0, 20.0, 700.0, 440.0)  # left, upper, right, lower; names of the families stand to the right
-COLORS = ("#0072b2", "#d98200", "#009e73", "#c25e9a", "#c8501a", "#3b9fdb", "#9c9000", "#75675a")
-"""Told apart by the colour-blind (Okabe and Ito), as in the report."""
 NAME_GAP = 17.0  # between names of families
 MAX_NAMES = 24  # more points than this get no names beside them
 LETTER = 5.6  # width of a letter of such a name
 FAMILY_LETTER = 8.4  # of a family's name
 
 
-def write_page(result: ScalingResult, folder: Path, what: str = "error") -> tuple[Path, Path]:
+def write_scaling(result: ScalingResult, folder: Path, what: str = "error") -> tuple[Path, Path]:
     """Write page and picture into a folder.
 
     Args:
@@ -41,9 +40,9 @@ def write_page(result: ScalingResult, folder: Path, what: str = "error") -> tupl
     page, picture = folder / PAGE_FILE, folder / PICTURE_FILE
     chart = draw(result, what)
     with writing(folder):
-        svg = _render("scaling.svg", chart=chart)
+        svg = render("scaling.svg", chart=chart)
         write_atomically(picture, svg)
-        write_atomically(page, _render("scaling.html", result=result, svg=svg, colors=colors_of(result)))
+        write_atomically(page, render("scaling.html", result=result, svg=svg, colors=colors_of(result)))
     return page, picture
 
 
@@ -92,20 +91,7 @@ def draw(result: ScalingResult, what: str = "error") -> dict[str, Any]:
 
 def colors_of(result: ScalingResult) -> dict[str, str]:
     """Return the colour of each family."""
-    return {law.family: COLORS[place % len(COLORS)] for place, law in enumerate(result.laws)}
-
-
-def format_compute(value: float) -> str:
-    """Write a number of operations with its power of ten.
-
-    Examples:
-        >>> format_compute(3.2e15), format_compute(1e12)
-        ('3.2·10¹⁵', '10¹²')
-    """
-    mantissa, power = f"{value:.1e}".split("e")
-    raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    factor = mantissa.removesuffix(".0")
-    return f"10{raised}" if factor == "1" else f"{factor}·10{raised}"
+    return {law.family: PALETTE[place % len(PALETTE)][0] for place, law in enumerate(result.laws)}
 
 
 def _ticks(axis: Axis) -> list[tuple[float, float]]:
@@ -148,17 +134,3 @@ def _name_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 names.append({"x": point["x"], "y": point["y"] + shift, "name": point["name"]})
                 break
     return names
-
-
-def _render(template: str, **parts: Any) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["compute"] = format_compute
-    return environment.get_template(template).render(**parts)
