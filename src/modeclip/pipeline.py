@@ -1,12 +1,15 @@
-"""A recipe -> the stages of the method, run in order into one folder; what is done and not stale is not done again.
+"""The whole method in one folder: `RunFolder` plans, trains, bundles and evaluates the models of a run.
 
     index -> embed -> cluster -> controls -> train -> bundle -> evaluate -> report
 
-The stage ``controls`` is there only where the recipe asks for controls that need a column. Each stage leaves a record
-in ``stages/`` with the digest of all that decided its result: its own settings, the digests of the stages before it,
-the state of the source. The same command again runs the stages whose digest has changed or whose output is gone. A run
-that is killed at any moment continues with the same numbers, because no stage leaves anything half-written that a
-later run would take for whole.
+``modeclip run`` does these stages for a recipe; the single commands work on the same folder through the same
+`RunFolder`. Each stage of a recipe leaves a record in ``stages/`` with the digest of everything that decided its
+result: its own settings, the digests of the stages before it, the state of the source. The same command again runs only
+the stages whose digest has changed or whose output is gone. The stage ``controls`` exists only where the recipe asks
+for controls that need a column of their own.
+
+A run that is killed at any moment continues with the same numbers, because no stage leaves anything half-written that a
+later run would take for whole. One model by itself is planned by `single_job`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -25,33 +28,38 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import yaml
+from jaxtyping import Int
 
+from modeclip.clustering.class_selection import mark_prior, name_of, read_classes, select_for_classes
 from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER, add_controls
 from modeclip.clustering.embedding import EmbedConfig, embed
-from modeclip.clustering.fitting import ClusterConfig, Clustering, cluster
+from modeclip.clustering.fitting import ClusterConfig, Clustering, cluster, read_config
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources import relative_to, source_state
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate
-from modeclip.mixture.bundling import CLUSTERS, assemble_bundle, encoder_of, versions
+from modeclip.mixture.bundle import EDITS, MANIFEST_FILE
+from modeclip.mixture.bundling import assemble_bundle, encoder_of, is_bundled, versions
 from modeclip.models.clip import check_model
 from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.system.console import log
 from modeclip.system.files import only_process, write_atomically, writing
 from modeclip.system.memory import PeakMemory, return_memory
-from modeclip.training.experts import ExpertsConfig, fingerprint_of, pin_jobs, plan_jobs, seed_model
-from modeclip.training.jobs import TrainConfig, TrainJob
+from modeclip.system.paths import RunPaths
+from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, seed_model
+from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import run_jobs
 from modeclip.training.trainer import job_rows
 
-STAGES = ("index", "embed", "cluster", "controls", "train", "bundle", "evaluate", "report")
-FEATURES = "features"
-"""Folder of what the models saw in the held-out images, so that other rules are scored without running a model."""
-STAGE_FORMAT = 2  # raise it when a stage starts to produce something else from the same settings
+STAGE_FORMAT = 2
+"""Part of every stage's digest; raise it when a stage starts to produce something else from the same settings."""
+LOCK_PATIENCE_SECONDS = 600.0
+"""How long to wait for another process that writes the bundle of the same folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,277 @@ def parse_recipe(content: Any) -> Recipe:
     raise ModeclipError(f"{place}: {problem['msg']}{got}")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunFolder(RunPaths):
+    """A run's folder with a clustered catalog, and how its models are trained.
+
+    The catalog and the clustering are opened, and the jobs are planned, when they are first asked for, and only once.
+    """
+
+    training: TrainConfig = field(default_factory=TrainConfig)
+    """How each model is trained."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """Which models there are, and where they run."""
+    evaluation: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Templates and routing rule, of the evaluation and of the bundle."""
+    clustered_by: ClusterConfig | None = None
+    """Settings of the clustering, for a folder of an earlier version, which does not tell them."""
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The catalog of the training pairs.
+
+        Raises:
+            ModeclipError: There is none, or it is not clustered.
+        """
+        catalog = Catalog.open(self.catalog_path.resolve())
+        if "expert" not in catalog.columns:
+            raise ModeclipError(f"catalog {catalog.path!r} is not clustered: run modeclip cluster {self.folder} first")
+        return catalog
+
+    @cached_property
+    def clustering(self) -> Clustering:
+        """The clustering that the catalog's experts come from.
+
+        Raises:
+            ModeclipError: There is none, or the catalog was clustered in another way since.
+        """
+        clustering = Clustering.load(self.clusters)
+        facts = self.catalog.facts("expert") or {}
+        if facts.get("clustering", clustering.digest) != clustering.digest:
+            raise ModeclipError(
+                f"{self.clusters} is not the clustering that the catalog's column expert comes from: run modeclip"
+                f" cluster {self.folder} again"
+            )
+        return clustering
+
+    @cached_property
+    def cluster_config(self) -> ClusterConfig:
+        """The settings that the clustering was made with, by which the controls are split too."""
+        known = read_config(self.clusters) or self.clustered_by
+        if known is not None:
+            return known
+        sizes = {"num_fine": self.clustering.num_fine, "num_experts": self.clustering.num_experts}
+        return ClusterConfig(**sizes, seed=self.training.seed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the training data and, if it is a folder, the start model are known by."""
+        return fingerprint_of(self.catalog, self.clustering, self.training.model)
+
+    @property
+    def split_controls(self) -> list[str]:
+        """The controls that need a column of the catalog; none where only some experts are trained."""
+        return [] if self.experts.only else sorted(CONTROL_COLUMNS.keys() & set(self.experts.controls))
+
+    def add_controls(self) -> dict[str, Int[np.ndarray, " K"]]:
+        """Add the columns of the controls that the catalog lacks; return the rows of each of their models."""
+        return add_controls(self.catalog, self.split_controls, self.cluster_config, self.clusters)
+
+    @cached_property
+    def jobs(self) -> list[TrainJob]:
+        """The models that were asked for, in the order in which they should start.
+
+        Raises:
+            ModeclipError: A setting is of no use, or the catalog lacks a control's column (`add_controls`).
+        """
+        return pin_jobs(self._plan(self.experts), self.catalog)
+
+    @cached_property
+    def members(self) -> list[TrainJob]:
+        """The seed and every expert of the clusters, those of other machines and earlier calls included."""
+        jobs = self._plan(replace(self.experts, only=(), order="index")) if self.experts.only else self.jobs
+        return sorted(filter(is_bundled, jobs), key=lambda job: -1 if job.index is None else job.index)
+
+    def jobs_for_classes(self, classes: Sequence[str], nearest: int = 1) -> list[TrainJob]:
+        """Return the job of one expert for class names, behind the seed's; its rows are marked in the catalog.
+
+        Args:
+            classes: Files of class names, or lists with commas; one expert is trained for all of them.
+            nearest: Fine clusters that each class name takes.
+
+        Raises:
+            ModeclipError: A file cannot be read, or the captions were not embedded by an encoder of texts.
+        """
+        names = [name for source in classes for name in read_classes(source)]
+        prior = select_for_classes(self.catalog, self.clustering, names, name=name_of(classes), count=nearest)
+        mark_prior(self.catalog, prior)
+        models = self.models.resolve()
+        parting = part(Path(self.catalog.path), self.fingerprint, models, self.training, self.experts)
+        expert = parting.branch("prior", name=f"expert-{prior.name}")
+        expert = replace(expert, mask=prior.column, catalog_fingerprint=f"{self.fingerprint}-{prior.digest}")
+        return [expert] if parting.seed is None else [parting.seed, expert]
+
+    def train(
+        self, jobs: Sequence[TrainJob], *, ray: bool = False, stop_on_failure: bool = False, bundle: bool = False
+    ) -> dict[str, TrainResult]:
+        """Train the jobs that are not finished yet.
+
+        Args:
+            jobs: Of this folder.
+            ray: Run them on Ray.
+            stop_on_failure: Stop all of them when one fails.
+            bundle: Bring the bundle up to date after each expert that is done.
+
+        Returns:
+            Results by the jobs' names.
+
+        Raises:
+            ModeclipError: Jobs failed.
+        """
+
+        def refresh(job: TrainJob) -> None:
+            if bundle and job.role == "expert":
+                try:
+                    self.refresh_bundle()
+                except (ModeclipError, OSError) as error:  # no reason to stop the other experts; it is tried again
+                    log(f"bundle: {error}")
+
+        return run_jobs(
+            jobs,
+            self.experts.jobs,
+            processes=self.experts.processes_per_job,
+            ray=ray,
+            stop_on_failure=stop_on_failure,
+            on_done=refresh,
+        )
+
+    def refresh_bundle(self) -> Path | None:
+        """Write the bundle of the experts that are done, unless it is up to date or was edited since.
+
+        Returns:
+            Its folder; None where no expert of the clusters is done.
+        """
+        done = [job for job in self.members if TrainResult.read(job) is not None]
+        if all(job.role != "expert" for job in done):
+            return None
+        with only_process(self.models, LOCK_PATIENCE_SECONDS):
+            lineage = (_read_json(self.bundle / MANIFEST_FILE) or {}).get("lineage", {})
+            if lineage.get(EDITS):
+                log(
+                    f"bundle: {self.bundle} was edited since it was made and stays as it is; modeclip bundle adds to it"
+                )
+            elif (
+                lineage.get("jobs") != {job.name: job.digest for job in done}
+                or "experts" not in lineage.get("recipe", {})  # an earlier version wrote it
+            ):
+                self.write_bundle()
+        return self.bundle
+
+    def write_bundle(self, *, name: str | None = None, lineage: Mapping[str, Any] | None = None) -> Path:
+        """Write the bundle of the models that are done, in the place of any other, and return its folder.
+
+        Args:
+            name: Of the run; the folder's by default.
+            lineage: What else the models were made from; their settings are always recorded.
+
+        Raises:
+            ModeclipError: The seed is not trained yet.
+        """
+        recipe = {"train": asdict(self.training), "experts": asdict(self.experts)}
+        return assemble_bundle(
+            self.folder,
+            self.members,
+            self.evaluation,
+            seed=self.seed if self.experts.start is not None else None,
+            name=name,
+            lineage={"recipe": recipe} | dict(lineage or {}),
+        )
+
+    @property
+    def seed(self) -> Path:
+        """The model folder of the seed, trained here or given."""
+        return seed_model(self.models, self.training, self.experts)
+
+    def evaluate(self, name: str) -> dict[str, Any]:
+        """Score the finished models on the held-out tasks and write ``results.json``.
+
+        Args:
+            name: Of the run.
+
+        Returns:
+            What was written.
+        """
+        results = {
+            "name": name,
+            "date": datetime.now(UTC).date().isoformat(),
+            "seed": self.training.seed,
+            "machine": _machine(),
+        }
+        if self.tasks_path.exists():
+            one_step, cache = self.clusters / ONE_STEP_FOLDER, FeatureCache(self.features)
+            results |= evaluate(
+                Catalog.open(self.tasks_path),
+                self._trained_models(),
+                self.clustering,
+                encoder_of(self.catalog),
+                self.evaluation,
+                one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
+                cache=cache,
+            )
+            cache.remove_unused()
+        else:
+            results |= {"tasks": [], "chance": {}, "models": [], "routing": {}}
+        write_atomically(self.results, json.dumps(results, indent=1) + "\n")
+        return results
+
+    def _trained_models(self) -> list[TrainedModel]:
+        """Return the finished models, the seed among them also where it was given."""
+        models = [model for job in self.jobs if (model := TrainedModel.of(job)) is not None]
+        if all(model.role != "seed" for model in models):
+            models.append(TrainedModel.given(self.seed))
+        return models
+
+    def _plan(self, experts: ExpertsConfig) -> list[TrainJob]:
+        return plan_jobs(
+            Path(self.catalog.path),
+            self.fingerprint,
+            self.models.resolve(),
+            self.clustering.num_experts,
+            self.training,
+            experts,
+            ranges=self.clustering.range_of_expert,
+        )
+
+
+def single_job(
+    catalog: Catalog,
+    folder: Path,
+    train: TrainConfig,
+    *,
+    where: Mapping[str, int] | None = None,
+    mask: str | None = None,
+    start: str | None = None,
+    threads: int = 1,
+) -> TrainJob:
+    """Return the job of one model by itself, with a schedule of its own or behind what it starts from.
+
+    Args:
+        catalog: Any catalog.
+        folder: Where the model goes; its name is that of the job.
+        train: How it is trained.
+        where: Columns and their values: only such rows.
+        mask: Column of booleans: only the rows that it marks.
+        start: Folder of a finished job or checkpoint (``.pt``) of open_clip_train: the job takes the steps behind
+            ``train.seed_parts``, as an expert does behind its seed; None: the whole schedule.
+        threads: Threads that compute.
+
+    Raises:
+        ModeclipError: There is no such column or value, or the start is of no use.
+    """
+    where, folder = dict(where or {}), folder.resolve()
+    fingerprint = fingerprint_of(catalog, None, train.model)
+    if where or mask:
+        rows = catalog.select(mask=mask, **where)
+        fingerprint += f"-{sha256(rows.tobytes()).hexdigest()[:16]}"
+    experts = ExpertsConfig(start=start, threads_per_job=threads)
+    parting = part(Path(catalog.path), fingerprint, folder.parent, train, experts)
+    job = replace(parting.branch("single", name=folder.name), where=where, mask=mask)
+    if parting.seed is None:
+        return job
+    return replace(job, first_step=0, first_share=0.0, start_from=None, start_digest="")
+
+
 def run(recipe: Recipe, out: Path) -> RunResult:
     """Run what is missing or stale of a recipe's stages.
 
@@ -156,55 +435,57 @@ def run(recipe: Recipe, out: Path) -> RunResult:
             " encoder of texts, or use the commands modeclip embed and modeclip cluster, which take all of them"
         )
     out.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(
+        folder=out,
+        training=recipe.train,
+        experts=recipe.experts,
+        evaluation=recipe.evaluate,
+        clustered_by=recipe.cluster,
+    )
     with only_process(out), writing(out):
-        write_atomically(out / "recipe.yaml", yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False))
-        _Run(recipe, out).all_stages()
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    return RunResult(folder=out, results=results, report=out / "report.html", bundle=out / "bundle")
+        write_atomically(folder.recipe, yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False))
+        _Stages(recipe, folder).run_all()
+    results = json.loads(folder.results.read_text(encoding="utf-8"))
+    return RunResult(folder=out, results=results, report=folder.report, bundle=folder.bundle)
 
 
-class _Run:
-    """The stages of one run, each a method that does the work and returns one line about it."""
+class _Stages:
+    """The stages of a recipe, each a method that does the work and returns one line about it."""
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
         self.digests: dict[str, str] = {}
 
-    def all_stages(self) -> None:
-        recipe = self.recipe
-        self.stage(
-            "index", self.index, [asdict(replace(recipe.data, workers=1)), source_state(recipe.data)], "catalog.lance"
-        )
-        self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], "catalog.lance")
-        self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], "clusters")
+    def run_all(self) -> None:
+        recipe, folder = self.recipe, self.folder
+        source = [asdict(replace(recipe.data, workers=1)), source_state(recipe.data)]
+        self.stage("index", self.index, source, folder.catalog_path)
+        self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], folder.catalog_path)
+        self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], folder.clusters)
         self.controls_stage()
-        training = [asdict(recipe.train), asdict(recipe.experts), self.fingerprint]
-        self.stage("train", self.train, training, f"models/{self.jobs()[0].name}/done.json")
-        self.stage("bundle", self.bundle, [asdict(recipe.evaluate), self.digests["train"]], "bundle/mode.json")
-        self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], "results.json")
-        self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], "report.html")
+        training = [asdict(recipe.train), asdict(recipe.experts), folder.fingerprint]
+        self.stage("train", self.train, training, Path(folder.jobs[0].folder) / "done.json")
+        bundle = [asdict(recipe.evaluate), self.digests["train"]]
+        self.stage("bundle", self.bundle, bundle, folder.bundle / MANIFEST_FILE)
+        self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], folder.results)
+        self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], folder.report)
 
     def controls_stage(self) -> None:
         """Do the stage of the controls' columns; without any, leave no record of an earlier one."""
-        if self.split_controls:
-            output = f"{CLUSTERS}/{ONE_STEP_FOLDER}" if "one-step" in self.split_controls else CLUSTERS
-            self.stage("controls", self.controls, [self.split_controls, self.digests["cluster"]], output)
+        if controls := self.folder.split_controls:
+            clusters = self.folder.clusters
+            output = clusters / ONE_STEP_FOLDER if "one-step" in controls else clusters
+            self.stage("controls", self.controls, [controls, self.digests["cluster"]], output)
         else:
-            (self.out / "stages" / "controls.json").unlink(missing_ok=True)
+            (self.folder.stages / "controls.json").unlink(missing_ok=True)
 
-    @property
-    def split_controls(self) -> list[str]:
-        """The controls that need a column, none where only some experts are trained."""
-        experts = self.recipe.experts
-        return [] if experts.only else sorted(CONTROL_COLUMNS.keys() & set(experts.controls))
-
-    def stage(self, name: str, work: Callable[[], str], inputs: list[Any], output: str) -> None:
+    def stage(self, name: str, work: Callable[[], str], inputs: list[Any], output: Path) -> None:
         """Do a stage unless its record says that it was done from the same inputs."""
         text = json.dumps([STAGE_FORMAT, name, _plain(inputs)], sort_keys=True)
         self.digests[name] = digest = sha256(text.encode()).hexdigest()[:16]
-        path = self.out / "stages" / f"{name}.json"
-        record = _read_record(path)
-        if record is not None and record["digest"] == digest and (self.out / output).exists():
+        path = self.folder.stages / f"{name}.json"
+        record = _read_json(path)
+        if record is not None and record["digest"] == digest and output.exists():
             log(f"{name:<9} done: {record['detail']}")
             return
         path.parent.mkdir(exist_ok=True)
@@ -220,7 +501,7 @@ class _Run:
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
 
     def index(self) -> str:
-        result = index(self.recipe.data, self.out, replace=True)
+        result = index(self.recipe.data, self.folder.folder, replace=True)
         held_out = sum(images for _, images in result.tasks.values())
         skipped = ", ".join(f"{count:,} {cause}" for cause, count in sorted(result.skipped.items())) or "none"
         return (
@@ -229,113 +510,48 @@ class _Run:
         )
 
     def embed(self) -> str:
-        result = embed(self.catalog, self.recipe.embed)
+        result = embed(Catalog.open(self.folder.catalog_path), self.recipe.embed)
         return f"{result.num_captions:,} captions as {result.dimension} numbers by {Path(result.encoder).name}"
 
     def cluster(self) -> str:
-        result = cluster(self.catalog, self.recipe.cluster)
-        result.save(self.out / CLUSTERS)
+        result = cluster(Catalog.open(self.folder.catalog_path), self.recipe.cluster)
+        result.save(self.folder.clusters)
         sizes = ", ".join(f"{card.size:,}" for card in result.experts)
         return f"{len(result.fine):,} fine clusters in {len(result.experts)} experts of {sizes} pairs"
 
     def controls(self) -> str:
-        sizes = add_controls(self.catalog, self.split_controls, self.recipe.cluster, self.out / CLUSTERS)
+        sizes = self.folder.add_controls()
         return "; ".join(f"{column} of {', '.join(f'{n:,}' for n in counts)} pairs" for column, counts in sizes.items())
 
     def train(self) -> str:
-        experts = self.recipe.experts
-        jobs = self.jobs()
+        jobs = self.folder.jobs
         for job in jobs:
-            job_rows(job, self.catalog)  # an expert with too few pairs is an error before the seed is trained
-        results = run_jobs(jobs, experts.jobs, processes=experts.processes_per_job, stop_on_failure=True)
-        samples = sum(result.samples for result in results.values())
-        return f"{len(jobs)} models, {samples:,} samples in all"
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Return what the training data and, if it is a folder, the start model are known by."""
-        return fingerprint_of(self.catalog, self.clustering(), self.recipe.train.model)
-
-    def jobs(self) -> list[TrainJob]:
-        recipe, models, clustering = self.recipe, self.out / "models", self.clustering()
-        jobs = plan_jobs(
-            self.out / "catalog.lance",
-            self.fingerprint,
-            models,
-            clustering.num_experts,
-            recipe.train,
-            recipe.experts,
-            ranges=clustering.range_of_expert,
-        )
-        return pin_jobs(jobs, self.catalog)
-
-    def models(self) -> list[TrainedModel]:
-        """Return the finished models, the seed among them also where it was given."""
-        models = [model for job in self.jobs() if (model := TrainedModel.of(job)) is not None]
-        if all(model.role != "seed" for model in models):
-            models.append(TrainedModel.given(self.seed))
-        return models
-
-    @property
-    def seed(self) -> Path:
-        """The model folder of the seed, trained here or given."""
-        return seed_model(self.out / "models", self.recipe.train, self.recipe.experts)
+            job_rows(job, self.folder.catalog)  # an expert with too few pairs is an error before the seed is trained
+        results = self.folder.train(jobs, stop_on_failure=True)
+        return f"{len(jobs)} models, {sum(result.samples for result in results.values()):,} samples in all"
 
     def bundle(self) -> str:
-        config, before = self.recipe.evaluate, ("index", "embed", "cluster", "train")
+        before = ("index", "embed", "cluster", "train")
         lineage = {
             "stages": {stage: self.digests[stage] for stage in before},
             "recipe": _plain(asdict(self.recipe)),
         }
-        assemble_bundle(self.out, self.jobs(), config, seed=self.seed, name=self.recipe.name, lineage=lineage)
-        return f"seed and {self.clustering().num_experts} experts, rule {config.rule}"
+        self.folder.write_bundle(name=self.recipe.name, lineage=lineage)
+        return f"seed and {self.folder.clustering.num_experts} experts, rule {self.recipe.evaluate.rule}"
 
     def evaluate(self) -> str:
-        path = self.out / "tasks.lance"
-        base = {
-            "name": self.recipe.name,
-            "date": datetime.now(UTC).date().isoformat(),
-            "seed": self.recipe.train.seed,
-            "machine": _machine(),
-        }
-        if path.exists():
-            one_step, cache = self.out / CLUSTERS / ONE_STEP_FOLDER, FeatureCache(self.out / FEATURES)
-            scores = evaluate(
-                Catalog.open(path),
-                self.models(),
-                self.clustering(),
-                encoder_of(self.catalog),
-                self.recipe.evaluate,
-                one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
-                cache=cache,
-            )
-            cache.remove_unused()
-        else:
-            scores = {"tasks": [], "chance": {}, "models": [], "routing": {}}
-        write_atomically(self.out / "results.json", json.dumps(base | scores, indent=1) + "\n")
-        rows, tasks = len(scores["models"]), len(scores["tasks"])
+        results = self.folder.evaluate(self.recipe.name)
+        rows, tasks = len(results["models"]), len(results["tasks"])
         return f"{rows} rows on {tasks} tasks" if tasks else "no held-out tasks: nothing was evaluated"
 
     def report(self) -> str:
         from modeclip.pages.run_report import write_report
 
-        return str(write_report(self.out))
-
-    @property
-    def catalog(self) -> Catalog:
-        return Catalog.open(self.out / "catalog.lance")
-
-    def clustering(self) -> Clustering:
-        return Clustering.load(self.out / CLUSTERS)
+        return str(write_report(self.folder.folder))
 
 
-def stage_records(out: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's finished stages, in order: name, seconds, peak memory, one line of detail."""
-    records = (_read_record(out / "stages" / f"{name}.json") for name in STAGES)
-    return [record for record in records if record is not None]
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds, None where it is missing or damaged: then it is made anew."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

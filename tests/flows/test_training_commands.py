@@ -20,11 +20,10 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.run_evaluation import EvaluateConfig
-from modeclip.fleet import open_fleet
 from modeclip.mixture.bundle import load_bundle
+from modeclip.pipeline import RunFolder
 from modeclip.training.experts import ExpertsConfig
-from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.training.trainer import job_rows
 
 SETTINGS = ("--samples", "512", "--batch-size", "16", "--precision", "32-true", "--log-every", "1")
@@ -96,16 +95,16 @@ def test_the_same_again_does_only_what_is_missing(trained: Path, capsys: pytest.
 def test_a_bundle_that_was_edited_is_left_alone(trained: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(trained, tmp_path / "copy")
     config = TrainConfig(samples=512, batch_size=16, engine=EngineConfig(precision="32-true"))
-    fleet = open_fleet(copy, config, ExpertsConfig(dense=False, dense_total=False))
-    assert [job.name for job in fleet.missing] == ["expert-0"]
+    folder = RunFolder(folder=copy, training=config, experts=ExpertsConfig(dense=False, dense_total=False))
+    assert [job.name for job in folder.jobs if TrainResult.read(job) is None] == ["expert-0"]
     path = copy / "bundle" / "mode.json"
     content = json.loads(path.read_text())
     edited = content | {"lineage": {"jobs": {}, "edits": [{"expert": "expert-9"}]}}
     path.write_text(json.dumps(edited))
-    assert fleet.write_bundle(EvaluateConfig()) == copy / "bundle"
+    assert folder.refresh_bundle() == copy / "bundle"
     assert json.loads(path.read_text()) == edited
     path.write_text(json.dumps(content | {"lineage": {"jobs": {}}}))
-    fleet.write_bundle(EvaluateConfig())
+    folder.refresh_bundle()
     assert json.loads(path.read_text())["lineage"]["jobs"] == content["lineage"]["jobs"]
 
 

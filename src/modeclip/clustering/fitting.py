@@ -49,12 +49,14 @@ __all__ = [
     "fit",
     "fit_embeddings",
     "imbalance_of",
+    "read_config",
     "read_embeddings",
     "regroup",
     "sample_rows",
 ]
 
 CARDS_FILE = "cards.json"
+CONFIG_FILE = "config.json"
 ROWS_AT_ONCE = 1 << 17
 """Rows of a block; 200 MB of float32 at 384 dimensions."""
 
@@ -152,9 +154,11 @@ class ClusterResult:
     """Rows of the largest expert as a multiple of the mean, 1 or more."""
     objective: float
     """Mean over all rows of the squared distance to the nearest fine centre."""
+    config: ClusterConfig | None = None
+    """What the clustering was made with; None where an earlier version made it."""
 
     def save(self, folder: Path | str) -> None:
-        """Write ``clustering.safetensors`` and ``cards.json`` into a folder."""
+        """Write ``clustering.safetensors``, ``cards.json`` and ``config.json`` into a folder."""
         self.clustering.save(folder)
         cards = {
             "fine": [asdict(card) for card in self.fine],
@@ -163,6 +167,8 @@ class ClusterResult:
             "objective": self.objective,
         }
         write_atomically(Path(folder) / CARDS_FILE, json.dumps(cards, indent=1, ensure_ascii=False) + "\n")
+        if self.config is not None:
+            write_atomically(Path(folder) / CONFIG_FILE, json.dumps(asdict(self.config), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path | str) -> ClusterResult:
@@ -180,9 +186,25 @@ class ClusterResult:
                 experts=tuple(ExpertCard(**_tuples(card)) for card in content["experts"]),
                 imbalance=content["imbalance"],
                 objective=content["objective"],
+                config=read_config(folder),
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ModeclipError(f"cluster cards {str(path)!r} cannot be read ({error}): cluster again") from error
+
+
+def read_config(folder: Path | str) -> ClusterConfig | None:
+    """Return what the clustering in a folder was made with; None where an earlier version made it.
+
+    Raises:
+        ModeclipError: The file is damaged.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        return ClusterConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ModeclipError(f"{str(path)!r} cannot be read ({error}): cluster again") from error
 
 
 def _tuples(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,6 +312,7 @@ def apply(catalog: Catalog, clustering: Clustering, config: ClusterConfig, *, ra
         experts=experts,
         imbalance=imbalance_of([card.size for card in experts]),
         objective=tally.squares / max(len(catalog), 1),
+        config=config,
     )
 
 

@@ -16,10 +16,10 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from modeclip.errors import ModeclipError
 from modeclip.system.console import console, log, print_json, print_table
 from modeclip.training.experts import ExpertsConfig
-from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
+from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, TrainResult
 
 AsJson = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
-RunFolder = Positional[Annotated[Path, arg(help="Folder of a run, with catalog.lance and clusters/.")]]
+RunPath = Positional[Annotated[Path, arg(help="Folder of a run, with catalog.lance and clusters/.")]]
 RESUME = "latest: go on where this folder's own checkpoint is; never: train anew"
 
 
@@ -91,7 +91,7 @@ def train(
 ) -> None:
     """Train one model on a catalog or a part of it; under torchrun or Slurm by several processes."""
     from modeclip.data.catalog import Catalog
-    from modeclip.fleet import single_job
+    from modeclip.pipeline import single_job
     from modeclip.training.resuming import prepare
     from modeclip.training.trainer import train as train_job
 
@@ -130,7 +130,7 @@ def train(
 
 
 def train_experts(
-    run: RunFolder,
+    run: RunPath,
     training: OmitArgPrefixes[TrainOptions],
     experts: OmitArgPrefixes[ExpertsOptions],
     for_classes: Annotated[
@@ -153,7 +153,7 @@ def train_experts(
 ) -> None:
     """Train the experts of a clustered catalog: what is missing, after saying what it costs."""
     from modeclip.evaluation.run_evaluation import EvaluateConfig
-    from modeclip.fleet import open_fleet
+    from modeclip.pipeline import RunFolder
     from modeclip.training.launching import commands_for
     from modeclip.training.resuming import prepare
 
@@ -161,23 +161,28 @@ def train_experts(
         raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
     evaluate = EvaluateConfig(templates=template, rule=rule or EvaluateConfig().rule)
     config = experts.config()
-    fleet = open_fleet(run, training.config(), config, classes=for_classes, nearest=nearest)
+    folder = RunFolder(folder=run, training=training.config(), experts=config, evaluation=evaluate)
+    if not for_classes:
+        folder.add_controls()
+    jobs = folder.jobs_for_classes(for_classes, nearest) if for_classes else folder.jobs
     if not (plan and resume == "never"):
-        for job in fleet.jobs:
+        for job in jobs:
             prepare(job, resume)
+    missing = [job for job in jobs if TrainResult.read(job) is None]
     if commands:
-        lines = commands_for(fleet.missing, config.processes_per_job)
+        lines = commands_for(missing, config.processes_per_job)
         print_json(lines) if as_json else print("\n".join(lines))
         return
-    content = _plan(fleet.missing, fleet.catalog, config, quiet=as_json, stop=plan)
+    content = _plan(missing, folder.catalog, config, quiet=as_json, stop=plan)
     if plan:
         print_json(content) if as_json else None
         return
-    bundle = fleet.run_missing(ray=ray, stop_on_failure=stop_on_failure, evaluate=evaluate)
+    folder.train(jobs, ray=ray, stop_on_failure=stop_on_failure, bundle=True)
+    bundle = folder.refresh_bundle()
     if as_json:
-        print_json({"plan": content, "models": [job.folder for job in fleet.jobs], "bundle": bundle and str(bundle)})
+        print_json({"plan": content, "models": [job.folder for job in jobs], "bundle": bundle and str(bundle)})
         return
-    for job in fleet.jobs:
+    for job in jobs:
         print(f"{job.name}: {job.folder}")
     print(f"bundle: {bundle}" if bundle else "no bundle yet: no expert of the clusters is trained")
 

@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,64 @@ MAX_OPEN_FILES = 128
 """Descriptors that a process keeps; the usual limit for all is 1,024."""
 PACKAGES = {"s3": "s3", "s3a": "s3"}
 """Extra of modeclip that brings the client of an object store, by protocol."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPaths:
+    """Where everything of a run lies in its folder."""
+
+    folder: Path
+    """The run's folder."""
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that the run was made from, if it was made from one."""
+        return self.folder / "recipe.yaml"
+
+    @property
+    def catalog_path(self) -> Path:
+        """The catalog of the training pairs."""
+        return self.folder / "catalog.lance"
+
+    @property
+    def tasks_path(self) -> Path:
+        """The catalog of the held-out tasks, if there are any."""
+        return self.folder / "tasks.lance"
+
+    @property
+    def clusters(self) -> Path:
+        """The folder of the clustering."""
+        return self.folder / "clusters"
+
+    @property
+    def models(self) -> Path:
+        """The folder with a folder for each model."""
+        return self.folder / "models"
+
+    @property
+    def bundle(self) -> Path:
+        """The folder of the bundle."""
+        return self.folder / "bundle"
+
+    @property
+    def features(self) -> Path:
+        """What the models saw in the images of the tasks, so that other rules are scored without running a model."""
+        return self.folder / "features"
+
+    @property
+    def results(self) -> Path:
+        """The table of results, as JSON."""
+        return self.folder / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the results."""
+        return self.folder / "report.html"
+
+    @property
+    def stages(self) -> Path:
+        """The folder with a record of each finished stage."""
+        return self.folder / "stages"
 
 
 def is_url(path: str) -> bool:
