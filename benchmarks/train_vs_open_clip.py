@@ -151,7 +151,7 @@ def curve_difference(folder: Path, catalog_path: Path, model: str) -> tuple[list
     from modeclip.data.catalog import Catalog
     from modeclip.models.clip import load_clip
     from modeclip.training import trainer as training
-    from modeclip.training.batches import Feed
+    from modeclip.training.batches import Feed, job_rows
 
     size = CURVE_BATCHES[model]
     job = make_job(folder / "curve", catalog_path, model, CURVE_STEPS, 2, size)
@@ -162,7 +162,7 @@ def curve_difference(folder: Path, catalog_path: Path, model: str) -> tuple[list
     ours = [line["loss"] for line in lines]
 
     clip = load_clip(model, seed=job.config.seed)
-    rows = training.job_rows(job, Catalog.open(catalog_path))
+    rows = job_rows(job, Catalog.open(catalog_path))
     feed = Feed(
         catalog=job.catalog,
         rows=torch.from_numpy(rows),

@@ -37,7 +37,7 @@ from modeclip.models.encoders import load_any_encoder
 from modeclip.models.encoders.lexical import fit_tfidf
 from modeclip.pipeline import load_recipe
 from modeclip.system.console import log, make_progress
-from modeclip.training.batches import Sample
+from modeclip.training.batches import DecodedSample
 from modeclip.training.experts import fingerprint_of
 from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.training.trainer import train
@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 PARTS = 32
 PARTINGS = (16, 27, 32)
 MAIN = "main"  # the study that most tables are about
-KEPT: dict[int, Sample] = {}  # what this process has read of the catalog
+KEPT: dict[int, DecodedSample] = {}  # what this process has read of the catalog
 
 
 @dataclass(frozen=True, kw_only=True)

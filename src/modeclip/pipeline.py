@@ -54,7 +54,6 @@ from modeclip.system.paths import RunPaths
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import run_jobs
-from modeclip.training.trainer import job_rows
 
 STAGE_FORMAT = 2
 """Part of every stage's digest; raise it when a stage starts to produce something else from the same settings."""

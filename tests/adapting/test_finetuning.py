@@ -32,8 +32,8 @@ from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.metrics import bootstrap_interval
+from modeclip.training.batches import job_rows
 from modeclip.training.jobs import EngineConfig, TrainJob
-from modeclip.training.trainer import job_rows
 
 CONFIG = FinetuneConfig(
     epochs=4,

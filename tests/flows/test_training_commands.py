@@ -22,9 +22,9 @@ from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import load_bundle
 from modeclip.pipeline import RunFolder
+from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
-from modeclip.training.trainer import job_rows
 
 SETTINGS = ("--samples", "512", "--batch-size", "16", "--precision", "32-true", "--log-every", "1")
 

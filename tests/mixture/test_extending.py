@@ -32,8 +32,8 @@ from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, assign
 from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.extending import ExtendConfig, continue_job, extend, fit_new_clusters, new_expert_job
+from modeclip.training.batches import job_rows
 from modeclip.training.jobs import TrainJob
-from modeclip.training.trainer import job_rows
 
 DISHES = [
     f"{style} {dish} with {side}"

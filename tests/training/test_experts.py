@@ -15,9 +15,9 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
+from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob
-from modeclip.training.trainer import job_rows
 
 TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
 

@@ -19,9 +19,8 @@ from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.system.files import only_process
-from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult, changes, prepare
 from modeclip.training.launching import commands_for, run_jobs
-from modeclip.training.resuming import changes, prepare
 from modeclip.training.status import job_status
 
 CONFIG = TrainConfig(

@@ -27,9 +27,9 @@ from modeclip.data.indexing import index
 from modeclip.data.sources import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import Clip, encode_text, load_clip, save_clip
-from modeclip.training.batches import CROP_STREAM, Feed, batch_rows, draws_of, permute
+from modeclip.training.batches import CROP_STREAM, Feed, batch_rows, draws_of, job_rows, permute
 from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, learning_rate_at
-from modeclip.training.trainer import FAILED_BATCH_FILE, job_rows, train
+from modeclip.training.trainer import FAILED_BATCH_FILE, train
 
 CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true", save_every="5steps"))
 

@@ -92,7 +92,7 @@ def train(
     """Train one model on a catalog or a part of it; under torchrun or Slurm by several processes."""
     from modeclip.data.catalog import Catalog
     from modeclip.pipeline import single_job
-    from modeclip.training.resuming import prepare
+    from modeclip.training.jobs import prepare
     from modeclip.training.trainer import train as train_job
 
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -155,7 +155,6 @@ def train_experts(
     from modeclip.evaluation.run_evaluation import EvaluateConfig
     from modeclip.pipeline import RunFolder
     from modeclip.training.launching import commands_for
-    from modeclip.training.resuming import prepare
 
     if resume not in {"latest", "never"}:
         raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")

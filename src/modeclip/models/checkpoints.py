@@ -78,8 +78,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
     about = {"step": checkpoint.step, "digest": checkpoint.digest, "facts": checkpoint.facts}
     write_tensors(path, tensors, {_ABOUT: json.dumps(about)})
-    kept = [file for file in _files(folder) if _step_of(file) <= checkpoint.step][:keep]
-    for file in _files(folder):
+    kept = [file for file in checkpoint_files(folder) if _step_of(file) <= checkpoint.step][:keep]
+    for file in checkpoint_files(folder):
         if file not in kept:
             file.unlink(missing_ok=True)
     return path
@@ -116,7 +116,7 @@ def find_checkpoint(folder: Path, digest: str | None = None) -> Path | None:
     """Return the newest checkpoint of a job's folder; arguments and errors as for ``load_checkpoint``."""
     from safetensors import SafetensorError, safe_open
 
-    for path in _files(folder):
+    for path in checkpoint_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})[_ABOUT])
@@ -280,7 +280,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _files(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
     """Return the checkpoints of a job's folder, newest step first."""
     return sorted((folder / FOLDER).glob("step-*.safetensors"), key=_step_of, reverse=True)
 

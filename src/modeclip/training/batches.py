@@ -19,24 +19,25 @@ Source: permutations of any size by cycle walking: Black and Rogaway, "Ciphers w
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from PIL.Image import Image, Resampling
 
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.training.augmenting import NUM_DRAWS, augment
-from modeclip.training.jobs import TrainConfig
+from modeclip.training.jobs import AugmentConfig, TrainConfig, TrainJob
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 PIECE_SAMPLES = 256
@@ -47,10 +48,14 @@ PIXEL_BYTES = 4  # Pillow's RGB
 KNOWN_CAPTIONS = 1 << 17  # captions whose tokens are kept: 40 MB at 77 tokens; the next pass has them again
 CROP_STREAM = 1 << 40  # keys of the random streams of augmentation start here, far from those of the orders of the rows
 _ROUNDS = 6
+NUM_DRAWS = 11
+"""Random numbers in [0, 1) that a picture takes: four for the crop, seven for the colours."""
+_ORDERS = tuple(permutations(range(4)))  # torchvision's ColorJitter applies its four changes in a random order
+_ASPECT = 4 / 3  # a crop's width to height lies between 1 / this and this
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class TrainingBatch:
     """A process's part of the samples of one step."""
 
     images: Tensor
@@ -59,6 +64,22 @@ class Batch:
     """(b, context_length) int64."""
     caption_ids: Tensor
     """(b,) int64, equal for equal captions; empty unless the loss masks them."""
+
+
+def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
+    """Return the catalog rows that a job trains on, ascending."""
+    rows = catalog.select(mask=job.mask, **job.where)
+    if job.out_of_cluster_fraction > 0 and job.where:
+        others = np.setdiff1d(catalog.select(mask=job.mask), rows)
+        draw = np.random.Generator(np.random.Philox(key=[job.config.seed, 1_000_003 + sum(job.where.values())]))
+        count = round(job.out_of_cluster_fraction * len(others))
+        rows = np.sort(np.concatenate([rows, draw.choice(others, count, replace=False)]))
+    if len(rows) < job.config.batch_size:
+        raise ModeclipError(
+            f"{job.name}: {len(rows):,} pairs are fewer than one batch of {job.config.batch_size:,}; "
+            f"set train.batch_size to at most {len(rows):,}, or use fewer experts"
+        )
+    return rows
 
 
 def batch_rows(
@@ -119,8 +140,67 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return scrambled
 
 
+def augment(
+    pictures: Sequence[Image], size: tuple[int, int], config: AugmentConfig, draws: Float[np.ndarray, "b 11"]
+) -> list[Image]:
+    """Vary pictures at random and scale them to a size.
+
+    Args:
+        pictures: Any RGB pictures.
+        size: Width and height of the results, in pixels.
+        config: What is done to how many of them.
+        draws: Random numbers in [0, 1), a row a picture.
+    """
+    changed = []
+    for picture, numbers in zip(pictures, draws.tolist(), strict=True):
+        result = (
+            random_crop(picture, size, config.min_crop_share, numbers[:4]) if config.min_crop_share < 1 else picture
+        )
+        if config.color_jitter > 0 and numbers[4] < config.color_jitter_probability:
+            result = _jitter(result, config.color_jitter, numbers[5:10])
+        if numbers[10] < config.grayscale_probability:
+            result = result.convert("L").convert("RGB")
+        changed.append(result)
+    return changed
+
+
+def random_crop(picture: Image, size: tuple[int, int], min_share: float, draws: Sequence[float]) -> Image:
+    """Cut a random box out of a picture and scale it, as open_clip does in training.
+
+    Args:
+        picture: Any picture.
+        size: Width and height of the result, in pixels.
+        min_share: The box has a share of the picture's area drawn from [min_share, 1], at a width to height drawn
+            from [3/4, 4/3] (log-uniform), and is narrowed where it would not fit.
+        draws: Four random numbers in [0, 1).
+    """
+    share, shape, left, top = draws
+    width, height = picture.size
+    area, ratio = (min_share + share * (1 - min_share)) * width * height, _ASPECT ** (2 * shape - 1)
+    box_width, box_height = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+    left, top = left * (width - box_width), top * (height - box_height)
+    box = (left, top, min(width, left + box_width), min(height, top + box_height))
+    return picture.resize(size, Resampling.BICUBIC, box=box)
+
+
+def _jitter(picture: Image, strength: float, draws: Sequence[float]) -> Image:
+    """Change brightness, contrast and saturation by up to a share of them, the hue by up to a quarter of that."""
+    from torchvision.transforms import functional
+
+    order, factors = _ORDERS[int(draws[0] * len(_ORDERS))], [1 + strength * (2 * draw - 1) for draw in draws[1:4]]
+    change = (
+        lambda picture: functional.adjust_brightness(picture, factors[0]),
+        lambda picture: functional.adjust_contrast(picture, factors[1]),
+        lambda picture: functional.adjust_saturation(picture, factors[2]),
+        lambda picture: functional.adjust_hue(picture, strength / 4 * (2 * draws[4] - 1)),
+    )
+    for index in order:
+        picture = change[index](picture)
+    return picture
+
+
 @dataclass(frozen=True, slots=True)
-class Sample:
+class DecodedSample:
     """What is the same at every reading of a row."""
 
     picture: Image
@@ -140,7 +220,7 @@ class Feed:
     rows: Tensor
     """(N,) int64, the rows that are trained on."""
     config: TrainConfig
-    """Batch size, seed and augmentation."""
+    """TrainingBatch size, seed and augmentation."""
     tokenizer: Any
     """Texts -> (n, context_length) token ids."""
     preprocess: Any
@@ -151,7 +231,7 @@ class Feed:
     """Which process of the job this is."""
     world_size: int = 1
     """Processes of the job; each takes an equal part of every batch."""
-    kept: dict[int, Sample] | None = None
+    kept: dict[int, DecodedSample] | None = None
     """Samples that an earlier job of this process has kept, of the same catalog and tokenizer; filled further."""
 
     @cached_property
@@ -163,7 +243,7 @@ class Feed:
         return {}
 
     @cached_property
-    def _kept(self) -> dict[int, Sample] | None:
+    def _kept(self) -> dict[int, DecodedSample] | None:
         """The samples read so far, by row; None where not all of the job's fit, or several processes read."""
         room, rows = self.config.engine.keep_pictures_gb * 1e9, self.rows.numpy()
         if self.config.engine.workers or len(rows) * KEPT_BYTES > room:
@@ -174,15 +254,15 @@ class Feed:
             return None
         return {} if self.kept is None else self.kept
 
-    def _samples(self, rows: Int[np.ndarray, " b"]) -> list[Sample]:
+    def _samples(self, rows: Int[np.ndarray, " b"]) -> list[DecodedSample]:
         """Return the samples of rows, in their order."""
         kept = self._kept
         missing = np.array([row for row in rows.tolist() if not kept or row not in kept], np.int64)
-        found: dict[int, Sample] = {}
+        found: dict[int, DecodedSample] = {}
         if len(missing):
             captions: list[str] = self._opened.read(["caption"], missing)["caption"].tolist()
             parts = zip(self._opened.images(missing), self._tokens(captions), map(_hash, captions), strict=True)
-            found = dict(zip(missing.tolist(), (Sample(*part) for part in parts), strict=True))
+            found = dict(zip(missing.tolist(), (DecodedSample(*part) for part in parts), strict=True))
         if kept is None:
             return [found[row] for row in rows.tolist()]
         kept.update(found)
@@ -198,7 +278,7 @@ class Feed:
                 known.update(ids)
         return [ids[caption] for caption in captions]
 
-    def piece(self, step: int, first: int, last: int) -> Batch:
+    def piece(self, step: int, first: int, last: int) -> TrainingBatch:
         """Return the samples of a step from position ``first`` of the global batch to before ``last``."""
         import torch
 
@@ -210,23 +290,23 @@ class Feed:
         )
         pixels = torch.from_numpy(np.stack([np.asarray(self._fit(picture)) for picture in pictures]))
         ids = [sample.caption_id for sample in samples] if config.mask_same_captions else []
-        return Batch(
+        return TrainingBatch(
             images=pixels.permute(0, 3, 1, 2).contiguous(),
             tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
             caption_ids=torch.tensor(ids, dtype=torch.int64),
         )
 
-    def batches(self, steps: range) -> Iterator[tuple[Batch, float]]:
+    def batches(self, steps: range) -> Iterator[tuple[TrainingBatch, float]]:
         """Yield this process's part of each step's batch with the seconds that it was waited for."""
         import torch
 
-        pieces: list[Batch] = []
+        pieces: list[TrainingBatch] = []
         waited = 0.0
         for piece, seconds in _timed(self._pieces(_Pieces(self, steps))):
             pieces.append(piece)
             waited += seconds
             if sum(len(piece.tokens) for piece in pieces) == self.config.batch_size // self.world_size:
-                batch = Batch(
+                batch = TrainingBatch(
                     images=torch.cat([piece.images for piece in pieces]),
                     tokens=torch.cat([piece.tokens for piece in pieces]),
                     caption_ids=torch.cat([piece.caption_ids for piece in pieces]),
@@ -236,7 +316,7 @@ class Feed:
                 yield batch, waited
                 waited = 0.0
 
-    def _pieces(self, pieces: _Pieces) -> Iterator[Batch]:
+    def _pieces(self, pieces: _Pieces) -> Iterator[TrainingBatch]:
         workers = self.config.engine.workers
         if workers == 0:
             yield from _ahead(pieces.__getitem__, range(len(pieces)))
@@ -285,7 +365,7 @@ class _Pieces:
     def __len__(self) -> int:
         return len(self.steps) * self._per_step
 
-    def __getitem__(self, index: int) -> Batch | ModeclipError:
+    def __getitem__(self, index: int) -> TrainingBatch | ModeclipError:
         step, part = divmod(index, self._per_step)
         start = self.feed.rank * self._share
         first = start + part * PIECE_SAMPLES
@@ -305,10 +385,10 @@ def _hash(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), signed=True)
 
 
-def _ahead(load: Callable[[int], Batch | ModeclipError], numbers: range) -> Iterator[Batch]:
+def _ahead(load: Callable[[int], TrainingBatch | ModeclipError], numbers: range) -> Iterator[TrainingBatch]:
     """Yield ``load`` of each number in order; threads load the next few meanwhile."""
     with ThreadPoolExecutor(PREFETCH_THREADS) as pool:
-        waiting: deque[Future[Batch | ModeclipError]] = deque()
+        waiting: deque[Future[TrainingBatch | ModeclipError]] = deque()
         try:
             for number in numbers:
                 waiting.append(pool.submit(load, number))
@@ -321,13 +401,13 @@ def _ahead(load: Callable[[int], Batch | ModeclipError], numbers: range) -> Iter
                 future.cancel()
 
 
-def _checked(piece: Batch | ModeclipError) -> Batch:
+def _checked(piece: TrainingBatch | ModeclipError) -> TrainingBatch:
     if isinstance(piece, ModeclipError):
         raise piece
     return piece
 
 
-def _timed(values: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+def _timed(values: Iterator[TrainingBatch]) -> Iterator[tuple[TrainingBatch, float]]:
     while True:
         started = time.monotonic()
         try:

@@ -23,10 +23,10 @@ from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import WEIGHTS_FILE
 from modeclip.system.console import console
-from modeclip.training.jobs import TrainJob
+from modeclip.training.batches import job_rows
+from modeclip.training.jobs import LOG_FILE, TrainJob
 from modeclip.training.launching import start_job, trouble_of
-from modeclip.training.status import LOG_FILE, in_words, job_status
-from modeclip.training.trainer import job_rows
+from modeclip.training.status import in_words, job_status
 
 MEASURED_STEPS = 10
 WARM_UP_STEPS = 3

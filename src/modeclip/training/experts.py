@@ -32,7 +32,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import check_model
 from modeclip.system.files import hash_file
-from modeclip.training.jobs import Role, TrainConfig, TrainJob, TrainResult, job_name
+from modeclip.training.jobs import JOB_FILE, Role, TrainConfig, TrainJob, TrainResult, job_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +185,11 @@ def _given(rest: TrainJob, experts: ExpertsConfig) -> TrainJob:
         if not path.is_file():
             raise ModeclipError(f"experts.start: {path}: no such file; expected a checkpoint of open_clip_train")
         return replace(rest, start_from=str(path.resolve()), start_digest=hash_file(path))
-    if not (path / "job.json").is_file():
+    if not (path / JOB_FILE).is_file():
         check_model(start)
         fresh = replace(rest, config=replace(rest.config, model=start), start_from=None, start_digest="")
         return replace(fresh, first_step=0, last_step=num_steps, first_share=0.0)
-    seed = TrainJob.load(path / "job.json")
+    seed = TrainJob.load(path / JOB_FILE)
     if TrainResult.read(seed) is None:
         raise ModeclipError(f"experts.start: the job in {path} is not finished; train it first: modeclip train {path}")
     if seed.config.model != rest.config.model:
@@ -215,7 +215,7 @@ def seed_model(folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Path
         experts: Says whether the seed is given.
     """
     own, start = folder / job_name("seed"), experts.start
-    if start is None or (Path(start) / "job.json").is_file():
+    if start is None or (Path(start) / JOB_FILE).is_file():
         return own if start is None else Path(start)
     if not own.is_dir():
         from modeclip.models.clip import load_clip, save_clip

@@ -8,7 +8,7 @@ of the whole batch; the price is one more forward pass. So the batch size is a m
 What is random in the towers (patch dropout) is seeded by step, process and micro-batch, so both passes agree and a
 resumed job repeats it.
 
-Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983).
+Source: Gao et al., "Scaling Deep Contrastive Learning TrainingBatch Size under Memory Limited Setup" (arXiv 2101.06983).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from modeclip.models.clip import Clip, encode_image, encode_text
 from modeclip.system.devices import free_memory
-from modeclip.training.batches import Batch
+from modeclip.training.batches import TrainingBatch
 from modeclip.training.distributed import whole
 from modeclip.training.jobs import TrainConfig
 
@@ -60,7 +60,7 @@ class Towers(nn.Module):
 
 
 def backward(
-    towers: Any, fabric: Fabric, batch: Batch, loss: Loss, *, micro_batch: int, seed: tuple[int, ...]
+    towers: Any, fabric: Fabric, batch: TrainingBatch, loss: Loss, *, micro_batch: int, seed: tuple[int, ...]
 ) -> Tensor:
     """Add the gradient of a batch's loss to the parameters' ``grad`` and return this process's share of the loss.
 
@@ -144,7 +144,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def find_micro_batch(towers: Any, fabric: Fabric, batch: Batch, processes_here: int) -> int:
+def find_micro_batch(towers: Any, fabric: Fabric, batch: TrainingBatch, processes_here: int) -> int:
     """Return how many samples fit into the towers at once: a power of two, or the whole part of the batch.
 
     The activations that two trial passes keep are counted, so nothing has to fail to find out.
@@ -166,7 +166,7 @@ def find_micro_batch(towers: Any, fabric: Fabric, batch: Batch, processes_here: 
     return int(fabric.all_reduce(torch.tensor(-found, device=fabric.device), reduce_op="max").neg())  # type: ignore[union-attr]
 
 
-def _encode(towers: Any, fabric: Fabric, batch: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _encode(towers: Any, fabric: Fabric, batch: TrainingBatch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run a part of a batch through the towers, on the device."""
     images, tokens = batch.images[part], batch.tokens[part]
     output: tuple[Tensor, Tensor, Tensor, Tensor] = towers(
@@ -175,7 +175,7 @@ def _encode(towers: Any, fabric: Fabric, batch: Batch, part: slice) -> tuple[Ten
     return output
 
 
-def _bytes_kept(towers: Any, fabric: Fabric, batch: Batch, samples: int) -> int:
+def _bytes_kept(towers: Any, fabric: Fabric, batch: TrainingBatch, samples: int) -> int:
     """Return the bytes of the tensors that a forward pass keeps for the backward pass."""
     kept: dict[int, int] = {}
 

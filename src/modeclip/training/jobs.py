@@ -1,8 +1,12 @@
-"""What it takes to train one model: its settings, its part of the schedule, its rows, and the record of its end.
+"""A training job: the settings of one model, its part of the schedule, its rows, and the folder that it is trained in.
 
-A *job* trains one model from one step of a schedule to another. The seed model runs from 0 to 27 parts of 32; a data
+A job takes one model from one step of a schedule to another. The seed model runs from 0 to 27 of 32 parts. A data
 expert continues from the seed's last checkpoint, optimizer state included, through the rest of the SAME schedule on its
-own cluster, so its learning rate goes on (in the paper from 5.96 % of the highest rate) to 0 and does not start again.
+own cluster. Its learning rate therefore goes on falling to 0 (in the paper from 5.96 % of the highest rate) and does
+not start again.
+
+A folder belongs to one job. The job continues from its own checkpoints there; a job with other settings is an error
+that names what differs, so nothing is overwritten by mistake.
 
 Source: MoDE Sec. 3.3 and 4.2, and the settings of its released code.
 """
@@ -19,33 +23,40 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from modeclip.errors import ModeclipError, unknown
+from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.files import write_atomically
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 Role = Literal["seed", "dense", "dense-total", "expert", "random", "full", "one-step", "prior", "single"]
-"""What a model is for: the seed; the dense model that continues it, or that costs what the whole mixture costs; an
-expert of a cluster; a member of one of the control mixtures; the expert of some class names; one model by itself."""
+"""What a model is for: the seed; the dense model that continues it, or the one that costs as much as the mixture; the
+expert of a cluster; a member of a control mixture; the expert of some class names (prior); a model by itself."""
 MEMBER_ROLES: tuple[Role, ...] = ("expert", "random", "full", "one-step")
 """Roles of which a run has one model for each expert; their jobs have an index."""
+JOB_FILE, LOG_FILE, DONE_FILE = "job.json", "log.jsonl", "done.json"
+"""Files of a job's folder: what to do, a line of numbers every few steps, and the record that is written last."""
+OUTPUT_FILE, ERRORS_FILE = "output.txt", "errors.txt"
+"""What a job's process prints. It becomes ``errors.txt`` when the job fails and is removed otherwise."""
 UNHASHED_FIELDS = frozenset({"folder", "start_from", "catalog", "role", "index"})
-"""Fields of a job that do not decide its result, and so are no part of its digest."""
+"""Fields of a job that do not decide its result and so are not part of its digest."""
+CONSEQUENCES = ("first_step", "last_step", "first_share", "last_share", "start_digest")
+"""Fields that follow from other settings. They are named as a difference only where those are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How training pictures are varied; the names and defaults of open_clip, whose ``image_transform`` it follows."""
+    """How training pictures are varied at random, with the names and defaults of open_clip's ``image_transform``."""
 
     min_crop_share: float = 0.9
-    """Least share of a picture's area that its random crop keeps, in (0, 1]; 1: no crops (open_clip: 0.9)."""
+    """Smallest share of a picture's area that a random crop keeps, in (0, 1]. 1 crops nothing (open_clip: 0.9)."""
     color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation changes, and of hue at a quarter of it, in [0, 1]; 0: none."""
+    """Strength of changes in brightness, contrast and saturation, and at a quarter of it in hue, in [0, 1]."""
     color_jitter_probability: float = 0.8
-    """Share of the pictures whose colours are changed, in [0, 1]."""
+    """Share of the pictures whose colours are changed, in [0, 1]; it matters only with a ``color_jitter`` above 0."""
     grayscale_probability: float = 0.0
     """Share of the pictures that lose their colours, in [0, 1]."""
     patch_dropout: float = 0.0
-    """Share of an image tower's patches that are left out in training, in [0, 1) (FLIP, arXiv 2212.00794)."""
+    """Share of the patches that the image tower leaves out while training, in [0, 1) (FLIP, arXiv 2212.00794)."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -60,28 +71,31 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the machine is used; apart from ``precision`` nothing here changes what a model is, up to rounding."""
+    """How the machine is used. Only ``precision`` changes the model by more than rounding."""
 
     precision: str = "auto"
-    """``32-true``, ``bf16-mixed`` or ``16-mixed``, as Lightning Fabric names them; ``auto``: bf16 where it is fast."""
+    """``32-true``, ``bf16-mixed`` or ``16-mixed``, as Lightning Fabric names them. ``auto`` takes bf16 where it is
+    fast, else 32 bits."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun or Slurm with several processes: copies of the model (ddp), or its parts (fsdp)."""
+    """What each process holds under torchrun or Slurm: a copy of the model (ddp) or a part of it (fsdp)."""
     micro_batch: int | Literal["auto"] = 0
-    """Samples that a process runs through the towers at once; 0: all of its batch; ``auto``: as many as fit."""
+    """Samples that a process runs through the towers at once. 0 takes its whole share of the batch, ``auto`` as many
+    as fit into memory. The gradient is the same."""
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Save memory by computing activations again in the backward pass."""
     workers: int = 0
-    """Processes that read and decode ahead; 0: two threads of the training process."""
+    """Processes that read and decode pictures ahead of the training. 0 uses two threads of the training process."""
     keep_pictures_gb: float = 1.0
-    """Memory (10^9 bytes) for decoded pictures, if all of a job's fit and ``workers`` is 0; 0: decode every time."""
+    """Memory in 10^9 bytes for decoded pictures. They are kept if all of a job's fit and ``workers`` is 0; 0 decodes
+    them anew in every pass."""
     save_every: str = "20s"
-    """Time, steps or passes over the rows between checkpoints: ``30min``, ``1000steps``, ``1epoch``."""
+    """Time, steps or passes over the pairs between two checkpoints: ``30min``, ``1000steps``, ``1epoch``."""
     keep_checkpoints: int = 1
-    """Newest checkpoints that are kept, at least 1."""
+    """Number of newest checkpoints that are kept, at least 1."""
     log_every: int = 10
     """Steps between two lines of the log."""
     report_to: tuple[str, ...] = ()
-    """Further places for what is logged: ``tensorboard``, ``wandb``."""
+    """Where the log goes besides the job's folder: ``tensorboard``, ``wandb``."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -115,8 +129,8 @@ class EngineConfig:
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|min|h|steps?|epochs?)", self.save_every)
         if match is None:
             raise ModeclipError(
-                f"train.engine.save_every must be a number with s, min, h, steps or epochs, such as 30min or "
-                f"1000steps, got {self.save_every!r}"
+                "train.engine.save_every must be a number with s, min, h, steps or epochs (30min, 1000steps), "
+                f"got {self.save_every!r}"
             )
         number, unit = float(match[1]), match[2]
         if unit in _SECONDS:
@@ -129,32 +143,33 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one model is trained."""
+    """How a model is trained."""
 
     model: str = "modeclip-icon"
-    """Model specification: a name, ``name@pretrained_tag``, ``hf-hub:``, or the path of an open_clip model folder."""
+    """Model to train: a name, ``name@pretrained_tag``, ``hf-hub:...``, or the path of an open_clip model folder."""
     samples: int = 245_760
     """Samples that the dense model sees in its whole schedule of ``total_parts`` parts."""
     batch_size: int = 256
-    """Pairs a step over all processes; every other pair of the batch is a negative (the paper: 32,768)."""
+    """Pairs in a step, over all processes. Every other pair of the batch is a negative (the paper: 32,768)."""
     total_parts: int = 32
-    """Equal parts that the schedule is divided into (the paper: 32 epochs of 400 million samples)."""
+    """Number of equal parts of the schedule (the paper: 32 epochs of 400 million samples)."""
     seed_parts: int = 27
-    """Parts that the seed model trains on all data before the experts part from it (the paper: 27)."""
+    """Parts that the seed model trains on all data before the experts continue from it (the paper: 27)."""
     learning_rate: float = 1e-3
-    """Highest learning rate, reached after the warm-up, then falling to 0 by a cosine (the paper, ViT-B: 5e-4)."""
+    """Highest learning rate, reached after the warm-up; then it falls to 0 by a cosine (the paper, ViT-B: 5e-4)."""
     warmup_fraction: float = 0.04
     """Share of the schedule in which the learning rate rises linearly, in [0, 1)."""
     weight_decay: float = 0.2
-    """AdamW's decay of matrices; norms, biases and the logit scale have none (the paper: 0.2)."""
+    """AdamW's decay of matrices. Norms, biases and the logit scale do not decay (the paper: 0.2)."""
     clip_grad_norm: float = 0.0
-    """Largest norm of the gradient, which is scaled down to it; 0: no limit (the paper)."""
+    """Largest norm of the gradient; a longer one is scaled down to it. 0 sets no limit (the paper)."""
     loss: Literal["clip", "siglip"] = "clip"
-    """``clip``: softmax over the batch, both ways; ``siglip``: a sigmoid for every pair (arXiv 2303.15343)."""
+    """What training minimises: ``clip``, a softmax over the batch in both directions; ``siglip``, a sigmoid for every
+    pair (arXiv 2303.15343)."""
     mask_same_captions: bool = False
-    """Whether pairs with the same caption are left out of each other's negatives (the paper: not)."""
+    """Do not count pairs with the same caption as each other's negatives (the paper does)."""
     seed: int = 0
-    """Of the random start, of the order of the samples and of their augmentation."""
+    """Seed of the random start, of the order of the samples and of their augmentation."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How pictures are varied."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -219,40 +234,40 @@ class TrainJob:
     role: Role = "single"
     """What the model is for."""
     index: int | None = None
-    """Number of the expert, or of a control's member; None for the other roles."""
+    """Number of the expert, or of the control's member; None for roles that have one model."""
     folder: str
-    """Where its files go."""
+    """Folder of the job's files."""
     catalog: str
     """Path of the catalog."""
     catalog_fingerprint: str
-    """Of the catalog and of the clustering, so that a changed input makes the job stale."""
+    """Hash of the catalog's pairs and of their clustering: when either changes, the job is stale."""
     config: TrainConfig
-    """Model, optimizer and batch settings."""
+    """Model, optimizer and batches."""
     first_step: int
     """Step of the schedule at which this job starts."""
     last_step: int
     """Step of the schedule at which it ends."""
     first_share: float
-    """Share of the learning-rate schedule that lies behind at the first step, in [0, 1)."""
+    """Share of the learning-rate schedule that is done at the first step, in [0, 1)."""
     last_share: float
-    """The same at the last step; the schedule ends at 1."""
+    """Share of it that is done at the last step; a schedule ends at 1."""
     start_from: str | None = None
-    """Folder of the finished job, or checkpoint (``.pt``) of open_clip_train, that this one continues, with its
-    optimizer state; None: the model's own start."""
+    """Folder of the finished job, or checkpoint (``.pt``) of open_clip_train, that this one continues with its
+    optimizer state. None: it starts from the model as the specification gives it."""
     start_digest: str = ""
     """Digest of that job, or SHA-256 of that checkpoint."""
     where: Mapping[str, int] = field(default_factory=dict)
-    """Columns of the catalog and their values: only such rows, for example ``{"expert": 3}``; empty: all rows."""
+    """Values that columns of the catalog must have in the job's rows, such as ``{"expert": 3}``. Empty: all rows."""
     mask: str | None = None
-    """Column of booleans: only the rows that it marks; None: no such limit."""
+    """Column of booleans that marks the rows which may be used. None: all of them."""
     out_of_cluster_fraction: float = 0.0
     """Share of the rows outside ``where`` that the model sees too, in [0, 1]."""
     threads: int = 1
-    """Threads that compute; part of the digest, since another number sums in another order."""
+    """Threads that compute. Another number sums in another order, so it is part of the digest."""
 
     @property
     def digest(self) -> str:
-        """Hash of all that decides the result, not of where it is written."""
+        """Hash of what decides the result; where the job is written plays no part."""
         return sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:16]
 
     def deciding(self) -> dict[str, Any]:
@@ -268,7 +283,7 @@ class TrainJob:
 
     def save(self) -> Path:
         """Write the job into its folder and return the file's path."""
-        path = Path(self.folder) / "job.json"
+        path = Path(self.folder) / JOB_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
         return path
@@ -293,33 +308,33 @@ class TrainResult:
     """What a finished job leaves in ``done.json``."""
 
     digest: str
-    """Of the job."""
+    """Digest of the job."""
     samples: int
-    """Samples that this job itself has trained on."""
+    """Samples that this job has trained on, without those of the job that it continues."""
     rows: int
-    """Rows of the catalog that it drew them from."""
+    """Rows of the catalog that the samples were drawn from."""
     seconds: float
     """Wall time of the last run of the job."""
 
     @classmethod
     def read(cls, job: TrainJob) -> TrainResult | None:
-        """Return the result of a job if it is finished and made from the same inputs, else None."""
+        """Return the result of a job, or None if it is not finished or was made from other inputs."""
         try:
-            result = cls(**json.loads((Path(job.folder) / "done.json").read_text(encoding="utf-8")))
+            result = cls(**json.loads((Path(job.folder) / DONE_FILE).read_text(encoding="utf-8")))
         except (OSError, TypeError, json.JSONDecodeError):
             return None
         return result if result.digest == job.digest else None
 
 
 def learning_rate_at(share: float, config: TrainConfig) -> float:
-    """Return the learning rate where a share of the schedule lies behind: linear warm-up, then a cosine to 0.
+    """Return the learning rate after a share of the schedule: a linear warm-up, then a cosine that falls to 0.
 
     Args:
         share: Part of the schedule that is done, in [0, 1].
         config: Highest rate and warm-up.
 
     Examples:
-        The paper's experts start with 5.96 % of the highest rate (warm-up: 2,000 of 390,625 steps):
+        The paper's experts start at 5.96 % of the highest rate (warm-up: 2,000 of 390,625 steps):
 
         >>> config = TrainConfig(learning_rate=1.0, warmup_fraction=2000 / 390_625)
         >>> round(learning_rate_at(27 / 32, config), 4)
@@ -329,3 +344,43 @@ def learning_rate_at(share: float, config: TrainConfig) -> float:
     if share < warmup:
         return config.learning_rate * share / warmup
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+
+
+def prepare(job: TrainJob, resume: str = "latest") -> None:
+    """Make a job's folder fit for it.
+
+    Args:
+        job: What is to be trained.
+        resume: ``latest`` lets the job continue from its own checkpoints; ``never`` removes what is in the folder.
+
+    Raises:
+        ModeclipError: The folder holds what another job has trained.
+    """
+    folder = Path(job.folder)
+    if resume == "never":
+        for path in (*checkpoint_files(folder), folder / LOG_FILE, folder / DONE_FILE, folder / ERRORS_FILE):
+            path.unlink(missing_ok=True)
+    elif (folder / JOB_FILE).is_file():
+        before = TrainJob.load(folder / JOB_FILE)
+        is_used = bool(checkpoint_files(folder)) or (folder / DONE_FILE).is_file()
+        if is_used and before.digest != job.digest:
+            raise ModeclipError(
+                f"{folder} holds a model that was trained with other settings: {', '.join(changes(before, job))}; "
+                "give the same settings, or --resume never to train anew, or another folder"
+            )
+
+
+def changes(before: TrainJob, job: TrainJob) -> list[str]:
+    """Return the differences between two jobs that decide the result, a few words each."""
+    old, new = _flat(before.deciding()), _flat(job.deciding())
+    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    causes = [name for name in different if name not in CONSEQUENCES] or different
+    return [f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in causes]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}".removeprefix("config.")
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found

@@ -21,8 +21,8 @@ from typing import Any
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
 from modeclip.system.files import write_atomically
+from modeclip.training.jobs import LOG_FILE
 
-LOG_FILE = "log.jsonl"
 PROJECT = "modeclip"
 """Project of Weights & Biases, unless ``WANDB_PROJECT`` names another."""
 INIT_TIMEOUT_SECONDS = 30.0

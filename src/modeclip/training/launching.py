@@ -25,8 +25,8 @@ from typing import Any, Protocol, runtime_checkable
 from modeclip.errors import ModeclipError
 from modeclip.system.console import console, log, make_progress
 from modeclip.system.files import write_atomically
-from modeclip.training.jobs import TrainJob, TrainResult
-from modeclip.training.status import ERRORS_FILE, OUTPUT_FILE, is_locked, job_status
+from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, OUTPUT_FILE, TrainJob, TrainResult
+from modeclip.training.status import is_locked, job_status
 from modeclip.training.trainer import PARENT_VARIABLE
 
 POLL_SECONDS = 0.2
@@ -90,7 +90,7 @@ def run_jobs(
     if not waiting:
         return results
     for job in waiting:
-        if not (Path(job.folder) / "job.json").is_file():
+        if not (Path(job.folder) / JOB_FILE).is_file():
             job.save()  # so that a board of the folder shows what waits
     runner: Runner = _OnRay(processes) if ray else _Here(workers, processes)
     failures = _Schedule(jobs, results, runner, stop_on_failure, on_done).run(waiting)

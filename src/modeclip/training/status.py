@@ -25,12 +25,10 @@ from rich.live import Live
 from rich.table import Table
 
 from modeclip.errors import ModeclipError
+from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.console import console
-from modeclip.training.jobs import TrainJob, TrainResult
+from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, LOG_FILE, TrainJob, TrainResult
 
-OUTPUT_FILE, ERRORS_FILE = "output.txt", "errors.txt"
-"""What a job's process writes for a person; it becomes ``errors.txt`` when the job fails, and goes otherwise."""
-LOG_FILE = "log.jsonl"
 LOG_TAIL_BYTES = 1 << 14
 SPEED_LINES = 5
 """Lines of the log whose median is the speed: one that a checkpoint slowed down does not count."""
@@ -98,7 +96,7 @@ def status(folder: Path) -> tuple[JobStatus, ...]:
     Raises:
         ModeclipError: There is no job in it.
     """
-    paths = [path for pattern in ("job.json", "*/job.json", "models/*/job.json") for path in folder.glob(pattern)]
+    paths = [path for place in ("", "*/", "models/*/") for path in folder.glob(place + JOB_FILE)]
     if not paths:
         raise ModeclipError(f"{folder}: no job.json in it or in its models; give the folder of a run that is training")
     jobs = sorted(((TrainJob.load(path), path.parent) for path in paths), key=_place)
@@ -147,11 +145,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             line = json.loads(piece)
             lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
     return lines
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the checkpoints of a job that are there now."""
-    return list((folder / "checkpoints").glob("*.safetensors"))
 
 
 def is_locked(folder: Path) -> bool:

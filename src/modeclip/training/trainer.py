@@ -43,7 +43,7 @@ from modeclip.system.console import progress
 from modeclip.system.devices import choose_precision
 from modeclip.system.files import only_process, write_atomically, writing
 from modeclip.system.memory import keep_freed_memory
-from modeclip.training.batches import Batch, Feed, Sample, batch_rows
+from modeclip.training.batches import DecodedSample, Feed, TrainingBatch, batch_rows, job_rows
 from modeclip.training.distributed import World, leave_processes, place_like, whole
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.journal import Journal
@@ -62,24 +62,8 @@ Visit = Callable[[Clip, int], bool]
 """Called with the model in evaluation mode and the step; True ends the job."""
 
 
-def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
-    """Return the catalog rows that a job trains on, ascending."""
-    rows = catalog.select(mask=job.mask, **job.where)
-    if job.out_of_cluster_fraction > 0 and job.where:
-        others = np.setdiff1d(catalog.select(mask=job.mask), rows)
-        draw = np.random.Generator(np.random.Philox(key=[job.config.seed, 1_000_003 + sum(job.where.values())]))
-        count = round(job.out_of_cluster_fraction * len(others))
-        rows = np.sort(np.concatenate([rows, draw.choice(others, count, replace=False)]))
-    if len(rows) < job.config.batch_size:
-        raise ModeclipError(
-            f"{job.name}: {len(rows):,} pairs are fewer than one batch of {job.config.batch_size:,}; "
-            f"set train.batch_size to at most {len(rows):,}, or use fewer experts"
-        )
-    return rows
-
-
 def train(
-    job: TrainJob, *, visit_every: int = 0, visit: Visit | None = None, kept: dict[int, Sample] | None = None
+    job: TrainJob, *, visit_every: int = 0, visit: Visit | None = None, kept: dict[int, DecodedSample] | None = None
 ) -> TrainResult:
     """Train one job to its end, continuing from its last checkpoint if it has one.
 
@@ -185,7 +169,7 @@ class _Trainer:
             )
         return start
 
-    def run(self, visit_every: int, visit: Visit | None, kept: dict[int, Sample] | None) -> None:
+    def run(self, visit_every: int, visit: Visit | None, kept: dict[int, DecodedSample] | None) -> None:
         """Train from the present step to the job's last one."""
         import torch
 
@@ -257,7 +241,7 @@ class _Trainer:
     def _first(self) -> bool:
         return self.world.rank == 0
 
-    def _train_step(self, batch: Batch, looks: bool) -> Tensor | None:
+    def _train_step(self, batch: TrainingBatch, looks: bool) -> Tensor | None:
         """Take a step; return the norm of the gradient if it was asked for or limited."""
         import torch
 
