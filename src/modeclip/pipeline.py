@@ -51,6 +51,7 @@ from modeclip.system.console import log
 from modeclip.system.files import only_process, write_atomically, writing
 from modeclip.system.memory import PeakMemory, return_memory
 from modeclip.system.paths import RunPaths
+from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import run_jobs

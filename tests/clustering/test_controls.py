@@ -33,7 +33,7 @@ from modeclip.mixture.bundling import assemble_bundle
 from modeclip.mixture.mode import class_features
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.training.experts import pin_jobs
-from modeclip.training.jobs import TrainJob
+from modeclip.training.jobs import TrainJob, role_of
 from modeclip.training.trainer import train
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -154,6 +154,7 @@ def train_experts(
     """Train the experts of a clustered catalog: what is missing, after saying what it costs."""
     from modeclip.evaluation.run_evaluation import EvaluateConfig
     from modeclip.pipeline import RunFolder
+    from modeclip.training.jobs import prepare
     from modeclip.training.launching import commands_for
 
     if resume not in {"latest", "never"}:
