@@ -33,7 +33,7 @@ CODE = """
 import json
 from pathlib import Path
 from modeclip.data.catalog import Catalog
-from modeclip.system.memory import PeakMemory
+from modeclip.system.devices import PeakMemory
 folder = Path({folder!r})
 catalog = Catalog.open(folder) if {stage!r} != "index" else None
 with PeakMemory() as peak:

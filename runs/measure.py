@@ -41,7 +41,7 @@ from modeclip.models.clip import load_clip, save_clip
 from modeclip.models.encoders import load_any_encoder
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import image_features, text_features
-from modeclip.models.pool import Source
+from modeclip.models.pool import ModelRef
 from modeclip.system.console import log
 from modeclip.training.jobs import TrainJob
 
@@ -86,7 +86,7 @@ class Exam:
 
     def load(self, folders: Sequence[Path]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return each model's vectors of all images and all names; what is missing in one pass over the images."""
-        sources = [Source.of(folder.name, folder) for folder in folders if folder not in self.vectors]
+        sources = [ModelRef.of(folder.name, folder) for folder in folders if folder not in self.vectors]
         if sources:
             images = image_features(sources, self.images, self.cache)
             texts = text_features(sources, self.names, self.cache)
@@ -289,7 +289,7 @@ class Bench:
         for expert, member in enumerate(members):
             rows = np.flatnonzero(columns[column] == expert)
             rows = np.sort(np.random.default_rng(0).choice(rows, 2000, replace=False))
-            source = [Source.of(member.name, member)]
+            source = [ModelRef.of(member.name, member)]
             names, label = np.unique(columns["caption"][rows].astype(str), return_inverse=True)
             visual = image_features(source, CatalogImages(catalog=catalog, rows=rows), self.exam.cache)[0]
             words = text_features(source, names.tolist(), self.exam.cache)[0]
@@ -427,7 +427,7 @@ class Bench:
         test_labels = np.array([place[value] for value in shown[test]])
 
         def accuracy(models: Sequence[Path], combine: str = "concatenate") -> float:
-            fitted = image_features([Source.of(m.name, m) for m in models], train, exam.cache)
+            fitted = image_features([ModelRef.of(m.name, m) for m in models], train, exam.cache)
             tested = [visual[test] for visual, _ in exam.load(models)]
             config = ProbeConfig(combine=combine)  # type: ignore[arg-type]
             return 100 * linear_probe(fitted, labels, tested, test_labels, config).outcome.metrics["acc1"]

@@ -43,13 +43,13 @@ from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate
 from modeclip.mixture.bundle import EDITS, MANIFEST_FILE
-from modeclip.mixture.bundling import assemble_bundle, encoder_of, is_bundled, versions
+from modeclip.mixture.bundling import assemble_bundle, encoder_of, is_bundled
 from modeclip.models.clip import check_model
 from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.system.console import log
-from modeclip.system.files import only_process, write_atomically, writing
-from modeclip.system.memory import PeakMemory, return_memory
+from modeclip.system.devices import PeakMemory, return_memory
+from modeclip.system.files import only_process, versions, write_atomically, writing
 from modeclip.system.paths import RunPaths
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, seed_model

@@ -30,8 +30,8 @@ from modeclip.errors import ModeclipError
 from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate, mix
 from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.bundling import assemble_bundle
-from modeclip.mixture.mode import class_features
 from modeclip.models.clip import load_clip, save_clip
+from modeclip.models.features import class_features
 from modeclip.training.experts import pin_jobs
 from modeclip.training.jobs import TrainJob, role_of
 from modeclip.training.trainer import train

@@ -18,6 +18,7 @@ import pytest
 
 from modeclip import MoDE
 from modeclip.data.catalog import Catalog
+from modeclip.data.prompts import fill
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.clip_benchmark import main
@@ -25,8 +26,8 @@ from modeclip.evaluation.metrics import classify
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
 from modeclip.models.feature_cache import FeatureCache
-from modeclip.models.features import class_features, image_features, text_features
-from modeclip.models.pool import Source
+from modeclip.models.features import image_features, prompt_features, text_features
+from modeclip.models.pool import ModelRef
 from support import tar_of
 
 TEMPLATES = ("{}", "an icon of {}, black on white", "{} symbol.")
@@ -105,11 +106,11 @@ def captions_of(task: Task) -> list[tuple[str, str]]:
 def ours(folders: Folders, rule: str, templates: Sequence[str]) -> Similarity:
     """Similarities of the task as modeclip computes them: every expert's own mean over the templates."""
     mode = MoDE.load(folders.bundle)
-    sources = [Source.of(expert.name, folders.bundle / expert.folder) for expert in mode.bundle.experts]
+    sources = [ModelRef.of(expert.name, folders.bundle / expert.folder) for expert in mode.bundle.experts]
     cache = FeatureCache()
     return Similarity(
         images=image_features(sources, folders.task.images, cache),
-        texts=class_features(sources, folders.task.classnames, templates, cache),
+        texts=prompt_features(sources, [[fill(t, n) for t in templates] for n in folders.task.classnames], cache),
         weights=mode.route(folders.task.classnames, rule=rule).weights,
     )
 
@@ -171,7 +172,7 @@ def test_retrieval_equals_ours_with_every_text_a_task(retrieved: Folders, rule: 
     folders = retrieved
     texts = [caption for pair in captions_of(folders.task) for caption in pair]
     mode = MoDE.load(folders.bundle)
-    sources = [Source.of(expert.name, folders.bundle / expert.folder) for expert in mode.bundle.experts]
+    sources = [ModelRef.of(expert.name, folders.bundle / expert.folder) for expert in mode.bundle.experts]
     cache = FeatureCache()
     similarity = Similarity(
         images=image_features(sources, folders.task.images, cache),

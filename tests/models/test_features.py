@@ -26,7 +26,6 @@ from torch import nn
 
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import load_bundle
-from modeclip.mixture.mode import class_features as features_of_one
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.models.feature_cache import FeatureCache, hash_texts
 from modeclip.models.features import (
@@ -38,10 +37,11 @@ from modeclip.models.features import (
     prompt_features,
     text_features,
 )
-from modeclip.models.pool import Models, Source
+from modeclip.models.pool import ModelPool, ModelRef
 
 WEIGHTS = "open_clip_model.safetensors"
 NAMES = ["arrow", "a red heart with a very long name", "star"]
+PROMPTS = [[name, f"a {name}."] for name in NAMES]
 
 
 @dataclass(eq=False)
@@ -107,8 +107,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def sources(folders: list[Path]) -> list[Source]:
-    return [Source.of(folder.name, folder) for folder in folders]
+def sources(folders: list[Path]) -> list[ModelRef]:
+    return [ModelRef.of(folder.name, folder) for folder in folders]
 
 
 def alone(folder: Path, pictures: Pictures) -> np.ndarray:
@@ -126,7 +126,7 @@ def alone(folder: Path, pictures: Pictures) -> np.ndarray:
 @pytest.mark.parametrize("size", [(32, 32), (50, 40)])
 @pytest.mark.parametrize("batch_size", [4, 100])
 def test_images_are_what_open_clip_alone_makes_of_them(
-    folders: list[Path], sources: list[Source], size: tuple[int, int], batch_size: int
+    folders: list[Path], sources: list[ModelRef], size: tuple[int, int], batch_size: int
 ) -> None:
     pictures = Pictures(size=size)
     found = image_features([*sources, sources[0]], pictures, FeatureCache(), batch_size=batch_size)
@@ -138,12 +138,12 @@ def test_images_are_what_open_clip_alone_makes_of_them(
         assert vectors.dtype == np.float32
 
 
-def test_second_call_runs_nothing_and_a_new_model_only_itself(sources: list[Source], tmp_path: Path) -> None:
+def test_second_call_runs_nothing_and_a_new_model_only_itself(sources: list[ModelRef], tmp_path: Path) -> None:
     pictures = Pictures()
     with counting() as ran:
         first = image_features(sources[:2], pictures, FeatureCache(tmp_path))
         texts = text_features(sources[:2], NAMES, FeatureCache(tmp_path))
-        classes = class_features(sources[:2], NAMES, ["{}", "a {}."], FeatureCache(tmp_path))
+        classes = prompt_features(sources[:2], PROMPTS, FeatureCache(tmp_path))
     assert len(ran) == 2 * (1 + 1 + 1), "a batch of images, of texts and of prompts for each model"
     with counting() as ran:
         cache = FeatureCache(tmp_path)
@@ -154,7 +154,7 @@ def test_second_call_runs_nothing_and_a_new_model_only_itself(sources: list[Sour
             [
                 *again,
                 *text_features(sources[:2], NAMES, cache),
-                *class_features(sources[:2], NAMES, ["{}", "a {}."], cache),
+                *prompt_features(sources[:2], PROMPTS, cache),
             ],
             strict=True,
         ):
@@ -173,7 +173,7 @@ def test_other_content_never_meets_old_vectors(folders: list[Path], tmp_path: Pa
     folder, cache = tmp_path / "model", tmp_path / "cache"
     shutil.copytree(folders[0], folder)
     pictures, precision, names = Pictures(), "32-true", list(NAMES)
-    before = Source.of("model", folder)
+    before = ModelRef.of("model", folder)
     old = (
         image_features([before], pictures, FeatureCache(cache))[0],
         text_features([before], names, FeatureCache(cache))[0],
@@ -194,7 +194,7 @@ def test_other_content_never_meets_old_vectors(folders: list[Path], tmp_path: Pa
         precision = "bf16-mixed"
     else:
         names = names[::-1]
-    source = Source.of("model", folder)
+    source = ModelRef.of("model", folder)
     assert (source.digest != before.digest) == (change in {"weight", "settings"})
     again = FeatureCache(cache)
     new = image_features([source], pictures, again, precision=precision)[0]
@@ -207,7 +207,7 @@ def test_other_content_never_meets_old_vectors(folders: list[Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "other rows", "text"])
-def test_damaged_file_is_made_again(sources: list[Source], tmp_path: Path, harm: str) -> None:
+def test_damaged_file_is_made_again(sources: list[ModelRef], tmp_path: Path, harm: str) -> None:
     pictures = Pictures()
     whole = image_features(sources[:1], pictures, FeatureCache(tmp_path))[0].copy()
     [path] = tmp_path.glob("images-*.npy")
@@ -228,7 +228,7 @@ def test_damaged_file_is_made_again(sources: list[Source], tmp_path: Path, harm:
     assert (pictures.reads == 2).all()
 
 
-def test_failed_pass_leaves_nothing(sources: list[Source], tmp_path: Path) -> None:
+def test_failed_pass_leaves_nothing(sources: list[ModelRef], tmp_path: Path) -> None:
     class Broken(Pictures):
         def read(self, rows: Int[np.ndarray, " b"]) -> list[Image.Image]:
             if rows[0] >= 8:
@@ -248,19 +248,19 @@ sys.path.insert(0, sys.argv[3])
 from test_features import Pictures
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import image_features
-from modeclip.models.pool import Source
+from modeclip.models.pool import ModelRef
 class Deadly(Pictures):
     def read(self, rows):
         if rows[0] >= 8:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(rows)
-source, cache = Source.of("m", sys.argv[1]), FeatureCache(Path(sys.argv[2]))
+source, cache = ModelRef.of("m", sys.argv[1]), FeatureCache(Path(sys.argv[2]))
 image_features([source], Pictures(seed=5), cache)
 image_features([source], Deadly(), cache, batch_size=4)
 """
 
 
-def test_killed_pass_is_not_taken_for_whole(folders: list[Path], sources: list[Source], tmp_path: Path) -> None:
+def test_killed_pass_is_not_taken_for_whole(folders: list[Path], sources: list[ModelRef], tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(folders[0]), str(tmp_path), str(Path(__file__).parent)]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -9
     assert len(list(tmp_path.glob("*.part"))) == 1
@@ -270,20 +270,20 @@ def test_killed_pass_is_not_taken_for_whole(folders: list[Path], sources: list[S
     np.testing.assert_allclose(found, alone(folders[0], Pictures()), atol=2e-6)
 
 
-def test_as_many_models_as_allowed_are_in_memory(sources: list[Source]) -> None:
-    pictures, cache = Pictures(), FeatureCache(max_loaded=2)
+def test_as_many_models_as_allowed_are_in_memory(sources: list[ModelRef]) -> None:
+    pictures, cache = Pictures(), FeatureCache(pool=ModelPool(2))
     few = image_features(sources, pictures, cache)
     assert (pictures.reads == 2).all(), "two passes, of two models and of one"
-    assert len(cache.models) <= 2
+    assert len(cache.pool) <= 2
     text_features(sources, NAMES, cache)
-    assert len(cache.models) <= 2
+    assert len(cache.pool) <= 2
     for one, other in zip(few, image_features(sources, pictures, FeatureCache()), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
-    with pytest.raises(ModeclipError, match="max_loaded: expected at least 1 model, got 0"):
-        Models(0)
+    with pytest.raises(ModeclipError, match="max_models: expected at least 1 model, got 0"):
+        ModelPool(0)
 
 
-def test_texts_in_any_order_and_length(folders: list[Path], sources: list[Source]) -> None:
+def test_texts_in_any_order_and_length(folders: list[Path], sources: list[ModelRef]) -> None:
     texts = [f"{'long ' * (n % 40)}icon {n}" for n in range(600)]
     [found] = text_features(sources[:1], texts, FeatureCache())
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folders[0]}")
@@ -294,12 +294,12 @@ def test_texts_in_any_order_and_length(folders: list[Path], sources: list[Source
     np.testing.assert_allclose(found[chosen], expected, atol=2e-6)
 
 
-def test_classes_are_the_mean_of_their_prompts(sources: list[Source]) -> None:
+def test_classes_are_the_mean_of_their_prompts(sources: list[ModelRef]) -> None:
     cache, templates = FeatureCache(), ["{}", "a photo of a {}.", "my {} and a {}"]
-    [found] = class_features(sources[:1], NAMES, templates, cache)
+    [found] = prompt_features(sources[:1], [[t.replace("{}", n) for t in templates] for n in NAMES], cache)
     clip = load_clip(sources[0].spec)
     clip.model.eval()
-    np.testing.assert_allclose(found, features_of_one(clip.model, clip, NAMES, templates).numpy(), atol=2e-6)
+    np.testing.assert_allclose(found, class_features(clip.model, clip, NAMES, templates).numpy(), atol=2e-6)
     single = text_features(sources[:1], [t.replace("{}", NAMES[1]) for t in templates], cache)[0]
     mean = single.sum(0) / np.linalg.norm(single.sum(0))
     np.testing.assert_allclose(found[1], mean, atol=2e-6)
@@ -317,13 +317,13 @@ def test_hash_of_texts_tells_lists_apart(one: list[str], other: list[str]) -> No
 
 def test_source_is_the_same_wherever_its_files_lie(small_run: Path) -> None:
     bundle = load_bundle(small_run / "bundle")
-    inside = Source.of_bundle("expert", bundle, "expert-0")
-    outside = Source.of("expert", small_run / "models" / "expert-0")
-    assert inside.digest == outside.digest == Source.of("x", f"local-dir:{small_run / 'bundle' / 'expert-0'}").digest
+    inside = bundle.model_ref("expert-0", "expert")
+    outside = ModelRef.of("expert", small_run / "models" / "expert-0")
+    assert inside.digest == outside.digest == ModelRef.of("x", f"local-dir:{small_run / 'bundle' / 'expert-0'}").digest
     assert inside.preprocess == outside.preprocess
-    assert inside.digest != Source.of_bundle("seed", bundle, "seed").digest
-    named = Source.of("random", "modeclip-icon")
-    assert named.digest == Source.of("again", "modeclip-icon").digest != inside.digest
+    assert inside.digest != bundle.model_ref("seed").digest
+    named = ModelRef.of("random", "modeclip-icon")
+    assert named.digest == ModelRef.of("again", "modeclip-icon").digest != inside.digest
 
 
 def test_many_names_are_embedded_part_by_part(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +374,7 @@ def test_names_are_embedded_once(small_run: Path, tmp_path: Path) -> None:
     )
 
 
-def test_cache_that_is_cleaned_and_one_that_is_temporary(sources: list[Source], tmp_path: Path) -> None:
+def test_cache_that_is_cleaned_and_one_that_is_temporary(sources: list[ModelRef], tmp_path: Path) -> None:
     image_features(sources, Pictures(), FeatureCache(tmp_path))
     cache = FeatureCache(tmp_path)
     image_features(sources[:1], Pictures(), cache)
@@ -388,7 +388,7 @@ def test_cache_that_is_cleaned_and_one_that_is_temporary(sources: list[Source], 
     assert not folder.exists()
 
 
-def test_what_cannot_be_encoded(sources: list[Source]) -> None:
+def test_what_cannot_be_encoded(sources: list[ModelRef]) -> None:
     with pytest.raises(ModeclipError, match="expected at least 1 image, got none"):
         image_features(sources, Pictures(count=0), FeatureCache())
     with pytest.raises(ModeclipError, match="unknown precision '64-true'; known: auto, 32-true"):
@@ -397,7 +397,7 @@ def test_what_cannot_be_encoded(sources: list[Source]) -> None:
         image_features(sources, Pictures(), FeatureCache(), device="tpux")
 
 
-def test_low_precision_is_near_and_of_unit_norm(sources: list[Source]) -> None:
+def test_low_precision_is_near_and_of_unit_norm(sources: list[ModelRef]) -> None:
     cache, pictures = FeatureCache(), Pictures()
     exact, low = (image_features(sources[:1], pictures, cache, precision=p)[0] for p in ("32-true", "bf16-mixed"))
     assert not np.array_equal(exact, low)

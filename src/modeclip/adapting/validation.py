@@ -65,7 +65,7 @@ class Examiner:
         """Return for each task whether each of its images is classified correctly."""
         import torch
 
-        from modeclip.mixture.mode import class_features
+        from modeclip.models.features import class_features
 
         found = {}
         device = next(clip.model.parameters()).device

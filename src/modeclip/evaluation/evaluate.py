@@ -32,13 +32,15 @@ from modeclip.evaluation.probing import ProbeConfig, linear_probe
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
 from modeclip.evaluation.systems import System
-from modeclip.mixture.bundling import versions
 from modeclip.mixture.routed_clip import logit_scale_of
 from modeclip.mixture.rules import MIXES, Mix, entropy
+from modeclip.models.clip import resolve_precision
 from modeclip.models.feature_cache import FeatureCache, hash_texts
 from modeclip.models.features import image_features, missing_images, prompt_features, text_features
-from modeclip.models.pool import Source, choose_device, resolve_precision
+from modeclip.models.pool import ModelRef
 from modeclip.system.console import progress
+from modeclip.system.devices import choose_device
+from modeclip.system.files import versions
 
 PROBE = "linear_probe"
 """Kind of a result that was fitted to the training images of its task."""
@@ -63,7 +65,7 @@ class ScoreConfig:
     device: str = "auto"
     """What models run on: ``auto`` is the GPU if there is one."""
     precision: str = "32-true"
-    """What they compute in, as in ``loading.PRECISIONS``; ``auto`` is the fastest. The default gives the same numbers
+    """What they compute in, as in ``clip.PRECISIONS``; ``auto`` is the fastest. The default gives the same numbers
     on every machine."""
 
     def __post_init__(self) -> None:
@@ -204,7 +206,7 @@ class _Asked:
                 )
         return asked
 
-    def passes(self) -> list[tuple[Images, list[Source]]]:
+    def passes(self) -> list[tuple[Images, list[ModelRef]]]:
         """Return images and the models that have to see them: those of the task, and those of its probe."""
         is_probed = self._train is not None
         passes = [(self.task.images, self._sources(everyone=is_probed))]
@@ -307,9 +309,9 @@ class _Asked:
         wanted = self.config.probe is not None and self.task.kind == "classification"
         return self.task.train if wanted and self.task.metric != "mean_average_precision" else None
 
-    def _sources(self, *, everyone: bool) -> list[Source]:
+    def _sources(self, *, everyone: bool) -> list[ModelRef]:
         """Return the models that some system needs, each once."""
-        needed: dict[str, Source] = {}
+        needed: dict[str, ModelRef] = {}
         for system in self.systems:
             for place, source in enumerate(system.sources):
                 if everyone or self.weights[system.name].uses(place):
@@ -342,5 +344,5 @@ def _similarity(
     )
 
 
-def _by_digest(sources: Sequence[Source], features: Sequence[Float[np.ndarray, "_ _"]]) -> dict[str, np.ndarray]:
+def _by_digest(sources: Sequence[ModelRef], features: Sequence[Float[np.ndarray, "_ _"]]) -> dict[str, np.ndarray]:
     return {source.digest: vectors for source, vectors in zip(sources, features, strict=True)}

@@ -25,15 +25,15 @@ from jaxtyping import Bool, Float
 
 from modeclip.clustering.fitting import Clustering
 from modeclip.data.catalog import Catalog
-from modeclip.data.prompts import check_templates
+from modeclip.data.prompts import check_templates, fill
 from modeclip.data.tasks.task import Task, catalog_tasks
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.metrics import bootstrap_interval, choose_by_labels, correct, paired_interval
 from modeclip.evaluation.similarity import BLOCK_NUMBERS
 from modeclip.mixture.rules import DEFAULT_TEMPERATURE, RULES, Routing, route
 from modeclip.models.feature_cache import FeatureCache
-from modeclip.models.features import CachedEncoder, class_features, image_features, missing_images
-from modeclip.models.pool import Source
+from modeclip.models.features import CachedEncoder, image_features, missing_images, prompt_features
+from modeclip.models.pool import ModelRef
 from modeclip.system.console import progress
 from modeclip.training.jobs import Role, TrainJob, TrainResult, job_name
 
@@ -163,7 +163,7 @@ def evaluate(
     models = sorted(models, key=lambda m: (m.role != "seed", m.role == "expert", len(m.name)))
     names = CachedEncoder(encoder, clustering.fine_centers.shape[1], cache)
     scorer = _Scorer(
-        sources={model.name: Source.of(model.name, model.folder) for model in models},
+        sources={model.name: ModelRef.of(model.name, model.folder) for model in models},
         plans=_plan(models, clustering, one_step, config),
         embeddings={task.name: names.encode(list(task.classnames)) for task in tasks},
         config=config,
@@ -221,7 +221,7 @@ def _plan(
 class _Scorer:
     """What rows are made of: the models, how they answer together, the class embeddings."""
 
-    sources: Mapping[str, Source]
+    sources: Mapping[str, ModelRef]
     plans: Sequence[_Plan]
     embeddings: Mapping[str, Float[np.ndarray, "_ D"]]
     """Of the class names, by task."""
@@ -283,7 +283,8 @@ class _Scorer:
     ) -> Iterator[tuple[slice, dict[str, Float[np.ndarray, "n L"]]]]:
         """Yield the cosines of some images with all classes by each model."""
         sources = list(self.sources.values())
-        texts = class_features(sources, task.classnames, self.config.templates, self.cache)
+        prompts = [[fill(template, name) for template in self.config.templates] for name in task.classnames]
+        texts = prompt_features(sources, prompts, self.cache)
         images = image_features(sources, task.images, self.cache, batch_size=self.config.batch_size, advance=advance)
         step = max(1, BLOCK_NUMBERS // (len(task.classnames) * len(sources)))
         for start in range(0, len(task.images), step):

@@ -29,7 +29,7 @@ from modeclip.models.clip import check_model
 from modeclip.models.encoders import IMAGE_PREFIXES
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import CachedEncoder, embed_images
-from modeclip.models.pool import Source
+from modeclip.models.pool import ModelRef
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +38,7 @@ class System:
 
     name: str
     """Name in tables and files."""
-    sources: tuple[Source, ...]
+    sources: tuple[ModelRef, ...]
     """The model, or the K experts."""
     mixture: Mixture | None = None
     """What weighs the experts; None: there is one model."""
@@ -143,7 +143,7 @@ def open_systems(
             raise ModeclipError(f"evaluate: model {name!r} is empty; give a bundle, a model folder or NAME@TAG")
         place, _, member = spec.partition("#")
         if not member and not _is_bundle(place):
-            systems.append(System(name=name, sources=(Source.of(name, spec),)))
+            systems.append(System(name=name, sources=(ModelRef.of(name, spec),)))
             continue
         bundle = bundles.get(place) or load_bundle(place)
         bundles[place] = bundle
@@ -177,14 +177,14 @@ def _open_member(name: str, bundle: Bundle, member: str) -> System:
     folders = {SEED: SEED} | {expert.name: expert.folder for expert in bundle.experts}
     if member not in folders:
         raise unknown(f"expert of {bundle.path}", member, folders)
-    source = Source.of_bundle(name, bundle, folders[member])
+    source = bundle.model_ref(folders[member], name)
     return System(name=name, sources=(source,), templates=bundle.templates)
 
 
 def _open_mixture(name: str, mode: MoDE, cache: FeatureCache, asked: Asked) -> System:
     bundle = mode.bundle
     folders = [expert.folder for expert in bundle.experts]
-    source_of = {folder: Source.of_bundle(folder, bundle, folder) for folder in set(folders)}
+    source_of = {folder: bundle.model_ref(folder) for folder in set(folders)}
     per_image = bundle.encoder.partition(":")[0] in IMAGE_PREFIXES
     if not per_image:
         mode.encoder = CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache)

@@ -34,7 +34,8 @@ from jaxtyping import Float, Int
 from modeclip.clustering.novelty import FineQuantiles
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
-from modeclip.system.files import hash_file
+from modeclip.models.pool import ModelRef
+from modeclip.system.files import hash_file, hash_files
 from modeclip.training.jobs import job_name
 
 FORMAT_VERSION = 2
@@ -136,6 +137,10 @@ class Bundle:
         """Return the SHA-256 of the weights in one of its folders."""
         hashes: Mapping[str, str] = self.manifest["sha256"]
         return hashes.get(f"{folder}/{WEIGHTS_FILE}")
+
+    def model_ref(self, folder: str, name: str | None = None) -> ModelRef:
+        """Return the reference to a model in one of its folders; its name is the folder's unless one is given."""
+        return ModelRef.of_bundle(name or folder, self.path, folder, self.manifest["sha256"])
 
     def model_folder(self, expert: int) -> Path:
         """Return the open_clip folder that runs for an expert."""
@@ -266,11 +271,6 @@ def _check_hashes(path: Path, hashes: Mapping[str, str]) -> None:
             f"bundle {path}: {len(wrong)} of {len(hashes)} files are missing or differ from their hash in "
             f"{MANIFEST_FILE}, first {wrong[0]}; get the bundle again"
         )
-
-
-def hash_files(root: Path, paths: Sequence[Path]) -> dict[str, str]:
-    """Return the SHA-256 of those of the paths that are files, by their names under a folder."""
-    return {str(path.relative_to(root)): hash_file(path) for path in paths if path.is_file()}
 
 
 def copy_model(source: Path, target: Path) -> None:

@@ -37,12 +37,11 @@ from modeclip.mixture.bundle import (
     Bundle,
     Expert,
     copy_model,
-    hash_files,
     load_bundle,
     save_centres,
 )
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
-from modeclip.system.files import only_process, write_atomically, writing
+from modeclip.system.files import hash_files, only_process, write_atomically, writing
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
 _OURS = re.compile(r"(expert-\d+|centres|clusters)-edit\d+(\..+)?|expert-\d+\.part")

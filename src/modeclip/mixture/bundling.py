@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from modeclip.data.catalog import CATALOG, Catalog
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.run_evaluation import EvaluateConfig
 from modeclip.mixture.bundle import SEED, save_bundle
+from modeclip.system.files import versions
 from modeclip.training.jobs import TrainJob, TrainResult
 
 CLUSTERS, BUNDLE = "clusters", "bundle"
@@ -96,8 +96,3 @@ def encoder_of(catalog: Catalog) -> str:
     if facts is None:
         raise ModeclipError(f"catalog {catalog.path!r}: its captions are not embedded; give modeclip embed first")
     return str(facts["encoder"])
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what decides a result."""
-    return {name: version(name) for name in ("modeclip", "torch", "open_clip_torch", "numpy", "pylance")}

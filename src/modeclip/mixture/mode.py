@@ -31,7 +31,7 @@ from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import Bundle, load_bundle
 from modeclip.mixture.explain import Asked, Route
-from modeclip.mixture.routed_clip import RoutedClip, class_features
+from modeclip.mixture.routed_clip import RoutedClip
 from modeclip.mixture.rules import DEFAULT_TEMPERATURE, embed_classes, entropy, keep_best, route
 from modeclip.models.clip import WEIGHTS_FILE, Clip, load_clip
 from modeclip.models.encoders import Encoder, PairEncoder, load_any_encoder
@@ -39,7 +39,7 @@ from modeclip.models.encoders import Encoder, PairEncoder, load_any_encoder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MoDE", "RoutedClip", "class_features"]
+__all__ = ["MoDE", "RoutedClip"]
 
 
 class MoDE:

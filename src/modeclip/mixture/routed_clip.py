@@ -34,13 +34,12 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.explain import Asked, ClassReason, Route
 from modeclip.mixture.rules import MIXES, reweigh
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, encode_image, encode_text
+from modeclip.models.features import class_features
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from modeclip.mixture.bundle import Bundle
-
-TEXT_BATCH = 1024
 
 
 @runtime_checkable
@@ -312,27 +311,6 @@ class RoutedClip(nn.Module):
     @staticmethod
     def _keys(tokens: Tensor) -> list[tuple[int, ...]]:
         return [tuple(row) for row in tokens.tolist()]
-
-
-@torch.inference_mode()
-def class_features(
-    model: nn.Module, clip: Clip, classnames: Sequence[str], templates: Sequence[str]
-) -> Float[Tensor, "L D"]:
-    """Return one unit vector a class: its prompts encoded, normalised, averaged over the templates, normalised.
-
-    Args:
-        model: The CLIP that encodes.
-        clip: Whose tokenizer is used.
-        classnames: L class names.
-        templates: Prompts with ``{}`` where the name goes.
-    """
-    device = next(model.parameters()).device
-    total = torch.zeros(())
-    for template in templates:
-        prompts = [fill(template, name) for name in classnames]
-        batches = [prompts[start : start + TEXT_BATCH] for start in range(0, len(prompts), TEXT_BATCH)]
-        total = total.to(device) + torch.cat([encode_text(model, clip.tokens(batch).to(device)) for batch in batches])
-    return nn.functional.normalize(total, dim=-1)
 
 
 def _plain(features: Sequence[Tensor], normalize: bool) -> Tensor:

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ import numpy as np
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.models.checkpoints import numbers_allowed, write_tensors
+from modeclip.system.devices import choose_precision
 from modeclip.system.files import write_atomically
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 """Largest difference between features of unit norm that is rounding, by the type of the weights in memory."""
 SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 """Where SigLIP's scale and bias start (arXiv 2303.15343, Sec. 3.2)."""
+PRECISIONS = {"32-true": None, "bf16-mixed": "bfloat16", "16-mixed": "float16"}
+"""Precisions that a model can run in, and the type that its products are then computed in."""
 _OWN_CONFIGS = Path(__file__).parent / "configs"
 _PARITY_TEXTS = ("A red Heart", "!", "an arrow that points to the left, " * 20)
 
@@ -270,6 +273,30 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     if projection is not None:
         x = projection(x) if callable(projection) else x @ projection
     return F.normalize(x, dim=-1)
+
+
+def resolve_precision(wanted: str) -> str:
+    """Return one of `PRECISIONS`; ``auto`` is the fastest that the machine has.
+
+    Raises:
+        ModeclipError: The name is unknown.
+    """
+    precision = choose_precision(wanted)
+    if precision not in PRECISIONS:
+        raise unknown("precision", wanted, ["auto", *PRECISIONS])
+    return precision
+
+
+@contextmanager
+def computing(clip: Clip, precision: str) -> Iterator[torch.device]:
+    """Run a model without gradients, in a precision; yields its device."""
+    import torch
+
+    device = next(clip.model.parameters()).device
+    kind = PRECISIONS[precision]
+    low = torch.autocast(device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
+    with torch.inference_mode(), fast_attention(device, precision), low:
+        yield device
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-from modeclip.models.pool import Models
+from modeclip.models.pool import ModelPool
 from modeclip.system.files import writing
 
 FORMAT = 1  # raise it when the same inputs start to give other vectors
@@ -36,12 +36,12 @@ DIGEST_BYTES = 32
 class FeatureCache:
     """A folder of vectors, and the models that are in memory to make more of them."""
 
-    def __init__(self, folder: Path | None = None, *, max_loaded: int | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, pool: ModelPool | None = None) -> None:
         """Open a cache.
 
         Args:
             folder: Where the files are; None: in a temporary folder, which ends with this object.
-            max_loaded: Models in memory at a time, at most; None: as many as fit (see `MODEL_SHARE`).
+            pool: Where models come from; None: a pool of its own, which holds as many as fit.
         """
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="modeclip-features-"))
@@ -50,7 +50,7 @@ class FeatureCache:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_old_parts(folder)
         self.folder = folder
-        self.models = Models(max_loaded)
+        self.pool = ModelPool() if pool is None else pool
         self._used: set[str] = set()
         self._checked: dict[str, tuple[int, int]] = {}
 

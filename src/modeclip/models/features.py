@@ -29,21 +29,22 @@ from jaxtyping import Float, Int
 from modeclip.data.prompts import fill
 from modeclip.data.tasks.task import Images
 from modeclip.errors import ModeclipError
-from modeclip.mixture.bundle import hash_files
-from modeclip.models.clip import Clip, encode_image, encode_text
+from modeclip.models.clip import Clip, computing, encode_image, encode_text, resolve_precision
 from modeclip.models.encoders import MINILM_PACKAGE, OWN, PREFIXES, SIMCSE_ID, Encoder, load_encoder
 from modeclip.models.encoders.hub import cached_folder
 from modeclip.models.feature_cache import FeatureCache, hash_texts
-from modeclip.models.pool import Source, choose_device, computing, resolve_precision
+from modeclip.models.pool import ModelRef
 from modeclip.system.console import progress
+from modeclip.system.files import hash_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
 TEXT_BATCH = 512  # texts encoded at a time
+PROMPT_BATCH = 1024  # class names of one template encoded at a time
 ENCODED_AT_ONCE = 1 << 16  # texts whose routing vectors are in memory at a time: 200 MB of 768 numbers
 SHOWN_TEXTS = 20_000  # texts x models from which a progress bar is shown
 
@@ -82,7 +83,7 @@ def encoder_identity(name: str) -> dict[str, str] | None:
     place = rest if prefix in PREFIXES and rest else name
     folder = Path(place).expanduser()
     if prefix.startswith("clip") and rest:
-        return {"kind": prefix, "model": Source.of(name, folder if folder.is_dir() else rest).digest}
+        return {"kind": prefix, "model": ModelRef.of(name, folder if folder.is_dir() else rest).digest}
     if folder.is_dir():
         return {"kind": prefix if rest else "", **hash_files(folder, sorted(folder.rglob("*")))}
     if name == "minilm":
@@ -122,19 +123,19 @@ def embed_images(
 
 
 def missing_images(
-    sources: Sequence[Source], images: Images, cache: FeatureCache, *, precision: str = "32-true"
-) -> list[Source]:
-    """Return the sources whose vectors of some images are not in the cache, each model once."""
-    kinds = {source.digest: source for source in sources}
+    refs: Sequence[ModelRef], images: Images, cache: FeatureCache, *, precision: str = "32-true"
+) -> list[ModelRef]:
+    """Return the refs whose vectors of some images are not in the cache, each model once."""
+    kinds = {ref.digest: ref for ref in refs}
     return [
-        source
-        for source in kinds.values()
-        if not cache.has(_image_key(cache, source, images, resolve_precision(precision)), len(images))
+        ref
+        for ref in kinds.values()
+        if not cache.has(_image_key(cache, ref, images, resolve_precision(precision)), len(images))
     ]
 
 
 def image_features(
-    sources: Sequence[Source],
+    refs: Sequence[ModelRef],
     images: Images,
     cache: FeatureCache,
     *,
@@ -146,7 +147,7 @@ def image_features(
     """Return the unit vectors of images by each model, float32, memory-mapped.
 
     Args:
-        sources: Models; the same one several times costs nothing.
+        refs: Models; the same one several times costs nothing.
         images: N images, of which each is decoded once for all models that lack their vectors.
         cache: Where vectors are kept.
         batch_size: Images encoded at a time.
@@ -160,18 +161,18 @@ def image_features(
     if len(images) == 0:
         raise ModeclipError("expected at least 1 image, got none")
     precision = resolve_precision(precision)
-    keys = {source.digest: _image_key(cache, source, images, precision) for source in sources}
-    missing = missing_images(sources, images, cache, precision=precision)
+    keys = {ref.digest: _image_key(cache, ref, images, precision) for ref in refs}
+    missing = missing_images(refs, images, cache, precision=precision)
     total = len(images) * len(missing)
     shown = progress("encode images", total, "images x models") if missing and advance is None else nullcontext(advance)
     with shown as count:
-        for clips in cache.models.groups(missing, choose_device(device)):
+        for clips in cache.pool.groups(missing, device=device):
             _encode_images(clips, images, cache, keys, batch_size, precision, count or (lambda _: None))
-    return [cache.read(keys[source.digest], len(images)) for source in sources]
+    return [cache.read(keys[ref.digest], len(images)) for ref in refs]
 
 
 def text_features(
-    sources: Sequence[Source],
+    refs: Sequence[ModelRef],
     texts: Sequence[str],
     cache: FeatureCache,
     *,
@@ -180,46 +181,44 @@ def text_features(
 ) -> list[Float[np.ndarray, "T D"]]:
     """Return the unit vectors of texts by each model, float32, memory-mapped; arguments as in `image_features`."""
     precision, content = resolve_precision(precision), hash_texts(texts)
-    keys = {
-        source.digest: cache.key("texts", source=source.digest, precision=precision, texts=content)
-        for source in sources
-    }
-    missing = [source for source in _distinct(sources) if not cache.has(keys[source.digest], len(texts))]
+    keys = {ref.digest: cache.key("texts", source=ref.digest, precision=precision, texts=content) for ref in refs}
+    missing = [ref for ref in _distinct(refs) if not cache.has(keys[ref.digest], len(texts))]
     with _text_bar(len(texts) * len(missing)) as advance:
-        for clips in cache.models.groups(missing, choose_device(device)):
+        for clips in cache.pool.groups(missing, device=device):
             with ExitStack() as stack:
                 write = {name: stack.enter_context(cache.writer(keys[name], len(texts))) for name in clips}
                 for digest, rows, vectors in _encoded_texts(clips, texts, precision):
                     write[digest](rows, vectors)
                     advance(len(rows))
-    return [cache.read(keys[source.digest], len(texts)) for source in sources]
+    return [cache.read(keys[ref.digest], len(texts)) for ref in refs]
 
 
 def class_features(
-    sources: Sequence[Source],
-    classnames: Sequence[str],
-    templates: Sequence[str],
-    cache: FeatureCache,
-    *,
-    device: str = "auto",
-    precision: str = "32-true",
-) -> list[Float[np.ndarray, "L D"]]:
-    """Return a unit vector a class by each model, of its prompts; see `prompt_features`.
+    model: nn.Module, clip: Clip, classnames: Sequence[str], templates: Sequence[str]
+) -> Float[Tensor, "L D"]:
+    """Return one unit vector a class: its prompts encoded, normalised, averaged over the templates, normalised.
 
     Args:
-        sources: Models.
+        model: The CLIP that encodes.
+        clip: Whose tokenizer is used.
         classnames: L class names.
         templates: Prompts with ``{}`` where the name goes.
-        cache: Where vectors are kept.
-        device: As in `image_features`.
-        precision: As in `image_features`.
     """
-    prompts = [[fill(template, name) for template in templates] for name in classnames]
-    return prompt_features(sources, prompts, cache, device=device, precision=precision)
+    import torch
+
+    device = next(model.parameters()).device
+    total = torch.zeros(())
+    with torch.inference_mode():
+        for template in templates:
+            prompts = [fill(template, name) for name in classnames]
+            batches = [prompts[start : start + PROMPT_BATCH] for start in range(0, len(prompts), PROMPT_BATCH)]
+            parts = [encode_text(model, clip.tokens(batch).to(device)) for batch in batches]
+            total = total.to(device) + torch.cat(parts)
+        return torch.nn.functional.normalize(total, dim=-1)
 
 
 def prompt_features(
-    sources: Sequence[Source],
+    refs: Sequence[ModelRef],
     prompts: Sequence[Sequence[str]],
     cache: FeatureCache,
     *,
@@ -229,7 +228,7 @@ def prompt_features(
     """Return a unit vector a class by each model: its prompts encoded, normalised, averaged, normalised.
 
     Args:
-        sources: Models.
+        refs: Models.
         prompts: One or more for each of L classes.
         cache: Where vectors are kept.
         device: As in `image_features`.
@@ -239,14 +238,11 @@ def prompt_features(
     texts = [text for of_class in prompts for text in of_class]
     sizes = [len(of_class) for of_class in prompts]
     content = hash_texts([*texts, *map(str, sizes)])
-    keys = {
-        source.digest: cache.key("classes", source=source.digest, precision=precision, prompts=content)
-        for source in sources
-    }
-    missing = [source for source in _distinct(sources) if not cache.has(keys[source.digest], len(prompts))]
+    keys = {ref.digest: cache.key("classes", source=ref.digest, precision=precision, prompts=content) for ref in refs}
+    missing = [ref for ref in _distinct(refs) if not cache.has(keys[ref.digest], len(prompts))]
     class_of_text = np.repeat(np.arange(len(prompts)), sizes)
     with _text_bar(len(texts) * len(missing)) as advance:
-        for clips in cache.models.groups(missing, choose_device(device)):
+        for clips in cache.pool.groups(missing, device=device):
             sums: dict[str, np.ndarray] = {}
             for digest, rows, vectors in _encoded_texts(clips, texts, precision):
                 total = sums.setdefault(digest, np.zeros((len(prompts), vectors.shape[1])))
@@ -255,7 +251,7 @@ def prompt_features(
             for digest, total in sums.items():
                 with cache.writer(keys[digest], len(prompts)) as write:
                     write(slice(None), (total / np.linalg.norm(total, axis=1, keepdims=True)).astype(np.float32))
-    return [cache.read(keys[source.digest], len(prompts)) for source in sources]
+    return [cache.read(keys[ref.digest], len(prompts)) for ref in refs]
 
 
 def _encode_images(
@@ -328,8 +324,8 @@ def _text_bar(total: int) -> Any:
     return progress("encode texts", total, "texts x models") if total > SHOWN_TEXTS else nullcontext(lambda _: None)
 
 
-def _image_key(cache: FeatureCache, source: Source, images: Images, precision: str) -> str:
-    return cache.key("images", source=source.digest, precision=precision, images=images.digest)
+def _image_key(cache: FeatureCache, ref: ModelRef, images: Images, precision: str) -> str:
+    return cache.key("images", source=ref.digest, precision=precision, images=images.digest)
 
 
 def _preprocess_kind(clip: Clip) -> str:
@@ -346,5 +342,5 @@ def _tokenizer_kind(digest: str, clip: Clip) -> str:
     return json.dumps([type(clip.tokenizer).__name__, *(settings.get(key) for key in keys)], sort_keys=True)
 
 
-def _distinct(sources: Sequence[Source]) -> list[Source]:
-    return list({source.digest: source for source in sources}.values())
+def _distinct(refs: Sequence[ModelRef]) -> list[ModelRef]:
+    return list({ref.digest: ref for ref in refs}.values())

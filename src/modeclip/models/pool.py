@@ -1,65 +1,77 @@
-"""Model specifications -> what each model is (its hash), and the models themselves, no more in memory than fit.
+"""One pool of loaded CLIPs: everything that runs a model asks the pool for it, so memory is limited in one place.
 
-A model is known by the SHA-256 of its weights and settings, so the same checkpoint has one name wherever it lies, and
-one that has been trained on has another.
+A `ModelRef` says which model is meant, without its weights. Its digest is the SHA-256 of weights and settings, so the
+same checkpoint has one name wherever it lies, and a model that was trained further has another. A `ModelPool` loads a
+model when it is first asked for and frees those that were used longest ago when the budget needs the room. Whoever
+works with a model for long asks the pool again each time and keeps no reference of its own; a model that somebody
+still holds stays in memory although the pool has let go of it.
 
-Price: hashing reads each weights file once; a bundle's hashes are those that its opening has checked.
+Expected file hashes, as the manifest of a bundle states them, are checked when the model is loaded and not before:
+opening a bundle of 10 GB to route a task reads none of its weights.
+
+Price: `ModelRef.of` reads each weights file once to hash it; a reference into a bundle reads only headers. Checking
+hashes adds about a second for each 1.5 GB to the first load of a model.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modeclip.errors import ModeclipError, unknown
-from modeclip.mixture.bundle import Bundle, hash_files
-from modeclip.models.clip import CONFIG_FILE, Clip, fast_attention, load_clip
-from modeclip.system.devices import choose_precision, free_memory
+from modeclip.errors import ModeclipError
+from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, load_clip
+from modeclip.system.devices import choose_device, free_memory
+from modeclip.system.files import hash_file, hash_files
 
 if TYPE_CHECKING:
     import torch
 
 MODEL_SHARE = 0.5
-"""Share of a device's free memory that models may take."""
-PRECISIONS = {"32-true": None, "bf16-mixed": "bfloat16", "16-mixed": "float16"}
-"""What a model computes in."""
+"""Share of a device's free memory that models may take where no budget is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """One CLIP: where it is, and what it is."""
+class ModelRef:
+    """Which CLIP is meant: where it is, and a digest that is equal for equal models."""
 
     name: str
-    """Name for people."""
+    """Name that people read."""
     spec: str | Path
     """What `clip.load_clip` loads it from."""
     digest: str
-    """SHA-256 of its weights and settings (preprocessing among them), hexadecimal: equal for equal models."""
+    """SHA-256 of its weights and settings (preprocessing among them) in hexadecimal digits."""
     preprocess: str
     """Hash of its preprocessing settings."""
     num_bytes: int = 0
-    """Size of its weights."""
+    """Bytes that its weights take once they are loaded."""
+    file_hashes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """SHA-256 that each file of its folder must have, by file name; checked when it is loaded. Empty: nothing is."""
 
     @classmethod
-    def of(cls, name: str, spec: str | Path) -> Source:
-        """Return the source of a model folder, or of anything else that ``load_clip`` takes.
+    def of(cls, name: str, spec: str | Path) -> ModelRef:
+        """Refer to a model folder, or to anything else that ``load_clip`` takes.
 
-        A folder is hashed as it lies there; any other model is loaded for it, but not run.
+        The files of a folder are hashed as they are now. Any other model is loaded once to hash it, but not run.
+
+        Raises:
+            ModeclipError: The folder's settings are damaged, or the model cannot be loaded.
         """
         folder = Path(str(spec).removeprefix("local-dir:"))
         if not (folder / CONFIG_FILE).is_file():
             return cls.of_clip(name, spec, load_clip(spec))
-        files = sorted(path for path in folder.iterdir() if path.is_file() and _is_part(path.name))
-        return cls._of_files(name, spec, folder, hash_files(folder, files))
+        parts = sorted(path for path in folder.iterdir() if _is_part(path.name))
+        return cls._of_files(name, spec, folder, hash_files(folder, parts))
 
     @classmethod
-    def of_clip(cls, name: str, spec: str | Path, clip: Clip) -> Source:
-        """Return the source of a model in memory."""
+    def of_clip(cls, name: str, spec: str | Path, clip: Clip) -> ModelRef:
+        """Refer to a model that is in memory."""
         content, size = sha256(json.dumps(clip.config, sort_keys=True).encode()), 0
         for key, tensor in sorted(clip.model.state_dict().items()):
             values = tensor.detach().cpu().contiguous().float().numpy()
@@ -69,120 +81,191 @@ class Source:
         return cls(name=name, spec=spec, digest=content.hexdigest(), preprocess=preprocess, num_bytes=size)
 
     @classmethod
-    def of_bundle(cls, name: str, bundle: Bundle, folder: str) -> Source:
-        """Return the source of a model in an opened bundle, by the hashes that its opening has checked."""
-        hashes: Mapping[str, str] = bundle.manifest["sha256"]
+    def of_bundle(cls, name: str, bundle: Path, folder: str, hashes: Mapping[str, str]) -> ModelRef:
+        """Refer to a model inside a bundle without reading its weights.
+
+        Args:
+            name: Name that people read.
+            bundle: The bundle's folder.
+            folder: The model's folder in the bundle (``seed``, ``expert-0``, ...).
+            hashes: SHA-256 of the bundle's files by their path in the bundle, as its manifest states them.
+
+        Raises:
+            ModeclipError: The model's settings are missing or damaged.
+        """
         start = f"{folder}/"
-        parts = {path.removeprefix(start): digest for path, digest in hashes.items() if path.startswith(start)}
-        parts = {file: digest for file, digest in parts.items() if _is_part(file)}
-        return cls._of_files(name, bundle.path / folder, bundle.path / folder, parts)
+        own = {path.removeprefix(start): digest for path, digest in hashes.items() if path.startswith(start)}
+        own = {file: digest for file, digest in own.items() if _is_part(file)}
+        return replace(cls._of_files(name, bundle / folder, bundle / folder, own), file_hashes=own)
 
     @classmethod
-    def _of_files(cls, name: str, spec: str | Path, folder: Path, parts: Mapping[str, str]) -> Source:
+    def _of_files(cls, name: str, spec: str | Path, folder: Path, hashes: Mapping[str, str]) -> ModelRef:
         try:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} is missing; get the model again") from None
         except ValueError as error:
-            raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} is no JSON ({error}); get it again") from None
+            raise ModeclipError(
+                f"model folder {folder}: {CONFIG_FILE} is no JSON ({error}); get the model again"
+            ) from None
         if not isinstance(config, dict):
-            raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} holds no JSON object; get it again")
+            raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} holds no JSON object; get the model again")
         return cls(
             name=name,
             spec=spec,
-            digest=_digest_of(parts),
+            digest=_digest_of(hashes),
             preprocess=_digest_of(config.get("preprocess_cfg", {}))[:16],
-            num_bytes=sum((folder / file).stat().st_size for file in parts),
+            num_bytes=_bytes_once_loaded(folder),
         )
 
 
-class Models:
-    """Models in memory; those that were not used for longest are freed first."""
+class ModelPool:
+    """Loaded models under a budget; those that were used longest ago are freed first. Threads may share a pool."""
 
-    def __init__(self, max_loaded: int | None = None) -> None:
-        """Start with none.
+    def __init__(
+        self, max_models: int | None = None, max_bytes: int | None = None, *, device: str | torch.device = "cpu"
+    ) -> None:
+        """Start without a model.
 
         Args:
-            max_loaded: At a time, at most; None: as many as fit into `MODEL_SHARE` of the free memory.
+            max_models: How many models may be in memory at a time; None: any number.
+            max_bytes: How many bytes their weights may take on a device, counted as they are once loaded; None:
+                `MODEL_SHARE` of the memory that is free when a model is loaded.
+            device: Where models go unless a call names another device: ``cpu``, ``cuda``, ``auto``...
+
+        Raises:
+            ModeclipError: A limit is below 1.
         """
-        if max_loaded is not None and max_loaded < 1:
-            raise ModeclipError(f"max_loaded: expected at least 1 model, got {max_loaded}")
-        self.max_loaded = max_loaded
-        self._clips: dict[tuple[str, str], tuple[Clip, int]] = {}
+        for name, limit, unit in (("max_models", max_models, "model"), ("max_bytes", max_bytes, "byte")):
+            if limit is not None and limit < 1:
+                raise ModeclipError(f"{name}: expected at least 1 {unit}, got {limit}")
+        self.max_models, self.max_bytes, self.device = max_models, max_bytes, device
+        self._clips: OrderedDict[tuple[str, str, str], tuple[Clip, int]] = OrderedDict()
+        self._hash_of_file: dict[tuple[Path, int, int, int], str] = {}
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        """Return how many are in memory."""
+        """Return how many models are in memory."""
         return len(self._clips)
 
-    def groups(self, sources: Sequence[Source], device: torch.device) -> Iterator[dict[str, Clip]]:
-        """Yield models by the digests of their sources, as many together as may be in memory at a time."""
-        left = list(sources)
+    def get(self, ref: ModelRef, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Clip:
+        """Return a model in evaluation mode, loaded if need be.
+
+        Args:
+            ref: Which model.
+            device: Where it is wanted; None: the pool's device.
+            dtype: Type of its weights; None: as they are loaded, float32.
+
+        Raises:
+            ModeclipError: A file differs from its hash, the model cannot be loaded, or it alone exceeds ``max_bytes``.
+        """
+        return self._load([ref], device, dtype)[ref.digest]
+
+    def groups(
+        self, refs: Sequence[ModelRef], *, device: str | torch.device | None = None
+    ) -> Iterator[dict[str, Clip]]:
+        """Yield models by digest, as many together as fit, for one pass over images with many models.
+
+        Each dictionary is emptied when the next one is asked for, so that its models can be freed.
+
+        Args:
+            refs: Which models; equal ones are loaded once.
+            device: Where they are wanted; None: the pool's device.
+        """
+        left = list({ref.digest: ref for ref in refs}.values())
         while left:
-            budget = MODEL_SHARE * (free_memory(device) + sum(size for _, size in self._clips.values()))
-            group: list[Source] = []
-            for source in left:
-                size = sum(member.num_bytes for member in [*group, source])
-                if group and (size > budget or len(group) == self.max_loaded):
+            budget, group, size = self._budget(device), left[:1], left[0].num_bytes
+            for ref in left[1:]:
+                size += ref.num_bytes
+                if size > budget or len(group) == self.max_models:
                     break
-                group.append(source)
+                group.append(ref)
             left = left[len(group) :]
-            yield self._load(group, device, budget)
+            clips = self._load(group, device, None)
+            yield clips
+            clips.clear()
 
-    def _load(self, group: Sequence[Source], device: torch.device, budget: float) -> dict[str, Clip]:
-        wanted = {(source.digest, str(device)): source for source in group}
-        limit = len(wanted) if self.max_loaded is None else self.max_loaded
-        for key in list(self._clips):
-            total = sum(size for name, (_, size) in self._clips.items() if name not in wanted)
-            total += sum(source.num_bytes for source in group)
-            others = sum(name not in wanted for name in self._clips)
-            is_full = total > budget or (self.max_loaded is not None and others + len(wanted) > limit)
-            if key not in wanted and is_full:
-                del self._clips[key]
-        for key, source in wanted.items():
-            clip, size = self._clips.pop(key, (None, 0))
-            if clip is None:
-                clip = load_clip(source.spec)
-                clip.model.eval().to(device)
+    def _load(
+        self, refs: Sequence[ModelRef], device: str | torch.device | None, dtype: torch.dtype | None
+    ) -> dict[str, Clip]:
+        where = self._place(device)
+        with self._lock:
+            keys = {ref.digest: (ref.digest, where, str(dtype)) for ref in refs}
+            missing = [ref for ref in refs if keys[ref.digest] not in self._clips]
+            if missing:
+                self._make_room(missing, set(keys.values()), where)
+            for ref in missing:
+                self._check_files(ref)
+                clip = load_clip(ref.spec)
+                clip.model.eval().to(device=where, dtype=dtype)
                 size = sum(value.numel() * value.element_size() for value in clip.model.state_dict().values())
-            self._clips[key] = clip, size
-        return {digest: self._clips[digest, name][0] for digest, name in wanted}
+                self._clips[keys[ref.digest]] = clip, size
+            for key in keys.values():
+                self._clips.move_to_end(key)
+            return {digest: self._clips[key][0] for digest, key in keys.items()}
+
+    def _make_room(self, missing: Sequence[ModelRef], wanted: set[tuple[str, str, str]], where: str) -> None:
+        """Free what was used longest ago and is not wanted now, until the missing models fit."""
+        for ref in missing:
+            if self.max_bytes is not None and ref.num_bytes > self.max_bytes:
+                raise ModeclipError(
+                    f"model {ref.name}: its weights take {ref.num_bytes:,} bytes, more than the {self.max_bytes:,} of "
+                    "the memory budget; raise the budget"
+                )
+        budget, needed = self._budget(where), sum(ref.num_bytes for ref in missing)
+        for key in list(self._clips):
+            too_many = self.max_models is not None and len(self._clips) + len(missing) > self.max_models
+            too_large = key[1] == where and self._bytes_on(where) + needed > budget
+            if key not in wanted and (too_many or too_large):
+                del self._clips[key]
+
+    def _budget(self, device: str | torch.device | None) -> int:
+        """Return the bytes that all models may take on a device, those that are there included."""
+        if self.max_bytes is not None:
+            return self.max_bytes
+        where = self._place(device)
+        return int(MODEL_SHARE * (free_memory(choose_device(where)) + self._bytes_on(where)))
+
+    def _bytes_on(self, where: str) -> int:
+        with self._lock:
+            return sum(size for (_, place, _), (_, size) in self._clips.items() if place == where)
+
+    def _place(self, device: str | torch.device | None) -> str:
+        """Return a device by its full name, the number of the GPU included."""
+        import torch
+
+        chosen = choose_device(str(self.device if device is None else device))
+        if chosen.type == "cuda" and chosen.index is None:
+            chosen = torch.device("cuda", torch.cuda.current_device())
+        return str(chosen)
+
+    def _check_files(self, ref: ModelRef) -> None:
+        """Compare a model's files with the hashes that they must have; a file that did not change is read once."""
+        for file, digest in ref.file_hashes.items():
+            path = Path(ref.spec) / file
+            if not path.is_file():
+                raise ModeclipError(f"model {ref.name}: {path} is missing; get the bundle again")
+            state = path.stat()
+            key = (path, state.st_mtime_ns, state.st_size, state.st_ino)
+            if key not in self._hash_of_file:
+                self._hash_of_file[key] = hash_file(path)
+            if (found := self._hash_of_file[key]) != digest:
+                raise ModeclipError(
+                    f"model {ref.name}: {path} differs from its hash in the manifest (expected {digest[:12]}, got "
+                    f"{found[:12]}); get the bundle again"
+                )
 
 
-def choose_device(wanted: str = "auto") -> torch.device:
-    """Return the device to compute on: ``auto`` is the GPU if there is one."""
-    import torch
+def _bytes_once_loaded(folder: Path) -> int:
+    """Return what a folder's weights take once loaded, as float32 whatever the file holds; reads only headers."""
+    from safetensors import SafetensorError, safe_open
 
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = folder / WEIGHTS_FILE
     try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ModeclipError(f"device: expected auto, cpu, cuda or cuda:1, got {wanted!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModeclipError(f"device {wanted!r}: this machine has no GPU that PyTorch can use; give --device cpu")
-    return device
-
-
-def resolve_precision(wanted: str) -> str:
-    """Return one of `PRECISIONS`; ``auto`` is the fastest that the machine has.
-
-    Raises:
-        ModeclipError: The name is unknown.
-    """
-    precision = choose_precision(wanted)
-    if precision not in PRECISIONS:
-        raise unknown("precision", wanted, ["auto", *PRECISIONS])
-    return precision
-
-
-@contextmanager
-def computing(clip: Clip, precision: str) -> Iterator[torch.device]:
-    """Run a model without gradients, in a precision; yields its device."""
-    import torch
-
-    device = next(clip.model.parameters()).device
-    kind = PRECISIONS[precision]
-    low = torch.autocast(device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
-    with torch.inference_mode(), fast_attention(device, precision), low:
-        yield device
+        with safe_open(weights, "numpy") as file:
+            return sum(4 * math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):  # another format, or damaged: loading will tell
+        return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and _is_part(path.name))
 
 
 def _is_part(file: str) -> bool:

@@ -1,13 +1,48 @@
-"""What this machine computes with: the precision that its device multiplies fast, and its free memory."""
+"""The device that this machine computes on: which one, how fast it multiplies, and how much memory is free or taken.
+
+Memory that processes share, such as the code of libraries, is counted in parts (the kernel's "proportional set size"),
+so the sum over processes is what they really take. This is known on Linux only; elsewhere `memory_gb` returns the
+highest resident size of this process.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import resource
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modeclip.errors import ModeclipError
+
 if TYPE_CHECKING:
     import torch
+
+SAMPLE_SECONDS = 0.5
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt
+_LARGEST_BLOCK = 32 << 20  # glibc takes no more; what is larger is given back at once, as by default
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """Return the device to compute on; ``auto`` is the GPU if there is one.
+
+    Raises:
+        ModeclipError: The name is none that PyTorch knows, or there is no GPU.
+    """
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ModeclipError(f"device: expected auto, cpu, cuda or cuda:1, got {wanted!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModeclipError(f"device {wanted!r}: this machine has no GPU that PyTorch can use; give --device cpu")
+    return device
 
 
 def choose_precision(wanted: str) -> str:
@@ -34,6 +69,56 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+class PeakMemory:
+    """A context that watches this process and its children; ``gb`` is their highest sum so far, in 10^9 bytes."""
+
+    def __init__(self) -> None:
+        self.gb = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.gb = max(self.gb, memory_gb())
+
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self.gb = max(self.gb, memory_gb())
+
+
+def memory_gb() -> float:
+    """Return the memory of this process and its children now, in 10^9 bytes."""
+    try:
+        return sum(map(_kibibytes, [os.getpid(), *_children()])) * 1024 / 1e9
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def return_memory() -> None:
+    """Give what has been freed back to the system: the processes that work next need it, this one does not."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Keep memory that is freed for what comes next, until ``return_memory``.
+
+    Otherwise a training step may give its activations back to the system, and the next one has every page made and
+    zeroed again. How much that costs depends on what else runs: ``benchmarks/feed.py`` prints it, docs/log.md
+    (2026-11-25) says what was seen.
+    """
+    with suppress(OSError, AttributeError):  # glibc only
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)
+        libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
 def _multiplies_bf16() -> bool:
     """Whether the processor has instructions for products of bfloat16; without them bf16 is slower than float32."""
     try:
@@ -41,3 +126,23 @@ def _multiplies_bf16() -> bool:
     except OSError:
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def _children() -> list[int]:
+    """Return the processes that any thread of this one has started and that still run."""
+    found: list[int] = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # the thread has just ended
+            found += map(int, (thread / "children").read_text(encoding="utf-8").split())
+    return found
+
+
+def _kibibytes(process: int) -> int:
+    """Return the proportional set size of a process; 0 if it has just ended."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        if process == os.getpid():
+            raise
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)

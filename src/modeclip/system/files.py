@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 from modeclip.errors import ModeclipError
@@ -49,6 +50,22 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_files(root: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each path that is a file, by its name relative to the folder ``root``."""
+    return {str(path.relative_to(root)): hash_file(path) for path in paths if path.is_file()}
+
+
+def hash_folder(folder: Path) -> str:
+    """Return one SHA-256 over the names and contents of all files in a folder, as hexadecimal digits."""
+    lines = [f"{name} {digest}" for name, digest in hash_files(folder, sorted(folder.rglob("*"))).items()]
+    return sha256("\n".join(lines).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide a result."""
+    return {name: version(name) for name in ("modeclip", "torch", "open_clip_torch", "numpy", "pylance")}
 
 
 @contextmanager

@@ -40,9 +40,8 @@ from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import Checkpoint, load_checkpoint, load_open_clip_train, save_checkpoint
 from modeclip.models.clip import Clip, fast_attention, load_clip, save_clip
 from modeclip.system.console import progress
-from modeclip.system.devices import choose_precision
+from modeclip.system.devices import choose_precision, keep_freed_memory
 from modeclip.system.files import only_process, write_atomically, writing
-from modeclip.system.memory import keep_freed_memory
 from modeclip.training.batches import DecodedSample, Feed, TrainingBatch, batch_rows, job_rows
 from modeclip.training.distributed import World, leave_processes, place_like, whole
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult

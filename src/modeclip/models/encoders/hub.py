@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
@@ -27,7 +27,6 @@ from jaxtyping import Float, Int
 
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
-from modeclip.system.files import hash_file
 
 if TYPE_CHECKING:
     import torch
@@ -227,24 +226,15 @@ def loading(name: str, folder: Path | str) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def hash_folder(folder: Path) -> str:
-    """Return a hash over the names and contents of a folder's files, as hexadecimal digits."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return _digest(f"{path.relative_to(folder)} {hash_file(path)}" for path in files)
-
-
 def hash_weights(module: torch.nn.Module) -> str:
     """Return a hash over the names and values of a model's weights, as hexadecimal digits."""
     import torch
 
     weights = ((name, value.detach().cpu().contiguous()) for name, value in sorted(module.state_dict().items()))
-    return _digest(f"{k} {sha256(v.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()}" for k, v in weights)
+    lines = (f"{k} {sha256(v.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()}" for k, v in weights)
+    return sha256("\n".join(lines).encode()).hexdigest()
 
 
 def first_line(error: Exception) -> str:
     """Return the first line of what an exception says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-
-
-def _digest(lines: Iterable[str]) -> str:
-    return sha256("\n".join(lines).encode()).hexdigest()

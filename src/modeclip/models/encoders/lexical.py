@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
-from modeclip.models.encoders.hub import first_line, hash_folder, hub_folder, loading, local_folder, need, unit_rows
-from modeclip.system.files import write_atomically
+from modeclip.models.encoders.hub import first_line, hub_folder, loading, local_folder, need, unit_rows
+from modeclip.system.files import hash_folder, write_atomically
 
 DIMENSION = 256
 """Dimensions of TF-IDF vectors, where the sample has as many."""

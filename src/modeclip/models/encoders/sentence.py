@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
-from modeclip.models.encoders.hub import device, hash_folder, in_batches, in_bfloat16, loading, unit_rows
+from modeclip.models.encoders.hub import device, in_batches, in_bfloat16, loading, unit_rows
+from modeclip.system.files import hash_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

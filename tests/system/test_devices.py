@@ -8,7 +8,7 @@ import sys
 
 MEASURE = """
 import json, subprocess, sys, time
-from modeclip.system.memory import PeakMemory, memory_gb
+from modeclip.system.devices import PeakMemory, memory_gb
 
 HOLD = "import sys, time; x = b'x' * int(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 before = memory_gb()
