@@ -233,7 +233,7 @@ def test_pictures_show_rows_of_their_owner(catalog: Catalog, result: ClusterResu
 def test_missing_pictures_leave_a_sentence(result: ClusterResult, catalog: Catalog, tmp_path: Path) -> None:
     gone = replace(result, fine=tuple(replace(card, random_rows=(9999,), nearest_rows=(9999,)) for card in result.fine))
     page = Page(write_atlas(catalog, gone, tmp_path / "atlas.html"))
-    assert "Pictures are left out: " in page.text
+    assert "There are no pictures: " in page.text
     assert not page.all("img")
 
 

@@ -16,7 +16,7 @@ from modeclip.pages.html import render
 from modeclip.system.files import write_atomically, writing
 
 PAGE_FILE = "finetune.html"
-CHART_SIZE = (640.0, 300.0)
+CHART_SIZE = (1080.0, 320.0)
 
 
 def write_finetuning(result: FinetuneResult, folder: Path | str) -> Path:
