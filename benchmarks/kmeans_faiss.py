@@ -26,7 +26,8 @@ import faiss
 import numpy as np
 import torch
 
-from modeclip.clustering.kmeans import kmeans, nearest
+from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.kmeans import kmeans
 
 FIT_BAR, ASSIGN_BAR, OBJECTIVE_BAR = 0.5, 0.8, 1.001
 
@@ -98,7 +99,7 @@ def main() -> None:
     for seed in range(arguments.rounds):
         their_fit, centers = timed(faiss_fit, x, arguments.fine, seed)
         our_fit, fit = timed(kmeans, x, arguments.fine, num_iterations=arguments.iterations, seed=seed)
-        our_time, (index, squared) = timed(nearest, x, centers)
+        our_time, (index, squared) = timed(assign_nearest, x, centers)
         their_time, their_index = timed(faiss_search, x, centers)
         objective = float(squared.mean(dtype=np.float64))
         differ, wrong = unlike(x, centers, index, their_index)

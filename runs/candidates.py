@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from modeclip.clustering.nearness import squared_distances
+from modeclip.clustering.distances import squared_distance_blocks
 from modeclip.mixture.rules import reweigh
 
 NUM_NEAREST = 16
@@ -62,7 +62,7 @@ def distances_of(
     class_embeddings: Float[np.ndarray, "L D"], fine_centers: Float[np.ndarray, "M D"]
 ) -> Float[np.ndarray, "L M"]:
     """Return the squared distance of each class to each centre."""
-    parts = [squared.copy() for _, _, squared in squared_distances(class_embeddings, fine_centers)]
+    parts = [squared.copy() for _, _, squared in squared_distance_blocks(class_embeddings, fine_centers)]
     return np.concatenate(parts)
 
 

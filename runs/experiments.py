@@ -28,10 +28,10 @@ import numpy as np
 import yaml
 
 from modeclip import Catalog
-from modeclip.clustering.class_selection import nearest_fine
+from modeclip.clustering.distances import nearest_centers
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, Clustering, fit_embeddings
-from modeclip.clustering.kmeans import nearest
+from modeclip.clustering.distances import assign_nearest
 from modeclip.data.indexing import index
 from modeclip.models.encoders import load_any_encoder
 from modeclip.models.encoders.lexical import fit_tfidf
@@ -197,7 +197,7 @@ class Workshop:
             fit_embeddings(self.embeddings(spec), config).save(folder)
         clustering = Clustering.load(folder)
         if column not in self.catalog.columns:
-            fine, _ = nearest(self.embeddings(spec), clustering.fine_centers)
+            fine, _ = assign_nearest(self.embeddings(spec), clustering.fine_centers)
             self.catalog.add_columns({column: clustering.expert_of_fine[fine].astype(np.int32)})
         return clustering, column
 
@@ -228,8 +228,8 @@ class Workshop:
             tasks = Catalog.open(self.out / "data" / "tasks.lance").read(["task", "caption"])
             asked = (tasks["task"] == arm.task) | (arm.task == "all")
             names = sorted(set(tasks["caption"][asked].astype(str)))
-            chosen = nearest_fine(load_any_encoder("minilm").encode(names), clustering.fine_centers, 1)
-            fine, _ = nearest(self.embeddings("minilm"), clustering.fine_centers)
+            chosen = nearest_centers(load_any_encoder("minilm").encode(names), clustering.fine_centers)[0]
+            fine, _ = assign_nearest(self.embeddings("minilm"), clustering.fine_centers)
             self.catalog.add_columns({name: np.isin(fine, chosen)})
         return name
 

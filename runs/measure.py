@@ -30,7 +30,7 @@ import numpy as np
 from experiments import MAIN, PARTINGS, PARTS, Arm, Study, Workshop, base_arm, read_studies
 
 from modeclip import Catalog
-from modeclip.clustering.class_selection import nearest_fine
+from modeclip.clustering.distances import nearest_centers
 from modeclip.clustering.negatives import measure_negatives
 from modeclip.data.tasks.task import CatalogImages, catalog_tasks
 from modeclip.evaluation.probing import ProbeConfig, linear_probe
@@ -351,7 +351,7 @@ class Bench:
         """Return the expert that each class of each task falls to."""
         clustering, _ = self.workshop.clustering(arm, self.study, self.seed)
         centers, expert_of = clustering.fine_centers, clustering.expert_of_fine
-        return [expert_of[nearest_fine(vectors, centers, 1)[:, 0]] for vectors in self.class_embeddings(arm)]
+        return [expert_of[nearest_centers(vectors, centers)[0][:, 0]] for vectors in self.class_embeddings(arm)]
 
     def _knowledge(self, arm: Arm, members: list[Path]) -> Values:
         """Accuracy of each kind of model on the images of classes that fall to an expert, by task too."""

@@ -2,7 +2,8 @@
 
     Catalog    image-caption pairs, a row each
     MoDE       a bundle of experts, asked for one task at a time
-    route      class embeddings and cluster centres -> the experts' weights
+    kmeans     clusters vectors, with a bound on the clusters' sizes
+    route      weighs the experts for a task's class embeddings
     load_recipe, run    a recipe -> the whole method in one folder
 
 Names are loaded at their first use, so importing modeclip is quick.
@@ -14,9 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modeclip.clustering.kmeans import kmeans
     from modeclip.data.catalog import Catalog
     from modeclip.errors import ModeclipError
     from modeclip.mixture.mode import MoDE
+    from modeclip.mixture.rules import route
     from modeclip.pages.run_report import write_report
     from modeclip.pipeline import Recipe, load_recipe, run
 
@@ -26,11 +29,13 @@ _HOMES = {
     "MoDE": "mixture.mode",
     "ModeclipError": "errors",
     "Recipe": "pipeline",
+    "kmeans": "clustering.kmeans",
     "load_recipe": "pipeline",
+    "route": "mixture.rules",
     "run": "pipeline",
     "write_report": "pages.run_report",
 }
-__all__ = ["Catalog", "MoDE", "ModeclipError", "Recipe", "load_recipe", "run", "write_report"]
+__all__ = ["Catalog", "MoDE", "ModeclipError", "Recipe", "kmeans", "load_recipe", "route", "run", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeclip.clustering.class_selection import mark_prior, name_of, nearest_fine, read_classes, select_for_classes
+from modeclip.clustering.class_selection import mark_prior, name_of, read_classes, select_for_classes
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster
@@ -23,16 +23,6 @@ def clustered(icons_copy: Catalog) -> tuple[Catalog, Clustering]:
     embed(icons_copy, EmbedConfig(encoder="tfidf", dimension=16))
     found = cluster(icons_copy, ClusterConfig(num_fine=8, num_experts=2, num_iterations=3))
     return icons_copy, found.clustering
-
-
-def test_nearest_centres_agree_with_a_slow_search() -> None:
-    draw = np.random.default_rng(0)
-    centers = draw.integers(-2, 3, (40, 3)).astype(np.float32)  # with many ties
-    vectors = draw.integers(-2, 3, (300, 3)).astype(np.float32)
-    found = nearest_fine(vectors, centers, 5)
-    for vector, nearest in zip(vectors, found, strict=True):
-        distances = [(float(((vector - center) ** 2).sum()), k) for k, center in enumerate(centers)]
-        assert nearest.tolist() == [k for _, k in sorted(distances)[:5]]
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])

@@ -20,7 +20,8 @@ from modeclip.clustering.diagnostics import (
     sweep_fine,
 )
 from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embeddings, imbalance_of
-from modeclip.clustering.kmeans import kmeans, nearest
+from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import Estimate, NegativeReport, Negatives, identical_share, measure_negatives
 from modeclip.errors import ModeclipError
 
@@ -46,7 +47,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 def result(data: tuple[np.ndarray, np.ndarray]) -> ClusterResult:
     x, captions = data
     clustering = fit_embeddings(x, CONFIG)
-    fine, squared = nearest(x, clustering.fine_centers)
+    fine, squared = assign_nearest(x, clustering.fine_centers)
     tally = Tally(12, np.arange(len(x)))
     tally.add(fine, np.sqrt(squared), captions.astype(str).astype(object))
     cards, experts = make_cards(tally, clustering.experts_of_fine, clustering.range_of_expert)
@@ -70,7 +71,7 @@ def test_sweep_of_experts_equals_refits(
         again = fit_embeddings(x, replace(config, num_experts=number, overlap=min(overlap, number)))
         rows = np.zeros(number, int)
         squares, ranges = [], [[] for _ in range(number)]
-        for fine in nearest(x, again.fine_centers)[0]:
+        for fine in assign_nearest(x, again.fine_centers)[0]:
             for expert in again.experts_of_fine[fine]:
                 rows[expert] += 1
         for fine in range(12):
@@ -117,7 +118,7 @@ def test_stability_by_hand(data: tuple[np.ndarray, np.ndarray]) -> None:
         labels = []
         for seed in pair.seeds:
             clustering = fit_embeddings(x, replace(CONFIG, seed=seed))
-            fine = nearest(x, clustering.fine_centers)[0]
+            fine = assign_nearest(x, clustering.fine_centers)[0]
             labels.append((fine, clustering.expert_of_fine[fine]))
         assert pair.fine == pytest.approx(rand_index(labels[0][0], labels[1][0]))
         assert pair.experts == pytest.approx(rand_index(labels[0][1], labels[1][1]))
@@ -159,7 +160,7 @@ def brute_force(
 def test_negatives_against_all_pairs(overlap: int, data: tuple[np.ndarray, np.ndarray]) -> None:
     x, captions = data
     clustering = fit_embeddings(x, replace(CONFIG, overlap=overlap))
-    fine = nearest(x, clustering.fine_centers)[0]
+    fine = assign_nearest(x, clustering.fine_centers)[0]
     experts = clustering.experts_of_fine[fine]
     report = measure_negatives(
         lambda rows: x[rows].astype(np.float16), captions, fine, experts, batch_size=10, num_batches=2000, threshold=0.9
@@ -225,7 +226,7 @@ def test_blocks_of_a_large_batch_do_not_matter(
     data: tuple[np.ndarray, np.ndarray], result: ClusterResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, captions = data
-    fine = nearest(x, result.clustering.fine_centers)[0]
+    fine = assign_nearest(x, result.clustering.fine_centers)[0]
 
     def measure() -> NegativeReport:
         return measure_negatives(

@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 import modeclip.clustering.balancing as balancing
 import modeclip.clustering.distances as distances
 from modeclip.clustering.balancing import assign_balanced
-from modeclip.clustering.distances import squared_distances
-from modeclip.clustering.kmeans import KMeansResult, kmeans, nearest
+from modeclip.clustering.distances import assign_nearest, squared_errors
+from modeclip.clustering.kmeans import KMeansResult, kmeans
 from modeclip.errors import ModeclipError
 
 
@@ -44,7 +44,7 @@ def cheapest(x: np.ndarray, centers: np.ndarray, capacity: int) -> float:
 @pytest.mark.parametrize("chunk_rows", [None, 1, 2, 7, 64])
 def test_nearest_is_brute_force(chunk_rows: int | None) -> None:
     x, centers = points(200, 17, 0), points(23, 17, 1)
-    index, squared = nearest(x, centers, chunk_rows=chunk_rows)
+    index, squared = assign_nearest(x, centers, chunk_rows=chunk_rows)
     expected = all_distances(x, centers)
     np.testing.assert_array_equal(index, expected.argmin(1))
     np.testing.assert_allclose(squared, expected.min(1), rtol=1e-5)
@@ -57,11 +57,11 @@ def test_nearest_with_ties_in_any_batch(data: st.DataObject, seed: int, num_cent
     rng = np.random.default_rng(seed)
     grid = rng.integers(-1, 2, (num_rows, 3)).astype(np.float32)  # whole numbers: distances are exact, ties many
     centers = rng.integers(-1, 2, (num_centers, 3)).astype(np.float32)
-    index, squared = nearest(grid, centers)
+    index, squared = assign_nearest(grid, centers)
     expected = all_distances(grid, centers)
     np.testing.assert_array_equal(index, expected.argmin(1))
     np.testing.assert_array_equal(squared, expected.min(1))
-    chunked = nearest(grid, centers, chunk_rows=data.draw(st.integers(1, 41)))
+    chunked = assign_nearest(grid, centers, chunk_rows=data.draw(st.integers(1, 41)))
     np.testing.assert_array_equal(chunked[0], index)
     np.testing.assert_array_equal(chunked[1], squared)
 
@@ -73,9 +73,9 @@ def test_nearest_tells_apart_what_float32_products_cannot(chunk_rows: int) -> No
     base = points(1, 64, 1)
     centers = (base + 3e-8 * rng.normal(size=(40, 64))).astype(np.float32)  # some equal, some a bit apart
     centers = np.concatenate([centers, centers[::-1]])
-    index, squared = nearest(x, centers, chunk_rows=chunk_rows)
+    index, squared = assign_nearest(x, centers, chunk_rows=chunk_rows)
     np.testing.assert_array_equal(index, all_distances(x, centers).argmin(1))
-    whole = nearest(x, centers)
+    whole = assign_nearest(x, centers)
     np.testing.assert_array_equal(squared, whole[1])
 
 
@@ -129,11 +129,11 @@ def rows_and_centers(case: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("case", ["plain", "near ties", "cancelling", "line", "duplicates", "offset", "scales", "tiny"])
 def test_nearest_is_exact_in_any_precision(case: str) -> None:
     x, centers = rows_and_centers(case)
-    index, squared = nearest(x, centers)
+    index, squared = assign_nearest(x, centers)
     expected = all_distances(x, centers)
     np.testing.assert_array_equal(index, expected.argmin(1))
     for chunk_rows in (1, 7, 64, 599):
-        chunked = nearest(x, centers, chunk_rows=chunk_rows)
+        chunked = assign_nearest(x, centers, chunk_rows=chunk_rows)
         np.testing.assert_array_equal(chunked[0], index)
         np.testing.assert_array_equal(chunked[1], squared)
 
@@ -142,14 +142,14 @@ def test_nearest_is_exact_in_any_precision(case: str) -> None:
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_nearest_survives_scores_that_overflow() -> None:
     x, centers = rows_and_centers("huge")
-    np.testing.assert_array_equal(nearest(x, centers)[0], all_distances(x, centers).argmin(1))
+    np.testing.assert_array_equal(assign_nearest(x, centers)[0], all_distances(x, centers).argmin(1))
 
 
 @pytest.mark.usefixtures("precision")
 def test_near_ties_beyond_memory_are_cut_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distances, "PAIRS_IN_MEMORY", 40)
     x, centers = rows_and_centers("duplicates")
-    np.testing.assert_array_equal(nearest(x, centers)[0], all_distances(x, centers).argmin(1))
+    np.testing.assert_array_equal(assign_nearest(x, centers)[0], all_distances(x, centers).argmin(1))
 
 
 def test_float32_products_of_reduced_precision_change_nothing() -> None:
@@ -162,7 +162,7 @@ def test_float32_products_of_reduced_precision_change_nothing() -> None:
         patch.setattr(distances, "has_fast_bfloat16", lambda _: False)
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         try:
-            index = nearest(x, centers)[0]
+            index = assign_nearest(x, centers)[0]
         finally:
             torch.backends.mkldnn.matmul.fp32_precision = before
     np.testing.assert_array_equal(index, all_distances(x, centers).argmin(1))
@@ -204,8 +204,8 @@ def test_bound_covers_the_rounding_of_stored_scores() -> None:
 def test_nearest_of_permuted_rows_is_permuted() -> None:
     x, centers = points(300, 32, 2), points(40, 32, 3)
     order = np.random.default_rng(0).permutation(300)
-    index, squared = nearest(x, centers)
-    permuted = nearest(x[order], centers)
+    index, squared = assign_nearest(x, centers)
+    permuted = assign_nearest(x[order], centers)
     np.testing.assert_array_equal(permuted[0], index[order])
     np.testing.assert_array_equal(permuted[1], squared[order])
 
@@ -215,7 +215,7 @@ def test_nearest_reads_float16_and_read_only_rows() -> None:
     x.setflags(write=False)
     as_float32 = x.astype(np.float32)
     as_float32.setflags(write=False)
-    np.testing.assert_array_equal(nearest(x, as_float32[:5])[0], nearest(as_float32, x[:5])[0])
+    np.testing.assert_array_equal(assign_nearest(x, as_float32[:5])[0], assign_nearest(as_float32, x[:5])[0])
 
 
 # balanced assignment
@@ -261,7 +261,7 @@ def test_order_of_centres_does_not_change_the_balanced_cost() -> None:
     x, centers = points(200, 16, 0), points(10, 16, 1)
     order = np.random.default_rng(0).permutation(10)
     costs = [
-        float(squared_distances(x, some, assign_balanced(x, some, 22)).sum()) for some in (centers, centers[order])
+        float(squared_errors(x, some, assign_balanced(x, some, 22)).sum()) for some in (centers, centers[order])
     ]
     assert costs[0] == pytest.approx(costs[1], rel=2 * balancing.MAX_GAP)
 
@@ -379,7 +379,7 @@ def test_exchange_moves_a_useless_centre_to_where_it_is_missed() -> None:
     order = np.argsort(all_distances(x, centers), axis=1)
     choices = order[:, 0], order[:, 1], (distance[:, 1] - distance[:, 0]).astype(np.float32)
     moved, prices = _swapped(x, centers, choices, np.full(4, 0.01), 0.0, np.random.default_rng(0))
-    assert nearest(x, moved)[1].mean() < 0.05 * nearest(x, centers)[1].mean()
+    assert assign_nearest(x, moved)[1].mean() < 0.05 * assign_nearest(x, centers)[1].mean()
     assert np.count_nonzero(prices) == 2
 
 
@@ -461,7 +461,7 @@ def test_gpu_gives_a_fit_as_good(ratio: float | None) -> None:
     assert there.objective == pytest.approx(here.objective, rel=0.02)
     again = kmeans(x, 64, max_size_ratio=ratio, device="cuda")
     assert again.centers.tobytes() == there.centers.tobytes()
-    for one, other in zip(nearest(x, here.centers, device="cuda"), nearest(x, here.centers), strict=True):
+    for one, other in zip(assign_nearest(x, here.centers, device="cuda"), assign_nearest(x, here.centers), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

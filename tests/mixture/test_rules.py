@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeclip.clustering import nearness
-from modeclip.clustering.nearness import nearest_center, nearest_centers
+from modeclip.clustering import distances
+from modeclip.clustering.distances import nearest_centers
 from modeclip.errors import ModeclipError
 from modeclip.mixture.rules import (
     DEFAULT_TEMPERATURE,
@@ -25,7 +25,6 @@ from modeclip.mixture.rules import (
     share,
 )
 
-UNCHECKED_ROUTE = inspect.unwrap(route)  # without the shape checks that tests put around the package
 NUM_CLASSES_AT_THRESHOLDS = [1, 2, 9, 10, 11, 200, 201, 210, 211, 1000]
 
 
@@ -241,12 +240,12 @@ def test_share_of_classes_far_from_every_center_does_not_underflow():
 def test_share_is_the_same_in_any_chunks(monkeypatch):
     classes, centers, expert_of_fine = crowded_task(0, num_classes=50)
     whole = share(classes, centers, expert_of_fine, num_experts=4, temperature=0.1)
-    whole_nearest = nearest_center(classes, centers)
+    whole_nearest = nearest_centers(classes, centers)
     for max_distances in (1, 12, 100):
-        monkeypatch.setattr(nearness, "MAX_DISTANCES", max_distances)
+        monkeypatch.setattr(distances, "MAX_DISTANCES", max_distances)
         chunked = share(classes, centers, expert_of_fine, num_experts=4, temperature=0.1)
         np.testing.assert_allclose(chunked, whole, rtol=1e-12)
-        np.testing.assert_array_equal(nearest_center(classes, centers)[0], whole_nearest[0])
+        np.testing.assert_array_equal(nearest_centers(classes, centers)[0], whole_nearest[0])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -356,7 +355,7 @@ def test_equally_near_centers_give_the_lowest_index():
     centers = rng.normal(size=(40, 33)).astype(np.float32)
     centers = np.concatenate([centers, centers[::-1]])  # each centre twice, at other columns
     classes = rng.normal(size=(500, 33)).astype(np.float32)
-    index, distance = nearest_center(classes, centers)
+    index, distance = (part[:, 0] for part in nearest_centers(classes, centers))
     assert index.max() < 40
     np.testing.assert_array_equal(index[:50], [slow_nearest(x, centers)[0] for x in classes[:50]])
     exact = np.linalg.norm(classes.astype(np.float64) - centers[index], axis=1)
@@ -373,7 +372,7 @@ def test_several_nearest_centers_are_in_the_order_of_a_plain_sort(count):
         order = sorted(range(35), key=lambda s: (round(squared_distance(x, centers[s]), 12), s))[:count]
         assert found.tolist() == order
         np.testing.assert_allclose(gaps, [math.sqrt(squared_distance(x, centers[s])) for s in order])
-    np.testing.assert_array_equal(index[:, 0], nearest_center(classes, centers)[0])
+    np.testing.assert_array_equal(index[:, :1], nearest_centers(classes, centers)[0])
 
 
 def test_distances_that_differ_by_rounding_only_are_equal():
@@ -381,13 +380,13 @@ def test_distances_that_differ_by_rounding_only_are_equal():
     values = rng.normal(size=33)
     centers = np.stack([rng.permutation(values) for _ in range(40)])
     classes = np.repeat(rng.normal(size=(100, 1)), 33, axis=1)  # as far from each permutation
-    np.testing.assert_array_equal(nearest_center(classes, centers)[0], 0)
+    np.testing.assert_array_equal(nearest_centers(classes, centers)[0], 0)
 
 
 def test_a_class_on_a_center_is_at_distance_0():
     _, centers, _ = crowded_task(0, num_classes=1)
-    index, distance = nearest_center(centers, centers)
-    np.testing.assert_array_equal(index, np.arange(len(centers)))
+    index, distance = nearest_centers(centers, centers)
+    np.testing.assert_array_equal(index[:, 0], np.arange(len(centers)))
     np.testing.assert_array_equal(distance, 0)
 
 
@@ -525,15 +524,15 @@ CLASSES, CENTERS, EXPERTS = np.zeros((3, 2)), np.ones((4, 2)), np.array([0, 0, 1
         ({"temperature": math.nan}, "temperature: expected a finite number above 0, got nan"),
         (
             {"class_embeddings": np.zeros((0, 2))},
-            "class_embeddings: expected a matrix of 1 or more rows, got shape (0, 2)",
+            "class_embeddings: expected a matrix of 1 or more rows and columns, got shape (0, 2)",
         ),
         (
             {"class_embeddings": np.zeros(2)},
-            "class_embeddings: expected a matrix of 1 or more rows, got shape (2,)",
+            "class_embeddings: expected a matrix of 1 or more rows and columns, got shape (2,)",
         ),
         (
             {"fine_centers": np.zeros((0, 2))},
-            "fine_centers: expected a matrix of 1 or more rows, got shape (0, 2)",
+            "fine_centers: expected a matrix of 1 or more rows and columns, got shape (0, 2)",
         ),
         (
             {"class_embeddings": np.zeros((3, 5))},
@@ -576,7 +575,50 @@ def test_what_cannot_be_routed_is_said(rule, change, message):
         "rule": rule,
     }
     with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
-        UNCHECKED_ROUTE(**arguments | change)
+        route(**arguments | change)
+
+
+class Jaxlike:
+    """An array of another library, which numpy reads by its ``__array__``."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        return self.values
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("convert", [np.ndarray.tolist, torch.tensor, lambda x: torch.tensor(x).float(), Jaxlike])
+def test_any_arrays_give_the_same_routing(rule, convert):
+    classes, centers, expert_of_fine = crowded_task(1, num_classes=6)
+    classes, centers = (x.astype(np.float32).astype(np.float64) for x in (classes, centers))
+    expected = route(classes, centers, expert_of_fine, num_experts=4, rule=rule)
+    owners = convert(expert_of_fine)
+    owners = owners.int() if isinstance(owners, torch.Tensor) else owners
+    found = route(convert(classes), convert(centers), owners, num_experts=4, rule=rule)
+    assert type(found.weights) is type(found.distance) is np.ndarray
+    np.testing.assert_array_equal(found.weights, expected.weights)
+    np.testing.assert_array_equal(found.nearest_fine, expected.nearest_fine)
+
+
+def test_tensors_with_a_gradient_and_whole_numbers_are_routed():
+    learned = torch.tensor(CLASSES, requires_grad=True)
+    expected = route(CLASSES, CENTERS, EXPERTS, num_experts=2)
+    np.testing.assert_array_equal(route(learned, CENTERS, EXPERTS, num_experts=2).weights, expected.weights)
+    assert route([[0, 1], [3, 1]], [[0, 0], [3, 0]], [0, 1], num_experts=2).distance.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("wrong", ["cats", [["cat", "dog"]], [[1.0], [1.0, 2.0]], np.array([[1j, 0]])])
+def test_what_is_no_numbers_is_refused(wrong):
+    with pytest.raises(ModeclipError, match=r"^class_embeddings: expected an array of numbers, got [^\n]*$"):
+        route(wrong, CENTERS, EXPERTS, num_experts=2)
+
+
+def test_the_default_is_per_class_at_its_own_temperature():
+    default = route(CLASSES, CENTERS, EXPERTS, num_experts=2)
+    given = route(CLASSES, CENTERS, EXPERTS, num_experts=2, rule="per_class", temperature=0.1)
+    np.testing.assert_array_equal(default.weights, given.weights)
 
 
 def test_a_budget_of_no_expert_is_refused():

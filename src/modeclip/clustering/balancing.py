@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from modeclip.clustering.distances import ROWS_IN_MEMORY, Scorer, blocks, for_each_block, squared_distances
+from modeclip.clustering.distances import ROWS_IN_MEMORY, Scorer, blocks, for_each_block, squared_errors
 
 CANDIDATES = 32
 """Centres that a row of the auction keeps in view."""
@@ -135,7 +135,7 @@ def assign_balanced(
     for _ in range(MAX_AUCTIONS):
         assignment, prices, rounds = _auction(offers, capacity, step, rounds_left)
         _fill(offers, assignment, capacity)
-        cost = float(squared_distances(x, centers, assignment).sum(dtype=np.float64))
+        cost = float(squared_errors(x, centers, assignment).sum(dtype=np.float64))
         for overshoot in (0, step):  # a last bid is up to one step higher than it had to be
             bound = max(bound, offers.lower_bound(np.maximum(prices - overshoot, 0), capacity))
         if cost < best_cost:

@@ -18,9 +18,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.distances import nearest_centers
 from modeclip.clustering.embedding import COLUMN
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
@@ -29,7 +30,6 @@ from modeclip.system.console import log
 
 PREFIX = "prior_"
 """Begins the names of the columns."""
-NAMES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,20 +88,8 @@ def select_for_classes(
     if facts is None:
         raise ModeclipError(f"catalog {catalog.path!r} does not say how {COLUMN} was made: embed its captions again")
     vectors = load_encoder(str(facts["encoder"])).encode(names)
-    nearest = nearest_fine(vectors, clustering.fine_centers, count)
+    nearest = nearest_centers(vectors, clustering.fine_centers, count)[0]
     return PriorSelection(name=name, classnames=names, nearest=nearest, clustering=clustering.digest)
-
-
-def nearest_fine(
-    vectors: Float[np.ndarray, "L D"], centers: Float[np.ndarray, "M D"], count: int
-) -> Int[np.ndarray, "L n"]:
-    """Return the ``count`` nearest centres of each vector, nearest first, on a tie the lowest number first."""
-    wide, found = centers.astype(np.float64), []
-    squares = np.square(wide).sum(1)
-    for start in range(0, len(vectors), NAMES_AT_ONCE):
-        some = vectors[start : start + NAMES_AT_ONCE].astype(np.float64)
-        found.append(np.argsort(squares - 2 * some @ wide.T, axis=1, kind="stable")[:, :count])
-    return np.concatenate(found)
 
 
 def mark_prior(catalog: Catalog, selection: PriorSelection) -> int:

@@ -34,7 +34,8 @@ from modeclip.clustering.fitting import (
     regroup,
     sample_rows,
 )
-from modeclip.clustering.kmeans import kmeans, nearest
+from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeReport, Negatives, measure_negatives
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
@@ -337,7 +338,7 @@ def sweep_fine(x: Float[np.ndarray, "N D"], numbers: Sequence[int], config: Clus
                 seed=config.seed,
             )
             seconds = time.monotonic() - started
-            assignment, squared = nearest(x, fit.centers)
+            assignment, squared = assign_nearest(x, fit.centers)
             sizes = np.bincount(assignment, minlength=number)
             trial = FineTrial(
                 num_fine=number,
@@ -365,7 +366,7 @@ def measure_stability(x: Float[np.ndarray, "N D"], num_seeds: int, config: Clust
     with progress("compare seeds", num_seeds, "seeds") as advance:
         for seed in range(config.seed, config.seed + num_seeds):
             clustering = fit_embeddings(x, replace(config, seed=seed))
-            fine = nearest(x, clustering.fine_centers)[0]
+            fine = assign_nearest(x, clustering.fine_centers)[0]
             labels[seed] = fine, clustering.expert_of_fine[fine]
             advance(1)
     return Stability(

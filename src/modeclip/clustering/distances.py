@@ -1,23 +1,34 @@
-"""Rows and centres in, exact nearest centres and squared Euclidean distances out, a block of rows at a time.
+"""Finds the nearest centres of rows, and measures how far away the centres are.
 
-Method: one low-precision product per block (bfloat16 where the processor multiplies it fast, else float32) scores all
-centres, relative to their mean. What rounding can have done to a score has a proven bound (Cauchy-Schwarz over the
-rounding errors of the row and of the centres, plus those of the sum and of the stored score). Centres that could be
-nearest within that bound, for most rows one, go on to float64 differences, which decide, the lowest index on a tie. So
-the answer is that of a brute-force search in float64, whatever the precision and the size of a block.
+There are two kinds of callers, and each needs an arithmetic of its own:
 
-Price: the product of (N, D) with (M, D), in bfloat16 with several times as much again for the search; memory is the
-input, the output and one block for each thread. Measured beside faiss in ``benchmarks/kmeans_faiss.py``.
+- Clustering sends millions of rows to their one nearest centre, and only has to know which one that is: float32 in,
+  `assign_nearest`. One low-precision product per block (bfloat16 where the processor multiplies it fast, else float32)
+  scores all centres, relative to their mean. Rounding changes a score by no more than a bound that is proven
+  (Cauchy-Schwarz over the rounding errors of the row and of the centres, plus those of the sum and of the stored
+  score). Every centre that could be nearest within that bound, which is a single one for most rows, is then compared
+  by float64 differences, and of equal centres the lowest index wins. So the answer is that of a brute-force search in
+  float64, whatever the precision and the size of a block.
+- Routing turns distances into weights, so it needs the numbers themselves, often to all centres, and the weights of a
+  class must not depend on what else is asked in the same call: float64 throughout, `nearest_centers` and
+  `squared_distance_blocks`, a few hundred rows at a time.
+
+Price: the product of (N, D) with (M, D). `assign_nearest` takes several times as long as that in bfloat16, for the
+search; its memory is the input, the output and one block for each thread (``benchmarks/kmeans_faiss.py`` compares it
+with faiss). In float64 a million texts of 384 dimensions take one core 17 seconds for 1024 centres and 2 minutes for
+8192 (``benchmarks/routing.py``).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
 from modeclip.errors import ModeclipError
 
@@ -25,76 +36,68 @@ if TYPE_CHECKING:
     import torch
 
 SCORES_IN_MEMORY = 1 << 20
-"""Entries of a block of the N x M score matrix: 2 MiB of bfloat16, 4 MiB of float32; near the cache is fastest."""
+"""Entries of a block of the N x M score matrix, 2 MiB of bfloat16 or 4 MiB of float32: fastest where it fits the cache."""
 ROWS_IN_MEMORY = 1 << 11
-"""Rows of a block where only N x D work is done, and most rows of any block."""
+"""Rows of a block where only N x D work is done; no block has more."""
 PAIRS_IN_MEMORY = 1 << 20
-"""Near ties of a block that are looked at together; a block with more is cut in two."""
+"""Near ties of a block that are compared at once; a block with more of them is cut in two."""
 GROUP = 16
-"""Centres that share one maximum in the search for near ties: few groups of few are looked at twice."""
+"""Centres that share one maximum in the search for near ties, so that only a few groups are searched again."""
 SMALLEST_GROUPED = 64
-"""Number of centres from which they are searched in groups."""
+"""With fewer centres than this they are not searched in groups."""
 BFLOAT16_WORK = 1 << 20
-"""Multiplications of a block from which bfloat16 pays."""
+"""Fewest multiplications of a block for which bfloat16 pays."""
 BFLOAT16_UNIT = 2.0**-8
 """Largest relative error of rounding to bfloat16."""
+MAX_DISTANCES = 1 << 22
+"""Most float64 distances that are held at once: 32 MiB."""
+MAX_ROWS = 256
+"""Most rows whose float64 distances are held at once: with 1024 centres 2 MiB, which stay in the cache."""
+ROUNDING = 1e-13
+"""Relative difference of squared float64 distances below which two centres count as equally near."""
 
 
-def nearest(
-    x: Float[np.ndarray, "N D"],
-    centers: Float[np.ndarray, "M D"],
-    *,
-    chunk_rows: int | None = None,
-    device: str = "cpu",
-) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Return each row's nearest centre and the squared Euclidean distance to it.
-
-    Exact: low-precision products only narrow the choice, and where they cannot tell two centres apart float64
-    differences decide, the lowest index on a tie. So the answer does not depend on how many rows are asked at once.
+def as_array(name: str, values: ArrayLike) -> np.ndarray:
+    """Return numbers as a numpy array, without a copy where they are one already.
 
     Args:
-        x: Rows.
-        centers: Centres, at least one.
-        chunk_rows: Rows compared with all centres at a time; None: as many as keep a block of 4 MiB.
-        device: Torch device of the distance products.
-
-    Returns:
-        Index of the nearest centre (int64) and squared distance (float32) per row.
+        name: What the caller calls them, for the message.
+        values: Anything that `numpy.asarray` takes, and torch tensors of any device and type, which numpy refuses if
+            they require a gradient, lie on a GPU or are bfloat16.
 
     Raises:
-        ModeclipError: an input is not a matrix of finite numbers, or the two differ in width.
+        ModeclipError: The values are ragged, or are not numbers.
 
     Examples:
-        >>> index, squared_distance = nearest(np.array([[0.0, 3.0]]), np.array([[4.0, 3.0], [0.0, 1.0]]))
-        >>> index.tolist(), squared_distance.tolist()
-        ([1], [4.0])
+        >>> as_array("x", [[1, 2], [3, 4]]).shape
+        (2, 2)
     """
-    rows, points = checked("x", x), checked("centers", centers)
-    if rows.shape[1] != points.shape[1]:
-        raise ModeclipError(
-            f"x and centers must have the same width, got {rows.shape[1]} and {points.shape[1]}: "
-            "both must come from the same encoder"
-        )
-    if len(points) == 0:
-        raise ModeclipError("centers is empty: at least one centre is needed")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ModeclipError(f"chunk_rows must be 1 or more, got {chunk_rows}")
-    index = np.empty(len(rows), np.int64)
-    squared = np.empty(len(rows), np.float32)
-    scorer = Scorer(points, device)
-
-    def work(block: slice) -> None:
-        index[block] = _nearest_block(rows[block], scorer)
-        squared[block] = squared_distances(rows[block], points, index[block])
-
-    for_each_block(len(rows), chunk_rows or scorer.block_rows, work, device)
-    return index, squared
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    try:
+        if torch is not None and isinstance(values, torch.Tensor):
+            values = values.detach().cpu()
+            array: np.ndarray = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        else:
+            array = np.asarray(values)
+        if array.dtype.kind in "OV":  # objects that may be numbers; bfloat16 of other libraries
+            array = array.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModeclipError(f"{name}: expected an array of numbers, got {type(values).__name__} ({reason})") from None
+    if array.dtype.kind not in "biuf":
+        raise ModeclipError(f"{name}: expected an array of numbers, got {type(values).__name__} of {array.dtype}")
+    return array
 
 
-def checked(name: str, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "N D"]:
-    """Return a matrix as finite, contiguous, writable float32 (torch warns of read-only memory)."""
-    if x.ndim != 2:
-        raise ModeclipError(f"{name} must have 2 dimensions (rows, features), got {x.ndim}: shape {x.shape}")
+def as_rows(name: str, values: ArrayLike) -> Float[np.ndarray, "N D"]:
+    """Return a matrix as finite, contiguous, writable float32 (torch warns of memory that it may not write to).
+
+    Raises:
+        ModeclipError: The values are not a matrix of finite numbers with one column or more.
+    """
+    x = as_array(name, values)
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ModeclipError(f"{name}: expected a matrix, rows of 1 number or more each, got shape {x.shape}")
     with np.errstate(over="ignore", invalid="ignore"):
         rows = np.require(x, np.float32, ["C", "W"])
         bad = [
@@ -111,6 +114,120 @@ def checked(name: str, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "N D"]:
     return rows
 
 
+def assign_nearest(
+    x: ArrayLike, centers: ArrayLike, *, chunk_rows: int | None = None, device: str = "cpu"
+) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """Assign each row to its nearest centre, and return the squared Euclidean distance to it too.
+
+    The assignment is exact and does not depend on how many rows are asked about at once: low-precision products only
+    narrow the choice. Where they cannot tell two centres apart float64 differences decide, and of equal centres the
+    lowest index is taken.
+
+    Args:
+        x: Rows, (N, D); computed in float32.
+        centers: One centre or more, (M, D).
+        chunk_rows: Rows compared with all centres at a time; None: as many as keep a block of 4 MiB.
+        device: Torch device of the distance products.
+
+    Returns:
+        Index of the nearest centre (int64) and squared distance (float32) of each row.
+
+    Raises:
+        ModeclipError: An input is not a matrix of finite numbers, or the two differ in width.
+
+    Examples:
+        >>> index, squared_distance = assign_nearest([[0.0, 3.0]], [[4.0, 3.0], [0.0, 1.0]])
+        >>> index.tolist(), squared_distance.tolist()
+        ([1], [4.0])
+    """
+    rows, points = as_rows("x", x), as_rows("centers", centers)
+    if rows.shape[1] != points.shape[1]:
+        raise ModeclipError(
+            f"x and centers must have the same width, got {rows.shape[1]} and {points.shape[1]}: "
+            "both must come from the same encoder"
+        )
+    if len(points) == 0:
+        raise ModeclipError("centers is empty: at least one centre is needed")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ModeclipError(f"chunk_rows must be 1 or more, got {chunk_rows}")
+    index = np.empty(len(rows), np.int64)
+    squared = np.empty(len(rows), np.float32)
+    scorer = Scorer(points, device)
+
+    def work(block: slice) -> None:
+        index[block] = _nearest_block(rows[block], scorer)
+        squared[block] = squared_errors(rows[block], points, index[block])
+
+    for_each_block(len(rows), chunk_rows or scorer.block_rows, work, device)
+    return index, squared
+
+
+def nearest_centers(
+    embeddings: Float[np.ndarray, "L D"], centers: Float[np.ndarray, "M D"], count: int = 1
+) -> tuple[Int[np.ndarray, "L n"], Float[np.ndarray, "L n"]]:
+    """Find the nearest centres of each embedding, the nearest first, and their distances in float64.
+
+    Of centres that are equally near, up to rounding, the one with the lowest index comes first.
+
+    Args:
+        embeddings: Rows of any floating type.
+        centers: Centres of any floating type.
+        count: How many centres are wanted; all of them if there are fewer.
+
+    Examples:
+        >>> index, distance = nearest_centers(np.array([[0.6]]), np.array([[0.0], [1.0], [1.5]]), 2)
+        >>> index.tolist(), distance.round(3).tolist()
+        ([[1, 0]], [[0.4, 0.6]])
+    """
+    count = min(count, len(centers))
+    index, distance = np.empty((len(embeddings), count), dtype=np.int64), np.empty((len(embeddings), count))
+    for rows, chunk, squared in squared_distance_blocks(embeddings, centers):
+        if count == 1:
+            index[rows, 0], distance[rows, 0] = nearest_of(chunk, squared, centers)
+            continue
+        room = ROUNDING * (squared + np.vecdot(chunk, chunk)[:, None])
+        farthest = np.partition(squared + room, count - 1, axis=1)[:, count - 1]
+        for row, x, near in zip(range(len(embeddings))[rows], chunk, squared - room <= farthest[:, None], strict=True):
+            found = np.flatnonzero(near)
+            gaps = np.linalg.norm(x - centers[found], axis=1)
+            order = np.lexsort((found, gaps.round(12)))[:count]  # what differs by rounding only is equal
+            index[row], distance[row] = found[order], gaps[order]
+    return index, distance
+
+
+def squared_distance_blocks(
+    embeddings: Float[np.ndarray, "L D"], centers: Float[np.ndarray, "M D"]
+) -> Iterator[tuple[slice, Float[np.ndarray, "B D"], Float[np.ndarray, "B M"]]]:
+    """Yield the squared float64 distances of all embeddings to all centres, a block of embeddings at a time.
+
+    Yields:
+        Which embeddings the block has, these embeddings in float64, and their squared distances. The next block
+        overwrites the distances, so copy what has to stay.
+    """
+    centers = centers.astype(np.float64)
+    squared_norm, columns = np.vecdot(centers, centers), np.ascontiguousarray(-2 * centers.T)
+    num_rows = max(1, min(MAX_ROWS, MAX_DISTANCES // len(centers)))
+    buffer = np.empty((min(num_rows, len(embeddings)), len(centers)))  # memory that is new each time costs more
+    for start in range(0, len(embeddings), num_rows):
+        rows = slice(start, start + num_rows)
+        chunk = embeddings[rows].astype(np.float64)
+        squared = np.matmul(chunk, columns, out=buffer[: len(chunk)])
+        squared += squared_norm
+        squared += np.vecdot(chunk, chunk)[:, None]
+        yield rows, chunk, np.maximum(squared, 0.0, out=squared)
+
+
+def nearest_of(
+    chunk: Float[np.ndarray, "B D"], squared: Float[np.ndarray, "B M"], centers: Float[np.ndarray, "M D"]
+) -> tuple[Int[np.ndarray, " B"], Float[np.ndarray, " B"]]:
+    """Return the nearest centre of each row of a block of `squared_distance_blocks`, and the distance to it."""
+    least = squared.min(axis=1)
+    # The matrix product rounds equal distances apart: what differs by rounding only is equal.
+    limit = least + ROUNDING * (least + np.vecdot(chunk, chunk))
+    index = (squared <= limit[:, None]).argmax(axis=1)
+    return index, np.linalg.norm(chunk - centers[index], axis=1)
+
+
 def blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
     """Yield slices that cut rows into blocks."""
     for first in range(0, num_rows, block_rows):
@@ -118,9 +235,9 @@ def blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
 
 
 def for_each_block(num_rows: int, block_rows: int, work: Callable[[slice], None], device: str | torch.device) -> None:
-    """Call ``work`` for every block: on a CPU one block to a thread, each with a torch of one thread.
+    """Call ``work`` for every block: on a CPU each thread takes whole blocks, and torch uses one thread in each.
 
-    Faster than one block on all threads: no waiting for each other after every operation, however small.
+    That is faster than all threads on one block, which would wait for each other after every small operation.
     """
     import torch
 
@@ -138,9 +255,9 @@ def for_each_block(num_rows: int, block_rows: int, work: Callable[[slice], None]
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Return whether bfloat16 products are fast there and summed in float32.
+    """Return whether a device multiplies bfloat16 fast and sums the products in float32.
 
-    Not on CUDA, where sums may be rounded to bfloat16 on the way, and not on processors that only emulate it.
+    CUDA does not qualify, because it may round sums to bfloat16 on the way, nor do processors that emulate bfloat16.
     """
     import torch
 
@@ -150,9 +267,14 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 class Scorer:
-    """Scores rows against all centres on a device: x.c - (|c|^2 + price) / 2, largest where the centre is cheapest.
+    """Scores rows against all centres on a device: x.c - (|c|^2 + price) / 2 is largest for the cheapest centre.
 
     Rows and centres are taken relative to the mean of the centres, so that a common offset costs no precision.
+
+    Args:
+        centers: Centres, finite float32.
+        device: Torch device of the products.
+        prices: What a centre costs on top of the squared distance; None: nothing.
     """
 
     def __init__(
@@ -234,7 +356,7 @@ class Scorer:
 
 
 def _reduced_products(device: torch.device) -> bool:
-    """Return whether the user lets torch round the factors of float32 products there, to TF32 or bfloat16."""
+    """Return whether the user lets torch round the factors of float32 products to TF32 or bfloat16 on this device."""
     import torch
 
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
@@ -242,7 +364,7 @@ def _reduced_products(device: torch.device) -> bool:
 
 
 def _nearest_block(rows: Float[np.ndarray, "B D"], scorer: Scorer) -> Int[np.ndarray, " B"]:
-    """Return the exact nearest centre of the rows of one block, the lowest index on a tie."""
+    """Return the exact nearest centre of each row of a block, the lowest index on a tie."""
     if len(scorer.centers) == 1:
         return np.zeros(len(rows), np.int64)
     pairs = _near_ties(scorer, scorer.moved(rows))
@@ -262,9 +384,9 @@ def _nearest_block(rows: Float[np.ndarray, "B D"], scorer: Scorer) -> Int[np.nda
 
 
 def _near_ties(scorer: Scorer, moved: torch.Tensor) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]] | None:
-    """Return all (row, centre) that can be nearest, rows ascending; None: too many for one block.
+    """Return all (row, centre) pairs that can be nearest, rows ascending, or None if they are too many for one block.
 
-    Comparisons are turned round so that a score that overflowed (NaN) rules nothing out.
+    Comparisons are negated (not below the limit) so that a score that overflowed to NaN rules nothing out.
     """
     import torch
 
@@ -299,10 +421,10 @@ def _pair_distances(
     return out
 
 
-def squared_distances(
+def squared_errors(
     x: Float[np.ndarray, "N D"], centers: Float[np.ndarray, "M D"], assignment: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
-    """Return the squared distance of each row to its centre, from differences: no cancellation near zero."""
+    """Return the squared distance of each row to its own centre, by differences, which lose no digits near zero."""
     import torch
 
     out = np.empty(len(x), np.float32)
@@ -316,9 +438,10 @@ def squared_distances(
 def two_cheapest(
     x: Float[np.ndarray, "N D"], centers: Float[np.ndarray, "M D"], prices: Float[np.ndarray, " M"], device: str
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Return each row's cheapest and second cheapest of two or more centres, and how much dearer the second is.
+    """Return the cheapest and the second cheapest centre of each row, and how much more the second one costs.
 
-    The cost of a centre is the squared distance plus its price. Not exact: near ties fall as the low precision has it.
+    A centre costs its squared distance plus its price; there are two centres or more. The choice is not exact: low
+    precision decides between centres that cost nearly the same.
     """
     scorer = Scorer(centers, device, prices)
     first, second = np.empty((2, len(x)), np.int64)

@@ -31,7 +31,8 @@ from jaxtyping import Float, Int, Shaped
 from modeclip.clustering.cards import ExpertCard, FineCard, Tally, make_cards
 from modeclip.clustering.clusters import Clustering, group
 from modeclip.clustering.embedding import COLUMN
-from modeclip.clustering.kmeans import kmeans, nearest
+from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.kmeans import kmeans
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import map_columns
 from modeclip.errors import ModeclipError
@@ -131,7 +132,7 @@ class Assignment:
         Raises:
             ModeclipError: An embedding holds NaN or infinity.
         """
-        fine, squared = nearest(_finite(block[COLUMN]), self.clustering.fine_centers)
+        fine, squared = assign_nearest(_finite(block[COLUMN]), self.clustering.fine_centers)
         experts = self.clustering.experts_of_fine[fine].astype(np.int32)
         return {
             "fine_cluster": fine.astype(np.int32),

@@ -27,10 +27,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from modeclip.clustering.balancing import adjust, assign_balanced
-from modeclip.clustering.distances import ROWS_IN_MEMORY, blocks, checked, nearest, squared_distances, two_cheapest
+from modeclip.clustering.distances import ROWS_IN_MEMORY, as_rows, assign_nearest, blocks, squared_errors, two_cheapest
 from modeclip.errors import ModeclipError
-
-__all__ = ["KMeansResult", "kmeans", "nearest"]
 
 Start = Literal["k-means++", "random"]
 START_ROWS_PER_CENTER = 16
@@ -93,7 +91,7 @@ def kmeans(
         x: Rows to cluster; computed in float32.
         num_clusters: Centres, 1 to N.
         max_size_ratio: No cluster gets more than ``ceil(max_size_ratio * N / num_clusters)`` rows; at least 1. None:
-            sizes are free. The bound holds for the returned assignment, not for what `nearest` says afterwards.
+            sizes are free. The bound holds for the returned assignment, not for what `assign_nearest` says afterwards.
         num_iterations: Most updates of the centres; 25 is where the objective of caption embeddings has settled.
         seed: Decides the start, the samples and the splits; the only randomness.
         spherical: Cluster directions: rows are taken at unit length (a copy, where they are not), and centres are
@@ -111,7 +109,7 @@ def kmeans(
         >>> result.sizes.tolist(), round(result.objective, 4)
         ([2, 2], 0.0025)
     """
-    rows = checked("x", x)
+    rows = as_rows("x", x)
     capacity = _capacity(len(rows), num_clusters, max_size_ratio)
     if num_iterations < 0:
         raise ModeclipError(f"num_iterations must be 0 or more, got {num_iterations}")
@@ -192,14 +190,14 @@ def _start(
     if start == "random":
         return x
     chosen = [int(random.integers(len(x)))]
-    distance = nearest(x, x[chosen], device=device)[1]
+    distance = assign_nearest(x, x[chosen], device=device)[1]
     while len(chosen) < num_clusters:
         count = min(num_clusters - len(chosen), 1 + len(chosen) // START_GROWTH)
         total = np.cumsum(distance, dtype=np.float64)
         drawn = np.searchsorted(total, random.random(count) * total[-1], side="right")
         drawn = np.unique(np.minimum(drawn, len(x) - 1))
         chosen.extend(drawn.tolist())
-        distance = np.minimum(distance, nearest(x, x[drawn], device=device)[1])
+        distance = np.minimum(distance, assign_nearest(x, x[drawn], device=device)[1])
     return x[chosen]
 
 
@@ -340,10 +338,10 @@ def _assign_and_repair(
     """Assign all rows; move each centre that got none to a badly served row and assign again."""
     for _ in range(MAX_REPAIRS):
         if capacity >= len(x):
-            assignment, distance = nearest(x, centers, device=device)
+            assignment, distance = assign_nearest(x, centers, device=device)
         else:
             assignment = assign_balanced(x, centers, capacity, device=device)
-            distance = squared_distances(x, centers, assignment)
+            distance = squared_errors(x, centers, assignment)
         empty = np.flatnonzero(np.bincount(assignment, minlength=len(centers)) == 0)
         rows = _worst_served(x, distance, len(empty))
         if len(rows) == 0:

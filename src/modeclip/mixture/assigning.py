@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
-from modeclip.clustering.kmeans import nearest
+from modeclip.clustering.distances import assign_nearest
 from modeclip.clustering.novelty import FineQuantiles, fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import map_columns
@@ -149,7 +149,7 @@ class NoveltyWork:
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Assign the rows of a block."""
-        fine, squared = nearest(block[COLUMN].astype(np.float32), self.bundle.fine_centers)
+        fine, squared = assign_nearest(block[COLUMN].astype(np.float32), self.bundle.fine_centers)
         distance = np.sqrt(squared)
         share, _ = self.quantiles.novelty(fine, distance)
         return {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from modeclip.clustering.nearness import nearest_centers
+from modeclip.clustering.distances import nearest_centers
 from modeclip.mixture.bundle import Bundle
 from modeclip.mixture.rules import Routing
 

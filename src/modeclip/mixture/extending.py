@@ -29,7 +29,8 @@ from jaxtyping import Int
 
 from modeclip.clustering.cards import Tally, make_cards, split_words
 from modeclip.clustering.fitting import read_embeddings, sample_rows
-from modeclip.clustering.kmeans import kmeans, nearest
+from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
@@ -150,7 +151,7 @@ def fit_new_clusters(
     fines, distances = [], []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
-        fine, squared = nearest(read_embeddings(catalog, part), centers)
+        fine, squared = assign_nearest(read_embeddings(catalog, part), centers)
         fines.append(fine)
         distances.append(np.sqrt(squared))
         tally.add(fine, distances[-1], catalog.read(["caption"], part)["caption"])

@@ -50,8 +50,9 @@ from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
-from modeclip.clustering.nearness import nearest_center, nearest_of, squared_distances
+from modeclip.clustering.distances import as_array, nearest_centers, nearest_of, squared_distance_blocks
 from modeclip.data.prompts import check_templates, fill
 from modeclip.errors import ModeclipError, unknown
 
@@ -96,26 +97,27 @@ class Routing:
 
 
 def route(
-    class_embeddings: Float[np.ndarray, "L D"],
-    fine_centers: Float[np.ndarray, "M D"],
-    expert_of_fine: Int[np.ndarray, " M"],
+    class_embeddings: ArrayLike,
+    fine_centers: ArrayLike,
+    expert_of_fine: ArrayLike,
     *,
     num_experts: int,
-    rule: str = "paper",
-    temperature: float = 0.2,
+    rule: str = "per_class",
+    temperature: float | None = None,
     each: bool = False,
     max_experts: int | None = None,
 ) -> Routing:
     """Weigh the experts for one task.
 
     Args:
-        class_embeddings: One unit vector a class, by the encoder that embedded the captions.
-        fine_centers: Centres of the fine clusters of the captions.
-        expert_of_fine: Which expert, 0 to K - 1, each fine cluster belongs to.
+        class_embeddings: One unit vector a class, (L, D), by the encoder that embedded the captions. This and the other
+            arrays may be lists, numpy arrays of any number type, or torch tensors.
+        fine_centers: Centres of the fine clusters of the captions, (M, D).
+        expert_of_fine: Which expert, 0 to K - 1, each fine cluster belongs to, (M,) integers.
         num_experts: K.
         rule: One of `RULES`; the top of this module gives each one's formula.
-        temperature: Lambda of eq. 5, in units of squared distance, above 0. The default is the
-            paper's, see `DEFAULT_TEMPERATURE`; `uniform` and `release` take no notice of it.
+        temperature: Lambda of eq. 5, in units of squared distance, above 0. None: the rule's own from
+            `DEFAULT_TEMPERATURE`. `uniform` and `release` take no notice of it.
         each: Whether every row is a task of its own, as queries for images and images are.
         max_experts: How many experts may have weight; None: all.
 
@@ -140,22 +142,24 @@ def route(
     """
     if rule not in RULES:
         raise unknown("rule", rule, RULES)
-    _check(class_embeddings, fine_centers, expert_of_fine, num_experts, temperature)
+    temperature = DEFAULT_TEMPERATURE[rule] if temperature is None else temperature
+    classes, centers = _as_floats("class_embeddings", class_embeddings), _as_floats("fine_centers", fine_centers)
+    owners = as_array("expert_of_fine", expert_of_fine)
+    _check(classes, centers, owners, num_experts, temperature)
     if max_experts is not None and max_experts < 1:
         raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
     if rule in {"share", "per_class"}:
-        is_member = np.eye(num_experts)[expert_of_fine]
-        weights, nearest_fine, distance = _share(class_embeddings, fine_centers, is_member, temperature)
+        weights, nearest_fine, distance = _share(classes, centers, np.eye(num_experts)[owners], temperature)
         if rule == "share" and not each:
             weights = weights.mean(axis=0)
     else:
-        nearest_fine, distance = nearest_center(class_embeddings, fine_centers)
+        nearest_fine, distance = _nearest(classes, centers)
         if rule == "coarse":
-            coarse_centers, expert_of_coarse = _coarse_clusters(fine_centers, expert_of_fine)
-            nearest_coarse, near = nearest_center(class_embeddings, coarse_centers)
+            coarse_centers, expert_of_coarse = _coarse_clusters(centers, owners)
+            nearest_coarse, near = _nearest(classes, coarse_centers)
             expert_of_class = expert_of_coarse[nearest_coarse]
         else:
-            expert_of_class, near = expert_of_fine[nearest_fine].astype(np.int64), distance
+            expert_of_class, near = owners[nearest_fine].astype(np.int64), distance
         weights = _task_weights(rule, near, expert_of_class, num_experts, temperature, each)
     if max_experts is not None:
         weights = keep_best(weights, max_experts)
@@ -163,9 +167,9 @@ def route(
 
 
 def share(
-    class_embeddings: Float[np.ndarray, "L D"],
-    fine_centers: Float[np.ndarray, "M D"],
-    expert_of_fine: Int[np.ndarray, " M"],
+    class_embeddings: ArrayLike,
+    fine_centers: ArrayLike,
+    expert_of_fine: ArrayLike,
     *,
     num_experts: int,
     temperature: float,
@@ -319,6 +323,18 @@ def _task_weights(
             return np.full((len(distance), num_experts) if each else num_experts, 1 / num_experts)
 
 
+def _as_floats(name: str, values: ArrayLike) -> np.ndarray:
+    """Return a floating array; whole numbers become float64, floats keep their type and so their memory."""
+    array = as_array(name, values)
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+
+def _nearest(classes: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest centre of each class and the distance to it."""
+    index, distance = nearest_centers(classes, centers)
+    return index[:, 0], distance[:, 0]
+
+
 def _share(
     class_embeddings: np.ndarray, fine_centers: np.ndarray, is_member: np.ndarray, temperature: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -326,7 +342,7 @@ def _share(
     num_classes = len(class_embeddings)
     shares = np.empty((num_classes, is_member.shape[1]))
     nearest_fine, distance = np.empty(num_classes, dtype=np.int64), np.empty(num_classes)
-    for rows, chunk, squared in squared_distances(class_embeddings, fine_centers):
+    for rows, chunk, squared in squared_distance_blocks(class_embeddings, fine_centers):
         nearest_fine[rows], distance[rows] = nearest_of(chunk, squared, fine_centers)
         squared -= squared.min(axis=1, keepdims=True)
         squared /= -temperature
@@ -372,8 +388,8 @@ def _check(
 ) -> None:
     """Raise for the first argument that no rule can work with."""
     for name, rows in (("class_embeddings", class_embeddings), ("fine_centers", fine_centers)):
-        if rows.ndim != 2 or len(rows) == 0:
-            raise ModeclipError(f"{name}: expected a matrix of 1 or more rows, got shape {rows.shape}")
+        if rows.ndim != 2 or 0 in rows.shape:
+            raise ModeclipError(f"{name}: expected a matrix of 1 or more rows and columns, got shape {rows.shape}")
         is_finite = np.isfinite(rows).all(axis=1)
         if not is_finite.all():
             raise ModeclipError(f"{name}: row {is_finite.argmin()} has a value that is not finite")
