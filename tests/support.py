@@ -89,6 +89,26 @@ def unit_rows(rows: int, dimension: int, random: np.random.Generator | int = 0) 
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+def grouped_rows(num_rows: int, dimension: int, seed: int, num_groups: int = 6) -> np.ndarray:
+    """Return float32 unit vectors in groups of uneven size."""
+    rng = np.random.default_rng(seed)
+    group = rng.choice(num_groups, num_rows, p=np.arange(1, num_groups + 1) / np.arange(1, num_groups + 1).sum())
+    x = rng.normal(size=(num_groups, dimension))[group] + 0.5 * rng.normal(size=(num_rows, dimension))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def squared_distances_of(x: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Return exact squared distances, (N, M)."""
+    return np.square(x[:, None].astype(np.float64) - centers[None]).sum(2)
+
+
+def rows_with_nan() -> np.ndarray:
+    """Return ten rows, of which 3 and 7 have a value that is not finite."""
+    x = grouped_rows(10, 4, 0)
+    x[[3, 7], [1, 2]] = np.nan, np.inf
+    return x
+
+
 def make_job(catalog: Catalog | Path | str, folder: Path, config: TrainConfig, **changes: object) -> TrainJob:
     """Return a job of 24 steps from a model's own start, named after its folder, with these changes."""
     from modeclip.training.jobs import TrainJob

@@ -19,8 +19,8 @@ from modeclip.clustering.diagnostics import (
     sweep_experts,
     sweep_fine,
 )
-from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embeddings, imbalance_of
 from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embeddings, imbalance_of
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import Estimate, NegativeReport, Negatives, identical_share, measure_negatives
 from modeclip.errors import ModeclipError

@@ -2,220 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from scipy.optimize import linear_sum_assignment
 
 import modeclip.clustering.balancing as balancing
-import modeclip.clustering.distances as distances
 from modeclip.clustering.balancing import assign_balanced
-from modeclip.clustering.distances import assign_nearest, squared_errors
+from modeclip.clustering.distances import ArrayLike, assign_nearest, squared_errors
 from modeclip.clustering.kmeans import KMeansResult, kmeans
 from modeclip.errors import ModeclipError
-
-
-def points(num_rows: int, dimension: int, seed: int, num_groups: int = 6) -> np.ndarray:
-    """Return float32 unit vectors in groups of uneven size."""
-    rng = np.random.default_rng(seed)
-    group = rng.choice(num_groups, num_rows, p=np.arange(1, num_groups + 1) / np.arange(1, num_groups + 1).sum())
-    x = rng.normal(size=(num_groups, dimension))[group] + 0.5 * rng.normal(size=(num_rows, dimension))
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-
-def all_distances(x: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Return exact squared distances, (N, M)."""
-    return np.square(x[:, None].astype(np.float64) - centers[None]).sum(2)
+from support import grouped_rows, rows_with_nan, squared_distances_of
 
 
 def cheapest(x: np.ndarray, centers: np.ndarray, capacity: int) -> float:
     """Return the least total cost: every centre is ``capacity`` places, every place takes one row."""
-    cost = np.repeat(all_distances(x, centers), capacity, axis=1)
+    cost = np.repeat(squared_distances_of(x, centers), capacity, axis=1)
     return float(cost[linear_sum_assignment(cost)].sum())
-
-
-# nearest
-
-
-@pytest.mark.parametrize("chunk_rows", [None, 1, 2, 7, 64])
-def test_nearest_is_brute_force(chunk_rows: int | None) -> None:
-    x, centers = points(200, 17, 0), points(23, 17, 1)
-    index, squared = assign_nearest(x, centers, chunk_rows=chunk_rows)
-    expected = all_distances(x, centers)
-    np.testing.assert_array_equal(index, expected.argmin(1))
-    np.testing.assert_allclose(squared, expected.min(1), rtol=1e-5)
-    assert (index.dtype, squared.dtype) == (np.int64, np.float32)
-
-
-@settings(max_examples=40)
-@given(data=st.data(), seed=st.integers(0, 1000), num_centers=st.integers(1, 12), num_rows=st.integers(0, 40))
-def test_nearest_with_ties_in_any_batch(data: st.DataObject, seed: int, num_centers: int, num_rows: int) -> None:
-    rng = np.random.default_rng(seed)
-    grid = rng.integers(-1, 2, (num_rows, 3)).astype(np.float32)  # whole numbers: distances are exact, ties many
-    centers = rng.integers(-1, 2, (num_centers, 3)).astype(np.float32)
-    index, squared = assign_nearest(grid, centers)
-    expected = all_distances(grid, centers)
-    np.testing.assert_array_equal(index, expected.argmin(1))
-    np.testing.assert_array_equal(squared, expected.min(1))
-    chunked = assign_nearest(grid, centers, chunk_rows=data.draw(st.integers(1, 41)))
-    np.testing.assert_array_equal(chunked[0], index)
-    np.testing.assert_array_equal(chunked[1], squared)
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 3, 50])
-def test_nearest_tells_apart_what_float32_products_cannot(chunk_rows: int) -> None:
-    rng = np.random.default_rng(0)
-    x = points(100, 64, 0)
-    base = points(1, 64, 1)
-    centers = (base + 3e-8 * rng.normal(size=(40, 64))).astype(np.float32)  # some equal, some a bit apart
-    centers = np.concatenate([centers, centers[::-1]])
-    index, squared = assign_nearest(x, centers, chunk_rows=chunk_rows)
-    np.testing.assert_array_equal(index, all_distances(x, centers).argmin(1))
-    whole = assign_nearest(x, centers)
-    np.testing.assert_array_equal(squared, whole[1])
-
-
-@pytest.fixture(params=["bfloat16", "float32"])
-def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Have products done in one precision, where the processor can, whatever the size of a block."""
-    if request.param == "bfloat16" and not distances.has_fast_bfloat16("cpu"):
-        pytest.skip("this processor only emulates bfloat16")
-    monkeypatch.setattr(distances, "has_fast_bfloat16", lambda _: request.param == "bfloat16")
-    monkeypatch.setattr(distances, "BFLOAT16_WORK", 1 << 13)
-    return str(request.param)
-
-
-def rows_and_centers(case: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return data that is hard on low precision, 150 centres."""
-    rng = np.random.default_rng(7)
-    x, centers = points(600, 48, 0, num_groups=40), points(150, 48, 1, num_groups=40)
-    match case:
-        case "near ties":  # centres in pairs, rows in the middle of a pair give or take some float32 steps
-            centers[75:] = centers[:75] + 1e-3 * rng.normal(size=(75, 48)).astype(np.float32)
-            pair = rng.integers(0, 75, 600)
-            x = (centers[pair].astype(np.float64) + centers[pair + 75]) / 2
-            x = x + 1e-7 * rng.normal(size=x.shape)
-        case "cancelling":  # large terms of a score cancel, what bfloat16 lost of them does not
-            centers[:75, :2], centers[75:, :2] = 0.7, -0.7
-            centers[75:, 2:] = centers[:75, 2:]
-            centers[:, 2:] /= np.linalg.norm(centers[:, 2:], axis=1, keepdims=True)
-            x = centers[rng.integers(0, 150, 600)]
-            x[:, 0] = 4 + rng.uniform(0, 1, 600)
-            x[:, 1] = -x[:, 0] + 0.004 * rng.normal(size=600)
-        case "line":  # all errors of a score point the same way
-            x, centers = np.zeros((600, 48)), np.zeros((150, 48))
-            centers[:, 0] = 1 + np.arange(150) / 3e4
-            centers[::2, 0] *= -1
-            x[:, 0] = rng.choice([-1, 1], 600) * rng.uniform(1, 1.005, 600)
-        case "duplicates":
-            centers[50:100], x[300:] = centers[:50], x[:300]
-            x[:100] = centers[:100]
-        case "offset":
-            x, centers = x + 1000, centers + 1000
-        case "scales":
-            x, centers = x * 10.0 ** rng.uniform(-3, 3, (600, 1)), centers * 10.0 ** rng.uniform(-2, 2, (150, 1))
-        case "tiny":
-            x, centers = x * 1e-21, centers * 1e-21
-        case "huge":
-            x, centers = x * 1e25, centers * 1e25
-    return x.astype(np.float32), centers.astype(np.float32)
-
-
-@pytest.mark.usefixtures("precision")
-@pytest.mark.parametrize("case", ["plain", "near ties", "cancelling", "line", "duplicates", "offset", "scales", "tiny"])
-def test_nearest_is_exact_in_any_precision(case: str) -> None:
-    x, centers = rows_and_centers(case)
-    index, squared = assign_nearest(x, centers)
-    expected = all_distances(x, centers)
-    np.testing.assert_array_equal(index, expected.argmin(1))
-    for chunk_rows in (1, 7, 64, 599):
-        chunked = assign_nearest(x, centers, chunk_rows=chunk_rows)
-        np.testing.assert_array_equal(chunked[0], index)
-        np.testing.assert_array_equal(chunked[1], squared)
-
-
-@pytest.mark.usefixtures("precision")
-@pytest.mark.filterwarnings("ignore:overflow")
-def test_nearest_survives_scores_that_overflow() -> None:
-    x, centers = rows_and_centers("huge")
-    np.testing.assert_array_equal(assign_nearest(x, centers)[0], all_distances(x, centers).argmin(1))
-
-
-@pytest.mark.usefixtures("precision")
-def test_near_ties_beyond_memory_are_cut_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distances, "PAIRS_IN_MEMORY", 40)
-    x, centers = rows_and_centers("duplicates")
-    np.testing.assert_array_equal(assign_nearest(x, centers)[0], all_distances(x, centers).argmin(1))
-
-
-def test_float32_products_of_reduced_precision_change_nothing() -> None:
-    import torch
-
-    x, centers = rows_and_centers("near ties")
-    x, centers = np.tile(x, (4, 1)), np.tile(centers, (4, 1))
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distances, "has_fast_bfloat16", lambda _: False)
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        try:
-            index = assign_nearest(x, centers)[0]
-        finally:
-            torch.backends.mkldnn.matmul.fp32_precision = before
-    np.testing.assert_array_equal(index, all_distances(x, centers).argmin(1))
-
-
-@pytest.mark.usefixtures("precision")
-@pytest.mark.parametrize("case", ["plain", "near ties", "cancelling", "line", "duplicates", "offset", "scales"])
-def test_few_go_on_to_float64_and_the_nearest_always(case: str) -> None:
-    x, centers = rows_and_centers(case)
-    scorer = distances.Scorer(centers, "cpu")
-    pairs = distances._near_ties(scorer, scorer.moved(x))
-    assert pairs is not None
-    exact = all_distances(x, centers)
-    kept = np.zeros(exact.shape, bool)
-    kept[pairs] = True
-    assert kept[exact == exact.min(1, keepdims=True)].all()
-    if case == "plain":
-        assert kept.sum() < 1.5 * len(x)
-
-
-@pytest.mark.usefixtures("precision")
-def test_bound_covers_the_rounding_of_stored_scores() -> None:
-    """On eighths, which bfloat16 holds exactly, all that is lost is lost by storing scores."""
-    rng = np.random.default_rng(0)
-    x = (rng.integers(-8, 9, (600, 48)) / 8).astype(np.float32)
-    half = (rng.integers(-8, 9, (75, 48)) / 8).astype(np.float32)
-    centers = np.concatenate([half, -half])
-    scorer = distances.Scorer(centers, "cpu")
-    moved = scorer.moved(x)
-    scores, rounded = scorer.scores(moved)
-    best = scores.float().amax(1)
-    allowed = (best - scorer.certain(moved, rounded, best)).numpy()[:, None] / 2
-    expected = x.astype(np.float64) @ centers.T - np.square(centers).sum(1) / 2
-    lost = np.abs(scores[:, :150].float().numpy() - expected)
-    smaller = np.abs(expected) <= np.abs(best.numpy())[:, None]
-    assert (lost <= allowed)[smaller].all()
-
-
-def test_nearest_of_permuted_rows_is_permuted() -> None:
-    x, centers = points(300, 32, 2), points(40, 32, 3)
-    order = np.random.default_rng(0).permutation(300)
-    index, squared = assign_nearest(x, centers)
-    permuted = assign_nearest(x[order], centers)
-    np.testing.assert_array_equal(permuted[0], index[order])
-    np.testing.assert_array_equal(permuted[1], squared[order])
-
-
-def test_nearest_reads_float16_and_read_only_rows() -> None:
-    x = points(50, 8, 0).astype(np.float16)
-    x.setflags(write=False)
-    as_float32 = x.astype(np.float32)
-    as_float32.setflags(write=False)
-    np.testing.assert_array_equal(assign_nearest(x, as_float32[:5])[0], assign_nearest(as_float32, x[:5])[0])
 
 
 # balanced assignment
@@ -228,11 +36,11 @@ def test_nearest_reads_float16_and_read_only_rows() -> None:
 def test_balanced_assignment_is_near_optimal(
     num_rows: int, num_centers: int, seed: int, copies: int, ratio: float
 ) -> None:
-    x = np.repeat(points(num_rows // copies, 12, seed), copies, axis=0)
-    centers = points(num_centers, 12, seed + 100)
+    x = np.repeat(grouped_rows(num_rows // copies, 12, seed), copies, axis=0)
+    centers = grouped_rows(num_centers, 12, seed + 100)
     capacity = math.ceil(ratio * num_rows / num_centers - 1e-9)
     assignment = assign_balanced(x, centers, capacity)
-    cost = float(all_distances(x, centers)[np.arange(num_rows), assignment].sum())
+    cost = float(squared_distances_of(x, centers)[np.arange(num_rows), assignment].sum())
     assert np.bincount(assignment, minlength=num_centers).max() <= capacity
     assert cost <= 1.01 * cheapest(x, centers, capacity)
 
@@ -240,29 +48,27 @@ def test_balanced_assignment_is_near_optimal(
 @pytest.mark.parametrize("seed", range(3))
 def test_candidates_are_renewed_when_prices_outgrow_them(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balancing, "CANDIDATES", 2)
-    x, centers = points(150, 10, seed, num_groups=1), points(15, 10, seed + 50)
+    x, centers = grouped_rows(150, 10, seed, num_groups=1), grouped_rows(15, 10, seed + 50)
     assignment = assign_balanced(x, centers, 10)
-    cost = float(all_distances(x, centers)[np.arange(150), assignment].sum())
+    cost = float(squared_distances_of(x, centers)[np.arange(150), assignment].sum())
     np.testing.assert_array_equal(np.bincount(assignment), 10)
     assert cost <= 1.01 * cheapest(x, centers, 10)
 
 
 def test_rows_left_when_rounds_run_out_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balancing, "MAX_ROUNDS", 1)
-    x, centers = points(60, 8, 0, num_groups=1), points(6, 8, 1)
+    x, centers = grouped_rows(60, 8, 0, num_groups=1), grouped_rows(6, 8, 1)
     np.testing.assert_array_equal(np.bincount(assign_balanced(x, centers, 10)), 10)
 
 
 def test_one_centre_takes_all() -> None:
-    np.testing.assert_array_equal(assign_balanced(points(5, 3, 0), points(1, 3, 1), 5), 0)
+    np.testing.assert_array_equal(assign_balanced(grouped_rows(5, 3, 0), grouped_rows(1, 3, 1), 5), 0)
 
 
 def test_order_of_centres_does_not_change_the_balanced_cost() -> None:
-    x, centers = points(200, 16, 0), points(10, 16, 1)
+    x, centers = grouped_rows(200, 16, 0), grouped_rows(10, 16, 1)
     order = np.random.default_rng(0).permutation(10)
-    costs = [
-        float(squared_errors(x, some, assign_balanced(x, some, 22)).sum()) for some in (centers, centers[order])
-    ]
+    costs = [float(squared_errors(x, some, assign_balanced(x, some, 22)).sum()) for some in (centers, centers[order])]
     assert costs[0] == pytest.approx(costs[1], rel=2 * balancing.MAX_GAP)
 
 
@@ -279,7 +85,7 @@ def test_capacity_is_never_exceeded(
     num_rows: int, num_clusters: int, ratio: float, num_distinct: int, seed: int, num_iterations: int
 ) -> None:
     num_clusters = min(num_clusters, num_rows)
-    x = points(num_distinct, 4, seed)[np.random.default_rng(seed).integers(0, num_distinct, num_rows)]
+    x = grouped_rows(num_distinct, 4, seed)[np.random.default_rng(seed).integers(0, num_distinct, num_rows)]
     result = kmeans(x, num_clusters, max_size_ratio=ratio, num_iterations=num_iterations, seed=seed)
     assert result.sizes.max() <= math.ceil(ratio * num_rows / num_clusters)
     assert result.sizes.sum() == num_rows
@@ -298,16 +104,16 @@ def check_is_consistent(x: np.ndarray, result: KMeansResult) -> None:
 
 
 def test_step_is_lloyds() -> None:
-    x = points(400, 20, 5)
+    x = grouped_rows(400, 20, 5)
     start, after = (kmeans(x, 10, num_iterations=n, seed=3) for n in (0, 1))
     centers = np.stack([x[start.assignment == j].astype(np.float64).mean(0) for j in range(10)])
     np.testing.assert_allclose(after.centers, centers, atol=1e-6)
-    np.testing.assert_array_equal(after.assignment, all_distances(x, after.centers).argmin(1))
+    np.testing.assert_array_equal(after.assignment, squared_distances_of(x, after.centers).argmin(1))
     check_is_consistent(x, after)
 
 
 def test_objective_never_rises() -> None:
-    x = points(500, 16, 6, num_groups=30)
+    x = grouped_rows(500, 16, 6, num_groups=30)
     objectives = [kmeans(x, 25, num_iterations=n, seed=1).objective for n in range(12)]
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < 0.9 * objectives[0]
@@ -319,7 +125,7 @@ def test_exact_updates_of_a_balanced_fit_never_raise_its_objective(monkeypatch: 
     monkeypatch.setattr(module, "MIN_IMPROVEMENT", -math.inf)
     monkeypatch.setattr(balancing, "FIRST_STEP", 2.0)  # coarse auctions, so that some assignments are worse
     monkeypatch.setattr(balancing, "MAX_GAP", 1.0)
-    x = points(300, 16, 6, num_groups=30)
+    x = grouped_rows(300, 16, 6, num_groups=30)
     objectives = []
     for num_exact in range(12):
         monkeypatch.setattr(module, "EXACT_ITERATIONS", num_exact)
@@ -328,7 +134,7 @@ def test_exact_updates_of_a_balanced_fit_never_raise_its_objective(monkeypatch: 
 
 
 def test_balance_costs_little_and_free_sizes_nothing() -> None:
-    x = points(600, 16, 7, num_groups=20)
+    x = grouped_rows(600, 16, 7, num_groups=20)
     free = kmeans(x, 20)
     balanced = kmeans(x, 20, max_size_ratio=1.1)
     unlimited = kmeans(x, 20, max_size_ratio=20.0)
@@ -341,7 +147,7 @@ def test_prices_lead_to_the_capacity() -> None:
     """The reason for prices: a lower objective at the capacity than plain Lloyd followed by balanced assignments."""
     import modeclip.clustering.kmeans as module
 
-    x = points(1500, 24, 8, num_groups=80)
+    x = grouped_rows(1500, 24, 8, num_groups=80)
 
     def mean_objective() -> float:
         return float(np.mean([kmeans(x, 40, max_size_ratio=1.1, seed=seed).objective for seed in range(4)]))
@@ -363,7 +169,7 @@ def lloyd(x: np.ndarray, num_clusters: int, num_iterations: int, seed: int) -> f
 
 
 def test_samples_and_exchanged_centres_beat_lloyd() -> None:
-    x = points(20_000, 24, 9, num_groups=100)
+    x = grouped_rows(20_000, 24, 9, num_groups=100)
     ours = [kmeans(x, 60, seed=seed, start="random").objective for seed in range(3)]
     textbook = [lloyd(x, 60, 25, seed) for seed in range(3)]
     assert max(ours) < 0.99 * min(textbook)
@@ -372,11 +178,11 @@ def test_samples_and_exchanged_centres_beat_lloyd() -> None:
 def test_exchange_moves_a_useless_centre_to_where_it_is_missed() -> None:
     from modeclip.clustering.kmeans import _swapped
 
-    x = np.concatenate([points(200, 8, seed, num_groups=1) * 0.1 + 5 * np.eye(8)[seed] for seed in range(4)])
+    x = np.concatenate([grouped_rows(200, 8, seed, num_groups=1) * 0.1 + 5 * np.eye(8)[seed] for seed in range(4)])
     x = x.astype(np.float32)
     centers = np.stack([x[:100].mean(0), x[100:200].mean(0), x[200:400].mean(0), x[400:].mean(0)])
-    distance = np.sort(all_distances(x, centers), axis=1)
-    order = np.argsort(all_distances(x, centers), axis=1)
+    distance = np.sort(squared_distances_of(x, centers), axis=1)
+    order = np.argsort(squared_distances_of(x, centers), axis=1)
     choices = order[:, 0], order[:, 1], (distance[:, 1] - distance[:, 0]).astype(np.float32)
     moved, prices = _swapped(x, centers, choices, np.full(4, 0.01), 0.0, np.random.default_rng(0))
     assert assign_nearest(x, moved)[1].mean() < 0.05 * assign_nearest(x, centers)[1].mean()
@@ -385,7 +191,7 @@ def test_exchange_moves_a_useless_centre_to_where_it_is_missed() -> None:
 
 @pytest.mark.parametrize("ratio", [None, 1.3])
 def test_number_of_updates_is_that_asked(ratio: float | None) -> None:
-    x = points(4000, 8, 1, num_groups=30)
+    x = grouped_rows(4000, 8, 1, num_groups=30)
     calls: list[None] = []
     kmeans(x, 10, num_iterations=9, max_size_ratio=ratio, on_iteration=lambda: calls.append(None))
     assert 5 < len(calls) <= 9
@@ -396,7 +202,7 @@ def test_number_of_updates_is_that_asked(ratio: float | None) -> None:
 
 def test_spherical_clusters_directions() -> None:
     rng = np.random.default_rng(3)
-    x = points(600, 12, 3, num_groups=20)
+    x = grouped_rows(600, 12, 3, num_groups=20)
     scaled = (x * rng.uniform(0.1, 50, (600, 1))).astype(np.float32)
     before = scaled.copy()
     result = kmeans(scaled, 15, spherical=True)
@@ -410,7 +216,7 @@ def test_spherical_clusters_directions() -> None:
 
 
 def test_spherical_step_is_lloyds_on_the_sphere() -> None:
-    x = points(400, 20, 5)
+    x = grouped_rows(400, 20, 5)
     start, after = (kmeans(x, 10, num_iterations=n, seed=3, spherical=True) for n in (0, 1))
     centers = np.stack([x[start.assignment == j].astype(np.float64).mean(0) for j in range(10)])
     np.testing.assert_allclose(after.centers, centers / np.linalg.norm(centers, axis=1, keepdims=True), atol=1e-6)
@@ -418,7 +224,7 @@ def test_spherical_step_is_lloyds_on_the_sphere() -> None:
 
 
 def test_spherical_balanced() -> None:
-    x = points(300, 8, 1, num_groups=20)
+    x = grouped_rows(300, 8, 1, num_groups=20)
     result = kmeans(x, 12, spherical=True, max_size_ratio=1.1)
     assert result.sizes.max() <= 28
     np.testing.assert_allclose(np.linalg.norm(result.centers, axis=1), 1, atol=1e-6)
@@ -430,7 +236,7 @@ def test_opposite_directions_leave_the_centre_where_it_is() -> None:
 
 
 def test_random_start_is_rows() -> None:
-    x = points(300, 8, 1)
+    x = grouped_rows(300, 8, 1)
     result = kmeans(x, 12, start="random", num_iterations=0)
     assert {row.tobytes() for row in result.centers} <= {row.tobytes() for row in x}
     assert kmeans(x, 12, start="random").centers.tobytes() != kmeans(x, 12).centers.tobytes()
@@ -439,7 +245,7 @@ def test_random_start_is_rows() -> None:
 def test_bytes_do_not_depend_on_the_number_of_threads() -> None:
     import torch
 
-    x = points(9000, 16, 8)
+    x = grouped_rows(9000, 16, 8)
     threads = torch.get_num_threads()
     try:
         results = []
@@ -456,7 +262,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("ratio", [None, 1.2])
 def test_gpu_gives_a_fit_as_good(ratio: float | None) -> None:
-    x = points(9000, 32, 8, num_groups=90)
+    x = grouped_rows(9000, 32, 8, num_groups=90)
     there, here = (kmeans(x, 64, max_size_ratio=ratio, device=device) for device in ("cuda", "cpu"))
     assert there.objective == pytest.approx(here.objective, rel=0.02)
     again = kmeans(x, 64, max_size_ratio=ratio, device="cuda")
@@ -467,7 +273,7 @@ def test_gpu_gives_a_fit_as_good(ratio: float | None) -> None:
 
 @pytest.mark.parametrize("ratio", [None, 1.2])
 def test_same_seed_same_bytes(ratio: float | None) -> None:
-    x = points(300, 16, 8)
+    x = grouped_rows(300, 16, 8)
     first, again = (kmeans(x, 12, max_size_ratio=ratio, seed=4) for _ in range(2))
     other = kmeans(x, 12, max_size_ratio=ratio, seed=5)
     assert first.centers.tobytes() == again.centers.tobytes()
@@ -476,7 +282,7 @@ def test_same_seed_same_bytes(ratio: float | None) -> None:
 
 
 def test_input_is_left_as_it_was() -> None:
-    x = points(100, 8, 9)
+    x = grouped_rows(100, 8, 9)
     before = x.tobytes()
     kmeans(x, 5, max_size_ratio=1.0)
     assert x.tobytes() == before
@@ -500,32 +306,44 @@ def test_start_with_empty_clusters_is_repaired(monkeypatch: pytest.MonkeyPatch) 
     import modeclip.clustering.kmeans as module
 
     monkeypatch.setattr(module, "_start", lambda x, num_clusters, *_: np.repeat(x[:1], num_clusters, axis=0))
-    x = points(80, 6, 3)
+    x = grouped_rows(80, 6, 3)
     result = kmeans(x, 12)
     assert result.sizes.min() >= 1
     check_is_consistent(x, result)
 
 
 def test_fewer_distinct_rows_than_clusters() -> None:
-    x = np.repeat(points(3, 5, 0), 4, axis=0)
+    x = np.repeat(grouped_rows(3, 5, 0), 4, axis=0)
     result = kmeans(x, 6)
     assert result.objective == pytest.approx(0, abs=1e-12)
     assert np.count_nonzero(result.sizes) == 3
 
 
 def test_as_many_clusters_as_rows() -> None:
-    result = kmeans(points(9, 4, 0), 9, max_size_ratio=1.0)
+    result = kmeans(grouped_rows(9, 4, 0), 9, max_size_ratio=1.0)
     np.testing.assert_array_equal(result.sizes, 1)
     assert result.objective == pytest.approx(0, abs=1e-12)
 
 
+# arrays of other libraries
+
+
+@pytest.mark.parametrize(
+    "convert", [np.ndarray.tolist, np.float64, torch.tensor, lambda x: torch.tensor(x, requires_grad=True)]
+)
+def test_any_arrays_give_the_same_clusters(convert: Callable[[np.ndarray], ArrayLike]) -> None:
+    x = grouped_rows(80, 6, 3)
+    found, expected = kmeans(convert(x), 4, max_size_ratio=1.2), kmeans(x, 4, max_size_ratio=1.2)
+    assert (type(found.centers), found.centers.dtype, found.objective) == (np.ndarray, np.float32, expected.objective)
+    np.testing.assert_array_equal(found.centers, expected.centers)
+    np.testing.assert_array_equal(found.assignment, expected.assignment)
+
+
+def test_whole_numbers_are_clustered() -> None:
+    assert kmeans([[0], [1], [9]], 2).sizes.tolist() in ([1, 2], [2, 1])
+
+
 # mistakes
-
-
-def with_nan() -> np.ndarray:
-    x = points(10, 4, 0)
-    x[[3, 7], [1, 2]] = np.nan, np.inf
-    return x
 
 
 @pytest.mark.parametrize(
@@ -552,33 +370,12 @@ def with_nan() -> np.ndarray:
         ),
         ({"num_clusters": 2, "num_iterations": -1}, "num_iterations must be 0 or more, got -1"),
         (
-            {"num_clusters": 2, "x": with_nan()},
+            {"num_clusters": 2, "x": rows_with_nan()},
             "x has NaN or infinite values in 2 of 10 rows, the first is row 3: remove or recompute these rows",
         ),
     ],
 )
 def test_mistakes_of_kmeans(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ModeclipError) as caught:
-        kmeans(**({"x": points(10, 4, 0)} | arguments))  # type: ignore[arg-type]
+        kmeans(**({"x": grouped_rows(10, 4, 0)} | arguments))  # type: ignore[arg-type]
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    ("x", "centers", "chunk_rows", "message"),
-    [
-        (points(3, 4, 0), points(2, 5, 0), None, "x and centers must have the same width, got 4 and 5"),
-        (points(3, 4, 0), np.empty((0, 4), np.float32), None, "centers is empty"),
-        (points(3, 4, 0), points(2, 4, 0), 0, "chunk_rows must be 1 or more, got 0"),
-        (points(3, 4, 0), with_nan(), None, "centers has NaN or infinite values in 2 of 10 rows, the first is row 3"),
-    ],
-)
-def test_mistakes_of_nearest(x: np.ndarray, centers: np.ndarray, chunk_rows: int | None, message: str) -> None:
-    with pytest.raises(ModeclipError) as caught:
-        inspect.unwrap(nearest)(x, centers, chunk_rows=chunk_rows)  # without the shape checks of tests
-    assert message in str(caught.value)
-
-
-def test_mistake_in_dimensions() -> None:
-    with pytest.raises(ModeclipError) as caught:
-        inspect.unwrap(kmeans)(np.zeros((2, 3, 4), np.float32), 2)
-    assert str(caught.value) == "x must have 2 dimensions (rows, features), got 3: shape (2, 3, 4)"

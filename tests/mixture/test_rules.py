@@ -347,49 +347,6 @@ def test_prompts_are_averaged_as_unit_vectors():
         embed_classes(letters, names, ["a photo"])
 
 
-# --- nearest centres -----------------------------------------------------------------------------
-
-
-def test_equally_near_centers_give_the_lowest_index():
-    rng = np.random.default_rng(0)
-    centers = rng.normal(size=(40, 33)).astype(np.float32)
-    centers = np.concatenate([centers, centers[::-1]])  # each centre twice, at other columns
-    classes = rng.normal(size=(500, 33)).astype(np.float32)
-    index, distance = (part[:, 0] for part in nearest_centers(classes, centers))
-    assert index.max() < 40
-    np.testing.assert_array_equal(index[:50], [slow_nearest(x, centers)[0] for x in classes[:50]])
-    exact = np.linalg.norm(classes.astype(np.float64) - centers[index], axis=1)
-    np.testing.assert_array_equal(distance, exact)
-
-
-@pytest.mark.parametrize("count", [1, 3, 100])
-def test_several_nearest_centers_are_in_the_order_of_a_plain_sort(count):
-    classes, centers, _ = crowded_task(1, num_classes=30, num_fine=25)
-    centers = np.concatenate([centers, centers[:10]])  # some twice
-    index, distance = nearest_centers(classes, centers, count)
-    assert index.shape == (30, min(count, 35))
-    for x, found, gaps in zip(classes, index, distance, strict=True):
-        order = sorted(range(35), key=lambda s: (round(squared_distance(x, centers[s]), 12), s))[:count]
-        assert found.tolist() == order
-        np.testing.assert_allclose(gaps, [math.sqrt(squared_distance(x, centers[s])) for s in order])
-    np.testing.assert_array_equal(index[:, :1], nearest_centers(classes, centers)[0])
-
-
-def test_distances_that_differ_by_rounding_only_are_equal():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=33)
-    centers = np.stack([rng.permutation(values) for _ in range(40)])
-    classes = np.repeat(rng.normal(size=(100, 1)), 33, axis=1)  # as far from each permutation
-    np.testing.assert_array_equal(nearest_centers(classes, centers)[0], 0)
-
-
-def test_a_class_on_a_center_is_at_distance_0():
-    _, centers, _ = crowded_task(0, num_classes=1)
-    index, distance = nearest_centers(centers, centers)
-    np.testing.assert_array_equal(index[:, 0], np.arange(len(centers)))
-    np.testing.assert_array_equal(distance, 0)
-
-
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("rule", RULES)
 def test_everything_is_computed_in_float64(rule, dtype):

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from modeclip.clustering.distances import assign_nearest
 from modeclip.clustering.fitting import (
     ClusterConfig,
     ClusterResult,
@@ -34,7 +35,6 @@ from modeclip.clustering.fitting import (
     regroup,
     sample_rows,
 )
-from modeclip.clustering.distances import assign_nearest
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeReport, Negatives, measure_negatives
 from modeclip.data.catalog import Catalog

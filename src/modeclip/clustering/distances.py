@@ -24,19 +24,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike
 
 from modeclip.errors import ModeclipError
 
 if TYPE_CHECKING:
     import torch
 
+ArrayLike = Any
+"""What `as_array` takes. Not `numpy.typing.ArrayLike`, which has no torch tensors, and no tuples when it is checked."""
 SCORES_IN_MEMORY = 1 << 20
-"""Entries of a block of the N x M score matrix, 2 MiB of bfloat16 or 4 MiB of float32: fastest where it fits the cache."""
+"""Entries of a block of the N x M score matrix, 2 MiB of bfloat16 or 4 MiB of float32: fast where it fits the cache."""
 ROWS_IN_MEMORY = 1 << 11
 """Rows of a block where only N x D work is done; no block has more."""
 PAIRS_IN_MEMORY = 1 << 20

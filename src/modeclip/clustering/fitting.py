@@ -30,8 +30,8 @@ from jaxtyping import Float, Int, Shaped
 
 from modeclip.clustering.cards import ExpertCard, FineCard, Tally, make_cards
 from modeclip.clustering.clusters import Clustering, group
-from modeclip.clustering.embedding import COLUMN
 from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.embedding import COLUMN
 from modeclip.clustering.kmeans import kmeans
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import map_columns

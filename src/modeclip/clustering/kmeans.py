@@ -27,7 +27,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from modeclip.clustering.balancing import adjust, assign_balanced
-from modeclip.clustering.distances import ROWS_IN_MEMORY, as_rows, assign_nearest, blocks, squared_errors, two_cheapest
+from modeclip.clustering.distances import (
+    ROWS_IN_MEMORY,
+    ArrayLike,
+    as_rows,
+    assign_nearest,
+    blocks,
+    squared_errors,
+    two_cheapest,
+)
 from modeclip.errors import ModeclipError
 
 Start = Literal["k-means++", "random"]
@@ -72,7 +80,7 @@ class KMeansResult:
 
 
 def kmeans(
-    x: Float[np.ndarray, "N D"],
+    x: ArrayLike,
     num_clusters: int,
     *,
     max_size_ratio: float | None = None,
@@ -88,7 +96,7 @@ def kmeans(
     The objective never rises from one iteration on all rows to the next; of a balanced fit that is the last.
 
     Args:
-        x: Rows to cluster; computed in float32.
+        x: Rows to cluster, (N, D): a list, a numpy array of any number type or a torch tensor; computed in float32.
         num_clusters: Centres, 1 to N.
         max_size_ratio: No cluster gets more than ``ceil(max_size_ratio * N / num_clusters)`` rows; at least 1. None:
             sizes are free. The bound holds for the returned assignment, not for what `assign_nearest` says afterwards.

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
 from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
 from modeclip.clustering.novelty import FineQuantiles, fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import map_columns

@@ -28,8 +28,8 @@ import numpy as np
 from jaxtyping import Int
 
 from modeclip.clustering.cards import Tally, make_cards, split_words
-from modeclip.clustering.fitting import read_embeddings, sample_rows
 from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.fitting import read_embeddings, sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog

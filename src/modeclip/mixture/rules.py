@@ -50,9 +50,8 @@ from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike
 
-from modeclip.clustering.distances import as_array, nearest_centers, nearest_of, squared_distance_blocks
+from modeclip.clustering.distances import ArrayLike, as_array, nearest_centers, nearest_of, squared_distance_blocks
 from modeclip.data.prompts import check_templates, fill
 from modeclip.errors import ModeclipError, unknown
 
