@@ -13,8 +13,9 @@ import struct
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,3 +138,73 @@ def mark_done(job: TrainJob) -> None:
 def weights_of(model: Path | str) -> bytes:
     """Return a model folder's file of weights: equal bytes are equal models."""
     return (Path(model) / WEIGHTS).read_bytes()
+
+
+@dataclass
+class Element:
+    """One element of a parsed page."""
+
+    tag: str
+    attributes: dict[str, str]
+    children: list[Element | str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        parts = (child if isinstance(child, str) else child.text for child in self.children)
+        return " ".join("".join(parts).split())
+
+    def all(self, tag: str = "", **attributes: str) -> list[Element]:
+        wanted = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+        return [
+            element
+            for element in self.walk()
+            if (not tag or element.tag == tag) and wanted.items() <= element.attributes.items()
+        ]
+
+    def one(self, tag: str = "", **attributes: str) -> Element:
+        (found,) = self.all(tag, **attributes)
+        return found
+
+    def values(self, tag: str, name: str) -> list[str]:
+        """Return this attribute of all elements that have it."""
+        return [element.attributes[name] for element in self.all(tag) if name in element.attributes]
+
+    def walk(self) -> Iterator[Element]:
+        yield self
+        for child in self.children:
+            if isinstance(child, Element):
+                yield from child.walk()
+
+
+class _Parser(HTMLParser):
+    """Builds the tree of a page and fails where tags do not match."""
+
+    VOID = frozenset({"meta", "br", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [Element("page", {})]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self.open[-1].children.append(element)
+        if tag not in self.VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)
+
+
+def parse_page(path: Path) -> Element:
+    """Return the root of a page's elements."""
+    parser = _Parser()
+    parser.feed(path.read_text(encoding="utf-8"))
+    parser.close()
+    (root,) = parser.open
+    return root

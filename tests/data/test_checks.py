@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageChops
+from PIL import Image
 
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.data.checks import CheckConfig, CheckResult, check
@@ -46,15 +44,7 @@ from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.data.storage import FileWriter, create
 from modeclip.errors import ModeclipError
-from modeclip.pages.charts import draw_bins
-from modeclip.pages.check_page import (
-    SHEET_PAIRS,
-    TILE,
-    draw_contact_sheet,
-    draw_rows,
-    read_tiles,
-    write_check,
-)
+from modeclip.pages.check_page import read_tiles, write_check
 from support import png_bomb, tar_of, write_pairs
 
 
@@ -333,77 +323,3 @@ def test_a_result_is_plain_text_and_json(tmp_path: Path, icons):
     severities = [severity for severity, _ in KINDS.values()]
     assert severities == sorted(severities, key=["error", "warning", "note"].index)
     assert EMPTY_CAPTION in KINDS
-
-
-# ---------------------------------------------------------------- what is drawn
-
-
-def test_a_sheet_shows_every_pair_and_crosses_out_what_is_broken(tmp_path: Path, icons):
-    folder = write_pairs(tmp_path / "data", icons, [f"caption {n}" for n in range(30)])
-    catalog = catalog_of(folder)
-    before = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "a.png", columns=8))
-    again = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "b.png", columns=8))
-    assert before.tobytes() == again.tobytes()
-    assert 8 * TILE < before.width < 9 * TILE
-    (folder / "009.png").write_bytes(bytes(100))
-    after = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "a.png", columns=8))
-    left, top, right, bottom = ImageChops.difference(before, after).getbbox()
-    assert TILE < left < right < 2 * TILE + 30  # the second tile of the second row, and nothing else
-    assert TILE < top < bottom < 3 * TILE
-    empty = read_png(draw_contact_sheet(catalog, np.arange(0), tmp_path / "e.png"))
-    assert empty.width < 2 * TILE
-
-
-def test_a_caption_of_one_endless_word_or_of_strange_signs_is_drawn(tmp_path: Path, icons):
-    catalog = catalog_of(write_pairs(tmp_path / "data", icons, ["w" * 4000, "猫\u200b\x07 x", "a " * 500, "é"]))
-    sheet = read_png(draw_contact_sheet(catalog, np.arange(4), tmp_path / "a.png", columns=3))
-    assert sheet.width < 4 * TILE
-
-
-def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path, icons):
-    captions = [f"caption {n}" for n in range(58)] + ["<script>alert(1)</script>", '"quoted" & <b>bold</b>']
-    folder = write_pairs(tmp_path / "data", icons, captions)
-    catalog = catalog_of(folder)
-    (folder / "059.png").write_bytes(bytes(100))
-    (folder / "002.png").unlink()
-    result = check(catalog)
-    page, sheet = write_check(catalog, result, tmp_path / "page")
-    assert sorted(path.name for path in page.parent.iterdir()) == ["check.html", "contact.png"]
-    text = page.read_text(encoding="utf-8")
-    assert "<script" not in text
-    assert "&lt;script&gt;alert(1)" in text
-    assert "<b>bold" not in text
-    assert not re.search(r'(src|href)="(?!data:)|url\(|@import', text)
-    assert text.count('class="gone"') == 2
-    assert text.count("<rect ") == sum(
-        count > 0 for h in (result.caption_lengths, result.shorter_sides, result.aspects) for count in h.counts
-    )
-    for finding in result.findings:
-        assert finding.what in text
-        assert finding.advice in text
-    first = re.search(r'src="data:image/webp;base64,([^"]+)"', text)
-    assert Image.open(io.BytesIO(base64.b64decode(first.group(1)))).size == (32, 32)
-    assert read_png(sheet).size[0] > 11 * TILE
-
-
-def test_pairs_are_drawn_by_a_seed(tmp_path: Path, icons):
-    catalog = catalog_of(write_pairs(tmp_path / "data", icons, [f"caption {n}" for n in range(60)]))
-    assert draw_rows(catalog, 10).tolist() == draw_rows(catalog, 10).tolist() != draw_rows(catalog, 10, seed=1).tolist()
-    assert len(set(draw_rows(catalog, 10).tolist())) == 10
-    assert draw_rows(catalog, SHEET_PAIRS).tolist() == list(range(60))
-
-
-def test_bars_stay_inside_their_frame_and_keep_their_proportions():
-    counter = HistogramCounter((0.0, 1.0, 2.0, 4.0, 8.0, 16.0))
-    counter.add(np.array([0, 1, 1, 5, 5, 5, 5, 100]))
-    found = counter.finish()
-    chart = draw_bins(found.counts, found.edges, size=(380.0, 210.0))
-    assert chart is not None
-    left, upper, right, lower = chart["frame"]
-    bars = chart["bars"]
-    assert [bar["count"] for bar in bars] == [1, 2, 4, 1]
-    assert [bar["words"] for bar in bars] == ["0 to 1", "1 to 2", "4 to 8", "16"]
-    assert all(left <= bar["x"] and bar["x"] + bar["width"] <= right and bar["y"] >= upper for bar in bars)
-    assert all(bar["y"] + bar["height"] == pytest.approx(lower, abs=0.2) for bar in bars)
-    assert bars[2]["height"] == pytest.approx(4 * bars[0]["height"], abs=0.3)
-    assert draw_bins((0, 0), (0.0, 1.0), size=(380.0, 210.0)) is None

@@ -260,21 +260,3 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "&lt;mode&gt;" in page
     assert "<mode>" not in page
     assert not re.search(r"(src|href)=", page)
-
-
-def test_places_on_the_picture_are_straight_for_a_law() -> None:
-    from modeclip.pages.scaling_page import draw
-
-    chart = draw(fit_scaling(law("dense", 4.0, 0.06), ScalingConfig(num_resamples=20)))
-    across, up = np.array([(point["x"], point["y"]) for point in chart["points"]]).T
-    slope, start = np.polyfit(across, up, 1)
-    np.testing.assert_allclose(up, start + slope * across, atol=0.01)
-    left, upper, right, lower = chart["frame"]
-    assert ((left < across) & (across < right) & (upper < up) & (up < lower)).all()
-
-
-def test_the_picture_has_room_for_long_names_of_families() -> None:
-    from modeclip.pages.scaling_page import draw
-
-    chart = draw(fit_scaling(law("d" * 60, 4.0, 0.06), ScalingConfig(num_resamples=20)))
-    assert chart["size"][0] - chart["frame"][2] > 60 * 8  # a bold letter of 13 pixels takes less than 8

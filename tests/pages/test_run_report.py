@@ -9,17 +9,12 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -28,8 +23,8 @@ from modeclip.data.indexing import index
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.errors import ModeclipError
-from modeclip.pages.charts import Axis, choose_labels, fit_box, neighbour_plane, spread, thin
 from modeclip.pages.run_report import write_report
+from support import Element, parse_page
 
 EVIL = "</script><script>alert('1')</script><img src=x onerror=alert(2)> \" onload='x' {{ 7*7 }}"
 TASKS = ("lucide", "heroicons")
@@ -37,71 +32,6 @@ NUM_EXPERTS = 3
 NUM_FINE = 24
 SEED_SAMPLES, EXPERT_SAMPLES = 27_000, 5_000
 MIXTURE_SAMPLES = SEED_SAMPLES + NUM_EXPERTS * EXPERT_SAMPLES
-
-
-@dataclass
-class Element:
-    """One element of a parsed page."""
-
-    tag: str
-    attributes: dict[str, str]
-    children: list[Element | str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        parts = (child if isinstance(child, str) else child.text for child in self.children)
-        return " ".join("".join(parts).split())
-
-    def all(self, tag: str = "", **attributes: str) -> list[Element]:
-        wanted = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
-        return [
-            element
-            for element in self.walk()
-            if (not tag or element.tag == tag) and wanted.items() <= element.attributes.items()
-        ]
-
-    def one(self, tag: str = "", **attributes: str) -> Element:
-        (found,) = self.all(tag, **attributes)
-        return found
-
-    def walk(self) -> Iterator[Element]:
-        yield self
-        for child in self.children:
-            if isinstance(child, Element):
-                yield from child.walk()
-
-
-class Parser(HTMLParser):
-    """Builds the tree of a page and fails where tags do not match."""
-
-    VOID = frozenset({"meta", "br", "img"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = [Element("page", {})]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, {name: value or "" for name, value in attrs})
-        self.open[-1].children.append(element)
-        if tag not in self.VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        self.open[-1].children.append(data)
-
-
-def parse(path: Path) -> Element:
-    parser = Parser()
-    parser.feed(path.read_text(encoding="utf-8"))
-    parser.close()
-    (root,) = parser.open
-    return root
 
 
 def edit(run: Path, **changes: Any) -> dict[str, Any]:
@@ -242,7 +172,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(whole: Path) -> Element:
-    return parse(whole / "report.html")
+    return parse_page(whole / "report.html")
 
 
 @pytest.fixture
@@ -300,7 +230,7 @@ def test_headline_is_honest(run: Path, interval: list[float], verdict: str, word
     models = make_results()["models"]
     models[-1]["versus_dense_total"] = {"difference": sum(interval) / 2, "interval": interval}
     edit(run, models=models)
-    tile = parse(write_report(run)).one(id="verdict")
+    tile = parse_page(write_report(run)).one(id="verdict")
     assert f"verdict-{verdict}" in tile.attributes["class"]
     assert words in tile.text
     assert f"{50 * sum(interval):+.1f} points".replace("-", "−") in tile.text
@@ -311,7 +241,7 @@ def test_headline_without_a_dense_model_of_equal_cost(run: Path) -> None:
         model | {"versus_dense_total": None} for model in make_results()["models"] if model["name"] != "dense-total"
     ]
     edit(run, models=models)
-    page = parse(write_report(run))
+    page = parse_page(write_report(run))
     assert "not compared" in page.one(id="verdict").text
     assert "Against dense" not in page.one("table", class_="results").text
 
@@ -332,7 +262,7 @@ def test_controls_are_in_the_table_and_said_in_a_sentence_each(run: Path) -> Non
     edit(run, models=make_results()["models"] + controls)
     for name in ("random-0", "random-1", "one-step-0"):
         shutil.copytree(run / "models" / "expert-0", run / "models" / name)
-    page = parse(write_report(run))
+    page = parse_page(write_report(run))
     (body,) = (
         body for body in page.one("table", class_="results").all("tbody") if "controls" in body.attributes.values()
     )
@@ -344,7 +274,7 @@ def test_controls_are_in_the_table_and_said_in_a_sentence_each(run: Path) -> Non
     assert "The mixture (rule per_class) is 5.0 points better (2.0 to 8.0)." in words["Random-3", "uniform"]
     assert "is 3.0 points worse (1.0 to 5.0)" in words["Full-3", "uniform"]
     assert "does not clearly differ from it: +1.0 points (−1.0 to +3.0)" in words["OneStep-3", "per_class"]
-    assert "at once" in words["OneStep-3", "per_class"]
+    assert "in one step" in words["OneStep-3", "per_class"]
     assert "+5.0 points" in page.one(id="clusters-add").text
     toggles = [button.attributes["data-toggle"] for button in page.all("button") if "data-toggle" in button.attributes]
     assert toggles.count("random") == 1
@@ -373,7 +303,7 @@ def test_of_a_step_logged_twice_the_later_line_counts(run: Path) -> None:
     again = json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) | {"loss": 9.0}
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(again) + "\n")
-    (data,) = parse(write_report(run)).all("script", id="curves")
+    (data,) = parse_page(write_report(run)).all("script", id="curves")
     (seed,) = (line for line in json.loads(data.text)[0]["lines"] if line["name"] == "seed")
     assert (seed["values"][-1], seed["samples"][-1]) == (9.0, SEED_SAMPLES)
 
@@ -432,7 +362,7 @@ def test_stages_come_from_their_records_if_the_results_have_none(run: Path) -> N
     (run / "stages").mkdir()
     for stage in stages:
         (run / "stages" / f"{stage['name']}.json").write_text(json.dumps(stage), encoding="utf-8")
-    assert parse(write_report(run)).one("tr", data_stage="index").text.startswith("index12.3 s")
+    assert parse_page(write_report(run)).one("tr", data_stage="index").text.startswith("index12.3 s")
 
 
 def test_page_needs_nothing_but_itself(whole: Path, page: Element) -> None:
@@ -470,7 +400,7 @@ def test_text_of_the_data_stays_text(run: Path) -> None:
         part[EVIL] = part.pop(TASKS[0])
     results["routing"][EVIL]["classes"][0]["name"] = EVIL
     (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    page = parse(write_report(run))
+    page = parse_page(write_report(run))
     assert len(page.all("script")) == 2
     assert all(image.attributes["src"].startswith("data:") for image in page.all("img"))
     for element in page.walk():
@@ -490,7 +420,7 @@ def test_text_of_the_data_stays_text(run: Path) -> None:
 )
 def test_missing_parts_are_left_out_and_said(run: Path, gone: str, section: str, words: str) -> None:
     shutil.rmtree(run / gone)
-    page = parse(write_report(run))
+    page = parse_page(write_report(run))
     assert words in page.one("section", id=section).one("p", class_="absent").text
     assert len(page.all("p", class_="absent")) == 1
     assert page.one("tr", class_="default")
@@ -498,7 +428,7 @@ def test_missing_parts_are_left_out_and_said(run: Path, gone: str, section: str,
 
 def test_run_without_tasks_shows_how_it_was_made(run: Path) -> None:
     edit(run, tasks=[], models=[], routing={}, chance={})
-    page = parse(write_report(run))
+    page = parse_page(write_report(run))
     absent = [section.attributes["id"] for section in page.all("section") if section.all("p", class_="absent")]
     assert absent == ["results", "routing"]
     assert len(page.all("article")) == NUM_EXPERTS
@@ -507,7 +437,7 @@ def test_run_without_tasks_shows_how_it_was_made(run: Path) -> None:
 
 def test_smallest_run(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}", encoding="utf-8")
-    page = parse(write_report(tmp_path, tmp_path / "new" / "page.html"))
+    page = parse_page(write_report(tmp_path, tmp_path / "new" / "page.html"))
     assert len(page.all("p", class_="absent")) == 6
     assert page.one("h1").text == tmp_path.name
 
@@ -517,7 +447,7 @@ def test_many_experts_and_one_cluster(run: Path) -> None:
     cards["experts"] = [cards["experts"][0] | {"index": k} for k in range(32)]
     cards["fine"] = [cards["fine"][0] | {"keywords": []}]
     (run / "clusters" / "cards.json").write_text(json.dumps(cards), encoding="utf-8")
-    page = parse(write_report(run))
+    page = parse_page(write_report(run))
     assert ".e31 {" in page.one("style").text
     assert page.one("g", id="dots").one("circle").attributes["cx"] == "470.0"
 
@@ -550,45 +480,3 @@ def test_mistakes_are_said_in_one_line(run: Path, tmp_path: Path) -> None:
     (run / "results.json").write_text("[1", encoding="utf-8")
     with pytest.raises(ModeclipError, match=r"results\.json is not a modeclip result"):
         write_report(run)
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))
-def test_ticks_are_few_and_inside(low: float, extent: float, count: int) -> None:
-    ticks = Axis(low, low + extent, 0.0, 100.0).ticks(count)
-    assert len(ticks) <= count + 1
-    assert all(-1e-3 <= position <= 100.001 for _, position in ticks)
-
-
-def test_logarithmic_axis() -> None:
-    axis = Axis(0.01, 100.0, 0.0, 400.0, log=True)
-    assert axis.place(1.0) == pytest.approx(200)
-    assert [value for value, _ in axis.ticks()][:4] == pytest.approx([0.01, 0.02, 0.05, 0.1])
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=10))
-def test_labels_are_spread_in_order(heights: list[float]) -> None:
-    placed = spread(heights, gap=10.0, low=0.0, high=100.0)
-    assert all(later - earlier >= 10 - 1e-9 for earlier, later in zip(sorted(placed), sorted(placed)[1:], strict=False))
-    assert all(
-        placed[i] <= placed[j] for i in range(len(heights)) for j in range(len(heights)) if heights[i] < heights[j]
-    )
-
-
-def test_thinning_keeps_the_ends_and_the_mean() -> None:
-    values = np.linspace(0, 1, 10_001)
-    few = thin(values)
-    assert (len(few), few[0], few[-1]) == (160, 0.0, 1.0)
-    assert few.mean() == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize("num", [1, 2, 7, 12])
-def test_map_is_finite_and_inside_for_few_points(num: int) -> None:
-    points = np.random.default_rng(0).normal(size=(num, 5)).astype(np.float32)
-    placed = fit_box(neighbour_plane(points), (100.0, 50.0), margin=5.0)
-    assert placed.min() >= 5 - 1e-4
-    assert (placed.max(axis=0) <= [95.001, 45.001]).all()
-
-
-def test_map_labels_do_not_cover_each_other() -> None:
-    dots = [{"x": 50.0, "y": 50.0, "r": 20.0, "keywords": [word], "expert": 0} for word in ("first", "second")]
-    assert [item["word"] for item in choose_labels(dots)] == ["first"]
