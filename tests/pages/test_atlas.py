@@ -126,8 +126,6 @@ def test_the_page_holds_everything(
 ) -> None:
     path = write_atlas(catalog, result, tmp_path / "deep" / "atlas.html", diagnostics, name="pairs & things")
     page = parse_page(path)
-        write_atlas(catalog, result, tmp_path / "deep" / "atlas.html", diagnostics, name="pairs & things")
-    )
     assert page.values("article", "data-expert-sheet") == ["0", "1", "2"]
     shown = [int(index) for index in page.values("article", "data-fine")]
     assert sorted(shown) == list(range(10))
