@@ -15,7 +15,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,6 +31,7 @@ from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.metrics import bootstrap_interval
+from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import EngineConfig, TrainJob
 
@@ -259,7 +259,7 @@ def test_commands_print_tables_and_json(
 ) -> None:
     def run(*words: object) -> str:
         commands = {"finetune": finetune_command, "merge": merge_command}
-        tyro.extras.subcommand_cli_from_dict(commands, args=[str(word) for word in words])
+        call(commands[str(words[0])], [str(word) for word in words[1:]])
         return capsys.readouterr().out
 
     best, seed = f"{tuned.folder}/best", f"{tuned.folder}/seed"

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from modeclip.commands.evaluating import EvaluateOptions, evaluate
+from modeclip.commands.evaluation import EvaluateOptions, evaluate
 from modeclip.data.catalog import Catalog
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError

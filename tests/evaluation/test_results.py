@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL.Image import Image
 
-from modeclip.commands.interchange import compare as run_command
+from modeclip.commands.evaluation import compare as run_command
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.evaluate import Result

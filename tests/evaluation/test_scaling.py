@@ -8,13 +8,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeclip.commands.scaling import scaling
+from modeclip.commands.evaluation import scaling
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.scaling import ScalingConfig, ScalingPoint, choose_points, fit_line, fit_scaling, read_points
+from modeclip.system.options import call
 
 SIZES = {"xs": 1.8e7, "s": 5e7, "m": 1.2e8}
 BUDGETS = (2.5e5, 1e6, 4e6)
@@ -215,7 +215,7 @@ def test_a_law_too_steep_for_a_number_is_still_one(tmp_path: Path, capsys: pytes
     errors = {1e250: 0.9, 1.001e250: 0.5, 1.002e250: 1e-5}
     rows = [{**GOOD, "name": f"{compute}", "compute": compute, "error": error} for compute, error in errors.items()]
     results = write(tmp_path / "results.jsonl", rows)
-    tyro.cli(scaling, args=[str(results), "--num-resamples", "50", "--out", str(tmp_path), "--json"])
+    call(scaling, [str(results), "--num-resamples", "50", "--out", str(tmp_path), "--json"])
     printed, written = capsys.readouterr().out, (tmp_path / "scaling.json").read_text(encoding="utf-8")
     assert not re.search("NaN|Infinity", printed + written)
     assert json.loads(written)["laws"][0]["A"]["mean"] > 1e300
@@ -243,11 +243,11 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     results, out = write(tmp_path / "results.jsonl", rows_of(points)), tmp_path / "out"
     words = [str(results), "--num-resamples", "50", "--out", str(out), "--what", "top-1 error"]
 
-    tyro.cli(scaling, args=words)
+    call(scaling, words)
     printed = capsys.readouterr().out
     assert "fitted to the Pareto frontier" in printed
     assert re.search(r"dense .* 0\.0\d\d \(0\.0\d\d to 0\.0\d\d\)", printed)
-    tyro.cli(scaling, args=[*words, "--json"])
+    call(scaling, [*words, "--json"])
     content = json.loads(capsys.readouterr().out)
     assert content == json.loads((out / "scaling.json").read_text(encoding="utf-8"))
     assert [found["family"] for found in content["laws"]] == ["dense", "<mode>"]

@@ -275,7 +275,7 @@ def test_mistakes_in_other_arguments(
         ("evaluate", "modeclip-icon", "--tasks", f"{'t' * 240}={tmp_path}/task", *on_task[2:]): "shorter names",
         ("evaluate", tmp_path / "model", *on_task): "is no JSON (Expecting",
         ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch_size: expected 1 image or more, got 0",
-        ("report", tmp_path): "is no finished run: results.json is missing",
+        ("report", tmp_path): "no results.json in",
         ("train", tmp_path / "job.json"): "cannot be read",
     }
     for words, message in mistakes.items():

@@ -208,7 +208,7 @@ def test_full_disk(small_recipe: Path, tmp_path: Path, megabytes: int, words: st
     recipe.write_text(small_recipe.read_text() + "embed: {encoder: tfidf, dimension: 32}\nexperts: {jobs: 1}\n")
     script = (
         f"mount -t tmpfs -o size={megabytes}m tmpfs {tmp_path} && "
-        f"exec {sys.executable} -m modeclip.commands run {recipe} --out {tmp_path}/run"
+        f"exec {sys.executable} -m modeclip run {recipe} --out {tmp_path}/run"
     )
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script],

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from modeclip import MoDE
-from modeclip.commands.routing import classify, route
+from modeclip.commands.mixture import classify, route
 from modeclip.errors import ModeclipError
 from modeclip.mixture.explain import Route
 from modeclip.pages.route_picture import MAX_DRAWN, Box, Words, draw_route, expert_colors, write_picture

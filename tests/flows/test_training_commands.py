@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import EmbedConfig, embed
@@ -22,6 +21,7 @@ from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import load_bundle
 from modeclip.pipeline import RunFolder
+from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
@@ -47,7 +47,7 @@ def trained(clustered: Path) -> Path:
 
 
 def run(command: Callable[..., None], *words: object) -> Any:
-    return tyro.cli(command, args=[str(word) for word in words])
+    return call(command, [str(word) for word in words])
 
 
 def weights(folder: Path) -> bytes:

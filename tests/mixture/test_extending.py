@@ -18,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tyro
 from PIL import Image
 
 from modeclip import MoDE
-from modeclip.commands.extending import assign as assign_command
-from modeclip.commands.extending import bundle as bundle_command
-from modeclip.commands.extending import extend as extend_command
+from modeclip.commands.mixture import assign as assign_command
+from modeclip.commands.mixture import bundle as bundle_command
+from modeclip.commands.mixture import extend as extend_command
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
@@ -32,6 +31,7 @@ from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, assign
 from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.extending import ExtendConfig, continue_job, extend, fit_new_clusters, new_expert_job
+from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import TrainJob
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_extended(bundle: Path, more: Catalog, old: Catalog, tmp_
 def run(*words: object) -> None:
     """Give a command as the command line does."""
     commands = {"assign": assign_command, "extend": extend_command, "bundle": bundle_command}
-    tyro.extras.subcommand_cli_from_dict(commands, args=[str(word) for word in words])
+    call(commands[str(words[0])], [str(word) for word in words[1:]])
 
 
 def test_commands(

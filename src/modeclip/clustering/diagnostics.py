@@ -20,10 +20,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float
+from tyro.conf import arg
 
 from modeclip.clustering.distances import assign_nearest
 from modeclip.clustering.fitting import (
@@ -54,11 +55,11 @@ Table = tuple[str, list[str], list[list[str]]]
 class DiagnoseConfig:
     """What is looked into."""
 
-    experts: tuple[int, ...] = (2, 4, 8, 16, 32)
+    experts: Annotated[tuple[int, ...], arg(name="sweep-experts")] = (2, 4, 8, 16, 32)
     """Numbers of experts of the sweep of K; those above the number of fine clusters are left out."""
-    fine: tuple[int, ...] = ()
+    fine: Annotated[tuple[int, ...], arg(name="sweep-fine")] = ()
     """Numbers of fine clusters of the sweep of M, each at most ``num_samples``. Paper: 2 to 2048."""
-    num_seeds: int = 0
+    num_seeds: Annotated[int, arg(name="stability")] = 0
     """Seeds whose clusterings are compared, 2 or more; 0: none."""
     num_samples: int = 50_000
     """Rows, drawn uniformly, that the sweep of M and the seeds are fitted on."""
@@ -68,8 +69,6 @@ class DiagnoseConfig:
     """Batches of each kind; 0: negatives are not counted."""
     threshold: float = DEFAULT_THRESHOLD
     """Cosine from which two captions count as saying the same, in (0, 1]."""
-    seed: int = 0
-    """Decides the sample and the batches."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -77,7 +76,7 @@ class DiagnoseConfig:
             raise ModeclipError(f"diagnose: expected numbers of 1 or more, got {[*self.experts, *self.fine]}")
         if self.num_seeds < 0 or self.num_seeds == 1:
             raise ModeclipError(f"diagnose.num_seeds: expected 0, or 2 or more to compare, got {self.num_seeds}")
-        for name, least in (("num_samples", 2), ("batch_size", 2), ("num_batches", 0), ("seed", 0)):
+        for name, least in (("num_samples", 2), ("batch_size", 2), ("num_batches", 0)):
             if getattr(self, name) < least:
                 raise ModeclipError(f"diagnose.{name}: expected {least} or more, got {getattr(self, name)}")
         if not 0 < self.threshold <= 1:
@@ -264,7 +263,7 @@ def diagnose(
     Args:
         catalog: With the columns that `modeclip.clustering.fitting.apply` adds.
         result: What that returned.
-        config: What it was clustered with.
+        config: What it was clustered with; its seed decides the samples and the batches too.
         what: What to look into, and with how many rows.
 
     Raises:
@@ -279,7 +278,7 @@ def diagnose(
             "fewer clusters"
         )
     fits = len(what.fine) or what.num_seeds
-    x = read_embeddings(catalog, sample_rows(len(catalog), num_samples, what.seed)) if fits else None
+    x = read_embeddings(catalog, sample_rows(len(catalog), num_samples, config.seed)) if fits else None
     numbers = [number for number in what.experts if number <= result.clustering.num_fine]
     if len(numbers) < len(what.experts):
         log(f"sweep of experts: left out numbers above {result.clustering.num_fine}, the number of fine clusters")
@@ -385,7 +384,7 @@ def _count_negatives(
     catalog: Catalog, result: ClusterResult, config: ClusterConfig, what: DiagnoseConfig
 ) -> NegativeReport:
     """Count false negatives in batches of the catalog; only labels are in memory for all the rows drawn from."""
-    rows = sample_rows(len(catalog), config.fit_samples, what.seed)
+    rows = sample_rows(len(catalog), config.fit_samples, config.seed)
     fine, caption_ids = [], []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = catalog.read(["fine_cluster", "caption"], rows[start : start + ROWS_AT_ONCE])
@@ -406,7 +405,7 @@ def _count_negatives(
             batch_size=what.batch_size,
             num_batches=what.num_batches,
             threshold=what.threshold,
-            seed=what.seed,
+            seed=config.seed,
         )
 
 

@@ -23,10 +23,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
+from tyro.conf import arg
 
 from modeclip.clustering.cards import ExpertCard, FineCard, Tally, make_cards
 from modeclip.clustering.clusters import Clustering, group
@@ -66,9 +67,9 @@ ROWS_AT_ONCE = 1 << 17
 class ClusterConfig:
     """How captions are clustered and experts are formed."""
 
-    num_fine: int = 256
+    num_fine: Annotated[int, arg(name="fine")] = 256
     """Fine clusters M, 1 or more; at most the distinct captions. Paper: 1024 for 400 million pairs."""
-    num_experts: int = 4
+    num_experts: Annotated[int, arg(name="experts")] = 4
     """Experts K, 1 to ``num_fine``. Paper: 2 to 32."""
     max_size_ratio: float | None = 1.5
     """Largest fine cluster of the fit as a multiple of the mean, 1 or more; null: sizes are free."""

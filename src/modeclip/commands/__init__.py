@@ -1,86 +1,59 @@
-"""The command line: each command parses, calls one function and prints what it returns; no logic of its own.
+"""The command line: a command parses its words, calls one function and prints what that returns.
 
 A user's mistake is one line on standard error and exit code 2. Results go to standard output, as a table or with
-``--json``; progress goes to standard error.
+``--json``; progress goes to standard error. Only the module of the command that was asked for is imported.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
-import webbrowser
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.resources import files
 
 import tyro
-from tyro.conf import Positional, arg
 
-from modeclip.commands.adapting import finetune, merge
-from modeclip.commands.data import check, cluster, embed, index, uids
-from modeclip.commands.evaluating import evaluate
-from modeclip.commands.extending import assign, bundle, extend
-from modeclip.commands.interchange import compare
-from modeclip.commands.routing import classify, route
-from modeclip.commands.scaling import scaling
-from modeclip.commands.training import status, train, train_experts
 from modeclip.errors import ModeclipError, in_one_line
-from modeclip.system.console import console, log, print_json, print_table
+from modeclip.system.console import console
+from modeclip.system.options import call
 
 PIPE_CLOSED = 128 + 13
 """Exit code of a command whose reader has gone (SIGPIPE is 13), as shells give it."""
-Json = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
-
-
-def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: Json = False) -> None:
-    """Run the whole method on real icons and open the report: `modeclip run` of a recipe that ships with modeclip."""
-    from modeclip.pipeline import demo_recipe
-
-    run(demo_recipe(), out, as_json=as_json)
-    if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-        webbrowser.open((out / "report.html").resolve().as_uri())
-
-
-def run(
-    recipe: Positional[Annotated[Path, arg(help="Recipe (YAML); docs/own-data.md has every field.")]],
-    out: Annotated[Path | None, arg(help="Folder of the run; default: runs/NAME.")] = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Run a recipe's stages, leaving out what is already done; a killed run continues where it was."""
-    from modeclip import pipeline
-
-    loaded = pipeline.load_recipe(recipe)
-    result = pipeline.run(loaded, out or Path("runs") / loaded.name)
-    if as_json:
-        print_json(result.results)
-        return
-    _print_results(result.results)
-    print(f"bundle: {result.bundle}\nreport: {result.report}")
-
-
-def report(
-    folder: Positional[Annotated[Path, arg(help="Folder of a run.")]],
-    out: Annotated[Path | None, arg(help="The HTML file; default: report.html in the folder.")] = None,
-) -> None:
-    """Write the report of a run again."""
-    from modeclip.pages.run_report import write_report
-
-    if not (folder / "results.json").is_file():
-        raise ModeclipError(f"{folder} is no finished run: results.json is missing; `modeclip run` makes it")
-    print(write_report(folder, out))
+COMMANDS = {
+    "demo": "runs",
+    "run": "runs",
+    "index": "data",
+    "check": "data",
+    "uids": "data",
+    "embed": "data",
+    "cluster": "data",
+    "train": "training",
+    "train-experts": "training",
+    "status": "training",
+    "route": "mixture",
+    "classify": "mixture",
+    "evaluate": "evaluation",
+    "compare": "evaluation",
+    "scaling": "evaluation",
+    "report": "runs",
+    "assign": "mixture",
+    "extend": "mixture",
+    "bundle": "mixture",
+    "finetune": "adapting",
+    "merge": "adapting",
+}
+"""Module of each command, a function of the command's name in it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what the ``modeclip`` command calls."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    functions: list[Any] = [demo, run, index, check, uids, embed, cluster, train, train_experts, status, route]
-    functions += [classify, evaluate, compare, scaling, report, assign, extend, bundle, finetune, merge]
-    commands: dict[str, Any] = {function.__name__.replace("_", "-"): function for function in functions}
-    description = "CLIP data experts: cluster, train, route, evaluate."
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
-            tyro.extras.subcommand_cli_from_dict(commands, prog="modeclip", description=description, args=arguments)
+            _run(words)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is still ours to handle
     except ModeclipError as error:
@@ -95,38 +68,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
+def _run(words: Sequence[str]) -> None:
+    name = words[0].replace("_", "-") if words else ""
+    if name in COMMANDS:
+        call(load_command(name), words[1:], prog=f"modeclip {name}")
+        return
+    if name.startswith("--tyro-"):  # the completion of a shell, which knows the options of every command
+        commands = {name: load_command(name) for name in COMMANDS}
+    else:
+        commands = {name: _stand_in(summary) for name, summary in read_summaries().items()}
+    description = "CLIP data experts: cluster, train, route, evaluate."
+    tyro.extras.subcommand_cli_from_dict(commands, prog="modeclip", description=description, args=words)
+
+
+def load_command(name: str) -> Callable[..., None]:
+    """Import a command, by its name on the command line."""
+    command: Callable[..., None] = getattr(import_module(f"{__name__}.{COMMANDS[name]}"), name.replace("-", "_"))
+    return command
+
+
+def read_summaries() -> dict[str, str]:
+    """Return the docstring of each command, read from the source, since importing all of them takes seconds."""
+    found: dict[str, str] = {}
+    for module in dict.fromkeys(COMMANDS.values()):
+        source = ast.parse((files(__name__) / f"{module}.py").read_text(encoding="utf-8"))
+        functions = (node for node in source.body if isinstance(node, ast.FunctionDef))
+        found |= {node.name.replace("_", "-"): ast.get_docstring(node) or "" for node in functions}
+    return {name: found[name] for name in COMMANDS}
+
+
+def _stand_in(summary: str) -> Callable[[], None]:
+    def command() -> None:
+        raise AssertionError("a command by its name is called before all are listed")
+
+    command.__doc__ = summary
+    return command
+
+
 def _fail(message: str) -> None:
     print(f"modeclip: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _print_results(results: dict[str, Any]) -> None:
-    """Print the result table: a row a model, accuracies in percent."""
-    tasks = [task["name"] for task in results["tasks"]]
-    if not tasks:
-        log("no held-out tasks in the recipe (data.tasks or data.holdout_fraction): nothing was evaluated")
-        return
-    rows = []
-    for model in results["models"]:
-        name = f"{model['name']}, {model['rule']}" if model["rule"] else model["name"]
-        low, high = model["interval"]
-        entropy = f"{sum(model['entropy'].values()) / len(tasks):.2f}" if model["entropy"] else ""
-        rows.append(
-            (
-                f"{name} *" if model["default"] else name,
-                f"{model['samples']:,}",
-                f"{100 * model['average']:.1f}",
-                f"{100 * low:.1f}-{100 * high:.1f}",
-                *(f"{100 * model['accuracy'][task]:.1f}" for task in tasks),
-                entropy,
-            )
-        )
-    title = (
-        f"{results['name']}: zero-shot accuracy in % on held-out tasks, seed {results['seed']} (95 %: bootstrap over "
-        "the images; *: default rule; best single and oracle look at the labels)"
-    )
-    print_table(title, ["model", "samples", "average", "95 %", *tasks, "entropy"], rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
-"""The commands that make a model out of models: finetune (on a small own set) and merge. Parse, call, print."""
+"""The commands that make a model out of models: finetune, on a small set of your own, and merge."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +10,9 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.adapting.finetuning import FinetuneConfig
 from modeclip.adapting.merging import MergeConfig
-from modeclip.commands.data import AsJson, CatalogPath
 from modeclip.evaluation.metrics import Interval
 from modeclip.system.console import print_json, print_table
-from modeclip.training.jobs import AugmentConfig, EngineConfig
+from modeclip.system.options import AsJson, CatalogPath
 
 Model = Positional[
     Annotated[str, arg(help="Where to start: a model folder, an expert in a bundle, NAME, NAME@TAG or hf-hub:...")]
@@ -25,47 +24,10 @@ Tasks = Annotated[str | None, arg(help="Catalog of zero-shot tasks, such as task
 Out = Annotated[Path, arg(help="Folder of the new model.")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class AugmentOptions(AugmentConfig):
-    """How pictures are varied."""
-
-    def __post_init__(self) -> None:
-        """Leave the checks to the `AugmentConfig` that is made of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions(EngineConfig):
-    """How the machine is used."""
-
-    def __post_init__(self) -> None:
-        """Leave the checks to the `EngineConfig` that is made of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(FinetuneConfig):
-    """How the model is fine-tuned."""
-
-    augment: AugmentOptions = field(default_factory=AugmentOptions)
-    """How pictures are varied."""
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    """How the machine is used."""
-
-    def __post_init__(self) -> None:
-        """Leave the checks to the `FinetuneConfig` that is made of it, whose errors are one line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeOptions(MergeConfig):
-    """How the models are averaged."""
-
-    def __post_init__(self) -> None:
-        """Leave the checks to the `MergeConfig` that is made of it, whose errors are one line."""
-
-
 def finetune(
     model: Model,
     catalog: CatalogPath,
-    config: Annotated[OmitArgPrefixes[FinetuneOptions], arg(name="training")],
+    config: Annotated[OmitArgPrefixes[FinetuneConfig], arg(name="training")],
     *,
     out: Out,
     tasks: Tasks = None,
@@ -76,9 +38,7 @@ def finetune(
     from modeclip.data.catalog import Catalog
     from modeclip.pages.finetune_page import write_finetuning
 
-    parts = {"augment": AugmentConfig(**asdict(config.augment)), "engine": EngineConfig(**asdict(config.engine))}
-    settings = FinetuneConfig(**{part.name: getattr(config, part.name) for part in fields(FinetuneConfig)} | parts)
-    result = run_finetune(model, Catalog.open(catalog), settings, out=out, tasks=tasks)
+    result = run_finetune(model, Catalog.open(catalog), config, out=out, tasks=tasks)
     page = write_finetuning(result, out)
     if as_json:
         print_json(asdict(result))
@@ -94,7 +54,7 @@ def finetune(
 
 def merge(
     models: Models,
-    config: Annotated[OmitArgPrefixes[MergeOptions], arg(name="merging")],
+    config: Annotated[OmitArgPrefixes[MergeConfig], arg(name="merging")],
     *,
     out: Out,
     tasks: Tasks = None,
@@ -103,7 +63,7 @@ def merge(
     """Average the weights of models that come from one seed: all, by weights, or those that help (greedy)."""
     from modeclip.adapting.merging import merge as run_merge
 
-    result = run_merge(models, MergeConfig(**asdict(config)), out=out, tasks=tasks)
+    result = run_merge(models, config, out=out, tasks=tasks)
     if as_json:
         print_json(asdict(result))
         return

@@ -1,13 +1,10 @@
-"""The commands that train: train, train-experts, status. Parse, call, print.
-
-Their options are the fields of ``TrainConfig``, ``AugmentConfig``, ``EngineConfig`` and ``ExpertsConfig``.
-"""
+"""The commands that train models and show how far they are: train, train-experts, status."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,70 +12,21 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.errors import ModeclipError
 from modeclip.system.console import console, log, print_json, print_table
+from modeclip.system.options import AsJson
 from modeclip.training.experts import ExpertsConfig
-from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, TrainResult
+from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 
-AsJson = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
 RunPath = Positional[Annotated[Path, arg(help="Folder of a run, with catalog.lance and clusters/.")]]
-RESUME = "latest: go on where this folder's own checkpoint is; never: train anew"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentOptions(AugmentConfig):
-    """How pictures are varied."""
-
-    def __post_init__(self) -> None:
-        """Leave the checks to the config that is made of it, whose errors are one line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions(EngineConfig):
-    """How the machine is used."""
-
-    def __post_init__(self) -> None:
-        """Leave the checks to the config that is made of it, whose errors are one line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions(TrainConfig):
-    """How each model is trained."""
-
-    augment: OmitArgPrefixes[AugmentOptions] = field(default_factory=AugmentOptions)
-    """How pictures are varied."""
-    engine: OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
-    """How the machine is used."""
-
-    def __post_init__(self) -> None:
-        """Leave the checks to the config that is made of it, whose errors are one line."""
-
-    def config(self) -> TrainConfig:
-        """Return the checked config."""
-        parts = {"augment": AugmentConfig(**asdict(self.augment)), "engine": EngineConfig(**asdict(self.engine))}
-        return TrainConfig(**{entry.name: getattr(self, entry.name) for entry in fields(TrainConfig)} | parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertsOptions(ExpertsConfig):
-    """Which models there are, and where they run; the dense controls only on request."""
-
-    dense: bool = False
-    """Also train the dense control: the seed goes on with all data, as long as one expert of the paper."""
-    dense_total: bool = False
-    """Also train a dense model at the mixture's total cost, on a schedule of its own: the fair comparison."""
-
-    def __post_init__(self) -> None:
-        """Leave the checks to the config that is made of it, whose errors are one line."""
-
-    def config(self) -> ExpertsConfig:
-        """Return the checked config."""
-        return ExpertsConfig(**asdict(self))
+RESUME = "latest: go on from this folder's own checkpoint; never: train anew"
+WITHOUT_DENSE = ExpertsConfig(dense=False, dense_total=False)
+"""The experts alone: the dense models that a recipe trains beside them come only on request."""
 
 
 def train(
     source: Positional[
         Annotated[str, arg(help="A catalog, or the job.json of a model, which has all the rest in it.")]
     ],
-    training: OmitArgPrefixes[TrainOptions],
+    training: OmitArgPrefixes[TrainConfig],
     out: Annotated[Path, arg(help="Folder of the model.")] = Path("model"),
     where: Annotated[tuple[str, ...], arg(help="Only pairs with these values: --where expert=3.")] = (),
     mask: Annotated[str | None, arg(help="Only pairs that this column of booleans marks.")] = None,
@@ -97,7 +45,7 @@ def train(
 
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if source.endswith(".json"):
-        if (training, where, mask, resume) != (TrainOptions(), (), None, "latest"):
+        if (training, where, mask, resume) != (TrainConfig(), (), None, "latest"):
             raise ModeclipError(
                 f"train: {source} says all that is to be done; give it alone, or a catalog with options"
             )
@@ -111,7 +59,7 @@ def train(
         job = single_job(
             Catalog.open(source),
             out,
-            training.config(),
+            training,
             where=_parse_where(where),
             mask=mask,
             start=_check_start(start),
@@ -131,8 +79,8 @@ def train(
 
 def train_experts(
     run: RunPath,
-    training: OmitArgPrefixes[TrainOptions],
-    experts: OmitArgPrefixes[ExpertsOptions],
+    training: OmitArgPrefixes[TrainConfig],
+    experts: OmitArgPrefixes[ExpertsConfig] = WITHOUT_DENSE,
     for_classes: Annotated[
         tuple[str, ...], arg(help="Files of class names: one expert for the fine clusters nearest to them.")
     ] = (),
@@ -160,8 +108,7 @@ def train_experts(
     if resume not in {"latest", "never"}:
         raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
     evaluate = EvaluateConfig(templates=template, rule=rule or EvaluateConfig().rule)
-    config = experts.config()
-    folder = RunFolder(folder=run, training=training.config(), experts=config, evaluation=evaluate)
+    folder = RunFolder(folder=run, training=training, experts=experts, evaluation=evaluate)
     if not for_classes:
         folder.add_controls()
     jobs = folder.jobs_for_classes(for_classes, nearest) if for_classes else folder.jobs
@@ -170,10 +117,10 @@ def train_experts(
             prepare(job, resume)
     missing = [job for job in jobs if TrainResult.read(job) is None]
     if commands:
-        lines = commands_for(missing, config.processes_per_job)
+        lines = commands_for(missing, experts.processes_per_job)
         print_json(lines) if as_json else print("\n".join(lines))
         return
-    content = _plan(missing, folder.catalog, config, quiet=as_json, stop=plan)
+    content = _plan(missing, folder.catalog, experts, quiet=as_json, stop=plan)
     if plan:
         print_json(content) if as_json else None
         return

@@ -1,7 +1,8 @@
-"""The command that compares models: evaluate. Parse, call, print."""
+"""The commands that judge models: evaluate on tasks, compare the predictions of two, fit scaling laws (scaling)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from modeclip.commands.data import AsJson
-from modeclip.commands.routing import MaxMemory, to_bytes
+from modeclip.commands.mixture import MaxMemory, to_bytes
 from modeclip.errors import ModeclipError, unknown
+from modeclip.evaluation.scaling import ScalingConfig
 from modeclip.mixture.rules import RULES, Mix
 from modeclip.system.console import print_json, print_table
+from modeclip.system.options import AsJson
 
 if TYPE_CHECKING:
     from modeclip.evaluation.averages import Average
     from modeclip.evaluation.evaluate import Result
-    from modeclip.evaluation.intervals import Interval
+    from modeclip.evaluation.intervals import Interval, PairedTest
+    from modeclip.evaluation.scaling import ScalingResult
 
 Models = Positional[
     Annotated[
@@ -29,6 +32,17 @@ Models = Positional[
 Tasks = Annotated[
     tuple[str, ...],
     arg(help="Folders, tables, catalogs, or names of published tasks and groups (tasks26, robustness); NAME=PATH."),
+]
+Folder = Positional[Annotated[Path, arg(help="Folder that `modeclip evaluate --out` wrote.")]]
+Results = Positional[
+    Annotated[
+        tuple[Path, ...],
+        arg(
+            metavar="RESULTS...",
+            help="Files of JSON lines: name, family (dense, mode-4, ...), compute in FLOPs (or flops_per_sample and "
+            "samples), error (or accuracy) as a fraction, seed.",
+        ),
+    ]
 ]
 CACHE_FOLDER = "features"
 """Folder of the results that holds the features, unless another is named."""
@@ -136,6 +150,65 @@ def evaluate(
     print(f"results: {out}")
 
 
+def compare(
+    first: Folder,
+    second: Folder,
+    first_system: Annotated[str | None, arg(help="Model in the first folder, if it has several.")] = None,
+    second_system: Annotated[str | None, arg(help="Model in the second folder, if it has several.")] = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models by their predictions, without running them: paired intervals and exact McNemar tests."""
+    from modeclip.evaluation.results import compare as run_compare
+
+    found = run_compare(first, second, first_system=first_system, second_system=second_system)
+    if as_json:
+        print_json(asdict(found))
+        return
+    rows = [
+        (
+            task.task,
+            task.metric,
+            f"{100 * task.first:.1f}",
+            f"{100 * task.second:.1f}",
+            *_cells(task.difference, task.test),
+        )
+        for task in found.tasks
+    ]
+    means = (sum(side) / len(found.tasks) for side in zip(*((t.first, t.second) for t in found.tasks), strict=True))
+    label = f"average of tasks ({len(rows)})"
+    rows.append((label, "", *(f"{100 * mean:.1f}" for mean in means), *_cells(found.difference, found.test)))
+    columns = ["task", "metric", found.first, found.second, "difference", "95 %", "only first, second", "McNemar p"]
+    print_table("in %; difference with its bootstrap interval over the same samples of each task", columns, rows)
+    if found.left_out:
+        print(f"only in one of them: {', '.join(found.left_out)}")
+
+
+def scaling(
+    results: Results,
+    config: Annotated[OmitArgPrefixes[ScalingConfig], arg(name="fitting")],
+    *,
+    out: Annotated[Path | None, arg(help="Folder for scaling.html, scaling.svg and scaling.json.")] = None,
+    what: Annotated[str, arg(help="What the error is of, for the picture.")] = "error",
+    as_json: AsJson = False,
+) -> None:
+    """Fit error = A * compute^(-b) to results of several sizes and budgets, one law a family, with intervals."""
+    from modeclip.evaluation.scaling import fit_scaling, read_points
+    from modeclip.pages.scaling_page import RESULT_FILE, write_scaling
+    from modeclip.system.files import write_atomically
+
+    result = fit_scaling(read_points(results), config)
+    pages = write_scaling(result, out, what) if out is not None else ()
+    if out is not None:
+        write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
+    if as_json:
+        print_json(asdict(result))
+        return
+    print_table(*_law_table(result))
+    for page in pages:
+        print(page)
+
+
 def _print_kind(kind: str, results: Sequence[Result], means: Sequence[Average]) -> None:
     """Print a table of one kind of tasks: a row a task and metric, a column a model."""
     systems = list(dict.fromkeys(result.system for result in results))
@@ -169,3 +242,31 @@ def _percent(interval: Interval | None) -> str:
 
 def _points(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval.mean:+.1f}"
+
+
+def _cells(difference: Interval, test: PairedTest | None) -> tuple[str, ...]:
+    cells = (f"{100 * difference.mean:+.1f}", f"{100 * difference.low:.1f} to {100 * difference.high:.1f}")
+    return (*cells, f"{test.only_first}, {test.only_second}", f"{test.p_value:.2g}") if test else (*cells, "", "")
+
+
+def _law_table(result: ScalingResult) -> tuple[str, list[str], list[list[str]]]:
+    """Return title, columns and rows of what is printed."""
+    reference = result.laws[0].family
+    rows = [
+        [
+            law.family,
+            f"{law.num_points} of {sum(point.family == law.family for point in result.points)}",
+            _with_ends(law.A, "{:.3g}"),
+            _with_ends(law.b, "{:.3f}"),
+            _with_ends(law.best_error, "{:.1%}"),
+            "" if law.compute_ratio is None else _with_ends(law.compute_ratio, "{:.0%}"),
+        ]
+        for law in result.laws
+    ]
+    columns = ["family", "points", "A", "b", "error at its largest compute", f"compute for {reference}'s error"]
+    where = "the Pareto frontier" if result.config.points == "frontier" else "all points"
+    return f"error = A * compute^(-b), fitted to {where}", columns, rows
+
+
+def _with_ends(interval: Interval, form: str) -> str:
+    return f"{form.format(interval.mean)} ({form.format(interval.low)} to {form.format(interval.high)})"

@@ -1,26 +1,34 @@
-"""The commands that ask a bundle: route and classify. Parse, call, print."""
+"""The commands that use a bundle (route, classify) or change it for new data (assign, extend, bundle)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.clustering.class_selection import read_classes
 from modeclip.errors import ModeclipError
+from modeclip.mixture.assigning import AssignConfig
+from modeclip.mixture.extending import ExtendConfig
 from modeclip.mixture.rules import RULES, Mix
 from modeclip.system.console import console, print_json, print_table
+from modeclip.system.options import AsJson, CatalogPath, Ray
 
-AsJson = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
 BundlePath = Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]]
 Rule = Annotated[str | None, arg(help=f"Routing rule, one of {', '.join(RULES)}; default: the bundle's.")]
 Temperature = Annotated[float | None, arg(help="Temperature of the rule; default: the bundle's, or the rule's own.")]
 MaxExperts = Annotated[int | None, arg(help="Use at most so many experts, those with most weight; default: all.")]
 MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into so many GB (10^9 bytes).")]
 CLASSES = "A file with one class name a line, or the names with commas: 'cat,dog'."
+BundleFolder = Positional[Annotated[Path, arg(help="Folder of the bundle.")]]
+FittedOn = Annotated[
+    str | None,
+    arg(name="catalog", help="The clustered catalog that the bundle was made from; for bundles without quantiles."),
+]
+ASSIGNED = ["expert", "its pairs", "new pairs", "novel", "share"]
 
 
 def route(
@@ -136,6 +144,119 @@ def classify(
         return
     for path, shown in zip(pictures, best, strict=True):
         print_table(str(path), ["class", "probability"], [(name, f"{share:.3f}") for name, share in shown])
+
+
+def assign(
+    pairs: CatalogPath,
+    bundle: Annotated[str, arg(help="Bundle folder, or the id of one on the Hub.")],
+    *,
+    thresholds: OmitArgPrefixes[AssignConfig],
+    fitted_on: FittedOn = None,
+    ray: Ray = False,
+    as_json: AsJson = False,
+) -> None:
+    """Assign new pairs to a bundle's clusters, mark the novel ones, and propose what to train."""
+    from modeclip.data.catalog import Catalog
+    from modeclip.mixture.assigning import assign as run_assign
+    from modeclip.mixture.bundle import load_bundle
+
+    opened, fitted = Catalog.open(pairs), Catalog.open(fitted_on) if fitted_on else None
+    result = run_assign(opened, load_bundle(bundle), thresholds, fitted_on=fitted, ray=ray)
+    if as_json:
+        print_json(result.to_json())
+        return
+    print_table(f"{pairs}: {result.num_pairs:,} pairs, by chance {result.chance:g} novel", ASSIGNED, result.rows())
+    for proposal in result.proposals:
+        action = "train a new expert" if proposal.action == "new" else f"continue expert-{proposal.expert}"
+        print(f"worth doing: {action} on {proposal.num_pairs:,} pairs ({proposal.reason})")
+    if not result.proposals:
+        print("nothing is worth training: too few pairs inside each expert's clusters, and too few novel ones")
+
+
+def extend(
+    bundle: BundleFolder,
+    pairs: CatalogPath,
+    out: Annotated[Path, arg(help="Folder of the training; give it again to go on.")],
+    *,
+    expert: Annotated[int | None, arg(help="Continue this expert; default: what is proposed.")] = None,
+    new: Annotated[bool, arg(help="Train a new expert on the novel pairs.")] = False,
+    thresholds: OmitArgPrefixes[AssignConfig],
+    training: OmitArgPrefixes[ExtendConfig],
+    fitted_on: FittedOn = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue an expert of a bundle on new pairs, or add a new one for them; the others stay as they are."""
+    from modeclip.data.catalog import Catalog
+    from modeclip.mixture.extending import extend as run_extend
+
+    if new and expert is not None:
+        raise ModeclipError("extend: --expert and --new exclude each other; give one of them")
+    action: int | Literal["new"] | None = "new" if new else expert
+    result = run_extend(
+        bundle,
+        Catalog.open(pairs),
+        out,
+        action=action,
+        thresholds=thresholds,
+        config=training,
+        fitted_on=Catalog.open(fitted_on) if fitted_on else None,
+    )
+    if as_json:
+        print_json(asdict(result))
+        return
+    done = "added" if result.action == "new" else "continued"
+    print(f"{bundle}: expert-{result.expert} {done} on {result.num_pairs:,} pairs, {result.samples:,} samples")
+
+
+def bundle(
+    bundle: BundleFolder,
+    *,
+    put: Annotated[
+        tuple[str, ...], arg(help="expert-2=FOLDER: put that model in the place of an expert, or of a missing one.")
+    ] = (),
+    force: Annotated[bool, arg(help="Do not ask which seed and clustering it comes from.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a bundle consists of and where it came from; replace or fill in experts."""
+    from modeclip.mixture.bundle import SEED, load_bundle
+    from modeclip.mixture.bundle_edits import replace_expert
+
+    for text in put:
+        number, folder = _parse_put(text)
+        replace_expert(bundle, number, folder, force=force)
+    opened = load_bundle(bundle)
+    if as_json:
+        content: dict[str, object] = {"path": str(opened.path), "rule": opened.rule, "encoder": opened.encoder}
+        content |= {"num_fine": len(opened.fine_centers), "quantiles": opened.fine_quantiles is not None}
+        print_json(content | {"experts": [asdict(expert) for expert in opened.experts], "lineage": opened.lineage})
+        return
+    rows = []
+    for index, expert in enumerate(opened.experts):
+        megabytes = sum(file.stat().st_size for file in opened.model_folder(index).iterdir()) / 1e6
+        model = f"{expert.folder} ({megabytes:,.0f} MB)" + (", stands in" if expert.folder == SEED else "")
+        fine = str(int((opened.expert_of_fine == index).sum()))
+        rows.append((expert.name, model, f"{expert.size:,}", fine, ", ".join(expert.keywords)))
+    title = f"{bundle}: {len(opened.fine_centers):,} fine clusters, rule {opened.rule}, encoder {opened.encoder}"
+    print_table(title, ["expert", "model", "pairs", "fine clusters", "key words"], rows)
+    made = [f"{name} {job}" for name, job in opened.lineage.get("jobs", {}).items()]
+    print(f"made from jobs: {', '.join(made) or 'unknown'}")
+    for edit in opened.edits:
+        pairs = f"{edit['pairs']:,} pairs" if "pairs" in edit else "an unknown number of pairs"
+        print(
+            f"{edit['date']}  {edit['action']} {edit['expert']}: job {edit['job'] or 'none'}, {pairs}"
+            f" of {edit.get('catalog', 'an unnamed catalog')}{', forced' if edit['forced'] else ''}"
+        )
+
+
+def _parse_put(text: str) -> tuple[int, Path]:
+    """Return number and folder of ``expert-2=FOLDER``."""
+    from modeclip.training.jobs import role_of
+
+    name, _, folder = text.partition("=")
+    role, index = role_of(name)
+    if not folder or role != "expert" or index is None:
+        raise ModeclipError(f"--put {text}: expected an expert and a folder, such as expert-2=models/expert-2")
+    return index, Path(folder)
 
 
 def open_picture(path: Path) -> Any:

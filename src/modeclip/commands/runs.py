@@ -1,0 +1,80 @@
+"""The commands of whole runs: run a recipe, demo, and write a run's report again."""
+
+from __future__ import annotations
+
+import os
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from modeclip.system.console import log, print_json, print_table
+from modeclip.system.options import AsJson
+from modeclip.system.paths import RunPaths
+
+
+def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: AsJson = False) -> None:
+    """Run the whole method on real icons and open the report: `modeclip run` of a recipe that ships with modeclip."""
+    from modeclip.pipeline import demo_recipe
+
+    run(demo_recipe(), out, as_json=as_json)
+    if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
+        webbrowser.open(RunPaths(folder=out).report.resolve().as_uri())
+
+
+def run(
+    recipe: Positional[Annotated[Path, arg(help="Recipe (YAML); docs/own-data.md has every field.")]],
+    out: Annotated[Path | None, arg(help="Folder of the run; default: runs/NAME.")] = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe's stages, leaving out what is already done; a killed run continues where it was."""
+    from modeclip import pipeline
+
+    loaded = pipeline.load_recipe(recipe)
+    result = pipeline.run(loaded, out or Path("runs") / loaded.name)
+    if as_json:
+        print_json(result.results)
+        return
+    _print_results(result.results)
+    print(f"bundle: {result.bundle}\nreport: {result.report}")
+
+
+def report(
+    folder: Positional[Annotated[Path, arg(help="Folder of a run.")]],
+    out: Annotated[Path | None, arg(help="The HTML file; default: report.html in the folder.")] = None,
+) -> None:
+    """Write the report of a run again."""
+    from modeclip.pages.run_report import write_report
+
+    print(write_report(folder, out))
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    """Print the result table: a row a model, accuracies in percent."""
+    tasks = [task["name"] for task in results["tasks"]]
+    if not tasks:
+        log("no held-out tasks in the recipe (data.tasks or data.holdout_fraction): nothing was evaluated")
+        return
+    rows = []
+    for model in results["models"]:
+        name = f"{model['name']}, {model['rule']}" if model["rule"] else model["name"]
+        low, high = model["interval"]
+        entropy = f"{sum(model['entropy'].values()) / len(tasks):.2f}" if model["entropy"] else ""
+        rows.append(
+            (
+                f"{name} *" if model["default"] else name,
+                f"{model['samples']:,}",
+                f"{100 * model['average']:.1f}",
+                f"{100 * low:.1f}-{100 * high:.1f}",
+                *(f"{100 * model['accuracy'][task]:.1f}" for task in tasks),
+                entropy,
+            )
+        )
+    title = (
+        f"{results['name']}: zero-shot accuracy in % on held-out tasks, seed {results['seed']} (95 %: bootstrap over "
+        "the images; *: default rule; best single and oracle look at the labels)"
+    )
+    print_table(title, ["model", "samples", "average", "95 %", *tasks, "entropy"], rows)
