@@ -365,8 +365,8 @@ def test_whole_numbers_are_clustered() -> None:
         ),
         (
             {"num_clusters": 2, "x": np.eye(10, 4, dtype=np.float32), "spherical": True},
-            "x has 6 rows of zero length of 10, the first is row 4: "
-            "they have no direction; remove them or set spherical=False",
+            "x: 6 of 10 rows have zero length and so no direction, the first is row 4: "
+            "remove them or set spherical=False",
         ),
         ({"num_clusters": 2, "num_iterations": -1}, "num_iterations must be 0 or more, got -1"),
         (

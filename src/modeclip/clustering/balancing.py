@@ -1,19 +1,20 @@
-"""Rows, centres and a capacity in, the cheapest assignment that no centre's capacity is exceeded by out.
+"""Assigns rows to centres at the least total cost when no centre may have more than a given number of rows.
 
-Method: a transportation problem, solved by an auction. Rows without a centre bid for the one that is cheapest for them
-(squared distance + price); a full centre keeps its highest bids, its price is the lowest bid it keeps, and the others
-bid again. Prices are also a lower bound on the cost of every assignment (linear programming duality), so each solution
-comes with how far from optimal it can be at most; the step of the bids shrinks until that is below ``MAX_GAP``. A row
-looks only at the centres that are cheapest for it, and at all of them again when prices have outgrown that list.
+Method: this is a transportation problem, solved by an auction. Every row without a centre bids for the centre that is
+cheapest for it (squared distance + price). A full centre keeps its highest bids, the lowest of them becomes its price,
+and the rows that lost bid again. The prices also give a lower bound on the cost of every possible assignment (linear
+programming duality), so each solution comes with how far from optimal it can be at most; auctions are repeated with
+smaller steps of the bids until that is below ``MAX_GAP``. A row only looks at the few centres that are cheapest for
+it, and at all of them again when prices have outgrown that list.
 
-While centres still move no such proof is needed: `adjust` only nudges the prices that rows choose at.
+While centres still move no such proof is needed: `adjust` only moves the prices that rows choose at.
 
-Source: Bertsekas and Castanon 1989, "The auction algorithm for the transportation problem"; here all waiting rows bid
-at once, every auction starts from prices of zero (which is what makes the bound tight where capacity is left over),
-and lists of candidates are ours.
+Source: Bertsekas and Castanon 1989, "The auction algorithm for the transportation problem". Here all waiting rows bid
+at once, every auction starts from prices of zero (which makes the bound tight where capacity is left over), and the
+lists of candidates are ours.
 
 Price: two products of (N, D) with (M, D) and some hundred rounds over few rows; 400 bytes a row. An exact minimum-cost
-flow gives the same objective to ``MAX_GAP`` at many times the price: ``benchmarks/kmeans_balanced.py``.
+flow reaches the same objective to within ``MAX_GAP`` at many times the price: ``benchmarks/kmeans_balanced.py``.
 """
 
 from __future__ import annotations
@@ -28,26 +29,27 @@ CANDIDATES = 32
 FIRST_STEP = 0.05
 """Smallest raise of a bid in the first auction, as a fraction of the mean cost of the nearest centre."""
 FIRST_STEP_OF_SEEN = 0.002
-"""What is added to it, as a fraction of the mean cost of all centres in view: matters where rows sit on centres."""
+"""What is added to it, as a fraction of the mean cost of all centres in view. It matters where rows lie on centres."""
 RAISE = 1.1
-"""How far `adjust` raises a price, as a multiple of the raise that would take a centre to its capacity: its neighbours
-raise theirs as well. With `DROP` the best of some tried on captions; the worst had a 0.7 % higher objective."""
+"""How far `adjust` raises a price, as a multiple of the raise that would bring the centre down to its capacity, because
+its neighbours raise theirs too. With ``DROP`` the best pair of those tried on captions; the worst pair had an objective
+0.7 % higher."""
 DROP = 0.1
-"""The same for the drop that would fill a centre; one that drops too far is flooded."""
+"""How far `adjust` lowers a price, as a multiple of the drop that would fill the centre; a larger drop floods it."""
 MAX_GAP = 0.002
-"""Largest proven distance from the optimal balanced assignment, as a fraction of its objective."""
+"""How much an assignment may be proven to cost above the optimum, as a fraction of its own cost."""
 MAX_AUCTIONS = 4
-"""Auctions with an ever smaller step before the best solution so far is taken."""
+"""Auctions, each with a smaller step, after which the best solution so far is taken."""
 MAX_ROUNDS = 10_000
-"""Rounds of all auctions of an assignment together; then the last rows are placed greedily. Reached where far more rows
-than fit are equal, so that they outbid each other a step at a time."""
+"""Most rounds of all auctions of an assignment together; then the rows that are left are placed greedily. This happens
+where many more rows are equal than fit, which outbid each other one step at a time."""
 
 
 class _Offers:
-    """For each row its cheapest centres at some prices, and a price-inclusive cost that no other centre is below.
+    """Remembers for each row its cheapest centres, and a ``bound``: no other centre costs less than it, price included.
 
-    Prices only rise during an auction, so a row whose second choice is still below its ``bound`` has seen all that
-    matters; the others look at all centres again (`refresh`).
+    Prices only rise during an auction. So a row whose second choice costs less than its bound has seen all centres that
+    matter; the other rows look at all centres again (`refresh`).
     """
 
     def __init__(self, x: Float[np.ndarray, "N D"], centers: Float[np.ndarray, "M D"], device: str) -> None:
@@ -59,7 +61,7 @@ class _Offers:
         self.refresh(np.arange(len(x)), np.zeros(self.num_centers))
 
     def refresh(self, rows: Int[np.ndarray, " B"], prices: Float[np.ndarray, " M"]) -> None:
-        """Choose the centres in view anew, at the prices of now."""
+        """Look at all centres again for some rows, and keep the cheapest ones at these prices."""
         import torch
 
         width = min(self.width + 1, self.num_centers)
@@ -95,12 +97,12 @@ class _Offers:
         return np.asarray(self.scorer.costs(self.x[row : row + 1])[0].cpu().numpy())
 
     def first_step(self) -> float:
-        """Return the smallest raise of a bid to begin with: small against the costs, yet soon past their spread."""
+        """Return the least raise of a bid in the first auction: small beside the costs, but not beside their spread."""
         nearest, seen = (float(cost.mean(dtype=np.float64)) for cost in (self.cost.min(1), self.cost))
         return max(FIRST_STEP * nearest + FIRST_STEP_OF_SEEN * seen, 1e-30)
 
     def lower_bound(self, prices: Float[np.ndarray, " M"], capacity: int) -> float:
-        """Return what no assignment within the capacity can cost less than: the dual objective at these prices."""
+        """Return what every assignment within the capacity costs at least: the dual objective at these prices."""
         total = 0.0
         for block in blocks(len(self.x), ROWS_IN_MEMORY):
             cheapest = (self.cost[block] + prices[self.center[block]]).min(1)
@@ -115,16 +117,16 @@ def assign_balanced(
     *,
     device: str = "cpu",
 ) -> Int[np.ndarray, " N"]:
-    """Assign rows to centres at the least total squared distance with at most ``capacity`` rows to a centre.
+    """Assign rows to centres at the least total squared distance when a centre has room for ``capacity`` rows.
 
     Args:
         x: Rows, finite float32, C-contiguous.
-        centers: Centres, the same.
-        capacity: Most rows of a centre; ``capacity * M`` is at least N.
+        centers: Centres, finite float32, C-contiguous.
+        capacity: Most rows of a centre; ``capacity * M`` must be at least N.
         device: Torch device of the distance products.
 
     Returns:
-        Centre of each row; its cost is within ``MAX_GAP`` of the optimum, unless ``MAX_AUCTIONS`` did not reach that.
+        Centre of each row. The total is within ``MAX_GAP`` of the optimum, unless ``MAX_AUCTIONS`` were too few.
     """
     assert capacity * len(centers) >= len(x), "no assignment can respect the capacity"
     if len(centers) == 1:
@@ -154,17 +156,18 @@ def adjust(
     margin: Float[np.ndarray, " N"],
     capacity: float,
 ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " M"]]:
-    """Return an assignment nearer to the capacity than each row's first choice, and prices for the next one.
+    """Return an assignment that is closer to the capacity than the rows' first choices, and prices for the next one.
 
-    Of a centre that is too full the rows that would lose least go to their second choice, and its price rises by about
-    what would make them go; the price of one with room falls by some of what would make enough others come.
+    From a centre that is too full, the rows that lose least by it go to their second choice, and the price rises by
+    about as much as would make them go. The price of a centre with room falls by a part of what would make enough rows
+    come.
 
     Args:
-        prices: Those that the choices were made at.
+        prices: Prices that the rows chose at.
         first: Each row's cheapest centre.
-        second: Its second cheapest.
-        margin: How much dearer that is.
-        capacity: Most rows of a centre; of a sample of the rows a fraction.
+        second: Its second cheapest centre.
+        margin: How much more the second one costs.
+        capacity: Most rows of a centre; for a sample of the rows, that times the sampled share.
     """
     num_centers, everyone = len(prices), np.arange(len(first))
     sizes = np.bincount(first, minlength=num_centers)
@@ -191,10 +194,10 @@ def adjust(
 def _auction(
     offers: _Offers, capacity: int, step: float, max_rounds: int
 ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " M"], int]:
-    """Let rows bid until all hold a place, or rounds run out; return the assignment (M: none), prices and rounds.
+    """Let rows bid until each has a place, or rounds run out; return the assignment (M: no place), prices and rounds.
 
-    Invariant: a row's centre costs it, with price, at most ``step`` more than its cheapest; a centre
-    with a price is full. So the total is at most N * step above the optimum, and in practice far less.
+    Invariants: with its price, a row's centre costs at most ``step`` more than the cheapest one, and a centre with a
+    price is full. So the total is at most N * step above the optimum, and in practice much closer.
     """
     num_centers = offers.num_centers
     holders = np.full((num_centers, capacity), -1)  # rows at each centre, highest bid first; -1: room
@@ -231,7 +234,7 @@ def _auction(
 
 
 def _fill(offers: _Offers, assignment: Int[np.ndarray, " N"], capacity: int) -> None:
-    """Put each row that is still without a centre where it is nearest and there is room."""
+    """Put each row that is still without a centre into the nearest one that has room."""
     room = capacity - np.bincount(assignment, minlength=offers.num_centers + 1)[: offers.num_centers]
     for row in np.flatnonzero(assignment == offers.num_centers).tolist():
         choice = int(np.where(room > 0, offers.costs(row), np.inf).argmin())

@@ -1,11 +1,13 @@
-"""Assigned captions in, what a person wants to know of each cluster out: size, spread, captions, pictures, key words.
+"""Cards that describe each cluster to a person: size, spread, typical captions, pictures and key words.
+
+Assigned rows are counted block by block (`Tally`), and the cards are written from the counts (`make_cards`).
 
 Source of the key words: log-odds with an informative Dirichlet prior, Monroe, Colaresi and Quinn 2008, "Fightin'
 Words", eqs. 16, 20 and 22; the prior is the whole corpus, and each cluster is compared with all others together.
 
-Price: blocks of rows are counted in as they pass, some 300,000 rows a second. What is kept is a few captions
-and rows per cluster, and of a uniform sample of the rows the words and the distances: exact where that sample is the
-whole catalog, else estimates of shares and quantiles.
+Price: some 300,000 rows a second. A few captions and rows of each cluster stay in memory, and the words and distances
+of a uniform sample of the rows. Where that sample is the whole catalog, shares and quantiles are exact; else they are
+estimates.
 """
 
 from __future__ import annotations
@@ -26,29 +28,29 @@ NUM_RANDOM = 5
 NUM_KEYWORDS = 5
 """Key words on a card."""
 QUANTILE = 0.9
-"""Share of the rows that lie within ``radius_90``."""
+"""Share of the rows that lie within ``radius_90`` of the centre."""
 PRIOR_WORDS = 500.0
-"""Weight of the prior, in words: what a cluster says counts fully once it has many more words than that."""
+"""Weight of the prior, in words: a cluster speaks for itself once it has many more words than that."""
 WORD = re.compile(r"[^\W_]{2,}")
 """A word: two or more letters or digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineCard:
-    """What a person wants to know of a fine cluster."""
+    """Describes a fine cluster."""
 
     index: int
-    """Its position."""
+    """Number of the fine cluster, 0 to M - 1."""
     expert: int
-    """Expert that it belongs to; the first of ``experts``."""
+    """Expert that it was grouped into, the first of ``experts``."""
     experts: tuple[int, ...]
-    """All experts that train on it, nearest first after the first; one unless experts overlap."""
+    """All experts that train on it: one, and with overlap also those with the next nearest centres, nearest first."""
     size: int
     """Rows of the catalog."""
     radius: float
-    """Mean distance of these rows to the centre; 0 where there are none."""
+    """Mean distance of its rows to the centre; 0 if it has none."""
     radius_90: float
-    """Distance within which 90 % of them lie, of the sampled ones; 0 where there are none."""
+    """Distance to the centre within which 90 % of its sampled rows lie; 0 if there are none."""
     nearest_captions: tuple[str, ...]
     """The distinct captions nearest to the centre, nearest first."""
     nearest_rows: tuple[int, ...]
@@ -61,37 +63,37 @@ class FineCard:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertCard:
-    """What a person wants to know of an expert's data."""
+    """Describes the data of an expert."""
 
     index: int
-    """Its number: 0 has the largest range."""
+    """Number of the expert; expert 0 has the largest range."""
     size: int
     """Rows of the catalog that it trains on."""
     range: float
-    """Mean distance of its own fine centres, not of those it shares as a second, to its coarse centre."""
+    """Mean distance to its coarse centre of the fine centres that were grouped into it, not of those it shares."""
     num_fine: int
     """Fine clusters that it trains on."""
     radius: float
-    """Mean distance of its rows to their fine centres; 0 where there are none."""
+    """Mean distance of its rows to their fine centres; 0 if it has none."""
     radius_90: float
-    """Distance within which 90 % of them lie, of the sampled ones; 0 where there are none."""
+    """Distance to their fine centres within which 90 % of its sampled rows lie; 0 if there are none."""
     keywords: tuple[str, ...]
     """Words that set it apart from the rest of the corpus, strongest first."""
 
 
 class Tally:
-    """What the assigned rows say of each fine cluster, counted block by block.
+    """Counts, block by block, what the cards need to know of the rows of each fine cluster.
 
     Args:
-        num_fine: Fine clusters.
+        num_fine: Number of fine clusters.
         sample: Rows whose words and distances are kept, ascending.
-        seed: Of the random rows; how the rows are cut into blocks does not matter.
+        seed: Decides the random rows, however the rows are cut into blocks.
 
     Attributes:
         sizes: Rows per fine cluster.
-        distances: Sum of their distances to the centre.
+        distances: Sum of these rows' distances to the centre.
         squares: Sum of squared distances over all rows.
-        nearest: Distance, caption and row of the nearest distinct captions, nearest first.
+        nearest: Distance, caption and row of the captions nearest to the centre, nearest first, each caption once.
         words: How often each word occurs in the sampled captions.
     """
 
@@ -110,7 +112,7 @@ class Tally:
     def add(
         self, fine: Int[np.ndarray, " n"], distance: Float[np.ndarray, " n"], captions: Shaped[np.ndarray, " n"]
     ) -> None:
-        """Count the catalog's next rows in."""
+        """Count the next rows of the catalog."""
         start, num_fine = self._num_rows, len(self.sizes)
         self._num_rows += len(fine)
         fine, distance = fine.astype(np.int64), distance.astype(np.float64)
@@ -135,7 +137,7 @@ class Tally:
                 self.nearest[index] = _nearest_distinct(known, offered)
 
     def _draw(self, start: int, fine: np.ndarray) -> None:
-        """Keep the rows with the smallest of uniform random keys: a uniform draw, whatever comes later."""
+        """Give each row a random key and keep those with the smallest: at any time a uniform draw of the rows so far."""
         new = fine, self._random.random(len(fine)), start + np.arange(len(fine))
         fine, keys, rows = (np.concatenate(pair) for pair in zip(self._drawn, new, strict=True))
         order = np.lexsort((keys, fine))
@@ -161,7 +163,7 @@ Near = tuple[float, str, int]
 
 
 def _nearest_distinct(known: Sequence[Near], offered: Iterable[Near]) -> list[Near]:
-    """Return the nearest captions of two lists that are sorted by distance, each caption once, the known ones first."""
+    """Merge two lists sorted by distance; each caption comes once, and of equal distances the known one first."""
     nearest_of_offered: dict[str, Near] = {}
     for near in offered:
         nearest_of_offered.setdefault(near[1], near)
@@ -234,14 +236,14 @@ def split_words(caption: str) -> list[str]:
 
 
 def pick_keywords(words: Counter[str], corpus: Counter[str]) -> tuple[str, ...]:
-    """Return the words that set one group's texts apart from all others', by log-odds with a Dirichlet prior.
+    """Return the words that set the texts of one group apart from all others, by log-odds with a Dirichlet prior.
 
     Args:
         words: How often each word occurs in the group.
         corpus: The same for all groups together, this one included.
 
     Returns:
-        At most ``NUM_KEYWORDS`` words, the highest z-score first, none that is as frequent elsewhere.
+        At most ``NUM_KEYWORDS`` words, the highest z-score first; none that is as frequent in the other groups.
 
     Examples:
         >>> pick_keywords(Counter(arrow=8, left=1, the=9), Counter(arrow=9, left=10, the=90))

@@ -1,10 +1,10 @@
-"""Fine centres in; experts, and the file that holds both, out.
+"""The clustering itself: fine centres, which experts each of them belongs to, and the file that keeps them.
 
-Method: balanced k-means of the M fine centres makes K experts. With ``overlap`` a fine cluster also belongs to the
-experts with the next nearest coarse centres; the first of its experts is the one that it was grouped into.
+`group` makes K experts of M fine centres by balanced k-means. With ``overlap`` a fine cluster also belongs to the
+experts with the next nearest coarse centres; the first of its experts is always the one that it was grouped into.
 
-Source: MoDE (arXiv 2404.16030) Sec. 3.2 (second step) and 5.5 (range). Overlapping clusters are named there as future
-work; this way of having them is ours.
+Source: MoDE (arXiv 2404.16030) Sec. 3.2 (second step) and 5.5 (range). The paper names overlapping clusters as future
+work; this way of making them is ours.
 
 Price: a fraction of a second for 1024 centres.
 """
@@ -25,23 +25,24 @@ from modeclip.errors import ModeclipError
 CLUSTERING_FILE = "clustering.safetensors"
 FORMAT = "modeclip.clustering"
 FORMAT_VERSION = "2"
-"""1 has ``expert_of_fine`` (M,) in place of ``experts_of_fine`` (M, overlap); it is still read."""
+"""Version 1 has ``expert_of_fine`` (M,) in place of ``experts_of_fine`` (M, overlap); it is still read."""
+_TENSORS = ("fine_centers", "experts_of_fine", "coarse_centers")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Clustering:
-    """Fine centres, the experts of each, and the experts' own centres."""
+    """Fine clusters and the experts that they belong to."""
 
     fine_centers: Float[np.ndarray, "M D"]
     """Centres of the fine clusters, float32."""
     experts_of_fine: Int[np.ndarray, "M overlap"]
-    """Experts of each fine cluster, int64: the one it was grouped into, then those with the next nearest centres."""
+    """Experts of each fine cluster, int64: the one it was grouped into first, then the next nearest."""
     coarse_centers: Float[np.ndarray, "K D"]
     """Mean of each expert's own fine centres, float32."""
 
     @property
     def expert_of_fine(self) -> Int[np.ndarray, " M"]:
-        """First expert of each fine cluster, the one that routing uses."""
+        """Expert that each fine cluster was grouped into, which is the one that routing uses."""
         return self.experts_of_fine[:, 0]
 
     @property
@@ -66,7 +67,7 @@ class Clustering:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the centres and of who belongs to whom, as hexadecimal digits."""
+        """Hash of all centres and of which experts the fine clusters belong to, as hexadecimal digits."""
         digest = sha256(FORMAT_VERSION.encode())
         for name in _TENSORS:
             tensor = np.ascontiguousarray(getattr(self, name))
@@ -74,7 +75,7 @@ class Clustering:
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path | str) -> None:
-        """Write ``clustering.safetensors`` into a folder, which is made; readers see the old file or the new one."""
+        """Write ``clustering.safetensors`` into a folder, which is made. Readers see the old file or the new one."""
         from safetensors.numpy import save_file
 
         path = Path(folder) / CLUSTERING_FILE
@@ -94,9 +95,9 @@ class Clustering:
         from safetensors import SafetensorError, safe_open
 
         path = Path(folder) / CLUSTERING_FILE
-        again = "cluster again with modeclip run"
+        again = "cluster again (modeclip cluster)"
         if not path.is_file():
-            raise ModeclipError(f"no clustering at {str(path)!r}: make one with modeclip run, or correct the path")
+            raise ModeclipError(f"no clustering at {str(path)!r}: make one with modeclip cluster, or correct the path")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -104,18 +105,14 @@ class Clustering:
                 tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise ModeclipError(f"clustering {str(path)!r} is damaged ({error}): {again}") from error
-        if metadata.get(FORMAT) == "1" and names == sorted(_TENSORS_1):
+        if metadata.get(FORMAT) == "1" and names == ["coarse_centers", "expert_of_fine", "fine_centers"]:
             tensors["experts_of_fine"] = tensors.pop("expert_of_fine")[:, None]
         elif metadata.get(FORMAT) != FORMAT_VERSION or names != sorted(_TENSORS):
             raise ModeclipError(
-                f"{str(path)!r} is no clustering of format {FORMAT_VERSION}: expected {', '.join(_TENSORS)}, "
+                f"{str(path)!r} is not a clustering of format {FORMAT_VERSION}: expected {', '.join(_TENSORS)}, "
                 f"got format {metadata.get(FORMAT, 'none')} with {', '.join(names) or 'nothing'}: {again}"
             )
         return cls(**tensors)
-
-
-_TENSORS = ("fine_centers", "experts_of_fine", "coarse_centers")
-_TENSORS_1 = ("fine_centers", "expert_of_fine", "coarse_centers")
 
 
 def group(
@@ -127,15 +124,19 @@ def group(
     num_iterations: int = 25,
     seed: int = 0,
 ) -> Clustering:
-    """Group fine centres into experts, numbered by decreasing range, then by their first fine cluster.
+    """Group fine centres into experts by balanced k-means.
+
+    Experts are numbered by decreasing range (the order in which the paper trains them), and experts of the same range
+    by their first fine cluster.
 
     Args:
         fine_centers: Centres of the fine clusters.
         num_experts: Experts K, 1 to M.
         overlap: Experts that each fine cluster belongs to, 1 to K.
-        max_expert_ratio: Most fine clusters of an expert's own as a multiple of the mean, 1 or more; None: free.
+        max_expert_ratio: Most fine clusters that are grouped into one expert, as a multiple of the mean, 1 or more;
+            None: any number.
         num_iterations: Most iterations of k-means.
-        seed: Of its start.
+        seed: Seed of k-means.
 
     Raises:
         ModeclipError: There are fewer fine clusters than experts, or fewer experts than overlap.
@@ -154,7 +155,7 @@ def group(
         num_iterations=num_iterations,
         seed=seed,
     )
-    centers = coarse.centers.copy()  # those of the last but one assignment, or of an expert with nothing
+    centers = coarse.centers.copy()  # k-means assigned rows to these; an expert without rows keeps its one
     for k in np.unique(coarse.assignment):
         centers[k] = fine_centers[coarse.assignment == k].mean(0, dtype=np.float64)
     first = np.full(num_experts, num_fine)
@@ -172,7 +173,7 @@ def _nearest_experts(
     coarse_centers: Float[np.ndarray, "K D"],
     overlap: int,
 ) -> Int[np.ndarray, "M overlap"]:
-    """Return the experts of each fine centre: its own, then those with the nearest centres, the lowest on a tie."""
+    """Return the experts of each fine centre: its own, then the nearest ones, on a tie the lowest first."""
     experts = np.empty((len(fine_centers), overlap), np.int64)
     for index, (center, own) in enumerate(zip(fine_centers.astype(np.float64), expert_of_fine, strict=True)):
         squares = np.square(coarse_centers - center).sum(1)
@@ -186,13 +187,7 @@ def _ranges(
     expert_of_fine: Int[np.ndarray, " M"],
     coarse_centers: Float[np.ndarray, "K D"],
 ) -> Float[np.ndarray, " K"]:
+    """Return the mean distance of each expert's own fine centres to its coarse centre, 0 for an expert without any."""
     distance = np.linalg.norm(fine_centers.astype(np.float64) - coarse_centers[expert_of_fine], axis=1)
-    return _means_by_group(distance, expert_of_fine, len(coarse_centers))
-
-
-def _means_by_group(
-    values: Float[np.ndarray, " n"], group: Int[np.ndarray, " n"], num_groups: int
-) -> Float[np.ndarray, " G"]:
-    """Return the mean of the values of each group, 0 for an empty one."""
-    sums = np.bincount(group, weights=values, minlength=num_groups)
-    return sums / np.maximum(np.bincount(group, minlength=num_groups), 1)
+    sums = np.bincount(expert_of_fine, weights=distance, minlength=len(coarse_centers))
+    return sums / np.maximum(np.bincount(expert_of_fine, minlength=len(coarse_centers)), 1)

@@ -1,19 +1,23 @@
-"""Vectors in, k-means centres and an assignment out; with an upper bound on the size of a cluster when asked.
+"""K-means for any vectors, if wanted with a limit on the size of a cluster.
 
-Method: k-means++ on a sample of the rows; iterations on samples that grow, in which now and then the centres that are
-hardly missed move into the clusters that gain most by being split; then Lloyd iterations on all rows until the
-objective stands still. A centre that lost its rows starts again at the row that is served worst. Where there are few
-rows for each centre all iterations are Lloyd's. With ``max_size_ratio`` the iterations work at prices that steer the
-sizes, and the last two assignments are the cheapest within the capacity (`modeclip.clustering.balancing`).
+Method: k-means++ picks the first centres from a sample of the rows. The next iterations work on samples that grow, and
+every few of them the centres that would be missed least move into the clusters that gain most by being split. Lloyd
+iterations on all rows follow until the objective stands still. A centre that lost its rows starts again at the row that
+is farthest from its centre. Where there are few rows for each centre, all iterations are Lloyd's. With
+``max_size_ratio`` the rows choose at prices that steer the sizes, and the last two assignments are the cheapest that
+respect the limit (`modeclip.clustering.balancing`).
+
+The module knows nothing of captions: numpy goes in and comes out, torch computes the products, and the same seed on the
+same machine gives the same bytes.
 
 Source: MoDE (arXiv 2404.16030) Sec. 3.2 clusters by balanced k-means without saying which; k-means++ is Arthur and
-Vassilvitskii 2007, here with several draws at once; moving centres as in Kanungo et al. 2004, "A local search
-approximation algorithm for k-means clustering", though several at once and by estimates; spherical k-means is Dhillon
-and Modha 2001.
+Vassilvitskii 2007, here with several draws at once; moving centres follows Kanungo et al. 2004, "A local search
+approximation algorithm for k-means clustering", though several move at once and by estimates; spherical k-means is
+Dhillon and Modha 2001.
 
-Price: an iteration is one product of (N, D) with (D, M); memory is the N x D input, a quarter of it for samples, and
-one block for each thread. Times and objectives: ``benchmarks/kmeans_faiss.py``, ``benchmarks/kmeans_balanced.py``.
-Knows nothing of captions: numpy at the borders, torch for the products, the same bytes for the same seed and machine.
+Price: an iteration is one product of (N, D) with (D, M). Memory is the N x D input, a quarter of it for samples, and
+one block for each thread. ``benchmarks/kmeans_faiss.py`` and ``benchmarks/kmeans_balanced.py`` measure times and
+objectives.
 """
 
 from __future__ import annotations
@@ -40,39 +44,39 @@ from modeclip.errors import ModeclipError
 
 Start = Literal["k-means++", "random"]
 START_ROWS_PER_CENTER = 16
-"""Rows that k-means++ draws from, for each centre."""
+"""Rows for each centre that k-means++ draws from."""
 START_GROWTH = 8
-"""k-means++ draws one new centre for so many that it has, all at once."""
+"""k-means++ adds centres in batches: one new centre for this many that it has already."""
 SAMPLE_ROWS_PER_CENTER = 32
-"""Rows of the first sample, for each centre; each further sample is twice as large, the largest a quarter of all."""
+"""Rows for each centre in the first sample. Each further sample is twice as large, up to a quarter of all rows."""
 SAMPLED_FRACTION = 0.6
-"""Share of the iterations that look at samples, where there are rows enough."""
+"""Share of the iterations that work on samples, where there are rows enough."""
 SUMMED_ROWS = 1 << 14
-"""Rows whose sum is taken in float32; with more centres than that, as many rows as centres."""
+"""Rows that are summed up in float32; as many as there are centres, if that is more."""
 MIN_IMPROVEMENT = 1e-4
 """Lloyd stops when an iteration lowers the objective by less than this fraction."""
 EXACT_ITERATIONS = 1
-"""Last updates of a balanced fit from assignments that obey the capacity; those before have prices that lead there."""
+"""Last iterations of a balanced fit whose assignments obey the capacity; in those before, prices lead towards it."""
 SWAP_EVERY = 4
-"""Iterations on samples, or at prices, from one exchange of centres to the next."""
+"""Iterations, on samples or at prices, from one exchange of centres to the next."""
 SWAP_FRACTION = 0.6
-"""Share of these iterations after which centres are no longer exchanged."""
+"""Share of these iterations after which centres are exchanged no more."""
 MAX_SWAPPED_FRACTION = 0.15
-"""Most centres that are exchanged at once."""
+"""Largest share of the centres that are exchanged at once."""
 SPLIT_ROUNDS = 4
-"""Two-means iterations that say what splitting a cluster gains."""
+"""Two-means iterations that estimate what splitting a cluster gains."""
 MAX_REPAIRS = 8
-"""How often one assignment may be repeated because centres were empty; one repeat is the rule."""
+"""How often an assignment may be repeated because centres were empty; once is usually enough."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KMeansResult:
-    """Centres, the cluster of each row, the mean squared distance to them, and the rows per cluster."""
+    """What `kmeans` found."""
 
     centers: Float[np.ndarray, "M D"]
-    """The points that the rows were assigned to, float32; at convergence the means of the clusters."""
+    """The points that the rows were assigned to, float32; once k-means has converged, the means of the clusters."""
     assignment: Int[np.ndarray, " N"]
-    """Cluster of each row: the nearest centre, or the balanced assignment."""
+    """Cluster of each row: that of the nearest centre, or under a size limit that of the balanced assignment."""
     objective: float
     """Mean over rows of the squared Euclidean distance to the assigned centre."""
     sizes: Int[np.ndarray, " M"]
@@ -91,25 +95,26 @@ def kmeans(
     device: str = "cpu",
     on_iteration: Callable[[], object] | None = None,
 ) -> KMeansResult:
-    """Cluster rows by k-means, optionally with no cluster larger than a multiple of the mean size.
+    """Cluster rows by k-means, if wanted with no cluster larger than a multiple of the mean size.
 
-    The objective never rises from one iteration on all rows to the next; of a balanced fit that is the last.
+    From one iteration on all rows to the next the objective never rises. (A balanced fit has one such iteration.)
 
     Args:
         x: Rows to cluster, (N, D): a list, a numpy array of any number type or a torch tensor; computed in float32.
         num_clusters: Centres, 1 to N.
-        max_size_ratio: No cluster gets more than ``ceil(max_size_ratio * N / num_clusters)`` rows; at least 1. None:
-            sizes are free. The bound holds for the returned assignment, not for what `assign_nearest` says afterwards.
+        max_size_ratio: 1 or more: no cluster gets more than ``ceil(max_size_ratio * N / num_clusters)`` rows. None:
+            sizes are free. The limit holds for the returned assignment, not for what
+            `modeclip.clustering.distances.assign_nearest` gives with the same centres.
         num_iterations: Most updates of the centres; 25 is where the objective of caption embeddings has settled.
-        seed: Decides the start, the samples and the splits; the only randomness.
-        spherical: Cluster directions: rows are taken at unit length (a copy, where they are not), and centres are
-            brought back to it after each update, so that the nearest is the one of largest cosine.
-        start: First centres: rows drawn by k-means++, or any rows.
+        seed: Decides the start, the samples and the splits; nothing else is random.
+        spherical: Whether only directions count: rows are scaled to unit length (in a copy, unless they have it), and
+            centres after each update, so that the nearest centre is the one with the largest cosine.
+        start: First centres: rows drawn by k-means++, or by chance alone (``random``).
         device: Torch device of the distance products.
         on_iteration: Called after each update of the centres, for a progress bar.
 
     Raises:
-        ModeclipError: ``x`` is not a matrix of finite numbers, or a number is out of its range.
+        ModeclipError: ``x`` is not a matrix of finite numbers, or an argument is out of its range.
 
     Examples:
         >>> x = np.array([[0.0], [0.1], [5.0], [5.1]], dtype=np.float32)
@@ -152,7 +157,7 @@ def kmeans(
 
 
 def _capacity(num_rows: int, num_clusters: int, max_size_ratio: float | None) -> int:
-    """Check the numbers of `kmeans` and return the most rows of a cluster."""
+    """Check the numbers that `kmeans` was given, and return how many rows a cluster may have."""
     if num_clusters < 1:
         raise ModeclipError(f"num_clusters must be 1 or more, got {num_clusters}")
     if num_clusters > num_rows:
@@ -169,13 +174,13 @@ def _capacity(num_rows: int, num_clusters: int, max_size_ratio: float | None) ->
 
 
 def _directions(x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Return rows at unit length; those given where they are to a few units of rounding."""
+    """Return the rows at unit length: the same array if they have it up to rounding, else a copy."""
     norms = np.concatenate([np.empty(0), *(np.linalg.norm(x[b].astype(np.float64), axis=1) for b in _parts(x))])
     zero = np.flatnonzero(norms == 0)
     if zero.size:
         raise ModeclipError(
-            f"x has {zero.size} rows of zero length of {len(x)}, the first is row {zero[0]}: "
-            "they have no direction; remove them or set spherical=False"
+            f"x: {zero.size} of {len(x)} rows have zero length and so no direction, the first is row {zero[0]}: "
+            "remove them or set spherical=False"
         )
     if (np.abs(norms - 1) <= 2e-7).all():
         return x
@@ -210,12 +215,12 @@ def _start(
 
 
 def _sample(x: Float[np.ndarray, "N D"], num_rows: int, random: np.random.Generator) -> Float[np.ndarray, "n D"]:
-    """Return rows drawn at random, in their order; all of them without a copy."""
+    """Return rows drawn at random, in their order; if all are wanted, ``x`` itself."""
     return x if num_rows >= len(x) else x[np.sort(random.choice(len(x), num_rows, replace=False))]
 
 
 def _sample_sizes(num_rows: int, num_clusters: int, num_iterations: int) -> list[int]:
-    """Return the rows of the samples for the first iterations, each twice the one before after some iterations."""
+    """Return how many rows each of the first iterations samples; the number doubles after every few of them."""
     first = SAMPLE_ROWS_PER_CENTER * num_clusters
     num_sizes = max(0, int(math.log2(max(num_rows / 4 / first, 0.5))) + 1)
     num_sampled = int(SAMPLED_FRACTION * num_iterations) if num_sizes else 0
@@ -232,10 +237,10 @@ def _approach(
     device: str,
     tick: Callable[[], object],
 ) -> Float[np.ndarray, "M D"]:
-    """Bring the centres near their places by iterations that need not be exact, one for each size of a sample.
+    """Bring the centres near their places by iterations that need not be exact, one for each of the sample sizes.
 
-    Now and then centres change places (`_swapped`), which Lloyd never does. With a capacity rows choose at prices
-    (`adjust`) that follow the centres, so that about the capacity chooses each.
+    Every few iterations some centres change places (`_swapped`), which Lloyd's iterations never do. Under a capacity
+    the rows choose at prices, which `adjust` moves so that about as many rows choose a centre as it may have.
     """
     prices = np.zeros(len(centers))
     last_swap = max(SWAP_EVERY, SWAP_FRACTION * len(sizes)) if len(sizes) > SWAP_EVERY + 1 else 0
@@ -265,9 +270,9 @@ def _swapped(
     capacity: float,
     random: np.random.Generator,
 ) -> tuple[Float[np.ndarray, "M D"], Float[np.ndarray, " M"]]:
-    """Move centres that are hardly missed into clusters that gain more by being split in two; these have no price.
+    """Move centres that are missed least into clusters that gain more by being split in two; both halves cost nothing.
 
-    A centre is missed by what its rows pay more for their second choice, and by what its places were worth.
+    What the loss of a centre costs is what its rows pay more at their second choice, and the price of its places.
     """
     first, second, margin = choices
     num_centers = len(centers)
@@ -293,7 +298,7 @@ def _swapped(
 def _halves(
     x: Float[np.ndarray, "N D"], assignment: Int[np.ndarray, " N"], num_clusters: int, random: np.random.Generator
 ) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, "M 2 D"]]:
-    """Split every cluster in two; return what that takes off the sum of squared distances, and the halves' means."""
+    """Split every cluster in two; return by how much each sum of squared distances falls, and the halves' means."""
     import torch
 
     side = random.integers(0, 2, len(x))
@@ -317,9 +322,10 @@ def _means(
     centers: Float[np.ndarray, "M D"],
     spherical: bool = False,
 ) -> Float[np.ndarray, "M D"]:
-    """Return the mean of each cluster, at unit length if spherical; one without rows, or direction, keeps its centre.
+    """Return the mean of each cluster, at unit length if spherical.
 
-    Sums are float32 within a block and float64 across blocks, in row order: as exact as it matters and repeatable.
+    A cluster without rows keeps its centre, and so does a spherical one whose mean has no direction. Sums are float32
+    within a block and float64 across blocks, in the order of the rows: exact enough, and the same every time.
     """
     import torch
 
@@ -343,7 +349,7 @@ def _assign_and_repair(
     capacity: int,
     device: str,
 ) -> tuple[Float[np.ndarray, "M D"], Int[np.ndarray, " N"], float]:
-    """Assign all rows; move each centre that got none to a badly served row and assign again."""
+    """Assign all rows; if some centres got none, move each to a row that is far from its centre, and assign again."""
     for _ in range(MAX_REPAIRS):
         if capacity >= len(x):
             assignment, distance = assign_nearest(x, centers, device=device)
@@ -351,7 +357,7 @@ def _assign_and_repair(
             assignment = assign_balanced(x, centers, capacity, device=device)
             distance = squared_errors(x, centers, assignment)
         empty = np.flatnonzero(np.bincount(assignment, minlength=len(centers)) == 0)
-        rows = _worst_served(x, distance, len(empty))
+        rows = _farthest_rows(x, distance, len(empty))
         if len(rows) == 0:
             break
         centers = centers.copy()
@@ -359,8 +365,8 @@ def _assign_and_repair(
     return centers, assignment, float(distance.mean(dtype=np.float64))
 
 
-def _worst_served(x: Float[np.ndarray, "N D"], distance: Float[np.ndarray, " N"], count: int) -> list[int]:
-    """Return up to ``count`` rows of different value, farthest from their centre first, none that sits on it."""
+def _farthest_rows(x: Float[np.ndarray, "N D"], distance: Float[np.ndarray, " N"], count: int) -> list[int]:
+    """Return up to ``count`` rows, all different, the farthest from its centre first; none that lies on its centre."""
     rows: list[int] = []
     if count == 0:
         return rows

@@ -1,19 +1,19 @@
-"""Clustered captions in; how many of a batch's negatives are false, and how hard the others are, out.
+"""Counts the false negatives in batches of clustered captions, and measures how hard the other negatives are.
 
-CLIP's loss calls every other pair of a batch a negative. A negative is *false* if its caption says what the positive's
-says: here, if the two captions are identical, or the cosine of their embeddings reaches a threshold. Batches of one
-expert are how MoDE trains, so this says before training what clustering does to the batches of a data set.
+CLIP's loss takes every other pair of a batch for a negative. A negative is *false* if its caption says the same as the
+positive's: here, if the two captions are identical, or if the cosine of their embeddings reaches a threshold. MoDE
+trains on batches of one expert, so this tells before training what clustering does to the batches of a data set.
 
 What to expect: captions of one cluster are alike, so batches of one expert usually hold MORE false negatives than
-random batches, and their other negatives are harder, which is what the experts are for. What clustering does take away
-are the false negatives between captions of different experts, which no longer meet: ``apart`` counts them. Identical
-captions have the same embedding, hence the same cluster, and are never taken apart.
+random batches. Their other negatives are harder, which is the purpose of experts. Clustering does remove the false
+negatives between captions of different experts, which no longer meet; ``apart`` counts these. Identical captions have
+the same embedding, hence the same cluster, and are never separated.
 
-Method: batches are drawn without repeats, uniformly from a group of rows, the group with a chance in proportion to its
-rows; each batch gives one value of each quantity, and their mean and standard error are reported. The share of
-identical captions is not estimated but counted, from how often each caption occurs in each group.
+Method: a batch is drawn without repeats from a group of rows, and the group with a chance in proportion to its rows.
+Every batch gives one value of each quantity; their mean and standard error are reported. The share of identical
+captions is not estimated but counted, from how often each caption occurs in each group.
 
-Source: ours; the paper (MoDE, arXiv 2404.16030) argues with false negatives but does not count them.
+Source: ours. The paper (MoDE, arXiv 2404.16030) argues with false negatives but does not count them.
 
 Price: one (B, B) product a batch; a few caption numbers per row in memory.
 """
@@ -32,25 +32,25 @@ from modeclip.errors import ModeclipError
 DEFAULT_THRESHOLD = 0.9
 """Cosine from which two captions count as saying the same.
 
-Looked up in 20,000 captions of real icons under MiniLM: below 0.9 most pairs are different things that share a style
-("tokenizer duotone thin", "refactor duotone thin"); from 0.9 on they differ in an adjective or a number, but opposites
-("thumbs up", "thumbs down") are still among them. So the share is an upper bound, and that of identical captions a
-lower one.
+We looked at 20,000 captions of real icons under MiniLM. Below 0.9 most pairs are different things that share a style
+("tokenizer duotone thin", "refactor duotone thin"). From 0.9 on they differ in an adjective or a number, but opposites
+("thumbs up", "thumbs down") are still among them. So the measured share of false negatives is an upper bound, and the
+share of identical captions is a lower one.
 """
 ROWS_AT_ONCE = 1024
-"""Rows of a batch that are compared with the whole batch at a time."""
+"""Rows of a batch that are compared with the whole batch in one product."""
 Z_95 = 1.96
 """Standard errors on each side of a 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over batches and how sure it is."""
+    """A mean over batches, and how certain it is."""
 
     mean: float
     """Mean of the batches' values."""
     standard_error: float
-    """Standard deviation of the values over the root of their number; 0 for one batch."""
+    """Standard deviation of the values divided by the root of their number; 0 for a single batch."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -58,7 +58,7 @@ class Estimate:
         return self.mean - Z_95 * self.standard_error, self.mean + Z_95 * self.standard_error
 
     def exceeds(self, other: Estimate) -> bool:
-        """Tell whether this is larger by more than 1.96 standard errors of the difference."""
+        """Tell whether this mean is larger by more than 1.96 standard errors of the difference."""
         return self.mean - other.mean > Z_95 * math.hypot(self.standard_error, other.standard_error)
 
 
@@ -69,23 +69,23 @@ class Negatives:
     kind: str
     """``random`` (any rows), ``expert`` (rows of one expert) or ``fine`` (rows of one fine cluster)."""
     mean_batch_size: float
-    """Rows of a batch, smaller than asked where a group has fewer."""
+    """Mean rows of a batch; fewer than asked for where groups are smaller."""
     identical: float
-    """Share of negatives with the positive's very caption, in [0, 1]: counted, not estimated."""
+    """Share of negatives with exactly the positive's caption, in [0, 1]; counted, not estimated."""
     false: Estimate
     """Share of negatives that are identical or near-duplicates, in [0, 1]."""
     false_per_pair: Estimate
-    """Such negatives that a pair meets in its batch."""
+    """How many such negatives a pair meets in its batch."""
     cosine: Estimate
-    """Mean cosine of the other negatives' captions with the positive's: the higher, the harder."""
+    """Mean cosine of the other negatives' captions with the positive's; the higher it is, the harder they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NegativeReport:
-    """Random batches against batches of one expert and of one fine cluster."""
+    """Compares random batches with batches of one expert and of one fine cluster."""
 
     batch_size: int
-    """Rows of a batch, where the group has as many."""
+    """Rows of a batch, if the group has as many."""
     num_batches: int
     """Batches of each kind."""
     threshold: float
@@ -93,15 +93,15 @@ class NegativeReport:
     num_rows: int
     """Rows that the batches were drawn from."""
     kinds: tuple[Negatives, ...]
-    """Random, expert, fine."""
+    """The three kinds: random, expert, fine."""
     num_false: int
-    """Pairs of a positive and a false negative in all random batches together."""
+    """Number of pairs of a positive and a false negative in all random batches together."""
     apart: float
-    """Share of these whose two rows have no expert in common, in [0, 1]: they cannot meet in an expert's batch."""
+    """Share of these pairs whose rows have no expert in common, in [0, 1]: they cannot meet in an expert's batch."""
 
     @property
     def verdict(self) -> str:
-        """What was measured, in one sentence."""
+        """The result in one sentence."""
         random, expert = self.kinds[:2]
         if expert.false.exceeds(random.false):
             more = f"{expert.false.mean / random.false.mean:.1f} times as many" if random.false.mean else "more"
@@ -143,20 +143,20 @@ def measure_negatives(
     threshold: float = DEFAULT_THRESHOLD,
     seed: int = 0,
 ) -> NegativeReport:
-    """Count false negatives in random batches, batches of one expert, and batches of one fine cluster.
+    """Count the false negatives in random batches, in batches of one expert, and in batches of one fine cluster.
 
     Args:
-        read: Returns the embeddings (B, D) of some of the N rows, given by position.
-        caption_ids: A number per row, equal for equal captions.
+        read: Returns the embeddings (B, D) of those of the N rows whose positions it is given.
+        caption_ids: A number for each row, the same for equal captions.
         fine: Fine cluster of each row.
         experts: Experts of each row.
-        batch_size: Pairs a batch, 2 or more.
+        batch_size: Pairs of a batch, 2 or more.
         num_batches: Batches of each kind, 1 or more.
-        threshold: Cosine from which captions count as near-duplicates, in (0, 1].
+        threshold: Cosine from which captions count as saying the same, in (0, 1].
         seed: Decides the batches.
 
     Raises:
-        ModeclipError: A number is out of its range, or there are fewer than two rows.
+        ModeclipError: An argument is out of its range, or there are fewer than two rows.
     """
     if batch_size < 2 or num_batches < 1 or not 0 < threshold <= 1:
         raise ModeclipError(
@@ -211,14 +211,14 @@ def measure_negatives(
 
 
 def identical_share(caption_ids: Int[np.ndarray, " N"], groups: Sequence[Int[np.ndarray, " _"]]) -> float:
-    """Return the chance that a pair and a negative of its batch have the same caption, exactly.
+    """Return the exact chance that a pair and a negative of its batch have the same caption.
 
     Args:
-        caption_ids: A number per row, equal for equal captions.
-        groups: Rows that batches are drawn from, two or more each; a group with a chance in proportion to its rows.
+        caption_ids: A number for each row, the same for equal captions.
+        groups: Groups of two rows or more that batches are drawn from, each with a chance in proportion to its rows.
 
     Examples:
-        Two rows of three are alike, so one of three pairs is:
+        Two of three rows are equal, which makes one of the three pairs of rows:
 
         >>> round(identical_share(np.array([7, 7, 9]), [np.arange(3)]), 4)
         0.3333
@@ -234,7 +234,7 @@ def identical_share(caption_ids: Int[np.ndarray, " N"], groups: Sequence[Int[np.
 def _false_pairs(
     x: np.ndarray, caption_ids: Int[np.ndarray, " B"], threshold: float
 ) -> tuple[Int[np.ndarray, " F"], Int[np.ndarray, " F"], float]:
-    """Return the ordered pairs of a batch that are false negatives, and the mean cosine of the others (NaN if none)."""
+    """Return a batch's ordered pairs that are false negatives, and the mean cosine of the others (NaN if none)."""
     x = np.asarray(x, np.float32)
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     found, total, count = [], 0.0, 0

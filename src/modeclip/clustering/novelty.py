@@ -1,20 +1,20 @@
-"""Distances of captions to their fine centre in; quantiles per fine cluster, and how novel a new caption is, out.
+"""Tells how novel a caption is to a clustering, by how far it lies from its fine centre.
 
-A new caption's novelty is the share of the captions of its cluster that lie nearer to the centre than it does: 0 at the
-centre, 1 beyond all that were seen. So 1 % of new captions from the same source lie beyond the quantile 0.99, whatever
-the cluster's width. Two corrections make that hold for small clusters:
+A caption's novelty is the share of the captions of its cluster that lie nearer to the centre than it does: 0 at the
+centre, 1 beyond all captions that were seen. So 1 % of new captions from the same source lie beyond the quantile 0.99,
+however wide the cluster is. Two corrections make this hold for small clusters:
 
-- A caption that the centre was fitted on pulled it towards itself. In a cluster of n, whose centre is its mean, the
-  mean of the others lies n / (n - 1) times as far away; that distance is what is compared with.
-- A cluster of n captions knows nothing of its tail beyond 1 - 1/n. From its highest quantile that it does know, its
-  tail goes on as that of all clusters together does, in multiples of theirs at that level.
+- The centre was fitted on the captions, and each of them pulled it towards itself. In a cluster of n whose centre is
+  its mean, the mean of the other captions lies n / (n - 1) times as far away. That larger distance is used.
+- A cluster of n captions knows nothing of its tail beyond 1 - 1/n. Beyond the highest quantile that it does know, its
+  tail continues like that of all clusters together, scaled to its own distance at that level.
 
-Clusters of about ten captions say little of what is far: more than that are wanted for each. Rejected: the median as
-the one scale, which keeps the share of novel pairs at chance throughout, but lets a wide cluster have the long tail of
-tight ones, so that nothing is novel there.
+A cluster of only ten captions or so tells little about what is far; have more. Rejected: the median as the only scale
+of a cluster. It keeps the share of novel pairs at chance, but gives wide clusters the long tail of tight ones, so that
+nothing is novel there.
 
 Source: ours; MoDE names continual learning as future work.
-Price: two numbers of each of at most two million rows are read; eight numbers a fine cluster are kept.
+Price: two numbers of each of at most two million rows are read; eight numbers of each fine cluster are kept.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
-"""Quantiles that are kept of each fine cluster, the median among them, what is typical of an empty one."""
+"""Quantiles that are kept of each fine cluster. The median must be one: an empty cluster gets the typical one."""
 SAMPLED_ROWS = 2_000_000
-"""Most rows that they are computed of: 2,000 a cluster for 1024 of them, so two lie beyond the last quantile."""
+"""Most rows that quantiles are computed from: 2,000 for each of 1024 clusters, so that two lie beyond the last one."""
 ROWS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FineQuantiles:
-    """How far from the centre the captions of each fine cluster lie."""
+    """Knows how far from the centre the captions of each fine cluster lie."""
 
     levels: tuple[float, ...]
     """Shares of the captions, ascending, in (0, 1)."""
     distances: Float[np.ndarray, "M Q"]
-    """Distance to the centre within which that share of a cluster's captions lies, float32, ascending in a row."""
+    """Distance to the centre within which that share of a cluster's captions lies, float32; every row ascends."""
 
     @property
     def digest(self) -> str:
@@ -50,10 +50,10 @@ class FineQuantiles:
         return sha256(repr(self.levels).encode() + np.ascontiguousarray(self.distances).tobytes()).hexdigest()[:16]
 
     def threshold(self, level: float) -> Float[np.ndarray, " M"]:
-        """Return the distance within which a share of each cluster's captions lies, linear between those kept.
+        """Return the distance within which a share of each cluster's captions lies, interpolated between the quantiles.
 
         Raises:
-            ModeclipError: The level is not between the first and the last that were kept.
+            ModeclipError: The share is not between the first and the last level.
         """
         if not self.levels[0] <= level <= self.levels[-1]:
             raise ModeclipError(
@@ -69,11 +69,11 @@ class FineQuantiles:
     def novelty(
         self, fine: Int[np.ndarray, " n"], distance: Float[np.ndarray, " n"]
     ) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """Return the share of each caption's cluster that lies nearer, and whether it lies beyond all levels.
+        """Return which share of its cluster lies nearer than each caption, and whether it lies beyond all levels.
 
         Args:
             fine: Fine cluster of each caption.
-            distance: Its Euclidean distance to that centre.
+            distance: Euclidean distance of each caption to that centre.
 
         Examples:
             >>> known = FineQuantiles(levels=(0.5, 0.9), distances=np.array([[0.4, 0.8]], np.float32))
@@ -92,9 +92,11 @@ class FineQuantiles:
         return np.where(beyond, 1, np.where(after == 0, 0, share)).astype(np.float32), beyond
 
     def extended(self, others: FineQuantiles) -> FineQuantiles:
-        """Return these clusters followed by others of the same levels."""
+        """Return the quantiles of these clusters followed by those of others, which have the same levels."""
         if others.levels != self.levels:
-            raise ModeclipError(f"quantiles of other levels: expected {self.levels}, got {others.levels}")
+            raise ModeclipError(
+                f"quantiles: expected the levels {self.levels}, got {others.levels}; compute both the same way"
+            )
         return FineQuantiles(levels=self.levels, distances=np.concatenate([self.distances, others.distances]))
 
 
@@ -105,9 +107,9 @@ def fit_quantiles(
 
     Args:
         fine: Fine cluster of each caption.
-        distance: Its Euclidean distance to that centre.
-        num_fine: Fine clusters; one without two captions gets what is typical of the others.
-        levels: Shares, ascending, 0.5 among them.
+        distance: Euclidean distance of each caption to that centre.
+        num_fine: Number of fine clusters; one with fewer than two captions gets what is typical of the others.
+        levels: Shares, ascending; 0.5 is one of them.
 
     Examples:
         >>> distance = np.linspace(0.0, 1.0, 1001, dtype=np.float32)
@@ -122,7 +124,7 @@ def fit_quantiles(
     known = (sizes[:, None] * (1 - np.array(levels)) >= 1 - 1e-9) & (sizes[:, None] > 1)
     middle = levels.index(0.5)
     typical = float(np.median(own[known[:, middle], middle])) if known[:, middle].any() else 0.0
-    highest = np.where(known, np.arange(len(levels)), -1).max(1)  # level that a cluster itself knows
+    highest = np.where(known, np.arange(len(levels)), -1).max(1)  # position of the highest level that a cluster knows
     distances = np.where(known, own, 0.0)
     for base in np.unique(highest):
         level, clusters = max(int(base), middle), highest == base
@@ -138,16 +140,16 @@ def _tail(
     fine: Int[np.ndarray, " N"],
     levels: tuple[float, ...],
 ) -> Float[np.ndarray, " Q"]:
-    """Return the quantiles of all distances in multiples of their cluster's scale, where that is not 0."""
+    """Return the quantiles of all distances as multiples of their cluster's scale, without clusters of scale 0."""
     rows = scale[fine] > 0
     return np.quantile(distance[rows] / scale[fine[rows]], levels) if rows.any() else np.ones(len(levels))
 
 
 def fitted_quantiles(catalog: Catalog, num_fine: int) -> FineQuantiles:
-    """Compute the quantiles of a clustered catalog, of every n-th row where it has very many.
+    """Compute the quantiles from a clustered catalog, from every n-th row if it has more than ``SAMPLED_ROWS``.
 
     Raises:
-        ModeclipError: The catalog is not clustered.
+        ModeclipError: The catalog is not clustered, or has more than ``num_fine`` fine clusters.
     """
     step = -(-len(catalog) // SAMPLED_ROWS)
     fine, distance, start = [], [], 0
@@ -159,7 +161,7 @@ def fitted_quantiles(catalog: Catalog, num_fine: int) -> FineQuantiles:
     found = np.concatenate([np.empty(0, np.int32), *fine])
     if len(found) and int(found.max()) >= num_fine:
         raise ModeclipError(
-            f"catalog {catalog.path!r} has fine cluster {int(found.max())}, expected {num_fine} of them: it is"
-            " clustered otherwise than the bundle; give the catalog that the bundle was made from"
+            f"catalog {catalog.path!r} has a fine cluster {int(found.max())}, expected 0 to {num_fine - 1}: it belongs to"
+            " another clustering; give the catalog that the bundle was made from"
         )
     return fit_quantiles(found, np.concatenate([np.empty(0, np.float32), *distance]), num_fine)
