@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
-from modeclip.data.checks import CheckConfig, CheckResult, check
-from modeclip.data.findings import (
+from modeclip.data.checks import (
     CHANGED,
     DUPLICATE_CAPTIONS,
     DUPLICATE_IMAGES,
@@ -35,7 +34,10 @@ from modeclip.data.findings import (
     NOT_UNIT,
     SHORT_CAPTION,
     UNPRINTABLE,
+    CheckConfig,
+    CheckResult,
     HistogramCounter,
+    check,
     count_repeats,
 )
 from modeclip.data.indexing import index
@@ -183,7 +185,7 @@ def test_captions_are_judged_one_by_one(tmp_path: Path, icons):
     stored = catalog.read(["caption"])["caption"].tolist()
     assert [text.strip() for text in captions] == stored
     expected = Counter(what for found in captions.values() for what in found)
-    assert counts(check(catalog)) == expected
+    assert counts(check(catalog, tokenize=tokenizer())) == expected
 
 
 def num_tokens(text: str) -> int:
@@ -205,9 +207,23 @@ def test_captions_that_are_cut_are_those_with_too_many_tokens(tmp_path: Path, ic
     captions = [" ".join(draw.choice(words, draw.integers(1, 12))) for _ in range(60)]
     catalog = catalog_of(write_pairs(tmp_path / "data", icons, captions))
     expected = sum(num_tokens(caption) > context_length for caption in captions)
-    found = counts(check(catalog, CheckConfig(context_length=context_length, decode_samples=0)))
+    config = CheckConfig(context_length=context_length, decode_samples=0)
+    found = counts(check(catalog, config, tokenize=tokenizer()))
     assert 0 < expected < 60
     assert found[LONG_CAPTION] == expected
+    assert LONG_CAPTION not in counts(check(catalog, config))
+
+
+def test_the_tokenizer_is_asked_only_about_captions_that_may_be_too_long(tmp_path: Path, icons):
+    asked: list[str] = []
+
+    def tokenize(texts: list[str], *, context_length: int) -> torch.Tensor:
+        asked.extend(texts)
+        return tokenizer()(texts, context_length=context_length)
+
+    catalog = catalog_of(write_pairs(tmp_path / "data", icons, ["short", "a caption that is much longer"]))
+    check(catalog, CheckConfig(context_length=20), tokenize=tokenize)
+    assert asked == ["", "a caption that is much longer"]
 
 
 def test_repeats_are_named_with_their_counts(tmp_path: Path, icons):

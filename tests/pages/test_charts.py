@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeclip.data.findings import HistogramCounter
+from modeclip.data.checks import HistogramCounter
 from modeclip.pages.charts import (
     Axis,
     choose_labels,

@@ -5,9 +5,11 @@ Each adds what it computes to the catalog as columns, and computes only what is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, PositionalRequiredArgs, arg
 
@@ -59,7 +61,7 @@ def check(
     from modeclip.pages.check_page import write_check
 
     opened = Catalog.open(catalog)
-    result = run_check(opened, config)
+    result = run_check(opened, config, tokenize=lambda *texts, **options: _tokenizer()(*texts, **options))
     pages = write_check(opened, result, out, config.seed) if out else ()
     if as_json:
         print_json(result.to_json())
@@ -69,11 +71,19 @@ def check(
         if result.findings:
             print_table(title, columns, [list(row) for row in result.rows()])
         else:
-            print(f"{title}: nothing to complain of")
+            print(f"{title}: no problems found")
         for page in pages:
             print(page)
     if result.has_errors:
         raise SystemExit(1)
+
+
+@cache
+def _tokenizer() -> Callable[..., Any]:
+    """Return CLIP's tokenizer, which nearly every open_clip model uses."""
+    from modeclip.models.clip import load_clip
+
+    return load_clip("modeclip-icon").tokenizer  # type: ignore[no-any-return]
 
 
 def uids(

@@ -1,54 +1,36 @@
-"""A catalog goes in; what is wrong with its pairs comes out: counts, histograms, findings with what to do about them.
+"""The data check: what a catalog holds, and what is wrong with its pairs.
 
-Method: every row's text, file and size is looked at; images are decoded for a random sample of stated size, or all of
-them. A finding has a severity: an error makes training fail or learn nonsense, a warning costs quality, a note is to be
-known. Repeats are found by 64-bit hashes: the chance that a billion texts are counted one short is 3 % (n² / 2^65).
+Every row's text, file and size is looked at. Images are decoded for a random sample of a given size, or all of them.
+What is found is counted as a `Finding` with its first example and what to do. Its severity says how bad it is: an error
+makes training fail or learn nonsense, a warning costs quality, a note is something to know.
 
-Price: one pass over each small column. Memory: the hashes of one column at a time, 8 bytes a row and a quarter of that
-while they are sorted; all else is one batch. Only captions that may be too long are tokenised (10,000 a second), only
-captions that are not plain ASCII are searched for broken encodings.
+Repeats are found by 64-bit hashes: the chance that a billion texts are counted one short is 3 % (n² / 2^65). Only
+captions that may be too long are tokenised (10,000 a second), and only captions with other characters than ASCII are
+searched for broken encodings.
+
+Price: one pass over each small column. Memory: the hashes of one column at a time, 8 bytes a row, and a quarter more
+while they are sorted; everything else is one block of rows.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Bool, Int
 
 from modeclip.data.catalog import Catalog
-from modeclip.data.findings import (
-    CHANGED,
-    DUPLICATE_CAPTIONS,
-    DUPLICATE_IMAGES,
-    DUPLICATE_KEYS,
-    EMPTY_CAPTION,
-    ERROR,
-    FREQUENT_CAPTION,
-    LONG_CAPTION,
-    MOJIBAKE,
-    NOT_FINITE,
-    NOT_UNIT,
-    SHORT_CAPTION,
-    TOP,
-    UNPRINTABLE,
-    Batch,
-    Finding,
-    Findings,
-    Histogram,
-    HistogramCounter,
-    Repeats,
-    count_repeats,
-    format_share,
-)
 from modeclip.data.images import examine_all, strict_pillow
-from modeclip.data.samples import EMPTY, MISSING, SHORT_FILE
+from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE
 from modeclip.errors import ModeclipError
 from modeclip.system.console import progress
 from modeclip.system.paths import file_size
@@ -57,33 +39,112 @@ Json = dict[str, Any]
 
 MAX_FILES_LISTED = 10_000
 FREQUENT_SHARE = 0.01
-UNIT_TOLERANCE = 0.01  # float16 rounds to 0.0005
+"""A caption with a larger share of the pairs than this is reported."""
+UNIT_TOLERANCE = 0.01
+"""Largest distance of a unit vector's length from 1; rounding to float16 is responsible for 0.0005."""
+TOP = 10
+"""Most frequent values that are named."""
+PARTS = 16
+"""Parts in which equal values are counted, which bounds the memory."""
 
 _UNPRINTABLE = r"[\x{0}-\x{8}\x{b}\x{c}\x{e}-\x{1f}\x{7f}-\x{9f}\x{fffd}\p{Co}]"
 _HALF_OCTAVES = tuple(sorted({float(round(2 ** (k / 2))) for k in range(29)}))
 _ASPECTS = tuple(round(2 ** (k / 4 - 1 / 8), 4) for k in range(-12, 14))
 
+ERROR, WARNING, NOTE = "error", "warning", "note"
+CHANGED = "image has another size than when it was indexed"
+DUPLICATE_KEYS = "key occurs more than once"
+DUPLICATE_CAPTIONS = "caption occurs more than once"
+FREQUENT_CAPTION = "one caption is that of more than 1 % of the pairs"
+DUPLICATE_IMAGES = "image occurs more than once"
+EMPTY_CAPTION = "caption is empty"
+SHORT_CAPTION = "caption is very short"
+LONG_CAPTION = "caption is cut by the tokenizer"
+UNPRINTABLE = "caption has unprintable characters"
+MOJIBAKE = "caption was decoded wrongly (mojibake)"
+NOT_FINITE = "caption embedding is not finite"
+NOT_UNIT = "caption embedding does not have length 1"
+
+KINDS = {
+    MISSING: (ERROR, "restore the file, or index again"),
+    SHORT_FILE: (ERROR, "restore the whole file, or index again"),
+    EMPTY: (ERROR, "restore the image, or index again"),
+    UNREADABLE: (ERROR, "check the permissions and the disk"),
+    UNDECODABLE: (ERROR, "restore the image, or index again, which leaves it out"),
+    BOMB: (ERROR, "index again, which leaves it out, or make the image smaller"),
+    CHANGED: (ERROR, "the file was overwritten: index again"),
+    NOT_FINITE: (ERROR, "embed again"),
+    NOT_UNIT: (ERROR, "embed again with unit vectors"),
+    DUPLICATE_KEYS: (WARNING, "give each pair its own key: id lists cannot tell these apart"),
+    FREQUENT_CAPTION: (WARNING, "balance or filter: equal captions are false negatives of each other"),
+    EMPTY_CAPTION: (WARNING, "index again: pairs without a caption are left out"),
+    LONG_CAPTION: (WARNING, "put what matters first, or choose a model with a longer context"),
+    MOJIBAKE: (WARNING, "repair the encoding at the source, for example with ftfy.fix_text"),
+    UNPRINTABLE: (WARNING, "clean the captions at the source"),
+    DUPLICATE_IMAGES: (NOTE, "remove repeats unless they are meant as several captions of one image"),
+    DUPLICATE_CAPTIONS: (NOTE, "equal captions are false negatives in a batch: mask them, or balance the captions"),
+    SHORT_CAPTION: (NOTE, "check whether such captions say anything"),
+}
+"""Severity of each kind of finding and what to do about it, the gravest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is wrong with pairs of a catalog, or that is worth knowing."""
+
+    severity: str
+    """``error``, ``warning`` or ``note``."""
+    what: str
+    """What was found."""
+    count: int
+    """Pairs that have it."""
+    looked_at: int
+    """Pairs that were searched for it."""
+    first: str
+    """The first example."""
+    advice: str
+    """What to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many values lie in each bin."""
+
+    edges: tuple[float, ...]
+    """Lower edge of each bin; the last bin has no upper edge."""
+    counts: tuple[int, ...]
+    """Values in each bin; those below the first edge are in the first bin."""
+
+
+def format_share(count: int, total: int) -> str:
+    """Write a share in percent; it is never 0 if something was counted.
+
+    Examples:
+        >>> format_share(1, 3), format_share(1, 10**6), format_share(0, 5)
+        ('33.3 %', '<0.1 %', '0.0 %')
+    """
+    percent = 100 * count / max(total, 1)
+    return "<0.1 %" if 0 < percent < 0.05 else f"{percent:.1f} %"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """What is looked at, and how closely."""
+    """What a check looks at, and how closely."""
 
     decode_samples: int = 10_000
-    """Images that are decoded, drawn at random; 0 decodes none."""
+    """Images to decode, drawn at random; 0 decodes none."""
     decode_all: bool = False
     """Decode every image."""
     duplicate_images: bool = False
-    """Look for equal images by reading and decoding all, and not by the hashes of indexing."""
-    model: str = "modeclip-icon"
-    """Model whose tokenizer counts; the default's is CLIP's, that of nearly every open_clip model."""
+    """Find equal images by reading and decoding all of them, not by the hashes made when indexing."""
     context_length: int = 77
-    """Tokens that a model reads of a caption, start and end included; 77 is CLIP's."""
+    """Tokens of a caption that a model reads, start and end included; CLIP reads 77. Longer captions are cut."""
     short_characters: int = 3
-    """A caption of fewer characters is very short."""
+    """A caption with fewer characters than this counts as very short."""
     threads: int = 4
     """Threads that read and decode images."""
     seed: int = 0
-    """Of the draw of images."""
+    """Decides which images and pairs are drawn."""
 
     def __post_init__(self) -> None:
         for name, least in (("decode_samples", 0), ("context_length", 3), ("short_characters", 0), ("threads", 1)):
@@ -101,27 +162,27 @@ class CheckResult:
     num_captions: int
     """Distinct captions."""
     num_groups: int
-    """Distinct groups: shards, folders, icon sets."""
+    """Distinct groups, such as shards, folders or icon sets."""
     num_files: int
     """Distinct files that rows refer to."""
     num_decoded: int
-    """Images that were decoded."""
+    """Images that were decoded, or failed to."""
     findings: tuple[Finding, ...]
     """The gravest first."""
     frequent_captions: tuple[tuple[str, int], ...]
-    """The captions that occur most often, with their counts; none that occurs once."""
+    """The most frequent captions with their counts; captions that occur once are left out."""
     frequent_groups: tuple[tuple[str, int], ...]
-    """The largest groups."""
+    """The largest groups with their counts."""
     damaged_files: tuple[tuple[str, str, int], ...]
-    """Files that are gone or too short: (path, cause, pairs), those with most pairs first, at most 10,000."""
+    """At most 10,000 files that are missing or too short, as (path, cause, pairs), those with most pairs first."""
     caption_lengths: Histogram
-    """Characters of a caption."""
+    """Characters per caption."""
     shorter_sides: Histogram
-    """Shorter side of an image in pixels, as indexed."""
+    """Shorter side of each image in pixels, as indexed."""
     aspects: Histogram
     """Width divided by height."""
     sizes: tuple[tuple[float, float, int], ...]
-    """Images by width and height: (lower edge of width, lower edge of height, count), bins of ``shorter_sides``."""
+    """Images by size, as (lower edge of width, lower edge of height, count) in the bins of ``shorter_sides``."""
     seconds: float
 
     @property
@@ -130,24 +191,27 @@ class CheckResult:
         return any(finding.severity == ERROR for finding in self.findings)
 
     def to_json(self) -> Json:
-        """Return everything as plain values that ``json`` writes."""
+        """Return everything as plain values for ``json``."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return a row of text for each finding: what, severity, pairs, share, first example, what to do."""
+        """Return a row of a table for each finding: what, severity, pairs, share, first example, what to do."""
         return [
             (f.what, f.severity, f"{f.count:,}", format_share(f.count, f.looked_at), f.first, f.advice)
             for f in self.findings
         ]
 
 
-def check(catalog: Catalog, config: CheckConfig | None = None) -> CheckResult:
-    """Look at all pairs of a catalog and say what is wrong with them.
+def check(
+    catalog: Catalog, config: CheckConfig | None = None, *, tokenize: Callable[..., Any] | None = None
+) -> CheckResult:
+    """Find out what a catalog holds and what is wrong with its pairs. The catalog stays as it is.
 
-    Nothing is changed. What is found does not raise: it is in the result.
-
-    Raises:
-        ModeclipError: The tokenizer's model is unknown.
+    Args:
+        catalog: The catalog.
+        config: What to look at.
+        tokenize: A tokenizer as open_clip makes it: called with texts and ``context_length=n`` it returns token ids of
+            shape (texts, n). It is called only if a caption may be too long. Without it no caption is found too long.
     """
     config, started = config or CheckConfig(), time.monotonic()
     found = Findings()
@@ -156,7 +220,7 @@ def check(catalog: Catalog, config: CheckConfig | None = None) -> CheckResult:
     captions = _count_values(catalog, "caption")
     _report_repeats(found, catalog, "caption", captions, DUPLICATE_CAPTIONS)
     groups = _count_values(catalog, "group")
-    lengths = _look_at_captions(catalog, config, found)
+    lengths = _look_at_captions(catalog, config, found, tokenize)
     images = _look_at_files(catalog, config, found)
     first = catalog.read(["digest"], np.zeros(min(1, len(catalog)), np.int64)) if "digest" in catalog.columns else {}
     has_digests = any(digest is not None for digest in first.get("digest", ()))
@@ -217,11 +281,13 @@ def _report_repeats(found: Findings, catalog: Catalog, column: str, repeats: Rep
 # ---------------------------------------------------------------- captions
 
 
-def _look_at_captions(catalog: Catalog, config: CheckConfig, found: Findings) -> Histogram:
+def _look_at_captions(
+    catalog: Catalog, config: CheckConfig, found: Findings, tokenize: Callable[..., Any] | None
+) -> Histogram:
     """Count captions that are empty, short, too long or damaged; return the histogram of their lengths."""
     from ftfy.badness import is_bad
 
-    is_cut, total, start = _Truncation(config), len(catalog), 0
+    total, start = len(catalog), 0
     lengths = HistogramCounter((0.0, *_HALF_OCTAVES))
     with progress("check captions' text", total, "pairs") as advance:
         for block in catalog.batches(["key", "caption"]):
@@ -233,16 +299,20 @@ def _look_at_captions(catalog: Catalog, config: CheckConfig, found: Findings) ->
             foreign = num_bytes > characters
             broken = np.zeros(len(values), bool)
             broken[foreign] = [is_bad(text) for text in values[foreign]]
+            cut = np.zeros(len(values), bool)
+            maybe = np.flatnonzero(_may_be_cut(num_bytes, foreign, config.context_length))
+            if tokenize is not None and len(maybe):
+                cut[maybe] = _are_cut(texts.take(pa.array(maybe)).to_pylist(), config.context_length, tokenize)
             unprintable = pc.match_substring_regex(texts, _UNPRINTABLE).to_numpy(zero_copy_only=False)
             lengths.add(characters)
             for what, mask in (
                 (EMPTY_CAPTION, stripped == 0),
                 (SHORT_CAPTION, (stripped > 0) & (stripped < config.short_characters)),
-                (LONG_CAPTION, is_cut(texts, num_bytes, foreign)),
+                (LONG_CAPTION, cut),
                 (UNPRINTABLE, unprintable & ~broken),
                 (MOJIBAKE, broken),
             ):
-                found.add_rows(what, mask, total, Batch(start, block["key"]), partial(_quote, values))
+                found.add_rows(what, mask, total, CheckedBlock(start, block["key"]), partial(_quote, values))
             start += len(values)
             advance(len(values))
     return lengths.finish()
@@ -253,42 +323,29 @@ def _quote(captions: np.ndarray, row: int) -> str:
     return repr(caption if len(caption) <= 80 else caption[:77] + "...")
 
 
-class _Truncation:
-    """Tells which captions have more tokens than a model reads.
+def _may_be_cut(
+    num_bytes: Int[np.ndarray, " n"], foreign: Bool[np.ndarray, " n"], context_length: int
+) -> Bool[np.ndarray, " n"]:
+    """Return which captions may have too many tokens, judged by their bytes.
 
-    A token of CLIP's covers at least one byte, and cleaning makes an ASCII text no longer; other texts grow at most
-    fivefold (NFC and lower case). So captions with fewer bytes need no tokenizer; for the rest the tokenizer is asked
-    for one position more than the model has, and whether it is filled.
+    A token of CLIP covers at least one byte. Cleaning makes ASCII text no longer, and other text at most five times as
+    long (NFC and lower case).
     """
+    room = context_length - 4  # start, end, and two more that other tokenizers add
+    return num_bytes * np.where(foreign, 5, 1) > room
 
-    def __init__(self, config: CheckConfig) -> None:
-        self._config = config
-        self._tokenizer: Any = None
-        self._padding = 0
 
-    def __call__(self, texts: pa.Array, num_bytes: np.ndarray, foreign: np.ndarray) -> np.ndarray:
-        cut = np.zeros(len(texts), bool)
-        room = self._config.context_length - 4  # start, end, and two that other tokenizers add
-        maybe = np.flatnonzero(num_bytes * np.where(foreign, 5, 1) > room)
-        if len(maybe):
-            cut[maybe] = self._last_tokens(texts.take(pa.array(maybe)).to_pylist()) != self._padding
-        return cut
-
-    def _last_tokens(self, texts: list[str]) -> np.ndarray:
-        length = self._config.context_length + 1
-        if self._tokenizer is None:
-            from modeclip.models.clip import load_clip
-
-            self._tokenizer = load_clip(self._config.model).tokenizer
-            self._padding = int(self._tokenizer([""], context_length=length)[0, -1])
-        return np.asarray(self._tokenizer(texts, context_length=length)[:, -1])
+def _are_cut(captions: list[str], context_length: int, tokenize: Callable[..., Any]) -> Bool[np.ndarray, " n"]:
+    """Return which captions fill one more position than a model has, where the empty text has padding."""
+    last_tokens = np.asarray(tokenize(["", *captions], context_length=context_length + 1)[:, -1])
+    return np.asarray(last_tokens[1:] != last_tokens[0])
 
 
 # ---------------------------------------------------------------- files and sizes
 
 
 def _look_at_files(catalog: Catalog, config: CheckConfig, found: Findings) -> Json:
-    """Find rows whose file is gone or too short; return what is known of files and of sizes."""
+    """Find rows whose file is missing or too short; return what is known of files and of sizes."""
     total, start = len(catalog), 0
     sides, aspects = HistogramCounter(_HALF_OCTAVES), HistogramCounter(_ASPECTS)
     sizes, damaged = Counter[int](), Counter[tuple[str, str]]()
@@ -307,7 +364,7 @@ def _look_at_files(catalog: Catalog, config: CheckConfig, found: Findings) -> Js
             empty = ~missing & ((block["size"] == 0) | (referenced & (block["size"] < 0) & (actual == 0)))
             short = referenced & ~missing & ~empty & (actual < wanted)
             for what, mask in ((MISSING, missing), (SHORT_FILE, short), (EMPTY, empty)):
-                found.add_rows(what, mask, total, Batch(start, block["key"]), partial(_place, block["path"]))
+                found.add_rows(what, mask, total, CheckedBlock(start, block["key"]), partial(_place, block["path"]))
                 if what != EMPTY and mask.any():
                     for name, count in zip(*np.unique(code[mask], return_counts=True), strict=True):
                         if (names[name], what) in damaged or len(damaged) < MAX_FILES_LISTED:
@@ -339,7 +396,7 @@ def _place(paths: np.ndarray, row: int) -> str:
 
 
 def _size_of(path: str) -> int:
-    """Return the size of a file or object in bytes, -1 if it is not there."""
+    """Return the size of a file or object in bytes, or -1 if it does not exist."""
     try:
         return file_size(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -350,7 +407,7 @@ def _size_of(path: str) -> int:
 
 
 def _decode_images(catalog: Catalog, config: CheckConfig, found: Findings, find_repeats: bool) -> int:
-    """Decode a sample of the images, or all; return how many were decoded or failed."""
+    """Decode a sample of the images, or all; return how many that were."""
     decode_all = config.decode_all or find_repeats
     total = len(catalog) if decode_all else min(config.decode_samples, len(catalog))
     if not total:
@@ -397,10 +454,124 @@ def _look_at_embeddings(catalog: Catalog, found: Findings) -> None:
             finite = np.isfinite(norms)
             odd = finite & (np.abs(np.where(finite, norms, 1) - 1) > UNIT_TOLERANCE)
             for what, mask in ((NOT_FINITE, ~finite), (NOT_UNIT, odd)):
-                found.add_rows(what, mask, total, Batch(start, block["key"]), partial(_length, norms))
+                found.add_rows(what, mask, total, CheckedBlock(start, block["key"]), partial(_length, norms))
             start += len(norms)
             advance(len(norms))
 
 
 def _length(norms: np.ndarray, row: int) -> str:
     return f"length {norms[row]:.3g}"
+
+
+# ---------------------------------------------------------------- counting
+
+
+class CheckedBlock(NamedTuple):
+    """Consecutive rows of a catalog that are checked together."""
+
+    start: int
+    """Position of the first row in the catalog."""
+    keys: Sequence[str] | np.ndarray
+    """Key of each row."""
+
+
+class Findings:
+    """Counts by kind of finding, with the first example of each."""
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+        self._looked_at: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+
+    def add(self, what: str, count: int, looked_at: int, first: str) -> None:
+        """Count pairs.
+
+        Args:
+            what: A kind of finding, one of ``KINDS``.
+            count: Pairs that have it.
+            looked_at: Pairs that are searched for it in all.
+            first: An example. That of the first call is kept.
+        """
+        if count:
+            self._count[what] += count
+            self._looked_at[what] = looked_at
+            self._first.setdefault(what, " ".join(first.split()))
+
+    def add_rows(
+        self,
+        what: str,
+        mask: Bool[np.ndarray, " n"],
+        looked_at: int,
+        block: CheckedBlock,
+        describe: Callable[[int], str],
+    ) -> None:
+        """Count the pairs of a block that a mask marks; ``describe`` says more about one of them."""
+        if mask.any():
+            row = int(np.argmax(mask))
+            first = f"row {block.start + row:,}, key {block.keys[row]!r}: {describe(row)}"
+            self.add(what, int(mask.sum()), looked_at, first)
+
+    def sorted(self) -> tuple[Finding, ...]:
+        """Return the findings in the order of ``KINDS``."""
+        return tuple(
+            Finding(
+                severity=severity,
+                what=what,
+                count=self._count[what],
+                looked_at=self._looked_at[what],
+                first=self._first[what],
+                advice=advice,
+            )
+            for what, (severity, advice) in KINDS.items()
+            if self._count[what]
+        )
+
+
+class Repeats(NamedTuple):
+    """How often values occur."""
+
+    num_distinct: int
+    """Distinct values."""
+    num_repeated: int
+    """Rows that share their value with another row."""
+    top: list[tuple[int, int]]
+    """(count, first row) of the most frequent values; among equals the earlier row comes first."""
+
+
+def count_repeats(hashes: Int[np.ndarray, " N"]) -> Repeats:
+    """Count equal values, one of ``PARTS`` parts at a time: values whose hashes end alike."""
+    ends = hashes.view(np.uint8)[:: hashes.itemsize]  # the low byte on a little-endian machine, some byte on another
+    num_distinct, num_repeated, top = 0, 0, list[tuple[int, int]]()
+    for part in range(PARTS):
+        rows = np.flatnonzero(ends % PARTS == part)
+        values = hashes[rows]
+        order = np.argsort(values, kind="stable")  # so that a value's first row leads its run
+        values = values[order]
+        starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])[: len(values)])
+        counts = np.diff(starts, append=len(values))
+        first = rows[order[starts]]
+        num_distinct += len(starts)
+        num_repeated += int(counts[counts > 1].sum())
+        best = np.lexsort((first, -counts))[:TOP]
+        top += zip(counts[best].tolist(), first[best].tolist(), strict=True)
+    return Repeats(num_distinct, num_repeated, heapq.nsmallest(TOP, top, key=lambda pair: (-pair[0], pair[1])))
+
+
+class HistogramCounter:
+    """Counts values that come in blocks into the bins of a histogram."""
+
+    def __init__(self, edges: tuple[float, ...]) -> None:
+        self._edges = np.array(edges)
+        self._counts = np.zeros(len(edges), np.int64)
+
+    def bins(self, values: np.ndarray) -> Int[np.ndarray, " n"]:
+        """Return the bin of each value."""
+        return np.maximum(np.searchsorted(self._edges, values, "right") - 1, 0)
+
+    def add(self, values: np.ndarray) -> None:
+        """Count values."""
+        self._counts += np.bincount(self.bins(values), minlength=len(self._counts))
+
+    def finish(self) -> Histogram:
+        """Return the counts so far."""
+        return Histogram(edges=tuple(self._edges.tolist()), counts=tuple(self._counts.tolist()))

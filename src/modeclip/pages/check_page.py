@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from modeclip.data.catalog import Catalog
-from modeclip.data.checks import CheckResult
-from modeclip.data.findings import format_share
+from modeclip.data.checks import CheckResult, format_share
 from modeclip.data.images import cause_of, decode_image, strict_pillow
 from modeclip.data.samples import EMPTY, Sample
 from modeclip.pages.charts import draw_bins
