@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/train_step.py [--threads 1] [--rounds 5]
 
-What `training.py` chooses on a CPU with instructions for products of bfloat16 is the row "bf16, plain products".
+On a CPU with instructions for products of bfloat16, training uses the row "bf16, plain products".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modeclip.models.clip import encode_image, encode_text, load_clip
-from modeclip.training.losses import contrastive_loss
+from modeclip.training.objectives.clip import contrastive_loss
 
 BATCH = 256
 STEPS = 6

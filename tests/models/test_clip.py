@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import (
     Clip,
+    LogitStart,
     encode_image,
     encode_text,
     load_clip,
@@ -26,6 +27,7 @@ from modeclip.models.clip import (
     write_parity,
 )
 
+SIGLIP = LogitStart(log_scale=math.log(10), bias=-10.0)
 TOWER = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
 
 
@@ -174,23 +176,25 @@ def test_patch_dropout_of_a_tower_without_patches() -> None:
 
 
 def test_siglip_starts_as_siglip_and_travels(tmp_path: Path) -> None:
-    clip, plain = load_clip("modeclip-icon", siglip=True, seed=4), load_clip("modeclip-icon", seed=4)
+    clip, plain = load_clip("modeclip-icon", logit_start=SIGLIP, seed=4), load_clip("modeclip-icon", seed=4)
     assert clip.model.logit_scale.exp().item() == pytest.approx(10)
     assert clip.model.logit_bias.item() == -10
     assert torch.equal(clip.model.visual.conv1.weight, plain.model.visual.conv1.weight)
     with torch.no_grad():
         clip.model.logit_bias.fill_(-3)
     save_clip(clip, tmp_path)
-    for again in (load_clip(tmp_path), load_clip(tmp_path, siglip=True)):
+    for again in (load_clip(tmp_path), load_clip(tmp_path, logit_start=SIGLIP)):
         assert again.model.logit_bias.item() == -3
-    assert model_shapes("modeclip-icon", siglip=True).keys() - model_shapes("modeclip-icon").keys() == {"logit_bias"}
+    assert model_shapes("modeclip-icon", logit_start=SIGLIP).keys() - model_shapes("modeclip-icon").keys() == {
+        "logit_bias"
+    }
 
 
 def test_weights_without_a_bias_start_as_siglip(tmp_path: Path) -> None:
     plain = load_clip("modeclip-icon", seed=1)
     save_clip(plain, tmp_path)
     for spec in (str(tmp_path), f"modeclip-icon@{tmp_path / 'open_clip_model.safetensors'}"):
-        clip = load_clip(spec, siglip=True)
+        clip = load_clip(spec, logit_start=SIGLIP)
         assert clip.model.logit_bias.item() == -10
         assert clip.model.logit_scale.exp().item() == pytest.approx(10)
         assert torch.equal(clip.model.visual.conv1.weight, plain.model.visual.conv1.weight)

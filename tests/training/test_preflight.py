@@ -18,6 +18,7 @@ from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import Checkpoint, save_checkpoint
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
+from modeclip.training.objectives.siglip import Sigmoid
 from modeclip.training.preflight import preflight
 
 CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true"))
@@ -136,7 +137,7 @@ def test_own_checkpoint_makes_the_start_needless(job: TrainJob, catalog: Catalog
 
 
 def test_model_folder_of_ours_is_a_model(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
-    save_clip(load_clip("modeclip-icon", siglip=True), tmp_path / "model")
+    save_clip(load_clip("modeclip-icon", logit_start=Sigmoid.logit_start), tmp_path / "model")
     preflight(changed(job, model=str(tmp_path / "model"), loss="siglip"), catalog, np.arange(200), 1)
 
 

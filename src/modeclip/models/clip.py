@@ -42,12 +42,20 @@ WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # of the files that open_cl
 PARITY_FILE = "parity.json"
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 """Largest difference between features of unit norm that is rounding, by the type of the weights in memory."""
-SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
-"""Where SigLIP's scale and bias start (arXiv 2303.15343, Sec. 3.2)."""
 PRECISIONS = {"32-true": None, "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 """Precisions that a model can run in, and the type that its products are then computed in."""
 _OWN_CONFIGS = Path(__file__).parent / "configs"
 _PARITY_TEXTS = ("A red Heart", "!", "an arrow that points to the left, " * 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitStart:
+    """Scale and bias that the logits start with in a model that has no bias yet."""
+
+    log_scale: float
+    """Natural logarithm of the scale."""
+    bias: float
+    """Number that is added to every logit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +100,16 @@ class Clip:
         return tokens
 
 
-def load_clip(spec: str | Path, *, seed: int = 0, patch_dropout: float = 0.0, siglip: bool = False) -> Clip:
+def load_clip(
+    spec: str | Path, *, seed: int = 0, patch_dropout: float = 0.0, logit_start: LogitStart | None = None
+) -> Clip:
     """Build a CLIP on the CPU from a model specification (see the top of this file).
 
     Args:
         spec: Name, ``name@tag``, ``name@file``, ``hf-hub:``, ``local-dir:`` or the path of a model folder.
         seed: Of the random start, where the specification carries no weights.
         patch_dropout: Share of the patches that the image tower leaves out in training, in [0, 1).
-        siglip: Give the model a bias beside its scale; where it had none, both start as SigLIP's.
+        logit_start: Gives the model a bias beside its scale; where it has none yet, both start with these values.
 
     Raises:
         ModeclipError: The name or tag is unknown, the folder is no model, the weights need another activation than
@@ -113,7 +123,7 @@ def load_clip(spec: str | Path, *, seed: int = 0, patch_dropout: float = 0.0, si
     name, tag = _resolve(str(spec))
     if tag and not Path(tag).is_file():
         _check_tag(name, tag)
-    start = SIGLIP_START if siglip else {}
+    start = _start_words(logit_start)
     with _quiet(), _loading(str(spec)), torch.random.fork_rng(devices=[]), numbers_allowed():
         torch.manual_seed(seed)
         model, _, preprocess = open_clip.create_model_and_transforms(
@@ -132,7 +142,7 @@ def load_clip(spec: str | Path, *, seed: int = 0, patch_dropout: float = 0.0, si
     return Clip(model=model, config=config, tokenizer=tokenizer, preprocess=preprocess)
 
 
-def model_shapes(spec: str, *, siglip: bool = False) -> dict[str, tuple[int, ...]]:
+def model_shapes(spec: str, *, logit_start: LogitStart | None = None) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor in a model's state, without making or loading its weights.
 
     Raises:
@@ -146,10 +156,15 @@ def model_shapes(spec: str, *, siglip: bool = False) -> dict[str, tuple[int, ...
     name, tag = _resolve(spec)
     if tag and not Path(tag).is_file():
         _check_tag(name, tag)
-    start = SIGLIP_START if siglip else {}
+    start = _start_words(logit_start)
     with _quiet(), _loading(spec), torch.device("meta"):
         model = open_clip.create_model(name, load_weights=False, device="meta", pretrained_text=False, **start)
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _start_words(start: LogitStart | None) -> dict[str, float]:
+    """Return where logits start in open_clip's words."""
+    return {} if start is None else {"init_logit_scale": start.log_scale, "init_logit_bias": start.bias}
 
 
 def check_model(spec: str) -> None:

@@ -36,6 +36,7 @@ from PIL.Image import Image, Resampling
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.training.jobs import AugmentConfig, TrainConfig, TrainJob
+from modeclip.training.objectives.objective import CAPTION_IDS, TrainingBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,18 +53,6 @@ NUM_DRAWS = 11
 """Random numbers in [0, 1) that a picture takes: four for the crop, seven for the colours."""
 _ORDERS = tuple(permutations(range(4)))  # torchvision's ColorJitter applies its four changes in a random order
 _ASPECT = 4 / 3  # a crop's width to height lies between 1 / this and this
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingBatch:
-    """A process's part of the samples of one step."""
-
-    images: Tensor
-    """(b, 3, H, W) uint8."""
-    tokens: Tensor
-    """(b, context_length) int64."""
-    caption_ids: Tensor
-    """(b,) int64, equal for equal captions; empty unless the loss masks them."""
 
 
 def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
@@ -227,6 +216,10 @@ class Feed:
     """open_clip's transform for inference; its steps before the tensor are used where nothing is cropped at random."""
     image_size: tuple[int, int]
     """Width and height of the pictures, in pixels."""
+    columns: tuple[str, ...] = ()
+    """Columns of the catalog that go into the batch's extras."""
+    caption_ids: bool = False
+    """Whether the extras hold numbers that are equal for equal captions."""
     rank: int = 0
     """Which process of the job this is."""
     world_size: int = 1
@@ -283,17 +276,21 @@ class Feed:
         import torch
 
         config = self.config
-        samples = self._samples(batch_rows(self.rows.numpy(), step, config.batch_size, config.seed, slice(first, last)))
+        rows = batch_rows(self.rows.numpy(), step, config.batch_size, config.seed, slice(first, last))
+        samples = self._samples(rows)
         draws = draws_of(config.seed, step, first, last)
         pictures: Sequence[Image] = augment(
             [sample.picture for sample in samples], self.image_size, config.augment, draws
         )
         pixels = torch.from_numpy(np.stack([np.asarray(self._fit(picture)) for picture in pictures]))
-        ids = [sample.caption_id for sample in samples] if config.mask_same_captions else []
+        read = self._opened.read(self.columns, rows) if self.columns else {}
+        extras = {name: torch.tensor(values) for name, values in read.items()}
+        if self.caption_ids:
+            extras[CAPTION_IDS] = torch.tensor([sample.caption_id for sample in samples], dtype=torch.int64)
         return TrainingBatch(
             images=pixels.permute(0, 3, 1, 2).contiguous(),
             tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
-            caption_ids=torch.tensor(ids, dtype=torch.int64),
+            extras=extras,
         )
 
     def batches(self, steps: range) -> Iterator[tuple[TrainingBatch, float]]:
@@ -309,7 +306,7 @@ class Feed:
                 batch = TrainingBatch(
                     images=torch.cat([piece.images for piece in pieces]),
                     tokens=torch.cat([piece.tokens for piece in pieces]),
-                    caption_ids=torch.cat([piece.caption_ids for piece in pieces]),
+                    extras={name: torch.cat([piece.extras[name] for piece in pieces]) for name in pieces[0].extras},
                 )
                 pieces.clear()  # before the step, which takes its time, not after it
                 del piece

@@ -30,6 +30,11 @@ class World:
     here: int = 1
     """Processes on this machine."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files and the log."""
+        return self.rank == 0
+
     @classmethod
     def of_environment(cls) -> World:
         """Return this process and its companions, as the launcher set the environment."""

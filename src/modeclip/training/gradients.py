@@ -1,12 +1,15 @@
-"""A model and a batch -> the gradient of the batch's contrastive loss, in memory that a micro-batch decides.
+"""The gradient of a whole batch's loss, in as little memory as a micro-batch takes.
 
-The loss needs the features of all pairs at once, the towers do not. A *cached-gradient* step runs the towers over one
-micro-batch after the other without keeping anything, takes the loss and its gradient for all features, then runs each
-micro-batch again, keeps its activations this time, and passes them its features' gradient. The result is the gradient
-of the whole batch; the price is one more forward pass. So the batch size is a matter of the method alone.
+The loss needs the features of all pairs at once, the towers do not. A *cached-gradient* step first runs the towers over
+one micro-batch after the other and keeps nothing but the features. It takes the loss and its gradient with respect to
+all features, then runs each micro-batch again, keeps the activations this time, and passes the features' gradient back
+through them. The result is the gradient of the whole batch, so the batch size is chosen for the method and not for the
+memory.
 
 What is random in the towers (patch dropout) is seeded by step, process and micro-batch, so both passes agree and a
 resumed job repeats it.
+
+Price: one more forward pass where a batch is taken in parts.
 
 Source: Gao et al., "Scaling Deep Contrastive Learning TrainingBatch Size under Memory Limited Setup" (arXiv 2101.06983).
 """
@@ -14,7 +17,7 @@ Source: Gao et al., "Scaling Deep Contrastive Learning TrainingBatch Size under 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,19 +25,17 @@ from torch import Tensor, nn
 
 from modeclip.models.clip import Clip, encode_image, encode_text
 from modeclip.system.devices import free_memory
-from modeclip.training.batches import TrainingBatch
 from modeclip.training.distributed import whole
 from modeclip.training.jobs import TrainConfig
+from modeclip.training.objectives.objective import Features, Objective, TrainingBatch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 PROBE_SAMPLES = 4
-"""Samples of the smaller of the two trial passes that say what a sample's activations take."""
+"""Samples of the smaller of two trial passes that measure what the activations of a sample take."""
 MEMORY_SHARE = 0.6
-"""Of the memory that is free, what a micro-batch's activations may take; the rest is for what is not kept."""
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Image features, text features, scale, bias, caption ids -> loss."""
+"""Share of the free memory that a micro-batch's activations may take; the rest is for what is not kept."""
 
 
 class Towers(nn.Module):
@@ -51,7 +52,7 @@ class Towers(nn.Module):
         self.register_buffer("std", torch.tensor(visual.image_std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the features of (b, 3, H, W) uint8 pictures and of tokens, the scale of the logits and their bias."""
+        """Return the fields of `Features` for (b, 3, H, W) uint8 pictures and their tokens."""
         images = (pixels.float() / 255 - self.mean) / self.std
         features = encode_image(self.model, images).float(), encode_text(self.model, tokens).float()
         bias = getattr(self.model, "logit_bias", None)
@@ -60,68 +61,81 @@ class Towers(nn.Module):
 
 
 def backward(
-    towers: Any, fabric: Fabric, batch: TrainingBatch, loss: Loss, *, micro_batch: int, seed: tuple[int, ...]
+    towers: Any,
+    fabric: Fabric,
+    batch: TrainingBatch,
+    objective: Objective,
+    *,
+    micro_batch: int,
+    seed: tuple[int, ...],
 ) -> Tensor:
     """Add the gradient of a batch's loss to the parameters' ``grad`` and return this process's share of the loss.
 
     Args:
         towers: ``Towers`` as Lightning Fabric set it up.
         fabric: Device, precision, processes.
-        batch: This process's part of the batch, on the CPU: each micro-batch is moved when its turn comes, so that the
-            device holds no more pictures than that.
-        loss: Loss of the whole batch.
+        batch: This process's part of the batch, on the CPU. Each micro-batch is moved to the device when its turn
+            comes, so the device never holds the pictures of more than one.
+        objective: What is minimised.
         micro_batch: Samples that go through the towers at once; all of them if it is at least their number.
         seed: Non-negative numbers that decide what is random in the towers.
     """
     count = len(batch.tokens)
+    with torch.no_grad():
+        targets = objective.targets(batch, fabric.device)
     if micro_batch >= count:
         _seed([*seed, 0])
-        images, texts, scale, bias = _encode(towers, fabric, batch, slice(0, count))
-        value = loss(images, texts, scale, bias, batch.caption_ids.to(images.device))
+        value = objective.loss(_encode(towers, fabric, batch, slice(0, count)), targets)
         fabric.backward(value)
         return value.detach()
     parts = [slice(first, first + micro_batch) for first in range(0, count, micro_batch)]
-    outputs = []
+    outputs: list[Features] = []
     with torch.no_grad():
         for index, part in enumerate(parts):
             _seed([*seed, index])
             outputs.append(_encode(towers, fabric, batch, part))
-    images, texts = (torch.cat([output[side] for output in outputs]).requires_grad_() for side in (0, 1))
-    scale, bias = (outputs[0][side].clone().requires_grad_() for side in (2, 3))
+    features = Features(
+        images=torch.cat([output.images for output in outputs]).requires_grad_(),
+        texts=torch.cat([output.texts for output in outputs]).requires_grad_(),
+        scale=outputs[0].scale.clone().requires_grad_(),
+        bias=outputs[0].bias.clone().requires_grad_(),
+    )
     del outputs
-    value = loss(images, texts, scale, bias, batch.caption_ids.to(images.device))
-    inputs = (images, texts, scale, bias)
-    gradients = torch.autograd.grad(value, inputs, allow_unused=True)
-    grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients, strict=True)]
+    value = objective.loss(features, targets)
+    found = torch.autograd.grad(value, features, allow_unused=True)
+    grads = Features(*(torch.zeros_like(x) if grad is None else grad for x, grad in zip(features, found, strict=True)))
     for index, part in enumerate(parts):
         _seed([*seed, index])
         with fabric.no_backward_sync(towers, enabled=index < len(parts) - 1):
             output = _encode(towers, fabric, batch, part)
-            own = (grads[0][part], grads[1][part], grads[2] / len(parts), grads[3] / len(parts))
+            own = (grads.images[part], grads.texts[part], grads.scale / len(parts), grads.bias / len(parts))
             products: list[Tensor] = [(x * grad).sum() for x, grad in zip(output, own, strict=True)]
             fabric.backward(torch.stack(products).sum())
     return value.detach()
 
 
 def finish_gradient(
-    towers: Any, fabric: Fabric, optimizer: Any, limit: float, *, sharded: bool, looks: bool
+    towers: Any, fabric: Fabric, optimizer: Any, limit: float, *, sharded: bool, with_norm: bool
 ) -> Tensor | None:
-    """Scale a gradient down to the largest norm that is allowed; return the norm that it had, or None.
+    """Finish the gradient of a step: scale it down to the largest norm that is allowed.
 
     Args:
         towers: As in ``backward``.
         fabric: As in ``backward``.
         optimizer: As Lightning Fabric set it up.
-        limit: Largest norm; 0: any.
-        sharded: Whether each process has a part of the weights only; then numbers (the logit scale), which are not
-            split, still have the gradient of this process alone.
-        looks: Whether the norm is wanted anyway.
+        limit: Largest norm. 0 sets no limit.
+        sharded: Whether each process has a part of the weights only. Single numbers (the logit scale) are not split
+            then and still have the gradient of this process alone.
+        with_norm: Whether the norm is wanted even without a limit.
+
+    Returns:
+        The norm before it was scaled, or None where it was not needed.
     """
     parameters = [value for value in towers.parameters() if value.grad is not None]
     for value in parameters if sharded else ():
         if value.ndim == 0:
             value.grad = fabric.all_reduce(value.grad, reduce_op="mean")
-    if not (limit or looks):
+    if not (limit or with_norm):
         return None
     limit = limit or math.inf
     if not sharded:
@@ -135,7 +149,7 @@ def finish_gradient(
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW with the field's settings: decay on matrices alone."""
+    """Return AdamW with the settings that are usual for CLIP: decay on matrices alone."""
     groups: list[dict[str, Any]] = [
         {"params": values, "weight_decay": config.weight_decay if dimensions >= 2 else 0.0}
         for dimensions in (2, 1, 0)  # numbers apart from vectors: split models do not split them
@@ -145,9 +159,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
 
 
 def find_micro_batch(towers: Any, fabric: Fabric, batch: TrainingBatch, processes_here: int) -> int:
-    """Return how many samples fit into the towers at once: a power of two, or the whole part of the batch.
+    """Return how many samples fit through the towers at once: a power of two, or all of this process's part.
 
-    The activations that two trial passes keep are counted, so nothing has to fail to find out.
+    Two trial passes count the bytes of their activations, so nothing has to run out of memory to find out.
 
     Args:
         towers: As in ``backward``.
@@ -166,13 +180,10 @@ def find_micro_batch(towers: Any, fabric: Fabric, batch: TrainingBatch, processe
     return int(fabric.all_reduce(torch.tensor(-found, device=fabric.device), reduce_op="max").neg())  # type: ignore[union-attr]
 
 
-def _encode(towers: Any, fabric: Fabric, batch: TrainingBatch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _encode(towers: Any, fabric: Fabric, batch: TrainingBatch, part: slice) -> Features:
     """Run a part of a batch through the towers, on the device."""
     images, tokens = batch.images[part], batch.tokens[part]
-    output: tuple[Tensor, Tensor, Tensor, Tensor] = towers(
-        images.to(fabric.device, non_blocking=True), tokens.to(fabric.device, non_blocking=True)
-    )
-    return output
+    return Features(*towers(images.to(fabric.device, non_blocking=True), tokens.to(fabric.device, non_blocking=True)))
 
 
 def _bytes_kept(towers: Any, fabric: Fabric, batch: TrainingBatch, samples: int) -> int:

@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 from modeclip.errors import ModeclipError, unknown
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.files import write_atomically
+from modeclip.training.objectives import OBJECTIVES
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
@@ -163,7 +164,7 @@ class TrainConfig:
     """AdamW's decay of matrices. Norms, biases and the logit scale do not decay (the paper: 0.2)."""
     clip_grad_norm: float = 0.0
     """Largest norm of the gradient; a longer one is scaled down to it. 0 sets no limit (the paper)."""
-    loss: Literal["clip", "siglip"] = "clip"
+    loss: str = "clip"
     """What training minimises: ``clip``, a softmax over the batch in both directions; ``siglip``, a sigmoid for every
     pair (arXiv 2303.15343)."""
     mask_same_captions: bool = False
@@ -177,6 +178,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.loss not in OBJECTIVES:
+            raise unknown("train.loss", self.loss, OBJECTIVES)
         if self.batch_size < 2:
             raise ModeclipError(f"train.batch_size must be at least 2 (a pair needs a negative), got {self.batch_size}")
         if not 0 < self.seed_parts < self.total_parts:

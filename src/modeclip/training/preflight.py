@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.models.checkpoints import FOLDER, check_weights, find_checkpoint
 from modeclip.models.clip import model_shapes
 from modeclip.training.journal import check_reports
+from modeclip.training.objectives import make_objective
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -47,12 +49,14 @@ def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], worl
     _check_batch(job, world_size)
     _check_precision(job)
     check_reports(job.config.engine.report_to)
-    shapes = model_shapes(job.config.model, siglip=job.config.loss == "siglip")
+    objective = make_objective(job.config)
+    shapes = model_shapes(job.config.model, logit_start=objective.logit_start)
     own = find_checkpoint(Path(job.folder), job.digest)
     if own is not None:
         check_weights(own, shapes)
     elif job.start_from is not None:
         _check_start(job, Path(job.start_from), shapes)
+    _check_columns(job, catalog, objective.columns)
     _check_pairs(job, catalog, rows)
     _check_disk(job, 4 * sum(math.prod(shape) for shape in shapes.values()))
 
@@ -95,11 +99,16 @@ def _check_start(job: TrainJob, start: Path, shapes: dict[str, tuple[int, ...]])
     check_weights(path, shapes)
 
 
+def _check_columns(job: TrainJob, catalog: Catalog, columns: Sequence[str]) -> None:
+    selecting = [*job.where, *([job.mask] if job.mask else [])]
+    for uses, names in (("selects its rows by", selecting), (f"needs for train.loss {job.config.loss}", columns)):
+        for name in names:
+            if name not in catalog.columns:
+                raise unknown(f"column of {catalog.path!r}, which {job.name} {uses},", name, catalog.columns)
+
+
 def _check_pairs(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> None:
-    """Look at a sample of the pairs: captions that say nothing, images that do not decode."""
-    for name in [*job.where, *([job.mask] if job.mask else [])]:
-        if name not in catalog.columns:
-            raise unknown(f"column of {catalog.path!r}, which {job.name} selects its rows by,", name, catalog.columns)
+    """Look at a sample of the pairs for captions that say nothing and images that cannot be decoded."""
     seen = _spread(rows, CAPTIONS_SEEN)
     pairs = catalog.read(["key", "caption"], seen)
     empty = [

@@ -1,18 +1,33 @@
-"""The contrastive losses: against sums written out by hand, in chunks, with masks, and over two processes."""
+"""Objectives: the losses against sums written out by hand, and a toy objective that the trainer has never seen."""
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file
 from torch import Tensor
 
-from modeclip.training.losses import contrastive_loss, sigmoid_loss
+from modeclip.data.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.models.clip import load_clip
+from modeclip.training.batches import Feed, batch_rows, job_rows
+from modeclip.training.gradients import Towers
+from modeclip.training.jobs import EngineConfig, TrainConfig
+from modeclip.training.objectives import OBJECTIVES
+from modeclip.training.objectives.clip import contrastive_loss
+from modeclip.training.objectives.objective import Features, Objective, TrainingBatch
+from modeclip.training.objectives.siglip import sigmoid_loss
+from modeclip.training.trainer import train
+from support import make_job
 
 
 def make_batch(count: int = 6, dimension: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -58,7 +73,7 @@ def test_losses_equal_sums_by_hand(chunk: int, same: list[int] | None) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_gradients_equal_finite_differences(kind: str, masked: bool, chunk: int) -> None:
-    """The gradient is written out by hand in losses.py, so PyTorch's numerical check is its judge, in float64."""
+    """The gradient is written out by hand, so PyTorch's numerical check is its judge, in float64."""
     torch.set_default_dtype(torch.float64)
     try:
         image, text = (value.double().requires_grad_() for value in make_batch())
@@ -98,7 +113,8 @@ def test_masked_pairs_have_no_gradient_towards_each_other() -> None:
 
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
-from modeclip.training.losses import contrastive_loss, sigmoid_loss
+from modeclip.training.objectives.clip import contrastive_loss
+from modeclip.training.objectives.siglip import sigmoid_loss
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 image, text, weight, ids = torch.load(sys.argv[1], weights_only=True)
@@ -153,3 +169,83 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
             expected = [loss.detach(), layer.grad, scale.grad] + ([bias.grad] if kind == "siglip" else [])
             for one, two in zip(expected, next(found), strict=True):
                 torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
+
+
+class Imitation(Objective):
+    """A small distillation: features near those of a frozen teacher, each pair weighed by a column of the catalog."""
+
+    columns = ("weight",)
+
+    def open(self, device: torch.device) -> None:
+        self.teacher = Towers(load_clip(MODEL, seed=7)).to(device).eval()
+
+    def targets(self, batch: TrainingBatch, device: torch.device) -> Mapping[str, Tensor]:
+        assert not torch.is_grad_enabled()
+        images, texts, *_ = self.teacher(batch.images, batch.tokens)
+        return {"images": images, "texts": texts, **super().targets(batch, device)}
+
+    def loss(self, features: Features, targets: Mapping[str, Tensor]) -> Tensor:
+        images = (features.images - targets["images"]).square().sum(1)
+        texts = (features.texts - targets["texts"]).square().sum(1)
+        return (targets["weight"] * (images + texts)).mean()
+
+    def limit(self, model: torch.nn.Module) -> None:
+        model.logit_scale.fill_(1.5)
+
+    def values(self, model: torch.nn.Module) -> dict[str, float]:
+        return {"scale_here": float(model.logit_scale.detach())}
+
+
+MODEL = "modeclip-icon-xxxs"
+
+
+def test_an_objective_of_ones_own_is_trained(
+    icons_copy: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of it, whole and in micro-batches: the same weights, its loss as written out here, its own numbers."""
+    monkeypatch.setitem(OBJECTIVES, "imitation", Imitation)
+    catalog = icons_copy
+    weight = np.linspace(0, 1, len(catalog), dtype=np.float32)
+    catalog.add_columns({"weight": weight})
+    logs, weights = [], []
+    for micro_batch in (0, 6):
+        engine = EngineConfig(precision="32-true", log_every=1, micro_batch=micro_batch)
+        config = TrainConfig(model=MODEL, samples=16 * 32, batch_size=16, loss="imitation", engine=engine)
+        job = make_job(catalog, tmp_path / f"micro-{micro_batch}", config, last_step=2)
+        train(job)
+        logs.append([json.loads(line) for line in (tmp_path / job.name / "log.jsonl").read_text().splitlines()])
+        weights.append(load_file(tmp_path / job.name / "open_clip_model.safetensors"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-5, rtol=1e-4)
+    assert [line["scale_here"] for line in logs[0]] == [1.5, 1.5]
+    assert "logit_scale" not in logs[0][0]
+
+    student, teacher = load_clip(MODEL, seed=0), load_clip(MODEL, seed=7)
+    rows = job_rows(job, catalog)
+    feed = Feed(
+        catalog=catalog.path,
+        rows=torch.from_numpy(rows),
+        config=config,
+        tokenizer=student.tokenizer,
+        preprocess=student.preprocess,
+        image_size=student.image_size,
+        columns=("weight",),
+    )
+    [(batch, _)] = feed.batches(range(1))
+    assert batch.extras["weight"].tolist() == weight[batch_rows(rows, 0, 16, 0)].tolist()
+    with torch.no_grad():
+        mine, theirs = (Towers(clip)(batch.images, batch.tokens) for clip in (student, teacher))
+    distance = sum((a - b).square().sum(1) for a, b in zip(mine[:2], theirs[:2], strict=True))
+    expected = sum(float(w * d) for w, d in zip(batch.extras["weight"], distance, strict=True)) / 16
+    assert logs[0][0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_an_objective_reads_is_checked_first(
+    icons_catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModeclipError, match=r"unknown train\.loss 'imitation'; known: clip, siglip"):
+        TrainConfig(loss="imitation")
+    monkeypatch.setitem(OBJECTIVES, "imitation", Imitation)
+    config = TrainConfig(model=MODEL, samples=16 * 32, batch_size=16, loss="imitation")
+    with pytest.raises(ModeclipError, match=r"needs for train\.loss imitation, 'weight'"):
+        train(make_job(icons_catalog, tmp_path / "job", config))

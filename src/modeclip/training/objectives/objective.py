@@ -1,0 +1,115 @@
+"""The seam between the trainer and what it minimises: what the trainer asks, and what it hands over.
+
+A step runs both towers over a batch, micro-batch by micro-batch where memory asks for it, and collects their features.
+`Objective.loss` is a function of these features alone, so the trainer can take its gradient for all features of the
+batch first and pass it through the towers afterwards (`modeclip.training.gradients`). What a loss needs besides the
+features are its targets: numbers that the catalog holds for each pair, or the output of another model on the same
+pictures, as in distillation. They are made once a step, without a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from modeclip.models.clip import LogitStart
+
+MAX_LOG_SCALE = math.log(100)
+"""Upper limit of the logarithm of the logits' scale (CLIP, Sec. 2.5)."""
+CAPTION_IDS = "caption_ids"
+"""Name of the numbers among a batch's extras that are equal for equal captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """A process's part of the samples of one step."""
+
+    images: Tensor
+    """(b, 3, H, W) uint8."""
+    tokens: Tensor
+    """(b, context_length) int64."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What the objective reads besides, by name, a row for each sample: (b,) or (b, ...)."""
+
+
+class Features(NamedTuple):
+    """What the towers make of a process's part of a batch."""
+
+    images: Tensor
+    """(b, D) unit vectors of the images."""
+    texts: Tensor
+    """(b, D) unit vectors of their captions, in the same order."""
+    scale: Tensor
+    """Factor on the cosines, already exponentiated."""
+    bias: Tensor
+    """Added to the logits; 0 in a model that has no bias."""
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """The fields of `TrainConfig` that choose an objective and are its settings."""
+
+    @property
+    def loss(self) -> str:
+        """Name of the objective."""
+        ...
+
+    @property
+    def mask_same_captions(self) -> bool:
+        """Whether pairs with the same caption are left out of each other's negatives."""
+        ...
+
+
+class Objective(ABC):
+    """What a training step minimises; a subclass gives at least `loss`."""
+
+    logit_start: ClassVar[LogitStart | None] = None
+    """Scale and bias that the logits of a model without a bias get. None: the model stays as it is."""
+    columns: tuple[str, ...] = ()
+    """Columns of the catalog with numbers for each pair that the batch's ``extras`` shall hold."""
+    uses_caption_ids: bool = False
+    """Whether they shall hold `CAPTION_IDS` too."""
+
+    def __init__(self, settings: Settings) -> None:  # noqa: B027
+        """Take what it needs from the settings; models that it needs are loaded by `open`."""
+
+    def open(self, device: torch.device) -> None:  # noqa: B027  (most objectives have nothing to load)
+        """Load what the targets are made with, once before the first step."""
+
+    def targets(self, batch: TrainingBatch, device: torch.device) -> Mapping[str, Tensor]:
+        """Return what the loss compares the features with, a row for each sample of the batch, on the device.
+
+        It is called once a step without recording a gradient. By default the targets are the batch's extras.
+
+        Args:
+            batch: This process's part of the batch, on the CPU.
+            device: Where the model is.
+        """
+        return {name: values.to(device) for name, values in batch.extras.items()}
+
+    @abstractmethod
+    def loss(self, features: Features, targets: Mapping[str, Tensor]) -> Tensor:
+        """Return this process's share of the loss of the whole batch.
+
+        With several processes the shares add up to the loss, while the gradient of a share is scaled so that the
+        average over the processes is the gradient of the loss: averaging is what ddp and fsdp do.
+
+        Args:
+            features: Features of this process's part of the batch; it may differ from them by another process's part.
+            targets: As `targets` returned them.
+        """
+
+    def limit(self, model: Any) -> None:
+        """Bring numbers of the model back into their range after the optimizer's step; called without a gradient."""
+        model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+
+    def values(self, model: Any) -> dict[str, float]:
+        """Return what the log says of the model besides the loss."""
+        return {"logit_scale": round(float(model.logit_scale.detach().exp()), 4)}
