@@ -139,6 +139,16 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def trains_here() -> Iterator[None]:
+    """For tests that are not about processes: jobs are trained in this one, which saves the imports of each."""
+    from support import InThisProcess
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeclip.training.launching._Here", InThisProcess)
+        yield
+
+
 @pytest.fixture(scope="session")
 def modeclip_command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command line: a function that runs it with these words."""

@@ -140,6 +140,29 @@ def weights_of(model: Path | str) -> bytes:
     return (Path(model) / WEIGHTS).read_bytes()
 
 
+class InThisProcess:
+    """Runs jobs in this process, one after the other, in place of `modeclip.training.launching`'s processes."""
+
+    def __init__(self, workers: int, processes: int) -> None:
+        self.over: dict[str, str] = {}
+
+    def is_free(self) -> bool:
+        return True
+
+    def start(self, job: TrainJob) -> None:
+        from modeclip.training.trainer import train
+
+        train(job)
+        self.over[job.name] = ""
+
+    def ended(self) -> dict[str, str]:
+        over, self.over = self.over, {}
+        return over
+
+    def stop(self) -> None:
+        pass
+
+
 @dataclass
 class Element:
     """One element of a parsed page."""

@@ -14,6 +14,7 @@ import pytest
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster
+from modeclip.commands.mixture import extend
 from modeclip.commands.training import status, train, train_experts
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
@@ -26,6 +27,7 @@ from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
 
+pytestmark = pytest.mark.usefixtures("trains_here")
 SETTINGS = ("--samples", "512", "--batch-size", "16", "--precision", "32-true", "--log-every", "1")
 
 
@@ -40,7 +42,7 @@ def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(clustered: Path) -> Path:
+def trained(clustered: Path, trains_here: None) -> Path:
     """The same with its seed and expert 1."""
     assert run(train_experts, clustered, *SETTINGS, "--only", "1", "--jobs", "1") is None
     return clustered
@@ -108,6 +110,51 @@ def test_a_bundle_that_was_edited_is_left_alone(trained: Path, tmp_path: Path) -
     assert json.loads(path.read_text())["lineage"]["jobs"] == content["lineage"]["jobs"]
 
 
+@pytest.fixture
+def with_seed(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the clustered folder with the trained seed alone."""
+    copy = shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("bundle", "expert-*"))
+    assert [path.name for path in (copy / "models").iterdir() if path.is_dir()] == ["seed"]
+    return copy
+
+
+@pytest.mark.parametrize(("budget", "steps"), [("paper", 5), ("matched", 2)])
+def test_an_extension_takes_as_many_samples_as_the_experts_did(
+    with_seed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: str, steps: int
+) -> None:
+    """The same pairs again are one more pass at the experts' own rate, and a new expert sees as much as they did."""
+    run(train_experts, with_seed, *SETTINGS, "--budget", budget, "--only", "1", "--dense")
+    expert = TrainJob.load(with_seed / "models" / "expert-1" / "job.json")
+    assert expert.last_step - expert.first_step == steps
+    assert load_bundle(with_seed / "bundle").lineage["recipe"]["experts"]["budget"] == budget
+    index(DataConfig(source="icons", train_sets=("octicons",)), tmp_path / "more")
+    bundle, pairs, out = with_seed / "bundle", tmp_path / "more", tmp_path / "out"
+    capsys.readouterr()
+    run(extend, bundle, pairs, "--out", out, "--expert", "1", "--json")
+    done = json.loads(capsys.readouterr().out)
+    new, own = done["num_pairs"], load_bundle(bundle).experts[1].size - done["num_pairs"]
+    assert 0.9 * own < new <= own
+    assert done["samples"] == round(steps * 16 * new / own) // 16 * 16
+
+
+def test_controls_are_split_as_the_clustering_was_made(clustered: Path, tmp_path: Path) -> None:
+    """The seed and the ratios are those of the clustering, whatever the models' seed; an old folder tells none."""
+    copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
+    made_by = ClusterConfig(num_fine=8, num_experts=2, num_iterations=3, max_size_ratio=None, seed=4)
+    cluster(Catalog.open(copy), made_by).save(copy / "clusters")
+    experts, training = ExpertsConfig(controls=("random", "one-step")), TrainConfig(seed=7)
+    folder = RunFolder(folder=copy, training=training, experts=experts)
+    folder.add_controls()
+    for_recipe = RunFolder(folder=copy, training=TrainConfig(seed=2), experts=experts, clustered_by=ClusterConfig())
+    assert for_recipe.cluster_config == folder.cluster_config == made_by
+    assert folder.catalog.facts("random_expert")["seed"] == 4
+    fit = folder.catalog.facts("one_step_expert")["fit"]
+    assert (fit["max_size_ratio"], fit["num_iterations"], fit["seed"]) == (None, 3, 4)
+    (copy / "clusters" / "config.json").unlink()
+    old = RunFolder(folder=copy, training=training, experts=experts).cluster_config
+    assert old == ClusterConfig(num_fine=8, num_experts=2, seed=7)
+
+
 def test_a_clustering_that_is_not_the_catalogs(trained: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(trained, tmp_path / "copy")
     clustering = Clustering.load(copy / "clusters")
@@ -118,7 +165,7 @@ def test_a_clustering_that_is_not_the_catalogs(trained: Path, tmp_path: Path) ->
 
 def test_other_settings_are_refused_by_name(trained: Path) -> None:
     with pytest.raises(
-        ModeclipError, match=r"seed holds what was trained with other settings: .*learning_rate was 0\.001"
+        ModeclipError, match=r"seed holds .* other settings: learning_rate was 0\.001, now 0\.01; .*--resume never"
     ):
         run(train_experts, trained, *SETTINGS, "--learning-rate", "0.01")
     with pytest.raises(ModeclipError, match="--resume is latest or never, got 'x'; --start names a trained seed"):
@@ -149,7 +196,7 @@ def test_train_of_a_part_continues_a_seed_as_its_expert_does(
     done = (out / "done.json").stat().st_mtime_ns
     run(train, *words)
     assert (out / "done.json").stat().st_mtime_ns == done  # it is finished
-    with pytest.raises(ModeclipError, match=r"own holds what was trained with other settings: .*where\.expert was 1"):
+    with pytest.raises(ModeclipError, match=r"own holds .* other settings: .*where\.expert was 1, .*another folder"):
         run(train, *words[:-4], "--resume", trained / "models" / "seed")
     run(train, out / "job.json")
     assert str(out) in capsys.readouterr().out
@@ -158,7 +205,7 @@ def test_train_of_a_part_continues_a_seed_as_its_expert_does(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("{run}/models/seed/job.json", "--samples", "7"), "says all that is to be done; give it alone"),
+        (("{run}/models/seed/job.json", "--samples", "9000"), "says all that is to be done; give it alone"),
         (("{run}", "--where", "expert"), "--where 'expert': expected COLUMN=NUMBER, such as expert=3"),
         (("{run}", "--resume", "ViT-B-32"), "--resume ViT-B-32: expected latest, never, the folder of a finished job"),
         (("{run}", "--batch-size", "1"), "train.batch_size must be at least 2"),
