@@ -28,9 +28,10 @@ import numpy as np
 import yaml
 
 from modeclip import Catalog
+from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.distances import assign_nearest, nearest_centers
 from modeclip.clustering.embedding import EmbedConfig, embed
-from modeclip.clustering.fitting import ClusterConfig, Clustering, fit_embeddings
+from modeclip.clustering.fitting import ClusterConfig, fit_embeddings
 from modeclip.data.indexing import index
 from modeclip.models.encoders import load_any_encoder
 from modeclip.models.encoders.lexical import fit_tfidf

@@ -76,7 +76,7 @@ def test_several_tasks_are_one_selection(clustered: tuple[Catalog, Clustering], 
 @pytest.mark.parametrize(
     ("names", "name", "count", "message"),
     [
-        ([], "a", 1, "prior a: no class names"),
+        ([], "a", 1, "prior a: there are no class names"),
         (["x"], "a b", 1, "prior 'a b': expected a name of letters, digits and _"),
         (["x"], "a", 9, "nearest: expected 1 to 8, the number of fine clusters, got 9"),
         (["x"], "a", 0, "nearest: expected 1 to 8"),
@@ -91,5 +91,5 @@ def test_classes_that_are_no_file_and_no_list() -> None:
     assert read_classes("cat, dog") == ["cat", "dog"]
     with pytest.raises(ModeclipError, match=r"classes nowhere\.txt: no such file"):
         read_classes("nowhere.txt")
-    with pytest.raises(ModeclipError, match="no class names in it"):
+    with pytest.raises(ModeclipError, match="there are no class names; give a file"):
         read_classes(" , ")

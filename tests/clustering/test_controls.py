@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.controls import ONE_STEP_FOLDER, add_controls, cluster_in_one_step, split_at_random
 from modeclip.clustering.embedding import COLUMN
-from modeclip.clustering.fitting import ClusterConfig, Clustering, cluster
+from modeclip.clustering.fitting import ClusterConfig, cluster
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources import DataConfig
@@ -157,7 +158,7 @@ def train_config() -> Any:
 def test_catalog_that_is_not_clustered(tmp_path: Path) -> None:
     index(DataConfig(source="icons", train_sets=("octicons",)), tmp_path)
     catalog = Catalog.open(tmp_path / "catalog.lance")
-    with pytest.raises(ModeclipError, match="has no column expert, whose sizes a random split takes: cluster it first"):
+    with pytest.raises(ModeclipError, match=r"has no column expert.*cluster it first"):
         split_at_random(catalog, 0)
     with pytest.raises(ModeclipError, match="has no column caption_embedding: embed its captions first"):
         cluster_in_one_step(catalog, CONFIG, tmp_path / "one-step")

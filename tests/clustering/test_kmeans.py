@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -350,32 +351,21 @@ def test_whole_numbers_are_clustered() -> None:
     ("arguments", "message"),
     [
         ({"num_clusters": 0}, "num_clusters must be 1 or more, got 0"),
-        (
-            {"num_clusters": 11},
-            "num_clusters must be at most the number of rows, got 11 clusters for 10 rows: "
-            "ask for fewer clusters or give more rows",
-        ),
-        (
-            {"num_clusters": 2, "max_size_ratio": 0.9},
-            "max_size_ratio must be 1 or more (1 = all clusters equal), got 0.9",
-        ),
-        (
-            {"num_clusters": 2, "max_size_ratio": math.nan},
-            "max_size_ratio must be 1 or more (1 = all clusters equal), got nan",
-        ),
+        ({"num_clusters": 11}, "got 11 clusters for 10 rows: ask for fewer clusters"),
+        ({"num_clusters": 2, "max_size_ratio": 0.9}, "max_size_ratio must be 1 or more .* got 0.9"),
+        ({"num_clusters": 2, "max_size_ratio": math.nan}, "max_size_ratio must be 1 or more .* got nan"),
         (
             {"num_clusters": 2, "x": np.eye(10, 4, dtype=np.float32), "spherical": True},
-            "x: 6 of 10 rows have zero length and so no direction, the first is row 4: "
-            "remove them or set spherical=False",
+            "x: 6 of 10 rows have zero length .* row 4: remove them",
         ),
         ({"num_clusters": 2, "num_iterations": -1}, "num_iterations must be 0 or more, got -1"),
-        (
-            {"num_clusters": 2, "x": rows_with_nan()},
-            "x has NaN or infinite values in 2 of 10 rows, the first is row 3: remove or recompute these rows",
-        ),
+        ({"num_clusters": 2, "start": "first"}, "start must be one of k-means\\+\\+, random, got 'first'"),
+        ({"num_clusters": 2, "x": rows_with_nan()}, "x has NaN or infinite values in 2 of 10 rows.* row 3: remove"),
+        ({"num_clusters": 1, "x": []}, "x: expected a matrix"),
+        ({"num_clusters": 1, "x": "rows"}, "x: expected an array of numbers, got str"),
     ],
 )
 def test_mistakes_of_kmeans(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ModeclipError) as caught:
-        kmeans(**({"x": grouped_rows(10, 4, 0)} | arguments))  # type: ignore[arg-type]
-    assert str(caught.value) == message
+    with pytest.raises(ModeclipError, match=message) as caught:
+        inspect.unwrap(kmeans)(**({"x": grouped_rows(10, 4, 0)} | arguments))  # without the type checks of tests
+    assert "\n" not in str(caught.value)

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from modeclip.clustering.cards import ExpertCard, FineCard
+from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.diagnostics import DiagnoseConfig, Diagnostics, ExpertsTrial, FineTrial, diagnose
-from modeclip.clustering.fitting import ClusterConfig, Clustering, ClusterResult, cluster
+from modeclip.clustering.fitting import ClusterConfig, ClusterResult, cluster
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources import DataConfig

@@ -137,7 +137,7 @@ class Tally:
                 self.nearest[index] = _nearest_distinct(known, offered)
 
     def _draw(self, start: int, fine: np.ndarray) -> None:
-        """Give each row a random key and keep those with the smallest: at any time a uniform draw of the rows so far."""
+        """Give each row a random key and keep the smallest keys: at any time a uniform draw of the rows so far."""
         new = fine, self._random.random(len(fine)), start + np.arange(len(fine))
         fine, keys, rows = (np.concatenate(pair) for pair in zip(self._drawn, new, strict=True))
         order = np.lexsort((keys, fine))
@@ -163,7 +163,7 @@ Near = tuple[float, str, int]
 
 
 def _nearest_distinct(known: Sequence[Near], offered: Iterable[Near]) -> list[Near]:
-    """Merge two lists sorted by distance; each caption comes once, and of equal distances the known one first."""
+    """Merge two lists sorted by distance, each caption once; of equal distances the known one comes first."""
     nearest_of_offered: dict[str, Near] = {}
     for near in offered:
         nearest_of_offered.setdefault(near[1], near)

@@ -1,10 +1,11 @@
-"""Class names of tasks and a clustering in; the rows of the fine clusters nearest to them out, as a column of booleans.
+"""Chooses the training rows of an expert by the class names of tasks that are known beforehand.
 
-Method: the names are embedded by the encoder that the captions were embedded with; each takes its nearest fine
-clusters; one expert is trained on the rows of their union. With the names of several tasks it serves all of them.
+Method: the names are embedded by the encoder that embedded the captions, and each name takes its nearest fine clusters.
+One expert is trained on the rows of all of these clusters, which a column of booleans marks. Given the names of several
+tasks, it serves all of them.
 
-Source: MoDE (arXiv 2404.16030) Sec. 5.5, Tables 8 and 17. How many clusters a name takes is ours to choose: 1, as in
-routing, unless told otherwise.
+Source: MoDE (arXiv 2404.16030) Sec. 5.5, Tables 8 and 17. How many clusters a name takes is our choice: 1, as in
+routing, unless more are asked for.
 Price: one distance for each name and fine cluster, then a pass over the column ``fine_cluster``.
 """
 
@@ -29,35 +30,35 @@ from modeclip.models.encoders import load_encoder
 from modeclip.system.console import log
 
 PREFIX = "prior_"
-"""Begins the names of the columns."""
+"""First part of the columns' names."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PriorSelection:
-    """The fine clusters that class names asked for."""
+    """The fine clusters that a list of class names selects."""
 
     name: str
-    """Of the selection: its column is ``prior_NAME``, its expert ``expert-NAME``."""
+    """Name of the selection; its column is ``prior_NAME`` and its expert ``expert-NAME``."""
     classnames: tuple[str, ...]
-    """The names, each once, in their order."""
+    """The class names in their order, each once."""
     nearest: Int[np.ndarray, "L n"]
-    """Fine clusters of each name, the nearest first."""
+    """Fine clusters of each class name, the nearest first."""
     clustering: str
-    """Digest of the clustering that they belong to."""
+    """Digest of the clustering that the fine clusters belong to."""
 
     @property
     def column(self) -> str:
-        """Column of the catalog that marks the rows."""
+        """Column of the catalog that marks the selected rows."""
         return PREFIX + self.name
 
     @property
     def fine(self) -> Int[np.ndarray, " m"]:
-        """The fine clusters, ascending, each once."""
+        """The selected fine clusters, ascending, each once."""
         return np.unique(self.nearest)
 
     @property
     def digest(self) -> str:
-        """Hash of what decides the rows, as hexadecimal digits."""
+        """Hash of what decides which rows are selected, as hexadecimal digits."""
         return sha256(f"{self.clustering} {self.fine.tolist()}".encode()).hexdigest()[:16]
 
 
@@ -67,33 +68,35 @@ def select_for_classes(
     """Return the fine clusters nearest to class names.
 
     Args:
-        catalog: Says by which encoder its captions were embedded.
-        clustering: Whose fine clusters are chosen.
-        classnames: Of one task, or of several.
-        name: Of the selection; letters, digits and ``_``.
-        count: Fine clusters for each name, 1 or more.
+        catalog: The catalog; it knows which encoder embedded its captions.
+        clustering: The clustering whose fine clusters are selected.
+        classnames: Class names of one task or of several.
+        name: Name of the selection, of letters, digits and ``_``.
+        count: Fine clusters for each class name, 1 or more.
 
     Raises:
-        ModeclipError: There are no names or not so many clusters, or the captions were not embedded by an encoder
-            of texts.
+        ModeclipError: There are no class names or too few fine clusters, or the encoder of the captions does not embed
+            texts.
     """
     names = tuple(dict.fromkeys(classnames))
     if not names:
-        raise ModeclipError(f"prior {name}: no class names; give a file with one a line")
+        raise ModeclipError(f"prior {name}: there are no class names; give a file with one on each line")
     if not 1 <= count <= clustering.num_fine:
         raise ModeclipError(f"nearest: expected 1 to {clustering.num_fine}, the number of fine clusters, got {count}")
     if not re.fullmatch(r"\w+", name):
         raise ModeclipError(f"prior {name!r}: expected a name of letters, digits and _")
     facts = catalog.facts(COLUMN)
     if facts is None:
-        raise ModeclipError(f"catalog {catalog.path!r} does not say how {COLUMN} was made: embed its captions again")
+        raise ModeclipError(
+            f"catalog {catalog.path!r} does not say which encoder made {COLUMN}: embed its captions again"
+        )
     vectors = load_encoder(str(facts["encoder"])).encode(names)
     nearest = nearest_centers(vectors, clustering.fine_centers, count)[0]
     return PriorSelection(name=name, classnames=names, nearest=nearest, clustering=clustering.digest)
 
 
 def mark_prior(catalog: Catalog, selection: PriorSelection) -> int:
-    """Write the selection's column, unless the catalog has it already; return how many rows it marks.
+    """Add the column of a selection, unless the catalog has it, and return how many rows it marks.
 
     Raises:
         ModeclipError: The rows are not assigned to this clustering.
@@ -113,39 +116,44 @@ def _marks(catalog: Catalog, selection: PriorSelection) -> Iterator[dict[str, Bo
 
 
 def read_classes(text: str) -> list[str]:
-    """Return the class names of a file (one a line) or of a list with commas; a name that comes twice is told of.
+    """Return the class names in a file (one on each line) or in a list with commas, and log names that come twice.
 
     Raises:
-        ModeclipError: There are none, or what looks like a path is no file of text.
+        ModeclipError: There are none, or what looks like a path is not a text file.
     """
     path = Path(text)
     if _is_file(path):
         try:
             names = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise ModeclipError(f"classes {path}: no UTF-8 text ({error})") from None
+            raise ModeclipError(
+                f"classes {path}: expected UTF-8 text, got something else ({error}); save the file as UTF-8"
+            ) from None
     elif "," not in text and (path.suffix or "/" in text):
         found = "a folder" if path.is_dir() else "no such file"
-        raise ModeclipError(f"classes {path}: {found}; give a file with one class name a line, or 'cat,dog'")
+        raise ModeclipError(f"classes {path}: {found}; give a file with one class name on each line, or 'cat,dog'")
     else:
         names = text.split(",")
     names = [name.strip() for name in names if name.strip()]
     if not names:
-        raise ModeclipError(f"classes {text!r}: no class names in it; give a file with one a line, or 'cat,dog'")
+        raise ModeclipError(
+            f"classes {text!r}: there are no class names; give a file with one on each line, or 'cat,dog'"
+        )
     if twice := [name for name, number in Counter(names).items() if number > 1]:
-        log(f"classes: {twice[0]!r} is there more than once ({len(twice):,} such names): nothing tells them apart")
+        some = ", ".join(map(repr, twice[:3])) + (", ..." if len(twice) > 3 else "")
+        log(f"classes: more than one class is called {some}; nothing can tell them apart")
     return names
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a list of names, too long for that of a file
+    except OSError:  # a list of names that is too long for the name of a file
         return False
 
 
 def name_of(sources: Sequence[str]) -> str:
-    """Return a name for a selection from what its class names came from.
+    """Make the name of a selection from the files or lists that its class names came from.
 
     Examples:
         >>> name_of(["tasks/food-101.txt", "tasks/pets.txt"])

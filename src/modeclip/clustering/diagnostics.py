@@ -27,15 +27,8 @@ from jaxtyping import Float
 from tyro.conf import arg
 
 from modeclip.clustering.distances import assign_nearest
-from modeclip.clustering.fitting import (
-    ClusterConfig,
-    ClusterResult,
-    fit_embeddings,
-    imbalance_of,
-    read_embeddings,
-    regroup,
-    sample_rows,
-)
+from modeclip.clustering.embedding import read_embeddings
+from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embeddings, imbalance_of, regroup, sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeReport, Negatives, measure_negatives
 from modeclip.data.catalog import Catalog

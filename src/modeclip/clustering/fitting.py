@@ -1,20 +1,18 @@
-"""A catalog's caption embeddings in; fine clusters, experts, and for every row its fine cluster and experts out.
+"""Fits fine clusters and experts to caption embeddings, and assigns every row of a catalog to them.
 
 Method: balanced k-means of a uniform sample of the rows makes M fine centres (a caption counts as often as it occurs),
-balanced k-means of these makes K experts, and every row goes to its nearest fine centre and to that centre's expert.
-So balance holds where the clustering is fitted, not where it is applied: `ClusterResult.imbalance` says what came out.
-Experts are numbered by decreasing range, the order in which the paper trains them. With ``overlap`` a fine cluster also
-belongs to the experts with the next nearest coarse centres; the first is always the one of the balanced clustering.
+balanced k-means of these makes K experts, and every row goes to its nearest fine centre and so to that centre's expert.
+The clustering is balanced on the sample that it is fitted to, but not where it is applied: `ClusterResult.imbalance`
+says what came out.
 
-Three steps that can be taken one by one: `fit` makes a `Clustering`, `apply` assigns a catalog's rows to it and writes
-the cards, `regroup` makes other experts of the same fine clusters.
+There are three steps: `fit` makes a `Clustering`, `apply` assigns the rows of a catalog to it and writes the cards,
+and `regroup` makes other experts of the same fine clusters. `cluster` does the first two.
 
-Source: MoDE (arXiv 2404.16030) Sec. 3.2, 4.2 and 5.5; overlapping clusters are named there as future work, and this way
-of having them is ours. The released code keeps the centres of its last shard; here one fit sees the whole sample.
+Source: MoDE (arXiv 2404.16030) Sec. 3.2 and 4.2. The released code keeps the centres of its last shard; here one fit
+sees the whole sample.
 
-Price: the fit holds at most ``fit_samples`` embeddings as float32 (3 GB for two million of 384 numbers); after it the
-catalog's embeddings are read once, then its captions once, a block of rows at a time. Not for one caption:
-`modeclip.clustering.kmeans.nearest` is that.
+Price: the fit holds at most ``fit_samples`` embeddings as float32 (3 GB for two million of 384 numbers). Applying it
+reads the embeddings once and then the captions once, a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -26,63 +24,44 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from tyro.conf import arg
 
 from modeclip.clustering.cards import ExpertCard, FineCard, Tally, make_cards
 from modeclip.clustering.clusters import Clustering, group
 from modeclip.clustering.distances import assign_nearest
-from modeclip.clustering.embedding import COLUMN
+from modeclip.clustering.embedding import COLUMN, ROWS_AT_ONCE, check_finite, read_embeddings, require_embeddings
 from modeclip.clustering.kmeans import kmeans
 from modeclip.data.catalog import Catalog
-from modeclip.data.mapping import map_columns
+from modeclip.data.mapping import Work, map_columns
 from modeclip.errors import ModeclipError
 from modeclip.system.console import progress
 from modeclip.system.files import write_atomically
 
-__all__ = [
-    "Assignment",
-    "ClusterConfig",
-    "ClusterResult",
-    "Clustering",
-    "apply",
-    "cluster",
-    "count_pairs",
-    "fit",
-    "fit_embeddings",
-    "imbalance_of",
-    "read_config",
-    "read_embeddings",
-    "regroup",
-    "sample_rows",
-]
-
 CARDS_FILE = "cards.json"
 CONFIG_FILE = "config.json"
-ROWS_AT_ONCE = 1 << 17
-"""Rows of a block; 200 MB of float32 at 384 dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """How captions are clustered and experts are formed."""
+    """How captions are clustered, and how experts are formed of the clusters."""
 
     num_fine: Annotated[int, arg(name="fine")] = 256
-    """Fine clusters M, 1 or more; at most the distinct captions. Paper: 1024 for 400 million pairs."""
+    """Number of fine clusters, M: 1 to the number of distinct captions. Paper: 1024 for 400 million pairs."""
     num_experts: Annotated[int, arg(name="experts")] = 4
-    """Experts K, 1 to ``num_fine``. Paper: 2 to 32."""
+    """Number of experts, K: 1 to the number of fine clusters. Paper: 2 to 32."""
     max_size_ratio: float | None = 1.5
-    """Largest fine cluster of the fit as a multiple of the mean, 1 or more; null: sizes are free."""
+    """Largest size that a fine cluster may have in the fit, as a multiple of the mean, 1 or more. None: any size."""
     max_expert_ratio: float | None = 1.25
-    """Most fine clusters of an expert as a multiple of the mean, 1 or more; null: free."""
+    """Most fine clusters that an expert may have, as a multiple of the mean, 1 or more. None: any number."""
     fit_samples: int = 2_000_000
-    """Rows that the fine centres are fitted on, drawn uniformly; fewer rows are all used. Paper: 2M suffice."""
+    """Rows that the fine centres are fitted on, drawn uniformly; all if there are fewer. Paper: 2 million suffice."""
     overlap: int = 1
-    """Experts that each fine cluster belongs to, 1 to ``num_experts``. Paper: 1."""
+    """Number of experts that each fine cluster belongs to, 1 to the number of experts. Paper: 1."""
     num_iterations: int = 25
-    """Most iterations of each k-means, 0 or more; it stops by itself when the objective stands still."""
+    """Most iterations of each k-means, 0 or more; it stops earlier when the objective stands still."""
     seed: int = 0
-    """Decides the sample and the starts of both k-means."""
+    """Decides which rows are sampled and where both k-means start."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -92,7 +71,9 @@ class ClusterConfig:
         for name in ("max_size_ratio", "max_expert_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not ratio >= 1:
-                raise ModeclipError(f"cluster.{name}: expected 1 or more, or null for no limit, got {ratio}")
+                raise ModeclipError(
+                    f"cluster.{name}: expected 1 or more, or null (None on the command line) for no limit, got {ratio}"
+                )
         if self.num_experts > self.num_fine:
             raise ModeclipError(
                 f"cluster.num_experts: expected at most num_fine, which is {self.num_fine}, got {self.num_experts}: "
@@ -109,31 +90,28 @@ class ClusterConfig:
 
 
 @dataclass(kw_only=True, eq=False)
-class Assignment:
-    """Work on blocks of rows, for `map_columns`: embeddings in; fine cluster, distance and experts out."""
+class AssignWork(Work):
+    """Assigns blocks of embedded captions to fine clusters and experts."""
 
     clustering: Clustering
     """Centres and experts."""
     facts: dict[str, Any]
-    """What the columns are remembered by: hash of the clustering, facts of the embeddings."""
-    inputs: tuple[str, ...] = (COLUMN,)
-    """Columns that it reads."""
+    """Hash of the clustering, and the facts of the embeddings."""
+    inputs = (COLUMN,)
     outputs: tuple[str, ...] = ("fine_cluster", "fine_distance", "expert")
-    """Columns that it makes."""
-    unit: str = "captions"
-    """What a row is to it."""
+    unit = "captions"
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Assign the rows of a block.
 
         Returns:
             ``fine_cluster`` (int32), ``fine_distance`` (float32, Euclidean distance to that centre) and ``expert``
-            (int32; with overlapping experts a row of them, the first one first).
+            (int32; with overlap a row of experts, the one of the balanced grouping first).
 
         Raises:
             ModeclipError: An embedding holds NaN or infinity.
         """
-        fine, squared = assign_nearest(_finite(block[COLUMN]), self.clustering.fine_centers)
+        fine, squared = assign_nearest(check_finite(block[COLUMN]), self.clustering.fine_centers)
         experts = self.clustering.experts_of_fine[fine].astype(np.int32)
         return {
             "fine_cluster": fine.astype(np.int32),
@@ -144,20 +122,20 @@ class Assignment:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClusterResult:
-    """A clustering and what came out when it was applied to the catalog."""
+    """A clustering, and what came out when it was applied to a catalog."""
 
     clustering: Clustering
-    """Centres and the map from fine clusters to experts."""
+    """Centres and experts."""
     fine: tuple[FineCard, ...]
-    """A card per fine cluster, in their order."""
+    """A card for each fine cluster, in their order."""
     experts: tuple[ExpertCard, ...]
-    """A card per expert, in their order."""
+    """A card for each expert, in their order."""
     imbalance: float
     """Rows of the largest expert as a multiple of the mean, 1 or more."""
     objective: float
     """Mean over all rows of the squared distance to the nearest fine centre."""
     config: ClusterConfig | None = None
-    """What the clustering was made with; None where an earlier version made it."""
+    """Settings that the clustering was made with; None if an earlier version made it."""
 
     def save(self, folder: Path | str) -> None:
         """Write ``clustering.safetensors``, ``cards.json`` and ``config.json`` into a folder."""
@@ -195,7 +173,7 @@ class ClusterResult:
 
 
 def read_config(folder: Path | str) -> ClusterConfig | None:
-    """Return what the clustering in a folder was made with; None where an earlier version made it.
+    """Return the settings that the clustering in a folder was made with; None if an earlier version made it.
 
     Raises:
         ModeclipError: The file is damaged.
@@ -214,7 +192,7 @@ def _tuples(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cluster(catalog: Catalog, config: ClusterConfig, *, ray: bool = False) -> ClusterResult:
-    """Fit fine clusters and experts to a catalog and apply them to it: `fit`, then `apply`.
+    """Fit fine clusters and experts to a catalog, and apply them to it: `fit`, then `apply`.
 
     The same embeddings, config, machine and number of threads give the same bytes.
     """
@@ -226,7 +204,7 @@ def fit(catalog: Catalog, config: ClusterConfig) -> Clustering:
 
     Args:
         catalog: With the column ``caption_embedding``.
-        config: Numbers of clusters and experts, limits of their sizes, sample, seed.
+        config: Numbers of clusters and experts, limits on their sizes, sample and seed.
 
     Raises:
         ModeclipError: The column is missing or holds NaN, or there are fewer distinct captions than fine clusters.
@@ -243,8 +221,8 @@ def fit_embeddings(
     """Fit fine clusters to embeddings and group them into experts.
 
     Args:
-        x: One row a caption, a caption that occurs twice twice; all of them are used.
-        config: As for `fit`; ``fit_samples`` plays no part.
+        x: The embedding of one caption in each row, repeated as often as the caption occurs. All rows are used.
+        config: As for `fit`; ``fit_samples`` is not used.
         on_iteration: Called after each iteration of the first k-means.
     """
     fine = kmeans(
@@ -259,13 +237,14 @@ def fit_embeddings(
 
 
 def regroup(clustering: Clustering, num_experts: int, config: ClusterConfig) -> Clustering:
-    """Make another number of experts of the same fine clusters, which takes no second look at the captions.
+    """Make another number of experts of the same fine clusters, without looking at the captions again.
+
+    With the config of the fit, this gives what the fit would have given with that number of experts.
 
     Args:
-        clustering: Whose fine clusters are kept, numbers included.
+        clustering: The clustering whose fine clusters are kept, with their numbers.
         num_experts: Experts, 1 to the number of fine clusters.
-        config: Overlap (at most ``num_experts`` of it), limit of an expert's size, iterations and seed of the coarse
-            k-means; the config of the fit gives what the fit with this number of experts would have given.
+        config: Overlap (reduced to ``num_experts`` if it is more), limit on an expert's size, iterations and seed.
 
     Raises:
         ModeclipError: There are fewer fine clusters than experts.
@@ -285,23 +264,23 @@ def _group(fine_centers: Float[np.ndarray, "M D"], num_experts: int, config: Clu
 
 
 def apply(catalog: Catalog, clustering: Clustering, config: ClusterConfig, *, ray: bool = False) -> ClusterResult:
-    """Add ``fine_cluster``, ``fine_distance`` and ``expert`` to a catalog, and write the cards of what came out.
+    """Add ``fine_cluster``, ``fine_distance`` and ``expert`` to a catalog, and describe the clusters in cards.
 
-    ``expert`` is int32, or with overlapping experts a fixed-size list of them. The columns of another clustering are
-    replaced; those of this one are kept, and only rows that were added since are assigned.
+    ``expert`` is int32, or with overlap a fixed-size list of int32. Columns of another clustering are replaced. If the
+    columns are of this clustering already, only the rows that were added since are assigned.
 
     Args:
-        catalog: With the column ``caption_embedding``, from the encoder that the clustering was fitted with.
+        catalog: With the column ``caption_embedding``, made by the encoder that the clustering was fitted with.
         clustering: Centres and experts.
-        config: ``fit_samples`` rows, at most, are sampled for key words and quantiles, by ``seed``.
+        config: Key words and quantiles come from a sample of at most ``fit_samples`` rows, drawn by ``seed``.
         ray: Assign on a Ray cluster, as `modeclip.data.mapping.map_columns` says; the same bytes come out.
 
     Raises:
         ModeclipError: The column is missing or holds NaN.
     """
-    _require_embeddings(catalog)
+    require_embeddings(catalog)
     facts = {"clustering": clustering.digest, "embedding": catalog.facts(COLUMN)}
-    map_columns(catalog, Assignment(clustering=clustering, facts=facts), "assign captions", ray=ray)
+    map_columns(catalog, AssignWork(clustering=clustering, facts=facts), "assign captions", ray=ray)
     tally = Tally(clustering.num_fine, sample_rows(len(catalog), config.fit_samples, config.seed), config.seed)
     with progress("count words", len(catalog), "captions") as advance:
         for block in catalog.batches(["fine_cluster", "fine_distance", "caption"], ROWS_AT_ONCE):
@@ -319,7 +298,7 @@ def apply(catalog: Catalog, clustering: Clustering, config: ClusterConfig, *, ra
 
 
 def count_pairs(catalog: Catalog, num_experts: int, column: str = "expert") -> Int[np.ndarray, " K"]:
-    """Count the rows of each expert, as a column of the catalog has them; a row of two experts counts for both."""
+    """Count the rows of each expert in a column of the catalog; a row with two experts counts for both."""
     counts = np.zeros(num_experts, np.int64)
     for block in catalog.batches([column]):
         counts += np.bincount(block[column].reshape(-1), minlength=num_experts)[:num_experts]
@@ -327,7 +306,7 @@ def count_pairs(catalog: Catalog, num_experts: int, column: str = "expert") -> I
 
 
 def imbalance_of(sizes: Sequence[int] | Int[np.ndarray, " K"]) -> float:
-    """Return the largest size as a multiple of the mean; 1 if all are 0.
+    """Return the largest size as a multiple of the mean size, or 1 if all sizes are 0.
 
     Examples:
         >>> imbalance_of([10, 20, 30])
@@ -338,45 +317,14 @@ def imbalance_of(sizes: Sequence[int] | Int[np.ndarray, " K"]) -> float:
 
 
 def sample_rows(num_rows: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
-    """Return ``count`` rows drawn uniformly without repeats, ascending; all where there are fewer."""
+    """Draw ``count`` rows uniformly without repeats, ascending; if there are not more, return all."""
     if num_rows <= count:
         return np.arange(num_rows)
     return np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
 
 
-def read_embeddings(catalog: Catalog, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n D"]:
-    """Read the embeddings of some rows as float32.
-
-    Raises:
-        ModeclipError: The catalog has no embeddings, or one of these holds NaN or infinity.
-    """
-    _require_embeddings(catalog)
-    parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-    read = [_finite(catalog.read([COLUMN], part)[COLUMN], part) for part in parts]
-    return np.concatenate(read) if read else np.empty((0, 1), np.float32)
-
-
-def _require_embeddings(catalog: Catalog) -> None:
-    if COLUMN not in catalog.columns:
-        raise ModeclipError(
-            f"catalog {str(catalog.path)!r} has no column {COLUMN}: embed its captions first (stage embed)"
-        )
-
-
-def _finite(vectors: Shaped[np.ndarray, "n D"], rows: Int[np.ndarray, " n"] | None = None) -> Float[np.ndarray, "n D"]:
-    """Return embeddings as float32, after a look for NaN and infinity."""
-    vectors = np.asarray(vectors, np.float32)
-    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
-    if bad.size:
-        where = f"row {bad[0]} of a block of {len(vectors):,}" if rows is None else f"row {rows[bad[0]]}"
-        raise ModeclipError(
-            f"column {COLUMN} has NaN or infinite values, first in {where}: embed the captions again (stage embed)"
-        )
-    return vectors
-
-
 def _check_distinct(catalog: Catalog, x: Float[np.ndarray, "n D"], config: ClusterConfig) -> None:
-    """Refuse more fine clusters than there are different points to put them."""
+    """Raise if more fine clusters are wanted than there are distinct embeddings to fit them on."""
     seen: set[bytes] = set()
     for vector in x:
         seen.add(vector.tobytes())

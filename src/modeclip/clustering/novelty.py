@@ -32,7 +32,6 @@ LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 """Quantiles that are kept of each fine cluster. The median must be one: an empty cluster gets the typical one."""
 SAMPLED_ROWS = 2_000_000
 """Most rows that quantiles are computed from: 2,000 for each of 1024 clusters, so that two lie beyond the last one."""
-ROWS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,7 +152,7 @@ def fitted_quantiles(catalog: Catalog, num_fine: int) -> FineQuantiles:
     """
     step = -(-len(catalog) // SAMPLED_ROWS)
     fine, distance, start = [], [], 0
-    for block in catalog.batches(["fine_cluster", "fine_distance"], ROWS_AT_ONCE):
+    for block in catalog.batches(["fine_cluster", "fine_distance"]):
         rows = np.arange(-start % step, len(block["fine_cluster"]), step)
         fine.append(block["fine_cluster"][rows])
         distance.append(block["fine_distance"][rows])
@@ -161,7 +160,7 @@ def fitted_quantiles(catalog: Catalog, num_fine: int) -> FineQuantiles:
     found = np.concatenate([np.empty(0, np.int32), *fine])
     if len(found) and int(found.max()) >= num_fine:
         raise ModeclipError(
-            f"catalog {catalog.path!r} has a fine cluster {int(found.max())}, expected 0 to {num_fine - 1}: it belongs to"
-            " another clustering; give the catalog that the bundle was made from"
+            f"catalog {catalog.path!r} has a fine cluster {int(found.max())}, expected 0 to {num_fine - 1}: it belongs"
+            " to another clustering; give the catalog that the bundle was made from"
         )
     return fit_quantiles(found, np.concatenate([np.empty(0, np.float32), *distance]), num_fine)

@@ -48,16 +48,20 @@ TASKS_AHEAD = 4
 
 @runtime_checkable
 class Work(Protocol):
-    """What is computed of blocks of rows. It is pickled once for every Ray worker."""
+    """A computation that `map_columns` applies to a catalog, block by block, wherever the blocks are.
+
+    A stage that adds columns subclasses this, says what it reads and makes, and computes one block when it is called.
+    Every Ray worker gets a pickled copy, so a work holds small things only and loads models at its first call.
+    """
 
     inputs: tuple[str, ...]
     """Columns that it reads; ``image`` stands for the encoded images."""
     outputs: tuple[str, ...]
     """Columns that it makes."""
     unit: str
-    """What a row is to it, plural ("captions")."""
+    """What the progress bar calls rows, in the plural ("captions")."""
     facts: dict[str, Any]
-    """All that decides the result and is to be remembered with the columns, as JSON."""
+    """Everything that decides the result, as JSON. It is stored with the columns: other facts, and they are stale."""
 
     def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, "n *_"]]:
         """Return the outputs of a block, which is a fragment or, with images, a part of one."""

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from modeclip.clustering.fitting import Clustering
+from modeclip.clustering.clusters import Clustering
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates, fill
 from modeclip.data.tasks.task import Task, catalog_tasks

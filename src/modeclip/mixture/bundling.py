@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import COLUMN
-from modeclip.clustering.fitting import CARDS_FILE, Clustering
+from modeclip.clustering.fitting import CARDS_FILE
 from modeclip.clustering.novelty import fitted_quantiles
 from modeclip.data.catalog import CATALOG, Catalog
 from modeclip.errors import ModeclipError

@@ -29,7 +29,8 @@ from jaxtyping import Int
 
 from modeclip.clustering.cards import Tally, make_cards, split_words
 from modeclip.clustering.distances import assign_nearest
-from modeclip.clustering.fitting import read_embeddings, sample_rows
+from modeclip.clustering.embedding import read_embeddings
+from modeclip.clustering.fitting import sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
