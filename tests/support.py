@@ -143,7 +143,7 @@ def weights_of(model: Path | str) -> bytes:
 class InThisProcess:
     """Runs jobs in this process, one after the other, in place of `modeclip.training.launching`'s processes."""
 
-    def __init__(self, workers: int, processes: int) -> None:
+    def __init__(self, *_: int) -> None:
         self.over: dict[str, str] = {}
 
     def is_free(self) -> bool:

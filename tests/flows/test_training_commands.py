@@ -42,7 +42,7 @@ def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(clustered: Path, trains_here: None) -> Path:
+def trained(clustered: Path) -> Path:
     """The same with its seed and expert 1."""
     assert run(train_experts, clustered, *SETTINGS, "--only", "1", "--jobs", "1") is None
     return clustered
