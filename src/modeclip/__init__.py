@@ -1,12 +1,24 @@
 """modeclip: train, route and use CLIP data experts (MoDE).
 
-    Catalog    image-caption pairs, a row each
-    MoDE       a bundle of experts, asked for one task at a time
-    kmeans     clusters vectors, with a bound on the clusters' sizes
+Data
+    index      makes a `Catalog` of image-caption pairs from a source that `DataConfig` describes
+    check      says what a catalog holds and what is wrong with it
+Clusters
+    embed      turns captions, or images, into vectors (`EmbedConfig`)
+    cluster    splits a catalog into experts (`ClusterConfig`)
+    kmeans     clusters any vectors, with a bound on the clusters' sizes
+Models
+    run        does the whole method of a `Recipe`, which `load_recipe` reads, in one folder
+    RunFolder  plans, trains and bundles the models of such a folder
+    finetune   adapts a model to a small set without losing what it could
+    merge      averages the weights of models
+Mixtures
+    MoDE       is a bundle of experts, asked for one task at a time
     route      weighs the experts for a task's class embeddings
-    load_recipe, run    a recipe -> the whole method in one folder
+    assign     finds the clusters of new pairs, and what is new among them
+    extend     continues an expert on new pairs, or adds one
 
-Names are loaded at their first use, so importing modeclip is quick.
+A mistake of the user is a `ModeclipError`. Names are loaded when they are first used, so importing modeclip is quick.
 """
 
 from __future__ import annotations
@@ -15,27 +27,70 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modeclip.adapting.finetuning import finetune
+    from modeclip.adapting.merging import merge
+    from modeclip.clustering.embedding import EmbedConfig, embed
+    from modeclip.clustering.fitting import ClusterConfig, cluster
     from modeclip.clustering.kmeans import kmeans
     from modeclip.data.catalog import Catalog
+    from modeclip.data.checks import check
+    from modeclip.data.indexing import index
+    from modeclip.data.sources.options import DataConfig
     from modeclip.errors import ModeclipError
+    from modeclip.mixture.assigning import assign
+    from modeclip.mixture.extending import extend
     from modeclip.mixture.mode import MoDE
     from modeclip.mixture.rules import route
     from modeclip.pages.run_report import write_report
-    from modeclip.pipeline import Recipe, load_recipe, run
+    from modeclip.pipeline import Recipe, RunFolder, load_recipe, run
 
 __version__ = "0.1.0"
+__all__ = [
+    "Catalog",
+    "ClusterConfig",
+    "DataConfig",
+    "EmbedConfig",
+    "MoDE",
+    "ModeclipError",
+    "Recipe",
+    "RunFolder",
+    "assign",
+    "check",
+    "cluster",
+    "embed",
+    "extend",
+    "finetune",
+    "index",
+    "kmeans",
+    "load_recipe",
+    "merge",
+    "route",
+    "run",
+    "write_report",
+]
 _HOMES = {
     "Catalog": "data.catalog",
+    "ClusterConfig": "clustering.fitting",
+    "DataConfig": "data.sources.options",
+    "EmbedConfig": "clustering.embedding",
     "MoDE": "mixture.mode",
     "ModeclipError": "errors",
     "Recipe": "pipeline",
+    "RunFolder": "pipeline",
+    "assign": "mixture.assigning",
+    "check": "data.checks",
+    "cluster": "clustering.fitting",
+    "embed": "clustering.embedding",
+    "extend": "mixture.extending",
+    "finetune": "adapting.finetuning",
+    "index": "data.indexing",
     "kmeans": "clustering.kmeans",
     "load_recipe": "pipeline",
+    "merge": "adapting.merging",
     "route": "mixture.rules",
     "run": "pipeline",
     "write_report": "pages.run_report",
 }
-__all__ = ["Catalog", "MoDE", "ModeclipError", "Recipe", "kmeans", "load_recipe", "route", "run", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

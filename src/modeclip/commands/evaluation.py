@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from modeclip.commands.mixture import MaxMemory, to_bytes
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.scaling import ScalingConfig
 from modeclip.mixture.rules import RULES, Mix
 from modeclip.system.console import print_json, print_table
-from modeclip.system.options import AsJson
+from modeclip.system.options import AsJson, MaxMemory, to_bytes
 
 if TYPE_CHECKING:
     from modeclip.evaluation.averages import Average

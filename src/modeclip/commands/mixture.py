@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,13 +14,12 @@ from modeclip.mixture.assigning import AssignConfig
 from modeclip.mixture.extending import ExtendConfig
 from modeclip.mixture.rules import RULES, Mix
 from modeclip.system.console import console, print_json, print_table
-from modeclip.system.options import AsJson, CatalogPath, Ray
+from modeclip.system.options import AsJson, CatalogPath, MaxMemory, Ray, to_bytes
 
 BundlePath = Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]]
 Rule = Annotated[str | None, arg(help=f"Routing rule, one of {', '.join(RULES)}; default: the bundle's.")]
 Temperature = Annotated[float | None, arg(help="Temperature of the rule; default: the bundle's, or the rule's own.")]
 MaxExperts = Annotated[int | None, arg(help="Use at most so many experts, those with most weight; default: all.")]
-MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into so many GB (10^9 bytes).")]
 CLASSES = "A file with one class name a line, or the names with commas: 'cat,dog'."
 BundleFolder = Positional[Annotated[Path, arg(help="Folder of the bundle.")]]
 FittedOn = Annotated[
@@ -269,12 +267,3 @@ def open_picture(path: Path) -> Any:
         raise ModeclipError(f"picture {path}: no such file") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         raise ModeclipError(f"picture {path}: {cause_of(error)}; give an image file that opens") from None
-
-
-def to_bytes(gigabytes: float | None) -> int | None:
-    """Return what ``--max-memory`` asks for, in bytes."""
-    if gigabytes is None:
-        return None
-    if not 0 < gigabytes < math.inf:
-        raise ModeclipError(f"max_memory: expected a number of GB above 0, got {gigabytes:g}")
-    return int(gigabytes * 1e9)

@@ -8,6 +8,7 @@ command line can print it in one line.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ CatalogPath = Positional[
 Ray = Annotated[
     bool, arg(help="Work on the Ray cluster of RAY_ADDRESS, one that runs on this machine, or a new one on it.")
 ]
+MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into so many GB (10^9 bytes).")]
 
 
 class _RefusedError(Exception):
@@ -53,6 +55,15 @@ def call(command: Callable[..., Any], words: Sequence[str], prog: str | None = N
         return tyro.cli(command, args=words, prog=prog, registry=registry)
     except _RefusedError as refused:
         raise refused.reason from None
+
+
+def to_bytes(gigabytes: float | None) -> int | None:
+    """Return what ``--max-memory`` asks for, in bytes."""
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes < math.inf:
+        raise ModeclipError(f"max_memory: expected a number of GB above 0, got {gigabytes:g}")
+    return int(gigabytes * 1e9)
 
 
 class _ConfigRule:
