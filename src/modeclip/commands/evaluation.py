@@ -98,6 +98,7 @@ def evaluate(
     from modeclip.evaluation.probing import ProbeConfig
     from modeclip.evaluation.results import check_names, read_results, write_results
     from modeclip.evaluation.systems import open_systems
+    from modeclip.models.clip import imagenet_words
     from modeclip.models.feature_cache import FeatureCache
 
     if not tasks:
@@ -114,7 +115,9 @@ def evaluate(
         precision=options.precision,
     )
     read_results(out)  # what cannot be read there would be found after all the work
-    loaded = load_tasks(tasks, templates=options.templates, root=options.data, train=options.probe)
+    loaded = load_tasks(
+        tasks, templates=options.templates, root=options.data, train=options.probe, imagenet=imagenet_words
+    )
     cache = FeatureCache(options.cache or out / CACHE_FOLDER)
     systems = open_systems(
         models,

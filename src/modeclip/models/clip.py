@@ -302,6 +302,13 @@ def resolve_precision(wanted: str) -> str:
     return precision
 
 
+def imagenet_words() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return ImageNet's 1,000 class names and its 80 prompts with ``{}`` for the name, as open_clip has them."""
+    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+
+    return tuple(IMAGENET_CLASSNAMES), tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
 @contextmanager
 def computing(clip: Clip, precision: str) -> Iterator[torch.device]:
     """Run a model without gradients, in a precision; yields its device."""

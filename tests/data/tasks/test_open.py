@@ -72,7 +72,7 @@ def test_a_training_split_may_lack_classes_and_lie_elsewhere(folder, tmp_path):
         with pytest.raises(ModeclipError, match=words):
             load_tasks([str(folder)], train_specs=[spec])
     save(tmp_path / "more" / "fish" / "1.png", 7)
-    with pytest.raises(ModeclipError, match="has class 'fish', which the test split has not"):
+    with pytest.raises(ModeclipError, match="has class 'fish', which the test split lacks"):
         load_tasks([str(folder)], train_specs=[f"animals={tmp_path}/more"])
 
 
@@ -122,7 +122,7 @@ def test_folders_that_are_one_class_are_named(tmp_path):
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"")
-    with pytest.raises(ModeclipError, match=r"x.zip' is no file of tasks: expected .parquet, .csv"):
+    with pytest.raises(ModeclipError, match=r"x.zip' can hold no task: expected .parquet, .csv"):
         load_tasks([str(tmp_path / "x.zip")])
 
 
@@ -135,7 +135,7 @@ def test_names_are_given_or_those_of_the_folders(folder):
 
 
 def test_two_tasks_of_one_name_are_refused(folder):
-    with pytest.raises(ModeclipError, match=r"'animals' is there twice .*another name \(NAME=PATH\)"):
+    with pytest.raises(ModeclipError, match=r"'animals' is given twice .*another name \(NAME=PATH\)"):
         load_tasks([str(folder), str(folder)])
 
 
@@ -175,7 +175,7 @@ def test_tasks_in_an_object_store_are_read_in_place(folder):
 
 
 def test_selections_are_of_catalogs_only(folder):
-    with pytest.raises(ModeclipError, match=r"#group=x selects rows of a catalog, and '.*animals' is none"):
+    with pytest.raises(ModeclipError, match=r"#group=x selects rows of a catalog, but '.*animals' is none"):
         load_tasks([f"{folder}#group=x"])
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from modeclip.data.tasks.open import load_tasks
 from modeclip.data.tasks.published import (
+    _benchmark_names,
     class_names,
     clean_name,
     find_known,
@@ -22,6 +23,7 @@ from modeclip.data.tasks.published import (
 )
 from modeclip.data.tasks.task import METRICS
 from modeclip.errors import ModeclipError
+from modeclip.models.clip import imagenet_words
 from support import plain_png
 
 IMAGE = plain_png()
@@ -73,12 +75,12 @@ NUM_PROMPTS = {
 
 @pytest.mark.parametrize("task", known_tasks().values(), ids=lambda task: task.name)
 def test_every_task_has_its_number_of_prompts_and_names(task):
-    templates = templates_of(task)
+    templates = templates_of(task, imagenet_words)
     assert len(templates) == (NUM_PROMPTS.get(task.name, 1) if task.kind == "classification" else 0)
     assert len(set(templates)) == len(templates)
     assert all(template.count("{}") == 1 for template in templates)
     assert len(task.names) in (0, task.classes)
-    assert len(published_names(task)) in (0, task.classes, 1000)
+    assert len(published_names(task, imagenet_words)) in (0, task.classes, 1000)
 
 
 DIFFERENT = {"clevr", "pcam", "resisc45"}
@@ -90,7 +92,7 @@ def test_prompts_are_those_of_clip_benchmark_where_it_has_clips():
     for name, templates in peer_file("en_zeroshot_classification_templates.json").items():
         task = find_known(name)
         if task is not None:
-            equal = {template.replace("{c}", "{}") for template in templates} == set(templates_of(task))
+            equal = {template.replace("{c}", "{}") for template in templates} == set(templates_of(task, imagenet_words))
             assert equal == (task.name not in DIFFERENT), name
             seen.add(task.name)
     assert len(seen) == 22
@@ -137,7 +139,7 @@ def test_subsets_of_imagenet_have_the_names_that_clip_benchmark_gives_them(tmp_p
     ids = synsets(f"{name.replace('-', '_')}_synsets.txt")
     folder = save_classes(tmp_path / name, ids)
     peer = builder.build_dataset(name, root=str(folder), download=False)
-    (task,) = load_tasks([name], root=str(tmp_path))
+    (task,) = load_tasks([name], root=str(tmp_path), imagenet=imagenet_words)
     assert list(task.classnames) == peer.classes
     assert task.labels.tolist() == [label for _, label in peer.samples]
     assert (task.group, len(task.templates)) == ("imagenet", 80)
@@ -145,30 +147,36 @@ def test_subsets_of_imagenet_have_the_names_that_clip_benchmark_gives_them(tmp_p
 
 def test_imagenet_v2_is_numbered(tmp_path):
     save_classes(tmp_path / "imagenetv2", list(map(str, range(1000))))
-    (task,) = load_tasks(["imagenet-v2"], root=str(tmp_path))
-    assert task.classnames == published_names(known_tasks()["imagenet"])
+    (task,) = load_tasks(["imagenet-v2"], root=str(tmp_path), imagenet=imagenet_words)
+    assert task.classnames == imagenet_words()[0]
     assert task.images.keys()[2] == "2/1.png"
     assert task.labels.tolist() == list(range(1000))
 
 
 def test_imagenet_in_any_order_of_folders(tmp_path):
     save_classes(tmp_path / "imagenet" / "val", list(wordnet_ids()))
-    (task,) = load_tasks(["imagenet"], root=str(tmp_path))
+    (task,) = load_tasks(["imagenet"], root=str(tmp_path), imagenet=imagenet_words)
     assert task.classnames[:2] == ("tench", "goldfish")
+
+
+def test_imagenet_needs_the_words_of_open_clip(tmp_path):
+    save_classes(tmp_path / "imagenet", list(wordnet_ids()))
+    with pytest.raises(ModeclipError, match=r"'imagenet' needs ImageNet's class names .*: pass imagenet="):
+        load_tasks(["imagenet"], root=str(tmp_path))
 
 
 def test_folders_that_are_no_wordnet_ids_are_named(tmp_path):
     ids = [*wordnet_ids()[:199], "dogs"]
     save_classes(tmp_path / "imagenet-o", ids)
     with pytest.raises(ModeclipError, match="'dogs' is no WordNet id"):
-        load_tasks(["imagenet-o"], root=str(tmp_path))
+        load_tasks(["imagenet-o"], root=str(tmp_path), imagenet=imagenet_words)
 
 
 def test_too_few_classes_are_not_the_published_task(tmp_path):
     save_classes(tmp_path / "imagenet-r", list(wordnet_ids()[:3]))
     words = r"ImageNet-R has 200 classes, found 3 \('n01440764', .*give them another name \(NAME=PATH\)"
     with pytest.raises(ModeclipError, match=words):
-        load_tasks(["imagenet-r"], root=str(tmp_path))
+        load_tasks(["imagenet-r"], root=str(tmp_path), imagenet=imagenet_words)
     (task,) = load_tasks([f"mine={tmp_path}/imagenet-r"])
     assert len(task.classnames) == 3
 
@@ -202,7 +210,7 @@ def test_the_last_numbers_need_not_occur_among_the_labels(tmp_path):
 @pytest.mark.parametrize("name", ["fer2013", "eurosat", "country211"])
 def test_numbers_of_tasks_that_are_numbered_in_several_ways_are_refused(name):
     ids = list(map(str, range(known_tasks()[name].classes)))
-    with pytest.raises(ModeclipError, match=r"classes are numbers .*put classnames\.txt beside them"):
+    with pytest.raises(ModeclipError, match=r"classes are numbers .*classnames\.txt beside them"):
         class_names(known_tasks()[name], ids)
 
 
@@ -228,11 +236,11 @@ def test_flowers_are_numbered_from_one_and_traffic_signs_from_zero():
 
 
 def test_numbers_without_names_say_what_to_do(monkeypatch):
-    published_names.cache_clear()
+    _benchmark_names.cache_clear()
     monkeypatch.setattr("modeclip.data.tasks.published.find_spec", lambda _: None)
-    with pytest.raises(ModeclipError, match=r"put classnames.txt beside them.*or install clip-benchmark"):
+    with pytest.raises(ModeclipError, match=r"classnames.txt beside them.*or install clip-benchmark"):
         class_names(known_tasks()["flowers"], [str(n) for n in range(1, 103)])
-    published_names.cache_clear()
+    _benchmark_names.cache_clear()
 
 
 @pytest.mark.parametrize("name", list(known_tasks()))
@@ -260,7 +268,7 @@ def test_a_group_loads_all_of_its_tasks(tmp_path):
         for number in range(1000):
             (tmp_path / name / f"{number}.png").write_bytes(IMAGE)
         (tmp_path / name / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tasks = load_tasks(["robustness"], root=str(tmp_path))
+    tasks = load_tasks(["robustness"], root=str(tmp_path), imagenet=imagenet_words)
     assert [task.name for task in tasks] == list(task_groups()["robustness"])
     assert {task.group for task in tasks} == {"imagenet"}
     assert tasks[0].classnames[:2] == ("tench", "goldfish")

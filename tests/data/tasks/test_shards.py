@@ -184,7 +184,7 @@ def damage(root: Path, kind: str) -> Path:
         ("blank line", r"classnames.txt': line 2 is blank"),
         ("not UTF-8", r"classnames.txt' is not UTF-8"),
         ("empty file", r"classnames.txt' is empty"),
-        ("no names", r"labels are numbers.*put classnames.txt beside"),
+        ("no names", r"labels are numbers.*classnames.txt beside"),
         ("prompt", r"template 'a photo' has no \{\}"),
         ("type", r"unknown type in .*'captioning'; known: classification, multilabel, retrieval"),
     ],
@@ -225,7 +225,7 @@ def npy(*values: float) -> bytes:
         ("", [("a.png", encoded()), ("a.cls", b"0"), ("a.png", encoded())], r"has a.png twice"),
         ("", [("a.png", encoded()), ("a.cls", b"0"), ("a.cls", b"0")], r"has a.cls twice"),
         ("", [], r"hold no sample"),
-        ("multilabel", [("a.png", encoded()), ("a.npy", b"x")], r"label of 'a' is no .npy array"),
+        ("multilabel", [("a.png", encoded()), ("a.npy", b"x")], r"label of 'a' not a .npy array"),
         ("multilabel", [("a.png", encoded()), ("a.npy", npy(0, 2))], r"label of 'a' has shape \(2,\).*all 0 or 1"),
         ("multilabel", [("a.png", encoded()), ("a.npy", npy(0, 1, 1))], r"labels have 3 numbers.*has 2 lines"),
         ("retrieval", [("a.png", encoded()), ("a.txt", b" \n")], r"image 'a' has no caption"),
@@ -273,7 +273,7 @@ def test_prompts_of_each_class_come_from_json(tmp_path):
     assert task.prompts == (("it purrs", "a cat"), ("it barks",))
     for content, words in [
         ('{"cat": ["x"]}', "has no prompts for class 'dog'"),
-        ('{"cat": ["x"], "dog": [3]}', "prompts of class 'dog' are no list of texts"),
+        ('{"cat": ["x"], "dog": [3]}', "prompts of class 'dog' are not a list of texts"),
         ("3", "expected a list of prompts"),
         ("{", "is not JSON"),
     ]:

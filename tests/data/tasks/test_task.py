@@ -75,8 +75,8 @@ def test_the_hash_of_images_follows_their_bytes_and_order(tmp_path):
 def test_the_hash_of_many_images_is_that_of_one_thread(tmp_path, monkeypatch):
     images = some_images(tmp_path, 40)
     alone = images.digests()
-    monkeypatch.setattr("modeclip.data.samples.HASHED_AT_ONCE", 3)
-    monkeypatch.setattr("modeclip.data.samples.MANY_IMAGES", 2)
+    monkeypatch.setattr("modeclip.data.images.HASHES_PER_TASK", 3)
+    monkeypatch.setattr("modeclip.data.images.MANY_IMAGES", 2)
     assert images.digests() == alone
 
 

@@ -1,7 +1,7 @@
-"""A JSON file of annotations goes in; the retrieval or selection task that it describes comes out.
+"""Retrieval and selection tasks that a JSON file of annotations describes.
 
-Known are COCO's captions, Karpathy's splits of COCO and Flickr30k (of which the images of split "test" count), and
-SugarCrepe's captions. The images lie beside the file or in one of the folders there.
+It may hold COCO's captions, Karpathy's splits of COCO or Flickr30k (only the images of the split "test" are used), or
+SugarCrepe's captions. The images lie beside the file or in a folder beside it.
 
 Source: COCO; Karpathy and Fei-Fei (arXiv 1412.2306), dataset_*.json; SugarCrepe (arXiv 2306.14610).
 
@@ -25,7 +25,7 @@ def read_annotations(name: str, path: str) -> Found:
     """Read COCO's captions, Karpathy's splits of COCO or Flickr30k, or SugarCrepe's captions.
 
     Raises:
-        ModeclipError: It is none of them, or an image is missing.
+        ModeclipError: The file holds none of these, or an image is missing.
     """
     try:
         content = json.loads(read_bytes(path))
@@ -49,8 +49,8 @@ def read_annotations(name: str, path: str) -> Found:
         raise ModeclipError(f"task {name!r}: {path!r} does not exist") from error
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModeclipError(
-            f"task {name!r}: {path!r} holds no annotations that are known ({error!r}): expected COCO's captions,"
-            " Karpathy's splits, or SugarCrepe's captions"
+            f"task {name!r}: {path!r} holds no known annotations ({error!r}): expected COCO's captions, Karpathy's"
+            " splits, or SugarCrepe's captions"
         ) from error
     return negatives(name, rows, np.arange(len(rows)), "image", "caption")
 
@@ -62,7 +62,7 @@ def _captioned(name: str, path: str, files: Sequence[str], pairs: Sequence[tuple
     number_of = {file: number for number, file in enumerate(files)}
     kept = [(number_of[file], text.strip()) for file, text in pairs if text.strip()]
     if not kept:
-        raise ModeclipError(f'task {name!r}: {path!r} holds no captions (of a split "test")')
+        raise ModeclipError(f'task {name!r}: {path!r} holds no captions, or none of the split "test"')
     kept.sort(key=lambda pair: pair[0])
     images = file_images(name, parent(path), files, files)
     return retrieval_task(name, images, [text for _, text in kept], [owner for owner, _ in kept], path)

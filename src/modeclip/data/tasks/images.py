@@ -1,10 +1,10 @@
-"""Places of images go in, in folders, tar shards or Parquet files; the images of a task come out, by number.
+"""The images of tasks that are not in a catalog: files, byte ranges of tar shards, or columns of Parquet files.
 
-Nothing is opened before it is asked for. The hash of all images is that of a catalog with the same images in the same
-order, wherever they lie.
+Nothing is opened before it is needed. The hash of all images is that of a catalog with the same images in the same
+order, wherever they are stored.
 
-Price: a read an image; the hash reads every byte once, by several threads. Images in Parquet files cost the decoding of
-the row group that they lie in, of which the last `GROUPS_HELD` stay in memory.
+Price: one read for each image. The hash reads every byte once, with several threads. An image in a Parquet file costs
+decoding its row group; the last `GROUPS_HELD` row groups stay in memory.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ GROUPS_HELD = 2
 
 
 class EncodedImages(ABC):
-    """Images that lie somewhere as files do: encoded."""
+    """Images that are stored as encoded bytes; a subclass knows where."""
 
     task: str
     """Name of the task, for messages."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of images, N."""
 
     @abstractmethod
     def keys(self) -> list[str]:
-        """Return their names."""
+        """Return the name of each image."""
 
     @abstractmethod
     def _encoded(self, number: int) -> bytes:
-        """Return one as it is stored."""
+        """Return the stored bytes of one image."""
 
     def read(self, rows: Int[np.ndarray, " b"]) -> list[Image]:
-        """Return images by number, decoded, RGB.
+        """Return the images of these numbers, decoded, as RGB.
 
         Raises:
-            ModeclipError: One is gone, or does not decode.
+            ModeclipError: An image is missing, or does not decode.
         """
         return [self._guarded(number, lambda data: decode_image(data)) for number in rows.tolist()]
 
@@ -66,7 +66,7 @@ class EncodedImages(ABC):
         return content.hexdigest()
 
     def digests(self) -> list[bytes]:
-        """Return a hash of each image's encoded bytes: that of a catalog's column ``digest``."""
+        """Return a hash of each image's encoded bytes, the same as in the column ``digest`` of a catalog."""
 
         def hash_some(numbers: range) -> list[bytes]:
             return [self._guarded(number, hash_image) for number in numbers]
@@ -83,7 +83,7 @@ class EncodedImages(ABC):
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
             raise ModeclipError(
-                f"task {self.task!r}: image {self.keys()[number]!r}: {cause_of(error)}; replace it, or remove it and"
+                f"task {self.task!r}: image {self.keys()[number]!r}: {cause_of(error)}; replace it, or remove it with"
                 " its label"
             ) from error
 
@@ -99,15 +99,15 @@ class FileImages(EncodedImages):
     paths: Sequence[str]
     """Path or address of each image's file."""
     offsets: Int[np.ndarray, " N"] | None = None
-    """Where each begins; None: they are whole files."""
+    """Byte offset of each image in its file; None if each image is a whole file."""
     sizes: Int[np.ndarray, " N"] | None = None
-    """How many bytes each has."""
+    """Number of bytes of each image."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def keys(self) -> list[str]:
-        """Return their names."""
+        """Return the name of each image."""
         return list(self.names)
 
     def _encoded(self, number: int) -> bytes:
@@ -122,7 +122,7 @@ class FileImages(EncodedImages):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TableImages(EncodedImages):
-    """Images in columns of Parquet files: encoded bytes, or Hugging Face's bytes and path."""
+    """Images in columns of Parquet files, as encoded bytes or as Hugging Face's structs of bytes and path."""
 
     task: str
     """Name of the task, for messages."""
@@ -135,11 +135,11 @@ class TableImages(EncodedImages):
     group_starts: Int[np.ndarray, " g"]
     """First row of each row group, counted over all files."""
     groups: Sequence[tuple[int, int]]
-    """Its file and its number there."""
+    """Of each row group, the number of its file and its number in that file."""
     rows: Int[np.ndarray, " N"]
     """Row of each image, counted over all files."""
     column_of_image: Int[np.ndarray, " N"]
-    """Number of its column."""
+    """Column of each image, as an index into ``columns``."""
     _held: OrderedDict[tuple[int, int], Any] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -147,7 +147,7 @@ class TableImages(EncodedImages):
         return len(self.rows)
 
     def keys(self) -> list[str]:
-        """Return their names."""
+        """Return the name of each image."""
         return list(self.names)
 
     def _encoded(self, number: int) -> bytes:
@@ -161,7 +161,7 @@ class TableImages(EncodedImages):
         return value or b""
 
     def _load(self, group: int, column: int) -> Any:
-        """Return one column of a row group, from memory where it is among the last ones."""
+        """Return one column of a row group, from memory if it was used lately."""
         import pyarrow.parquet as pq
 
         with self._lock:

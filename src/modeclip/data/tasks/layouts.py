@@ -1,10 +1,10 @@
-"""A folder with a sub-folder of images for each class goes in; the task that lies there comes out.
+"""Tasks in folders with a sub-folder of images for each class, and the text files that may lie beside any data.
 
-Files beside the data say what their folders do not: ``classnames.txt`` (a class name a line), prompts in
-``zeroshot_classification_templates.txt`` (one a line, with ``{c}`` for the class name) or, as JSON, in
-``zeroshot_classification_templates.json`` (a list, or a list for each class name).
+These files say what the folders do not: ``classnames.txt`` holds a class name per line. The prompts are in
+``zeroshot_classification_templates.txt``, one per line with ``{c}`` for the class name, or as JSON in
+``zeroshot_classification_templates.json``, as one list or as a list for each class name.
 
-Price: a listing of the folders; no image is opened.
+Price: the folders are listed; no image is opened.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ FILE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
-    """A task as it lies on disk."""
+    """A task as it was found on disk, before published names and prompts are added."""
 
     task: Task
     """The task."""
     named: bool
-    """Whether the data say what the classes are called, other than by names of folders or numbers."""
+    """Whether the data name their classes by more than names of folders or numbers."""
     numbered: bool = False
-    """Whether all that is known of the classes is their numbers, of which the last may not occur."""
+    """Whether only the numbers of the classes are known, of which the last ones may not occur."""
 
 
 # ---------------------------------------------------------------- files beside the data
 
 
 def read_lines(folder: str, name: str) -> tuple[str, ...] | None:
-    """Return the lines of a text file without the space around them and blank last ones; None: there is no such file.
+    """Return the lines of a text file, stripped, or None if there is no such file. Blank lines at its end are ignored.
 
     Raises:
-        ModeclipError: One of the others is blank, or the file is no text.
+        ModeclipError: Another line is blank, or the file is no text.
     """
     path = join(folder, name)
     if not state(path):
@@ -57,18 +57,20 @@ def read_lines(folder: str, name: str) -> tuple[str, ...] | None:
     try:
         lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise ModeclipError(f"{path!r} is not UTF-8 ({error.reason} at byte {error.start}): write it again") from error
+        raise ModeclipError(
+            f"{path!r} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     while lines and not lines[-1]:
         lines.pop()
     if "" in lines:
-        raise ModeclipError(f"{path!r}: line {lines.index('') + 1} is blank; expected one entry a line")
+        raise ModeclipError(f"{path!r}: line {lines.index('') + 1} is blank: expected one entry per line")
     if not lines:
-        raise ModeclipError(f"{path!r} is empty: expected one entry a line, or no such file")
+        raise ModeclipError(f"{path!r} is empty: expected one entry per line; fill or remove the file")
     return tuple(lines)
 
 
 def read_templates(folder: str, classnames: Sequence[str]) -> dict[str, Any]:
-    """Return the fields ``templates`` and ``prompts`` of a task from the files beside its data.
+    """Read the fields ``templates`` and ``prompts`` of a task from the files beside its data.
 
     Raises:
         ModeclipError: A prompt has no place for the class name, or a class has no prompts.
@@ -86,7 +88,7 @@ def read_templates(folder: str, classnames: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_templates(value: object, classnames: Sequence[str], where: str) -> dict[str, Any]:
-    """Return the fields of a task from prompts for all classes (a list), or for each (a list by class name).
+    """Return the field of a task for prompts that are one list for all classes, or a list for each class name.
 
     Examples:
         >>> parse_templates(["a {c}."], ["cat"], "f"), parse_templates({"cat": ["it purrs"]}, ["cat"], "f")
@@ -103,7 +105,7 @@ def parse_templates(value: object, classnames: Sequence[str], where: str) -> dic
     for name in classnames:
         own = [value[name]] if isinstance(value[name], str) else value[name]
         if not isinstance(own, list) or not all(isinstance(prompt, str) for prompt in own):
-            raise ModeclipError(f"{where!r}: prompts of class {name!r} are no list of texts")
+            raise ModeclipError(f"{where!r}: prompts of class {name!r} are not a list of texts")
         prompts.append(tuple(fill(prompt, name) for prompt in own))
     return {"prompts": tuple(prompts)}
 
@@ -112,22 +114,22 @@ def parse_templates(value: object, classnames: Sequence[str], where: str) -> dic
 
 
 def place_of_test(root: str) -> str:
-    """Return the folder of the test split: test/ or val/ where there is one, else the folder itself."""
+    """Return the folder of the test split: test/ or val/ if there is one, else the folder itself."""
     folders = list_folder(root)[0]
     name = next((name for name in TEST_FOLDERS if name in folders), None)
     return join(root, name) if name else root
 
 
 def read_image_folder(name: str, root: str, folder: str) -> Found:
-    """Read images that lie in a folder for each class.
+    """Read a classification task whose images lie in a folder for each class.
 
     Args:
         name: Name of the task.
-        root: Where ``classnames.txt`` (a line for each folder, in their order) and prompts are looked for.
-        folder: The folder of the split.
+        root: Folder of ``classnames.txt`` (a line for each class folder, in their order) and prompts, if there are any.
+        folder: Folder of the split.
 
     Raises:
-        ModeclipError: There is no class folder, one has no image, or the names do not fit.
+        ModeclipError: There is no class folder, one has no image, or the class names do not fit the folders.
     """
     folders = _class_folders(name, folder)
     names, labels = list[str](), list[int]()
@@ -166,7 +168,7 @@ def read_image_folder(name: str, root: str, folder: str) -> Found:
 
 
 def _class_folders(name: str, folder: str) -> list[str]:
-    """Return the names of the classes' folders, numbers in their order."""
+    """Return the names of the class folders in order; numbers are ordered by value."""
     folders = list_folder(folder)[0]
     if not folders:
         raise ModeclipError(
@@ -182,17 +184,17 @@ def _class_folders(name: str, folder: str) -> list[str]:
 
 
 def with_train(task: Task, train: Task) -> Task:
-    """Return a task with the images that a linear probe is fitted on; classes are told by their names.
+    """Return a task with the training split for its linear probe; classes are matched by their names.
 
     Raises:
-        ModeclipError: They have classes that the task lacks, or it is no classification.
+        ModeclipError: The split has classes that the task lacks, or one of them is no classification.
     """
     if task.kind != "classification" or train.kind != "classification":
         raise ModeclipError(f"task {task.name!r}: only classification has a training split")
     if strange := sorted(set(train.classnames) - set(task.classnames)):
         raise ModeclipError(
-            f"task {task.name!r}: the training split has class {strange[0]!r}, which the test split has not"
-            f" ({len(strange):,} such classes): remove it there"
+            f"task {task.name!r}: the training split has class {strange[0]!r}, which the test split lacks"
+            f" ({len(strange):,} such classes): remove it from the training split"
         )
     labels = train.labels
     assert labels is not None

@@ -1,12 +1,12 @@
-"""What the user names goes in: folders, tables, catalogs, published tasks; the tasks of an evaluation come out.
+"""Opens the tasks that a user asks for: folders, tables, catalogs, or published tasks by name.
 
-A specification is ``PATH`` or ``NAME=PATH`` (without a name it is that of the folder or file), or the name of a
-published task or group (`modeclip.data.tasks.published`), whose data lie below a root. What lies at a path is recognised by
-itself: a catalog, CLIP_benchmark's webdataset layout, a table, annotations, a folder of classes. ``retrieval:`` before
-it asks for captions where there are classes too, ``#column=value`` behind a catalog selects rows.
+A specification is ``PATH`` or ``NAME=PATH`` (without a name the task is called like the folder or file), or the name of
+a published task or group (`modeclip.data.tasks.published`), whose data lie below a root. What lies at a path is
+detected: a catalog, CLIP_benchmark's webdataset layout, a table, annotations, or a folder of classes. ``retrieval:`` in
+front asks for captions even if there are classes, and ``#column=value`` behind a catalog selects rows.
 
-A task whose name is a published one is that task, wherever its data lie, with its metric and class names. Asked for by
-name it has the published prompts; by a path alone those beside the data, and the published ones where there are none.
+A task with a published name is that published task wherever its data lie, with its metric and class names. If the user
+asks for it by name it has the published prompts. If the user gives only a path, prompts beside the data come first.
 
 Price: that of `modeclip.data.tasks.layouts` and its neighbours; no image is opened.
 """
@@ -37,6 +37,7 @@ from modeclip.data.tasks.layouts import (
     with_train,
 )
 from modeclip.data.tasks.published import (
+    ImageNetWords,
     KnownTask,
     class_names,
     find_data,
@@ -59,21 +60,21 @@ SPEC = re.compile(r"(?:(?P<name>[^=/#:]+)=)?(?P<path>[^#]+)(?:#(?P<where>.+))?",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
-    """One specification, in its parts."""
+class TaskSpec:
+    """One specification, taken apart."""
 
     name: str
     """Name of the task."""
     is_named: bool = False
-    """Whether the user gave it, rather than a path alone."""
+    """Whether the user gave the name, not only a path."""
     path: str
-    """Where it lies, absolute."""
+    """Absolute path or address of its data."""
     where: str = ""
-    """Of a catalog: ``column=value``, several joined by ``&``; a column alone is one of booleans."""
+    """Which rows of a catalog: ``column=value``, several joined by ``&``; a column alone holds booleans."""
     retrieval: bool = False
-    """Whether captions are asked for."""
+    """Whether the task is to find captions, even if there are classes."""
     known: KnownTask | None = None
-    """The published task that it is."""
+    """The published task of this name, if there is one."""
 
 
 def load_tasks(
@@ -84,33 +85,35 @@ def load_tasks(
     root: str = "data",
     train: bool = False,
     train_specs: Sequence[str] = (),
+    imagenet: ImageNetWords | None = None,
 ) -> list[Task]:
-    """Return the tasks that specifications name, in their order.
+    """Open the tasks that specifications name, in their order.
 
     Args:
         specs: The specifications.
-        templates: Prompts with ``{}`` for all tasks, in place of their own.
-        template_file: Prompts by task, in CLIP_benchmark's format: JSON, a list for each task, or for each of its class
-            names.
-        root: Folder below which the data of published tasks lie, each in a folder of its name.
+        templates: Prompts with ``{}`` for the class name; they replace the prompts of all tasks.
+        template_file: Prompts by task in CLIP_benchmark's format: JSON with a list for each task, or for each class
+            name of a task.
+        root: Folder of the data of published tasks, each in a folder of its name.
         train: Whether to read training splits, for linear probes: a folder or files ``train`` beside ``test``.
         train_specs: Training splits that lie elsewhere, as NAME=PATH with the name of a task.
+        imagenet: Returns ImageNet's class names and prompts; needed for published tasks with ImageNet's classes.
 
     Raises:
-        ModeclipError: A specification names nothing, two tasks have the same name, or the data are not whole.
+        ModeclipError: A specification names nothing, two tasks have the same name, or data are missing or damaged.
     """
     check_templates(templates, "templates")
     tasks: list[Task] = []
     for spec in specs:
-        tasks += [task for part in _expand(spec, root) for task in _load(part, train)]
+        tasks += [task for part in _expand(spec, root) for task in _load(part, train, imagenet)]
     if twice := [name for name, number in Counter(task.name for task in tasks).items() if number > 1]:
         places = " and ".join(repr(task.source) for task in tasks if task.name == twice[0])
-        raise ModeclipError(f"task {twice[0]!r} is there twice ({places}): give one of them another name (NAME=PATH)")
+        raise ModeclipError(f"task {twice[0]!r} is given twice ({places}): give one of them another name (NAME=PATH)")
     for task in tasks:
         twice = [name for name, number in Counter(task.classnames).items() if number > 1]
         if twice and find_known(task.name) is None:  # published lists have such: two classes of ImageNet are "missile"
-            log(f"task {task.name!r}: several classes are called {twice[0]!r}, and nothing tells them apart")
-    tasks = _add_train(tasks, train_specs)
+            log(f"task {task.name!r}: several classes are called {twice[0]!r}, so no model can tell them apart")
+    tasks = _add_train(tasks, train_specs, imagenet)
     if template_file is not None:
         tasks = _use_template_file(tasks, template_file)
     if templates:
@@ -121,8 +124,8 @@ def load_tasks(
 # ---------------------------------------------------------------- specifications
 
 
-def _expand(text: str, root: str) -> list[Spec]:
-    """Return the specifications that one stands for; several for a group."""
+def _expand(text: str, root: str) -> list[TaskSpec]:
+    """Return the specifications that a text stands for: one, or those of a group."""
     retrieval, rest = text.startswith(RETRIEVAL), text.removeprefix(RETRIEVAL)
     if names := task_groups().get(rest):
         return _find_group(rest, names, root)
@@ -138,7 +141,7 @@ def _expand(text: str, root: str) -> list[Spec]:
             found = find_data(known, root)
             if found is None:
                 raise missing_data(known, root)
-            return [Spec(name=known.name, is_named=True, path=absolute(found), retrieval=retrieval, known=known)]
+            return [TaskSpec(name=known.name, is_named=True, path=absolute(found), retrieval=retrieval, known=known)]
         if name and (known := find_known(name)):
             raise ModeclipError(f"task {name!r}: {path!r} does not exist; expected data of {known.title}")
         if name:
@@ -146,11 +149,11 @@ def _expand(text: str, root: str) -> list[Spec]:
         raise unknown_task(text)
     own = name or _name_of(path)
     known = find_known(own)
-    return [Spec(name=own, is_named=bool(name), path=path, where=where, retrieval=retrieval, known=known)]
+    return [TaskSpec(name=own, is_named=bool(name), path=path, where=where, retrieval=retrieval, known=known)]
 
 
-def _find_group(group: str, names: Sequence[str], root: str) -> list[Spec]:
-    """Return the tasks of a group, all of whose data must be there."""
+def _find_group(group: str, names: Sequence[str], root: str) -> list[TaskSpec]:
+    """Return the tasks of a group; the data of all must be there."""
     found = {name: find_data(known_tasks()[name], root) for name in names}
     missing = [name for name, place in found.items() if place is None]
     if missing:
@@ -159,7 +162,7 @@ def _find_group(group: str, names: Sequence[str], root: str) -> list[Spec]:
             f"{len(missing)} of {len(names)} tasks of {group!r} have no data: {', '.join(missing)}; {first}"
         )
     return [
-        Spec(name=name, is_named=True, path=absolute(place), known=known_tasks()[name])
+        TaskSpec(name=name, is_named=True, path=absolute(place), known=known_tasks()[name])
         for name, place in found.items()
         if place is not None
     ]
@@ -171,7 +174,7 @@ def _exists(path: str) -> bool:
 
 def _name_of(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.stem in TEST_FOLDERS:  # of a task that is named by the folder around it
+    if pure.stem in TEST_FOLDERS:  # the folder around it has the task's name
         pure = pure.parent
     name = pure.name.removesuffix(pure.suffix) if pure.suffix.lower() in (*SUFFIXES, ".json", ".lance") else pure.name
     return name.removeprefix("wds_")
@@ -180,24 +183,24 @@ def _name_of(path: str) -> str:
 # ---------------------------------------------------------------- what lies there
 
 
-def _load(spec: Spec, train: bool) -> list[Task]:
+def _load(spec: TaskSpec, train: bool, imagenet: ImageNetWords | None) -> list[Task]:
     if _is_catalog(spec.path):
         return _catalog(spec)
     if spec.where:
-        raise ModeclipError(f"task {spec.name!r}: #{spec.where} selects rows of a catalog, and {spec.path!r} is none")
+        raise ModeclipError(f"task {spec.name!r}: #{spec.where} selects rows of a catalog, but {spec.path!r} is none")
     parts = _read(spec, train)
-    task = _finish(parts["test"], spec)
+    task = _finish(parts["test"], spec, imagenet)
     if spec.retrieval and task.kind != "retrieval":
         raise ModeclipError(
             f"task {task.name!r}: {spec.path!r} holds {task.kind} without captions; leave out {RETRIEVAL!r}"
         )
     if train and "train" in parts and task.kind == "classification":
-        task = with_train(task, _finish(parts["train"], spec))
+        task = with_train(task, _finish(parts["train"], spec, imagenet))
     return [task]
 
 
-def _read(spec: Spec, train: bool) -> dict[str, Found]:
-    """Read what lies at a path: "test", and "train" where that is wanted and there."""
+def _read(spec: TaskSpec, train: bool) -> dict[str, Found]:
+    """Read what lies at a path as "test", and as "train" the training split if it is wanted and exists."""
     name, path, suffix = spec.name, spec.path, PurePosixPath(spec.path).suffix.lower()
     if not is_folder(path):
         if suffix in SUFFIXES or suffix == ".txt":
@@ -205,8 +208,7 @@ def _read(spec: Spec, train: bool) -> dict[str, Found]:
         if suffix == ".json":
             return {"test": read_annotations(name, path)}
         raise ModeclipError(
-            f"task {name!r}: {path!r} is no file of tasks: expected {', '.join(SUFFIXES)} or .json, a catalog or"
-            " a folder"
+            f"task {name!r}: {path!r} can hold no task: expected {', '.join(SUFFIXES)} or .json, a catalog, or a folder"
         )
     test = place_of_test(path)
     root = parent(path) if test == path and PurePosixPath(path).name in TEST_FOLDERS else path
@@ -231,12 +233,12 @@ def _read(spec: Spec, train: bool) -> dict[str, Found]:
 
 
 def _tables(folder: str, split: str, any_name: bool = False) -> list[str]:
-    """Return the tables of a split in a folder, or in data/ there as Hugging Face has them.
+    """Return the tables of a split in a folder, or in its sub-folder data/ as Hugging Face has them.
 
     Args:
         folder: The folder.
         split: What their names begin with.
-        any_name: Whether tables of other names than those for training will do.
+        any_name: Whether tables with other names will do, except those for training.
     """
     for place in (folder, join(folder, "data")):
         names = [name for name in list_folder(place)[1] if name.lower().endswith(SUFFIXES)]
@@ -250,20 +252,20 @@ def _tables(folder: str, split: str, any_name: bool = False) -> list[str]:
     return []
 
 
-def _finish(found: Found, spec: Spec) -> Task:
-    """Give a task what was published of it, and class names as people write them."""
+def _finish(found: Found, spec: TaskSpec, imagenet: ImageNetWords | None) -> Task:
+    """Add what was published about a task, and write class names as people do."""
     task, known = found.task, spec.known
     if known is None:
         if found.numbered:
             raise ModeclipError(
-                f"task {task.name!r}: labels are numbers, and nothing says what the classes are called: put"
-                f" classnames.txt beside {task.source!r}, a line for each class in the order of the numbers"
+                f"task {task.name!r}: labels are numbers, and nothing says what the classes are called: put a file"
+                f" classnames.txt beside {task.source!r}, with a line for each class in the order of the numbers"
             )
         return task if found.named or task.kind != "classification" else _clean(task)
     if known.kind != task.kind:
         raise ModeclipError(
-            f"task {task.name!r}: {known.title} is {known.kind}, but {task.source!r} holds {task.kind}; put there"
-            f" {known.put or 'images in a folder for each class'}, or give it another name (NAME=PATH)"
+            f"task {task.name!r}: {known.title} is {known.kind}, but {task.source!r} holds {task.kind}; put"
+            f" {known.put or 'images in a folder for each class'} there, or give it another name (NAME=PATH)"
         )
     if task.labels is None:
         return replace(task, group=known.group)
@@ -272,14 +274,14 @@ def _finish(found: Found, spec: Spec) -> Task:
         task,
         group=known.group,
         metric=known.metric if task.labels.ndim == 1 else task.metric,
-        classnames=task.classnames if found.named else class_names(known, task.classnames),
-        templates=task.templates if has_own else templates_of(known),
+        classnames=task.classnames if found.named else class_names(known, task.classnames, imagenet),
+        templates=task.templates if has_own else templates_of(known, imagenet),
         prompts=task.prompts if has_own else (),
     )
 
 
 def _clean(task: Task) -> Task:
-    """Take underscores in names of folders for spaces."""
+    """Write the underscores in names of folders as spaces."""
     names = tuple(name.replace("_", " ").strip() for name in task.classnames)
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise ModeclipError(f"task {task.name!r}: two classes are called {twice[0]!r}: rename one of their folders")
@@ -295,8 +297,8 @@ def _is_catalog(path: str) -> bool:
     return is_folder(path) and any(name in list_folder(path)[0] for name in ("_versions", CATALOG))
 
 
-def _catalog(spec: Spec) -> list[Task]:
-    """Return the tasks of a catalog, or the one that a selection of its rows is."""
+def _catalog(spec: TaskSpec) -> list[Task]:
+    """Return the tasks of a catalog, or the task of a selection of its rows."""
     held_out = not spec.where and not spec.retrieval and not spec.path.rstrip("/").endswith(".lance")
     has_tasks = held_out and TASKS in list_folder(spec.path)[0]  # the folder of a run
     catalog = Catalog.open(join(spec.path, TASKS) if has_tasks else spec.path)
@@ -313,7 +315,7 @@ def _catalog(spec: Spec) -> list[Task]:
             return [catalog_retrieval(catalog, np.arange(len(catalog)), spec.name)]
         raise ModeclipError(
             f"catalog {spec.path!r} holds no tasks: select rows with {spec.path}#column=value (columns:"
-            f" {', '.join(catalog.columns)}), or write retrieval: before it"
+            f" {', '.join(catalog.columns)}), or write retrieval: in front of it"
         )
     names = sorted(set(held) - {""})
     if spec.is_named and len(names) > 1:
@@ -328,7 +330,7 @@ def _catalog(spec: Spec) -> list[Task]:
     return [replace(tasks[0], name=spec.name)] if spec.is_named else tasks
 
 
-def _select(catalog: Catalog, spec: Spec) -> Int[np.ndarray, " n"]:
+def _select(catalog: Catalog, spec: TaskSpec) -> Int[np.ndarray, " n"]:
     import pyarrow as pa
 
     equals: dict[str, object] = {}
@@ -354,8 +356,8 @@ def _select(catalog: Catalog, spec: Spec) -> Int[np.ndarray, " n"]:
 # ---------------------------------------------------------------- further files
 
 
-def _add_train(tasks: list[Task], specs: Sequence[str]) -> list[Task]:
-    """Give tasks the training splits that are named for them."""
+def _add_train(tasks: list[Task], specs: Sequence[str], imagenet: ImageNetWords | None) -> list[Task]:
+    """Add the training splits that lie elsewhere to their tasks."""
     by_name = {task.name: task for task in tasks}
     for text in specs:
         match = SPEC.fullmatch(text)
@@ -364,7 +366,7 @@ def _add_train(tasks: list[Task], specs: Sequence[str]) -> list[Task]:
         if match["name"] not in by_name:
             raise ModeclipError(f"training split {text!r}: no task {match['name']!r}; tasks: {', '.join(by_name)}")
         (spec,) = _expand(text, "")
-        found = _load(spec, train=False)
+        found = _load(spec, False, imagenet)
         if len(found) != 1:
             raise ModeclipError(f"training split {text!r} holds {len(found):,} tasks: select one with #task=...")
         by_name[spec.name] = with_train(by_name[spec.name], found[0])
@@ -372,7 +374,7 @@ def _add_train(tasks: list[Task], specs: Sequence[str]) -> list[Task]:
 
 
 def _use_template_file(tasks: list[Task], path: Path) -> list[Task]:
-    """Give tasks the prompts of a file that names them."""
+    """Replace the prompts of the tasks that a file names."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,19 +1,20 @@
-"""The name of a published task goes in; its prompts, class names and metric come out, and where its data belong.
+"""The published tasks by name: the prompts, class names and metric of each, and where its data belong.
 
-The 26 tasks of MoDE and MetaCLIP (`TASKS26`), the shifted versions of ImageNet (`ROBUSTNESS`), two sets for retrieval
-and two for choosing captions. What is not theirs to say is taken from the data: a file ``classnames.txt`` first, then
-the names that were published, then the names of the data's own folders.
+These are the 26 tasks of MoDE and MetaCLIP (``tasks26``), the shifted versions of ImageNet (``robustness``), two sets
+for retrieval and two for selecting captions. Class names come from a file ``classnames.txt`` beside the data if there
+is one, else from what was published, else from the names of the data's folders. ImageNet's names and prompts belong to
+open_clip, so whoever asks for them passes them in (`ImageNetWords`).
 
-Source: ``published.yaml`` names them. Our difference: classes of FER-2013 have one name each, as in CLIP_benchmark;
-CLIP gives three of them several.
+Source: ``published.yaml`` states it for each task. Our difference: each class of FER-2013 has one name, as in
+CLIP_benchmark; CLIP gives several names to three of them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -28,48 +29,50 @@ from modeclip.system.paths import expand_braces, is_folder, join, state
 
 IMAGENET = "imagenet"
 PREFIXES = ("wds/", "wds_", "vtab/", "vtab-", "vtab_")
-"""What CLIP_benchmark and the sets published in its layout put before a name."""
+"""What CLIP_benchmark, and sets published in its layout, put before a name."""
+ImageNetWords = Callable[[], tuple[tuple[str, ...], tuple[str, ...]]]
+"""Returns ImageNet's 1,000 class names and 80 prompts: `modeclip.models.clip.imagenet_words`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownTask:
-    """What was published of a task, other than its images."""
+    """What was published about a task, apart from its images."""
 
     name: str
-    """Name here."""
+    """Its name in modeclip."""
     title: str
-    """Name for people."""
+    """Its name in papers."""
     kind: Kind = "classification"
-    """What is asked."""
+    """What it asks: classification, retrieval or selection."""
     classes: int = 0
     """Number of class names."""
     metric: str = "acc1"
-    """What counts in averages."""
+    """The metric that counts in averages."""
     templates: tuple[str, ...] = ()
-    """Prompts, or ``imagenet``: those of open_clip."""
+    """Its prompts, or ``imagenet`` alone for ImageNet's 80 prompts."""
     names: tuple[str, ...] = ()
-    """Class names by number; empty: from a package, or the data's own."""
+    """Class names by number; if empty, they come from a package or from the data."""
     package: str = ""
-    """Name of the list of class names in clip_benchmark."""
+    """Name of its list of class names in the package clip_benchmark."""
     sorted: bool = False
-    """Whether the class names belong to the data's own names in alphabetical order."""
+    """Whether the class names follow the alphabetical order of the data's own names."""
     ids: str = ""
-    """``wordnet``: the data's own names are WordNet ids of ImageNet, or its class numbers."""
+    """``wordnet`` if the data name their classes by ImageNet's WordNet ids or class numbers."""
     also: tuple[str, ...] = ()
-    """Other names of the same data."""
+    """Other names of the same task."""
     group: str = ""
-    """Group that it is averaged in."""
+    """Group of tasks that it is averaged in."""
     folder: str = ""
-    """Folder of the data, where it is not the name."""
+    """Folder of the data, if it is not called like the task."""
     files: tuple[str, ...] = ()
-    """Names of annotation files, the first that is there counts."""
-    put: str = field(default="")
-    """What is to be put into the folder."""
+    """Names of annotation files; the first that exists is read."""
+    put: str = ""
+    """What to put into the folder, for the message when the data are missing."""
 
 
 @cache
 def known_tasks() -> dict[str, KnownTask]:
-    """Return all of them by name, in the papers' order."""
+    """Return all published tasks by name, in the order of the papers."""
     text = files("modeclip.data.tasks").joinpath("published.yaml").read_text(encoding="utf-8")
     return {name: _read(name, entry) for name, entry in yaml.safe_load(text).items()}
 
@@ -84,7 +87,7 @@ def _read(name: str, entry: dict[str, Any]) -> KnownTask:
 
 
 def task_groups() -> dict[str, tuple[str, ...]]:
-    """Return the names that stand for several tasks: ``tasks26``, ``robustness`` and ``sugarcrepe``."""
+    """Return the groups ``tasks26``, ``robustness`` and ``sugarcrepe`` with the names of their tasks."""
     tasks = known_tasks().values()
     return {
         "tasks26": tuple(task.name for task in tasks if task.kind == "classification" and not task.group),
@@ -94,7 +97,7 @@ def task_groups() -> dict[str, tuple[str, ...]]:
 
 
 def find_known(name: str) -> KnownTask | None:
-    """Return the task of a name, also of one that CLIP_benchmark gives it; None: there is none.
+    """Return the published task of this name, which may be CLIP_benchmark's; None if there is no such task.
 
     Examples:
         >>> find_known("wds_vtab-pets").title, find_known("fgvc_aircraft").metric, find_known("my_own")
@@ -112,22 +115,31 @@ def _bare(name: str) -> str:
 
 
 def unknown_task(spec: str) -> ModeclipError:
-    """Make the error for a task that is neither a path nor a known name."""
+    """Return the error for a specification that is neither a path nor a published name."""
     names = [*known_tasks(), *task_groups()]
     return unknown("task: no such folder or file, and no published task", spec, names, "docs/evaluation.md")
 
 
-def templates_of(task: KnownTask) -> tuple[str, ...]:
-    """Return the prompts of a task."""
-    if task.templates != (IMAGENET,):
-        return task.templates
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
+def templates_of(task: KnownTask, imagenet: ImageNetWords | None = None) -> tuple[str, ...]:
+    """Return the prompts of a task.
 
-    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+    Raises:
+        ModeclipError: They are ImageNet's, which were not passed in.
+    """
+    return _imagenet(task, imagenet)[1] if task.templates == (IMAGENET,) else task.templates
+
+
+def _imagenet(task: KnownTask, imagenet: ImageNetWords | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if imagenet is None:
+        raise ModeclipError(
+            f"task {task.name!r} needs ImageNet's class names and prompts, which come with open_clip: pass"
+            " imagenet=modeclip.models.clip.imagenet_words"
+        )
+    return imagenet()
 
 
 def places_of(task: KnownTask, root: str) -> list[str]:
-    """Return where the data of a task may lie below a root, in the order in which they are looked for."""
+    """Return where the data of a task may lie below a root, in the order of the search."""
     stems = [task.folder or task.name, *(name.replace("/", "-") for name in task.also)]
     names = [prefix + stem for stem in dict.fromkeys(stems) for prefix in ("", "wds_", "wds_vtab-")]
     folders = [join(root, name) for name in names]
@@ -137,64 +149,73 @@ def places_of(task: KnownTask, root: str) -> list[str]:
 
 
 def find_data(task: KnownTask, root: str) -> str | None:
-    """Return where the data of a task lie below a root; None: they are not there."""
+    """Return where the data of a task lie below a root; None if they are missing."""
     for place in places_of(task, root):
-        is_shared = place.rpartition("/")[2] == task.folder  # by several tasks, each with a file of its own
+        is_shared = place.rpartition("/")[2] == task.folder  # by several tasks, each of which has its own file
         if not is_shared and (state(place) or is_folder(place)):
             return place
     return None
 
 
 def missing_data(task: KnownTask, root: str) -> ModeclipError:
-    """Make the error that says what is to be put where."""
+    """Return the error that says what to put where."""
     folder = join(root, task.folder or task.name)
     put = task.put or "the test images in a folder for each class (in test/, beside train/ for a linear probe)"
     return ModeclipError(
-        f"task {task.name!r}: no data of {task.title} below {root!r}; put into {folder!r} {put}, or CLIP_benchmark's"
-        f" layout (classnames.txt, test/nshards.txt, test/0.tar), also as {join(root, 'wds_' + task.name)!r}; or give"
-        f" {task.name}=PATH"
+        f"task {task.name!r}: no data of {task.title} below {root!r}; put {put} into {folder!r}, or put"
+        " CLIP_benchmark's layout (classnames.txt, test/nshards.txt, test/0.tar) there or into"
+        f" {join(root, 'wds_' + task.name)!r}, or give {task.name}=PATH"
     )
 
 
 # ---------------------------------------------------------------- class names
 
 
-@cache
-def published_names(task: KnownTask) -> tuple[str, ...]:
-    """Return the class names that were published for a task; empty: none of the installed packages has them."""
-    if task.ids:
-        from open_clip import IMAGENET_CLASSNAMES
+def published_names(task: KnownTask, imagenet: ImageNetWords | None = None) -> tuple[str, ...]:
+    """Return the class names that were published for a task, or none if no installed package has them.
 
-        return tuple(IMAGENET_CLASSNAMES)
-    if task.names or not task.package:
-        return task.names
+    Raises:
+        ModeclipError: They are ImageNet's, which were not passed in.
+    """
+    if task.ids:
+        return _imagenet(task, imagenet)[0]
+    return task.names if task.names or not task.package else tuple(_benchmark_names().get(task.package, ()))
+
+
+@cache
+def _benchmark_names() -> dict[str, list[str]]:
+    """Return the lists of class names in clip_benchmark, none if it is not installed."""
     spec = find_spec("clip_benchmark")
     if spec is None or spec.origin is None:
-        return ()
+        return {}
     path = Path(spec.origin).parent / "datasets" / "en_classnames.json"
-    return tuple(json.loads(path.read_text(encoding="utf-8"))[task.package])
+    names: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    return names
 
 
 @cache
 def wordnet_ids() -> tuple[str, ...]:
-    """Return the WordNet ids of ImageNet's 1,000 classes in their order, as timm (which open_clip needs) has them."""
+    """Return the WordNet ids of ImageNet's 1,000 classes in their order, from timm, which open_clip depends on."""
     spec = find_spec("timm")
     assert spec is not None
     assert spec.origin is not None
     return tuple((Path(spec.origin).parent / "data" / "_info" / "imagenet_synsets.txt").read_text().split())
 
 
-def class_names(task: KnownTask, ids: Sequence[str]) -> tuple[str, ...]:
-    """Return the class name of each of the data's own names, and of those after them that never occur.
+def class_names(task: KnownTask, ids: Sequence[str], imagenet: ImageNetWords | None = None) -> tuple[str, ...]:
+    """Return the class names that belong to the data's own names of classes.
+
+    If these are the numbers of labels, the last classes may have no image; they are returned all the same.
 
     Args:
         task: The task.
         ids: What the data call their classes, in the order of the labels: names of folders, or numbers.
+        imagenet: Returns ImageNet's class names and prompts, for the tasks that need them.
 
     Raises:
-        ModeclipError: There are too few or too many, or nothing says what they mean.
+        ModeclipError: There are too few or too many classes, or nothing says what they mean.
     """
-    names, numbered = published_names(task), all(each.isdecimal() for each in ids)
+    names, numbered = published_names(task, imagenet), all(each.isdecimal() for each in ids)
     from_zero = numbered and [int(each) for each in ids] == list(range(len(ids)))
     if task.sorted and numbered:
         names = ()  # there are several numberings
@@ -203,7 +224,7 @@ def class_names(task: KnownTask, ids: Sequence[str]) -> tuple[str, ...]:
     if len(ids) != task.classes:
         raise ModeclipError(
             f"task {task.name!r}: {task.title} has {task.classes:,} classes, found {len(ids):,} ({_some(ids)});"
-            " complete the data, or give them another name (NAME=PATH) to be asked for these classes only"
+            " complete the data, or give them another name (NAME=PATH) to use only these classes"
         )
     if task.ids:
         return _imagenet_names(task, ids, names)
@@ -214,8 +235,8 @@ def class_names(task: KnownTask, ids: Sequence[str]) -> tuple[str, ...]:
     if numbered:
         package = ", or install clip-benchmark, which knows them" if task.package else ""
         raise ModeclipError(
-            f"task {task.name!r}: the classes are numbers ({_some(ids)}), and nothing says what they are called: put"
-            f" classnames.txt beside them, a line for each class in their order{package}"
+            f"task {task.name!r}: the classes are numbers ({_some(ids)}), and nothing says what they are called: put a"
+            f" file classnames.txt beside them, with a line for each class in their order{package}"
         )
     of_key = {_key(name): name for name in names}
     if names and task.sorted and not all(_key(each) in of_key for each in ids):
@@ -230,14 +251,14 @@ def _imagenet_names(task: KnownTask, ids: Sequence[str], names: tuple[str, ...])
         number_of |= {str(number): number for number in range(len(names))}
     if strange := [each for each in ids if each not in number_of]:
         raise ModeclipError(
-            f"task {task.name!r}: {_some(strange)} is no WordNet id of ImageNet's classes (such as n01440764)"
-            "; rename the folders, or put classnames.txt beside them"
+            f"task {task.name!r}: {_some(strange)} is no WordNet id of ImageNet's classes (such as n01440764);"
+            " rename the folders, or put a file classnames.txt beside them"
         )
     return tuple(names[number_of[each]] for each in ids)
 
 
 def clean_name(name: str) -> str:
-    """Return the class name that the name of a folder says.
+    """Return the class name that a folder's name stands for.
 
     Examples:
         >>> clean_name("001.Black_footed_Albatross"), clean_name("ApplyEyeMakeup"), clean_name("F_A-18")

@@ -1,17 +1,17 @@
-"""A folder in CLIP_benchmark's webdataset layout goes in; the task that lies there comes out.
+"""Tasks in CLIP_benchmark's webdataset layout, in which many test sets are published.
 
-What its converter writes and what sets are published in::
+Its converter writes a folder with::
 
-    classnames.txt                          a class name a line
-    zeroshot_classification_templates.txt   a prompt a line, with {c} for the class name
-    dataset_type.txt                        retrieval, multilabel, or not there: classification
+    classnames.txt                          a class name per line
+    zeroshot_classification_templates.txt   a prompt per line, with {c} for the class name
+    dataset_type.txt                        retrieval or multilabel; without it, classification
     test/nshards.txt                        number of shards
     test/0.tar ...                          images with .cls (number), .npy (0 or 1 for each class) or .txt (captions)
 
-Differences to CLIP_benchmark: members are found wherever they lie in a shard, what is damaged or missing is an error,
-captions that are blank are left out, and transparent images lie on white.
+Our differences: the members of a sample may lie anywhere in a shard, damaged or missing members are an error, blank
+captions are left out, and transparent images are put on white.
 
-Price: the headers and labels of all shards (`modeclip.data.sources.tars`); no image is opened.
+Price: the headers and labels of all shards are read; no image is opened.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from modeclip.system.paths import expand, join, state
 
 TYPE, NUM_SHARDS = "dataset_type.txt", "nshards.txt"
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
-"""Images in shards; the first that a sample has counts, as in CLIP_benchmark."""
+"""Suffixes of images. If a sample has several images, the first of these is taken, as in CLIP_benchmark."""
 LABEL_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 MANY_SHARDS = 4
-"""So many shards take long enough to read for a bar."""
+"""Number of shards from which on reading them shows a progress bar."""
 
 
 @dataclass(slots=True)
 class _Member:
-    """What the shards hold of one sample."""
+    """What a shard holds of one sample."""
 
     image: tuple[int, str, int, int] | None = None
-    """Place of its suffix among `IMAGE_SUFFIXES`, shard, offset, size."""
+    """Position of its suffix in `IMAGE_SUFFIXES`, shard, byte offset, number of bytes."""
     label: bytes | None = None
-    """Its label or captions as they are stored."""
+    """Stored bytes of its label or captions."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,16 +57,16 @@ class _Split:
     images: FileImages
     """The images."""
     labels: list[bytes]
-    """What is stored of each one's label."""
+    """Stored bytes of each image's label or captions."""
 
 
 def has_shards(folder: str) -> bool:
-    """Say whether a folder is a split of that layout."""
+    """Tell whether a folder is a split of this layout."""
     return bool(state(join(folder, NUM_SHARDS))) or bool(state(join(folder, "0.tar")))
 
 
 def read_webdataset(name: str, root: str, folder: str) -> Found:
-    """Read a split of CLIP_benchmark's layout.
+    """Read the task of one split.
 
     Args:
         name: Name of the task.
@@ -114,7 +114,7 @@ def read_webdataset(name: str, root: str, folder: str) -> Found:
 
 
 def _read_split(name: str, folder: str, label_suffix: str) -> _Split:
-    """Read the index of all shards of a split."""
+    """Find the images and read the labels of all shards of a split."""
     lines = read_lines(folder, NUM_SHARDS)
     if lines is None or not lines[0].isdecimal() or int(lines[0]) < 1:
         got = "is missing" if lines is None else f"says {lines[0]!r}"
@@ -156,12 +156,12 @@ def _read_shard(name: str, shard: str, label_suffix: str) -> dict[str, _Member]:
             if suffix in IMAGE_SUFFIXES:
                 place = IMAGE_SUFFIXES.index(suffix)
                 if member.image is not None and member.image[0] == place:
-                    raise ModeclipError(f"task {name!r}: {shard!r} has {key}.{suffix} twice: rename one of the samples")
+                    raise ModeclipError(f"task {name!r}: {shard!r} has {key}.{suffix} twice: rename one of them")
                 if member.image is None or place < member.image[0]:
                     member.image = (place, shard, offset, size)
             elif suffix == label_suffix:
                 if member.label is not None:
-                    raise ModeclipError(f"task {name!r}: {shard!r} has {key}.{suffix} twice: rename one of the samples")
+                    raise ModeclipError(f"task {name!r}: {shard!r} has {key}.{suffix} twice: rename one of them")
                 member.label = tar.read(offset, size)
     except (DamagedTar, CompressedTar, OSError) as error:
         raise ModeclipError(f"task {name!r}: shard {shard!r} cannot be read: {error}; download it again") from error
@@ -199,7 +199,7 @@ def _vectors(name: str, split: _Split) -> np.ndarray:
         try:
             row = np.load(io.BytesIO(data), allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise ModeclipError(f"task {name!r}: label of {key!r} is no .npy array: {error}") from error
+            raise ModeclipError(f"task {name!r}: label of {key!r} is not a .npy array: {error}") from error
         if row.ndim != 1 or not np.isin(row, (0, 1)).all() or (rows and len(row) != len(rows[0])):
             raise ModeclipError(
                 f"task {name!r}: label of {key!r} has shape {row.shape}, expected"

@@ -1,8 +1,8 @@
-"""What models are asked: images, and class names, texts or candidates that they are told from.
+"""What a model is asked: a `Task` has images, and class names, texts or candidates to match them with.
 
-Three kinds of tasks, as CLIP_benchmark has them: `classification` (which of the class names does an image show; a
-label each, or several), `retrieval` (which images belong to a text, which texts to an image), and `selection` (small
-groups of images and captions that are told apart, as in Winoground and SugarCrepe).
+There are three kinds of tasks, those of CLIP_benchmark. In `classification`, which of the class names does an image
+show? It has one label or several. In `retrieval`, which images belong to a text, and which texts to an image? In
+`selection`, which image of a small group belongs to which caption, as in Winoground and SugarCrepe?
 """
 
 from __future__ import annotations
@@ -25,61 +25,61 @@ if TYPE_CHECKING:
 Kind = Literal["classification", "retrieval", "selection"]
 
 METRICS = ("acc1", "acc5", "mean_per_class_recall", "mean_top1_top5", "roc_auc", "mean_average_precision")
-"""What a classification task can be scored by. ``mean_top1_top5`` is Kinetics700's, ``roc_auc`` HatefulMemes'."""
+"""Metrics of classification tasks. Kinetics700 uses ``mean_top1_top5``, HatefulMemes ``roc_auc``."""
 
 
 @runtime_checkable
 class Images(Protocol):
-    """Images of a task, wherever they lie; read by number, as often as wanted."""
+    """The images of a task, wherever they are stored. They are read by number, in any order and as often as wanted."""
 
     @property
     def digest(self) -> str:
-        """Hash of the encoded bytes of all images in their order (hexadecimal): equal for equal images."""
+        """Hash of the encoded bytes of all images in their order (hexadecimal); equal images give equal hashes."""
 
     def __len__(self) -> int:
-        """Return how many there are, N."""
+        """Return the number of images, N."""
 
     def read(self, rows: Int[np.ndarray, " b"]) -> list[Image]:
-        """Return images by number, decoded, RGB."""
+        """Return the images of these numbers, decoded, as RGB."""
 
     def keys(self) -> list[str]:
-        """Return a name for each image, in order, for predictions and error messages."""
+        """Return a name for each image in order, for predictions and messages."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """One task."""
+    """Images, and what a model is asked about them."""
 
     name: str
     """Name, unique among the tasks of an evaluation."""
     kind: Kind
-    """What is asked."""
+    """What is asked: classification, retrieval or selection."""
     images: Images
     """N images."""
     classnames: tuple[str, ...] = ()
     """Classification: the L class names."""
     labels: Int[np.ndarray, " N"] | Bool[np.ndarray, "N L"] | None = None
-    """Classification: index of each image's class, or for several classes an image (multi-label) which it shows."""
+    """Classification: index of each image's class or, if images show several classes, which they show."""
     templates: tuple[str, ...] = ()
-    """Prompts with ``{}`` where the class name goes; empty: those of the evaluation."""
+    """Prompts with ``{}`` for the class name; if empty, the evaluation's templates are used."""
     prompts: tuple[tuple[str, ...], ...] = ()
-    """Prompts of each class, written out, where they differ from class to class; they stand for the templates."""
+    """Prompts of each class in full, if they differ from class to class; they replace the templates."""
     metric: str = "acc1"
-    """Classification: the one of `METRICS` that counts in averages."""
+    """Classification: the metric that counts in averages, one of `METRICS`."""
     texts: tuple[str, ...] = ()
     """Retrieval and selection: the T texts."""
     image_of_text: Int[np.ndarray, " T"] | None = None
-    """Retrieval: which image each text describes; an image has any number of texts."""
+    """Retrieval: the image that each text describes; an image may have any number of texts."""
     instance_of_image: Int[np.ndarray, " N"] | None = None
     """Selection: the instance of each image; the i-th image of an instance belongs to its i-th text."""
     instance_of_text: Int[np.ndarray, " T"] | None = None
     """Selection: the instance of each text."""
     group: str = ""
-    """Robustness: name of the group that it is averaged in, such as the shifted versions of one test set."""
+    """Group of tasks that it is averaged in, such as the shifted versions of one test set."""
     train: Task | None = None
-    """Linear probe: the images and labels that it is fitted on; None: the task has none."""
+    """Images and labels to fit a linear probe on; None if the task has no training split."""
     source: str = ""
-    """Where it was read from."""
+    """Path or address that it was read from."""
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -88,7 +88,7 @@ class Task:
             raise unknown(f"metric of task {self.name!r}", self.metric, METRICS)
 
     def _problems(self) -> Iterator[str]:
-        """Say what does not fit together."""
+        """Yield what does not fit together."""
         num_images, num_classes, num_texts = len(self.images), len(self.classnames), len(self.texts)
         if not num_images:
             yield "it has no image"
@@ -116,7 +116,7 @@ class Task:
         """Return the prompts of each class.
 
         Args:
-            templates: Those of the evaluation, for a task without its own.
+            templates: Templates of the evaluation, for a task that has none.
         """
         if self.prompts:
             return self.prompts
@@ -125,7 +125,7 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """Hash of all that is asked: images, class names, labels, texts (not the templates)."""
+        """Hash of images, class names, labels and texts, but not of templates."""
         content = sha256(f"{self.kind} {self.images.digest} {self.metric}".encode())
         for words in (self.classnames, self.texts):
             content.update("\0".join(words).encode() + b"\1")
@@ -137,7 +137,7 @@ class Task:
 def _check_numbers(
     field: str, numbers: Int[np.ndarray, " n"] | None, expected: int, limit: int | None
 ) -> Iterator[str]:
-    """Say what is wrong with a number for each text or image."""
+    """Yield what is wrong with the numbers that belong to texts or images."""
     if not expected:
         yield "it has no text"
     elif numbers is None or len(numbers) != expected:
@@ -148,14 +148,14 @@ def _check_numbers(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CatalogImages:
-    """Images of a catalog's rows."""
+    """The images of some rows of a catalog."""
 
     catalog: Catalog
-    """Where they are."""
+    """The catalog."""
     rows: Int[np.ndarray, " N"]
-    """Which rows."""
+    """Row of each image."""
     digest: str = field(init=False)
-    """Hash of the images."""
+    """Hash of the encoded bytes of all images in their order."""
 
     def __post_init__(self) -> None:
         content = sha256()
@@ -167,16 +167,16 @@ class CatalogImages:
         return len(self.rows)
 
     def read(self, rows: Int[np.ndarray, " b"]) -> list[Image]:
-        """Return images by number."""
+        """Return the images of these numbers, decoded, as RGB."""
         return self.catalog.images(self.rows[rows])
 
     def keys(self) -> list[str]:
-        """Return their keys in the catalog."""
+        """Return the key of each image in the catalog."""
         return [str(key) for key in self.catalog.read(["key"], self.rows)["key"]]
 
 
 def catalog_tasks(catalog: Catalog) -> list[Task]:
-    """Return the tasks of a task catalog (columns ``task`` and ``caption`` = class name), sorted by name."""
+    """Return the tasks of a catalog, sorted by name. Its column ``task`` names them, ``caption`` holds class names."""
     held = catalog.read(["task"])["task"]
     return [
         catalog_classification(catalog, np.flatnonzero(held == name), str(name))
@@ -185,7 +185,7 @@ def catalog_tasks(catalog: Catalog) -> list[Task]:
 
 
 def catalog_classification(catalog: Catalog, rows: Int[np.ndarray, " N"], name: str) -> Task:
-    """Return the task of telling captions of a catalog's rows apart, each a class name."""
+    """Return a classification task of rows of a catalog, whose captions are the class names."""
     captions = catalog.read(["caption"], rows)["caption"].astype(str)
     classnames, labels = np.unique(captions, return_inverse=True)
     return Task(
@@ -199,7 +199,7 @@ def catalog_classification(catalog: Catalog, rows: Int[np.ndarray, " N"], name: 
 
 
 def catalog_retrieval(catalog: Catalog, rows: Int[np.ndarray, " T"], name: str) -> Task:
-    """Return the task of finding captions of a catalog's rows; those with equal images are one image's."""
+    """Return a retrieval task of rows of a catalog. Rows with equal images are several captions of one image."""
     columns = catalog.read(["caption", "digest", "path", "offset", "key"], rows)
     keys = zip(columns["digest"], columns["path"], columns["offset"].tolist(), columns["key"], strict=True)
     identity = [digest or (f"{path} {offset}" if path else key) for digest, path, offset, key in keys]
