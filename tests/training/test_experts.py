@@ -135,7 +135,7 @@ def test_order_and_subset(catalog: Catalog, tmp_path: Path) -> None:
     assert experts(replace(only, order="range")) == ["seed", "expert-0", "expert-1", "expert-2"]
     few = ExpertsConfig(only=(2, 0), controls=("random",))
     assert experts(few) == ["seed", "expert-0", "expert-2"]
-    with pytest.raises(ModeclipError, match=r"experts\.only: there is no expert 3; expected 0 to 2"):
+    with pytest.raises(ModeclipError, match=r"experts\.only: no expert 3; .* 0 to 2"):
         experts(ExpertsConfig(only=(1, 3)))
 
 

@@ -72,7 +72,7 @@ def test_good_job_passes_soon_and_leaves_nothing(job: TrainJob, catalog: Catalog
 
 
 def test_batch(job: TrainJob, catalog: Catalog) -> None:
-    refused(job, catalog, r"which 5 processes cannot share equally; set it to a multiple of 5, such as 35", 200, 5)
+    refused(job, catalog, r"cannot be divided .* 5 processes; .*such as 35", 200, 5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -170,7 +170,7 @@ def test_images_that_do_not_decode(job: TrainJob, catalog: Catalog, tmp_path: Pa
 
 def test_disk_too_small_for_the_checkpoints(job: TrainJob, catalog: Catalog) -> None:
     many = changed(job, {"keep_checkpoints": 10**9})
-    refused(many, catalog, r"its checkpoints need \S+ GB in \S+expert-1, where \S+ GB are free; .*keep_checkpoints")
+    refused(many, catalog, r"checkpoints need \S+ GB in \S+expert-1, .*free; .*keep_checkpoints")
 
 
 def test_pairs_are_looked_at_only_in_part(job: TrainJob, catalog: Catalog) -> None:

@@ -1,19 +1,23 @@
-"""A selection of rows and a step -> the batch of that step: pictures, tokens, and the seconds that it was waited for.
+"""The batch of any step: which rows, in which order, as which pictures and tokens.
 
-The batch is a pure function of (seed, step, rows). A pass over the rows is a pseudo-random permutation of them that is
-computed element by element (a Feistel network on the row's position, walked until the position is one of the N), so
-that the order of a billion rows takes no memory and the batch of step one million is known without the ones before it.
-Hence a job can be resumed at any step, processes of one job take disjoint parts of the same batch, and another number
-of workers changes nothing but the time.
+A batch is a pure function of (seed, step, rows). Each pass over the rows is a pseudo-random permutation of them that is
+computed element by element, by a Feistel network on the row's position that is repeated until the result is one of the
+N positions. So the order of a billion rows takes no memory, and the batch of step one million is known without the ones
+before it. A job can be resumed at any step, the processes of a job take disjoint parts of the same batch, and another
+number of workers changes nothing but the time.
 
-Pictures travel as bytes (a quarter of the floats) and are normalised on the device. Where all pictures of a job fit
-into ``engine.keep_pictures_gb``, each is read and decoded once: small pictures take longer to read than a small model
-takes to learn from them (``benchmarks/feed.py``).
+Augmentation follows open_clip's ``image_transform`` for training: a random crop, then changed colours and grey if asked
+for. Its random numbers are a function of the step too, whichever process or thread prepares a picture.
 
-Price: a batch and a few pieces of 256 samples ahead of it in memory, and the pictures that are kept. Rejected: workers
-that fork (Lance is not fork-safe), shuffle buffers (their order depends on timing, and they cannot be resumed).
+Pictures travel as bytes, a quarter of the floats, and are normalised on the device. Where all pictures of a job fit
+into ``train.engine.keep_pictures_gb``, each is read and decoded once: a small picture takes longer to read than a small
+model takes to learn from it (``benchmarks/feed.py``).
 
-Source: permutations of any size by cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002).
+Price: in memory, one batch, a few pieces of 256 samples ahead of it, and the pictures that are kept. Rejected: workers
+that fork (Lance is not fork-safe) and shuffle buffers (their order depends on timing, and they cannot be resumed).
+
+Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002), for permutations of any size by cycle
+walking; open_clip's ``AugmentationCfg`` and torchvision for augmentation.
 """
 
 from __future__ import annotations
@@ -42,21 +46,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE_SAMPLES = 256
+"""Samples that are prepared at a time."""
 PREFETCH_THREADS = 2
-PREFETCH_PIECES = 4  # for each thread or worker process
-KEPT_BYTES = 1000  # of a kept sample beside its pixels: objects and tokens
-PIXEL_BYTES = 4  # Pillow's RGB
-KNOWN_CAPTIONS = 1 << 17  # captions whose tokens are kept: 40 MB at 77 tokens; the next pass has them again
-CROP_STREAM = 1 << 40  # keys of the random streams of augmentation start here, far from those of the orders of the rows
-_ROUNDS = 6
+PREFETCH_PIECES = 4
+"""Pieces that are prepared ahead, for each thread or worker process."""
+KEPT_BYTES = 1000
+"""Memory of a kept sample besides its pixels: Python objects and tokens."""
+PIXEL_BYTES = 4
+"""Memory of a pixel in Pillow's RGB."""
+KNOWN_CAPTIONS = 1 << 17
+"""Captions whose tokens are kept for the next pass: 40 MB at 77 tokens."""
+CROP_STREAM = 1 << 40
+"""First key of the random streams of augmentation, far from those of the orders of the rows."""
 NUM_DRAWS = 11
 """Random numbers in [0, 1) that a picture takes: four for the crop, seven for the colours."""
+_ROUNDS = 6  # of the Feistel network
 _ORDERS = tuple(permutations(range(4)))  # torchvision's ColorJitter applies its four changes in a random order
-_ASPECT = 4 / 3  # a crop's width to height lies between 1 / this and this
+_ASPECT = 4 / 3  # the width of a crop to its height lies between 1 / this and this
 
 
 def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
-    """Return the catalog rows that a job trains on, ascending."""
+    """Return the catalog rows that a job trains on, ascending.
+
+    Raises:
+        ModeclipError: They are fewer than one batch.
+    """
     rows = catalog.select(mask=job.mask, **job.where)
     if job.out_of_cluster_fraction > 0 and job.where:
         others = np.setdiff1d(catalog.select(mask=job.mask), rows)
@@ -74,10 +88,16 @@ def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
 def batch_rows(
     rows: Int[np.ndarray, " N"], step: int, batch_size: int, seed: int, part: slice = slice(None)
 ) -> Int[np.ndarray, " B"]:
-    """Return the rows of one step's batch: each pass over the rows is a new permutation, no row twice in a batch.
+    """Return the rows of one step's batch, none of them twice.
 
-    A pure function of its arguments. The rows left over at the end of a pass (fewer than a batch) wait for another
-    pass's permutation. ``part`` asks for some positions of the batch, and only those are computed.
+    Each pass over the rows is a new permutation. What is left at its end, fewer rows than a batch, is left out of it.
+
+    Args:
+        rows: All rows that are trained on.
+        step: Number of the batch, from 0.
+        batch_size: Rows in a batch.
+        seed: Decides the permutations.
+        part: Positions of the batch that are wanted; only those are computed.
     """
     batches_per_pass = len(rows) // batch_size
     passes, index = divmod(step, batches_per_pass)
@@ -87,7 +107,7 @@ def batch_rows(
 
 
 def draws_of(seed: int, step: int, first: int, last: int) -> Float[np.ndarray, "b 11"]:
-    """Return the random numbers of positions ``first`` to before ``last`` of a step's batch, and compute no others."""
+    """Return the random numbers of the positions from ``first`` to before ``last`` of a step's batch."""
     bits = np.random.Philox(key=[seed, CROP_STREAM + step])
     blocks, rest = divmod(first * NUM_DRAWS, 4)  # Philox makes four numbers at a time
     bits.advance(blocks)
@@ -97,12 +117,12 @@ def draws_of(seed: int, step: int, first: int, last: int) -> Float[np.ndarray, "
 
 
 def permute(positions: Int[np.ndarray, " B"], count: int, seed: int, stream: int) -> Int[np.ndarray, " B"]:
-    """Map positions below ``count`` one to one to positions below ``count``, at random.
+    """Return where a random permutation sends some positions.
 
     Args:
-        positions: Each in 0 to below ``count``.
+        positions: Positions in [0, count).
         count: Size of the permutation.
-        seed: Chooses it, together with ``stream``.
+        seed: Chooses the permutation, together with ``stream``.
         stream: Number of the permutation.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
@@ -138,7 +158,7 @@ def augment(
         pictures: Any RGB pictures.
         size: Width and height of the results, in pixels.
         config: What is done to how many of them.
-        draws: Random numbers in [0, 1), a row a picture.
+        draws: Random numbers in [0, 1), a row for each picture.
     """
     changed = []
     for picture, numbers in zip(pictures, draws.tolist(), strict=True):
@@ -159,8 +179,8 @@ def random_crop(picture: Image, size: tuple[int, int], min_share: float, draws: 
     Args:
         picture: Any picture.
         size: Width and height of the result, in pixels.
-        min_share: The box has a share of the picture's area drawn from [min_share, 1], at a width to height drawn
-            from [3/4, 4/3] (log-uniform), and is narrowed where it would not fit.
+        min_share: Smallest share of the picture's area that the box may have. The share is drawn from [min_share, 1]
+            and the ratio of width to height from [3/4, 4/3] (log-uniform); a box that would not fit is narrowed.
         draws: Four random numbers in [0, 1).
     """
     share, shape, left, top = draws
@@ -190,30 +210,31 @@ def _jitter(picture: Image, strength: float, draws: Sequence[float]) -> Image:
 
 @dataclass(frozen=True, slots=True)
 class DecodedSample:
-    """What is the same at every reading of a row."""
+    """A row as it is before augmentation, the same in every pass."""
 
     picture: Image
-    """Decoded, RGB, of its own size."""
+    """Decoded picture in RGB, of its own size."""
     tokens: Int[np.ndarray, " context_length"]
-    """int32 token ids of the caption."""
+    """Token ids of the caption, int32."""
     caption_id: int
-    """Equal for equal captions."""
+    """Number that is equal for equal captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """All that it takes to make the batch of any step, in any process."""
+    """Makes the batch of any step, in any process."""
 
     catalog: str
     """Path of the catalog."""
     rows: Tensor
-    """(N,) int64, the rows that are trained on."""
+    """(N,) int64, the rows of the catalog that are trained on."""
     config: TrainConfig
-    """TrainingBatch size, seed and augmentation."""
+    """Batch size, seed and augmentation."""
     tokenizer: Any
-    """Texts -> (n, context_length) token ids."""
+    """Turns a list of n texts into (n, context_length) token ids."""
     preprocess: Any
-    """open_clip's transform for inference; its steps before the tensor are used where nothing is cropped at random."""
+    """open_clip's transform for inference. Its steps before the tensor bring a picture to the model's size where no
+    crop has done so."""
     image_size: tuple[int, int]
     """Width and height of the pictures, in pixels."""
     columns: tuple[str, ...] = ()
@@ -225,7 +246,7 @@ class Feed:
     world_size: int = 1
     """Processes of the job; each takes an equal part of every batch."""
     kept: dict[int, DecodedSample] | None = None
-    """Samples that an earlier job of this process has kept, of the same catalog and tokenizer; filled further."""
+    """Samples by row that earlier jobs of this process have kept, with the same catalog and tokenizer."""
 
     @cached_property
     def _opened(self) -> Catalog:
@@ -237,7 +258,7 @@ class Feed:
 
     @cached_property
     def _kept(self) -> dict[int, DecodedSample] | None:
-        """The samples read so far, by row; None where not all of the job's fit, or several processes read."""
+        """The samples read so far, by row. None where the job's do not all fit, or where several processes read."""
         room, rows = self.config.engine.keep_pictures_gb * 1e9, self.rows.numpy()
         if self.config.engine.workers or len(rows) * KEPT_BYTES > room:
             return None
@@ -262,7 +283,7 @@ class Feed:
         return [kept[row] for row in rows.tolist()]
 
     def _tokens(self, captions: Sequence[str]) -> list[Int[np.ndarray, " context_length"]]:
-        """Return the token ids of captions; the tokenizer, a third of a small picture's feed, sees each once."""
+        """Return the token ids of captions; each is tokenized once, which is a third of a small picture's cost."""
         known = self._known_tokens
         ids = {caption: known[caption] for caption in captions if caption in known}
         if new := sorted(set(captions) - ids.keys()):
@@ -272,7 +293,7 @@ class Feed:
         return [ids[caption] for caption in captions]
 
     def piece(self, step: int, first: int, last: int) -> TrainingBatch:
-        """Return the samples of a step from position ``first`` of the global batch to before ``last``."""
+        """Return the samples of a step's whole batch from position ``first`` to before ``last``."""
         import torch
 
         config = self.config
@@ -294,7 +315,7 @@ class Feed:
         )
 
     def batches(self, steps: range) -> Iterator[tuple[TrainingBatch, float]]:
-        """Yield this process's part of each step's batch with the seconds that it was waited for."""
+        """Yield this process's part of each step's batch, and the seconds that the caller waited for it."""
         import torch
 
         pieces: list[TrainingBatch] = []
@@ -332,7 +353,7 @@ class Feed:
         yield from map(_checked, loader)
 
     def _fit(self, picture: Image) -> Image:
-        """Bring a picture that no crop has scaled to the model's size as open_clip does for inference."""
+        """Bring a picture to the model's size as open_clip does for inference, unless a crop has done so."""
         from torchvision.transforms import ToTensor
 
         if picture.size == self.image_size and picture.mode == "RGB":
@@ -346,7 +367,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """The pieces of the batches of some steps by number, as PyTorch's loader wants them."""
+    """The pieces of the batches of some steps, by number, as PyTorch's loader wants them."""
 
     feed: Feed
     steps: range
@@ -383,7 +404,7 @@ def _hash(caption: str) -> int:
 
 
 def _ahead(load: Callable[[int], TrainingBatch | ModeclipError], numbers: range) -> Iterator[TrainingBatch]:
-    """Yield ``load`` of each number in order; threads load the next few meanwhile."""
+    """Yield ``load`` of each number in order, while threads load the next few."""
     with ThreadPoolExecutor(PREFETCH_THREADS) as pool:
         waiting: deque[Future[TrainingBatch | ModeclipError]] = deque()
         try:

@@ -1,8 +1,8 @@
-"""Jobs and their catalog -> what they will cost: rows, samples, time, memory and disk, before any of it is spent.
+"""Say what jobs will cost in samples, time, memory and disk before any of it is spent.
 
-Time, memory and the sizes of the files are measured: the job itself is trained for a few steps in a folder that is
-thrown away, once for each model, batch and number of threads; the time is the median of the steps behind the warm-up.
-It is measured alone, so jobs that share a machine's memory bandwidth take longer than it says.
+Time, memory and file sizes are measured. Each kind of job is trained for a few steps in a folder that is thrown away,
+once for each model, batch and number of threads; its time is the median of the steps after the warm-up. It runs alone,
+so jobs that share a machine's memory bandwidth will take longer.
 
 Price: some seconds for each distinct model (importing torch, ``MEASURED_STEPS`` steps, a checkpoint).
 """
@@ -30,18 +30,18 @@ from modeclip.training.status import in_words, job_status
 
 MEASURED_STEPS = 10
 WARM_UP_STEPS = 3
-"""Of the measured steps, those that do not count: first uses of kernels, caches and memory."""
+"""First measured steps that do not count, since kernels, caches and memory are used for the first time."""
 COLUMNS = ("model", "rows", "steps", "samples", "passes", "s/step", "time", "memory GB", "disk GB", "done")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a few real steps of a job took."""
+    """What a few real steps of a job have taken."""
 
     seconds_per_step: float
     """Median wall time of a step, alone on the machine."""
     memory_gb: float
-    """Highest memory of a process: of the GPU where there is one, else resident; in 10^9 bytes."""
+    """Highest memory of a process in 10^9 bytes: of its GPU where there is one, else resident memory."""
     checkpoint_bytes: int
     """Size of a checkpoint."""
     model_bytes: int
@@ -53,7 +53,7 @@ class JobPlan:
     """What one job will cost."""
 
     name: str
-    """Of the model."""
+    """Name of the model."""
     rows: int
     """Pairs of the catalog that it trains on."""
     steps: int
@@ -61,19 +61,19 @@ class JobPlan:
     samples: int
     """Samples that it trains on in all."""
     share_done: float
-    """Part of them that is done already, in [0, 1]."""
+    """Share of them that is done, in [0, 1]."""
     seconds_per_step: float | None
-    """Measured; None where nothing is left to do."""
+    """Measured time of a step; None where nothing is left to do."""
     seconds: float
-    """Time of what is left."""
+    """Time that is left."""
     memory_gb: float | None
-    """Highest memory of one process; None where nothing is left to do."""
+    """Highest memory of one process in 10^9 bytes; None where nothing is left to do."""
     disk_bytes: int
-    """Space that it takes at most from now on: its checkpoints, one more while it is written, and the model."""
+    """Most disk space that it takes from now on: its checkpoints, another one while it is written, and the model."""
 
     @property
     def passes(self) -> float:
-        """How often it sees each of its pairs, in the mean."""
+        """Mean number of times that it sees each of its pairs."""
         return self.samples / self.rows
 
 
@@ -82,28 +82,28 @@ class Plan:
     """What all jobs will cost."""
 
     jobs: tuple[JobPlan, ...]
-    """One for each job, in their order."""
+    """Plan of each job, in the order of the jobs."""
     seconds: float
-    """Wall time of what is left with so many jobs at the same time, if they do not slow each other down."""
+    """Wall time that is left if the jobs that run at the same time do not slow each other down."""
     disk_bytes: int
-    """Space that all of them take from now on."""
+    """Disk space that all of them take from now on."""
     free_bytes: int
-    """Space that is free where they go."""
+    """Free disk space in their folder."""
     folder: str
-    """Where they go."""
+    """Folder of the models."""
 
     @property
     def problem(self) -> str | None:
-        """Return why it cannot work, as a line for the user."""
+        """Why the jobs cannot work, in one line; None if they can."""
         if self.disk_bytes <= self.free_bytes:
             return None
         return (
-            f"{self.folder}: the models and checkpoints need {_gb(self.disk_bytes)} GB, {_gb(self.free_bytes)} GB are "
-            "free; free some space, choose another folder, or set --keep-checkpoints lower"
+            f"{self.folder}: models and checkpoints need {_gb(self.disk_bytes)} GB, {_gb(self.free_bytes)} are free; "
+            "free some space, choose another folder, or lower --keep-checkpoints"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan for machines."""
+        """Return the plan as JSON holds it."""
         return asdict(self) | {"problem": self.problem}
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -128,13 +128,13 @@ class Plan:
 
 
 def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, processes: int = 1) -> Plan:
-    """Say what jobs will cost, after training a few steps of each kind.
+    """Return what jobs will cost, after training a few steps of each kind of job.
 
     Args:
         jobs: The jobs, none of them running.
         catalog: Their catalog.
-        workers: Jobs at the same time.
-        processes: Processes that train one job together.
+        workers: Number of jobs at the same time.
+        processes: Number of processes that train one job together.
 
     Raises:
         ModeclipError: A job cannot work: too few pairs, an unknown model, a precision that the device lacks.
@@ -208,12 +208,12 @@ def measure(job: TrainJob, processes: int = 1) -> Measurement:
 
 
 def wall_time(jobs: Sequence[TrainJob], seconds: Sequence[float], workers: int) -> float:
-    """Return when the last job ends if each free worker takes the next one that can start.
+    """Return the time until the last job ends if each free worker takes the next job that can start.
 
     Args:
-        jobs: In the order in which they should start.
-        seconds: Time of each.
-        workers: Jobs at the same time.
+        jobs: The jobs, in the order in which they should start.
+        seconds: Time of each job.
+        workers: Number of jobs at the same time.
     """
     left, clock = dict(zip([job.folder for job in jobs], seconds, strict=True)), 0.0
     waiting, running, done = list(jobs), list[tuple[float, str]](), set[str]()
@@ -228,14 +228,14 @@ def wall_time(jobs: Sequence[TrainJob], seconds: Sequence[float], workers: int) 
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free space of the file system that a folder lies on, or will lie on."""
+    """Return the free space of the file system of a folder, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def _kind(job: TrainJob) -> str:
-    """Return all that the time and memory of a step depend on."""
+    """Return the settings that time and memory of a step depend on."""
     config = replace(job.config, seed=0, samples=2 * job.config.batch_size, total_parts=2, seed_parts=1)
     return json.dumps([asdict(config), job.threads])
 

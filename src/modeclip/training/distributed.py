@@ -1,4 +1,4 @@
-"""The processes that train one job together, as torchrun or Slurm has started them, and what each of them holds.
+"""Processes that train one job together, as torchrun or Slurm has started them, and what each of them holds.
 
 Lightning Fabric sets up devices, precision and communication. With ``ddp`` every process has the whole model; with
 ``fsdp`` it has a part of each weight (PyTorch's ``fully_shard``), on GPUs and, for tests, on CPUs.
@@ -26,9 +26,11 @@ class World:
     """The processes that train one job together, as torchrun or Slurm has started them."""
 
     rank: int = 0
+    """Number of this process."""
     size: int = 1
+    """Number of processes."""
     here: int = 1
-    """Processes on this machine."""
+    """Number of processes on this machine."""
 
     @property
     def is_first(self) -> bool:
@@ -37,7 +39,7 @@ class World:
 
     @classmethod
     def of_environment(cls) -> World:
-        """Return this process and its companions, as the launcher set the environment."""
+        """Return what the launcher's environment says of this process and the others."""
         get = os.environ.get
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             size = int(os.environ["WORLD_SIZE"])
@@ -48,7 +50,11 @@ class World:
         return cls()
 
     def fabric(self, config: EngineConfig) -> Fabric:
-        """Return Lightning Fabric for these processes, launched."""
+        """Return Lightning Fabric for these processes, launched.
+
+        Raises:
+            ModeclipError: What the launcher has set does not fit together.
+        """
         from lightning_fabric import Fabric
         from lightning_fabric.strategies.ddp import DDPStrategy
         from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
@@ -67,14 +73,14 @@ class World:
                 strategy=strategy,
                 precision=precision,
             )
-        except (RuntimeError, ValueError) as error:  # what the launcher has set does not fit together
-            raise ModeclipError(f"processes: {' '.join(str(error).split())}") from error
+        except (RuntimeError, ValueError) as error:
+            raise ModeclipError(f"processes that train together: {' '.join(str(error).split())}") from error
         fabric.launch()
         return fabric
 
 
 def shard(towers: torch.nn.Module, mesh: Any) -> torch.nn.Module:
-    """Split a model over the processes: a part for each block of its transformers, one for the rest (FSDP2)."""
+    """Split a model over the processes with FSDP2: each block of its transformers by itself, then the rest."""
     import torch
     from torch.distributed.fsdp import fully_shard
 
@@ -83,20 +89,22 @@ def shard(towers: torch.nn.Module, mesh: Any) -> torch.nn.Module:
         if isinstance(module, torch.nn.ModuleList):
             for block in module:
                 fully_shard(block, mesh=data)
-    numbers = {value for value in towers.parameters() if value.ndim == 0}  # such as the logit scale: all have them
+    numbers = {
+        value for value in towers.parameters() if value.ndim == 0
+    }  # such as the logit scale; every process has them
     fully_shard(towers, mesh=data, ignored_params=numbers)
     return towers
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all of its parts, on the CPU if it was split."""
+    """Return a whole tensor: one that is split over the processes is put together on the CPU."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def place_like(target: Tensor, value: Tensor) -> Tensor:
-    """Place a tensor as another one is placed: its device, and its parts if it is split."""
+    """Return a tensor on the device of another one, and split over the processes in the same way."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(target, DTensor):
@@ -105,7 +113,7 @@ def place_like(target: Tensor, value: Tensor) -> Tensor:
 
 
 def leave_processes() -> None:
-    """Part from the other processes in good order; gloo aborts a process that just ends, now and then."""
+    """Leave the other processes in good order; gloo sometimes aborts a process that simply ends."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

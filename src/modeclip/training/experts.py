@@ -1,16 +1,16 @@
-"""A clustered catalog and a budget -> the jobs of the whole method: the seed, its experts, and their controls.
+"""Plan the jobs of the whole method: the seed, its experts, and the models that they are compared with.
 
-The jobs are: the seed model on all data; the dense control that simply goes on with all data; a second dense control
-at the mixture's total cost, the row that says what the same compute buys without experts; one data expert per cluster,
-each continuing from the seed; and, on request, models that control for other explanations of a mixture's gain. A job
-needs the seed and nothing else, so experts train in any order, anywhere. The seed may be given instead of trained.
+The seed is trained on all data. The dense control goes on with all data. A second dense control costs as much as the
+whole mixture and so shows what the same compute buys without experts. Each data expert continues from the seed on its
+own cluster. On request there are models that control for other explanations of a mixture's gain. Every job needs the
+seed and nothing else, so experts train in any order, anywhere. The seed may be given instead of trained.
 
-Budgets (METHOD: "one epoch" is a number of samples, not a pass over the data):
-    paper     every expert sees as many samples as the dense control does after the seed: n experts cost n times that.
-    matched   the experts together see what the dense control sees.
+An expert's budget is a number of samples, not of passes over its data:
+    paper     each expert sees as many samples as the dense control does after the seed; n experts cost n times that.
+    matched   the experts together see as many samples as the dense control does after the seed.
 
-Source: MoDE Sec. 3.3, 4.2, 5.1, 5.2 (controls) and 5.5 (largest range first), and the released default of 2 % of
-out-of-cluster samples, which is an option here and 0 as in the paper.
+Source: MoDE Sec. 3.3, 4.2, 5.1, 5.2 (controls) and 5.5 (largest range first). The released code gives an expert 2 % of
+the samples of other clusters; here that is an option, and 0 as in the paper.
 """
 
 from __future__ import annotations
@@ -37,34 +37,36 @@ from modeclip.training.jobs import JOB_FILE, Role, TrainConfig, TrainJob, TrainR
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """How the experts and their controls are trained."""
+    """Which experts and controls are trained, and how they run."""
 
     budget: Literal["paper", "matched"] = "paper"
-    """Samples of an expert: ``paper`` as many as the dense control's rest, ``matched`` that divided by the experts."""
+    """Samples of an expert: as many as the dense control sees after the seed (``paper``), or that number divided by the
+    number of experts (``matched``)."""
     out_of_cluster_fraction: float = 0.0
-    """Share of the pairs of other clusters that every expert sees too, in [0, 1] (released code: 0.02; paper: 0)."""
+    """Share of the pairs of other clusters that each expert sees too, in [0, 1] (released code: 0.02; paper: 0)."""
     order: Literal["index", "range", "size"] = "index"
-    """Which expert starts first: by number, by range (the paper: largest first), or by pairs (most first)."""
+    """Order in which the experts start: by number, by range (largest first, as in the paper), or by pairs (most
+    first)."""
     only: tuple[int, ...] = ()
-    """Experts that are trained, by number, without any control; none given: all, with the controls."""
+    """Numbers of the experts to train, without any control. None given: all experts, and the controls."""
     start: str | None = None
-    """Trained seed that the experts start from: the folder of a finished job or a checkpoint (``.pt``) of
-    open_clip_train, both with optimizer state, or a model specification, whose experts then have a schedule of their
-    own with a warm-up (fine-tuning). None: the seed is trained too."""
+    """Trained seed that the experts start from. The folder of a finished job and a checkpoint (``.pt``) of
+    open_clip_train bring their optimizer state; experts of a model specification get a schedule of their own with a
+    warm-up (fine-tuning). None: the seed is trained too."""
     dense: bool = True
-    """Also train the dense control: the seed goes on with all data, as long as one expert of the paper."""
+    """Also train the dense control: the seed goes on with all data for as long as one expert of the paper."""
     dense_total: bool = True
-    """Also train a dense model at the mixture's total cost, on a schedule of its own: the fair comparison. Where the
-    dense control has that cost (``matched``), it is that model."""
+    """Also train a dense model at the mixture's total cost, on a schedule of its own, for a fair comparison. Where the
+    dense control has that cost already (``matched``), it serves as this model."""
     controls: tuple[Literal["random", "full", "one-step"], ...] = ()
-    """Further mixtures of as many models: ``random`` split in the clusters' sizes, ``full`` data with other seeds,
-    ``one-step`` clusters (as many fine clusters as experts)."""
+    """Control mixtures with as many models as there are experts: ``random`` splits the data at random into the
+    clusters' sizes, ``full`` trains on all data with other seeds, ``one-step`` clusters into experts directly."""
     jobs: int = 2
-    """Processes, or with ``processes_per_job`` groups of them, that train at the same time."""
+    """Models that train at the same time, each in a process, or in as many as ``processes_per_job`` says."""
     threads_per_job: int = 1
-    """Threads of each process; another number changes the order of sums and so the last bits of the weights."""
+    """Threads of each process. Another number changes the order of sums and so the last bits of the weights."""
     processes_per_job: int = 1
-    """Processes that train one model together, a GPU each, by torchrun; they divide its batches."""
+    """Processes that train one model together under torchrun, each with a GPU; they divide its batches."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -79,12 +81,12 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Parting:
-    """The point of the schedule at which all branches part: the end of the seed model."""
+    """The end of the seed model, where the experts and the dense control part."""
 
     seed: TrainJob | None
-    """The job that trains the seed; None where it is given."""
+    """The job that trains the seed; None where the seed is given."""
     rest: TrainJob
-    """From there to the end of the schedule on all data; every branch is a variation of it."""
+    """The job that goes on from there to the end of the schedule on all data; every branch is a variation of it."""
 
     def branch(
         self, role: Role, index: int | None = None, *, name: str | None = None, steps: int | None = None
@@ -93,9 +95,9 @@ class Parting:
 
         Args:
             role: What the model is for.
-            index: Which of them it is, for roles of which there are several.
-            name: Of the model and of its folder; by default what role and index make.
-            steps: How many it takes to the end of the schedule; by default as many as the dense control's rest.
+            index: Number of the expert, or of the control's member.
+            name: Name of the model and of its folder; by default that of its role and index.
+            steps: Number of steps to the end of the schedule; by default those of the dense control.
         """
         last_step = self.rest.last_step if steps is None else self.rest.first_step + steps
         name = name or job_name(role, index)
@@ -104,7 +106,7 @@ class Parting:
 
     @property
     def num_steps(self) -> int:
-        """Steps from there to the end of the schedule."""
+        """Steps from the end of the seed to the end of the schedule."""
         return self.rest.last_step - self.rest.first_step
 
 
@@ -123,17 +125,20 @@ def plan_jobs(
     Args:
         catalog: Path of the clustered catalog.
         fingerprint: Hash of the catalog's pairs and of their clustering.
-        folder: Where the models go, a folder each.
-        num_experts: Experts.
-        train: Settings shared by all models.
+        folder: Folder of the models; each gets a folder in it.
+        num_experts: Number of experts.
+        train: Settings that all models share.
         experts: Budget, start and controls.
-        ranges: Range of each expert (MoDE Sec. 5.5); None: experts are numbered by decreasing range, as they are made.
+        ranges: Range of each expert (MoDE Sec. 5.5). None: the experts are numbered by decreasing range already.
 
     Raises:
-        ModeclipError: A number in ``experts.only`` is no expert, or what the experts should start from is of no use.
+        ModeclipError: A number in ``experts.only`` is not that of an expert, or the experts cannot start from
+            ``experts.start``.
     """
     if wrong := [k for k in experts.only if not 0 <= k < num_experts]:
-        raise ModeclipError(f"experts.only: there is no expert {wrong[0]}; expected 0 to {num_experts - 1}")
+        raise ModeclipError(
+            f"experts.only: there is no expert {wrong[0]}; expected numbers from 0 to {num_experts - 1}"
+        )
     parting = part(catalog, fingerprint, folder, train, experts)
     steps = max(1, parting.num_steps // num_experts) if experts.budget == "matched" else parting.num_steps
     numbers = [k for k in _order(catalog, num_experts, experts.order, ranges) if not experts.only or k in experts.only]
@@ -147,7 +152,7 @@ def plan_jobs(
 
 
 def part(catalog: Path, fingerprint: str, folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Parting:
-    """Return where the experts part from the seed, be it trained here or given; arguments as for `plan_jobs`."""
+    """Return where the experts part from the seed, which is trained here or given; arguments as for `plan_jobs`."""
     seed_steps = train.seed_parts * train.steps_per_part
     seed = TrainJob(
         name=job_name("seed"),
@@ -178,7 +183,7 @@ def part(catalog: Path, fingerprint: str, folder: Path, train: TrainConfig, expe
 
 
 def _given(rest: TrainJob, experts: ExpertsConfig) -> TrainJob:
-    """Return the rest of the schedule behind a seed that is given."""
+    """Return the rest of the schedule after a seed that is given."""
     start, num_steps = str(experts.start), rest.last_step - rest.first_step
     path = Path(start)
     if path.suffix == ".pt":
@@ -191,7 +196,9 @@ def _given(rest: TrainJob, experts: ExpertsConfig) -> TrainJob:
         return replace(fresh, first_step=0, last_step=num_steps, first_share=0.0)
     seed = TrainJob.load(path / JOB_FILE)
     if TrainResult.read(seed) is None:
-        raise ModeclipError(f"experts.start: the job in {path} is not finished; train it first: modeclip train {path}")
+        raise ModeclipError(
+            f"experts.start: the job in {path} is not finished; train it first: modeclip train {path / JOB_FILE}"
+        )
     if seed.config.model != rest.config.model:
         raise ModeclipError(
             f"experts.start: {path} is a {seed.config.model}, train.model is {rest.config.model}; give the same model"
@@ -202,15 +209,17 @@ def _given(rest: TrainJob, experts: ExpertsConfig) -> TrainJob:
         start_digest=seed.digest,
         first_step=seed.last_step,
         last_step=seed.last_step + num_steps,
-        first_share=seed.last_share if seed.last_share < 1 else 0.0,  # behind a whole schedule a new one begins
+        first_share=seed.last_share if seed.last_share < 1 else 0.0,  # after a whole schedule a new one begins
     )
 
 
 def seed_model(folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Path:
-    """Return the model folder of the seed, which stands in for missing experts; one that is given is exported to it.
+    """Return the model folder of the seed, which stands in for missing experts.
+
+    A seed that is given as a checkpoint or a specification is exported to the folder first.
 
     Args:
-        folder: Where the models are.
+        folder: Folder of the models.
         train: Names the model.
         experts: Says whether the seed is given.
     """
@@ -226,11 +235,11 @@ def seed_model(folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Path
 
 
 def fingerprint_of(catalog: Catalog, clustering: Clustering | None, model: str) -> str:
-    """Return what the training data and, if it is a folder, the start model are known by.
+    """Return a hash of the training data and, where the start model is a folder, of its weights.
 
     Args:
-        catalog: Its pairs.
-        clustering: What decided the experts of the pairs; None where no expert is trained.
+        catalog: Catalog of the pairs.
+        clustering: Clustering that gives pairs to experts; None where no expert is trained.
         model: Model specification.
     """
     start = Path(model.removeprefix("local-dir:"))
@@ -242,7 +251,7 @@ def fingerprint_of(catalog: Catalog, clustering: Clustering | None, model: str) 
 def _order(
     catalog: Path, num_experts: int, order: str, ranges: Sequence[float] | Float[np.ndarray, " K"] | None
 ) -> list[int]:
-    """Return the experts in the order in which they start; of equals the lower number first."""
+    """Return the experts in the order in which they start; among equals the lower number comes first."""
     if order == "size":
         first: Int[np.ndarray, " K"] | Float[np.ndarray, " K"] = -count_pairs(Catalog.open(catalog), num_experts)
     elif order == "range" and ranges is not None:
@@ -268,12 +277,12 @@ def pin_jobs(jobs: Sequence[TrainJob], catalog: Catalog) -> list[TrainJob]:
 
 
 def _dense_controls(parting: Parting, mixture_steps: int, experts: ExpertsConfig) -> list[TrainJob]:
-    """Return the dense models that the mixture is compared with, the longest first; where both are one, that one."""
+    """Return the dense models that the mixture is compared with, the longer one first."""
     jobs = []
     same = parting.seed is not None and experts.dense and mixture_steps == parting.num_steps
     if experts.dense_total and not same:
         whole = parting.branch("dense-total", steps=mixture_steps)
-        if parting.seed is not None:  # its schedule is planned for that length from the start
+        if parting.seed is not None:  # its schedule has that length from its start
             begun = replace(whole, first_step=0, first_share=0.0)
             whole = replace(begun, start_from=None, start_digest="")
         jobs.append(whole)
@@ -281,7 +290,7 @@ def _dense_controls(parting: Parting, mixture_steps: int, experts: ExpertsConfig
 
 
 def _member(parting: Parting, role: Role, k: int, steps: int, experts: ExpertsConfig) -> TrainJob:
-    """Return one model of a mixture: of the experts, or of a control."""
+    """Return the job of an expert, or of a member of a control mixture."""
     job = parting.branch(role, k, steps=steps)
     if role == "full":
         return replace(job, config=replace(job.config, seed=job.config.seed + 1 + k))

@@ -1,7 +1,7 @@
 """The gradient of a whole batch's loss, in as little memory as a micro-batch takes.
 
 The loss needs the features of all pairs at once, the towers do not. A *cached-gradient* step first runs the towers over
-one micro-batch after the other and keeps nothing but the features. It takes the loss and its gradient with respect to
+one micro-batch after the other and keeps the features alone. It takes the loss and its gradient with respect to
 all features, then runs each micro-batch again, keeps the activations this time, and passes the features' gradient back
 through them. The result is the gradient of the whole batch, so the batch size is chosen for the method and not for the
 memory.
@@ -11,7 +11,7 @@ resumed job repeats it.
 
 Price: one more forward pass where a batch is taken in parts.
 
-Source: Gao et al., "Scaling Deep Contrastive Learning TrainingBatch Size under Memory Limited Setup" (arXiv 2101.06983).
+Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983).
 """
 
 from __future__ import annotations

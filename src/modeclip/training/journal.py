@@ -1,8 +1,8 @@
-"""What a training job reports of itself -> ``log.jsonl``, and TensorBoard or Weights & Biases where asked for.
+"""The log of a training job: ``log.jsonl`` in its folder, and TensorBoard or Weights & Biases where asked for.
 
-A job that continues cuts its log back to the step that it continues from, so that every step is told once. Scalars are
-named as open_clip names them (``train/loss``), so that runs of both lie in the same charts. Weights & Biases works
-without an account and without a network: such a run is kept in the job's folder for ``wandb sync``.
+A job that continues cuts its log back to the step that it continues from, so that each step is in it once. Scalars have
+open_clip's names (``train/loss``), so the runs of both share their charts. Weights & Biases works without an account
+and without a network; such a run is kept in the job's folder for ``wandb sync``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from modeclip.system.files import write_atomically
 from modeclip.training.jobs import LOG_FILE
 
 PROJECT = "modeclip"
-"""Project of Weights & Biases, unless ``WANDB_PROJECT`` names another."""
+"""Project in Weights & Biases, unless ``WANDB_PROJECT`` names another one."""
 INIT_TIMEOUT_SECONDS = 30.0
-"""How long its server may take to answer before a run is kept in the job's folder."""
+"""How long the server may take to answer before the run is kept in the job's folder instead."""
 
 
 class Journal:
@@ -38,11 +38,11 @@ class Journal:
         """Open the log and cut it back.
 
         Args:
-            folder: Of the job.
-            step: That the job continues from; what was told of later ones is dropped.
+            folder: Folder of the job.
+            step: Step that the job continues from; lines of later steps are dropped.
             report_to: ``tensorboard``, ``wandb``, both or none.
-            name: Of the run.
-            settings: Of the run, as they are to be shown beside its curves.
+            name: Name of the run.
+            settings: Settings of the run, shown beside its curves.
 
         Raises:
             ModeclipError: What is needed for ``report_to`` is not installed.
@@ -56,14 +56,14 @@ class Journal:
         self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
 
     def count(self, samples: int, waited: float) -> None:
-        """Count a step: its samples, and the seconds that it waited for them."""
+        """Count the samples of a step and the seconds that it waited for them."""
         self._samples += samples
         self._waited += waited
 
     def write(self, **values: int | float) -> None:
-        """Write a line of ``values``, which hold ``step``, with the rate and the wait since the last line.
+        """Write a line with these values, ``step`` among them, and the speed and the wait since the last line.
 
-        Numbers that are not finite become null in the file: they are no JSON.
+        Numbers that are not finite become null in the file, since JSON has none.
         """
         seconds = max(time.monotonic() - self._since, 1e-9)
         values["samples_per_second"] = round(self._samples / seconds, 1)
@@ -77,16 +77,16 @@ class Journal:
         self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
 
     def close(self) -> None:
-        """Hand over what is still held back."""
+        """Write what is still held back."""
         for place in self._places:
             place.close()
 
 
 def check_reports(report_to: Sequence[str]) -> None:
-    """Raise if a place that is to be reported to needs a package that is not installed.
+    """Raise if the package of a place that is to be reported to is not installed.
 
     Raises:
-        ModeclipError: The message says which to install.
+        ModeclipError: The message says which one to install.
     """
     for place in report_to:
         if find_spec(place) is None:
@@ -116,8 +116,8 @@ class _Wandb:
     def __init__(self, folder: Path, step: int, name: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        del step  # a step that the server has already been told is ignored by it
-        # Without ``silent`` it would write its own lines behind the one that says why a job failed.
+        del step  # the server ignores a step that it already knows
+        # without ``silent`` its own lines would follow the one that says why a job failed
         quiet = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS)
         start = partial(
             wandb.init,
@@ -134,7 +134,7 @@ class _Wandb:
             if mode == "online" and wandb.login(prompt=False):
                 self._run = start(resume="allow")
         except wandb.errors.Error as error:
-            log(f"{name}: Weights & Biases does not answer ({error}); this run is kept in {folder} for wandb sync")
+            log(f"{name}: Weights & Biases does not answer ({error}); the run is kept in {folder} for wandb sync")
         if self._run is None:
             self._run = start(mode="disabled" if mode == "disabled" else "offline")
 
@@ -146,14 +146,14 @@ class _Wandb:
 
 
 def _identity(path: Path) -> str:
-    """Return the id of the run, the same each time that the job continues."""
+    """Return the id of the run, which stays the same when the job continues."""
     if not path.is_file():
         write_atomically(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8")
 
 
 def _cut_back(path: Path, step: int) -> None:
-    """Drop the lines after a step, and the line that a kill cut short."""
+    """Drop the lines after a step, and a line that a kill has cut short."""
     kept = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

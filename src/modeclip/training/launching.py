@@ -1,10 +1,11 @@
-"""Jobs -> trained models: by processes of this machine, by torchrun, on Ray, or by commands for other machines.
+"""Run training jobs: in processes of this machine, under torchrun, on Ray, or by commands for other machines.
 
-Each job is a process of its own with its own folder (a group of them under torchrun, if asked), started when the job
-that it continues from is done. A job that fails takes only those with it that need it. Every process ends when the one
-that started it is gone, however that went, and leaves a checkpoint: the same call then does what is missing.
+Each job is a process of its own with its own folder, or a group of processes under torchrun. It starts when the job
+that it continues from is done. When a job fails, only the jobs that need it fail too. Every process saves a checkpoint
+and ends when the process that started it is gone, for whatever reason; the same call then does what is missing.
 
-Price: a process for each job, which imports torch anew (two seconds), and a look at their files five times a second.
+Price: a process for each job, which imports torch anew (two seconds), and a look at the jobs' files five times a
+second.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from modeclip.training.trainer import PARENT_VARIABLE
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60.0
-"""How long a process may take to save a checkpoint when it is asked to end."""
+"""Time that a process has to save a checkpoint when it is asked to end."""
 MAX_RETRIES = 3
-"""How often Ray repeats a job whose worker died; one that kills its worker each time is not tried for ever."""
+"""How often Ray repeats a job whose worker died, so that a job which kills its workers is given up."""
 STOPPED = 128 + signal.SIGTERM
-"""Exit code of a job that was asked to end and left a checkpoint."""
+"""Exit code of a job that was asked to end and has saved a checkpoint."""
 
 
 @runtime_checkable
@@ -43,7 +44,7 @@ class Runner(Protocol):
     """Where jobs run."""
 
     def is_free(self) -> bool:
-        """Say whether another job may be started now."""
+        """Return whether another job may start now."""
         ...
 
     def start(self, job: TrainJob) -> None:
@@ -51,11 +52,11 @@ class Runner(Protocol):
         ...
 
     def ended(self) -> dict[str, str]:
-        """Return what there is to say of each job that has ended since, by name; nothing if it went well."""
+        """Return the trouble of each job that has ended since the last call, by name; empty if it went well."""
         ...
 
     def stop(self) -> None:
-        """End all that runs, each with a checkpoint."""
+        """End all jobs that run, each with a checkpoint."""
         ...
 
 
@@ -68,22 +69,22 @@ def run_jobs(
     stop_on_failure: bool = False,
     on_done: Callable[[TrainJob], object] | None = None,
 ) -> dict[str, TrainResult]:
-    """Train all jobs that are not done yet, with one live board for all of them.
+    """Train all jobs that are not done yet, and show how far they are.
 
     Args:
-        jobs: The jobs; one that continues from another may stand anywhere.
-        workers: Jobs at the same time on this machine; Ray takes as many as it has processors for.
-        processes: Processes that train one job together, by torchrun.
-        ray: Run on the Ray cluster of ``RAY_ADDRESS``, one that runs on this machine, or a new one; all its machines
-            must see the jobs' folders and the catalog.
-        stop_on_failure: Stop all when one fails, each with a checkpoint.
-        on_done: Called with each job that is done, after it is; not with those that were done before.
+        jobs: The jobs, in any order.
+        workers: Number of jobs at the same time on this machine. Ray takes as many as it has processors for.
+        processes: Number of processes that train one job together under torchrun.
+        ray: Run on the Ray cluster of ``RAY_ADDRESS``, on one that runs on this machine, or on a new one. All its
+            machines must see the jobs' folders and the catalog.
+        stop_on_failure: When one job fails, stop the others, each with a checkpoint.
+        on_done: Called with each job when it is done, but not with jobs that were done before.
 
     Returns:
         The result of each job, by name.
 
     Raises:
-        ModeclipError: Jobs failed; the others are done, unless they were to stop or need one of these.
+        ModeclipError: Some jobs failed. The others are done, unless they had to stop or need one that failed.
     """
     results = {job.name: result for job in jobs if (result := TrainResult.read(job)) is not None}
     waiting = [job for job in jobs if job.name not in results]
@@ -91,7 +92,7 @@ def run_jobs(
         return results
     for job in waiting:
         if not (Path(job.folder) / JOB_FILE).is_file():
-            job.save()  # so that a board of the folder shows what waits
+            job.save()  # so that modeclip status shows what waits
     runner: Runner = _OnRay(processes) if ray else _Here(workers, processes)
     failures = _Schedule(jobs, results, runner, stop_on_failure, on_done).run(waiting)
     if failures:
@@ -100,7 +101,7 @@ def run_jobs(
 
 
 class _Schedule:
-    """Which job starts when; what came of each."""
+    """Starts each job when it can start, and keeps what became of it."""
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class _Schedule:
         self.elsewhere: set[str] = set()
 
     def run(self, waiting: list[TrainJob]) -> dict[str, str]:
-        """Run jobs to their end and return what there is to say of each that failed or could not start."""
+        """Run jobs to their end and return a line about each that failed or could not start."""
         with make_progress() as bars:
             tasks = {
                 job.name: bars.add_task(f"train {job.name}", total=_samples(job), unit="samples", start=False)
@@ -148,12 +149,12 @@ class _Schedule:
         return self.failures
 
     def _begin(self, job: TrainJob) -> bool:
-        """Start a job, if there is room for it and nobody else is at it; return whether it waits no longer."""
+        """Start a job if there is room for it and no other process trains it; return whether it no longer waits."""
         if is_locked(Path(job.folder)):
             if job.name not in self.elsewhere:
                 self.elsewhere.add(job.name)
                 log(f"{job.name}: another process is training it; waiting")
-        elif TrainResult.read(job) is not None:  # by that process
+        elif TrainResult.read(job) is not None:  # the other process has done it
             self._end(job, "")
             return True
         elif self.runner.is_free():
@@ -163,7 +164,7 @@ class _Schedule:
         return False
 
     def _needed(self, job: TrainJob) -> str | None:
-        """Return the job that this one continues from, if it is one of those that are trained here."""
+        """Return the name of the job that this one continues, if it is one of those that are trained here."""
         return next((other.name for other in self.jobs.values() if other.folder == job.start_from), None)
 
     def _is_ready(self, job: TrainJob) -> bool:
@@ -237,7 +238,7 @@ class _OnRay:
         for name, count in needs.items():
             if count > self.total.get(name, 0):
                 raise ModeclipError(
-                    f"{job.name} needs {count} of Ray's {name}, which has {self.total.get(name, 0):g} in all; lower "
+                    f"{job.name} needs {count} {name}, the Ray cluster has {self.total.get(name, 0):g} in all; lower "
                     "experts.threads_per_job or experts.processes_per_job, or add machines to the cluster"
                 )
         job = _placed(job)
@@ -268,7 +269,7 @@ class _OnRay:
 
 
 def _train_on_ray(job: TrainJob, processes: int) -> str:
-    """Train a job in a Ray task; return what went wrong, or raise for what another attempt may mend."""
+    """Train a job in a Ray task; return what went wrong, or raise where another attempt may succeed."""
     process = start_job(job, processes)
     try:
         code = process.wait()
@@ -283,14 +284,14 @@ def _train_on_ray(job: TrainJob, processes: int) -> str:
 
 
 def commands_for(jobs: Sequence[TrainJob], processes: int = 1) -> list[str]:
-    """Write the job files and return a line for the shell for each job, in an order that works.
+    """Write the job files and return a shell command for each job, in an order that works.
 
-    The lines may be run anywhere that sees the folders and the catalog. A comment says which job must be finished
-    before: at most one, the seed. A job that is done already does nothing when its line is run again.
+    The commands run on any machine that sees the folders and the catalog. A comment says which job must be finished
+    before. Running the command of a job that is done does nothing.
 
     Args:
         jobs: The jobs.
-        processes: Processes that train one job together.
+        processes: Number of processes that train one job together.
     """
     names = {job.folder: job.name for job in jobs}
     lines = []
@@ -302,7 +303,7 @@ def commands_for(jobs: Sequence[TrainJob], processes: int = 1) -> list[str]:
 
 
 def _summary(failures: dict[str, str], count: int) -> str:
-    """Return one line about the jobs that failed; each has had its own line."""
+    """Return one line about all jobs that failed; each has been logged with a line of its own."""
     if len(failures) == 1:
         return next(iter(failures.values()))
     first = next(iter(failures.values()))
@@ -314,7 +315,7 @@ def start_job(job: TrainJob, processes: int = 1) -> subprocess.Popen[str]:
 
     Args:
         job: What to train; its file is written.
-        processes: Processes that train it together, by torchrun.
+        processes: Number of processes that train it together under torchrun.
     """
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(job.threads)}
     words = _words(job, processes)
@@ -328,25 +329,25 @@ def start_job(job: TrainJob, processes: int = 1) -> subprocess.Popen[str]:
 
 
 def trouble_of(job: TrainJob, code: int) -> str:
-    """Return what a process that ended has to say, nothing if all went well; if not, ``errors.txt`` has all of it.
+    """Return what went wrong in a process that has ended, or an empty line; ``errors.txt`` keeps all that it printed.
 
     Args:
-        job: What it trained.
-        code: Its exit code.
+        job: Job that the process trained.
+        code: Exit code of the process.
     """
     output, path = Path(job.folder) / OUTPUT_FILE, Path(job.folder) / ERRORS_FILE
     lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
     output.unlink(missing_ok=True)
     if code == 0 and TrainResult.read(job) is not None:
         return ""
-    if code in (STOPPED, -signal.SIGTERM):  # the latter before it had begun
+    if code in (STOPPED, -signal.SIGTERM):  # the latter if it had not begun yet
         return f"{job.name}: training was stopped; run again to continue"
     if code < 0 or not lines:
         lines.append(f"killed by signal {-code}" if code < 0 else f"exit code {code}")
     write_atomically(path, "\n".join(lines) + "\n")
     if code == 2:
         return lines[-1]
-    return f"{job.name}: training ended early: {lines[-1]} (all of it in {path}); run again to continue"
+    return f"{job.name}: training ended early: {lines[-1]} (more in {path}); run again to continue"
 
 
 def _words(job: TrainJob, processes: int) -> list[str]:
@@ -362,7 +363,7 @@ def _samples(job: TrainJob) -> int:
 
 
 def _placed(job: TrainJob) -> TrainJob:
-    """Return a job whose paths mean the same in any folder."""
+    """Return a job with absolute paths."""
 
     def absolute(path: str) -> str:
         return path if "://" in path else str(Path(path).resolve())

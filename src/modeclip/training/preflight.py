@@ -1,8 +1,9 @@
-"""A job, its rows and the number of its processes -> nothing, or the one line that says why it cannot succeed.
+"""Find out before a model is built whether a job can succeed, and say in one line why not.
 
-Looks at everything that can be known before a model is built: the batch, the device, the weights it starts from (names
-and shapes, by their headers), a sample of the pairs, and the disk. Price: below a second, most of it for importing
-open_clip, which training needs anyway.
+It looks at the batch, the device, the weights that the job starts from (names and shapes, from the files' headers), the
+columns that it needs, a sample of the pairs, and the disk.
+
+Price: less than a second, most of it for importing open_clip, which training needs anyway.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ if TYPE_CHECKING:
     from modeclip.training.jobs import TrainJob
 
 CAPTIONS_SEEN = 4096
-"""Captions that are looked at, spread evenly over the rows."""
+"""Number of captions that are looked at, spread evenly over the rows."""
 IMAGES_SEEN = 32
-"""Images that are decoded, spread in the same way."""
+"""Number of images that are decoded, spread in the same way."""
 _KEYS_SHOWN = 3
 
 
 def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], world_size: int) -> None:
-    """Raise before anything is built if a job cannot succeed.
+    """Raise if a job cannot succeed.
 
     Args:
         job: The job.
-        catalog: Of its pairs.
-        rows: That it trains on.
-        world_size: Processes that train it together.
+        catalog: Catalog of its pairs.
+        rows: Rows that it trains on.
+        world_size: Number of processes that train it together.
 
     Raises:
         ModeclipError: The message names the job, what is wrong and what to do.
@@ -65,8 +66,8 @@ def _check_batch(job: TrainJob, world_size: int) -> None:
     batch = job.config.batch_size
     if batch % world_size:
         raise ModeclipError(
-            f"{job.name}: train.batch_size is {batch:,} over all processes, which {world_size} processes cannot share "
-            f"equally; set it to a multiple of {world_size}, such as {math.ceil(batch / world_size) * world_size:,}"
+            f"{job.name}: train.batch_size {batch:,} cannot be divided equally among {world_size} processes; set it to "
+            f"a multiple of {world_size}, such as {math.ceil(batch / world_size) * world_size:,}"
         )
 
 
@@ -85,13 +86,13 @@ def _check_precision(job: TrainJob) -> None:
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise ModeclipError(
-            f"{job.name}: train.engine.precision is bf16-mixed, which {torch.cuda.get_device_name()} lacks; set it to "
-            "auto, 16-mixed or 32-true"
+            f"{job.name}: train.engine.precision is bf16-mixed, which {torch.cuda.get_device_name()} does not have; "
+            "set it to auto, 16-mixed or 32-true"
         )
 
 
 def _check_start(job: TrainJob, start: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Check the weights that a job starts from: another job's checkpoint, or a file of open_clip_train."""
+    """Check the weights that a job starts from, another job's checkpoint or a file of open_clip_train."""
     path = start if start.is_file() else find_checkpoint(start, job.start_digest or None)
     if path is None:
         what = "holds no checkpoint of the job that this one continues" if start.is_dir() else "does not exist"
@@ -116,8 +117,8 @@ def _check_pairs(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -
     ]
     if empty:
         raise ModeclipError(
-            f"{job.name}: {len(empty):,} of {len(seen):,} captions looked at are empty ({_some(empty)}); leave such "
-            "pairs out with a column of booleans (mask), or index again"
+            f"{job.name}: {len(empty):,} of {len(seen):,} captions looked at are empty ({_some(empty)}); leave these "
+            "pairs out with a column of booleans (mask), or index the source again"
         )
     seen, damaged = _spread(rows, IMAGES_SEEN), []
     try:
@@ -135,7 +136,7 @@ def _check_pairs(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -
 
 
 def _check_disk(job: TrainJob, weight_bytes: int) -> None:
-    """Check the space for the checkpoints that are kept, the one that is being written, and the finished model."""
+    """Check the room for the kept checkpoints, for another one while it is written, and for the finished model."""
     keep, folder = job.config.engine.keep_checkpoints, Path(job.folder)
     present = sum(file.stat().st_size for file in (folder / FOLDER).glob("*") if file.is_file())
     needed = (3 * (keep + 1) + 1) * weight_bytes - present
@@ -143,13 +144,13 @@ def _check_disk(job: TrainJob, weight_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ModeclipError(
-            f"{job.name}: its checkpoints need {needed / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are "
-            f"free; free some space, or set train.engine.keep_checkpoints (now {keep}) lower"
+            f"{job.name}: its checkpoints need {needed / 1e9:,.1f} GB in {folder}, which has {free / 1e9:,.1f} GB; "
+            f"free some space, or set train.engine.keep_checkpoints (now {keep}) lower"
         )
 
 
 def _spread(rows: Int[np.ndarray, " N"], count: int) -> Int[np.ndarray, " n"]:
-    """Return at most ``count`` of the rows, evenly spread."""
+    """Return at most ``count`` of the rows, spread evenly."""
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
 
 

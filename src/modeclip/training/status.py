@@ -1,10 +1,10 @@
-"""A folder of jobs -> how each of them stands: what the processes that train have left in their files.
+"""How far the jobs of a folder are, read from the files that they leave.
 
-Nothing is asked of the processes themselves, so it works from any machine that sees the folder, while others write:
-``job.json`` says what is to be done, the lock whether a process is at it, the last whole line of ``log.jsonl`` how far
-it is, ``done.json`` that it is finished, and ``errors.txt`` why it is not.
+The processes that train are not asked, so this works from any machine that sees the folder, while others write to it.
+``job.json`` says what is to be done, the lock whether a process is working on it, the last whole line of ``log.jsonl``
+how far it is, ``done.json`` that it is finished, and ``errors.txt`` why it is not.
 
-Price: a few small reads for each model; of a log only the last 16 kB.
+Price: a few small reads for each model, among them the last 16 kB of its log.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, LOG_FILE, TrainJob, Tr
 
 LOG_TAIL_BYTES = 1 << 14
 SPEED_LINES = 5
-"""Lines of the log whose median is the speed: one that a checkpoint slowed down does not count."""
+"""Lines of the log whose median is the speed, so that a line which a checkpoint has slowed down does not count."""
 REFRESH_SECONDS = 1.0
 GAP_SECONDS = 60.0
-"""How long a watch waits for another job to start when none runs."""
+"""How long to watch on for another job to start when none runs."""
 
 State = Literal["finished", "running", "waiting", "stopped", "failed"]
 COLOURS: dict[State, str] = {
@@ -49,28 +49,29 @@ COLUMNS = ("model", "state", "step", "done", "samples/s", "loss", "time left", "
 
 @dataclass(frozen=True, kw_only=True)
 class JobStatus:
-    """How one job stands."""
+    """How far one job is."""
 
     name: str
-    """Of the model."""
+    """Name of the model."""
     state: State
-    """``stopped``: begun, then ended by a signal or with its machine; the same command goes on with it."""
+    """What the job is doing. A ``stopped`` one was ended by a signal or with its machine; the same command continues
+    it."""
     step: int
-    """Step of the schedule that it has reached, as far as its log says."""
+    """Step of the schedule that the log has reached."""
     last_step: int
-    """Step at which it ends."""
+    """Step at which the job ends."""
     share: float
-    """Part of its own steps that is done, in [0, 1]."""
+    """Share of the job's own steps that is done, in [0, 1]."""
     samples_per_second: float | None
-    """Lately; None before the first line of the log."""
+    """Recent speed; None before the first line of the log."""
     loss: float | None
-    """In the last line of the log."""
+    """Loss in the last line of the log."""
     seconds_left: float | None
-    """At that speed; None where nothing runs."""
+    """Time to the end at the recent speed; None where nothing runs."""
     checkpoint_age_seconds: float | None
-    """Since its newest checkpoint; None if there is none."""
+    """Age of the newest checkpoint; None if there is none."""
     note: str = ""
-    """Last line of what went wrong."""
+    """Last line of the error that ended a failed job."""
 
     def cells(self) -> tuple[str, ...]:
         """Return the status as words for the columns of a table."""
@@ -88,13 +89,13 @@ class JobStatus:
 
 
 def status(folder: Path) -> tuple[JobStatus, ...]:
-    """Return how the jobs of a folder stand: the seed first, then by name.
+    """Return how far the jobs of a folder are, the seed first, then by name.
 
     Args:
-        folder: Of a run, of its models, or of one job.
+        folder: Folder of a run, of its models, or of one job.
 
     Raises:
-        ModeclipError: There is no job in it.
+        ModeclipError: It has no job.
     """
     paths = [path for place in ("", "*/", "models/*/") for path in folder.glob(place + JOB_FILE)]
     if not paths:
@@ -104,7 +105,7 @@ def status(folder: Path) -> tuple[JobStatus, ...]:
 
 
 def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
-    """Return how one job stands; its folder may have been moved since the job was written."""
+    """Return how far one job is; its folder may have been moved since the job was written."""
     folder = Path(job.folder) if folder is None else folder
     lines = read_log(folder)
     result = TrainResult.read(replace(job, folder=str(folder)))
@@ -131,7 +132,7 @@ def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the last whole lines of a job's log, oldest first; one that is being written is left out."""
+    """Return the last whole lines of a job's log, oldest first, without one that is being written."""
     try:
         with (folder / LOG_FILE).open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES)
@@ -148,7 +149,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Say whether a process is at work in a folder; asking hinders nobody for longer than a moment."""
+    """Return whether a process is at work in a folder. Asking holds the lock for a moment only."""
     try:
         with (folder / "lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -217,7 +218,7 @@ def _state(folder: Path, is_done: bool, is_begun: bool, has_errors: bool) -> Sta
 
 
 def _last_words(folder: Path) -> str:
-    """Return the last line of what a job's process wrote on standard error."""
+    """Return the last line of a failed job's errors."""
     try:
         lines = (folder / ERRORS_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
@@ -228,12 +229,12 @@ def _last_words(folder: Path) -> str:
 def _modified(path: Path) -> float | None:
     try:
         return path.stat().st_mtime
-    except OSError:  # it has just been removed
+    except OSError:  # it was removed a moment ago
         return None
 
 
 def _place(entry: tuple[TrainJob, Path]) -> tuple[bool, list[tuple[int, str]]]:
-    """Return what sorts the jobs: the seed first, numbers by their value."""
+    """Return the key that sorts the jobs: the seed first, numbers by their value."""
     job, folder = entry
     parts = re.findall(r"\d+|\D+", folder.name)
     return job.role != "seed", [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
