@@ -21,10 +21,12 @@ from pathlib import Path
 STAGES = {
     "index": "from modeclip.data.indexing import index; from modeclip.data.sources.options import DataConfig\n"
     "index(DataConfig(source={source!r}, workers={workers}), {folder!r}, replace=True)",
-    "embed": "from modeclip.clustering.embedding import EmbedConfig, embed\nembed(catalog, EmbedConfig(encoder='minilm'))",
+    "embed": "from modeclip.clustering.embedding import EmbedConfig, embed\n"
+    "embed(catalog, EmbedConfig(encoder='minilm'))",
     "fit": "from modeclip.clustering.fitting import ClusterConfig, fit\n"
     "fit(catalog, ClusterConfig(num_fine={fine}, fit_samples={fit_samples})).save({folder!r} + '/clusters')",
-    "assign": "from modeclip.clustering.fitting import ClusterConfig, apply; from modeclip.clustering.clusters import Clustering\n"
+    "assign": "from modeclip.clustering.clusters import Clustering\n"
+    "from modeclip.clustering.fitting import ClusterConfig, apply\n"
     "config = ClusterConfig(num_fine={fine}, fit_samples={fit_samples})\n"
     "apply(catalog, Clustering.load({folder!r} + '/clusters'), config).save({folder!r} + '/clusters')",
     "check": "from modeclip.data.checks import check\ncheck(catalog)",

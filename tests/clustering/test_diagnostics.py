@@ -311,7 +311,7 @@ def test_mistakes_in_the_config(fields: dict[str, object], message: str) -> None
 
 
 def test_nothing_looked_into() -> None:
-    assert Diagnostics().rows() == []
+    assert Diagnostics().tables() == []
     assert DiagnoseConfig(experts=()).experts == ()
 
 

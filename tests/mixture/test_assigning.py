@@ -144,10 +144,10 @@ def test_same_work_is_not_done_twice_and_added_rows_are(tmp_path: Path, bundle: 
 
 def test_a_bundle_without_quantiles_takes_those_of_its_catalog(new: Catalog, bundle: Bundle, fitted: Catalog) -> None:
     old = replace(bundle, fine_quantiles=None)
-    with pytest.raises(ModeclipError, match="made before bundles carried quantiles of distances; give --catalog"):
+    with pytest.raises(ModeclipError, match=r"no quantiles of distances.*; give --catalog"):
         assign(new, old, CONFIG)
     assert assign(new, old, CONFIG, fitted_on=fitted) == assign(new, bundle, CONFIG)
-    with pytest.raises(ModeclipError, match="expected 0 to 9: .*another clustering; give the catalog"):
+    with pytest.raises(ModeclipError, match=r"expected 0 to 9: .*another clustering; give the catalog"):
         fitted_quantiles(fitted, 10)
 
 
@@ -219,9 +219,9 @@ def test_proposals_follow_their_thresholds() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("novel_beyond", 1.0, r"assign\.novel_beyond must lie in \[0\.5, 0\.999\], got 1\.0"),
-        ("min_pairs", 0, r"assign\.min_pairs must be at least 1, got 0"),
-        ("new_fraction", 0.0, r"assign\.new_fraction must lie in \(0, 1\], got 0\.0"),
+        ("novel_beyond", 1.0, r"assign\.novel_beyond: expected 0\.5 to 0\.999, got 1\.0"),
+        ("min_pairs", 0, r"assign\.min_pairs: expected 1 or more, got 0"),
+        ("new_fraction", 0.0, r"assign\.new_fraction: expected .* \(0, 1\], got 0\.0"),
     ],
 )
 def test_settings_out_of_range(field: str, value: float, message: str) -> None:

@@ -92,7 +92,7 @@ def test_identical_captions_are_counted_in_the_catalog(catalog: Catalog, diagnos
 
 
 def test_tables(diagnostics: Diagnostics) -> None:
-    tables = diagnostics.rows()
+    tables = diagnostics.tables()
     assert len(tables) == 4
     for _, columns, rows in tables:
         assert {len(row) for row in rows} == {len(columns)}
@@ -106,9 +106,9 @@ def test_parts_can_be_left_out(catalog: Catalog, result: ClusterResult) -> None:
 
 
 def test_more_clusters_than_sampled_rows(catalog: Catalog, result: ClusterResult) -> None:
-    with pytest.raises(ModeclipError, match=r"num_samples: 150 rows cannot be fitted with 151 clusters; raise it"):
+    with pytest.raises(ModeclipError, match=r"num_samples: expected at least 151, .*got 150 rows; raise it"):
         diagnose(catalog, result, CONFIG, DiagnoseConfig(fine=(151,)))
-    with pytest.raises(ModeclipError, match=r"num_samples: 9 rows cannot be fitted with 10 clusters"):
+    with pytest.raises(ModeclipError, match=r"num_samples: expected at least 10, .*got 9 rows"):
         diagnose(catalog, result, CONFIG, DiagnoseConfig(num_seeds=2, num_samples=9))
 
 

@@ -1,15 +1,15 @@
-"""A clustered catalog in; what its choices are worth out: sweeps of K and M, stability over seeds, false negatives.
+"""Tells what the choices behind a clustering are worth: other numbers of clusters, other seeds, false negatives.
 
-- Sweep of K: the same fine clusters grouped into other numbers of experts, none of them fitted again.
-- Sweep of M: fine clusters fitted again to a sample, for each number of them.
-- Stability: the whole clustering fitted again to a sample with other seeds; the adjusted Rand index of two of them is 1
-  where they agree on which rows belong together and 0 where they agree as much as by chance.
+- Sweep of K: the same fine clusters are grouped into other numbers of experts; no fine cluster is fitted again.
+- Sweep of M: fine clusters are fitted to a sample again, for each number of them.
+- Stability: the whole clustering is fitted to a sample again with other seeds. The adjusted Rand index of two of these
+  is 1 if they agree on which rows belong together, and 0 if they agree as much as chance would.
 - False negatives: `modeclip.clustering.negatives`.
 
-Source: adjusted Rand index by Hubert and Arabie 1985, as scikit-learn has it; range is MoDE's (Sec. 5.5).
+Source: adjusted Rand index by Hubert and Arabie 1985, as scikit-learn computes it; range by MoDE (Sec. 5.5).
 
-Price: the sweep of K is a second for 1024 fine clusters, the meter a few; the sweep of M and the stability are a fit of
-``num_samples`` rows for each number and seed. Memory is that sample.
+Price: the sweep of K takes a second for 1024 fine clusters, and counting negatives a few. The sweep of M and the
+stability cost a fit of ``num_samples`` rows for each number and each seed, and the memory of that sample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxtyping import Float
 from tyro.conf import arg
 
 from modeclip.clustering.distances import assign_nearest
-from modeclip.clustering.embedding import read_embeddings
+from modeclip.clustering.embedding import ROWS_AT_ONCE, read_embeddings
 from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embeddings, imbalance_of, regroup, sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeReport, Negatives, measure_negatives
@@ -37,29 +37,27 @@ from modeclip.system.console import log, progress
 from modeclip.system.files import write_atomically
 
 DIAGNOSTICS_FILE = "diagnostics.json"
-ROWS_AT_ONCE = 1 << 17
-"""Captions read at a time."""
 
 Table = tuple[str, list[str], list[list[str]]]
-"""Title, names of the columns, rows: what `modeclip.system.console.print_table` takes."""
+"""Title, names of the columns, rows: the arguments of `modeclip.system.console.print_table`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig:
-    """What is looked into."""
+    """What `diagnose` looks into."""
 
     experts: Annotated[tuple[int, ...], arg(name="sweep-experts")] = (2, 4, 8, 16, 32)
-    """Numbers of experts of the sweep of K; those above the number of fine clusters are left out."""
+    """Numbers of experts to compare; those above the number of fine clusters are left out."""
     fine: Annotated[tuple[int, ...], arg(name="sweep-fine")] = ()
-    """Numbers of fine clusters of the sweep of M, each at most ``num_samples``. Paper: 2 to 2048."""
+    """Numbers of fine clusters to compare, each at most the number of samples. Paper: 2 to 2048."""
     num_seeds: Annotated[int, arg(name="stability")] = 0
-    """Seeds whose clusterings are compared, 2 or more; 0: none."""
+    """How many seeds to compare, 2 or more; 0: none."""
     num_samples: int = 50_000
-    """Rows, drawn uniformly, that the sweep of M and the seeds are fitted on."""
+    """Rows, drawn uniformly, on which numbers of fine clusters and seeds are compared, 2 or more."""
     batch_size: int = 256
-    """Pairs of a batch in which negatives are counted, 2 or more; the one that will be trained with."""
+    """Pairs of a batch in which false negatives are counted, 2 or more: give the batch size of the training."""
     num_batches: int = 100
-    """Batches of each kind; 0: negatives are not counted."""
+    """Batches of each kind in which false negatives are counted; 0: they are not counted."""
     threshold: float = DEFAULT_THRESHOLD
     """Cosine from which two captions count as saying the same, in (0, 1]."""
 
@@ -78,39 +76,39 @@ class DiagnoseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsTrial:
-    """One number of experts, made from the same fine clusters."""
+    """What comes of one number of experts, made from the same fine clusters."""
 
     num_experts: int
-    """Experts, K."""
+    """Number of experts, K."""
     imbalance: float
     """Rows of the largest expert as a multiple of the mean, 1 or more."""
     smallest: int
-    """Rows of the smallest expert: what it has to train on."""
+    """Rows of the smallest expert, which is all that it has to train on."""
     mean_range: float
-    """Mean over experts of the mean distance of their own fine centres to their coarse centre."""
+    """Mean over the experts of their range: the mean distance of their own fine centres to their coarse centre."""
     objective: float
     """Mean over fine clusters of the squared distance to their expert's coarse centre."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTrial:
-    """One number of fine clusters, fitted to the sample."""
+    """What comes of one number of fine clusters, fitted to the sample."""
 
     num_fine: int
-    """Fine clusters, M."""
+    """Number of fine clusters, M."""
     objective: float
     """Mean over the sample of the squared distance to the nearest centre."""
     imbalance: float
-    """Rows of the largest cluster as a multiple of the mean, each row in its nearest."""
+    """Rows of the largest cluster as a multiple of the mean, with each row in its nearest cluster."""
     num_empty: int
-    """Clusters that are no row's nearest."""
+    """Number of clusters that are nearest to no row."""
     seconds: float
-    """Time of the fit."""
+    """Time that the fit took."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedPair:
-    """How far two seeds agree on the rows of the sample."""
+    """How far the clusterings of two seeds agree on the rows of the sample."""
 
     seeds: tuple[int, int]
     """The seeds."""
@@ -122,39 +120,39 @@ class SeedPair:
 
 @dataclass(frozen=True, kw_only=True)
 class Stability:
-    """How far clusterings with different seeds agree."""
+    """How far clusterings by different seeds agree."""
 
     pairs: tuple[SeedPair, ...]
     """All pairs of seeds."""
 
     @property
     def fine(self) -> tuple[float, float]:
-        """Mean and standard deviation over the pairs, of the fine clusters."""
+        """Mean and standard deviation, over the pairs, of the index of the fine clusters."""
         return _mean_and_deviation([pair.fine for pair in self.pairs])
 
     @property
     def experts(self) -> tuple[float, float]:
-        """Mean and standard deviation over the pairs, of the experts."""
+        """Mean and standard deviation, over the pairs, of the index of the experts."""
         return _mean_and_deviation([pair.experts for pair in self.pairs])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostics:
-    """All that was looked into; what was not is empty or None."""
+    """What `diagnose` found; a part that was not looked into is empty or None."""
 
     experts: tuple[ExpertsTrial, ...] = ()
-    """Sweep of K."""
+    """Numbers of experts that were compared."""
     fine: tuple[FineTrial, ...] = ()
-    """Sweep of M."""
+    """Numbers of fine clusters that were compared."""
     stability: Stability | None = None
-    """Agreement of seeds."""
+    """Agreement of the seeds that were compared."""
     negatives: NegativeReport | None = None
-    """False negatives of random and of cluster-pure batches."""
+    """False negatives in random batches and in batches of one cluster."""
     num_samples: int = 0
-    """Rows of the sample of the sweep of M and of the stability."""
+    """Rows of the sample that fine clusters and seeds were compared on."""
 
-    def rows(self) -> list[Table]:
-        """Return a table for each part that there is."""
+    def tables(self) -> list[Table]:
+        """Return a table for each part that was looked into."""
         tables: list[Table] = []
         if self.experts:
             tables.append(
@@ -251,24 +249,24 @@ class Diagnostics:
 def diagnose(
     catalog: Catalog, result: ClusterResult, config: ClusterConfig, what: DiagnoseConfig | None = None
 ) -> Diagnostics:
-    """Look into a clustering that was applied to a catalog.
+    """Examine a clustering that was applied to a catalog.
 
     Args:
-        catalog: With the columns that `modeclip.clustering.fitting.apply` adds.
-        result: What that returned.
-        config: What it was clustered with; its seed decides the samples and the batches too.
+        catalog: A catalog with the columns that `modeclip.clustering.fitting.apply` adds.
+        result: What `apply` returned.
+        config: Settings of the clustering; their seed also decides the samples and the batches.
         what: What to look into, and with how many rows.
 
     Raises:
-        ModeclipError: The catalog is not clustered, or a number does not fit the sample.
+        ModeclipError: The catalog is not clustered, or the sample is smaller than a number of clusters.
     """
     what = what or DiagnoseConfig()
     num_samples = min(what.num_samples, len(catalog))
     most = max([*what.fine, *([config.num_fine] if what.num_seeds else [])], default=0)
     if most > num_samples:
         raise ModeclipError(
-            f"diagnose.num_samples: {num_samples:,} rows cannot be fitted with {most:,} clusters; raise it, or ask for "
-            "fewer clusters"
+            f"diagnose.num_samples: expected at least {most:,}, the most fine clusters that are fitted, got "
+            f"{num_samples:,} rows; raise it, or ask for fewer clusters"
         )
     fits = len(what.fine) or what.num_seeds
     x = read_embeddings(catalog, sample_rows(len(catalog), num_samples, config.seed)) if fits else None
@@ -285,11 +283,11 @@ def diagnose(
 
 
 def sweep_experts(result: ClusterResult, numbers: Sequence[int], config: ClusterConfig) -> tuple[ExpertsTrial, ...]:
-    """Group the same fine clusters into several numbers of experts; none is applied to the catalog.
+    """Group the same fine clusters into several numbers of experts, without assigning the catalog to them.
 
     Args:
         result: Fine clusters and their sizes.
-        numbers: Numbers of experts, each at most that of the fine clusters.
+        numbers: Numbers of experts, each at most the number of fine clusters.
         config: As for `modeclip.clustering.fitting.regroup`.
     """
     sizes = np.array([card.size for card in result.fine])
@@ -316,7 +314,7 @@ def sweep_fine(x: Float[np.ndarray, "N D"], numbers: Sequence[int], config: Clus
     Args:
         x: Embeddings of the sample.
         numbers: Numbers of fine clusters, each at most N.
-        config: Limit of a cluster's size, iterations, seed.
+        config: Limit on a cluster's size, iterations and seed.
     """
     trials = []
     with progress("sweep fine clusters", sum(numbers), "clusters") as advance:
@@ -349,8 +347,8 @@ def measure_stability(x: Float[np.ndarray, "N D"], num_seeds: int, config: Clust
 
     Args:
         x: Embeddings of the sample.
-        num_seeds: Seeds, 2 or more: that of the config and those after it.
-        config: The clustering.
+        num_seeds: How many seeds to compare, 2 or more: the config's seed and the numbers after it.
+        config: Settings of the clustering.
     """
     from sklearn.metrics import adjusted_rand_score
 
@@ -376,7 +374,7 @@ def measure_stability(x: Float[np.ndarray, "N D"], num_seeds: int, config: Clust
 def _count_negatives(
     catalog: Catalog, result: ClusterResult, config: ClusterConfig, what: DiagnoseConfig
 ) -> NegativeReport:
-    """Count false negatives in batches of the catalog; only labels are in memory for all the rows drawn from."""
+    """Count false negatives in batches of the catalog; of the rows that are not in a batch, only labels are held."""
     rows = sample_rows(len(catalog), config.fit_samples, config.seed)
     fine, caption_ids = [], []
     for start in range(0, len(rows), ROWS_AT_ONCE):

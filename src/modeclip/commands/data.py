@@ -174,7 +174,7 @@ def cluster(
     ]
     title = f"{len(result.fine):,} fine clusters, objective {result.objective:.4f}, imbalance {result.imbalance:.2f}"
     print_table(title, ["expert", "pairs", "fine clusters", "range", "key words"], rows)
-    for table in found.rows():
+    for table in found.tables():
         print_table(*table)
     if found.negatives:
         print(found.negatives.verdict)

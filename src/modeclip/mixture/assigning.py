@@ -1,12 +1,12 @@
-"""A catalog of new pairs and a bundle in; the pairs' clusters, experts and novelty, and what to do with them, out.
+"""Assigns new pairs to the experts of a bundle, marks the novel ones, and proposes what to train.
 
-Columns that the catalog gets: ``fine_cluster``, ``fine_distance`` and ``expert`` as `modeclip cluster` writes them;
-``novelty``, the share of the captions of that cluster which lay nearer to its centre when it was fitted, in [0, 1]; and
-``novel``, whether that is more than a share such as 0.99. A caption like those that the bundle was made from is novel
-with probability 1 % then; of captions about something else most are.
+The catalog gets the columns ``fine_cluster``, ``fine_distance`` and ``expert`` as `modeclip cluster` writes them;
+``novelty``, the share of the captions of the cluster that lay nearer to its centre when it was fitted, in [0, 1]; and
+``novel``, whether a pair lies farther out than a share such as 0.99 of them. A caption from the source that the bundle
+was made of is then novel with a chance of 1 %; of captions about something else most are.
 
-The proposal: *continue expert k* where enough new pairs lie inside its clusters to change it; *train a new expert*
-where far more pairs are novel than the 1 % that chance gives, and enough of them. Both, one or none may be worth it.
+Two things may be proposed, or one, or none. *Continue expert k* if so many new pairs lie inside its clusters that they
+would change it. *Train a new expert* if there are enough novel pairs, and far more than the 1 % that chance gives.
 
 Source: ours; MoDE (arXiv 2404.16030) names continual learning as future work.
 Price: the encoder over the new captions, then one product with the centres; a fragment of the catalog in memory.
@@ -23,102 +23,101 @@ from modeclip.clustering.distances import assign_nearest
 from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
 from modeclip.clustering.novelty import FineQuantiles, fitted_quantiles
 from modeclip.data.catalog import Catalog
-from modeclip.data.mapping import map_columns
+from modeclip.data.mapping import Work, map_columns
 from modeclip.data.storage import missing_fragments
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import Bundle
 from modeclip.models.encoders import load_any_encoder
 
-ROWS_AT_ONCE = 1 << 17
-
 
 @dataclass(frozen=True, kw_only=True)
 class AssignConfig:
-    """What counts as novel, and what is worth training."""
+    """Which pairs count as novel, and what is worth training."""
 
     novel_beyond: float = 0.99
-    """Share of a cluster's fitted captions; a pair is novel that lies farther out than that, 0.5 to 0.999."""
+    """A pair is novel if it is farther from its centre than this share of the captions that the centre was fitted on,
+    0.5 to 0.999."""
     min_pairs: int = 1024
-    """Fewest pairs that a model is trained on, 1 or more: a few batches, or it learns them by heart."""
+    """Fewest pairs to train a model on, 1 or more. It needs a few batches, or it learns the pairs by heart."""
     continue_fraction: float = 0.05
-    """Fewest new pairs for which an expert is continued, as a share of those it was trained on, in (0, 1]: fewer would
-    change it less than another order of its own pairs does."""
+    """Fewest new pairs to continue an expert with, as a share of the pairs it was trained on, in (0, 1]. Fewer would
+    change it less than another order of its own pairs would."""
     novel_excess: float = 5.0
-    """How many times the share that chance gives, 1 - ``novel_beyond``, must be novel for a new expert, 1 or more:
-    another sample of the same source stayed below 4 also where its clusters had ten captions."""
+    """How many times as many pairs must be novel for a new expert as chance gives (1 minus the share above), 1 or more.
+    Other samples of the same source stayed below 4 times, even with clusters of only ten captions."""
     new_fraction: float = 0.1
-    """Fewest novel pairs for a new expert, as a share of the mean of the experts' pairs, in (0, 1]: it costs as much
-    as each of the others wherever it is used."""
+    """Fewest novel pairs for a new expert, as a share of the mean number of pairs of an expert, in (0, 1]. In every
+    use it costs as much as any other expert."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not 0.5 <= self.novel_beyond <= 0.999:
-            raise ModeclipError(f"assign.novel_beyond must lie in [0.5, 0.999], got {self.novel_beyond}")
+            raise ModeclipError(f"assign.novel_beyond: expected 0.5 to 0.999, got {self.novel_beyond}")
         for name in ("min_pairs", "novel_excess"):
             if getattr(self, name) < 1:
-                raise ModeclipError(f"assign.{name} must be at least 1, got {getattr(self, name)}")
+                raise ModeclipError(f"assign.{name}: expected 1 or more, got {getattr(self, name)}")
         for name in ("continue_fraction", "new_fraction"):
             if not 0 < getattr(self, name) <= 1:
-                raise ModeclipError(f"assign.{name} must lie in (0, 1], got {getattr(self, name)}")
+                raise ModeclipError(f"assign.{name}: expected a share in (0, 1], got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShare:
-    """What of the new pairs fell to one expert."""
+    """How many of the new pairs belong to one expert."""
 
     index: int
-    """The expert."""
+    """Number of the expert."""
     size: int
     """Pairs that it was trained on."""
     num_pairs: int
     """New pairs in its clusters."""
     num_novel: int
-    """Of these, novel ones."""
+    """How many of these are novel."""
 
     @property
     def novel_fraction(self) -> float:
-        """Share of the new pairs that are novel; 0 where there are none."""
+        """Share of its new pairs that are novel; 0 if it has none."""
         return self.num_novel / max(self.num_pairs, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """One thing that is worth doing."""
+    """Something that is worth training."""
 
     action: Literal["continue", "new"]
     """Continue an expert on the pairs that are not novel, or train a new one on those that are."""
     expert: int
-    """Which one; for a new one, the number that it will have."""
+    """Number of the expert; of a new one, the number that it will have."""
     num_pairs: int
     """Pairs to train it on."""
     reason: str
-    """Why, in one line with the numbers."""
+    """The numbers that speak for it, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssignResult:
-    """Where new pairs lie, and what is proposed."""
+    """To which experts the new pairs belong, and what is worth training."""
 
     num_pairs: int
-    """New pairs."""
+    """Number of new pairs."""
     num_novel: int
-    """Of these, novel ones."""
+    """How many of them are novel."""
     chance: float
-    """Share of novel ones among captions of the fitted source."""
+    """Share of captions of the bundle's own source that would be novel by chance."""
     experts: tuple[ExpertShare, ...]
-    """For each expert."""
+    """The new pairs of each expert, in their order."""
     proposals: tuple[Proposal, ...]
-    """What is worth doing; none: the bundle serves these pairs as it is, or they are too few."""
+    """What is worth training. If there is nothing, the bundle serves these pairs as it is, or they are too few."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it for machines."""
+        """Return everything as JSON."""
         content = asdict(self)
         for share, found in zip(self.experts, content["experts"], strict=True):
             found["novel_fraction"] = share.novel_fraction
         return content
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return a table: expert, its pairs, new pairs, of them novel, their share."""
+        """Return the rows of a table: expert, its pairs, its new pairs, how many of these are novel, their share."""
         rows = [
             (f"expert-{e.index}", f"{e.size:,}", f"{e.num_pairs:,}", f"{e.num_novel:,}", f"{e.novel_fraction:.3f}")
             for e in self.experts
@@ -129,23 +128,20 @@ class AssignResult:
 
 
 @dataclass(kw_only=True, eq=False)
-class NoveltyWork:
-    """Work on blocks of rows, for `map_columns`: embeddings in; cluster, distance, expert and novelty out."""
+class NoveltyWork(Work):
+    """Assigns blocks of embedded captions to the experts of a bundle, and measures how novel they are."""
 
     bundle: Bundle
-    """Centres and whose they are."""
+    """Fine centres, and the expert of each."""
     quantiles: FineQuantiles
-    """Of the distances that they were fitted with."""
+    """Quantiles of the distances of the captions that the centres were fitted on."""
     novel_beyond: float
-    """Share of a cluster's fitted captions beyond which a pair is novel."""
+    """Share of a cluster's captions beyond which a pair is novel."""
     facts: dict[str, Any]
-    """What the columns are remembered by."""
-    inputs: tuple[str, ...] = (COLUMN,)
-    """Columns that it reads."""
-    outputs: tuple[str, ...] = ("fine_cluster", "fine_distance", "expert", "novelty", "novel")
-    """Columns that it makes."""
-    unit: str = "captions"
-    """What a row is to it."""
+    """Hashes of clustering and quantiles, the share, and the facts of the embeddings."""
+    inputs = (COLUMN,)
+    outputs = ("fine_cluster", "fine_distance", "expert", "novelty", "novel")
+    unit = "captions"
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Assign the rows of a block."""
@@ -166,14 +162,14 @@ def assign(
 ) -> AssignResult:
     """Assign new pairs to the clusters of a bundle, mark the novel ones, and say what is worth training.
 
-    The columns of another clustering are replaced; those of the same bundle are kept, and only rows that were added
+    Columns of another clustering are replaced. If the columns are of this bundle already, only the rows that were added
     since are computed.
 
     Args:
-        catalog: The new pairs; its captions are embedded by the bundle's encoder, unless they are already.
+        catalog: The new pairs. The bundle's encoder embeds their captions, unless it has already done so.
         bundle: Centres, experts and encoder.
         config: Thresholds.
-        fitted_on: The clustered catalog that the bundle was made from, for a bundle that has no quantiles.
+        fitted_on: The clustered catalog that the bundle was made from; only for a bundle that has no quantiles.
         ray: Work on a Ray cluster, as `modeclip.data.mapping.map_columns` says.
 
     Raises:
@@ -186,7 +182,7 @@ def assign(
         work = NoveltyWork(bundle=bundle, quantiles=quantiles, novel_beyond=config.novel_beyond, facts=facts)
         map_columns(catalog, work, "assign captions", ray=ray)
     pairs, novel = np.zeros(bundle.num_experts, np.int64), np.zeros(bundle.num_experts, np.int64)
-    for block in catalog.batches(["expert", "novel"], ROWS_AT_ONCE):
+    for block in catalog.batches(["expert", "novel"]):
         pairs += np.bincount(block["expert"], minlength=bundle.num_experts)
         novel += np.bincount(block["expert"][block["novel"]], minlength=bundle.num_experts)
     experts = tuple(
@@ -203,23 +199,23 @@ def assign(
 
 
 def quantiles_of(bundle: Bundle, fitted_on: Catalog | None = None) -> FineQuantiles:
-    """Return a bundle's quantiles, or those of the catalog that it was made from.
+    """Return the quantiles of a bundle, or of the catalog that it was made from if that is given.
 
     Raises:
-        ModeclipError: It has none, and no catalog is given.
+        ModeclipError: The bundle has no quantiles, and no catalog is given.
     """
     if fitted_on is not None:
         return fitted_quantiles(fitted_on, len(bundle.fine_centers))
     if bundle.fine_quantiles is None:
         raise ModeclipError(
-            f"bundle {bundle.path}: made before bundles carried quantiles of distances; give --catalog with the catalog"
-            " that it was made from, or make the bundle again with modeclip run"
+            f"bundle {bundle.path}: has no quantiles of distances, because an earlier version made it; give --catalog"
+            " with the catalog that it was made from, or make the bundle again"
         )
     return bundle.fine_quantiles
 
 
 def propose(experts: tuple[ExpertShare, ...], config: AssignConfig) -> tuple[Proposal, ...]:
-    """Say what is worth training, from counts alone.
+    """Say what is worth training, by the numbers of pairs alone.
 
     Examples:
         >>> shares = (ExpertShare(index=0, size=10_000, num_pairs=5_000, num_novel=4_000),)
@@ -231,21 +227,23 @@ def propose(experts: tuple[ExpertShare, ...], config: AssignConfig) -> tuple[Pro
         inside = share.num_pairs - share.num_novel
         if inside >= max(config.min_pairs, config.continue_fraction * share.size):
             more = inside / max(share.size, 1)
-            reason = f"{inside:,} new pairs lie inside its clusters, {100 * more:.1f} % of its {share.size:,}"
+            reason = (
+                f"{inside:,} new pairs lie inside its clusters, {100 * more:.1f} % of the {share.size:,} it has seen"
+            )
             proposals.append(Proposal(action="continue", expert=share.index, num_pairs=inside, reason=reason))
     pairs, novel = sum(share.num_pairs for share in experts), sum(share.num_novel for share in experts)
     chance, mean_size = 1 - config.novel_beyond, sum(share.size for share in experts) / len(experts)
     least = max(config.min_pairs, config.new_fraction * mean_size)
     if novel >= least and novel > config.novel_excess * chance * pairs:
         reason = (
-            f"{novel:,} of {pairs:,} pairs are novel, {100 * novel / pairs:.1f} % where chance gives {100 * chance:g} %"
+            f"{novel:,} of {pairs:,} pairs are novel, {100 * novel / pairs:.1f} %; chance would give {100 * chance:g} %"
         )
         proposals.append(Proposal(action="new", expert=len(experts), num_pairs=novel, reason=reason))
     return tuple(proposals)
 
 
 def _facts(catalog: Catalog, bundle: Bundle, quantiles: FineQuantiles, config: AssignConfig) -> dict[str, Any]:
-    """Return what the columns are remembered by."""
+    """Return the facts of the columns."""
     return {
         "clustering": bundle.clustering,
         "quantiles": quantiles.digest,
@@ -255,14 +253,14 @@ def _facts(catalog: Catalog, bundle: Bundle, quantiles: FineQuantiles, config: A
 
 
 def _is_assigned(catalog: Catalog, facts: dict[str, Any]) -> bool:
-    """Say whether all rows have the columns already, so that no encoder need be loaded."""
+    """Return whether all rows have the columns already, so that no encoder has to be loaded."""
     names = NoveltyWork.outputs
     known = all(name in catalog.columns and catalog.facts(name) == facts for name in names)
     return known and not missing_fragments(catalog.dataset, names)
 
 
 def _embed_config(catalog: Catalog, name: str) -> EmbedConfig:
-    """Return what embeds a catalog by an encoder; the column's own settings if the same encoder made it."""
+    """Return settings to embed a catalog with an encoder: those of its embeddings if that encoder made them."""
     facts = catalog.facts(COLUMN) if COLUMN in catalog.columns else None
     if facts is None or facts["encoder"] == name:
         return EmbedConfig(encoder=name, batch_size=facts["batch_size"]) if facts else EmbedConfig(encoder=name)

@@ -1,19 +1,20 @@
-"""A bundle, new pairs and a proposal in; a trained job and the extended bundle out.
+"""Continues an expert of a bundle on new pairs, or adds a new expert for them.
 
-*Continue an expert*: it goes on from its last checkpoint, optimizer state included, where its job's folder is at hand
-(``models/expert-2`` beside the bundle, or the folder given), else from the weights in the bundle. It sees the new pairs
-of its clusters that are not novel, as often as it saw its own. *A new expert* continues from the seed in the same way,
-on the novel pairs, with as many samples as each other expert had; fine clusters are fitted to their captions, with
-about as many pairs in each as in the bundle.
+*Continue an expert*: it goes on from its last checkpoint, with its optimizer state, if the folder of its job is there
+(``models/expert-2`` beside the bundle, or the folder that is given), else from the weights in the bundle. It sees those
+new pairs of its clusters that are not novel, each as often as it saw its own pairs. *Add a new expert*: it continues
+from the seed in the same way on the novel pairs, with as many samples as every other expert had. Fine clusters are
+fitted to the novel captions, with about as many pairs in each as in the bundle.
 
-Schedule: with optimizer state the learning rate starts where the experts' part of the schedule started (5.96 % of the
-highest in the paper) and falls to 0. From weights alone AdamW knows no moments yet, so that rate is reached by a
-warm-up first.
+Schedule: with optimizer state, the learning rate starts where the experts' part of the schedule started (5.96 % of the
+highest rate in the paper) and falls to 0. From weights alone, AdamW has no moments yet, so a warm-up leads to that rate
+first.
 
-All of it is resumable: the folder keeps what was decided, the job its checkpoints, the bundle's lineage what is done.
+Everything is resumable: the folder keeps what was decided, the job keeps its checkpoints, and the bundle's lineage
+tells what is done.
 
-Source: ours; MoDE (arXiv 2404.16030) Sec. 3.3 for what an expert's training is.
-Price: that of the training; the novel captions' embeddings in memory once, two million at most for the fit.
+Source: ours; MoDE (arXiv 2404.16030) Sec. 3.3 for the training of an expert.
+Price: that of the training; once, the embeddings of at most two million novel captions are in memory for the fit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jaxtyping import Int
 
 from modeclip.clustering.cards import Tally, make_cards, split_words
 from modeclip.clustering.distances import assign_nearest
-from modeclip.clustering.embedding import read_embeddings
+from modeclip.clustering.embedding import ROWS_AT_ONCE, read_embeddings
 from modeclip.clustering.fitting import sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fit_quantiles
@@ -45,28 +46,27 @@ from modeclip.training.launching import run_jobs
 
 PLAN_FILE = "extend.json"
 FIT_SAMPLES = 2_000_000
-"""Novel captions that the new fine centres are fitted on, at most, as for the bundle's own."""
+"""Most novel captions that the new fine centres are fitted on; as many as `ClusterConfig` takes."""
 MAX_SIZE_RATIO = 1.5
-"""Largest new fine cluster by the mean, as `ClusterConfig` has it."""
-ROWS_AT_ONCE = 1 << 17
+"""Largest size of a new fine cluster in the fit, as a multiple of the mean; the same as that of `ClusterConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendConfig:
-    """How an expert is continued or added."""
+    """How an expert is continued, or a new one trained."""
 
     samples: int | None = None
-    """Samples that it sees; by default a continued expert sees its new pairs as often as it saw its own, and a new one
-    as many samples as each of the others."""
+    """Samples to train on, 1 or more. None: an expert that is continued sees each new pair as often as its own pairs,
+    and a new expert sees as many samples as each of the others."""
     batch_size: int | None = None
-    """Pairs a step, at most those there are; by default as for the bundle's experts."""
+    """Pairs of a batch, 2 or more, and at most as many as there are to train on. None: as for the bundle's experts."""
     learning_rate: float | None = None
-    """Highest learning rate of the whole schedule, of which this is the last part; by default the bundle's."""
+    """Highest learning rate of the whole schedule, of which this training is the last part. None: the bundle's."""
     start: str | None = None
-    """Folder of the finished job to go on from: the expert's, or the seed's for a new one; by default the one in
-    `models` beside the bundle if it is there, else the weights in the bundle."""
+    """Folder of the finished job to go on from: that of the expert, or that of the seed for a new expert. None: the
+    folder in ``models`` beside the bundle if it is there, else the weights in the bundle."""
     threads: int = 1
-    """Threads that compute."""
+    """Threads that compute, 1 or more."""
     seed: int = 0
     """Decides the new fine clusters."""
 
@@ -75,15 +75,15 @@ class ExtendConfig:
         for name, least in (("samples", 1), ("batch_size", 2), ("threads", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ModeclipError(f"extend.{name} must be at least {least}, got {value}")
+                raise ModeclipError(f"extend.{name}: expected {least} or more, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendResult:
-    """What was done."""
+    """What `extend` did."""
 
     action: Literal["continue", "new"]
-    """Which of the two."""
+    """Whether an expert was continued, or a new one added."""
     expert: int
     """Number of the expert."""
     num_pairs: int
@@ -91,26 +91,29 @@ class ExtendResult:
     samples: int
     """Samples that it saw."""
     folder: str
-    """Of its job."""
+    """Folder of its job."""
     bundle: str
-    """That has it now."""
+    """Folder of the bundle that it is in now."""
 
 
 def continue_job(bundle: Bundle, expert: int, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
     """Return the job that continues an expert on the new pairs of its clusters that are not novel.
 
     Args:
-        bundle: Whose expert it is.
-        expert: Its number.
+        bundle: The bundle of the expert.
+        expert: Number of the expert.
         catalog: New pairs, assigned to the bundle.
-        folder: Where the model goes.
+        folder: Folder for the model.
         config: Budget and start.
 
     Raises:
-        ModeclipError: There is no such expert, nothing says how the bundle was trained, or the start is another job's.
+        ModeclipError: There is no such expert, the bundle does not say how it was trained, or ``config.start`` is not
+            the job of this expert.
     """
     if not 0 <= expert < bundle.num_experts:
-        raise ModeclipError(f"bundle {bundle.path}: has experts 0 to {bundle.num_experts - 1}, got {expert}")
+        raise ModeclipError(
+            f"bundle {bundle.path}: has experts 0 to {bundle.num_experts - 1}, got {expert}; choose one of them"
+        )
     where = {"expert": expert, "novel": False}
     new, size = len(catalog.select(None, **where)), max(bundle.experts[expert].size, 1)
     job = _job_from(bundle, "expert", expert, bundle.experts[expert].folder, catalog, folder, config)
@@ -129,13 +132,13 @@ def new_expert_job(bundle: Bundle, catalog: Catalog, folder: Path, config: Exten
 def fit_new_clusters(
     bundle: Bundle, catalog: Catalog, config: ExtendConfig, fitted_on: Catalog | None = None
 ) -> NewClusters:
-    """Fit fine clusters to the novel pairs of a catalog, about as many pairs to each as in the bundle.
+    """Fit fine clusters to the novel pairs of a catalog, with about as many pairs in each as in the bundle.
 
     Args:
-        bundle: Which they will be added to.
+        bundle: The bundle that they will be added to.
         catalog: New pairs, assigned to the bundle.
-        config: Seed.
-        fitted_on: Catalog that the bundle was made from, where it has no quantiles.
+        config: Its seed is used.
+        fitted_on: The catalog that the bundle was made from; only for a bundle that has no quantiles.
 
     Raises:
         ModeclipError: No pair is novel.
@@ -156,7 +159,7 @@ def fit_new_clusters(
         fines.append(fine)
         distances.append(np.sqrt(squared))
         tally.add(fine, distances[-1], catalog.read(["caption"], part)["caption"])
-    for card in bundle.clusters:  # what the bundle speaks of, so that key words are those of the new pairs alone
+    for card in bundle.clusters:  # so that words which the bundle's captions have too are no key words
         tally.words[-1].update(word for caption in card["nearest_captions"] for word in split_words(caption))
     spread = float(np.linalg.norm(centers - centers.mean(0), axis=1).mean())
     whose = np.array([[0]] * num_fine + [[1]])
@@ -182,19 +185,21 @@ def extend(
     config: ExtendConfig | None = None,
     fitted_on: Catalog | None = None,
 ) -> ExtendResult:
-    """Assign new pairs, train what is worth it, and put the expert into the bundle; given again, go on.
+    """Assign new pairs, train the expert that is worth it, and put it into the bundle.
+
+    Called again with the same arguments, it goes on where it was interrupted.
 
     Args:
-        bundle: Folder of the bundle; it is changed when the expert is trained.
-        catalog: The new pairs; its columns of clusters and novelty are written.
+        bundle: Folder of the bundle, which is changed once the expert is trained.
+        catalog: The new pairs; it gets the columns of `assign`.
         out: Folder of the job.
-        action: Number of the expert to continue, or ``new``; None: what is proposed, if that is one thing.
-        thresholds: As for `assign`.
+        action: Number of the expert to continue, or ``new``. None: what `assign` proposes, if that is one thing.
+        thresholds: Thresholds of `assign`.
         config: Budget and start.
-        fitted_on: Catalog that the bundle was made from, where it has no quantiles.
+        fitted_on: The catalog that the bundle was made from; only for a bundle that has no quantiles.
 
     Raises:
-        ModeclipError: Nothing or more than one thing is proposed, or the folder is of another extension.
+        ModeclipError: Nothing or more than one thing is proposed, or ``out`` belongs to another extension.
     """
     config, thresholds = config or ExtendConfig(), thresholds or AssignConfig()
     out.mkdir(parents=True, exist_ok=True)
@@ -237,12 +242,12 @@ def _decide(
         proposals = found.proposals
         if not proposals:
             raise ModeclipError(
-                f"extend: of {found.num_pairs:,} new pairs, {found.num_novel:,} of them novel, no model is worth"
-                " training (modeclip assign has the counts); give --expert K or --new to train one nevertheless"
+                f"extend: no expert is worth training on {found.num_pairs:,} new pairs, {found.num_novel:,} of them"
+                " novel (modeclip assign shows the counts); give --expert K or --new to train one nevertheless"
             )
         if len(proposals) > 1:
             choices = " or ".join("--new" if p.action == "new" else f"--expert {p.expert}" for p in proposals)
-            raise ModeclipError(f"extend: {len(proposals)} things are worth doing; choose one, {choices}")
+            raise ModeclipError(f"extend: {len(proposals)} experts are worth training; choose one: {choices}")
         action = "new" if proposals[0].action == "new" else proposals[0].expert
     if action == "new":
         return new_expert_job(bundle, catalog, out / job_name("expert", bundle.num_experts), config)
@@ -260,15 +265,15 @@ def _train_and_put(
 ) -> None:
     if bundle.clustering != plan["clustering"]:
         raise ModeclipError(
-            f"extend: bundle {bundle.path} got other experts since this was begun in {Path(job.folder).parent};"
-            " begin in another --out"
+            f"extend: the clustering of bundle {bundle.path} has changed since {Path(job.folder).parent} was begun;"
+            " start again with another --out"
         )
-    if _fingerprint(catalog) != job.catalog_fingerprint:  # the columns may be those of another bundle by now
+    if _fingerprint(catalog) != job.catalog_fingerprint:  # another bundle may have written the columns since
         assign(catalog, bundle, thresholds, fitted_on=fitted_on)
     if _fingerprint(catalog) != job.catalog_fingerprint:
         raise ModeclipError(
-            f"extend: {Path(job.folder).parent} was begun with other thresholds or pairs; give the same, or another"
-            " --out"
+            f"extend: {Path(job.folder).parent} was begun with other thresholds or pairs; give the same ones, or"
+            " another --out"
         )
     result = run_jobs([job], 1)[job.name]
     note = {"catalog": catalog.name}
@@ -292,10 +297,10 @@ def _check_plan(
 ) -> None:
     same = plan["bundle"] == str(bundle.resolve()) and plan["pairs"] == catalog.fingerprint
     if not same or action not in {None, "new" if plan["action"] == "new" else plan["expert"]}:
-        kind = "adds" if plan["action"] == "new" else "continues"
+        kind = "add" if plan["action"] == "new" else "continue"
         raise ModeclipError(
-            f"extend: {out} {kind} expert {plan['expert']} of {plan['bundle']} with other pairs or for another purpose;"
-            " give another --out"
+            f"extend: {out} was begun to {kind} expert {plan['expert']} of {plan['bundle']}, with other pairs or"
+            " another action than now; give the same ones, or another --out"
         )
 
 
@@ -308,7 +313,7 @@ def _job_from(
     folder: Path,
     config: ExtendConfig,
 ) -> TrainJob:
-    """Return a job that goes on from a model of the bundle: from its checkpoint if at hand, else from its weights."""
+    """Return a job that goes on from a model of the bundle: from its checkpoint if there is one, else its weights."""
     name = job_name(role, index)
     start = _job_at_hand(bundle, name, config.start)
     settings = start.config if start is not None else _settings(bundle)
@@ -335,14 +340,16 @@ def _job_from(
     if start is not None:
         return replace(
             job,
-            config=replace(settings, model=start.folder),  # what it was built from itself may be gone
+            config=replace(settings, model=start.folder),  # the model that it was built from may be gone
             start_from=start.folder,
             start_digest=start.digest,
             first_step=start.last_step,
             first_share=share,
         )
     if not (bundle.path / place).is_dir():
-        raise ModeclipError(f"bundle {bundle.path}: has no {place} to start from; give --start with its job's folder")
+        raise ModeclipError(
+            f"bundle {bundle.path}: has no {place} to start from; give --start with the folder of its job"
+        )
     settings = replace(
         settings, model=str((bundle.path / place).resolve()), learning_rate=learning_rate_at(share, settings)
     )
@@ -350,7 +357,7 @@ def _job_from(
 
 
 def _job_at_hand(bundle: Bundle, name: str, given: str | None) -> TrainJob | None:
-    """Return the finished job that a model of the bundle comes from, if its checkpoint can be found."""
+    """Return the finished job that a model of the bundle comes from, if its checkpoint is there."""
     folder, digest = Path(given) if given else bundle.path.parent / "models" / name, bundle.job_digest(name)
     job = TrainJob.load(folder / "job.json") if given or (digest and (folder / "job.json").is_file()) else None
     if job is not None and job.digest == digest:
@@ -358,12 +365,14 @@ def _job_at_hand(bundle: Bundle, name: str, given: str | None) -> TrainJob | Non
         if TrainResult.read(job) is not None and find_checkpoint(folder, digest) is not None:
             return job
     if given:
-        raise ModeclipError(f"start {given}: not the finished job that {name} of {bundle.path} comes from ({digest})")
+        raise ModeclipError(
+            f"start {given}: not the finished job that {name} of {bundle.path} comes from ({digest}); give its folder"
+        )
     return None
 
 
 def _settings(bundle: Bundle) -> TrainConfig:
-    """Return the settings that the bundle's lineage says its models were trained with."""
+    """Return the settings that the models of the bundle were trained with, from its lineage."""
     from pydantic import TypeAdapter, ValidationError
 
     recorded = bundle.lineage.get("recipe", {}).get("train")
@@ -377,7 +386,7 @@ def _settings(bundle: Bundle) -> TrainConfig:
 
 
 def _expert_samples(bundle: Bundle, config: TrainConfig) -> int:
-    """Return the samples that each expert of the bundle saw after the seed."""
+    """Return how many samples each expert of the bundle saw after the seed."""
     steps = config.steps_per_part * (config.total_parts - config.seed_parts)
     if bundle.lineage.get("recipe", {}).get("experts", {}).get("budget") == "matched":
         steps = max(1, steps // bundle.num_experts)
@@ -389,12 +398,12 @@ def _with_samples(job: TrainJob, samples: int) -> TrainJob:
 
 
 def _fingerprint(catalog: Catalog) -> str:
-    """Return what pairs and their assignment are known by."""
+    """Return a text that changes with the pairs and with their assignment."""
     facts = (catalog.facts("novel") if "novel" in catalog.columns else None) or {}
     return f"{catalog.fingerprint}-{facts.get('clustering')}-{facts.get('quantiles')}-{facts.get('novel_beyond')}"
 
 
 def _in_catalog(card: dict[str, Any], rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
-    """Return a card whose rows are those of the catalog, not positions among the novel ones."""
+    """Return a card whose rows are rows of the catalog, instead of positions among the novel pairs."""
     found = {name: rows[list(card[name])].tolist() if card[name] else [] for name in ("nearest_rows", "random_rows")}
     return card | found
