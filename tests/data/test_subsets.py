@@ -122,7 +122,7 @@ def test_another_kind_of_array_is_refused(tmp_path: Path, array, found):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(ModeclipError) as caught:
         read_uids(tmp_path / "a.npy")
-    assert f"holds {found}: expected a one-dimensional array of dtype u8,u8" in str(caught.value)
+    assert f"holds {found}: expected DataComp's one-dimensional array" in str(caught.value)
 
 
 def test_what_is_no_list_is_said(tmp_path: Path):
@@ -181,7 +181,7 @@ def test_without_a_column_the_key_s_md5_is_the_uid(bare: Catalog, tmp_path: Path
     assert np.flatnonzero(uid_mask(bare, tmp_path / "s.npy")).tolist() == [3, 7]
     said = capsys.readouterr().err
     assert "id list: 2 of 60 pairs, 3 ids (no column 'uid': made from the keys by MD5)" in said
-    assert f"id list: 1 ids are of no pair of the catalog, such as {'0' * 32}" in said
+    assert f"id list: 1 ids belong to no pair of the catalog, such as {'0' * 32}" in said
 
 
 def test_rows_without_a_uid_match_nothing(folder: Path, tmp_path: Path):
@@ -208,7 +208,7 @@ def test_rows_without_a_uid_match_nothing(folder: Path, tmp_path: Path):
 
 
 def test_what_cannot_match_is_said(catalog: Catalog):
-    with pytest.raises(ModeclipError, match=r"none of 2 ids is in '.*' \(column 'uid'\): expected a list of this"):
+    with pytest.raises(ModeclipError, match=r"none of 2 ids is in '.*' \(column 'uid'\): expected ids of this"):
         uid_mask(catalog, parse_uids(["1" * 32, "2" * 32]))
     with pytest.raises(ModeclipError, match=r"unknown column of .* 'id'; known: key"):
         uid_mask(catalog, parse_uids(["1" * 32]), column="id")

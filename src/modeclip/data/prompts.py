@@ -1,4 +1,4 @@
-"""Templates and class names -> prompts. ``{}`` in a template, or ``{c}`` as CLIP_benchmark writes it, is the name.
+"""Prompts are made of templates and class names. A template has ``{}``, or CLIP_benchmark's ``{c}``, for the name.
 
 Source: zero-shot classification of CLIP (arXiv 2103.00020), Sec. 3.1.4.
 """
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from modeclip.errors import ModeclipError
 
 PLACE = re.compile(r"\{c?\}")
-"""Where the class name goes."""
+"""The place of the class name in a template."""
 
 
 def check_templates(templates: Sequence[str], where: str) -> None:
-    """Raise for a template that says nothing of the class.
+    """Check that templates have a place for the class name.
 
     Args:
-        templates: Prompts with a place for the class name.
-        where: What the message begins with: a setting, or a file.
+        templates: The templates.
+        where: Setting or file that they come from, with which the message begins.
 
     Raises:
         ModeclipError: A template has no place for the name.
@@ -36,7 +36,7 @@ def check_templates(templates: Sequence[str], where: str) -> None:
 
 
 def fill(template: str, name: str) -> str:
-    """Return a template with the class name in its place.
+    """Put a class name into a template.
 
     Examples:
         >>> fill("a photo of a {}.", "cat"), fill("a {c}.", "set {}")

@@ -1,11 +1,10 @@
-"""DataComp's lists of ids in and out: which rows of a catalog a published subset holds, and the list of chosen rows.
+"""Subsets as DataComp exchanges them: lists of ids that say which pairs were chosen.
 
-A uid is 128 bits written as 32 hexadecimal digits. A subset is a .npy file with a sorted array of dtype ``u8,u8``: the
-first 16 digits, then the last 16, as numbers. A catalog made from DataComp's shards has the uids in a column; where
-there is none, a pair's uid is the MD5 of its key in UTF-8, which stays the same wherever the data are indexed.
+A uid is 128 bits, written as 32 hexadecimal digits. A subset is a .npy file with a sorted array of dtype ``u8,u8``: the
+first 16 digits and the last 16 as numbers. A catalog made from DataComp's shards has the uids in a column. If there is
+no such column, a pair's uid is the MD5 of its key in UTF-8, which stays the same wherever the data are indexed.
 
-Price: one pass over the column, whether uids are read or made; memory is the list,
-twice, and a byte a row.
+Price: one pass over the column. Memory: twice the list, and a byte per row.
 
 Source: the DataComp benchmark (arXiv 2304.14108), whose tools read and write such files.
 """
@@ -40,27 +39,28 @@ Uids = Shaped[np.ndarray, " U"]
 
 @dataclass(frozen=True, kw_only=True)
 class UidMatch:
-    """Which rows of a catalog a list of uids holds."""
+    """The rows of a catalog whose uids are in a list."""
 
     mask: Bool[np.ndarray, " N"]
+    """Whether the uid of each row is in the list."""
     num_uids: int
-    """Distinct uids of the list."""
+    """Distinct uids in the list."""
     num_unknown: int
     """Uids that no row has."""
     first_unknown: str
-    """One of them; empty if there is none."""
+    """The first of these; empty if there are none."""
     origin: str
-    """Where the rows' uids come from, for people."""
+    """Where the uids of the rows come from, in words."""
 
 
 def read_uids(path: Path | str) -> Uids:
-    """Read a subset; a list that is not sorted is sorted.
+    """Read a subset, and sort it if it is not sorted.
 
     Returns:
         Distinct uids, ascending, dtype ``u8,u8``.
 
     Raises:
-        ModeclipError: The file is no such list.
+        ModeclipError: The file is missing or no such list.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -71,18 +71,18 @@ def read_uids(path: Path | str) -> Uids:
     if not isinstance(array, np.ndarray) or array.ndim != 1 or not _is_pairs(array.dtype):
         found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
         raise ModeclipError(
-            f"id list {str(path)!r} holds {found}: expected a one-dimensional array of dtype u8,u8 as DataComp has"
-            " it; modeclip.data.subsets.write_uids makes one from hexadecimal uids"
+            f"id list {str(path)!r} holds {found}: expected DataComp's one-dimensional array of dtype u8,u8;"
+            " modeclip.data.subsets.write_uids makes one from hexadecimal uids"
         )
     return _sort(array.astype(UID_DTYPE, copy=False))
 
 
 def write_uids(path: Path | str, uids: Uids | Sequence[str]) -> None:
-    """Write a subset: distinct uids, sorted, as DataComp's tools read it.
+    """Write a subset that DataComp's tools can read: distinct uids, sorted.
 
     Args:
         path: The .npy file; an existing one is replaced as a whole.
-        uids: dtype ``u8,u8``, or texts of 32 hexadecimal digits; any order.
+        uids: Array of dtype ``u8,u8``, or texts of 32 hexadecimal digits, in any order.
 
     Raises:
         ModeclipError: A text is no uid, or the disk is full.
@@ -99,7 +99,7 @@ def parse_uids(texts: Sequence[str]) -> Uids:
     """Return texts of 32 hexadecimal digits as pairs of numbers, in their order.
 
     Raises:
-        ModeclipError: One of them is no such text.
+        ModeclipError: A text is no uid.
 
     Examples:
         >>> parse_uids(["000000000000000a00000000000000ff"]).tolist()
@@ -115,10 +115,15 @@ def format_uids(uids: Uids) -> list[str]:
 
 
 def uids_of(catalog: Catalog, rows: Int[np.ndarray, " n"] | None = None, column: str = "uid") -> Uids:
-    """Return the uids of rows, in their order; of all rows by default.
+    """Return the uids of some rows in their order, or of all rows.
+
+    Args:
+        catalog: The catalog.
+        rows: The rows; all by default.
+        column: Column of uids. If there is no column ``uid``, the uids are made from the keys.
 
     Raises:
-        ModeclipError: A row has none, or there is no such column and it is not the default one.
+        ModeclipError: A row has no uid, or there is no such column.
     """
     source, _ = _choose(catalog, column)
     if rows is not None:
@@ -128,12 +133,12 @@ def uids_of(catalog: Catalog, rows: Int[np.ndarray, " n"] | None = None, column:
 
 
 def uid_mask(catalog: Catalog, uids: Path | str | Uids, column: str = "uid") -> Bool[np.ndarray, " N"]:
-    """Return for each row whether its uid is in a list; a line says how many uids no row has.
+    """Return for each row whether its uid is in a list, and log how many uids no row has.
 
     Args:
         catalog: The catalog.
-        uids: A list, or the file that holds it.
-        column: Column of uids; where there is no ``uid``, they are made from the keys.
+        uids: The list, or the file that holds it.
+        column: Column of uids. If there is no column ``uid``, the uids are made from the keys.
 
     Raises:
         ModeclipError: No row has any of the uids, a row's text is no uid, or there is no such column.
@@ -141,10 +146,10 @@ def uid_mask(catalog: Catalog, uids: Path | str | Uids, column: str = "uid") -> 
     match = match_uids(catalog, uids, column)
     log(f"id list: {match.mask.sum():,} of {len(match.mask):,} pairs, {match.num_uids:,} ids ({match.origin})")
     if match.num_unknown:
-        log(f"id list: {match.num_unknown:,} ids are of no pair of the catalog, such as {match.first_unknown}")
+        log(f"id list: {match.num_unknown:,} ids belong to no pair of the catalog, such as {match.first_unknown}")
     if match.num_uids and match.num_unknown == match.num_uids:
         raise ModeclipError(
-            f"none of {match.num_uids:,} ids is in {str(catalog.path)!r} ({match.origin}): expected a list of this"
+            f"none of {match.num_uids:,} ids is in {str(catalog.path)!r} ({match.origin}): expected ids of this"
             " catalog's pairs; correct the list or the column"
         )
     return match.mask
@@ -154,9 +159,9 @@ def match_uids(catalog: Catalog, uids: Path | str | Uids, column: str = "uid") -
     """Find the rows whose uid is in a list.
 
     Args:
-        catalog: The catalog; rows without a uid (null) match nothing.
-        uids: A list, or the file that holds it.
-        column: Column of uids; where there is no ``uid``, they are made from the keys.
+        catalog: The catalog. Rows without a uid (null) match nothing.
+        uids: The list, or the file that holds it.
+        column: Column of uids. If there is no column ``uid``, the uids are made from the keys.
 
     Raises:
         ModeclipError: A row's text is no uid, or there is no such column.
@@ -185,14 +190,14 @@ def match_uids(catalog: Catalog, uids: Path | str | Uids, column: str = "uid") -
 
 
 def _choose(catalog: Catalog, column: str) -> tuple[str, str]:
-    """Return the column to read and a line about it; the keys stand in for a column ``uid`` that is not there."""
+    """Return the column to read and a line about it: the keys if there is no column ``uid``."""
     if column != "uid" or "uid" in catalog.columns:
         return column, f"column {column!r}"
     return "key", "no column 'uid': made from the keys by MD5"
 
 
 def _stream(catalog: Catalog, source: str, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (which rows have a uid, their uids as sortable bytes) for consecutive parts of the rows."""
+    """Yield for consecutive blocks of rows which have a uid, and these uids as sortable bytes."""
     for block in catalog.batches([source]):
         values = block[source]
         known = np.array(pc.is_valid(pa.array(values, pa.large_string())))
@@ -207,7 +212,7 @@ def _uids_in(values: np.ndarray, source: str, column: str) -> Uids:
 
 
 def _read_digits(texts: pa.Array) -> UInt8[np.ndarray, "n 16"]:
-    """Return the bytes that texts of 32 hexadecimal digits stand for."""
+    """Return the 16 bytes that each text of 32 hexadecimal digits stands for."""
     right = pc.fill_null(pc.equal(pc.binary_length(texts), DIGITS), False).to_numpy(zero_copy_only=False)
     if right.all():
         begin = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset] if len(texts) else 0
@@ -217,7 +222,7 @@ def _read_digits(texts: pa.Array) -> UInt8[np.ndarray, "n 16"]:
         if right.all():
             return nibbles[:, 0::2] << 4 | nibbles[:, 1::2]
     wrong = texts[int(np.argmin(right))].as_py()
-    raise ModeclipError(f"{wrong!r} is no uid: expected {DIGITS} hexadecimal digits, as DataComp has them")
+    raise ModeclipError(f"{wrong!r} is no uid: expected {DIGITS} hexadecimal digits as in DataComp")
 
 
 def _to_pairs(digits: UInt8[np.ndarray, "n 16"]) -> Uids:
@@ -226,7 +231,7 @@ def _to_pairs(digits: UInt8[np.ndarray, "n 16"]) -> Uids:
 
 
 def _as_bytes(uids: Uids) -> Shaped[np.ndarray, " U"]:
-    """Return uids as texts of 16 bytes, which numpy orders alike and searches three times as fast."""
+    """Return uids as texts of 16 bytes, which numpy sorts in the same order and searches three times as fast."""
     return np.ascontiguousarray(uids).view("<u8").astype(">u8").view("S16")
 
 

@@ -225,7 +225,7 @@ def npy(*values: float) -> bytes:
         ("", [("a.png", encoded()), ("a.cls", b"0"), ("a.png", encoded())], r"has a.png twice"),
         ("", [("a.png", encoded()), ("a.cls", b"0"), ("a.cls", b"0")], r"has a.cls twice"),
         ("", [], r"hold no sample"),
-        ("multilabel", [("a.png", encoded()), ("a.npy", b"x")], r"label of 'a' not a .npy array"),
+        ("multilabel", [("a.png", encoded()), ("a.npy", b"x")], r"label of 'a' is not a .npy array"),
         ("multilabel", [("a.png", encoded()), ("a.npy", npy(0, 2))], r"label of 'a' has shape \(2,\).*all 0 or 1"),
         ("multilabel", [("a.png", encoded()), ("a.npy", npy(0, 1, 1))], r"labels have 3 numbers.*has 2 lines"),
         ("retrieval", [("a.png", encoded()), ("a.txt", b" \n")], r"image 'a' has no caption"),

@@ -119,7 +119,7 @@ def test_a_column_tells_training_from_testing(tmp_path):
         ("image,label\nx.png,a,b\n", r"row 1 has more cells than the header"),
         ("image,label\nx.png\n", r"column 'label' of row 1 is empty"),
         ('image,label\n"x.png,a\n', r"cannot be read"),
-        ("image,label\nq.png,a\n", r"image 'q.png' is neither in .* nor in a folder there \(1 of 1"),
+        ("image,label\nq.png,a\n", r"image 'q.png' is neither in .* nor in its sub-folders \(1 of 1"),
         ("image,label\nhttps://host/x.png,a\n", r"holds addresses.*img2dataset"),
         ("image,caption\nx.png,a\nx.png,\n", r"column 'caption' of row 2 is empty"),
     ],

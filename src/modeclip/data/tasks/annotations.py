@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from modeclip.data.tasks.layouts import Found
-from modeclip.data.tasks.tables import NEGATIVE, Rows, file_images, negatives, retrieval_task
+from modeclip.data.tasks.tables import NEGATIVE, TaskTable, file_images, negatives, retrieval_task
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import join, parent, read_bytes
 
@@ -44,7 +44,7 @@ def read_annotations(name: str, path: str) -> Found:
             return _captioned(name, path, files, pairs)
         entries = list(content.values()) if isinstance(content, dict) else content
         columns = {"image": "filename", "caption": "caption", NEGATIVE: NEGATIVE}
-        rows = Rows(path=path, values={to: [entry[old] for entry in entries] for to, old in columns.items()})
+        table = TaskTable(path=path, values={to: [entry[old] for entry in entries] for to, old in columns.items()})
     except FileNotFoundError as error:
         raise ModeclipError(f"task {name!r}: {path!r} does not exist") from error
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -52,7 +52,7 @@ def read_annotations(name: str, path: str) -> Found:
             f"task {name!r}: {path!r} holds no known annotations ({error!r}): expected COCO's captions, Karpathy's"
             " splits, or SugarCrepe's captions"
         ) from error
-    return negatives(name, rows, np.arange(len(rows)), "image", "caption")
+    return negatives(name, table, np.arange(len(table)), "image", "caption")
 
 
 def _captioned(name: str, path: str, files: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Found:

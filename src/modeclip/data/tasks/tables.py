@@ -1,13 +1,13 @@
-"""A table goes in (CSV, TSV, JSON lines, Parquet); the task that its rows ask comes out.
+"""Tasks in tables: CSV, TSV, JSON lines or Parquet files whose columns say what is asked.
 
-The columns say what is asked: an image and a label are classification (a list of labels: several classes an image), an
-image and a caption retrieval (several rows, or a list of captions, for one image), ``image_0, image_1, caption_0,
-caption_1`` or an image with a caption and a ``negative_caption`` are selection, as in Winoground and SugarCrepe. A
-column ``split`` tells the rows for training from those for testing. Images are encoded in the table (Parquet), or files
-beside it or in one of the folders there.
+An image and a label make a classification task; a list of labels means that an image shows several classes. An image
+and a caption make a retrieval task; several rows, or a list of captions, may belong to one image. ``image_0, image_1,
+caption_0, caption_1``, or an image with a caption and a ``negative_caption``, make a selection task as in Winoground
+and SugarCrepe. A column ``split`` separates rows for training from rows for testing. Images are encoded in the table
+(Parquet), or they are files beside the table or in a folder beside it.
 
-Price: the columns other than encoded images are read as a whole; encoded images only where rows that hold the same one
-have to be recognised.
+Price: all columns but encoded images are read into memory. Encoded images are read only if rows with the same image
+have to be found.
 """
 
 from __future__ import annotations
@@ -39,91 +39,91 @@ NEGATIVE = "negative_caption"
 PAIR = ("image_0", "image_1", "caption_0", "caption_1")
 SPLIT = "split"
 KEYS = ("key", "id", "image_id")
-"""Columns that are looked for, the first that is there counts."""
+"""Names of columns; of each list the first that a table has is used."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
-    """The rows of a table, without the images in it."""
+class TaskTable:
+    """The columns of a table, without the images in them."""
 
     path: str
-    """Its first file."""
+    """The first of its files."""
     values: Mapping[str, Sequence[Any]]
-    """Columns by name; those of encoded images hold nothing."""
+    """Values of each column; a column of encoded images has only row numbers."""
     encoded: frozenset[str] = frozenset()
     """Names of the columns of encoded images."""
     classes: Mapping[str, tuple[str, ...]] | None = None
-    """Class names of numbered columns, as Hugging Face's tables have them."""
+    """Class names of columns that hold class numbers, which Hugging Face's tables state."""
     images: Callable[[str, Sequence[str], Int[np.ndarray, " N"], Sequence[str]], EncodedImages] | None = None
-    """Makes the images of (task, columns, rows, names) in columns of encoded images; rows of the first column first."""
+    """Makes images of (task, columns, rows, names) from columns of encoded images; a row's images follow each other."""
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values()), ()))
 
     def first(self, names: Iterable[str]) -> str | None:
-        """Return the first of some columns that is there."""
+        """Return the first of these columns that the table has."""
         return next((name for name in names if name in self.values), None)
 
 
 def read_table(name: str, files: Sequence[str], retrieval: bool = False) -> dict[str, Found]:
-    """Read the tasks that one table holds: "test", and "train" where a column ``split`` says so.
+    """Read the tasks of one table: "test", and "train" if a column ``split`` marks rows for training.
 
     Args:
         name: Name of the task.
-        files: Its files, all of one kind; several Parquet files follow one another.
-        retrieval: Whether captions are asked for where there are labels too.
+        files: Files of the table, all of one kind; several Parquet files are read as one table.
+        retrieval: Whether to ask for captions even if there are labels.
 
     Raises:
-        ModeclipError: It cannot be read, or its columns are not what is needed.
+        ModeclipError: The table cannot be read, or lacks the columns of any task.
     """
-    rows = _read_parquet(files) if files[0].lower().endswith(".parquet") else _read_text(files[0])
-    if not len(rows):
+    table = _read_parquet(files) if files[0].lower().endswith(".parquet") else _read_text(files[0])
+    if not len(table):
         raise ModeclipError(f"task {name!r}: table {files[0]!r} has no rows")
-    every = np.arange(len(rows))
-    if SPLIT not in rows.values:
-        return {"test": _task_of(name, rows, every, retrieval)}
-    splits = np.array([str(value) for value in rows.values[SPLIT]])
+    every = np.arange(len(table))
+    if SPLIT not in table.values:
+        return {"test": _task_of(name, table, every, retrieval)}
+    splits = np.array([str(value) for value in table.values[SPLIT]])
     test = next((split for split in TEST_FOLDERS if split in splits), None)
     if test is None:
-        return {"test": _task_of(name, rows, every, retrieval)}
+        return {"test": _task_of(name, table, every, retrieval)}
     parts = {"test": test} | ({"train": TRAIN_FOLDER} if TRAIN_FOLDER in splits else {})
     return {
-        part: _task_of(name, rows, np.flatnonzero(splits == split), retrieval and part == "test")
+        part: _task_of(name, table, np.flatnonzero(splits == split), retrieval and part == "test")
         for part, split in parts.items()
     }
 
 
-def _task_of(name: str, rows: Rows, chosen: Int[np.ndarray, " n"], retrieval: bool) -> Found:
-    if all(column in rows.values for column in PAIR):
-        return _pairs(name, rows, chosen)
-    image, label, caption = rows.first(IMAGES), rows.first(LABELS), rows.first(CAPTIONS)
+def _task_of(name: str, table: TaskTable, chosen: Int[np.ndarray, " n"], retrieval: bool) -> Found:
+    if all(column in table.values for column in PAIR):
+        return _pairs(name, table, chosen)
+    image, label, caption = table.first(IMAGES), table.first(LABELS), table.first(CAPTIONS)
     if image is None or (label is None and caption is None) or (retrieval and caption is None):
         wanted = f"{', '.join(IMAGES[:4])}" if image is None else "caption" if retrieval else "label or caption"
         raise ModeclipError(
-            f"table {rows.path!r} has no column {wanted}; its columns are {', '.join(rows.values)}: rename one"
+            f"table {table.path!r} has no column {wanted}; its columns are {', '.join(table.values)}: rename one"
         )
-    if image not in rows.encoded:
+    if image not in table.encoded:
         for number in chosen[:1].tolist():
-            refuse_addresses(image, rows.values[image][number], rows.path)
-    if NEGATIVE in rows.values and caption is not None:
-        return negatives(name, rows, chosen, image, caption)
+            refuse_addresses(image, table.values[image][number], table.path)
+    if NEGATIVE in table.values and caption is not None:
+        return negatives(name, table, chosen, image, caption)
     if label is None or retrieval:
         assert caption is not None
-        return _retrieval(name, rows, chosen, image, caption)
-    return _classification(name, rows, chosen, image, label)
+        return _retrieval(name, table, chosen, image, caption)
+    return _classification(name, table, chosen, image, label)
 
 
 # ---------------------------------------------------------------- what is asked
 
 
-def _classification(name: str, rows: Rows, chosen: Int[np.ndarray, " n"], image: str, label: str) -> Found:
-    values = _values(rows, label, chosen)
-    known = (rows.classes or {}).get(label)
+def _classification(name: str, table: TaskTable, chosen: Int[np.ndarray, " n"], image: str, label: str) -> Found:
+    values = _values(table, label, chosen)
+    known = (table.classes or {}).get(label)
     lists = [value if isinstance(value, list) else [value] for value in values]
     several = any(isinstance(value, list) for value in values)
     flat = [each for value in lists for each in value]
     numbered = all(isinstance(each, int) or str(each).isdecimal() for each in flat)
-    folder, named = parent(rows.path), True
+    folder, named = parent(table.path), True
     lines = read_lines(folder, CLASSNAMES) if numbered and known is None else None
     if known is not None:
         classnames = known
@@ -138,7 +138,7 @@ def _classification(name: str, rows: Rows, chosen: Int[np.ndarray, " n"], image:
     else:
         number_of = {each: number for number, each in enumerate(classnames)}
         numbers = [[number_of[str(each)] for each in value] for value in lists]
-    images = _images(name, rows, [image], chosen)
+    images = _images(name, table, [image], chosen)
     labels: np.ndarray = (
         np.array([value[0] for value in numbers], np.int64)
         if not several
@@ -151,7 +151,7 @@ def _classification(name: str, rows: Rows, chosen: Int[np.ndarray, " n"], image:
         classnames=classnames,
         labels=labels,
         metric="mean_average_precision" if several else "acc1",
-        source=rows.path,
+        source=table.path,
         **read_templates(folder, classnames),
     )
     return Found(task=task, named=named, numbered=numbered and not named)
@@ -169,13 +169,13 @@ def _hot(name: str, numbers: Sequence[Sequence[int]], num_classes: int, images: 
     return labels
 
 
-def _retrieval(name: str, rows: Rows, chosen: Int[np.ndarray, " n"], image: str, caption: str) -> Found:
-    captions = [value if isinstance(value, list) else [value] for value in _values(rows, caption, chosen)]
-    images = _images(name, rows, [image], chosen)
-    if image in rows.encoded:
+def _retrieval(name: str, table: TaskTable, chosen: Int[np.ndarray, " n"], image: str, caption: str) -> Found:
+    captions = [value if isinstance(value, list) else [value] for value in _values(table, caption, chosen)]
+    images = _images(name, table, [image], chosen)
+    if image in table.encoded:
         identity: list[Any] = list(images.digests()) if len(chosen) > 1 else [0]
     else:
-        identity = list(_values(rows, image, chosen))
+        identity = list(_values(table, image, chosen))
     number_of = {each: number for number, each in enumerate(dict.fromkeys(identity))}
     owner_of_row = np.array([number_of[each] for each in identity])
     firsts = np.unique(owner_of_row, return_index=True)[1]
@@ -184,15 +184,15 @@ def _retrieval(name: str, rows: Rows, chosen: Int[np.ndarray, " n"], image: str,
         kept = [str(text).strip() for text in own if text is not None and str(text).strip()]
         texts += kept
         owners += [row] * len(kept)
-    kept_images = _images(name, rows, [image], chosen[firsts])
-    return retrieval_task(name, kept_images, texts, owners, rows.path)
+    kept_images = _images(name, table, [image], chosen[firsts])
+    return retrieval_task(name, kept_images, texts, owners, table.path)
 
 
 def retrieval_task(name: str, images: EncodedImages, texts: Sequence[str], owners: Sequence[int], source: str) -> Found:
-    """Make a retrieval task, after a look whether each image has a text.
+    """Make a retrieval task.
 
     Raises:
-        ModeclipError: One has none.
+        ModeclipError: An image has no text.
     """
     without = np.setdiff1d(np.arange(len(images)), np.array(owners, np.int64))
     if len(without):
@@ -211,27 +211,27 @@ def retrieval_task(name: str, images: EncodedImages, texts: Sequence[str], owner
     return Found(task=task, named=True)
 
 
-def _pairs(name: str, rows: Rows, chosen: Int[np.ndarray, " n"]) -> Found:
+def _pairs(name: str, table: TaskTable, chosen: Int[np.ndarray, " n"]) -> Found:
     columns = list(PAIR[:2])
-    images = _images(name, rows, columns, chosen)
+    images = _images(name, table, columns, chosen)
     texts = [
-        text for each in zip(*(_values(rows, column, chosen) for column in PAIR[2:]), strict=True) for text in each
+        text for each in zip(*(_values(table, column, chosen) for column in PAIR[2:]), strict=True) for text in each
     ]
     instances = np.repeat(np.arange(len(chosen)), 2)
-    return _selection(name, images, texts, instances, instances, rows.path)
+    return _selection(name, images, texts, instances, instances, table.path)
 
 
-def negatives(name: str, rows: Rows, chosen: Int[np.ndarray, " n"], image: str, caption: str) -> Found:
-    """Make the task of telling an image's caption from another one.
+def negatives(name: str, table: TaskTable, chosen: Int[np.ndarray, " n"], image: str, caption: str) -> Found:
+    """Make a selection task in which each image has a right caption and a wrong one.
 
     Raises:
         ModeclipError: A caption is empty, or an image is missing.
     """
-    pairs = zip(_values(rows, caption, chosen), _values(rows, NEGATIVE, chosen), strict=True)
+    pairs = zip(_values(table, caption, chosen), _values(table, NEGATIVE, chosen), strict=True)
     texts = [str(text) for pair in pairs for text in pair]
-    images = _images(name, rows, [image], chosen)
+    images = _images(name, table, [image], chosen)
     count = np.arange(len(chosen))
-    return _selection(name, images, texts, count, np.repeat(count, 2), rows.path)
+    return _selection(name, images, texts, count, np.repeat(count, 2), table.path)
 
 
 def _selection(
@@ -257,33 +257,33 @@ def _selection(
     return Found(task=task, named=True)
 
 
-def _values(rows: Rows, column: str, chosen: Int[np.ndarray, " n"]) -> list[Any]:
-    found = [rows.values[column][row] for row in chosen.tolist()]
+def _values(table: TaskTable, column: str, chosen: Int[np.ndarray, " n"]) -> list[Any]:
+    found = [table.values[column][row] for row in chosen.tolist()]
     for row, value in zip(chosen.tolist(), found, strict=True):
         if value is None or (isinstance(value, str) and not value.strip()):
-            raise ModeclipError(f"table {rows.path!r}: column {column!r} of row {row + 1} is empty")
+            raise ModeclipError(f"table {table.path!r}: column {column!r} of row {row + 1} is empty")
     return found
 
 
-def _images(name: str, rows: Rows, columns: Sequence[str], chosen: Int[np.ndarray, " n"]) -> EncodedImages:
-    """Return the images of some rows, those of a row after one another."""
-    key = rows.first(KEYS)
-    names = [str(row if key is None else rows.values[key][row]) for row in chosen.tolist() for _ in columns]
+def _images(name: str, table: TaskTable, columns: Sequence[str], chosen: Int[np.ndarray, " n"]) -> EncodedImages:
+    """Return the images of some rows; those of one row follow each other."""
+    key = table.first(KEYS)
+    names = [str(row if key is None else table.values[key][row]) for row in chosen.tolist() for _ in columns]
     if len(columns) > 1:
         names = [f"{each}/{columns[number % len(columns)]}" for number, each in enumerate(names)]
-    if columns[0] in rows.encoded:
-        assert rows.images is not None
-        return rows.images(name, columns, chosen, names)
-    folder, cells = parent(rows.path), [_values(rows, column, chosen) for column in columns]
+    if columns[0] in table.encoded:
+        assert table.images is not None
+        return table.images(name, columns, chosen, names)
+    folder, cells = parent(table.path), [_values(table, column, chosen) for column in columns]
     files = [str(file) for row in zip(*cells, strict=True) for file in row]
     return file_images(name, folder, files, names if key is not None or len(columns) > 1 else files)
 
 
 def file_images(name: str, folder: str, files: Sequence[str], names: Sequence[str]) -> FileImages:
-    """Return images that lie in a folder or in one of its sub-folders, with or without their suffix.
+    """Find images in a folder or its sub-folders by their names, with or without suffix.
 
     Raises:
-        ModeclipError: One is in none of them.
+        ModeclipError: An image is in none of them.
     """
     if is_url(folder):
         return FileImages(task=name, names=names, paths=[join(folder, file) for file in files])
@@ -292,7 +292,7 @@ def file_images(name: str, folder: str, files: Sequence[str], names: Sequence[st
     paths = [_place(file, listed) for file in files]
     if missing := [file for file, path in zip(files, paths, strict=True) if path is None]:
         raise ModeclipError(
-            f"task {name!r}: image {missing[0]!r} is neither in {folder!r} nor in a folder there ({len(missing):,} of"
+            f"task {name!r}: image {missing[0]!r} is neither in {folder!r} nor in its sub-folders ({len(missing):,} of"
             f" {len(files):,} images are missing); put the images there"
         )
     return FileImages(task=name, names=names, paths=[path for path in paths if path is not None])
@@ -311,13 +311,13 @@ def _place(file: str, listed: Mapping[str, frozenset[str]]) -> str | None:
 # ---------------------------------------------------------------- CSV and JSON lines
 
 
-def _read_text(path: str) -> Rows:
+def _read_text(path: str) -> TaskTable:
     try:
         text = read_bytes(path).decode("utf-8-sig")
         if path.lower().endswith(".jsonl"):
             records = [json.loads(line) for line in text.splitlines() if line.strip()]
             if strange := [record for record in records if not isinstance(record, dict)]:
-                raise TypeError(f"expected a JSON object a line, got {json.dumps(strange[0])[:60]}")
+                raise TypeError(f"expected a JSON object per line, got {json.dumps(strange[0])[:60]}")
             columns = list(dict.fromkeys(name for record in records for name in record))
         elif path.lower().endswith(".txt"):
             return _caption_lines(path, text)
@@ -332,13 +332,13 @@ def _read_text(path: str) -> Rows:
         raise ModeclipError(f"table {path!r} does not exist") from error
     except (csv.Error, AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModeclipError(f"table {path!r} cannot be read: {error}") from error
-    return Rows(path=path, values={name: [record.get(name) for record in records] for name in columns})
+    return TaskTable(path=path, values={name: [record.get(name) for record in records] for name in columns})
 
 
-def _caption_lines(path: str, text: str) -> Rows:
-    """Read lines of "file,caption" after a header, in which captions hold commas without quotes."""
+def _caption_lines(path: str, text: str) -> TaskTable:
+    """Read a header and lines of "file,caption", whose captions may hold commas without quotes (Flickr8k's format)."""
     lines = [line.partition(",") for line in text.splitlines()[1:] if line.strip()]
-    return Rows(
+    return TaskTable(
         path=path,
         values={"image": [file.strip() for file, _, _ in lines], "caption": [caption for _, _, caption in lines]},
     )
@@ -347,7 +347,7 @@ def _caption_lines(path: str, text: str) -> Rows:
 # ---------------------------------------------------------------- Parquet
 
 
-def _read_parquet(files: Sequence[str]) -> Rows:
+def _read_parquet(files: Sequence[str]) -> TaskTable:
     import pyarrow.parquet as pq
 
     tables, starts, groups, start = [], list[int](), list[tuple[int, int]](), 0
@@ -366,7 +366,9 @@ def _read_parquet(files: Sequence[str]) -> Rows:
     try:
         whole = pa.concat_tables(tables)
     except pa.ArrowException as error:
-        raise ModeclipError(f"the tables beside {files[0]!r} have different columns: keep those of one set") from error
+        raise ModeclipError(
+            f"the tables beside {files[0]!r} have different columns: keep the tables of one set"
+        ) from error
     values: dict[str, Sequence[Any]] = {name: whole[name].to_pylist() for name in whole.column_names}
     values |= {name: range(start) for name in encoded}
 
@@ -382,7 +384,9 @@ def _read_parquet(files: Sequence[str]) -> Rows:
             column_of_image=np.tile(np.arange(len(columns)), len(rows)),
         )
 
-    return Rows(path=files[0], values=values, encoded=frozenset(encoded), classes=class_features(schema), images=images)
+    return TaskTable(
+        path=files[0], values=values, encoded=frozenset(encoded), classes=class_features(schema), images=images
+    )
 
 
 def _is_encoded(kind: pa.DataType) -> bool:
