@@ -76,7 +76,7 @@ def main() -> None:
     print(f"{datetime.now(UTC).date()}, {platform.machine()}, {device}, torch {torch.__version__}, {arguments.model}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        index(DataConfig(source="icons", train_sets=("tabler", "phosphor")), folder)
+        index(DataConfig.from_flat({"source": "icons", "train_sets": ("tabler", "phosphor")}), folder)
         catalog, base = folder / "catalog.lance", 0.0
         print(f"{'batch':>6} {'pictures MB':>12} {'cached MB':>10} {'samples/s':>10} {'plain MB':>9} {'samples/s':>10}")
         for size in arguments.batches:

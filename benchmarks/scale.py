@@ -20,7 +20,7 @@ from pathlib import Path
 
 STAGES = {
     "index": "from modeclip.data.indexing import index; from modeclip.data.sources.options import DataConfig\n"
-    "index(DataConfig(source={source!r}, workers={workers}), {folder!r}, replace=True)",
+    "index(DataConfig.from_flat({{'source': {source!r}, 'workers': {workers}}}), {folder!r}, replace=True)",
     "embed": "from modeclip.clustering.embedding import EmbedConfig, embed\n"
     "embed(catalog, EmbedConfig(encoder='minilm'))",
     "fit": "from modeclip.clustering.fitting import ClusterConfig, fit\n"

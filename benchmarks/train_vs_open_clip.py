@@ -264,7 +264,7 @@ def main() -> None:
             batch_size, steps = arguments.batch_size or BATCHES[model], arguments.steps or STEPS[model]
             (folder / model).mkdir()
             table = write_pairs(folder / model, batch_size * steps)
-            index(DataConfig(source=str(table), image_column="filepath"), folder / model / "catalog")
+            index(DataConfig.from_flat({"source": str(table), "image_column": "filepath"}), folder / model / "catalog")
             catalog = folder / model / "catalog" / "catalog.lance"
             ours, theirs = [], []
             for turn in range(arguments.rounds):

@@ -87,6 +87,8 @@ def config_table(name: str) -> str:
     for node, after in zip(body, [*body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
+        if "OmitArgPrefixes" in ast.unparse(node.annotation):
+            continue  # a group of options without a section of its own, whose class has a table of its own
         text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
         if not isinstance(text, str):
             raise PluginError(f"{name}.{node.target.id}: no string under the field says what it means")

@@ -99,7 +99,7 @@ def icons_catalog(made_once: Callable[..., Path]) -> Path:
         from modeclip.data.indexing import index
         from modeclip.data.sources import DataConfig
 
-        index(DataConfig(source="icons", train_sets=("octicons",)), out)
+        index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
 
     return made_once("icons", fill) / "catalog.lance"
 

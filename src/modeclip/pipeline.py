@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
@@ -39,8 +39,8 @@ from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster, read_config
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
-from modeclip.data.sources import relative_to, source_state
-from modeclip.data.sources.options import DataConfig
+from modeclip.data.sources import DataConfig, DataSource, open_source, relative_to, source_state
+from modeclip.data.sources.options import GROUPS
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate
 from modeclip.mixture.bundle import EDITS, MANIFEST_FILE
@@ -81,6 +81,10 @@ class Recipe:
     """Budget of the experts, and the controls."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Templates and routing rule."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the recipe as JSON and YAML know it, with the flat names of its file."""
+        return dict(_plain(asdict(self) | {"data": self.data.flat()}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +140,14 @@ def parse_recipe(content: Any) -> Recipe:
 
     if not isinstance(content, dict):
         raise ModeclipError(f"expected sections such as `data:`, got {type(content).__name__}")
+    if isinstance(content.get("data"), dict):
+        content = content | {"data": DataConfig.nested(content["data"])}
     _check_fields(Recipe, content, ())
     try:
         return TypeAdapter(Recipe).validate_python(content)
     except ValidationError as error:
         problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    place = ".".join(str(part) for part in problem["loc"] if part not in GROUPS)  # recipes have flat names
     if problem["type"] == "value_error":  # a range that the section itself checks; its message names the field
         raise ModeclipError(problem["msg"].removeprefix("Value error, "))
     got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
@@ -444,7 +450,7 @@ def run(recipe: Recipe, out: Path) -> RunResult:
         clustered_by=recipe.cluster,
     )
     with only_process(out), writing(out):
-        write_atomically(folder.recipe, yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False))
+        write_atomically(folder.recipe, yaml.safe_dump(recipe.plain(), sort_keys=False))
         _Stages(recipe, folder).run_all()
     results = json.loads(folder.results.read_text(encoding="utf-8"))
     return RunResult(folder=out, results=results, report=folder.report, bundle=folder.bundle)
@@ -459,8 +465,9 @@ class _Stages:
 
     def run_all(self) -> None:
         recipe, folder = self.recipe, self.folder
-        source = [asdict(replace(recipe.data, workers=1)), source_state(recipe.data)]
-        self.stage("index", self.index, source, folder.catalog_path)
+        source = open_source(recipe.data)
+        state = [recipe.data.flat() | {"workers": 1}, source_state(recipe.data, source)]
+        self.stage("index", partial(self.index, source), state, folder.catalog_path)
         self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], folder.catalog_path)
         self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], folder.clusters)
         self.controls_stage()
@@ -501,8 +508,8 @@ class _Stages:
         return_memory()
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
 
-    def index(self) -> str:
-        result = index(self.recipe.data, self.folder.folder, replace=True)
+    def index(self, source: DataSource) -> str:
+        result = index(self.recipe.data, self.folder.folder, replace=True, source=source)
         held_out = sum(images for _, images in result.tasks.values())
         skipped = ", ".join(f"{count:,} {cause}" for cause, count in sorted(result.skipped.items())) or "none"
         return (
@@ -535,7 +542,7 @@ class _Stages:
         before = ("index", "embed", "cluster", "train")
         lineage = {
             "stages": {stage: self.digests[stage] for stage in before},
-            "recipe": _plain(asdict(self.recipe)),
+            "recipe": self.recipe.plain(),
         }
         self.folder.write_bundle(name=self.recipe.name, lineage=lineage)
         return f"seed and {self.folder.clustering.num_experts} experts, rule {self.recipe.evaluate.rule}"

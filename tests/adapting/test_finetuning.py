@@ -51,7 +51,9 @@ COLOURS = [(220, 60, 60), (60, 220, 60), (60, 60, 220), (220, 220, 60), (220, 22
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Own set: real icons in five colours, a sub-folder for each, and two copies; general tasks: real icons."""
     out = tmp_path_factory.mktemp("own")
-    index(DataConfig(source="icons", train_sets=("octicons",), tasks=("heroicons",)), out / "icons")
+    index(
+        DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",), "tasks": ("heroicons",)}), out / "icons"
+    )
     draw = np.random.default_rng(0)
     for number, colour in enumerate(COLOURS):
         (out / "photos" / f"sort_{number}").mkdir(parents=True)

@@ -49,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A task catalog of two real icon sets."""
     out = tmp_path_factory.mktemp("tasks")
-    index(DataConfig(source="icons", train_sets=("octicons",), tasks=("heroicons", "lucide")), out)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",), "tasks": ("heroicons", "lucide")}), out)
     return str(out / "tasks.lance")
 
 

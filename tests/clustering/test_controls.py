@@ -46,7 +46,7 @@ CONFIG = ClusterConfig(num_fine=12, num_experts=NUM_EXPERTS)
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real icons with vectors of words in place of a sentence encoder's, clustered."""
     out = tmp_path_factory.mktemp("indexed")
-    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
     catalog = Catalog.open(out / "catalog.lance")
     words = [set(caption.split()) for caption in catalog.read(["caption"])["caption"]]
     vocabulary = {word: np.random.default_rng(n).normal(size=16) for n, word in enumerate(sorted(set().union(*words)))}
@@ -156,7 +156,7 @@ def train_config() -> Any:
 
 
 def test_catalog_that_is_not_clustered(tmp_path: Path) -> None:
-    index(DataConfig(source="icons", train_sets=("octicons",)), tmp_path)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), tmp_path)
     catalog = Catalog.open(tmp_path / "catalog.lance")
     with pytest.raises(ModeclipError, match=r"has no column expert.*cluster it first"):
         split_at_random(catalog, 0)

@@ -69,7 +69,7 @@ def write_shards(folder: Path, icons: list[bytes], per_shard: int = 20) -> Path:
 
 def catalog_of(source: Path, **options: object) -> Catalog:
     out = source.with_name(f"{source.name} out")
-    index(DataConfig(source=str(source), **options), out)
+    index(DataConfig.from_flat({"source": str(source), **options}), out)
     return Catalog.open(out / "catalog.lance")
 
 

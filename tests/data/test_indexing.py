@@ -101,7 +101,7 @@ def test_pairs_come_back_from_every_source(tmp_path: Path, icons, kind, copy_ima
 def test_the_fingerprint_is_that_of_the_pairs_wherever_they_lie(tmp_path: Path, icons):
     def fingerprint(name: str, samples: list[Sample], **options: object) -> str:
         source = write_folder(tmp_path / name, samples)
-        index(DataConfig(source=str(source), **options), tmp_path / f"{name} out")
+        index(DataConfig.from_flat({"source": str(source), **options}), tmp_path / f"{name} out")
         return Catalog.open(tmp_path / f"{name} out" / "catalog.lance").fingerprint
 
     first = fingerprint("a", icons)
@@ -118,7 +118,7 @@ def test_the_fingerprint_is_that_of_the_pairs_wherever_they_lie(tmp_path: Path, 
 
 
 def test_icons_are_trained_on_and_held_out(tmp_path: Path):
-    config = DataConfig(source="icons", train_sets=("octicons",), tasks=("heroicons",))
+    config = DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",), "tasks": ("heroicons",)})
     result = index(config, tmp_path)
     catalog, tasks = Catalog.open(tmp_path / "catalog.lance"), Catalog.open(tmp_path / "tasks.lance")
     captions, classes = catalog.read(["caption"])["caption"], tasks.read(["caption"])["caption"]
@@ -248,7 +248,7 @@ def test_captions_of_a_table_that_are_not_text_are_counted(tmp_path: Path, icons
 )
 def test_names_of_icon_sets_are_looked_up_before_any_work(tmp_path: Path, options, message):
     with pytest.raises(ModeclipError) as caught:
-        index(DataConfig(source="icons", **options), tmp_path / "out")
+        index(DataConfig.from_flat({"source": "icons", **options}), tmp_path / "out")
     assert str(caught.value).startswith(message)
     assert not (tmp_path / "out").exists()
 
@@ -280,19 +280,21 @@ def test_a_task_without_a_usable_image_is_an_error(tmp_path: Path, icons):
 # ---------------------------------------------------------------- interruptions
 
 
-def start(config: str, out: Path) -> subprocess.Popen[bytes]:
+def start(config: DataConfig, out: Path) -> subprocess.Popen[bytes]:
     code = (
         # A shell starts what runs in its background with interrupts ignored, and children inherit that.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"from modeclip.data.indexing import index; from modeclip.data.sources import DataConfig; index({config}, {str(out)!r})"
+        "from modeclip.data.indexing import index\nfrom modeclip.data.sources import DataConfig\n"
+        f"index(DataConfig.from_flat({config.flat()!r}), {str(out)!r})"
     )
     return subprocess.Popen([sys.executable, "-W", "error", "-c", code], stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_no_catalog_and_the_next_one_works(tmp_path: Path, number):
-    config = DataConfig(source="icons", train_sets=("octicons", "heroicons", "lucide", "tabler"))  # takes some seconds
-    process = start(repr(config), tmp_path)
+    sets = ("octicons", "heroicons", "lucide", "tabler")  # they take some seconds
+    config = DataConfig.from_flat({"source": "icons", "train_sets": sets})
+    process = start(config, tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "catalog.lance" / "data").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -399,26 +401,27 @@ def test_a_killed_run_goes_on_behind_the_shards_it_has_read(tmp_path: Path, icon
         write_shard(tmp_path / "data" / f"{number:05d}.tar", icons[10 * number : 10 * number + 10])
     config = DataConfig(source=str(tmp_path / "data"))
     index(config, tmp_path / "whole")
-    monkeypatch.setattr(indexing, "ROWS_PER_PART", 1)
+    monkeypatch.setattr(indexing, "ROWS_PER_NOTE", 1)
     code = (
-        "import os, signal\nfrom modeclip.data import indexing\nindexing.ROWS_PER_PART = 1\n"
-        "read = indexing._Indexing._read_unit\n"
-        "def dying(self, unit, advance):\n"
-        "    if '00002' in unit.name: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return read(self, unit, advance)\n"
-        f"indexing._Indexing._read_unit = dying\nindexing.index(indexing.{config!r}, {str(tmp_path / 'out')!r})"
+        "import os, signal\nfrom modeclip.data import indexing\nindexing.ROWS_PER_NOTE = 1\n"
+        "read = indexing._Indexing._read_part\n"
+        "def dying(self, part, advance):\n"
+        "    if '00002' in part.name: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return read(self, part, advance)\n"
+        f"indexing._Indexing._read_part = dying\nconfig = indexing.DataConfig.from_flat({config.flat()!r})\n"
+        f"indexing.index(config, {str(tmp_path / 'out')!r})"
     )
     assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
     with pytest.raises(ModeclipError, match="is unfinished: give the same modeclip index command again"):
         Catalog.open(tmp_path / "out")
     read: list[str] = []
-    original = indexing._Indexing._read_unit
+    original = indexing._Indexing._read_part
 
-    def watched(self, unit, advance):
-        read.append(Path(unit.name).stem)
-        return original(self, unit, advance)
+    def watched(self, part, advance):
+        read.append(Path(part.name).stem)
+        return original(self, part, advance)
 
-    monkeypatch.setattr(indexing._Indexing, "_read_unit", watched)
+    monkeypatch.setattr(indexing._Indexing, "_read_part", watched)
     result = index(config, tmp_path / "out")
     assert read == ["00002", "00003"]
     assert result.num_added == 40
@@ -441,10 +444,10 @@ def test_further_columns_of_a_table_come_along(tmp_path: Path, icons):
 
 @pytest.mark.skipif(not can_mount(), reason="mounts a small file system")
 def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path):
-    config = DataConfig(source="icons", train_sets=("heroicons",))
+    config = DataConfig.from_flat({"source": "icons", "train_sets": ("heroicons",)})
     code = (
         "import os\nfrom modeclip.data.indexing import index\nfrom modeclip.data.sources import DataConfig\n"
-        f"try:\n    index({config!r}, {str(tmp_path)!r})\n"
+        f"try:\n    index(DataConfig.from_flat({config.flat()!r}), {str(tmp_path)!r})\n"
         f"except ValueError as error:\n    print(error, os.listdir({str(tmp_path)!r}))"
     )
     script = f'mount -t tmpfs -o size=300k tmpfs "{tmp_path}" && "{sys.executable}" -W error -c "$0"'

@@ -35,7 +35,7 @@ SETTINGS = ("--samples", "512", "--batch-size", "16", "--precision", "32-true", 
 def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of real icons that is clustered and not trained."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
     embed(Catalog.open(out), EmbedConfig(encoder="tfidf", dimension=16))
     cluster(Catalog.open(out), ClusterConfig(num_fine=8, num_experts=2, num_iterations=3)).save(out / "clusters")
     return out
@@ -127,7 +127,7 @@ def test_an_extension_takes_as_many_samples_as_the_experts_did(
     expert = TrainJob.load(with_seed / "models" / "expert-1" / "job.json")
     assert expert.last_step - expert.first_step == steps
     assert load_bundle(with_seed / "bundle").lineage["recipe"]["experts"]["budget"] == budget
-    index(DataConfig(source="icons", train_sets=("octicons",)), tmp_path / "more")
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), tmp_path / "more")
     bundle, pairs, out = with_seed / "bundle", tmp_path / "more", tmp_path / "out"
     capsys.readouterr()
     run(extend, bundle, pairs, "--out", out, "--expert", "1", "--json")

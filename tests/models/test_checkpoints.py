@@ -60,7 +60,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of one step each, by open_clip_train on real icons: ``epoch_1.pt`` and ``epoch_2.pt``."""
     folder = tmp_path_factory.mktemp("open_clip_train")
-    index(DataConfig(source="icons", train_sets=("octicons",)), folder / "catalog")
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), folder / "catalog")
     catalog = Catalog.open(folder / "catalog")
     rows = np.arange(NUM_PAIRS)
     lines = ["filepath\ttitle"]

@@ -123,12 +123,12 @@ def parquet_of(columns: dict[str, object]) -> bytes:
 
 
 def read(source: str) -> list[Sample | Skipped]:
-    return [item for unit in open_source(DataConfig(source=source)).units for item in unit.read()]
+    return [item for part in open_source(DataConfig(source=source)).parts for item in part.read()]
 
 
 def test_shards_in_an_object_store_are_read_in_place(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "modeclip.data.sources.tars.URL_BYTES", 3000
+        "modeclip.data.sources.shards.URL_BYTES", 3000
     )  # so that members lie across the ends of what is read ahead
     for shard in range(2):
         members = {f"{n}.{s}": f"{shard} {n} {s} ".encode() * 99 for n in range(9) for s in ("jpg", "txt")}
@@ -141,7 +141,7 @@ def test_shards_in_an_object_store_are_read_in_place(bucket: str, monkeypatch: p
     assert samples[12].path == f"{bucket}/shards/1.tar"
     source = open_source(DataConfig(source=f"{bucket}/shards/{{1..2}}.tar"))
     assert source.what == "2 webdataset shards (1 missing)"
-    assert [item.cause for item in source.units[1].read()] == [MISSING_SHARD]
+    assert [item.cause for item in source.parts[1].read()] == [MISSING_SHARD]
     whole = tar_of({f"{n}.{s}": b"x" * 600 for n in range(4) for s in ("jpg", "txt")})
     for end, found in ((4 * 1536 * 2, 4), (3 * 1536 * 2, 3), (1000, 0), (0, 0)):  # at the end of a member, and inside
         put(f"{bucket}/cut/0.tar", whole[:end])
@@ -149,9 +149,10 @@ def test_shards_in_an_object_store_are_read_in_place(bucket: str, monkeypatch: p
         items = read(f"{bucket}/cut/")
         assert [item.cause for item in items if isinstance(item, Skipped)] == [DAMAGED_SHARD]
         assert len(items) == found + 5
-    before = source_state(DataConfig(source=f"{bucket}/shards/"))
+    shards = DataConfig(source=f"{bucket}/shards/")
+    before = source_state(shards, open_source(shards))
     put(f"{bucket}/shards/1.tar", tar_of({"0.jpg": b"i", "0.txt": b"changed"}))
-    after = source_state(DataConfig(source=f"{bucket}/shards/"))
+    after = source_state(shards, open_source(shards))
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False]
 
 
@@ -160,7 +161,7 @@ def test_img2dataset_shards_in_an_object_store_have_their_columns(bucket: str):
     put(f"{bucket}/i2d/00000.parquet", parquet_of({"key": ["000"], "url": ["http://x"]}))
     source = open_source(DataConfig(source=f"{bucket}/i2d/"))
     assert source.kind == "img2dataset"
-    assert [s.extra for s in source.units[0].read()] == [{"url": "http://x"}]
+    assert [s.extra for s in source.parts[0].read()] == [{"url": "http://x"}]
 
 
 def test_tables_in_an_object_store_are_read(bucket: str):
@@ -187,12 +188,12 @@ def test_folders_in_an_object_store_are_read(bucket: str):
     put(f"{bucket}/classes/cat/1.png", b"C")
     assert [(s.key, s.caption) for s in read(f"{bucket}/classes/")] == [("cat/1.png", "a photo of a cat.")]
     config = DataConfig(source=f"{bucket}/folder/", tasks=(f"pets={bucket}/classes/",))
-    (unit,) = open_task(config, config.tasks[0]).units
-    assert [(s.key, s.caption, s.read()) for s in unit.read()] == [("pets/cat/1.png", "cat", b"C")]
-    before = source_state(config)
+    (part,) = open_task(config, config.tasks[0]).parts
+    assert [(s.key, s.caption, s.read()) for s in part.read()] == [("pets/cat/1.png", "cat", b"C")]
+    before = source_state(config, open_source(config))
     put(f"{bucket}/classes/cat/1.png", b"changed")
     assert len(before) == 5
-    assert before != source_state(config)
+    assert before != source_state(config, open_source(config))
 
 
 def test_what_cannot_be_reached_is_said_in_one_line(bucket: str):

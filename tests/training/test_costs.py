@@ -25,7 +25,7 @@ TRAIN = TrainConfig(samples=16 * 64, batch_size=16, engine=EngineConfig(precisio
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     """Real icons, split in two."""
     out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
     catalog = Catalog.open(out)
     catalog.add_columns({"expert": (np.arange(len(catalog)) >= 100).astype(np.int32)})
     return catalog

@@ -26,7 +26,7 @@ TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     """Real icons with experts of known sizes, and the columns of two controls."""
     out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
     catalog = Catalog.open(out)
     experts = np.repeat([0, 1, 2], [100, 400, len(catalog) - 500]).astype(np.int32)
     catalog.add_columns({"expert": experts, "random_expert": np.roll(experts, 50), "one_step_expert": experts[::-1]})

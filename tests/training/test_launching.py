@@ -33,7 +33,7 @@ FOREVER = 100_000
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few hundred real icons."""
     out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
     return out / "catalog.lance"
 
 

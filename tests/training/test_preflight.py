@@ -27,7 +27,7 @@ CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precisi
 @pytest.fixture(scope="module")
 def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
     return out / "catalog.lance"
 
 

@@ -117,7 +117,7 @@ def test_a_folder_without_jobs(tmp_path: Path) -> None:
 
 
 def test_a_job_while_it_trains_and_after_it_was_stopped(tmp_path: Path) -> None:
-    index(DataConfig(source="icons", train_sets=("octicons",)), tmp_path)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), tmp_path)
     job = make_job(tmp_path / "job", first_step=0, last_step=4000)
     process = subprocess.Popen([sys.executable, "-m", "modeclip.training.trainer", str(tmp_path / "job" / "job.json")])
     try:

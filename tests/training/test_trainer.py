@@ -39,7 +39,7 @@ CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precisi
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A catalog of a few hundred real icons."""
     out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig(source="icons", train_sets=("octicons",)), out)
+    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
     return out / "catalog.lance"
 
 

@@ -1,11 +1,11 @@
-"""A source goes in; out comes a catalog of the pairs whose image decodes, and one of what is held out.
+"""Indexing: make a catalog of a source's pairs whose images decode, and one of what is held out.
 
-Sources consist of units (shards, table files, folders, icon sets). Each is read once, in order; finished ones are
-written down, so that a killed run goes on behind them, and a later run reads only the units, and in folders only the
-files, that have come since. Nothing can be seen of new rows until all of them are on disk.
+A source consists of parts (shards, table files, folders, icon sets). Each is read once, in order. Finished parts are
+noted down, so a killed run continues after them, and a later run reads only the parts, and of folders only the files,
+that are new. New rows become visible all at once, when they are all on disk.
 
 Price: one read and one decode of each image (docs/scale.md has rates). Memory: what Lance holds back to write whole
-pages (8 MiB a column), and 8 to 16 bytes a pair to count the distinct captions.
+pages (8 MiB per column), and 8 to 16 bytes per pair to count the distinct captions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,7 @@ import pyarrow as pa
 from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.data.images import Examined, examine, map_in_order, strict_pillow
 from modeclip.data.samples import HARMLESS, MISSING_SHARD, MISSING_TABLE, NOT_UTF8, Sample, Skipped
-from modeclip.data.sources import open_source, open_task, split_task
-from modeclip.data.sources.icons import TRAIN_SETS
-from modeclip.data.sources.options import DataConfig, Source, Unit
+from modeclip.data.sources import DataConfig, DataSource, SourcePart, open_source, open_task, split_task
 from modeclip.data.storage import (
     FileWriter,
     Ledger,
@@ -49,16 +47,14 @@ from modeclip.system.files import writing
 from modeclip.system.paths import join
 
 TASKS = "tasks.lance"
-IN_MEMORY = ("icons", "iconify")
-"""Kinds of sources whose images are made, not read."""
 HOLDOUT = "holdout"
 SOURCES, SETTINGS, SKIPPED = "modeclip.sources", "modeclip.settings", "modeclip.skipped"
-"""Metadata of a catalog: its units with their states, what decided how they were read, and causes with counts."""
+"""Metadata of a catalog: its parts with their states, what decided how they were read, and causes with counts."""
 
-ROWS_PER_PART = 1 << 15
-"""After how many rows the units read so far are written down as finished."""
+ROWS_PER_NOTE = 1 << 15
+"""Number of rows after which the parts read so far are noted down as finished."""
 NOT_SETTINGS = ("source", "tasks", "max_skipped_fraction", "workers", "train_sets", "exclude_sets")
-"""Fields of ``DataConfig`` that may differ from one run to the next on the same catalog."""
+"""Options of the data that may differ from one run to the next on the same catalog."""
 CHECK_THREADS = os.cpu_count() or 1
 SAMPLES_PER_CHECK = 32
 MANY_SKIPPED = 1000
@@ -85,36 +81,39 @@ class IndexResult:
     """Pairs that could not be used, by cause, in all runs."""
 
 
-def index(config: DataConfig, out: Path | str, *, replace: bool = False) -> IndexResult:
+def index(
+    config: DataConfig, out: Path | str, *, replace: bool = False, source: DataSource | None = None
+) -> IndexResult:
     """Write ``catalog.lance``, and ``tasks.lance`` where pairs are held out, to the folder ``out``.
 
-    Units that the catalog already has are passed over; the others are added at its end.
+    Parts of the source that the catalog already has are skipped; the others are added at its end.
 
     Args:
-        config: The source.
+        config: The source, and how it is read.
         out: A folder, or an address in an object store.
-        replace: Put the source in the place of what the catalog has, once all of it is on disk.
+        replace: Replace what the catalog has by the source, once all of it is on disk.
+        source: What ``open_source`` returned for the config, if it was opened before.
 
     Raises:
         ModeclipError: The source cannot be used, too much of it is damaged, the catalog was made with other settings,
             another process is writing to it, or the disk is full.
     """
     out = str(out)
-    source = open_source(config)
-    names = _task_names(config, source.kind)
+    source = source or open_source(config)
+    names = _task_names(config, source)
     tasks = [(split_task(task)[0], open_task(config, task)) for task in config.tasks]
     log(f"{config.source!r}: {source.what}")
     paths = join(out, CATALOG), join(out, TASKS)
     try:
         with writing(out), only_writer(paths[0]), strict_pillow():
             work = _Indexing(config, source, paths, replace)
-            work.read_units()
+            work.read_parts()
             catalog, num_added = work.commit()
             captions = Distinct()
             for batch in catalog.batches(["caption"], 1 << 16):
                 captions.add_all(batch["caption"])
             if tasks:
-                _index_tasks(config, tasks, paths[1], captions if source.kind in IN_MEMORY else None, work.skips)
+                _index_tasks(config, tasks, paths[1], captions if source.draws_images else None, work.skips)
             elif replace and not config.holdout_fraction:
                 remove_dataset(paths[1])
     finally:
@@ -123,7 +122,7 @@ def index(config: DataConfig, out: Path | str, *, replace: bool = False) -> Inde
     held = _task_sizes(paths[1])
     for name in names:
         if name not in held:
-            where = " whose name is a training caption" if source.kind in IN_MEMORY else ""
+            where = " whose name is a training caption" if source.draws_images else ""
             raise ModeclipError(
                 f"task {name!r} of {config.source!r} has no usable image{where}; skipped: {work.skips};"
                 " correct data.tasks or data.holdout_fraction"
@@ -138,20 +137,11 @@ def index(config: DataConfig, out: Path | str, *, replace: bool = False) -> Inde
     )
 
 
-def _task_names(config: DataConfig, kind: str) -> list[str]:
-    """Return the names of the tasks that were asked for, after looking that they make sense."""
+def _task_names(config: DataConfig, source: DataSource) -> list[str]:
+    """Return the names of the tasks that are held out, all different."""
     if config.holdout_fraction:
         return [HOLDOUT]
-    if kind not in IN_MEMORY:
-        names = [split_task(task)[0] for task in config.tasks]
-    else:
-        names = list(config.tasks)
-        trained_on = config.train_sets or (TRAIN_SETS if kind == "icons" else ())
-        if both := [name for name in names if name in trained_on]:
-            raise ModeclipError(
-                f"icon set {both[0]!r} is in data.tasks and trained on: a task is held out;"
-                " take it out of data.tasks or data.train_sets"
-            )
+    names = list(config.tasks) if source.draws_images else [split_task(task)[0] for task in config.tasks]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise ModeclipError(f"data.tasks has {repeated[0]!r} twice: give one of them NAME=FOLDER")
@@ -159,75 +149,79 @@ def _task_names(config: DataConfig, kind: str) -> list[str]:
 
 
 class _Indexing:
-    """Reads the units of a source that a catalog does not have yet, part by part, and commits them."""
+    """Reads the parts of a source that a catalog does not have yet, notes down what is finished, and commits it all.
 
-    def __init__(self, config: DataConfig, source: Source, paths: tuple[str, str], replace: bool) -> None:
+    A note is an entry of the ledger: the parts that it covers, and the data files that hold their rows.
+    """
+
+    def __init__(self, config: DataConfig, source: DataSource, paths: tuple[str, str], replace: bool) -> None:
         self.config, self.source, self.replace = config, source, replace
         self.paths = paths
         old = [Catalog.open(path) if exists(path) and not replace else None for path in paths]
         self.ledger = Ledger(self.paths[0], "index")
         self.old = old[0]
-        settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+        settings = {name: value for name, value in config.flat().items() if name not in NOT_SETTINGS}
         self.settings = json.dumps({"kind": source.kind} | settings, sort_keys=True)
         self.sources: dict[str, str] = json.loads(self.old.metadata[SOURCES]) if self.old else {}
         self.skips = Skips(config, json.loads(self.old.metadata[SKIPPED]) if self.old else {})
-        self.units = self._wanted()
+        self.parts = self._wanted()
         known = None
-        if any(unit.name in self.sources for unit in self.units):
+        if any(part.name in self.sources for part in self.parts):
             known = Distinct()
             for catalog in filter(None, old):
                 for batch in catalog.batches(["key"], 1 << 16):
                     known.add_all(batch["key"])
-        self.rows = [
+        self.writers = [
             CatalogWriter(path, _schema(source, catalog, is_task), catalog.fingerprint if catalog else "", known)
             for path, catalog, is_task in zip(self.paths, old, (False, True), strict=True)
         ]
         self.plan = hashlib.blake2b(json.dumps([self.settings, self.sources, replace]).encode()).hexdigest()[:32]
-        self.parts = self._resume()
+        self.notes = self._resume()
 
-    def read_units(self) -> None:
-        """Read all units that are not in finished parts, and write down each part that gets finished."""
-        for part in self.parts:
-            self.skips.causes.update(part["skipped"])
-            for rows, files, fingerprint in zip(self.rows, part["files"], part["fingerprints"], strict=True):
-                rows.files += files
-                rows.fingerprint = fingerprint
-        done = sum(len(part["units"]) for part in self.parts)
-        units, before = [], Counter(self.skips.causes)
+    def read_parts(self) -> None:
+        """Read all parts that no note covers, and write a note whenever enough rows have come together."""
+        for note in self.notes:
+            self.skips.causes.update(note["skipped"])
+            for writer, files, fingerprint in zip(self.writers, note["files"], note["fingerprints"], strict=True):
+                writer.files += files
+                writer.fingerprint = fingerprint
+        done = sum(len(note["units"]) for note in self.notes)
+        read, before = [], Counter(self.skips.causes)
         with progress("index", None, "pairs") as advance:
             try:
-                for position, unit in enumerate(self.units[done:], done + 1):
-                    is_there = self._read_unit(unit, advance)
-                    advance.expect((position - done) / (len(self.units) - done))
-                    units.append([unit.name, unit.state, is_there])
-                    if sum(rows.num_waiting for rows in self.rows) >= ROWS_PER_PART or position == len(self.units):
-                        part = {
+                for position, part in enumerate(self.parts[done:], done + 1):
+                    is_there = self._read_part(part, advance)
+                    advance.expect((position - done) / (len(self.parts) - done))
+                    read.append([part.name, part.state, is_there])
+                    num_waiting = sum(writer.num_waiting for writer in self.writers)
+                    if num_waiting >= ROWS_PER_NOTE or position == len(self.parts):
+                        note = {
                             "plan": self.plan,
-                            "units": units,
-                            "files": [rows.finish() for rows in self.rows],
-                            "fingerprints": [rows.fingerprint for rows in self.rows],
+                            "units": read,
+                            "files": [writer.finish() for writer in self.writers],
+                            "fingerprints": [writer.fingerprint for writer in self.writers],
                             "skipped": dict(self.skips.causes - before),
                         }
-                        if all(state for _, state, _ in units):  # a folder may be another when it is read again
-                            self.ledger.add(f"{len(self.parts):06d}", part)
-                        self.parts.append(part)
-                        units, before = [], Counter(self.skips.causes)
+                        if all(state for _, state, _ in read):  # a folder may be another when it is read again
+                            self.ledger.add(f"{len(self.notes):06d}", note)
+                        self.notes.append(note)
+                        read, before = [], Counter(self.skips.causes)
             except BaseException:
-                for rows in self.rows:
-                    rows.discard()
+                for writer in self.writers:
+                    writer.discard()
                 raise
         self.skips.stop_if_too_many()
 
     def commit(self) -> tuple[Catalog, int]:
-        """Make all rows visible, and return the catalog and how many pairs it has more than before."""
-        pairs, held = self.rows
+        """Make all rows visible, and return the catalog and the number of pairs that are new in it."""
+        pairs, held = self.writers
         before = len(self.old) if self.old else 0
         if not before and not pairs.files:
             raise ModeclipError(
                 f"data.source {self.config.source!r} ({self.source.kind}) has no pair to train on;"
                 f" {sum(count for _, count in held.files):,} held out, skipped: {self.skips}"
             )
-        self.sources |= {name: state for part in self.parts for name, state, is_there in part["units"] if is_there}
+        self.sources |= {name: state for note in self.notes for name, state, is_there in note["units"] if is_there}
         metadata = {SOURCES: json.dumps(self.sources), SETTINGS: self.settings}
         metadata[SKIPPED] = json.dumps(dict(self.skips.causes))
         if held.files:
@@ -237,8 +231,8 @@ class _Indexing:
         catalog = Catalog.open(self.paths[0])
         return catalog, len(catalog) - before
 
-    def _wanted(self) -> list[Unit]:
-        """Return the units to be read: new ones, and those that may have grown."""
+    def _wanted(self) -> list[SourcePart]:
+        """Return the parts that have to be read: new ones, and those that may have grown."""
         if self.old and self.old.metadata[SETTINGS] != self.settings:
             was, now = json.loads(self.old.metadata[SETTINGS]), json.loads(self.settings)
             name = next(name for name in now if was.get(name) != now[name])
@@ -246,76 +240,76 @@ class _Indexing:
                 f"catalog {self.paths[0]!r} was indexed with {name} {was.get(name)!r}, not {now[name]!r}: give the same"
                 " settings to add to it, or another --out, or --replace"
             )
-        for unit in self.source.units:
-            if unit.state and self.sources.get(unit.name, unit.state) != unit.state:
+        for part in self.source.parts:
+            if part.state and self.sources.get(part.name, part.state) != part.state:
                 raise ModeclipError(
-                    f"{unit.name!r} has changed since it was indexed in {self.paths[0]!r}: its pairs cannot be added a"
+                    f"{part.name!r} has changed since it was indexed in {self.paths[0]!r}: its pairs cannot be added a"
                     " second time; give another --out, or --replace to index everything again"
                 )
-        return [unit for unit in self.source.units if not unit.state or unit.name not in self.sources]
+        return [part for part in self.source.parts if not part.state or part.name not in self.sources]
 
     def _resume(self) -> list[dict[str, Any]]:
-        """Return the parts of the same work that an earlier run finished; what it left of other work is removed."""
-        parts = [part for _, part in sorted(self.ledger.parts().items())]
-        read = [unit[:2] for part in parts for unit in part["units"]]
-        wanted = [[unit.name, unit.state] for unit in self.units]
-        if all(part["plan"] == self.plan for part in parts) and wanted[: len(read)] == read:
+        """Return the notes that an earlier run left of the same work; what it left of other work is removed."""
+        notes = [note for _, note in sorted(self.ledger.parts().items())]
+        read = [part[:2] for note in notes for part in note["units"]]
+        wanted = [[part.name, part.state] for part in self.parts]
+        if all(note["plan"] == self.plan for note in notes) and wanted[: len(read)] == read:
             if read:
-                log(f"going on behind {len(read):,} parts of the source that an earlier run has read")
-            return parts
+                log(f"continuing after {len(read):,} parts of the source that an earlier run has read")
+            return notes
         for path, position in zip(self.paths, (0, 1), strict=True):
-            remove_files(path, [name for part in parts for name, _ in part["files"][position]])
+            remove_files(path, [name for note in notes for name, _ in note["files"][position]])
         self.ledger.clear()
         return []
 
-    def _read_unit(self, unit: Unit, advance: Advance) -> bool:
-        """Read one unit into rows; say whether it was there at all."""
+    def _read_part(self, part: SourcePart, advance: Advance) -> bool:
+        """Write the rows of one part; return False if the part does not exist."""
         is_there = True
-        for item in check_all(unit.read(), self.config, self.source.kind in IN_MEMORY):
+        for item in check_all(part.read(), self.config, self.source.draws_images):
             advance(1)
             self.skips.num_seen += 1
             if isinstance(item, Skipped):
                 self.skips.add(item)
-                if item.key == unit.name:
+                if item.key == part.name:
                     log(f"{item.cause}: {item.key} {item.detail}")
                     is_there = item.cause not in (MISSING_SHARD, MISSING_TABLE)
                 continue
             held_out = _is_held_out(item.sample.key, self.config.holdout_fraction)
-            self.rows[held_out].add(item, HOLDOUT if held_out else "")
+            self.writers[held_out].add(item, HOLDOUT if held_out else "")
         return is_there
 
 
 def _index_tasks(
-    config: DataConfig, tasks: list[tuple[str, Source]], path: str, classes: Distinct | None, skips: Skips
+    config: DataConfig, tasks: list[tuple[str, DataSource]], path: str, classes: Distinct | None, skips: Skips
 ) -> None:
-    """Write the catalog of the tasks that a source holds out, in the place of an older one.
+    """Write the catalog of held-out tasks; it replaces an older one.
 
     Args:
         config: How images are checked.
-        tasks: Name and source of each.
+        tasks: Name and source of each task.
         path: The catalog.
-        classes: What a class may be called; None: anything.
+        classes: Names that classes may have; by default any.
         skips: Counts what is skipped.
     """
-    rows = CatalogWriter(path, _schema(tasks[0][1], None, is_task=True), "", None)
+    writer = CatalogWriter(path, _schema(tasks[0][1], None, is_task=True), "", None)
     with progress("index tasks", None, "pairs") as advance:
         for position, (name, source) in enumerate(tasks, 1):
-            for unit in source.units:
-                for item in check_all(unit.read(), config, source.kind in IN_MEMORY):
+            for part in source.parts:
+                for item in check_all(part.read(), config, source.draws_images):
                     advance(1)
                     skips.num_seen += 1
                     if isinstance(item, Skipped):
                         skips.add(item)
                     elif classes is None or item.sample.caption in classes:
-                        rows.add(item, name)
+                        writer.add(item, name)
             advance.expect(position / len(tasks))
-    rows.finish()
-    if rows.files:
-        rows.commit({}, replace=True)
+    writer.finish()
+    if writer.files:
+        writer.commit({}, replace=True)
 
 
 def _task_sizes(path: str) -> dict[str, tuple[int, int]]:
-    """Return the classes and images of each task of a catalog, if there is one."""
+    """Return the number of classes and of images of each task in a catalog; none if there is no catalog."""
     captions: defaultdict[str, Distinct] = defaultdict(Distinct)
     sizes: Counter[str] = Counter()
     if exists(path):
@@ -333,8 +327,8 @@ def _is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def _schema(source: Source, old: Catalog | None, is_task: bool) -> pa.Schema:
-    """Return the columns that indexing writes: those of pairs, and the further ones of the source."""
+def _schema(source: DataSource, old: Catalog | None, is_task: bool) -> pa.Schema:
+    """Return the columns that indexing writes: those of every pair, and the further ones of the source."""
     pairs = [pa.field(name, kind) for name, kind in PAIR_COLUMNS.items() if is_task or name != "task"]
     further = [field for field in source.extra if field.name not in PAIR_COLUMNS and not is_task]
     if old is not None:

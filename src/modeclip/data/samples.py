@@ -7,10 +7,8 @@ reads the source counts.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from modeclip.system.paths import read_bytes
 
@@ -74,72 +72,3 @@ class Skipped:
     key: str
     cause: str
     detail: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionRule:
-    """How captions are taken from the bytes of a text or json file."""
-
-    field: str = "caption"
-    """json: the field that holds a caption, or a list of captions or of [key, text] pairs."""
-    text_keys: frozenset[str] = frozenset()
-    """json: keys of pairs that count; none means all."""
-    lines: bool = False
-    """Text: every line is a caption."""
-
-    def read(self, data: bytes, suffix: str, key: str) -> list[str] | Skipped:
-        """Return the captions of a file, at least one, none of them blank or there twice.
-
-        Args:
-            data: Contents of the file.
-            suffix: What its name ends in, without the dot; json decides how it is read.
-            key: Key of the pair, for the ``Skipped`` that is returned where there is no caption.
-
-        Examples:
-            >>> CaptionRule().read(b'{"texts": [["alt", "a cat"], ["title", "Tom"]]}', "json", "7")
-            ['a cat', 'Tom']
-            >>> CaptionRule().read(b"  ", "txt", "7").cause
-            'caption is empty'
-        """
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            return Skipped(key, NOT_UTF8, f".{suffix}: {error.reason} at byte {error.start}")
-        if suffix != "json" and not suffix.endswith(".json"):
-            return clean_captions(text.splitlines() if self.lines else [text]) or Skipped(
-                key, EMPTY_CAPTION, f".{suffix} holds no text"
-            )
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return Skipped(key, NOT_JSON, str(error))
-        value = fields.get(self.field, fields.get("texts")) if isinstance(fields, dict) else None
-        if not isinstance(value, str | list):
-            return Skipped(key, NO_CAPTION, f".{suffix} has no field {self.field!r} that holds text")
-        texts = [value] if isinstance(value, str) else [text for item in value for text in self._texts(item)]
-        return clean_captions(texts) or Skipped(key, EMPTY_CAPTION, f".{suffix} has no text in {self.field!r}")
-
-    def _texts(self, item: object) -> list[str]:
-        match item:
-            case str():
-                return [item]
-            case [str(key), str(text)] if not self.text_keys or key in self.text_keys:
-                return [text]
-        return []
-
-
-def clean_captions(texts: Iterable[str]) -> list[str]:
-    """Return the texts without the space around them, without blank ones and repeats."""
-    return [text for text in dict.fromkeys(text.strip() for text in texts) if text]
-
-
-def samples_of(captions: Sequence[str], key: str, **where: Any) -> Iterator[Sample]:
-    """Yield a sample for every caption of an image; the second has the key "k#1", and so on.
-
-    Args:
-        captions: The captions.
-        key: Key of the first.
-        where: The other fields of the samples.
-    """
-    for number, caption in enumerate(captions):
-        yield Sample(f"{key}#{number}" if number else key, caption, **where)

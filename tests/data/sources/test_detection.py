@@ -19,8 +19,12 @@ from support import tar_of
 
 
 def read(source: Path | str, **options: object) -> list[Sample | Skipped]:
-    units = open_source(DataConfig(source=str(source), **options)).units
-    return [item for unit in units for item in unit.read()]
+    parts = open_source(DataConfig.from_flat({"source": str(source), **options})).parts
+    return [item for part in parts for item in part.read()]
+
+
+def state_of(config: DataConfig) -> list[str]:
+    return source_state(config, open_source(config))
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -50,7 +54,7 @@ def test_the_kind_of_a_source_is_seen_from_what_is_there(tmp_path: Path):
         f"{tmp_path}/tables": "table",
         f"{tmp_path}/both": "folder",
         f"{tmp_path}/rows": "table",
-        f"{tmp_path}/i2d": "files",
+        f"{tmp_path}/i2d": "img2dataset",
         "x/{1..3}.parquet::y.parquet": "parquet",
         "x/{a,b}.csv": "table",
         f"{tmp_path}/images": "folder",
@@ -61,14 +65,14 @@ def test_the_kind_of_a_source_is_seen_from_what_is_there(tmp_path: Path):
         "x/{000..999}.tar": "shards",
         "a.tar::b.tar": "shards",
     }
-    assert {source: detect(DataConfig(source=source)) for source in kinds} == kinds
+    assert {source: detect(DataConfig(source=source)).name for source in kinds} == kinds
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("nowhere", "data.source 'nowhere' does not exist: expected the word icons or iconify, a folder of images"),
-        ("nowhere.csv", "data.source 'nowhere.csv' does not exist: expected"),
+        ("nowhere.csv", "data.source 'nowhere.csv': none of 1 table file exists"),
         ("a.tar::b.csv", "data.source 'a.tar::b.csv' joins what is not of one kind: expected"),
         ("nowhere://bucket/0/", "is an address of an unknown kind: expected s3://"),
         ("pyproject.toml", "data.source 'pyproject.toml' is a file of another kind: expected"),
@@ -99,7 +103,7 @@ def test_what_is_no_source_says_what_is_one(source, message, monkeypatch: pytest
 )
 def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ModeclipError, match=message):
-        DataConfig(source="icons", **options)
+        DataConfig.from_flat({"source": "icons", **options})
 
 
 # ---------------------------------------------------------------- folders
@@ -186,8 +190,8 @@ def test_a_ring_of_links_is_not_followed(tmp_path: Path):
 def test_a_task_folder_gives_its_sub_folders_as_classes(tmp_path: Path):
     write(tmp_path, {"dog/1.png": b"", "cat/deep/2.png": b"", "stray.png": b""})
     config = DataConfig(source="own")
-    (unit,) = open_task(config, f"pets={tmp_path}").units
-    stray, cat, dog = unit.read()
+    (part,) = open_task(config, f"pets={tmp_path}").parts
+    stray, cat, dog = part.read()
     assert (stray.key, stray.cause) == ("pets/stray.png", NO_CAPTION)
     assert (cat.key, cat.caption, cat.group) == ("pets/cat/deep/2.png", "cat", "pets")
     assert (dog.key, dog.caption) == ("pets/dog/1.png", "dog")
@@ -197,13 +201,13 @@ def test_a_task_folder_gives_its_sub_folders_as_classes(tmp_path: Path):
 
 def test_a_folder_of_classes_fills_a_template(tmp_path: Path):
     write(tmp_path, {"big_dog/1.png": b"", "cat/deep/2.png": b"", "notes.md": b""})
-    source = open_source(DataConfig(source=str(tmp_path), class_template="a drawing of a {}"))
+    source = open_source(DataConfig.from_flat({"source": str(tmp_path), "class_template": "a drawing of a {}"}))
     assert (source.kind, source.what) == (
         "imagefolder",
         "folder of images in 2 sub-folders, whose names are their captions",
     )
-    (unit,) = source.units
-    assert [(s.key, s.caption, s.group) for s in unit.read()] == [
+    (part,) = source.parts
+    assert [(s.key, s.caption, s.group) for s in part.read()] == [
         ("big_dog/1.png", "a drawing of a big dog", "big_dog"),
         ("cat/deep/2.png", "a drawing of a cat", "cat"),
     ]
@@ -244,9 +248,9 @@ def test_what_img2dataset_writes_as_files_has_its_columns(tmp_path: Path):
     source = open_source(DataConfig(source=str(tmp_path)))
     assert source.kind == "img2dataset"
     assert source.what == "2 img2dataset folders with 4 further columns"
-    assert [unit.name for unit in source.units] == [f"{tmp_path}/00000", f"{tmp_path}/00001"]
+    assert [part.name for part in source.parts] == [f"{tmp_path}/00000", f"{tmp_path}/00001"]
     assert source.extra.names == ["url", "status", "original_width", "exif"]
-    _, last = source.units[1].read()
+    _, last = source.parts[1].read()
     assert (last.key, last.caption, last.group, last.read()) == (
         "00001/000010001.jpg",
         "about 000010001",
@@ -260,7 +264,7 @@ def test_what_img2dataset_writes_as_files_has_its_columns(tmp_path: Path):
         "exif": None,
     }
     (tmp_path / "00000.parquet").write_bytes(b"PAR1 no more")
-    broken, first, _ = source.units[0].read()
+    broken, first, _ = source.parts[0].read()
     assert (broken.key, broken.cause, first.extra) == (f"{tmp_path}/00000.parquet", DAMAGED_TABLE, {})
 
 
@@ -270,14 +274,14 @@ def test_the_state_of_a_source_changes_with_what_is_in_it(tmp_path: Path):
     write(tmp_path, {"shard.tar": tar_of({"a.jpg": b"i", "a.txt": b"t"})})
     for source, change in (("images", "images/a.txt"), ("t.csv", "t.csv"), ("shard.tar", "shard.tar")):
         config = DataConfig(source=str(tmp_path / source), tasks=(f"pets={tmp_path}/task",))
-        before = source_state(config)
-        assert source_state(config) == before
+        before = state_of(config)
+        assert state_of(config) == before
         (tmp_path / change).write_bytes((tmp_path / change).read_bytes() + b" ")
-        between = source_state(config)
+        between = state_of(config)
         assert between != before
         os.utime(tmp_path / "task/cat/1.png", ns=(1, len(source)))
-        assert source_state(config) != between
-    icons = source_state(DataConfig(source="icons"))
+        assert state_of(config) != between
+    icons = state_of(DataConfig(source="icons"))
     assert any(line.startswith("resvg-py ") for line in icons)
 
 

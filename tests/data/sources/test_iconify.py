@@ -68,15 +68,19 @@ def package(tmp_path: Path) -> Path:
     return folder
 
 
+def state_of(config: DataConfig) -> list[str]:
+    return source_state(config, open_source(config))
+
+
 def config_of(package: Path, **options: object) -> DataConfig:
-    return DataConfig(source=f"iconify:{package}", **options)
+    return DataConfig.from_flat({"source": f"iconify:{package}", **options})
 
 
 def test_each_set_is_a_part_with_the_categories_of_its_icons(package: Path):
     source = open_source(config_of(package, exclude_sets=("other",)))
     assert (source.kind, source.what) == ("iconify", "2 icon sets of @iconify/json 2.2.1 with 2 further columns")
-    assert [unit.name for unit in source.units] == ["iconify:round@2.2.1", "iconify:wide@2.2.1"]
-    items = list(source.units[0].read())
+    assert [part.name for part in source.parts] == ["iconify:round@2.2.1", "iconify:wide@2.2.1"]
+    items = list(source.parts[0].read())
     assert {item.key: getattr(item, "cause", None) or item.caption for item in items} == {
         "round/_": EMPTY_CAPTION,
         "round/arrow-left": "arrow left",
@@ -94,16 +98,16 @@ def test_each_set_is_a_part_with_the_categories_of_its_icons(package: Path):
 
 
 def test_aliases_are_further_captions_where_that_is_asked_for(package: Path):
-    (unit,) = open_source(config_of(package, train_sets=("round",), aliases=True)).units
-    captions = {item.key: item.caption for item in unit.read() if isinstance(item, Sample)}
+    (part,) = open_source(config_of(package, train_sets=("round",), aliases=True)).parts
+    captions = {item.key: item.caption for item in part.read() if isinstance(item, Sample)}
     assert [captions[f"round/arrow-left{end}"] for end in ("", "#1", "#2")] == ["arrow left", "back", "return"]
     assert len(captions) == 5  # what is mirrored, hidden or refers to itself is no further name
 
 
 def test_processes_draw_the_same_in_the_same_order(package: Path):
     def read(workers: int) -> list[object]:
-        units = open_source(config_of(package, workers=workers, image_size=24)).units
-        return [item for unit in units for item in unit.read()]
+        parts = open_source(config_of(package, workers=workers, image_size=24)).parts
+        return [item for part in parts for item in part.read()]
 
     assert read(1) == read(2)
     assert sum(isinstance(item, Sample) for item in read(1)) == 34
@@ -138,9 +142,9 @@ def test_a_caption_leaves_out_only_what_its_set_declares(icon, content, caption)
 
 def test_tasks_and_excluded_sets_are_not_trained_on(package: Path):
     config = config_of(package, tasks=("wide",), exclude_sets=("other",))
-    assert [unit.name for unit in open_source(config).units] == ["iconify:round@2.2.1"]
-    (unit,) = open_task(config, "wide").units
-    assert [item.caption for item in unit.read()][:2] == ["icon 1", "icon 10"]
+    assert [part.name for part in open_source(config).parts] == ["iconify:round@2.2.1"]
+    (part,) = open_task(config, "wide").parts
+    assert [item.caption for item in part.read()][:2] == ["icon 1", "icon 10"]
     with pytest.raises(ModeclipError, match=r"icon set 'wide' is in data\.train_sets and held out or excluded"):
         open_source(config_of(package, train_sets=("wide",), tasks=("wide",)))
     with pytest.raises(ModeclipError, match="unknown icon set 'rund'; known: other, round, wide"):
@@ -149,21 +153,21 @@ def test_tasks_and_excluded_sets_are_not_trained_on(package: Path):
 
 def test_the_state_tells_versions_sizes_and_aliases_apart(package: Path):
     states = [
-        source_state(config_of(package)),
-        source_state(config_of(package, image_size=64)),
-        source_state(config_of(package, aliases=True)),
+        state_of(config_of(package)),
+        state_of(config_of(package, image_size=64)),
+        state_of(config_of(package, aliases=True)),
     ]
     (package / "package.json").write_text(json.dumps({"version": "2.2.2"}))
-    states.append(source_state(config_of(package)))
+    states.append(state_of(config_of(package)))
     assert len({tuple(state) for state in states}) == 4
-    assert source_state(config_of(package, workers=2)) == states[3]
+    assert state_of(config_of(package, workers=2)) == states[3]
 
 
 def test_the_recipe_of_the_large_corpus_holds_out_whole_sets():
     data = load_recipe(Path(__file__).parents[3] / "runs" / "icons.yaml").data
-    assert (data.source, data.image_size) == ("iconify", 32)
+    assert (data.source, data.icons.image_size) == ("iconify", 32)
     assert len(set(data.tasks)) == len(data.tasks) >= 25
-    assert not set(data.tasks) & set(data.exclude_sets)
+    assert not set(data.tasks) & set(data.iconify.exclude_sets)
 
 
 # ---------------------------------------------------------------- npm
@@ -193,10 +197,10 @@ def test_the_package_is_fetched_once_and_whole(tmp_path: Path, package: Path, mo
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("MODECLIP_CACHE", str(tmp_path / "cache"))
     for _ in range(2):
-        source = open_source(DataConfig(source="iconify", train_sets=("other",)))
-        assert [item.caption for item in source.units[0].read()] == ["star"]
+        source = open_source(DataConfig.from_flat({"source": "iconify", "train_sets": ("other",)}))
+        assert [item.caption for item in source.parts[0].read()] == ["star"]
     assert (tmp_path / "calls").read_text() == "x"
-    found = find_package(DataConfig(source="iconify"))
+    found = find_package("iconify")
     assert found == tmp_path / "cache" / f"iconify-json-{VERSION}"
     assert sorted(os.listdir(found)) == ["collections.json", "json", "package.json"]  # noqa: PTH208
     assert [path.name for path in found.parent.iterdir()] == [found.name]
@@ -207,10 +211,10 @@ def test_the_package_is_fetched_once_and_whole(tmp_path: Path, package: Path, mo
     [
         (
             "import sys; sys.exit('npm error network\\nnpm error more')",
-            "npm cannot bring @iconify/json 2.2.535 (npm error network); bring @iconify/json",
+            "npm cannot fetch @iconify/json 2.2.535 (npm error network); fetch @iconify/json",
         ),
-        ("", "npm cannot bring @iconify/json 2.2.535 (no file came); bring @iconify/json"),
-        (None, "data.source 'iconify' is fetched by npm, which is not installed: install Node.js, or bring"),
+        ("", "npm cannot fetch @iconify/json 2.2.535 (no file came); fetch @iconify/json"),
+        (None, "data.source 'iconify' is fetched by npm, which is not installed: install Node.js, or fetch"),
     ],
 )
 def test_npm_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script, message):

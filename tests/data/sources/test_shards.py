@@ -32,8 +32,7 @@ from modeclip.data.samples import (
     Skipped,
 )
 from modeclip.data.sources import DataConfig, open_source
-from modeclip.data.sources.shards import list_shards, open_shards
-from modeclip.data.sources.tars import DamagedTar, Tar
+from modeclip.data.sources.shards import DamagedTar, Tar, list_shards, open_shards
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import expand_braces
 
@@ -49,8 +48,8 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def read(source: str | Path, images: str = "jpg;png", captions: str = "txt;json", **more: object):
-    config = DataConfig(source=str(source), image_keys=images, caption_keys=captions, **more)
-    return [item for unit in open_shards(config).units for item in unit.read()]
+    config = DataConfig.from_flat({"source": str(source), "image_keys": images, "caption_keys": captions, **more})
+    return [item for part in open_shards(config).parts for item in part.read()]
 
 
 def test_samples_point_at_the_bytes_of_their_images(tmp_path: Path):
@@ -128,12 +127,12 @@ def test_a_shard_that_is_missing_is_skipped_unless_all_are(tmp_path: Path):
     write_tar(tmp_path / "0.tar", {"a.jpg": b"i", "a.txt": b"t"})
     source = open_source(DataConfig(source=f"{tmp_path}/{{0..2}}.tar"))
     assert source.what == "3 webdataset shards (2 missing)"
-    assert [unit.state == "" for unit in source.units] == [False, True, True]
-    sample, *skipped = (item for unit in source.units for item in unit.read())
+    assert [part.state == "" for part in source.parts] == [False, True, True]
+    sample, *skipped = (item for part in source.parts for item in part.read())
     assert sample.caption == "t"
     assert skipped == [Skipped(f"{tmp_path}/{n}.tar", MISSING_SHARD, "no such file") for n in (1, 2)]
     (tmp_path / "0.tar").unlink()
-    assert [item.cause for item in source.units[0].read()] == [MISSING_SHARD]  # it vanished after it was listed
+    assert [item.cause for item in source.parts[0].read()] == [MISSING_SHARD]  # it vanished after it was listed
     with pytest.raises(ModeclipError, match=r"none of 3 shards exists \(first: .*/0\.tar\); correct the names"):
         read(f"{tmp_path}/{{0..2}}.tar")
     with pytest.raises(ModeclipError, match=r"none of 0 shards exists \(first: none named\)"):
@@ -243,13 +242,13 @@ def test_the_tables_beside_img2dataset_shards_become_columns(tmp_path: Path):
     assert source.kind == "img2dataset"
     assert source.what == "2 img2dataset shards with 3 further columns"
     assert source.extra == pa.schema([("url", pa.string()), ("similarity", pa.float64()), ("source_size", pa.int64())])
-    samples = [item for unit in source.units for item in unit.read()]
+    samples = [item for part in source.parts for item in part.read()]
     assert [s.caption for s in samples] == ["000000000", "000000001", "000010000", "000010001"]
     assert samples[0].extra == {"url": "u0", "similarity": 0.5, "source_size": 7}
     assert samples[3].extra == {"url": "u1", "similarity": None, "source_size": 8}
     (tmp_path / "00000.parquet").unlink()
     (tmp_path / "00001.parquet").write_bytes(b"PAR1")
-    again = [item for unit in source.units for item in unit.read()]
+    again = [item for part in source.parts for item in part.read()]
     assert [item.cause for item in again if isinstance(item, Skipped)] == [DAMAGED_TABLE]
     assert [s.extra for s in again if isinstance(s, Sample)] == [{}] * 4
 
@@ -260,7 +259,7 @@ def test_each_text_of_a_metaclip_shard_is_a_pair(tmp_path: Path):
     shard = write_tar(tmp_path / "0.tar", members)
     source = open_source(DataConfig(source=str(shard)))
     assert (source.kind, source.what) == ("metaclip", "1 MetaCLIP shard")
-    samples = list(source.units[0].read())
+    samples = list(source.parts[0].read())
     assert [(s.key, s.caption, s.read()) for s in samples] == [
         ("0/1/u-1", "a cat", b"image"),
         ("0/1/u-1#1", "Tom", b"image"),

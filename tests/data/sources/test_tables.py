@@ -34,8 +34,8 @@ from support import plain_png
 
 
 def read(source: Path | str, **options: object) -> list[Sample | Skipped]:
-    units = open_source(DataConfig(source=str(source), **options)).units
-    return [item for unit in units for item in unit.read()]
+    parts = open_source(DataConfig.from_flat({"source": str(source), **options})).parts
+    return [item for part in parts for item in part.read()]
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -126,7 +126,7 @@ def test_further_columns_of_a_table_are_kept_as_texts(tmp_path: Path):
     assert source.kind == "table"
     assert source.what == "1 table (columns 'filepath' and 'title') with 3 further columns"
     assert source.extra == pa.schema([(name, pa.string()) for name in ("id", "source_size", "note")])
-    first, second = source.units[0].read()
+    first, second = source.parts[0].read()
     assert first.extra == {"id": "7", "source_size": "2", "note": "caf\ufffd"}
     assert second.extra == {"id": "8", "source_size": None, "note": None}
 
@@ -184,7 +184,7 @@ def test_images_of_parquet_files_are_bytes_structs_or_paths(tmp_path: Path, kind
     assert source.kind == "parquet"
     assert source.what == "1 Parquet file (columns 'image' and 'caption') with 3 further columns"
     assert source.extra == pa.schema([("n", pa.int64()), ("day", pa.string()), ("text", pa.string())])
-    samples = list(source.units[0].read())
+    samples = list(source.parts[0].read())
     assert [s.read() for s in samples] == data
     assert [s.caption for s in samples] == ["one", "two"]
     assert samples[0].extra == {"n": 1, "day": "2026-01-02", "text": "kept"}
@@ -309,7 +309,7 @@ def test_a_dataset_saved_to_disk_is_read_without_its_library(tmp_path: Path, fac
     source = open_source(DataConfig(source=str(tmp_path / "d")))
     assert source.kind == "huggingface"
     assert source.what == "3 Hugging Face files (columns 'image' and 'text') with 1 further column"
-    samples = [item for unit in source.units for item in unit.read()]
+    samples = [item for part in source.parts for item in part.read()]
     assert [s.caption for s in samples] == [f"picture {n}" for n in range(40)]
     assert shades(samples) == list(range(40))
     assert [s.extra for s in samples[:2]] == [{"label": 0}, {"label": 1}]
@@ -335,7 +335,7 @@ def test_of_several_splits_train_is_read(tmp_path: Path, faces):
     splits.save_to_disk(tmp_path / "s")
     source = open_source(DataConfig(source=str(tmp_path / "s")))
     assert source.what.startswith("1 Hugging Face file, train of train, test (columns")
-    assert shades([item for unit in source.units for item in unit.read()]) == list(range(30))
+    assert shades([item for part in source.parts for item in part.read()]) == list(range(30))
     assert shades(read(tmp_path / "s" / "test")) == list(range(30, 40))
     (tmp_path / "s" / "test" / "state.json").write_text("{}")
     with pytest.raises(ModeclipError, match=r"is no whole Hugging Face dataset \(KeyError"):
@@ -347,7 +347,7 @@ def test_parquet_that_datasets_wrote_is_known_as_such(tmp_path: Path, faces):
     dataset.to_parquet(tmp_path / "p" / "train-0.parquet")
     source = open_source(DataConfig(source=str(tmp_path / "p")))
     assert source.kind == "huggingface"
-    assert shades(list(source.units[0].read())) == list(range(40))
+    assert shades(list(source.parts[0].read())) == list(range(40))
 
 
 def test_a_truncated_arrow_file_gives_what_comes_before(tmp_path: Path, faces):

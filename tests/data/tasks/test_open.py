@@ -231,7 +231,7 @@ def catalogs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for task in ("small", "large"):
             save(root / task / f"class_{number % 2}" / f"{number}.png", 10 * number + len(task))
     tasks = (str(root / "small"), str(root / "large"))
-    index(DataConfig(source=str(root / "pairs"), caption_lines=True, tasks=tasks), root / "out")
+    index(DataConfig.from_flat({"source": str(root / "pairs"), "caption_lines": True, "tasks": tasks}), root / "out")
     return root / "out"
 
 

@@ -1,10 +1,8 @@
-"""A folder of images goes in, with text files beside them or a sub-folder for each class; samples come out.
+"""Folders of images, with caption files of the same names beside them or a sub-folder for each class.
 
-No image is opened here: a sample says where its image lies. The order of the stream depends only on names, never on the
-file system's. What img2dataset writes as files is a folder too, whose sub-folders each have a Parquet file of further
-columns beside them.
+The folders that img2dataset writes are folders too; each has a Parquet file of further columns beside it.
 
-Price: the walk, and the reading of the caption files; memory is one folder's listing.
+Price: the walk and the reading of the caption files. Memory: one folder's listing.
 """
 
 from __future__ import annotations
@@ -17,72 +15,53 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from modeclip.data.samples import DAMAGED_TABLE, NO_CAPTION, Sample, Skipped, samples_of
-from modeclip.data.sources.columns import DamagedTable, read_sidecar, sidecar_columns
-from modeclip.data.sources.options import DataConfig, Source, Unit, count, describe, split_keys
+from modeclip.data.samples import DAMAGED_TABLE, NO_CAPTION, Sample, Skipped
+from modeclip.data.sources.captions import FileOptions, samples_of
+from modeclip.data.sources.source import DataSource, Listing, SourceConfig, SourceKind, SourcePart, count, describe
+from modeclip.data.sources.tables import CSV_SUFFIXES, DamagedTable, read_sidecar, sidecar_columns
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import absolute, is_folder, is_url, join, list_folder, read_bytes, walk
 
 IMAGES_LOOKED_AT = 1000
-"""So many images without a caption file show that a folder has none."""
+"""Number of images without a caption file after which a folder is taken to have none."""
 
 
-def kind_of_folder(root: str, config: DataConfig) -> str:
-    """Return "folder", or "imagefolder" where images lie in sub-folders and none of the first has a caption file."""
-    suffixes = split_keys(config.caption_keys)
-    found = False
-    for folder, name, names in islice(_walk_images(root, split_keys(config.image_keys)), IMAGES_LOOKED_AT):
-        found = True
-        if not folder or any(f"{PurePosixPath(name).stem}.{suffix}" in names for suffix in suffixes):
-            return "folder"
-    return "imagefolder" if found else "folder"
-
-
-def has_captions(root: str, config: DataConfig) -> bool:
-    """Say whether one of the first images of a folder has a caption file."""
-    suffixes = split_keys(config.caption_keys)
-    try:
-        for _, name, names in islice(_walk_images(root, split_keys(config.image_keys)), IMAGES_LOOKED_AT):
-            if any(f"{PurePosixPath(name).stem}.{suffix}" in names for suffix in suffixes):
-                return True
-    except ModeclipError:  # no image at all
-        pass
-    return False
-
-
-def open_folder(config: DataConfig) -> Source:
-    """Open a folder of images.
+def open_folder(config: SourceConfig) -> DataSource:
+    """Open a folder of images: with caption files, or with a sub-folder for each class.
 
     Raises:
         ModeclipError: It holds no image.
     """
-    root = absolute(config.source)
-    kind = kind_of_folder(root, config)
-    read = partial(read_classes, root, config) if kind == "imagefolder" else partial(read_folder, root, config)
-    what = "folder of images with caption files"
-    if kind == "imagefolder":
+    root, options = absolute(config.source), config.options(FileOptions)
+    if is_folder_of_classes(root, options):
+        kind, read = "imagefolder", partial(read_classes, root, options)
         what = f"folder of images in {count(len(list_folder(root)[0]), 'sub-folder')}, whose names are their captions"
-    return Source(kind=kind, units=(Unit(name=root, state="", read=read),), extra=pa.schema([]), what=what)
+    else:
+        kind, read = "folder", partial(read_folder, root, options)
+        what = "folder of images with caption files"
+    return DataSource(kind=kind, parts=(SourcePart(name=root, state="", read=read),), extra=pa.schema([]), what=what)
 
 
-def open_img2dataset_files(config: DataConfig) -> Source:
-    """Open the folders that img2dataset wrote as files: 00000/ with images and texts, and 00000.parquet beside it."""
-    root = absolute(config.source)
+def open_img2dataset(config: SourceConfig) -> DataSource:
+    """Open the folders that img2dataset wrote: 00000/ with images and texts, and 00000.parquet beside it, and so on."""
+    root, options = absolute(config.source), config.options(FileOptions)
     folders, files = list_folder(root)
-    parts = [name for name in folders if f"{name}.parquet" in files]
-    extra = sidecar_columns(join(root, f"{parts[0]}.parquet"))
-    units = tuple(
-        Unit(name=join(root, part), state="", read=partial(_read_part, root, part, config, extra)) for part in parts
+    tables = frozenset(files)
+    names = [name for name in folders if f"{name}.parquet" in tables]
+    extra = sidecar_columns(join(root, f"{names[0]}.parquet"))
+    parts = tuple(
+        SourcePart(name=join(root, name), state="", read=partial(read_img2dataset, root, name, options, extra))
+        for name in names
     )
-    what = describe(count(len(parts), "img2dataset folder"), extra)
-    return Source(kind="img2dataset", units=units, extra=extra, what=what)
+    what = describe(count(len(names), "img2dataset folder"), extra)
+    return DataSource(kind="img2dataset", parts=parts, extra=extra, what=what)
 
 
-def open_classes(config: DataConfig, task: str) -> Source:
-    """Open an entry of `data.tasks`; the caption of an image is its class, the sub-folder's bare name.
+def open_classes(config: SourceConfig, task: str) -> DataSource:
+    """Open an entry of ``data.tasks``; the caption of an image is its class, the bare name of the sub-folder.
 
     Raises:
-        ModeclipError: The folder does not exist or holds no image.
+        ModeclipError: The folder does not exist.
     """
     name, folder = split_task(task)
     root = absolute(folder)
@@ -91,8 +70,27 @@ def open_classes(config: DataConfig, task: str) -> Source:
             f"task {name!r}: folder {folder!r} does not exist; data.tasks expects FOLDER or"
             " NAME=FOLDER, with a sub-folder of images for each class"
         )
-    unit = Unit(name=root, state="", read=partial(read_classes, root, config, name))
-    return Source(kind="imagefolder", units=(unit,), extra=pa.schema([]), what=f"task {name}: a folder of classes")
+    part = SourcePart(name=root, state="", read=partial(read_classes, root, config.options(FileOptions), name))
+    return DataSource(kind="imagefolder", parts=(part,), extra=pa.schema([]), what=f"task {name}: a folder of classes")
+
+
+def is_folder_of_classes(root: str, options: FileOptions) -> bool:
+    """Say whether images lie only in sub-folders and none of the first has a caption file.
+
+    Raises:
+        ModeclipError: The folder holds no image.
+    """
+    first = islice(_walk_images(root, options.image_suffixes), IMAGES_LOOKED_AT)
+    return all(folder and not _caption_suffix(name, names, options) for folder, name, names in first)
+
+
+def has_captions(root: str, options: FileOptions) -> bool:
+    """Say whether one of the first images of a folder has a caption file."""
+    first = islice(_walk_images(root, options.image_suffixes), IMAGES_LOOKED_AT)
+    try:
+        return any(_caption_suffix(name, names, options) for _, name, names in first)
+    except ModeclipError:  # there is no image at all
+        return False
 
 
 def split_task(task: str) -> tuple[str, str]:
@@ -106,22 +104,21 @@ def split_task(task: str) -> tuple[str, str]:
     return (name, folder) if equals else (PurePosixPath(task).name, task)
 
 
-def read_folder(root: str, config: DataConfig, below: str = "") -> Iterator[Sample | Skipped]:
+def read_folder(root: str, options: FileOptions, below: str = "") -> Iterator[Sample | Skipped]:
     """Yield the images of a folder and its sub-folders, with the caption files of the same names.
 
     Args:
         root: The folder that keys and groups are relative to.
-        config: Suffixes of images and captions, and how captions are read.
+        options: Suffixes of images and captions, and how captions are read.
         below: Sub-folder to read; all by default.
     """
-    caption_keys, rule = split_keys(config.caption_keys), config.caption_rule
-    for folder, name, names in _walk_images(join(root, below) if below else root, split_keys(config.image_keys)):
+    rule = options.caption_rule
+    for folder, name, names in _walk_images(join(root, below) if below else root, options.image_suffixes):
         group = "/".join(filter(None, (below, folder)))
         key = f"{group}/{name}" if group else name
-        stem = PurePosixPath(name).stem
-        suffix = next((suffix for suffix in caption_keys if f"{stem}.{suffix}" in names), None)
+        stem, suffix = PurePosixPath(name).stem, _caption_suffix(name, names, options)
         if suffix is None:
-            yield Skipped(key, NO_CAPTION, f"no {stem}.{'/'.join(caption_keys)} beside it")
+            yield Skipped(key, NO_CAPTION, f"no {stem}.{'/'.join(options.caption_suffixes)} beside it")
             continue
         place = join(root, group) if group else root
         try:
@@ -134,26 +131,33 @@ def read_folder(root: str, config: DataConfig, below: str = "") -> Iterator[Samp
             yield from samples_of(captions, key, path=join(place, name), group=group)
 
 
-def read_classes(root: str, config: DataConfig, task: str = "") -> Iterator[Sample | Skipped]:
-    """Yield the images of a folder, whose sub-folders are their classes.
+def read_classes(root: str, options: FileOptions, task: str = "") -> Iterator[Sample | Skipped]:
+    """Yield the images of a folder whose sub-folders are their classes.
 
     Args:
         root: The folder.
-        config: Suffixes of images, and the template of captions.
-        task: Name of a task: begins the keys, is the group, and makes the bare names captions.
+        options: Suffixes of images, and the template of captions.
+        task: Name of a task: it begins the keys and is the group, and the bare names of classes are the captions.
     """
-    for folder, name, _ in _walk_images(root, split_keys(config.image_keys)):
+    for folder, name, _ in _walk_images(root, options.image_suffixes):
         key = "/".join(filter(None, (task, folder, name)))
         if not folder:
             yield Skipped(key, NO_CAPTION, "not in the sub-folder of a class")
             continue
         label = folder.partition("/")[0]
-        caption = label if task else config.class_caption(label)
+        caption = label if task else options.class_caption(label)
         yield Sample(key, caption, path=join(join(root, folder), name), group=task or label)
 
 
-def _read_part(root: str, part: str, config: DataConfig, extra: pa.Schema) -> Iterator[Sample | Skipped]:
-    """Yield the images of one of img2dataset's folders, with the columns of its Parquet file."""
+def read_img2dataset(root: str, part: str, options: FileOptions, extra: pa.Schema) -> Iterator[Sample | Skipped]:
+    """Yield the images of one of img2dataset's folders, with the columns of its Parquet file.
+
+    Args:
+        root: Folder of all parts.
+        part: Name of the folder.
+        options: Suffixes of images and captions, and how captions are read.
+        extra: Columns to take from the Parquet file.
+    """
     sidecar = join(root, f"{part}.parquet")
     try:
         columns = read_sidecar(sidecar, extra)
@@ -161,14 +165,20 @@ def _read_part(root: str, part: str, config: DataConfig, extra: pa.Schema) -> It
         columns = {}
         yield Skipped(sidecar, DAMAGED_TABLE, str(error))
     try:
-        for item in read_folder(root, config, part):
+        for item in read_folder(root, options, part):
             if isinstance(item, Sample) and item.path is not None:
                 more = columns.get(PurePosixPath(item.path).stem, {})
                 yield Sample(item.key, item.caption, path=item.path, group=item.group, extra=more)
             else:
                 yield item
-    except ModeclipError:  # none of its images could be downloaded
+    except ModeclipError:  # no image of it could be downloaded
         return
+
+
+def _caption_suffix(image: str, names: frozenset[str], options: FileOptions) -> str | None:
+    """Return the suffix of an image's caption file, given the names of all files in its folder."""
+    stem = PurePosixPath(image).stem
+    return next((suffix for suffix in options.caption_suffixes if f"{stem}.{suffix}" in names), None)
 
 
 def _walk_images(root: str, image_keys: Sequence[str]) -> Iterator[tuple[str, str, frozenset[str]]]:
@@ -191,3 +201,19 @@ def _walk_images(root: str, image_keys: Sequence[str]) -> Iterator[tuple[str, st
             f"{where} {root!r} holds no image: expected files ending in"
             f" {' or '.join(image_keys)}, found {seen or 'no file at all'}; set data.image_keys"
         )
+
+
+# ---------------------------------------------------------------- the kinds of sources
+
+
+def _is_img2dataset(_: SourceConfig, folder: Listing) -> bool:
+    return not {f"{name}.parquet" for name in folder.folders}.isdisjoint(folder.files)
+
+
+def _is_folder(config: SourceConfig, folder: Listing) -> bool:
+    has_table = any(name.lower().endswith(CSV_SUFFIXES) for name in folder.files)
+    return not has_table or has_captions(config.source, config.options(FileOptions))
+
+
+IMG2DATASET = SourceKind(name="img2dataset", open=open_img2dataset, fits_folder=_is_img2dataset)
+FOLDER = SourceKind(name="folder", open=open_folder, fits_folder=_is_folder)

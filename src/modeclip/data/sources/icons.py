@@ -1,14 +1,14 @@
-"""Names of icon sets go in; samples come out: the rendered icon and its name, black on white.
+"""Icon sets that travel as Python packages: each icon is drawn, and its name is the caption.
 
-The sets are real image-caption pairs with web-like noise (synonyms, one image under many names, one
-name for many images) that travel as Python packages, so that everything can be tried without a network.
-A caption is the icon's file name with spaces for - and _; what the set writes only to tell variants of
-one icon apart (phosphor's weights, octicons' pixel sizes, every folder) is no part of it.
+The sets are real image-caption pairs with web-like noise (synonyms, one image under many names, one name for many
+images), so that everything can be tried without a network. A caption is the icon's file name with spaces for - and _.
+What a set writes only to tell variants of one icon apart (phosphor's weights, octicons' pixel sizes, every folder) is
+left out of it.
 
-Icons are rendered by resvg at the size asked for, keeping proportions, and centred on a white square.
-An icon that comes out blank, does not render, or repeats a pair of its own set is skipped with its cause.
+Icons are drawn black on white by resvg at the size asked for, with their proportions, and centred on a white square. An
+icon that comes out blank, does not render, or repeats a pair of its own set is skipped with its cause.
 
-Price: one core; rendering dominates (docs/cost.md has the measured rate).
+Price: one core; drawing dominates (docs/cost.md has the measured rate).
 """
 
 from __future__ import annotations
@@ -19,20 +19,39 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from PIL import Image
 
-from modeclip.data.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample, Skipped, samples_of
+from modeclip.data.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample, Skipped
+from modeclip.data.sources.captions import samples_of
+from modeclip.data.sources.source import DataSource, SourceConfig, SourceKind, SourcePart, count
 from modeclip.errors import ModeclipError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
+class IconOptions:
+    """How icons are drawn, and which sets are trained on."""
+
+    image_size: int = 32
+    """Icons: side of the drawn image in pixels."""
+    train_sets: tuple[str, ...] = ()
+    """Icons: sets to train on. By default material, tabler, phosphor and simple; of iconify all sets that are neither
+    tasks nor excluded."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ModeclipError(f"data.image_size: expected 1 or more, got {self.image_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class IconSet:
-    """Where the SVG files of one icon set lie, and what of their names is no caption."""
+    """Where the SVG files of one icon set are, and which part of their names does not belong in a caption."""
 
     module: str
     """Python package that carries the files."""
@@ -41,7 +60,7 @@ class IconSet:
     place: str
     """Folder of SVG files inside the package, or a zip archive of them."""
     variant: str = ""
-    """Regular expression of the end of a name that only tells variants of one icon apart."""
+    """Regular expression for the end of a name that only tells variants of one icon apart."""
 
 
 ICON_SETS = {
@@ -68,23 +87,20 @@ ICON_SETS = {
         place="icons.zip",
     ),
 }
-"""Every known set. The three of one package differ in style, size and subject as much as the others."""
+"""Every known set. Those that share a package differ in style, size and subject as much as the others."""
 
 Drawing = bytes | tuple[str, str]
-"""A PNG image, or the cause for which there is none with a detail."""
+"""A PNG image, or why there is none: a cause and a detail."""
 
 RENDERER = "resvg-py"
 TRAIN_SETS = ("material", "tabler", "phosphor", "simple")
-"""Sets that are trained on where nothing else is asked for."""
+"""Sets that are trained on by default."""
 TASK_SETS = ("lucide", "heroicons", "octicons", "fontawesome")
 """Sets that the demo holds out as zero-shot tasks."""
 
 
 def package_versions() -> list[str]:
-    """Return the version of every package that icons come from, and of the renderer ("name 1.2").
-
-    A package that is not installed is left out.
-    """
+    """Return the versions ("name 1.2") of the renderer and of the packages of icons, those that are installed."""
     names = {icons.distribution for icons in ICON_SETS.values()} | {RENDERER}
     return [f"{name} {found}" for name in sorted(names) if (found := _version(name))]
 
@@ -99,6 +115,40 @@ def _version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return ""
+
+
+def open_icons(config: SourceConfig, task: str = "") -> DataSource:
+    """Open the sets to train on, or the one of a task.
+
+    Raises:
+        ModeclipError: A set is unknown, its package is not installed, or it is both trained on and held out.
+    """
+    options = config.options(IconOptions)
+    train_sets = options.train_sets or TRAIN_SETS
+    if both := [name for name in config.tasks if name in train_sets]:
+        raise ModeclipError(
+            f"icon set {both[0]!r} is in data.tasks and trained on: a task is held out;"
+            " take it out of data.tasks or data.train_sets"
+        )
+    versions, sets = package_versions(), (task,) if task else train_sets
+    for name in sets:
+        find_set(name)  # an unknown one is an error before any work
+    parts = tuple(
+        SourcePart(
+            name=f"icons:{name}",
+            state=f"{' '.join(versions)} {options.image_size}",
+            read=partial(read_icons, [name], options.image_size),
+        )
+        for name in sets
+    )
+    return DataSource(
+        kind="icons",
+        parts=parts,
+        extra=pa.schema([]),
+        what=count(len(sets), "built-in icon set"),
+        draws_images=True,
+        versions=tuple(versions),
+    )
 
 
 def list_icons(name: str) -> list[str]:
@@ -252,3 +302,6 @@ def _not_installed(name: str, distribution: str) -> ModeclipError:
     return ModeclipError(
         f'icon set {name!r} needs the package {distribution}, which is not installed: pip install "modeclip[demo]"'
     )
+
+
+ICONS = SourceKind(name="icons", open=open_icons, word="icons", open_task=open_icons)

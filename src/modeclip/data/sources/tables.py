@@ -1,10 +1,18 @@
-"""CSV, TSV and Parquet files or a Hugging Face dataset on disk go in; samples come out.
+"""Tables of pairs: CSV, TSV and Parquet files, and Hugging Face datasets on disk.
 
-Tables have open_clip's default columns, ``filepath`` and ``title``, or those that other tools write. Hugging Face's
-Arrow files are read by pyarrow alone. Rows stream: at most a row group of Parquet is held at a time. A file that cannot
-be read, or breaks off, is skipped with its cause after what can be read of it.
+A table has open_clip's default columns, ``filepath`` and ``title``, or those that other tools write. What a column is
+follows from its type and its name: images are bytes, Hugging Face's struct of bytes and path, or paths; captions are
+texts, lists of texts, or numbers of classes whose names are known. All other scalar columns come along as further ones.
+img2dataset's Parquet files beside shards and folders (sidecars) are read here too.
 
-Price: Python objects for each row, and the reading of images that lie in the table itself.
+Rows stream: at most a row group of Parquet is held at a time. A file that is damaged is skipped with its cause, after
+the rows that can be read.
+
+This is the one reader of tables, for ``modeclip.data.tasks`` too: ``TableFile`` opens Parquet and Arrow files,
+``csv_rows`` reads CSV, ``holds_images`` and ``class_label_names`` say what a column is, ``refuse_addresses`` stops at
+columns of web addresses, and ``IMAGE_COLUMN`` and ``IMAGE_COLUMNS`` are the usual names.
+
+Price: Python objects for each row and value, and the reading of images that lie in the table itself.
 """
 
 from __future__ import annotations
@@ -12,29 +20,27 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
-from modeclip.data.samples import DAMAGED_TABLE, MISSING_TABLE, NO_IMAGE, Sample, Skipped
-from modeclip.data.sources.columns import (
-    Columns,
-    Numbering,
-    captions_of,
-    choose_columns,
-    column_of,
-    extra_columns,
-    find_class_labels,
-    find_column,
-    printable,
-    read_rows,
-    refuse_addresses,
-    to_values,
+from modeclip.data.samples import (
+    DAMAGED_TABLE,
+    EMPTY_CAPTION,
+    MISSING_TABLE,
+    NO_CAPTION,
+    NO_IMAGE,
+    NOT_DOWNLOADED,
+    NOT_UTF8,
+    Sample,
+    Skipped,
 )
-from modeclip.data.sources.options import DataConfig, Source, Unit, count, describe
+from modeclip.data.sources.captions import FileOptions, clean_captions
+from modeclip.data.sources.source import DataSource, Listing, SourceConfig, SourceKind, SourcePart, count, describe
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import (
     expand,
@@ -49,23 +55,242 @@ from modeclip.system.paths import (
     states,
 )
 
+IMAGE_COLUMN, CAPTION_COLUMN = "filepath", "title"
+"""open_clip's names of columns."""
+IMAGE_COLUMNS = ("image", "jpg", "image_bytes", "path", "file_name")
+CAPTION_COLUMNS = ("caption", "text", "TEXT", "captions")
+"""Names that are looked for where the default ones are missing."""
+RESERVED = ("key", "caption", "image", "path", "offset", "size", "width", "height", "group", "task")
+"""Columns of the catalog itself; a source's own of these names are kept as ``source_NAME``."""
+MEASURED = ("key", "caption", "width", "height")
+"""Columns of an img2dataset sidecar that the catalog has anyway."""
+SUCCESS = "success"
 CSV_SUFFIXES = (".csv", ".tsv")
 BYTES_PER_READ = 1 << 22
 """Bytes of a Parquet column that are asked for at a time, where its pages are smaller."""
 ROWS_PER_BATCH = 256
-"""Rows held at a time; with images of a megabyte a quarter of a gigabyte."""
+"""Rows held at a time; with images of a megabyte that is a quarter of a gigabyte."""
+ROWS_PER_SIDECAR = 1 << 16
+"""Rows of a sidecar that are read at a time; it holds no images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """Which columns of a table hold images and captions."""
+
+    image_column: str = "filepath"
+    """Tables: column of image paths, absolute or relative to the table's folder; in Parquet also of encoded images. By
+    default `filepath`, or else image, jpg, image_bytes, path or file_name, whichever is there."""
+    caption_column: str = "title"
+    """Tables: column of captions, in Parquet also of lists of captions. By default `title`, or else caption, text,
+    TEXT or captions, whichever is there."""
+    separator: str | None = None
+    """CSV: the character between columns; by default a tab in .tsv files, found from the header in .csv files."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_column", "caption_column"):
+            if not getattr(self, name).strip():
+                raise ModeclipError(f"data.{name}: expected a name, got {getattr(self, name)!r}")
+        if self.separator is not None and len(self.separator) != 1:
+            raise ModeclipError(f"data.separator: expected one character, got {self.separator!r}")
+
+
+class DamagedTable(Exception):  # noqa: N818 (it says what is wrong with the file)
+    """A table file cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a table mean what."""
+
+    image: str
+    """Column of images."""
+    caption: str
+    """Column of captions."""
+    extra: pa.Schema
+    """Further columns, under the names that the catalog gives them; ``column_of`` returns the name in the table."""
+    class_captions: tuple[str, ...] = ()
+    """Captions of the classes, where the caption column holds their numbers."""
+
+
+# ---------------------------------------------------------------- which columns mean what
+
+
+def find_column(names: Sequence[str], kind: str, name: str, table: str) -> str:
+    """Return the name of the image or caption column: the configured one, or one of the usual names.
+
+    Args:
+        names: Columns of the table.
+        kind: "image" or "caption".
+        name: The configured name. If it is the default, the usual names are tried after it.
+        table: Path of the table, for the message.
+
+    Raises:
+        ModeclipError: The table has no such column.
+    """
+    default, usual = {"image": (IMAGE_COLUMN, IMAGE_COLUMNS), "caption": (CAPTION_COLUMN, CAPTION_COLUMNS)}[kind]
+    wanted = (name, *usual) if name == default else (name,)
+    if found := next((candidate for candidate in wanted if candidate in names), None):
+        return found
+    url = next((column for column in names if column.lower() in ("url", "image_url")), None)
+    hint = f"; if the images are those of column {url!r}, download them with img2dataset first" if url else ""
+    raise ModeclipError(
+        f"table {table!r} has no {kind} column {name!r}; its columns are"
+        f" {', '.join(names)}; set data.{kind}_column" + (hint if kind == "image" else "")
+    )
+
+
+def refuse_addresses(column: str, value: object, table: str) -> None:
+    """Stop at an image column whose first value is an address of the web.
+
+    Raises:
+        ModeclipError: The value is such an address.
+    """
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise ModeclipError(
+            f"table {table!r}: image column {column!r} holds addresses such as {value[:80]!r}:"
+            " download the images with img2dataset first and index what it writes"
+        )
+
+
+def extra_columns(schema: pa.Schema, taken: set[str]) -> pa.Schema:
+    """Return the scalar columns that are not taken; a type that is neither number nor bool becomes text."""
+    fields: list[pa.Field] = []
+    for field in schema:
+        if field.name in {*taken, ""} or pa.types.is_nested(field.type) or _is_binary(field.type):
+            continue
+        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_boolean(field.type)
+        name = f"source_{field.name}" if field.name in RESERVED else field.name
+        if column_of(name) == field.name and all(name != known.name for known in fields):
+            fields.append(pa.field(name, field.type if numeric else pa.string()))
+    return pa.schema(fields)
+
+
+def column_of(name: str) -> str:
+    """Return the name that a further column of the catalog has in its table.
+
+    Examples:
+        >>> column_of("source_size"), column_of("source_url")
+        ('size', 'source_url')
+    """
+    return name[7:] if name.startswith("source_") and name[7:] in RESERVED else name
+
+
+def class_label_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """Return the class names of each column that Hugging Face's metadata in a schema call a ClassLabel."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return _label_names(info.get("info", {}).get("features", {}))
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _label_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {
+        name: tuple(feature["names"])
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    """Say whether a type of columns can hold encoded images: bytes, or Hugging Face's struct of bytes and path."""
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+# ---------------------------------------------------------------- what cells hold
+
+
+class _Numbering:
+    """Makes samples, and numbers those that follow each other with the same key."""
+
+    def __init__(self) -> None:
+        self._key, self._number = "", 0
+
+    def samples(self, captions: list[str], *, key: str, **where: Any) -> Iterator[Sample]:
+        """Yield a sample for each caption."""
+        for caption in captions:
+            self._number = self._number + 1 if key == self._key else 0
+            self._key = key
+            yield Sample(f"{key}#{self._number}" if self._number else key, caption, **where)
+
+
+def captions_of(value: object, key: str, column: str) -> list[str] | Skipped:
+    """Return the captions in a cell, which holds a text or a list of texts."""
+    if value is None:
+        return Skipped(key, NO_CAPTION, f"column {column} is empty")
+    texts = [value] if isinstance(value, str) else [text for text in value if text] if isinstance(value, list) else []
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return Skipped(key, NOT_UTF8, f"column {column}: {error.reason}")
+    return clean_captions(texts) or Skipped(key, EMPTY_CAPTION, f"column {column} holds no text")
+
+
+def to_values(column: pa.Array) -> list[Any]:
+    """Return a column as Python values; bytes that are not UTF-8 become lone surrogates."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        cells = column.cast(pa.list_(pa.binary()) if is_list else pa.binary()).to_pylist()
+    return [[_to_text(item) for item in cell] if isinstance(cell, list) else _to_text(cell) for cell in cells]
+
+
+def _to_text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("utf-8", "surrogateescape")
+
+
+def printable(text: str) -> str:
+    """Return a text that can be stored: what is not UTF-8 becomes �."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _extras_of(batch: pa.RecordBatch, extra: pa.Schema) -> list[dict[str, Any]]:
+    """Return the further columns of each row; a value that does not fit the type of its column becomes None."""
+    if not len(extra):
+        return []
+    values = []
+    for field in extra:
+        name = column_of(field.name)
+        try:
+            column = batch[name].cast(field.type) if name in batch.schema.names else pa.nulls(len(batch))
+        except pa.ArrowException:
+            column = pa.nulls(len(batch))
+        cells = to_values(column)
+        is_text = pa.types.is_string(field.type)
+        values.append([printable(cell) if is_text and cell is not None else cell for cell in cells])
+    return [dict(zip(extra.names, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+# ---------------------------------------------------------------- table files that a source names
 
 
 def list_tables(source: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files that a source names: those of a folder with one of the suffixes, or names with braces."""
+    """Return the files that a source names: those of a folder that have one of the suffixes, or names with braces."""
     if "::" not in source and is_folder(source):
         (folder,) = expand(source)
         return [join(folder, name) for name in list_folder(folder)[1] if name.lower().endswith(suffixes)]
     return expand(source)
 
 
-def _present(source: str, files: list[str]) -> list[str]:
-    """Return the states of files, of which one must be there."""
+def _states(source: str, files: list[str]) -> list[str]:
+    """Return the states of table files, at least one of which must exist."""
     found = states(files)
     if not any(found):
         raise ModeclipError(
@@ -78,65 +303,61 @@ def _present(source: str, files: list[str]) -> list[str]:
 # ---------------------------------------------------------------- CSV
 
 
-def open_csv(config: DataConfig) -> Source:
+def open_csv(config: SourceConfig) -> DataSource:
     """Open CSV or TSV files that begin with a header; all columns but image and caption are further ones, as texts.
 
     Raises:
-        ModeclipError: None is there, or the first has not the columns.
+        ModeclipError: None of the files exists, or the first lacks a column.
     """
-    files = list_tables(config.source, CSV_SUFFIXES)
-    found = _present(config.source, files)
+    options, files = config.options(TableOptions), list_tables(config.source, CSV_SUFFIXES)
+    found = _states(config.source, files)
     first = next(file for file, state in zip(files, found, strict=True) if state)
-    with _open_text(first) as text:
-        rows = _csv_rows(text, first, config)
-        header = next(rows, [])
-        columns = _csv_columns(header, first, config)
-        sample = next(rows, [])
+    rows = _rows_of(first, options)
+    header = next(rows, [])
+    columns = _csv_columns(header, first, options)
+    row = next(rows, [])
     position = header.index(columns.image)
-    refuse_addresses(columns.image, sample[position].strip() if position < len(sample) else None, first)
+    refuse_addresses(columns.image, row[position].strip() if position < len(row) else None, first)
     groups = [group.rpartition("/")[0] for group in folders_below(files)]
-    units = tuple(
-        Unit(name=file, state=state, read=partial(read_csv, file, group, config, columns.extra))
+    parts = tuple(
+        SourcePart(name=file, state=state, read=partial(read_csv, file, group, options, columns.extra))
         for file, state, group in zip(files, found, groups, strict=True)
     )
     what = f"{count(len(files), 'table')} (columns {columns.image!r} and {columns.caption!r})"
-    return Source(kind="table", units=units, extra=columns.extra, what=describe(what, columns.extra))
+    return DataSource(kind="table", parts=parts, extra=columns.extra, what=describe(what, columns.extra))
 
 
-def read_csv(table: str, group: str, config: DataConfig, extra: pa.Schema) -> Iterator[Sample | Skipped]:
-    """Yield the rows of one table.
+def read_csv(table: str, group: str, options: TableOptions, extra: pa.Schema) -> Iterator[Sample | Skipped]:
+    """Yield the rows of one table as samples.
 
     Args:
         table: Path or address of the file.
-        group: Begins the keys, where it is not empty.
-        config: Names of columns, and the separator.
+        group: Prefix of the keys; "" for none.
+        options: Names of columns, and the separator.
         extra: Further columns; empty cells are None.
     """
-    name, numbered, line = PurePosixPath(table).name, Numbering(), 1
+    name, numbered, line = PurePosixPath(table).name, _Numbering(), 1
     try:
-        with _open_text(table) as text:
-            rows = _csv_rows(text, table, config)
-            header = next(rows, [])
-            columns = _csv_columns(header, table, config)
-            image_at, caption_at = header.index(columns.image), header.index(columns.caption)
-            further = [
-                (column, header.index(column_of(column))) for column in extra.names if column_of(column) in header
-            ]
-            for row in rows:
-                line += 1
-                row += [""] * (len(header) - len(row))
-                image, cell = row[image_at].strip(), row[caption_at].strip()
-                key = f"{group}/{image}" if group else image
-                if not image:
-                    yield Skipped(f"{name} row {line}", NO_IMAGE, f"column {columns.image} is empty")
-                    continue
-                texts = captions_of(_list_of(cell), key, f"{columns.caption} of {name}")
-                if isinstance(texts, Skipped):
-                    yield texts
-                    continue
-                values = dict.fromkeys(extra.names) | {column: printable(row[at]) or None for column, at in further}
-                path = join(parent(table), image)
-                yield from numbered.samples(texts, key=key, path=path, group=group, extra=values if len(extra) else {})
+        rows = _rows_of(table, options)
+        header = next(rows, [])
+        columns = _csv_columns(header, table, options)
+        image_at, caption_at = header.index(columns.image), header.index(columns.caption)
+        further = [(column, header.index(column_of(column))) for column in extra.names if column_of(column) in header]
+        for row in rows:
+            line += 1
+            row += [""] * (len(header) - len(row))
+            image, cell = row[image_at].strip(), row[caption_at].strip()
+            key = f"{group}/{image}" if group else image
+            if not image:
+                yield Skipped(f"{name} row {line}", NO_IMAGE, f"column {columns.image} is empty")
+                continue
+            texts = captions_of(_list_of(cell), key, f"{columns.caption} of {name}")
+            if isinstance(texts, Skipped):
+                yield texts
+                continue
+            values = dict.fromkeys(extra.names) | {column: printable(row[at]) or None for column, at in further}
+            path = join(parent(table), image)
+            yield from numbered.samples(texts, key=key, path=path, group=group, extra=values if len(extra) else {})
     except (FileNotFoundError, NotADirectoryError):
         yield Skipped(table, MISSING_TABLE, "no such file")
     except csv.Error as error:
@@ -145,42 +366,50 @@ def read_csv(table: str, group: str, config: DataConfig, extra: pa.Schema) -> It
         yield Skipped(table, DAMAGED_TABLE, str(error))
 
 
-def _open_text(table: str) -> io.TextIOWrapper:
-    return io.TextIOWrapper(open_file(table), encoding="utf-8-sig", errors="surrogateescape", newline="")
+def csv_rows(table: str, separator: str | None = None, wanted: Collection[str] = ()) -> Iterator[list[str]]:
+    """Yield the rows of a CSV or TSV file that are not blank, the header first.
+
+    Args:
+        table: Path or address of the file. What is not UTF-8 in it becomes lone surrogates.
+        separator: The character between columns; by default a tab in .tsv files, and otherwise the one that splits the
+            header into most of the wanted columns, or else into most columns.
+        wanted: Columns that the table should have.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        csv.Error: The quotes are damaged.
+    """
+    with io.TextIOWrapper(open_file(table), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        if separator is None and table.lower().endswith(".tsv"):
+            separator = "\t"
+        if separator is None:
+            header = text.readline(1 << 20)
+            text.seek(0)
+
+            def fit(candidate: str) -> tuple[int, int]:
+                columns = next(csv.reader([header], delimiter=candidate), [])
+                return len(set(wanted) & set(columns)), len(columns)
+
+            separator = max("\t,;|", key=fit)
+        yield from filter(None, csv.reader(text, delimiter=separator))
 
 
-def _csv_rows(text: io.TextIOWrapper, table: str, config: DataConfig) -> Iterator[list[str]]:
-    """Yield the rows that are not blank, the header first."""
-    separator = config.separator or _find_separator(table, text.readline(1 << 20), config)
-    text.seek(0)
-    yield from filter(None, csv.reader(text, delimiter=separator))
+def _rows_of(table: str, options: TableOptions) -> Iterator[list[str]]:
+    return csv_rows(table, options.separator, (options.image_column, options.caption_column))
 
 
-def _find_separator(table: str, header: str, config: DataConfig) -> str:
-    """Return the separator that splits a header into the wanted columns, or else into most."""
-    if table.lower().endswith(".tsv"):
-        return "\t"
-
-    def fit(separator: str) -> tuple[int, int]:
-        columns = next(csv.reader([header], delimiter=separator), [])
-        wanted = {config.image_column, config.caption_column}
-        return len(wanted & set(columns)), len(columns)
-
-    return max("\t,;|", key=fit)
-
-
-def _csv_columns(header: list[str], table: str, config: DataConfig) -> Columns:
+def _csv_columns(header: list[str], table: str, options: TableOptions) -> Columns:
     if not header:
         raise ModeclipError(f"table {table!r} is empty: expected a header and rows")
-    image = find_column(header, "image", config.image_column, table)
-    caption = find_column(header, "caption", config.caption_column, table)
+    image = find_column(header, "image", options.image_column, table)
+    caption = find_column(header, "caption", options.caption_column, table)
     names = [printable(name) for name in dict.fromkeys(header)]
     extra = extra_columns(pa.schema([(name, pa.string()) for name in names]), {image, caption})
     return Columns(image=image, caption=caption, extra=extra)
 
 
 def _list_of(cell: str) -> object:
-    """Return the list that a cell holds as JSON, or the cell."""
+    """Return the list that a cell holds as JSON, or else the cell; None where it is empty."""
     if not cell:
         return None
     if cell.startswith("[") and cell.endswith("]"):
@@ -193,24 +422,80 @@ def _list_of(cell: str) -> object:
     return cell
 
 
-# ---------------------------------------------------------------- Parquet
+# ---------------------------------------------------------------- Parquet and Arrow
 
 
-def open_parquet(config: DataConfig) -> Source:
-    """Open Parquet files: images as bytes, as Hugging Face has them, or as paths.
+class TableFile:
+    """An open Parquet file, or an open file or stream of Arrow; use it as a context manager."""
+
+    def __init__(self, table: str) -> None:
+        """Open a file by its path or address.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            pa.ArrowException: It is damaged. Damage may also be an OSError.
+        """
+        import pyarrow.parquet as pq
+
+        is_parquet = table.lower().endswith(".parquet")
+        self._file = open_file(table) if is_url(table) else pa.memory_map(table)
+        self._parquet: Any = None
+        try:
+            if is_parquet:
+                self._parquet = pq.ParquetFile(self._file, buffer_size=BYTES_PER_READ)
+                self.schema: pa.Schema = self._parquet.schema_arrow
+            else:
+                is_file = self._file.read(6) == b"ARROW1"
+                self._file.seek(0)
+                self._arrow = pa.ipc.open_file(self._file) if is_file else pa.ipc.open_stream(self._file)
+                self.schema = self._arrow.schema
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Rows of each row group of a Parquet file, which are read together."""
+        metadata = self._parquet.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def batches(self, names: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
+        """Yield the rows as batches of at most ``size``; of the named columns those that the table has."""
+        known = [name for name in dict.fromkeys(names) if name in self.schema.names]
+        if self._parquet is not None:
+            yield from self._parquet.iter_batches(batch_size=size, columns=known)
+            return
+        whole = self._arrow
+        number = getattr(whole, "num_record_batches", None)
+        for part in whole if number is None else (whole.get_batch(position) for position in range(number)):
+            chosen = part.select(known)
+            yield from (chosen.slice(start, size) for start in range(0, len(chosen), size))
+
+    def read(self, names: Sequence[str]) -> pa.Table:
+        """Return columns of a Parquet file as a whole."""
+        return self._parquet.read(list(names))
+
+    def __enter__(self) -> TableFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def open_parquet(config: SourceConfig) -> DataSource:
+    """Open Parquet files whose images are bytes, Hugging Face's structs, or paths.
 
     Raises:
-        ModeclipError: None can be read, or the first that can has not the columns.
+        ModeclipError: None of the files can be read, or the first that can be lacks a column.
     """
-    files = list_tables(config.source, (".parquet",))
-    return _open_arrow(config, files, "Parquet file", "parquet", {})
+    return _open_arrow(config, list_tables(config.source, (".parquet",)), "Parquet file", "parquet", {})
 
 
-def open_huggingface(config: DataConfig) -> Source:
-    """Open what ``datasets`` saved to disk: one dataset, or the split "train" of several (all, if there is none).
+def open_huggingface(config: SourceConfig) -> DataSource:
+    """Open what ``datasets`` saved to disk: a dataset, or the split "train" of several splits (all, if there is none).
 
     Raises:
-        ModeclipError: It is no such folder, or its columns are not what is needed.
+        ModeclipError: The folder is incomplete, or a column is missing.
     """
     (folder,) = expand(config.source)
     folder, split = folder.rstrip("/"), ""
@@ -232,43 +517,46 @@ def open_huggingface(config: DataConfig) -> Source:
             f"data.source {config.source!r} is no whole Hugging Face dataset ({error!r}):"
             " write it again with save_to_disk"
         ) from error
-    return _open_arrow(config, files, f"Hugging Face file{split}", "huggingface", find_class_labels(features))
+    return _open_arrow(config, files, f"Hugging Face file{split}", "huggingface", _label_names(features))
 
 
 def _open_arrow(
-    config: DataConfig, files: list[str], noun: str, kind: str, classes: dict[str, tuple[str, ...]]
-) -> Source:
-    """Make the source of Parquet or Arrow files, after a look into the first that can be read."""
-    found = _present(config.source, files)
+    config: SourceConfig, files: list[str], noun: str, kind: str, labels: Mapping[str, tuple[str, ...]]
+) -> DataSource:
+    """Open Parquet or Arrow files after a look into the first that can be read.
+
+    Args:
+        config: Names of columns.
+        files: Paths or addresses.
+        noun: What a file is called, and what follows its number after a comma.
+        kind: Kind of the source.
+        labels: Class names of numbered columns; without any, the schema is searched for them.
+    """
+    found = _states(config.source, files)
     schema, first = _first_schema([file for file, state in zip(files, found, strict=True) if state])
-    if classes:
-        info = {
-            "info": {"features": {name: {"_type": "ClassLabel", "names": names} for name, names in classes.items()}}
-        }
-        schema = schema.with_metadata({b"huggingface": json.dumps(info).encode()})
-    elif kind == "parquet" and b"huggingface" in (schema.metadata or {}):
+    if kind == "parquet" and b"huggingface" in (schema.metadata or {}):
         kind = "huggingface"
-    columns = choose_columns(schema, config, first)
-    sample = next(_batches(first, [columns.image], 1), None)
-    if sample is not None:
-        refuse_addresses(columns.image, next(iter(to_values(sample[columns.image])), None), first)
-    units = tuple(
-        Unit(name=file, state=state, read=partial(read_arrow, file, group, config, columns))
+    columns = _arrow_columns(schema, labels or class_label_names(schema), config, first)
+    with TableFile(first) as table:
+        batch = next(table.batches([columns.image], 1), None)
+    if batch is not None:
+        refuse_addresses(columns.image, next(iter(to_values(batch[columns.image])), None), first)
+    parts = tuple(
+        SourcePart(name=file, state=state, read=partial(read_arrow, file, group, columns))
         for file, state, group in zip(files, found, folders_below(files), strict=True)
     )
-    name, _, split = noun.partition(",")
-    what = (
-        f"{count(len(files), name)}{',' + split if split else ''} (columns {columns.image!r} and {columns.caption!r})"
-    )
-    return Source(kind=kind, units=units, extra=columns.extra, what=describe(what, columns.extra))
+    name, comma, split = noun.partition(",")
+    what = f"{count(len(files), name)}{comma}{split} (columns {columns.image!r} and {columns.caption!r})"
+    return DataSource(kind=kind, parts=parts, extra=columns.extra, what=describe(what, columns.extra))
 
 
 def _first_schema(files: list[str]) -> tuple[pa.Schema, str]:
+    """Return the schema of the first file that can be read, and that file."""
     problem = ""
     for file in files:
         try:
-            with _Reader(file) as reader:
-                return reader.schema, file
+            with TableFile(file) as table:
+                return table.schema, file
         except (pa.ArrowException, OSError) as error:
             problem = problem or " ".join(str(error).split())
     raise ModeclipError(
@@ -276,66 +564,152 @@ def _first_schema(files: list[str]) -> tuple[pa.Schema, str]:
     )
 
 
-def read_arrow(table: str, group: str, config: DataConfig, columns: Columns) -> Iterator[Sample | Skipped]:
-    """Yield the rows of one Parquet or Arrow file.
+def _arrow_columns(
+    schema: pa.Schema, labels: Mapping[str, tuple[str, ...]], config: SourceConfig, table: str
+) -> Columns:
+    """Find the image and the caption column of a table, whose types must fit.
+
+    Raises:
+        ModeclipError: A column is missing or has a type that cannot be right.
+    """
+    options = config.options(TableOptions)
+    image = find_column(schema.names, "image", options.image_column, table)
+    try:
+        caption = find_column(schema.names, "caption", options.caption_column, table)
+    except ModeclipError:
+        if options.caption_column != CAPTION_COLUMN or not labels:
+            raise
+        caption = next(iter(labels))
+    kind = schema.field(image).type
+    if not (holds_images(kind) or _is_text(kind)):
+        raise ModeclipError(f"table {table!r}: image column {image!r} holds {kind}, expected bytes, paths or images")
+    kind = schema.field(caption).type
+    item = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    if not _is_text(item) and caption not in labels:
+        raise ModeclipError(f"table {table!r}: caption column {caption!r} holds {kind}, expected text or lists of text")
+    extra = extra_columns(schema, {image, caption, "key"})
+    captions = map(config.options(FileOptions).class_caption, labels.get(caption, ()))
+    return Columns(image=image, caption=caption, extra=extra, class_captions=tuple(captions))
+
+
+def read_arrow(table: str, group: str, columns: Columns) -> Iterator[Sample | Skipped]:
+    """Yield the rows of one Parquet or Arrow file as samples.
+
+    An image that lies in the table is known by ``group/key``, where the key is that of a column ``key`` or else the
+    row's number. A column ``status``, as img2dataset writes it, tells why an image is missing.
 
     Args:
         table: Path or address of the file.
-        group: Begins the keys of images that lie in the table.
-        config: Template of captions of classes.
+        group: Prefix of the keys of images that lie in the table.
         columns: Which columns mean what.
     """
     wanted = [columns.image, columns.caption, "key", "status", *map(column_of, columns.extra.names)]
+    numbered, start = _Numbering(), 0
     try:
-        yield from read_rows(_batches(table, wanted, ROWS_PER_BATCH), columns, config, (parent(table), group))
+        with TableFile(table) as file:
+            for batch in file.batches(wanted, ROWS_PER_BATCH):
+                yield from _read_batch(batch, start, columns, (parent(table), group), numbered)
+                start += len(batch)
     except (FileNotFoundError, NotADirectoryError):
         yield Skipped(table, MISSING_TABLE, "no such file")
     except (pa.ArrowException, OSError, KeyError) as error:
         yield Skipped(table, DAMAGED_TABLE, " ".join(str(error).split()))
 
 
-def _batches(table: str, columns: list[str], size: int) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a Parquet or Arrow file; of the columns those that it has."""
-    with _Reader(table) as reader:
-        names = [name for name in dict.fromkeys(columns) if name in reader.schema.names]
-        yield from reader.batches(names, size)
+def _read_batch(
+    batch: pa.RecordBatch, start: int, columns: Columns, place: tuple[str, str], numbered: _Numbering
+) -> Iterator[Sample | Skipped]:
+    """Yield the rows of a batch as samples.
+
+    Args:
+        batch: Rows of the table.
+        start: Number of the first row.
+        columns: Which columns mean what.
+        place: Folder that paths of images are relative to, and the group.
+        numbered: Makes the samples.
+    """
+    names = batch.schema.names
+    images, captions = to_values(batch[columns.image]), to_values(batch[columns.caption])
+    keys = to_values(batch["key"]) if "key" in names else range(start, start + len(batch))
+    status = to_values(batch["status"]) if "status" in names else None
+    extras = _extras_of(batch, columns.extra)
+    for row, (image, caption, key) in enumerate(zip(images, captions, keys, strict=True)):
+        where = _locate(image, str(key), *place)
+        if where is None:
+            lost = status is not None and status[row] != SUCCESS
+            cause, detail = (NOT_DOWNLOADED, str(status[row])) if lost and status else (NO_IMAGE, "column is empty")
+            yield Skipped(f"{place[1]}/{key}", cause, f"{columns.image}: {detail}")
+            continue
+        if columns.class_captions and isinstance(caption, int):
+            known = 0 <= caption < len(columns.class_captions)
+            caption = columns.class_captions[caption] if known else None
+        texts = captions_of(caption, where["key"], columns.caption)
+        if isinstance(texts, Skipped):
+            yield texts
+        else:
+            yield from numbered.samples(texts, group=place[1], extra=extras[row] if extras else {}, **where)
 
 
-class _Reader:
-    """A Parquet file, or one of Arrow's streams or files."""
+def _locate(image: object, row_key: str, folder: str, group: str) -> dict[str, Any] | None:
+    """Return where an image is, as fields of a sample with its key; None if the cell holds no image."""
+    if isinstance(image, dict):  # Hugging Face's images
+        data, path = image.get("bytes"), image.get("path")
+        image = data if data is not None else path
+    if isinstance(image, bytes):
+        return {"key": f"{group}/{row_key}", "image": image}
+    if isinstance(image, str) and image.strip():
+        return {"key": image.strip(), "path": join(folder, image.strip())}
+    return None
 
-    def __init__(self, table: str) -> None:
-        import pyarrow.parquet as pq
 
-        is_parquet = table.lower().endswith(".parquet")
-        self._file = open_file(table) if is_url(table) else pa.memory_map(table)
-        self._table: Any = None
-        try:
-            if is_parquet:
-                self._table = pq.ParquetFile(self._file, buffer_size=BYTES_PER_READ)
-                self.schema: pa.Schema = self._table.schema_arrow
-            else:
-                is_file = self._file.read(6) == b"ARROW1"
-                self._file.seek(0)
-                self._arrow = pa.ipc.open_file(self._file) if is_file else pa.ipc.open_stream(self._file)
-                self.schema = self._arrow.schema
-        except BaseException:
-            self._file.close()
-            raise
+# ---------------------------------------------------------------- what img2dataset writes beside images
 
-    def batches(self, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
-        if self._table is not None:
-            yield from self._table.iter_batches(batch_size=size, columns=names)
-            return
-        whole = self._arrow
-        number = getattr(whole, "num_record_batches", None)
-        parts = whole if number is None else (whole.get_batch(position) for position in range(number))
-        for part in parts:
-            part = part.select(names)
-            yield from (part.slice(start, size) for start in range(0, len(part), size))
 
-    def __enter__(self) -> _Reader:
-        return self
+def sidecar_columns(path: str) -> pa.Schema:
+    """Return the further columns of a sidecar; none if it cannot be read or has no keys."""
+    try:
+        with TableFile(path) as table:
+            schema = table.schema
+    except (pa.ArrowException, OSError):
+        return pa.schema([])
+    return extra_columns(schema, set(MEASURED)) if "key" in schema.names else pa.schema([])
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+
+def read_sidecar(path: str, extra: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Return the further columns of each key; empty if there is no such file.
+
+    Raises:
+        DamagedTable: The file cannot be read.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with TableFile(path) as table:
+            for batch in table.batches(["key", *map(column_of, extra.names)], ROWS_PER_SIDECAR):
+                found.update(zip(map(str, to_values(batch["key"])), _extras_of(batch, extra), strict=True))
+    except FileNotFoundError:
+        return {}
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DamagedTable(" ".join(str(error).split())) from error
+    return found
+
+
+# ---------------------------------------------------------------- the kinds of sources
+
+
+def _is_dataset(_: SourceConfig, folder: Listing) -> bool:
+    return "dataset_dict.json" in folder.files or {"state.json", "dataset_info.json"} <= set(folder.files)
+
+
+HUGGINGFACE = SourceKind(name="huggingface", open=open_huggingface, fits_folder=_is_dataset)
+PARQUET = SourceKind(
+    name="parquet",
+    open=open_parquet,
+    fits_file=lambda name: name.lower().endswith(".parquet"),
+    fits_folder=lambda _, folder: any(name.endswith(".parquet") for name in folder.files),
+)
+CSV = SourceKind(
+    name="table",
+    open=open_csv,
+    fits_file=lambda name: name.lower().endswith(CSV_SUFFIXES),
+    fits_folder=lambda _, folder: any(name.lower().endswith(CSV_SUFFIXES) for name in folder.files),
+)

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modeclip.data.sources.shards import split_name
-from modeclip.data.sources.tars import CompressedTar, DamagedTar, Tar
+from modeclip.data.sources.shards import CompressedTar, DamagedTar, Tar, split_name
 from modeclip.data.tasks.images import FileImages
 from modeclip.data.tasks.layouts import CLASSNAMES, Found, read_lines, read_templates
 from modeclip.data.tasks.task import Task

@@ -23,8 +23,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from modeclip.data.sources.columns import IMAGE_COLUMNS, class_features, refuse_addresses
-from modeclip.data.sources.options import IMAGE_COLUMN
+from modeclip.data.sources.tables import IMAGE_COLUMN, IMAGE_COLUMNS, class_label_names, refuse_addresses
 from modeclip.data.tasks.images import EncodedImages, FileImages, TableImages
 from modeclip.data.tasks.layouts import CLASSNAMES, TEST_FOLDERS, TRAIN_FOLDER, Found, read_lines, read_templates
 from modeclip.data.tasks.task import Task
@@ -385,7 +384,7 @@ def _read_parquet(files: Sequence[str]) -> TaskTable:
         )
 
     return TaskTable(
-        path=files[0], values=values, encoded=frozenset(encoded), classes=class_features(schema), images=images
+        path=files[0], values=values, encoded=frozenset(encoded), classes=class_label_names(schema), images=images
     )
 
 
