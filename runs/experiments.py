@@ -34,7 +34,7 @@ from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, fit_embeddings
 from modeclip.data.indexing import index
 from modeclip.models.encoders import load_any_encoder
-from modeclip.models.encoders.lexical import fit_tfidf
+from modeclip.models.encoders.text import fit_tfidf
 from modeclip.pipeline import load_recipe
 from modeclip.system.console import log, make_progress
 from modeclip.training.batches import DecodedSample

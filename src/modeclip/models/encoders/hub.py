@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from importlib import import_module
 from importlib.util import find_spec
@@ -103,7 +103,9 @@ def in_bfloat16(module: torch.nn.Module, probe: Callable[[torch.nn.Module], Floa
 
     if not _has_bfloat16():
         return module
-    low = copy.deepcopy(module).to(torch.bfloat16)
+    parameters = [value for value in module.parameters() if value.is_floating_point()]
+    low_of = {id(value): torch.nn.Parameter(value.to(torch.bfloat16), requires_grad=False) for value in parameters}
+    low = copy.deepcopy(module, low_of).to(torch.bfloat16)  # what has its copy already is not copied in float32 first
     try:
         cosine = (probe(module) * probe(low)).sum(axis=1)
     except RuntimeError:  # an operation that has no kernel for it
@@ -196,21 +198,20 @@ def hub_folder(name: str, hub_id: str, option: str = "FOLDER") -> Path:
 
 
 @contextmanager
-def loading(name: str, folder: Path | str) -> Iterator[None]:
+def loading(name: str, folder: Path | str, *, with_transformers: bool = True) -> Iterator[None]:
     """Load a model without the libraries' bars and warnings, and with one clear line if it fails.
+
+    Args:
+        name: Name of the encoder, for messages.
+        folder: Where it lies, for messages.
+        with_transformers: Whether transformers takes part, so that its bars have to be switched off; importing it takes
+            a good part of a second.
 
     Raises:
         ModeclipError: Anything went wrong.
     """
-    transformers_logging = import_module("transformers.utils.logging")
-    logger = logging.getLogger("sentence_transformers")
-    level, verbosity = logger.level, transformers_logging.get_verbosity()
-    has_bar = transformers_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_transformers() if with_transformers else nullcontext():
             warnings.simplefilter("ignore")
             yield
     except ModeclipError:
@@ -219,6 +220,19 @@ def loading(name: str, folder: Path | str) -> Iterator[None]:
         raise ModeclipError(
             f"encoder {name!r}: cannot be loaded ({first_line(error)}); check {folder}, or delete it and get it again"
         ) from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    transformers_logging = import_module("transformers.utils.logging")
+    logger = logging.getLogger("sentence_transformers")
+    level, verbosity = logger.level, transformers_logging.get_verbosity()
+    has_bar = transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
