@@ -226,7 +226,7 @@ def test_plain_bert_is_sentence_transformers_bit_for_bit(precision, monkeypatch)
         monkeypatch.setattr(pretrained, "_has_bfloat16", lambda: False)
     plain = load_encoder("minilm", batch_size=16)
     assert isinstance(plain.model, bert.SentenceBert)
-    monkeypatch.setattr(bert, "load_sentence_bert", lambda folder: None)
+    monkeypatch.setattr(bert, "load_sentence_bert", lambda _: None)
     peer = load_encoder("minilm", batch_size=16)
     assert type(peer.model).__module__.startswith("sentence_transformers")
     texts = [*ODD_TEXTS, *(f"icon {n} of {n * 7919 % 100003}" for n in range(60))]
@@ -493,21 +493,21 @@ def test_tfidf_is_the_svd_of_scikit_learns_counts(tmp_path):
 
 
 def test_tfidf_of_the_same_seed_is_the_same_file_and_samples_a_stream(tmp_path, monkeypatch):
-    from modeclip.models.encoders import text
+    from modeclip.models.encoders import text as text_encoders
 
-    monkeypatch.setattr(text, "SAMPLE", 50)
+    monkeypatch.setattr(text_encoders, "SAMPLE", 50)
     captions = [f"caption {number} of {number % 7}" for number in range(333)]
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         fit_tfidf(iter(captions), tmp_path / folder, dimension=4, seed=seed)
     a, b, c = (
-        [(tmp_path / folder / file).read_bytes() for file in (lexical.TERMS_FILE, lexical.WEIGHTS_FILE)]
+        [(tmp_path / folder / file).read_bytes() for file in (text_encoders.TERMS_FILE, text_encoders.WEIGHTS_FILE)]
         for folder in "abc"
     )
     assert a == b != c
-    sample = lexical._draw(iter(captions), 0)
+    sample = text_encoders._draw(iter(captions), 0)
     assert len(set(sample)) == 50
     assert sample == sorted(sample, key=captions.index)
-    drawn = [int(text.split()[1]) for seed in range(40) for text in lexical._draw(iter(captions), seed)]
+    drawn = [int(text.split()[1]) for seed in range(40) for text in text_encoders._draw(iter(captions), seed)]
     counts = np.histogram(drawn, bins=3, range=(0, 333))[0]
     assert abs(counts / 40 / 50 - 1 / 3).max() < 0.05  # the end of the stream as often as its start
 
