@@ -18,7 +18,7 @@ from modeclip.data.indexing import index
 from modeclip.data.samples import Sample
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
-from modeclip.pages.check_page import SHEET_PAIRS, TILE, draw_contact_sheet, draw_rows, write_check
+from modeclip.pages.check_page import SHEET_PAIRS, TILE, draw_rows, read_tiles, write_check, write_sheet
 from support import write_pairs
 
 
@@ -42,22 +42,22 @@ def read_png(path: Path) -> Image.Image:
 def test_a_sheet_shows_every_pair_and_crosses_out_what_is_broken(tmp_path: Path, icons):
     folder = write_pairs(tmp_path / "data", icons, [f"caption {n}" for n in range(30)])
     catalog = catalog_of(folder)
-    before = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "a.png", columns=8))
-    again = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "b.png", columns=8))
+    before = read_png(write_sheet(read_tiles(catalog, np.arange(30)), tmp_path / "a.png", columns=8))
+    again = read_png(write_sheet(read_tiles(catalog, np.arange(30)), tmp_path / "b.png", columns=8))
     assert before.tobytes() == again.tobytes()
     assert 8 * TILE < before.width < 9 * TILE
     (folder / "009.png").write_bytes(bytes(100))
-    after = read_png(draw_contact_sheet(catalog, np.arange(30), tmp_path / "a.png", columns=8))
+    after = read_png(write_sheet(read_tiles(catalog, np.arange(30)), tmp_path / "a.png", columns=8))
     left, top, right, bottom = ImageChops.difference(before, after).getbbox()
     assert TILE < left < right < 2 * TILE + 30  # the second tile of the second row, and nothing else
     assert TILE < top < bottom < 3 * TILE
-    empty = read_png(draw_contact_sheet(catalog, np.arange(0), tmp_path / "e.png"))
+    empty = read_png(write_sheet(read_tiles(catalog, np.arange(0)), tmp_path / "e.png"))
     assert empty.width < 2 * TILE
 
 
 def test_a_caption_of_one_endless_word_or_of_strange_signs_is_drawn(tmp_path: Path, icons):
     catalog = catalog_of(write_pairs(tmp_path / "data", icons, ["w" * 4000, "猫\u200b\x07 x", "a " * 500, "é"]))
-    sheet = read_png(draw_contact_sheet(catalog, np.arange(4), tmp_path / "a.png", columns=3))
+    sheet = read_png(write_sheet(read_tiles(catalog, np.arange(4)), tmp_path / "a.png", columns=3))
     assert sheet.width < 4 * TILE
 
 

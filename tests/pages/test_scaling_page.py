@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from modeclip.evaluation.scaling import ScalingConfig, ScalingPoint, ScalingResult, fit_scaling
-from modeclip.pages.scaling_page import draw
+from modeclip.pages.scaling_page import draw_laws
 
 
 def fit_law(family: str) -> ScalingResult:
@@ -19,7 +19,7 @@ def fit_law(family: str) -> ScalingResult:
 
 
 def test_places_on_the_picture_are_straight_for_a_law() -> None:
-    chart = draw(fit_law("dense"))
+    chart = draw_laws(fit_law("dense"))
     across, up = np.array([(point["x"], point["y"]) for point in chart["points"]]).T
     slope, start = np.polyfit(across, up, 1)
     np.testing.assert_allclose(up, start + slope * across, atol=0.01)
@@ -28,5 +28,5 @@ def test_places_on_the_picture_are_straight_for_a_law() -> None:
 
 
 def test_the_picture_has_room_for_long_names_of_families() -> None:
-    chart = draw(fit_law("d" * 60))
+    chart = draw_laws(fit_law("d" * 60))
     assert chart["size"][0] - chart["frame"][2] > 60 * 8  # a bold letter of 13 pixels takes less than 8

@@ -23,19 +23,18 @@ from modeclip.clustering.fitting import ClusterResult
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.pages.charts import draw_histogram, draw_map, draw_trials, principal_plane
-from modeclip.pages.html import embed_picture, render
-from modeclip.system.files import write_atomically
+from modeclip.pages.html import embed_picture, write_page
 
 Json = dict[str, Any]
 
 PICTURE_BYTES = 4_000_000
-"""Most bytes of all pictures together, as they stand in the page."""
+"""Most bytes that all pictures together take in the page."""
 PICTURES_OF_EXPERT = 20
-"""Pictures shown for an expert, drawn with chances in proportion to the sizes of its fine clusters."""
+"""Pictures shown for an expert, drawn in proportion to the sizes of its fine clusters."""
 PICTURES_OF_FINE = 6
-"""Most pictures of a fine cluster: nearest and random rows in turn."""
+"""Most pictures shown for a fine cluster: the nearest and random rows in turn."""
 PICTURES_AT_ONCE = 64
-"""Pictures read from the catalog together."""
+"""Pictures that are read from the catalog at once."""
 CHART = (340.0, 210.0)
 """Size of a small chart in its own units."""
 
@@ -49,20 +48,19 @@ def write_atlas(
     name: str = "",
     picture_bytes: int = PICTURE_BYTES,
 ) -> Path:
-    """Write the page of a clustering and return where it lies.
+    """Write the atlas of a clustering and return its path.
 
     Args:
-        catalog: The catalog that the clustering was applied to; if its pictures cannot be read, the page says so.
+        catalog: The catalog that was clustered. If its pictures cannot be read, the page says so.
         result: The clustering and its cards.
-        path: The page; an existing one is replaced at once, never half-written.
-        diagnostics: What was found out about the clustering; absent parts are left out.
+        path: The page; an existing one is replaced as a whole.
+        diagnostics: What was found out about the clustering. Missing parts have no section.
         name: Heading of the page; the name of the catalog's folder by default.
-        picture_bytes: Most bytes of all pictures together; 0: no pictures.
+        picture_bytes: Most bytes of all pictures together; 0 shows no pictures.
     """
     pictures, reason = take_pictures(catalog, result, picture_bytes)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = render(
+    return write_page(
+        Path(path),
         "atlas.html",
         name=name or catalog.name,
         num_experts=len(result.experts),
@@ -77,12 +75,10 @@ def write_atlas(
         diagnostics=diagnostics or Diagnostics(),
         sweeps=build_sweeps(diagnostics or Diagnostics()),
     )
-    write_atomically(path, page)
-    return path
 
 
 def build_map(result: ClusterResult) -> Json:
-    """Place all fine clusters on the plane of their main directions."""
+    """Place all fine clusters on the plane of their two main directions."""
     shown = sorted(result.fine, key=lambda card: (-card.size, card.index))
     plane, share = principal_plane(result.clustering.fine_centers[[card.index for card in shown]])
     clusters = [
@@ -106,7 +102,7 @@ def build_map(result: ClusterResult) -> Json:
 
 
 def build_experts(result: ClusterResult, pictures: dict[tuple[str, int], list[Json]]) -> list[Json]:
-    """Arrange each expert's card, its pictures and its own fine clusters, largest first."""
+    """Collect for each expert its card, its pictures, and its own fine clusters, the largest first."""
     total = sum(card.size for card in result.fine)
     biggest = max(card.size for card in result.fine) or 1
     return [
@@ -153,10 +149,10 @@ _OBJECTIVE = ("objective", "objective", None)
 def take_pictures(
     catalog: Catalog, result: ClusterResult, most_bytes: int
 ) -> tuple[dict[tuple[str, int], list[Json]], str]:
-    """Read pictures of experts and fine clusters until the budget is spent.
+    """Read pictures of experts and fine clusters until their budget of bytes is spent.
 
     Returns:
-        Pictures of ("expert", k) and ("fine", s), and why there are no more, if it is not the budget.
+        Pictures of ("expert", k) and ("fine", s), and the error that stopped the reading, if there was one.
     """
     pictures: dict[tuple[str, int], list[Json]] = {}
     spent = 0
@@ -179,7 +175,7 @@ def take_pictures(
 
 
 def _wanted(result: ClusterResult) -> Iterator[tuple[tuple[str, int], int]]:
-    """Yield whose picture is wanted and its row, the most wanted first."""
+    """Yield to whom a picture belongs, and its row, in the order in which pictures are added."""
     for expert in result.experts:
         own = [card for card in result.fine if expert.index in card.experts and card.random_rows]
         sizes = np.array([card.size for card in own], np.float64)
@@ -196,6 +192,6 @@ def _wanted(result: ClusterResult) -> Iterator[tuple[tuple[str, int], int]]:
 
 
 def _alternate(card: FineCard) -> list[int]:
-    """Return nearest and random rows of a card in turn, each once."""
+    """Return the nearest and the random rows of a card in turn, each row once."""
     pairs = itertools.zip_longest(card.nearest_rows, card.random_rows)
     return list(dict.fromkeys(row for pair in pairs for row in pair if row is not None))

@@ -17,20 +17,28 @@ from jaxtyping import Float
 
 Json = dict[str, Any]
 
-MAX_CURVE_POINTS = 160  # a curve is the means of this many stretches: more is finer than a screen shows
+MAX_CURVE_POINTS = 160
+"""Most points of a curve; more would be finer than a screen shows."""
 MAP_SIZE = (940.0, 640.0)
-MAX_LABELS = 64  # more words hide the map
+"""Width and height of the map of clusters."""
+MAX_LABELS = 64
+"""Most words on the map; more would hide it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A map from values ``low``..``high`` to positions ``start``..``end`` on the page, linear or logarithmic."""
+    """Maps values to positions on the page."""
 
     low: float
+    """Value at ``start``."""
     high: float
+    """Value at ``end``."""
     start: float
+    """Position of ``low``."""
     end: float
+    """Position of ``high``."""
     log: bool = False
+    """Whether the axis is logarithmic; values must then be above 0."""
 
     def place(self, value: float | int) -> float:
         """Return the position of a value."""
@@ -65,14 +73,14 @@ def draw_curves(
     size: tuple[float, float],
     right: float,
 ) -> Json:
-    """Place one curve a model on a chart: ticks, points, values for the pointer, and labels that do not collide.
+    """Place a curve for each model on a chart, with values for the pointer and names that do not cover each other.
 
     Args:
-        logs: Columns of each model's training log.
-        field: The column to draw against samples.
-        branch: Samples at which the experts leave the seed, or None.
+        logs: Columns of each model's training log: ``samples``, and the one to draw.
+        field: The column to draw against samples. Losses get a logarithmic axis.
+        branch: Position of a vertical line, such as the samples after which experts leave the seed; None for no line.
         size: Width and height of the chart in its own units.
-        right: Room to the right of the curves, for their names.
+        right: Room to the right of the curves; if it is above 50, their names are placed there.
     """
     short = {name: (thin(log["samples"]), thin(log[field])) for name, log in logs.items()}
     values = np.concatenate([column for _, column in short.values()])
@@ -109,7 +117,7 @@ def draw_curves(
 
 
 def thin(values: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " points"]:
-    """Return the means of at most ``MAX_CURVE_POINTS`` equal stretches; the first and last value stay as they are."""
+    """Return at most ``MAX_CURVE_POINTS`` values: the first, the last, and the means of equal stretches between."""
     if len(values) <= MAX_CURVE_POINTS:
         return values
     pieces = np.array_split(values[1:-1], MAX_CURVE_POINTS - 2)
@@ -117,7 +125,7 @@ def thin(values: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " points"]:
 
 
 def spread(heights: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
-    """Move heights apart until neighbours are ``gap`` apart, keeping their order and staying in ``low``..``high``.
+    """Move heights until neighbours are ``gap`` apart. They keep their order and stay between ``low`` and ``high``.
 
     Examples:
         >>> spread([10.0, 12.0, 50.0], gap=10.0, low=0.0, high=60.0)
@@ -189,7 +197,7 @@ def _thin_ticks(ticks: list[tuple[float, float]], gap: float = 34.0) -> list[tup
 
 
 def neighbour_plane(centers: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M 2"]:
-    """Map points to a plane so that neighbours stay neighbours (t-SNE); a handful by their principal components."""
+    """Map points to a plane on which neighbours stay neighbours (t-SNE), or fewer than 8 points by PCA."""
     if len(centers) < 8:
         return principal_plane(centers)[0]
     from sklearn.manifold import TSNE
@@ -199,10 +207,10 @@ def neighbour_plane(centers: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M 2
 
 
 def principal_plane(centers: Float[np.ndarray, "M D"]) -> tuple[Float[np.ndarray, "M 2"], float]:
-    """Map points to the plane of their two main directions (PCA), and tell the share of the variance it shows."""
+    """Map points to the plane of their two main directions (PCA); also return its share of the variance."""
     centred = (centers - centers.mean(axis=0)).astype(np.float64)
     _, spreads, axes = np.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2] * np.where(axes[:2].sum(1, keepdims=True) < 0, -1, 1)  # a direction has no sign of its own
+    axes = axes[:2] * np.where(axes[:2].sum(1, keepdims=True) < 0, -1, 1)  # the sign of a direction is arbitrary
     flat = np.zeros((len(centers), 2), dtype=np.float32)
     flat[:, : len(axes)] = centred @ axes.T
     squares = np.square(spreads)
@@ -212,13 +220,13 @@ def principal_plane(centers: Float[np.ndarray, "M D"]) -> tuple[Float[np.ndarray
 def draw_trials(
     numbers: Sequence[int], values: Sequence[float | int], *, size: tuple[float, float], low: float | None = None
 ) -> Json:
-    """Place one value per number tried on a chart whose lower axis is logarithmic.
+    """Place the results of trials with different numbers on a chart whose horizontal axis is logarithmic.
 
     Args:
-        numbers: What was tried, 1 or more each.
-        values: What came out.
+        numbers: The numbers that were tried, each 1 or more.
+        values: The result of each.
         size: Width and height of the chart in its own units.
-        low: Where the upright axis starts; by default a little below the lowest value.
+        low: Lowest value on the vertical axis; by default a little below the lowest result.
     """
     order = sorted(range(len(numbers)), key=lambda index: numbers[index])
     most, least = max(values), min(values)
@@ -238,7 +246,7 @@ def draw_trials(
 
 
 def draw_histogram(values: Float[np.ndarray, " n"], *, size: tuple[float, float], num_bins: int = 36) -> Json:
-    """Place the bars of a histogram of values of 0 and more, and a line at their mean."""
+    """Place the bars of a histogram of values from 0 up, and a line at their mean."""
     counts, edges = np.histogram(values, bins=num_bins, range=(0, float(values.max(initial=1)) or 1.0))
     across = Axis(0.0, float(edges[-1]), 46.0, size[0] - 6)
     up = Axis(0.0, float(counts.max()) * 1.06, size[1] - 30, 8.0)
@@ -266,7 +274,7 @@ def draw_histogram(values: Float[np.ndarray, " n"], *, size: tuple[float, float]
 
 
 def fit_box(points: Float[np.ndarray, "M 2"], size: tuple[float, float], margin: float) -> Float[np.ndarray, "M 2"]:
-    """Scale points so that they fill a box of a given size, axis by axis, leaving a margin."""
+    """Scale points, each axis on its own, so that they fill a box except for a margin."""
     low, extent = points.min(axis=0), np.ptp(points, axis=0)
     unit = np.where(extent > 0, (points - low) / np.where(extent > 0, extent, 1), 0.5)
     return margin + unit * (np.asarray(size) - 2 * margin)
@@ -277,9 +285,9 @@ def draw_map(clusters: Sequence[Json], plane: Float[np.ndarray, "M 2"], *, small
 
     Args:
         clusters: ``index``, ``expert``, ``size``, ``keywords`` and what else the template shows of each cluster, the
-            largest first; it draws them in this order, so that small dots lie on large ones.
-        plane: Where they lie, in any unit.
-        smallest: Least radius of a dot.
+            largest first. Dots are drawn in this order, so that small ones lie on large ones.
+        plane: Position of each cluster, in any unit.
+        smallest: Smallest radius of a dot.
     """
     positions = fit_box(plane, MAP_SIZE, margin=34.0)
     largest = float(np.clip(340 / math.sqrt(len(clusters)), 7, 26))
@@ -297,7 +305,7 @@ def draw_map(clusters: Sequence[Json], plane: Float[np.ndarray, "M 2"], *, small
 
 
 def choose_labels(dots: Iterable[Json]) -> list[Json]:
-    """Label the largest clusters with their first key word, leaving out words that would cover another."""
+    """Label clusters with their first key word, the largest first, unless the word would cover another one."""
     labels: list[Json] = []
     for dot in dots:
         word = str(dot["keywords"][0])[:18] if dot["keywords"] else ""

@@ -21,7 +21,7 @@ from modeclip.data.checks import CheckResult, format_share
 from modeclip.data.images import cause_of, decode_image, strict_pillow
 from modeclip.data.samples import EMPTY, Sample
 from modeclip.pages.charts import draw_bins
-from modeclip.pages.html import INK, PAPER, RULE, SOFT, WARN, embed_picture, is_small, render
+from modeclip.pages.html import INK, PAPER, RULE, SOFT, WARN, embed_picture, encode_png, is_small, write_page
 from modeclip.system.files import write_atomically, writing
 
 if TYPE_CHECKING:
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
 SHEET_PAIRS = 96
-TILE = 112  # pixels of a tile's side on the sheet
-GAP = 10
-LINES = 3  # of a caption
-LINE_PIXELS = 14
-FONT_PIXELS = 11
+"""Pairs on the sheet and on the page."""
+TILE, GAP, LINE_PIXELS, FONT_PIXELS = 112, 10, 14, 11
+"""Side of a picture on the sheet, room between tiles, height of a line of caption, size of its letters: pixels."""
+LINES = 3
+"""Most lines of a caption."""
 HISTOGRAM_SIZE = (380.0, 210.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One pair as it is shown."""
+    """A pair as the sheet and the page show it."""
 
     row: int
     key: str
     caption: str
     image: Image | None
-    """Nothing where it cannot be shown."""
+    """The decoded image; None if it cannot be shown."""
     cause: str
     """Why it cannot be shown; empty if it can."""
 
 
 def draw_rows(catalog: Catalog, count: int = SHEET_PAIRS, seed: int = 0) -> Int[np.ndarray, " n"]:
-    """Draw rows at random, ascending; all of them where there are not more."""
+    """Draw rows at random and return them in ascending order; all rows if the catalog has no more."""
     count = min(count, len(catalog))
     return np.sort(np.random.default_rng(seed).choice(len(catalog), count, replace=False, shuffle=False))
 
 
 def read_tiles(catalog: Catalog, rows: Int[np.ndarray, " n"]) -> list[Tile]:
-    """Read and decode pairs, in the order of ``rows``; what cannot be decoded comes with its cause."""
+    """Read and decode pairs in the order of ``rows``. A tile says why its image cannot be decoded."""
     columns = ("key", "caption", "image", "path", "offset", "size")
     values = (column.tolist() for column in catalog.read(columns, rows).values())
     tiles = []
@@ -74,46 +74,52 @@ def read_tiles(catalog: Catalog, rows: Int[np.ndarray, " n"]) -> list[Tile]:
     return tiles
 
 
-def draw_contact_sheet(catalog: Catalog, rows: Int[np.ndarray, " n"], path: Path | str, columns: int = 12) -> Path:
-    """Write a PNG of pairs: each picture with its caption below, crossed out where it cannot be decoded.
-
-    Args:
-        catalog: The catalog.
-        rows: Positions of the pairs, in the order in which they are shown.
-        path: The file; an existing one is replaced.
-        columns: Tiles side by side.
-
-    Returns:
-        The file.
-    """
-    return _write_sheet(read_tiles(catalog, rows), Path(path), columns)
-
-
 def write_check(catalog: Catalog, result: CheckResult, folder: Path | str, seed: int = 0) -> tuple[Path, Path]:
-    """Write ``check.html`` and ``contact.png`` to a folder, of pairs drawn at random.
+    """Write ``check.html`` and ``contact.png`` to a folder. Both show the same pairs, drawn at random.
 
     Args:
         catalog: The catalog.
-        result: What ``check`` found in it.
-        folder: Where to write; made if it is not there.
-        seed: Of the draw.
+        result: What the check of the catalog found.
+        folder: The folder; it is made if it is missing.
+        seed: Decides which pairs are drawn.
 
     Returns:
-        The page and the sheet.
+        Paths of the page and of the sheet.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tiles = read_tiles(catalog, draw_rows(catalog, seed=seed))
-    page = folder / "check.html"
-    with writing(page):
-        write_atomically(page, _render(result, tiles, catalog.name))
-    return page, _write_sheet(tiles, folder / "contact.png", 12)
+    severities = [finding.severity for finding in result.findings]
+    histograms = (
+        ("Caption length", "characters", result.caption_lengths),
+        ("Shorter side", "pixels", result.shorter_sides),
+        ("Aspect", "width / height", result.aspects),
+    )
+    page = write_page(
+        Path(folder) / "check.html",
+        "check.html",
+        result=result,
+        name=catalog.name,
+        verdict=[(severity, severities.count(severity)) for severity in dict.fromkeys(severities)],
+        findings=[(finding, format_share(finding.count, finding.looked_at)) for finding in result.findings],
+        charts=[
+            (title, unit, draw_bins(found.counts, found.edges, size=HISTOGRAM_SIZE))
+            for title, unit, found in histograms
+        ],
+        pictures=[
+            embed_picture(tile.image, tile.caption, place=f"row {tile.row:,}, key {tile.key}", cause=tile.cause)
+            for tile in tiles
+        ],
+    )
+    return page, write_sheet(tiles, Path(folder) / "contact.png")
 
 
-# ---------------------------------------------------------------- the sheet
+def write_sheet(tiles: Sequence[Tile], path: Path, columns: int = 12) -> Path:
+    """Write a PNG of pairs, each picture with its caption below, and return its path.
 
-
-def _write_sheet(tiles: Sequence[Tile], path: Path, columns: int) -> Path:
+    Args:
+        tiles: The pairs in order. A picture that cannot be shown is crossed out.
+        path: The file; an existing one is replaced as a whole.
+        columns: Tiles in a row of the sheet.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     height = TILE + LINES * LINE_PIXELS + 6
@@ -125,15 +131,13 @@ def _write_sheet(tiles: Sequence[Tile], path: Path, columns: int) -> Path:
         left = GAP + position % columns * (TILE + GAP)
         top = GAP + position // columns * (height + GAP)
         _draw_tile(sheet, pen, font, tile, left, top)
-    temporary = path.with_name(path.name + ".part")
     with writing(path):
-        sheet.save(temporary, "PNG")
-    temporary.replace(path)
+        write_atomically(path, encode_png(sheet))
     return path
 
 
 def _draw_tile(sheet: Image, pen: ImageDraw, font: ImageFont | FreeTypeFont, tile: Tile, left: int, top: int) -> None:
-    """Draw a picture, or a cross and the cause, and the caption below it."""
+    """Draw a picture, or a cross and the cause, with the caption below it."""
     from PIL import Image
 
     right, bottom = left + TILE - 1, top + TILE - 1
@@ -162,7 +166,7 @@ def _draw_tile(sheet: Image, pen: ImageDraw, font: ImageFont | FreeTypeFont, til
 
 
 def _wrap(text: str, font: ImageFont | FreeTypeFont, width: int, most: int) -> list[str]:
-    """Break a text into at most so many lines of a width in pixels; what is left out becomes an ellipsis."""
+    """Break a text into at most ``most`` lines of a width in pixels; an ellipsis stands for the rest."""
     rest = " ".join("".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())).split())[:500]
     lines: list[str] = []
     while rest and len(lines) < most:
@@ -175,31 +179,3 @@ def _wrap(text: str, font: ImageFont | FreeTypeFont, width: int, most: int) -> l
             lines[-1] = lines[-1][:-1].rstrip()
         lines[-1] += "…"
     return lines
-
-
-# ---------------------------------------------------------------- the page
-
-
-def _render(result: CheckResult, tiles: Sequence[Tile], name: str) -> str:
-    """Fill the template with what was found."""
-    severities = [finding.severity for finding in result.findings]
-    histograms = (
-        ("Caption length", "characters", result.caption_lengths),
-        ("Shorter side", "pixels", result.shorter_sides),
-        ("Aspect", "width / height", result.aspects),
-    )
-    return render(
-        "check.html",
-        result=result,
-        name=name,
-        verdict=[(severity, severities.count(severity)) for severity in dict.fromkeys(severities)],
-        findings=[(finding, format_share(finding.count, finding.looked_at)) for finding in result.findings],
-        charts=[
-            (title, unit, draw_bins(found.counts, found.edges, size=HISTOGRAM_SIZE))
-            for title, unit, found in histograms
-        ],
-        pictures=[
-            embed_picture(tile.image, tile.caption, place=f"row {tile.row:,}, key {tile.key}", cause=tile.cause)
-            for tile in tiles
-        ],
-    )

@@ -12,15 +12,14 @@ import numpy as np
 
 from modeclip.adapting.finetuning import FinetuneResult
 from modeclip.pages.charts import draw_curves
-from modeclip.pages.html import render
-from modeclip.system.files import write_atomically, writing
+from modeclip.pages.html import write_page
 
 PAGE_FILE = "finetune.html"
 CHART_SIZE = (1080.0, 320.0)
 
 
 def write_finetuning(result: FinetuneResult, folder: Path | str) -> Path:
-    """Write ``finetune.html`` to a folder and return where it lies; an existing page is replaced as a whole."""
+    """Write ``finetune.html`` to a folder and return its path; an existing page is replaced as a whole."""
     alphas = np.array([point.alpha for point in result.curve])
     lines = {"own set": np.array([point.own for point in result.curve])}
     if result.curve[0].general is not None:
@@ -28,15 +27,10 @@ def write_finetuning(result: FinetuneResult, folder: Path | str) -> Path:
     logs = {name: {"samples": alphas, "accuracy": values} for name, values in lines.items()}
     steps, scores = (np.array(column, float) for column in zip(*result.checks, strict=True))
     training = {"own set": {"samples": steps, "accuracy": scores}}
-    page = Path(folder) / PAGE_FILE
-    with writing(page):
-        write_atomically(
-            page,
-            render(
-                "finetune.html",
-                result=result,
-                line=draw_curves(logs, "accuracy", result.alpha, size=CHART_SIZE, right=110.0),
-                training=draw_curves(training, "accuracy", float(result.best_step), size=CHART_SIZE, right=20.0),
-            ),
-        )
-    return page
+    return write_page(
+        Path(folder) / PAGE_FILE,
+        "finetune.html",
+        result=result,
+        line=draw_curves(logs, "accuracy", result.alpha, size=CHART_SIZE, right=110.0),
+        training=draw_curves(training, "accuracy", float(result.best_step), size=CHART_SIZE, right=20.0),
+    )

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modeclip.system.files import write_atomically, writing
 from modeclip.training.jobs import role_of
 
 if TYPE_CHECKING:
@@ -37,14 +38,31 @@ SMALL_PIXELS = 64
 """Pictures with sides up to this (icons) are stored exactly and shown whole; others are lossy and fill a square."""
 
 
-def render(template: str, **parts: Any) -> str:
-    """Fill a template with what it shows.
+def write_page(path: Path, template: str, **parts: Any) -> Path:
+    """Write a page and return its path. An existing page is replaced as a whole; a missing folder is made.
 
     Args:
+        path: The page.
         template: File in ``templates/``, such as ``report.html``.
-        parts: Values that the template names. One that it names and that is missing is an error.
+        parts: What the template shows, by the names that it uses. A name without a value is an error.
     """
+    page = fill_template(template, **parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        write_atomically(path, page)
+    return path
+
+
+def fill_template(template: str, **parts: Any) -> str:
+    """Return the text of a template filled with its parts; see `write_page`."""
     return _environment().get_template(template).render(**parts)
+
+
+def encode_png(image: Image) -> bytes:
+    """Return an image as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 @cache

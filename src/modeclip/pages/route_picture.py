@@ -1,8 +1,8 @@
-"""A route in, a picture of it out, as SVG or PNG: class -> nearest fine clusters -> weights of the experts.
+"""The picture of a route: for each class, the nearest fine clusters and the weights that the experts get.
 
-The same few rectangles and words are written as SVG or painted with Pillow, whose own font needs no file. Up to
-`MAX_ROOMY` classes have their nearest clusters below one another, in the order of the task; more have one line each,
-in columns, sorted by the expert that has most of their weight, so that a thousand classes can be looked over.
+The picture is a list of rectangles and words, which is written as SVG or painted as PNG with Pillow and its built-in
+font. Up to `MAX_ROOMY` classes are drawn with all their nearest clusters, in the order of the task. More classes have
+one line each, in columns, sorted by the expert with most of the weight, so that a thousand classes can be surveyed.
 
 Price: milliseconds for a hundred classes.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from modeclip.errors import ModeclipError
 from modeclip.mixture.explain import ClassReason, Route
-from modeclip.pages.html import INK, PAPER, RULE, SOFT
+from modeclip.pages.html import INK, PAPER, RULE, SOFT, encode_png
 from modeclip.system.files import write_atomically, writing
 
 if TYPE_CHECKING:
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 MAX_ROOMY = 40
 """Most classes that are drawn with all their nearest clusters."""
 MAX_COLUMN = 60
-"""Most classes in a column of those that are drawn as one line."""
+"""Most classes in a column, where each class has one line."""
 MAX_DRAWN = 1500
-"""Most classes that are drawn; of more, every n-th in the order of the picture."""
+"""Most classes that are drawn; of more classes, every n-th is drawn."""
 LINE, FONT, EDGE, GAP = 19.0, 12, 18.0, 30.0
 """Height of a line, size of the letters, margin, room between columns: pixels."""
 NAME, CLUSTER, BAR = 150.0, 330.0, 180.0
-"""Widths of what a class is called, of a cluster's captions, of a bar: pixels."""
+"""Widths of a class name, of a cluster's captions, and of a bar of weights: pixels."""
 PNG_SCALE = 2
-"""Pixels of a PNG for one of the drawing, for sharp letters."""
+"""Pixels of the PNG for a pixel of the layout; 2 makes the letters sharp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """What is drawn, and on how large a page."""
+class RoutePicture:
+    """Everything on the picture, and its size in pixels."""
 
     width: float
     height: float
@@ -76,31 +76,28 @@ def write_picture(route: Route, path: Path) -> None:
     """Write the picture of a route to a file.
 
     Args:
-        route: Weights of a task.
-        path: File that ends in ``.svg`` or ``.png``.
+        route: The route of a task.
+        path: A file that ends in ``.svg`` or ``.png``; an existing one is replaced as a whole.
 
     Raises:
-        ModeclipError: The file's name ends otherwise, or the disk is full.
+        ModeclipError: The file's name has another ending, or the disk is full.
     """
     check_picture(path)
-    drawing = draw_route(route)
+    picture = draw_route(route)
     with writing(path):
-        if path.suffix.lower() == ".svg":
-            write_atomically(path, to_svg(drawing))
-        else:
-            _paint(drawing, path)
+        write_atomically(path, to_svg(picture) if path.suffix.lower() == ".svg" else to_png(picture))
 
 
 def check_picture(path: Path) -> None:
-    """Raise for a file that no picture can be written to."""
+    """Raise a ModeclipError if no picture can be written to this file."""
     if path.suffix.lower() not in (".svg", ".png"):
         raise ModeclipError(f"picture {path}: expected a file that ends in .svg or .png")
     if not path.absolute().parent.is_dir():
-        raise ModeclipError(f"picture {path}: there is no folder {path.parent}; make it, or name another")
+        raise ModeclipError(f"picture {path}: there is no folder {path.parent}; make it, or choose another one")
 
 
-def draw_route(route: Route) -> Drawing:
-    """Lay out a route: title, what the experts are, then the classes."""
+def draw_route(route: Route) -> RoutePicture:
+    """Lay out the picture of a route: title, experts with their key words, then the classes."""
     reasons, colors = route.explain(), expert_colors(len(route.members))
     shares = route.class_weights
     mean = shares.mean(axis=0)
@@ -142,18 +139,18 @@ def draw_route(route: Route) -> Drawing:
             left = EDGE + (place // rows) * (_LINE_WIDTH + GAP)
             parts += _one_line(reasons[index], route.members, colors, left, y + (place % rows) * LINE)
         height = y + rows * LINE
-    return Drawing(width=width, height=height + EDGE, parts=tuple(parts))
+    return RoutePicture(width=width, height=height + EDGE, parts=tuple(parts))
 
 
-def to_svg(drawing: Drawing) -> str:
-    """Write a drawing as SVG."""
-    size = f"{drawing.width:g} {drawing.height:g}"
+def to_svg(picture: RoutePicture) -> str:
+    """Return the picture as SVG."""
+    size = f"{picture.width:g} {picture.height:g}"
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{drawing.width:g}" '
-        f'height="{drawing.height:g}" font-family="Helvetica, Arial, sans-serif" font-size="{FONT}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{picture.width:g}" '
+        f'height="{picture.height:g}" font-family="Helvetica, Arial, sans-serif" font-size="{FONT}">',
         f'<rect width="100%" height="100%" fill="{PAPER}"/>',
     ]
-    for part in drawing.parts:
+    for part in picture.parts:
         if isinstance(part, Box):
             place = f'x="{part.x:.1f}" y="{part.y:.1f}" width="{part.width:.1f}" height="{part.height:.1f}"'
             lines.append(f'<rect {place} fill="{part.color}"/>')
@@ -164,8 +161,25 @@ def to_svg(drawing: Drawing) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
+def to_png(picture: RoutePicture) -> bytes:
+    """Return the picture as a PNG file."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (round(picture.width * PNG_SCALE), round(picture.height * PNG_SCALE)), PAPER)
+    pencil, font = ImageDraw.Draw(image), _font()
+    for part in picture.parts:
+        x, y = part.x * PNG_SCALE, part.y * PNG_SCALE
+        if isinstance(part, Box):
+            right, bottom = x + part.width * PNG_SCALE - 1, y + part.height * PNG_SCALE - 1
+            pencil.rectangle((x, y, max(x, right), max(y, bottom)), fill=part.color)
+        else:
+            stroke = 0.5 if part.bold else 0
+            pencil.text((x, y), part.text, fill=part.color, font=font, anchor="lm", stroke_width=stroke)
+    return encode_png(image)
+
+
 def expert_colors(count: int) -> list[str]:
-    """Return a colour for each expert, as different as so many can be; the lightness changes too.
+    """Return a colour for each expert. Hues are spread evenly, and neighbours differ in lightness too.
 
     Examples:
         >>> len(set(expert_colors(32)))
@@ -182,7 +196,7 @@ _LINE_WIDTH = NAME + CLUSTER + BAR + 110
 
 
 def _columns(num_classes: int) -> tuple[float, int]:
-    """Return the width of the page, and the columns of single lines; 0 where there is room for all clusters."""
+    """Return the picture's width and its number of columns; 0 columns if there is room for all nearest clusters."""
     if num_classes <= MAX_ROOMY:
         return 2 * EDGE + _LINE_WIDTH, 0
     columns = min(3, -(-num_classes // MAX_COLUMN))
@@ -190,7 +204,7 @@ def _columns(num_classes: int) -> tuple[float, int]:
 
 
 def _roomy(reasons: Sequence[ClassReason], members: Sequence[str], colors: list[str], y: float) -> list[Box | Words]:
-    """Draw each class with all its nearest clusters below one another."""
+    """Lay out each class with all its nearest clusters."""
     parts: list[Box | Words] = []
     for reason in reasons:
         parts.append(Box(EDGE, y, _LINE_WIDTH, 1.0, RULE))
@@ -203,14 +217,14 @@ def _roomy(reasons: Sequence[ClassReason], members: Sequence[str], colors: list[
 
 
 def _one_line(reason: ClassReason, members: Sequence[str], colors: list[str], x: float, y: float) -> list[Box | Words]:
-    """Draw a class with its nearest cluster."""
+    """Lay out a class with its nearest cluster on one line."""
     parts: list[Box | Words] = [Words(x, y + LINE / 2, _fit(reason.name, NAME - 10), bold=True)]
     parts += _cluster(reason, 0, colors[reason.clusters[0].expert], x + NAME, y)
     return parts + _bar(reason, members, colors, x + NAME + CLUSTER + 20, y)
 
 
 def _cluster(reason: ClassReason, place: int, color: str, x: float, y: float) -> list[Box | Words]:
-    """Draw whose a cluster is, how far it lies, and its captions."""
+    """Lay out the colour of a cluster's expert, its distance, and its captions."""
     cluster = reason.clusters[place]
     captions = _fit(" · ".join(cluster.captions), CLUSTER - 55)
     distance = Words(x + 16, y + LINE / 2, f"{cluster.distance:.2f}", SOFT)
@@ -218,7 +232,7 @@ def _cluster(reason: ClassReason, place: int, color: str, x: float, y: float) ->
 
 
 def _bar(reason: ClassReason, members: Sequence[str], colors: list[str], x: float, y: float) -> list[Box | Words]:
-    """Draw the weights of a class behind one another, and name the largest."""
+    """Lay out the weights of a class as one bar, with the name of the largest."""
     parts: list[Box | Words] = []
     at, best = x, int(np.argmax(reason.weights))
     for weight, color in zip(reason.weights, colors, strict=True):
@@ -237,7 +251,7 @@ def _font() -> FreeTypeFont | ImageFont:
 
 
 def _fit(text: str, width: float) -> str:
-    """Cut text that is wider than so many pixels; a bold letter may be a tenth wider."""
+    """Cut text to a width in pixels, with room for bold letters, which are up to a tenth wider."""
     text = _printable(text)
     font = _font()
     if font.getlength(text) <= 0.92 * width * PNG_SCALE:
@@ -248,24 +262,5 @@ def _fit(text: str, width: float) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return text on one line, without characters that XML does not allow."""
+    """Put text on one line, without characters that XML does not allow."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def _paint(drawing: Drawing, path: Path) -> None:
-    """Paint a drawing as PNG."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (round(drawing.width * PNG_SCALE), round(drawing.height * PNG_SCALE)), PAPER)
-    pencil, font = ImageDraw.Draw(image), _font()
-    for part in drawing.parts:
-        x, y = part.x * PNG_SCALE, part.y * PNG_SCALE
-        if isinstance(part, Box):
-            right, bottom = x + part.width * PNG_SCALE - 1, y + part.height * PNG_SCALE - 1
-            pencil.rectangle((x, y, max(x, right), max(y, bottom)), fill=part.color)
-        else:
-            stroke = 0.5 if part.bold else 0
-            pencil.text((x, y), part.text, fill=part.color, font=font, anchor="lm", stroke_width=stroke)
-    part_path = path.with_name(path.name + ".part")
-    image.save(part_path, "PNG")
-    part_path.replace(path)

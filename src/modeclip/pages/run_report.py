@@ -20,8 +20,7 @@ from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
 from modeclip.pages.charts import Axis, draw_curves, draw_map, neighbour_plane
-from modeclip.pages.html import embed_picture, family_of, is_control, render
-from modeclip.system.files import write_atomically
+from modeclip.pages.html import embed_picture, family_of, is_control, write_page
 from modeclip.training.jobs import job_name, role_of
 
 if TYPE_CHECKING:
@@ -55,11 +54,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         ModeclipError: The folder holds no readable ``results.json``, or a training log has a broken line.
     """
-    results = read_results(run)
+    results = read_run(run)
     models, seed = results["models"], int(results["seed"])
     atlas = build_atlas(run, results["routing"])
     experts = find_experts(models, atlas)
-    page = render(
+    return write_page(
+        out or run / "report.html",
         "report.html",
         results=results,
         num_experts=len(experts),
@@ -70,14 +70,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         tasks=build_tasks(results, atlas),
         sheets=build_sheets(run, experts, seed),
     )
-    path = out or run / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, page)
-    return path
 
 
-def read_results(run: Path) -> Json:
-    """Read ``results.json`` of a run; parts that a run may lack come back empty."""
+def read_run(run: Path) -> Json:
+    """Read ``results.json`` of a run. Parts that are missing come back empty, and models in the order of their cost."""
     path = run / "results.json"
     if not path.is_file():
         raise ModeclipError(f"no results.json in {run}: expected a finished run folder; `modeclip run` writes one")
@@ -97,12 +93,12 @@ def read_stages(run: Path) -> list[Json]:
 
 
 def find_headline(models: Sequence[Json]) -> Json:
-    """Pick the mixture under the default rule and the dense model of equal cost, and judge their difference.
+    """Find the mixture under its default rule and the dense model of equal cost, and judge their difference.
 
     Returns:
-        ``mixture``, ``dense``, ``uniform`` and ``random`` (a model or None), ``versus``, and ``verdict``: "win" or
-        "loss" when the bootstrap interval of the difference excludes zero, "tie" when it holds zero, "none" when there
-        is nothing to compare.
+        ``mixture``, ``dense``, ``uniform`` and ``random`` (a model or None), ``versus`` (the difference and its
+        interval), and ``verdict``: "win" or "loss" if the interval excludes zero, "tie" if it includes zero, "none" if
+        there is nothing to compare.
     """
     mixtures = [model for model in models if model["kind"] == "mixture"]
     mixture = next((model for model in mixtures if model.get("default")), None)
@@ -123,8 +119,8 @@ def find_headline(models: Sequence[Json]) -> Json:
 def build_table(results: Json) -> Json | None:
     """Arrange the models in groups and find the best value of each column; None if nothing was evaluated.
 
-    Single models stand in the order of their cost; the other groups are sorted by average accuracy, best first.
-    Bounds are chosen with the test labels, so they are never called the best.
+    Single models are in the order of their cost, the other groups in that of average accuracy, the best first. Bounds
+    are chosen with the test labels, so they are never marked as the best.
     """
     models = [model for model in results["models"] if model.get("average") is not None]
     if not models or not results["tasks"]:
@@ -152,7 +148,7 @@ def build_table(results: Json) -> Json | None:
 
 
 def build_training(run: Path, models: Sequence[Json]) -> Json | None:
-    """Read the training logs and place the curves of loss and learning rate on one axis of samples."""
+    """Read the training logs and place curves of loss and learning rate against samples; None without logs."""
     names = [model["name"] for model in models if model["kind"] in ("seed", "dense", "expert")]
     paths = {path.parent.name: path for path in sorted(run.glob("models/*/log.jsonl"))}
     order = {name: position for position, name in enumerate(names)}
@@ -183,7 +179,7 @@ def build_training(run: Path, models: Sequence[Json]) -> Json | None:
 
 
 def read_log(path: Path) -> dict[str, Float[np.ndarray, " steps"]]:
-    """Read a training log into columns, in the order of samples; of a step written twice the later line counts."""
+    """Read a training log into columns, in the order of samples. If a step was logged twice, its later line counts."""
     fields = ("samples", "loss", "lr", "samples_per_second", "data_wait")
     records: dict[float, list[float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -199,7 +195,7 @@ def read_log(path: Path) -> dict[str, Float[np.ndarray, " steps"]]:
 
 
 def build_atlas(run: Path, routing: Mapping[str, Json]) -> Json | None:
-    """Place the fine clusters on a plane, with the tasks that met each; None if the run has no clusters."""
+    """Place the fine clusters on a map, with the tasks whose classes are nearest to each; None without clusters."""
     folder = run / "clusters"
     if not (folder / "cards.json").is_file() or not (folder / "clustering.safetensors").is_file():
         return None
@@ -217,7 +213,7 @@ def build_atlas(run: Path, routing: Mapping[str, Json]) -> Json | None:
 
 
 def build_tasks(results: Json, atlas: Json | None) -> list[Json]:
-    """Describe the routing of each task: weights, entropy, the clusters that its classes met, and some classes."""
+    """Describe the routing of each task: weights, entropy, the clusters nearest to its classes, and some classes."""
     cards = atlas["card_of_fine"] if atlas else {}
     places = {dot["index"]: dot for dot in atlas["dots"]} if atlas else {}
     tasks = []
@@ -253,7 +249,7 @@ def build_tasks(results: Json, atlas: Json | None) -> list[Json]:
 
 
 def find_experts(models: Sequence[Json], atlas: Json | None) -> list[int]:
-    """Return the numbers of the run's experts, from its clusters or, without them, from the evaluated models."""
+    """Return the indices of the run's experts, from its clusters or, without them, from the evaluated models."""
     if atlas:
         return sorted(card["index"] for card in atlas["experts"])
     found = [role_of(model["name"]) for model in models]
@@ -261,10 +257,10 @@ def find_experts(models: Sequence[Json], atlas: Json | None) -> list[int]:
 
 
 def build_sheets(run: Path, experts: Sequence[int], seed: int) -> Json:
-    """Draw a random sheet of pictures with captions for each expert.
+    """Draw random pictures with captions for each expert.
 
     Returns:
-        ``sheets``, one an expert, or none and the ``reason`` why the pictures cannot be had.
+        ``sheets``, one for each expert. If the catalog cannot be read there are none, and ``reason`` says why.
     """
     from modeclip.data.catalog import Catalog
 
@@ -276,7 +272,7 @@ def build_sheets(run: Path, experts: Sequence[int], seed: int) -> Json:
 
 
 def draw_sheet(catalog: Catalog, expert: int, seed: int) -> Json:
-    """Draw pictures from the training data of one expert, no caption twice."""
+    """Draw pictures from the training data of one expert, each with another caption."""
     rows = catalog.select(expert=expert)
     drawn = np.random.default_rng((seed, expert)).permutation(rows)[: 8 * MAX_SAMPLES]
     captions = [str(caption) for caption in catalog.read(["caption"], drawn)["caption"]] if len(drawn) else []

@@ -1,7 +1,7 @@
-"""Scaling laws in, one picture (SVG) and one page (HTML) out; both load nothing.
+"""The page of scaling laws, and its picture: error against compute for each family of models.
 
-The picture has its colours in it, so that it can stand alone or be turned into a PNG by any tool. Both axes are
-logarithmic: a law is a straight line, its interval the band around it. Points that the law is not fitted to are hollow.
+Both axes are logarithmic, so a law is a straight line and its interval the band around it. Points that the law is not
+fitted to are hollow. The picture is an SVG that contains its colours, so it can stand alone in a text.
 """
 
 from __future__ import annotations
@@ -13,40 +13,39 @@ from typing import Any
 
 from modeclip.evaluation.scaling import ScalingResult
 from modeclip.pages.charts import Axis
-from modeclip.pages.html import PALETTE, format_compute, render
-from modeclip.system.files import write_atomically, writing
+from modeclip.pages.html import PALETTE, format_compute, write_page
 
 PAGE_FILE, PICTURE_FILE, RESULT_FILE = "scaling.html", "scaling.svg", "scaling.json"
-SIZE = (860.0, 500.0)  # wider where a family's name is long
-FRAME = (70.0, 20.0, 700.0, 440.0)  # left, upper, right, lower; names of the families stand to the right
-NAME_GAP = 17.0  # between names of families
-MAX_NAMES = 24  # more points than this get no names beside them
-LETTER = 5.6  # width of a letter of such a name
-FAMILY_LETTER = 8.4  # of a family's name
+SIZE = (860.0, 500.0)
+"""Width and height of the picture, which is wider if a family has a long name."""
+FRAME = (70.0, 20.0, 700.0, 440.0)
+"""Left, upper, right and lower end of the axes; the names of the families are to the right."""
+NAME_GAP = 17.0
+"""Half the distance between names of families."""
+MAX_NAMES = 24
+"""If there are more points than this, no point has its name beside it."""
+LETTER, FAMILY_LETTER = 5.6, 8.4
+"""Width of a letter in the name of a point, and of a family."""
 
 
 def write_scaling(result: ScalingResult, folder: Path, what: str = "error") -> tuple[Path, Path]:
-    """Write page and picture into a folder.
+    """Write ``scaling.html`` and ``scaling.svg`` to a folder.
 
     Args:
-        result: What was fitted.
-        folder: Where they go; it is made if there is none.
-        what: What the error is of, for the upright axis.
+        result: The fitted laws and their points.
+        folder: The folder; it is made if it is missing.
+        what: Label of the upright axis, such as "top-1 error".
 
     Returns:
         The page and the picture.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    page, picture = folder / PAGE_FILE, folder / PICTURE_FILE
-    chart = draw(result, what)
-    with writing(folder):
-        svg = render("scaling.svg", chart=chart)
-        write_atomically(picture, svg)
-        write_atomically(page, render("scaling.html", result=result, svg=svg, colors=colors_of(result)))
+    picture = write_page(folder / PICTURE_FILE, "scaling.svg", chart=draw_laws(result, what))
+    svg = picture.read_text(encoding="utf-8")
+    page = write_page(folder / PAGE_FILE, "scaling.html", result=result, svg=svg, colors=colors_of(result))
     return page, picture
 
 
-def draw(result: ScalingResult, what: str = "error") -> dict[str, Any]:
+def draw_laws(result: ScalingResult, what: str = "error") -> dict[str, Any]:
     """Place points, lines and bands on the picture."""
     values = [error for point in result.points for error in point.errors]
     values += [number for band in result.bands.values() for place in band for number in place[1:2]]
@@ -95,7 +94,7 @@ def colors_of(result: ScalingResult) -> dict[str, str]:
 
 
 def _ticks(axis: Axis) -> list[tuple[float, float]]:
-    """Return powers of ten if there are some, else round values."""
+    """Return powers of ten if the axis has at least three, else round values."""
     powers = range(math.ceil(math.log10(axis.low)), math.floor(math.log10(axis.high)) + 1)
     ticks = [(10.0**power, axis.place(10.0**power)) for power in powers]
     return ticks if len(ticks) > 2 else axis.ticks(5)
@@ -110,7 +109,7 @@ def _path(places: Sequence[tuple[float, float]]) -> str:
 
 
 def _name_families(families: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give each family's name a height beside the end of its line where it covers no other name."""
+    """Place each family's name at the end of its line, or below it if another name is there."""
     floor = FRAME[1] + 8
     for family in sorted(families, key=lambda family: float(family["end"])):
         family["height"] = floor = max(float(family["end"]), floor)
@@ -119,7 +118,7 @@ def _name_families(families: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _name_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Place names above or below their points, and leave out those that would cover another name or a point."""
+    """Place names above or below their points; a name that would cover another name or a point is left out."""
     taken = [(point["x"] - 6, point["y"] - 6, point["x"] + 6, point["y"] + 6) for point in points]
     names = []
     for point in points:
