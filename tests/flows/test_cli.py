@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,14 +16,10 @@ import pytest
 
 from modeclip.__main__ import _interrupt
 from modeclip.clustering.class_selection import read_classes
-from modeclip.commands import PIPE_CLOSED, main
+from modeclip.commands import COMMANDS, PIPE_CLOSED, load_command, main, read_summaries
 from modeclip.errors import ModeclipError, in_one_line
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = (
-    *("demo", "run", "index", "check", "uids", "embed", "cluster", "route", "classify", "report"),
-    *("train", "train-experts", "status", "assign", "extend", "bundle", "finetune", "merge"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +45,47 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_complete(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command_says_what_each_option_means(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "Show this help" in (text := capsys.readouterr().out) or "show this help" in text
+    shown = capsys.readouterr().out
+    assert f"usage: modeclip {command} " in shown
+    assert load_command(command).__doc__ == read_summaries()[command]
+    assert "``" not in shown
+    options = re.split(r"^. (?=--?[a-z])", shown, flags=re.MULTILINE)[1:]
+    for option in options:
+        text = re.sub(r"[│╭╮╰╯─]", " ", option.partition("\n\n")[0])
+        words = [word for word in text.split() if not word.startswith(("-", "(", "[", "{")) and not word.isupper()]
+        assert len(words) > 2, option
+
+
+def test_help_lists_all_commands_without_importing_one() -> None:
+    code = (
+        "import sys\n"
+        "from modeclip.commands import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "print(sorted(name for name in sys.modules if name.startswith(('modeclip.', 'numpy', 'torch'))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *shown, imported = done.stdout.splitlines()
+    listed = re.findall(r"^. +• ([a-z-]+) +[A-Z]", "\n".join(shown), flags=re.MULTILINE)
+    assert listed == list(COMMANDS)
+    assert not {name.split(".")[1] for name in ast.literal_eval(imported)} - {"commands", "errors", "system"}
+
+
+def test_a_shell_completes_the_options_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--tyro-print-completion", "bash"])
+    assert {"--sweep-experts", "--mask-same-captions"} <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+def test_an_unknown_command_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["clustre"])
+    assert stop.value.code == 2
+    assert "train-experts" in capsys.readouterr().err
 
 
 def test_classify_prints_table_and_json(

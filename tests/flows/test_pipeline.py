@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from modeclip import pipeline
 from modeclip.mixture.mode import MoDE
-from modeclip.pipeline import load_recipe, run
+from modeclip.pipeline import load_recipe, parse_recipe, run
 from support import can_mount, weights_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -57,6 +60,44 @@ def test_run_leaves_everything_that_it_promises(small_run: Path) -> None:
     assert all(0 <= low <= row["average"] <= high <= 1 for row in results["models"] for low, high in [row["interval"]])
     best = max(rows[f"expert-{k}", None]["average"] for k in range(2))
     assert rows["best single", None]["average"] == best <= rows["oracle", None]["average"]
+
+
+def test_settings_are_known_by_what_they_were() -> None:
+    """Stages of existing folders are done as long as these hashes, which enter their digests, stay the same."""
+    content = {"name": "old", "data": {"source": "icons", "tasks": ["lucide"]}, "cluster": {"num_fine": 8}}
+    recipe = parse_recipe(content | {"experts": {"controls": ["random"]}})
+    assert {name: sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:16] for name, section in
+            recipe.plain().items()} == {
+        "name": "d6d13014ef18d450",
+        "data": "9d7b270261056cc6",
+        "embed": "3480096dde6c5aa1",
+        "cluster": "1243e3b4b582644c",
+        "train": "730f5138476af067",
+        "experts": "62c62957e91da6cf",
+        "evaluate": "63faa4ee91018bef",
+    }  # fmt: skip
+
+
+def test_a_run_opens_its_source_and_its_clustering_and_plans_its_jobs_once(
+    small_recipe: Path, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, calls = shutil.copytree(small_run, tmp_path / "run"), Counter[str]()
+
+    def count(home: object, name: str) -> None:
+        original = getattr(home, name)
+
+        def counting(*args: object, **options: object) -> object:
+            calls[name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(home, name, counting)
+
+    for name in ("open_source", "plan_jobs"):
+        count(pipeline, name)
+    count(pipeline.Clustering, "load")
+    (out / "results.json").unlink()
+    run(load_recipe(small_recipe), out)
+    assert calls == {"open_source": 1, "plan_jobs": 1, "load": 1}
 
 
 def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Path, modeclip_process: Command) -> None:
