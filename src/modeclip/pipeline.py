@@ -89,16 +89,16 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished run offers."""
+    """What a finished run leaves."""
 
     folder: Path
     """The run's folder."""
     results: dict[str, Any]
-    """Content of ``results.json``."""
+    """What ``results.json`` holds."""
     report: Path
-    """The report."""
+    """The page that shows the results."""
     bundle: Path
-    """The bundle."""
+    """The folder of the bundle."""
 
 
 def demo_recipe() -> Path:
@@ -110,14 +110,17 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; paths in it are relative to its folder.
 
     Raises:
-        ModeclipError: It is missing, is no YAML, or a field is unknown, missing or of a wrong type.
+        ModeclipError: The file is missing or no valid YAML, or a field is unknown, missing, of a wrong type or out of its
+            range.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModeclipError(f"recipe {path}: no such file") from None
+        raise ModeclipError(f"recipe {path}: no such file; correct the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModeclipError(f"recipe {path}: no valid YAML: {' '.join(str(error).split())}") from None
+        raise ModeclipError(
+            f"recipe {path}: no valid YAML ({' '.join(str(error).split())}); correct that line"
+        ) from None
     if isinstance(content, dict):
         content.setdefault("name", path.stem)
         for section, name in (("train", "model"), ("embed", "encoder")):
@@ -131,7 +134,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(content: Any) -> Recipe:
-    """Turn what YAML gave into a recipe, every field checked.
+    """Make a recipe of what a YAML file holds, and check every field.
 
     Raises:
         ModeclipError: A field is unknown, missing, of a wrong type or out of its range.
@@ -139,7 +142,9 @@ def parse_recipe(content: Any) -> Recipe:
     from pydantic import TypeAdapter, ValidationError
 
     if not isinstance(content, dict):
-        raise ModeclipError(f"expected sections such as `data:`, got {type(content).__name__}")
+        raise ModeclipError(
+            f"expected sections such as `data:`, got a {type(content).__name__}; docs/own-data.md shows a recipe"
+        )
     if isinstance(content.get("data"), dict):
         content = content | {"data": DataConfig.nested(content["data"])}
     _check_fields(Recipe, content, ())
@@ -226,7 +231,8 @@ class RunFolder(RunPaths):
         """The models that were asked for, in the order in which they should start.
 
         Raises:
-            ModeclipError: A setting is of no use, or the catalog lacks a control's column (`add_controls`).
+            ModeclipError: The settings fit neither the clustering nor each other, or the catalog lacks the column of a
+            control (`add_controls`).
         """
         return pin_jobs(self._plan(self.experts), self.catalog)
 
@@ -397,20 +403,20 @@ def single_job(
     start: str | None = None,
     threads: int = 1,
 ) -> TrainJob:
-    """Return the job of one model by itself, with a schedule of its own or behind what it starts from.
+    """Return the job that trains one model by itself, from the start or onwards from another model.
 
     Args:
         catalog: Any catalog.
-        folder: Where the model goes; its name is that of the job.
-        train: How it is trained.
-        where: Columns and their values: only such rows.
-        mask: Column of booleans: only the rows that it marks.
-        start: Folder of a finished job or checkpoint (``.pt``) of open_clip_train: the job takes the steps behind
-            ``train.seed_parts``, as an expert does behind its seed; None: the whole schedule.
+        folder: Where the model goes; the folder's name becomes the job's.
+        train: How the model is trained.
+        where: Columns and the value that a row must have in each to be trained on.
+        mask: Column of booleans that marks the rows to train on.
+        start: Folder of a finished job, or a checkpoint (``.pt``) of open_clip_train. The job then takes the steps
+            after ``train.seed_parts``, as an expert does after its seed; None takes the whole schedule.
         threads: Threads that compute.
 
     Raises:
-        ModeclipError: There is no such column or value, or the start is of no use.
+        ModeclipError: The catalog has no such column or value, or the start cannot be continued.
     """
     where, folder = dict(where or {}), folder.resolve()
     fingerprint = fingerprint_of(catalog, None, train.model)
@@ -426,11 +432,11 @@ def single_job(
 
 
 def run(recipe: Recipe, out: Path) -> RunResult:
-    """Run what is missing or stale of a recipe's stages.
+    """Run the stages of a recipe that are missing or stale.
 
     Args:
         recipe: What to do.
-        out: The run's folder; made if it is not there.
+        out: The run's folder, which is made if it does not exist.
 
     Raises:
         ModeclipError: A stage cannot do its work, or another process is running in the folder.
@@ -438,8 +444,8 @@ def run(recipe: Recipe, out: Path) -> RunResult:
     check_model(recipe.train.model)  # at once, not after an hour of embedding
     if recipe.embed.encoder.partition(":")[0] in IMAGE_PREFIXES:
         raise ModeclipError(
-            f"embed.encoder {recipe.embed.encoder!r} looks at images, but tasks are routed by class names: give an"
-            " encoder of texts, or use the commands modeclip embed and modeclip cluster, which take all of them"
+            f"embed.encoder {recipe.embed.encoder!r} looks at images, but a recipe routes tasks by class names: give an"
+            " encoder of texts, or use the commands modeclip embed and modeclip cluster, which take every encoder"
         )
     out.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(

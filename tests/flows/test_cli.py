@@ -150,7 +150,7 @@ RECIPE_MISTAKES = {
     "data: {source: icons}\nevaluate: {rule: best}": "unknown rule 'best'; known: paper, eq6",
     "data: {source: icons}\nembed: {encoder: bert}": "unknown encoder 'bert'; known: auto, minilm",
     "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, modeclip-icon-s",
-    "- a list": "expected sections such as `data:`, got list",
+    "- a list": "expected sections such as `data:`, got a list",
     "data: {source: [": "no valid YAML",
 }
 
