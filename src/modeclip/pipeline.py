@@ -110,8 +110,8 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; paths in it are relative to its folder.
 
     Raises:
-        ModeclipError: The file is missing or no valid YAML, or a field is unknown, missing, of a wrong type or out of its
-            range.
+        ModeclipError: The file is missing or no valid YAML, or a field is unknown, missing, of a wrong type or out of
+            its range.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

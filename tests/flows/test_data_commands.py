@@ -106,7 +106,10 @@ def test_ids_go_out_and_come_back(folder: Path, tmp_path: Path, capsys: pytest.C
         (("cluster", "{folder}", "--fine", "0"), "cluster.num_fine: expected 1 or more, got 0"),
         (("cluster", "{folder}", "--fine", "100000"), "cluster.fit_samples|cluster.num_fine is 100000, but"),
         (("cluster", "s3://bucket/none"), "is no catalog"),
-        (("uids", "{folder}"), "uids: nothing to do; give --out FILE.npy to write ids, --keep FILE.npy to read them"),
+        (
+            ("uids", "{folder}"),
+            "uids: nothing to do; give --out FILE.npy to write ids, or --keep FILE.npy to read them",
+        ),
         (("uids", "{folder}", "--keep", "none.npy"), "none.npy"),
         (("index", "nowhere/none.tar"), "none.tar"),
         (("index", "icons", "--image-size", "0"), "data.image_size: expected 1 or more, got 0"),

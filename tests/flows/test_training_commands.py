@@ -205,7 +205,10 @@ def test_train_of_a_part_continues_a_seed_as_its_expert_does(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("{run}/models/seed/job.json", "--samples", "9000"), "says all that is to be done; give it alone"),
+        (
+            ("{run}/models/seed/job.json", "--samples", "9000"),
+            "holds all settings of its model; give it without options",
+        ),
         (("{run}", "--where", "expert"), "--where 'expert': expected COLUMN=NUMBER, such as expert=3"),
         (("{run}", "--resume", "ViT-B-32"), "--resume ViT-B-32: expected latest, never, the folder of a finished job"),
         (("{run}", "--batch-size", "1"), "train.batch_size must be at least 2"),

@@ -15,10 +15,10 @@ from modeclip.system.console import print_json, print_table
 from modeclip.system.options import AsJson, CatalogPath
 
 Model = Positional[
-    Annotated[str, arg(help="Where to start: a model folder, an expert in a bundle, NAME, NAME@TAG or hf-hub:...")]
+    Annotated[str, arg(help="Model to start from: a model folder, an expert in a bundle, NAME, NAME@TAG or hf-hub:...")]
 ]
 Models = Positional[
-    Annotated[tuple[str, ...], arg(metavar="SOURCE...", help="Models, or bundles for their finished experts.")]
+    Annotated[tuple[str, ...], arg(metavar="SOURCE...", help="Models; a bundle stands for its finished experts.")]
 ]
 Tasks = Annotated[str | None, arg(help="Catalog of zero-shot tasks, such as tasks.lance of a run.")]
 Out = Annotated[Path, arg(help="Folder of the new model.")]
@@ -33,7 +33,7 @@ def finetune(
     tasks: Tasks = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a model on a small own set without losing what it could: before and after on both."""
+    """Fine-tune a model on a small set of your own without losing what it could do, and show both before and after."""
     from modeclip.adapting.finetuning import finetune as run_finetune
     from modeclip.data.catalog import Catalog
     from modeclip.pages.finetune_page import write_finetuning
@@ -60,7 +60,7 @@ def merge(
     tasks: Tasks = None,
     as_json: AsJson = False,
 ) -> None:
-    """Average the weights of models that come from one seed: all, by weights, or those that help (greedy)."""
+    """Average the weights of models that come from one seed: all of them, weighted, or only those that help (greedy)."""
     from modeclip.adapting.merging import merge as run_merge
 
     result = run_merge(models, config, out=out, tasks=tasks)

@@ -24,17 +24,17 @@ from modeclip.system.options import AsJson, CatalogPath, Ray
 from modeclip.system.paths import RunPaths
 
 CLUSTERING = ClusterConfig(num_fine=1024)
-"""Fine clusters of the paper; a recipe's default is for smaller sets."""
+"""As many fine clusters as in the paper; the default of a recipe is made for smaller sets."""
 
 
 def index(
     data: PositionalRequiredArgs[OmitArgPrefixes[DataConfig]],
     out: Annotated[str, arg(help="Folder, or address in an object store, of the catalog.")] = "catalog",
     *,
-    replace: Annotated[bool, arg(help="Put the source in the place of what the catalog has, not behind it.")] = False,
+    replace: Annotated[bool, arg(help="Replace what the catalog has by this source, instead of adding to it.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a catalog of image-caption pairs from whatever you have, or add what has come since."""
+    """Make a catalog of image-caption pairs from whatever you have, or add the pairs that are new since then."""
     from modeclip.data.indexing import index as run_index
 
     result = run_index(data, out, replace=replace)
@@ -55,7 +55,7 @@ def check(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a catalog holds and what is wrong with it; exit code 1 if something must be mended."""
+    """Report what a catalog holds and what is wrong with it; the exit code is 1 if something must be mended."""
     from modeclip.data.catalog import Catalog
     from modeclip.data.checks import check as run_check
     from modeclip.pages.check_page import write_check
@@ -111,7 +111,7 @@ def uids(
         write_uids(out, uids_of(opened, rows, column))
         done |= {"written": len(rows), "file": str(out)}
     if not done:
-        raise ModeclipError("uids: nothing to do; give --out FILE.npy to write ids, --keep FILE.npy to read them")
+        raise ModeclipError("uids: nothing to do; give --out FILE.npy to write ids, or --keep FILE.npy to read them")
     if as_json:
         print_json(done)
     else:

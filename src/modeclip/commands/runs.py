@@ -16,7 +16,7 @@ from modeclip.system.paths import RunPaths
 
 
 def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: AsJson = False) -> None:
-    """Run the whole method on real icons and open the report: `modeclip run` of a recipe that ships with modeclip."""
+    """Run the whole method on real icons, from a recipe that ships with modeclip, and open the report."""
     from modeclip.pipeline import demo_recipe
 
     run(demo_recipe(), out, as_json=as_json)
@@ -30,7 +30,7 @@ def run(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe's stages, leaving out what is already done; a killed run continues where it was."""
+    """Run the stages of a recipe that are not done yet; a killed run continues where it was."""
     from modeclip import pipeline
 
     loaded = pipeline.load_recipe(recipe)
@@ -53,7 +53,7 @@ def report(
 
 
 def _print_results(results: dict[str, Any]) -> None:
-    """Print the result table: a row a model, accuracies in percent."""
+    """Print the table of results: a row for each model, accuracies in percent."""
     tasks = [task["name"] for task in results["tasks"]]
     if not tasks:
         log("no held-out tasks in the recipe (data.tasks or data.holdout_fraction): nothing was evaluated")

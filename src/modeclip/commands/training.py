@@ -19,12 +19,12 @@ from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 RunPath = Positional[Annotated[Path, arg(help="Folder of a run, with catalog.lance and clusters/.")]]
 RESUME = "latest: go on from this folder's own checkpoint; never: train anew"
 WITHOUT_DENSE = ExpertsConfig(dense=False, dense_total=False)
-"""The experts alone: the dense models that a recipe trains beside them come only on request."""
+"""The experts alone: the command trains the dense models, which belong to a recipe, only on request."""
 
 
 def train(
     source: Positional[
-        Annotated[str, arg(help="A catalog, or the job.json of a model, which has all the rest in it.")]
+        Annotated[str, arg(help="A catalog, or the job.json of a model, which holds all its settings.")]
     ],
     training: OmitArgPrefixes[TrainConfig],
     out: Annotated[Path, arg(help="Folder of the model.")] = Path("model"),
@@ -37,7 +37,7 @@ def train(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Train one model on a catalog or a part of it; under torchrun or Slurm by several processes."""
+    """Train one model on a catalog or a part of it; several processes share the work under torchrun or Slurm."""
     from modeclip.data.catalog import Catalog
     from modeclip.pipeline import single_job
     from modeclip.training.jobs import prepare
@@ -47,13 +47,14 @@ def train(
     if source.endswith(".json"):
         if (training, where, mask, resume) != (TrainConfig(), (), None, "latest"):
             raise ModeclipError(
-                f"train: {source} says all that is to be done; give it alone, or a catalog with options"
+                f"train: {source} holds all settings of its model; give it without options, or give a catalog"
             )
         job = TrainJob.load(Path(source))
     else:
         if resume == "never" and os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) != "1":
             raise ModeclipError(
-                f"train: --resume never is for one process, several would not agree on what is gone; remove {out} first"
+                f"train: --resume never works with one process only, since several would remove each other's files; remove {out}"
+                " by hand"
             )
         start = None if resume in {"latest", "never"} else resume
         job = single_job(
@@ -89,17 +90,17 @@ def train_experts(
     rule: Annotated[str | None, arg(help="Routing rule of the bundle.")] = None,
     template: Annotated[tuple[str, ...], arg(help="Prompts of the bundle, {} or {c} for the class name.")] = ("{}",),
     *,
-    plan: Annotated[bool, arg(help="Say what it costs, and stop.")] = False,
+    plan: Annotated[bool, arg(help="Say what the training costs, and stop.")] = False,
     commands: Annotated[
         bool, arg(help="Print a command for each model, for any machine that sees the folder.")
     ] = False,
     ray: Annotated[
         bool, arg(help="Train on the Ray cluster of RAY_ADDRESS, or one that runs here, or a new one.")
     ] = False,
-    stop_on_failure: Annotated[bool, arg(help="Stop all models when one fails.")] = False,
+    stop_on_failure: Annotated[bool, arg(help="Stop the training of all models when one fails.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train the experts of a clustered catalog: what is missing, after saying what it costs."""
+    """Train the experts of a clustered catalog that are missing, after saying what that costs."""
     from modeclip.evaluation.run_evaluation import EvaluateConfig
     from modeclip.pipeline import RunFolder
     from modeclip.training.jobs import prepare
@@ -137,10 +138,10 @@ def train_experts(
 def status(
     folder: Positional[Annotated[Path, arg(help="Folder of a run, of its models, or of one model.")]],
     *,
-    watch: Annotated[bool, arg(help="Show it live until all have ended.")] = False,
+    watch: Annotated[bool, arg(help="Keep the table up to date until all have ended.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far the models of a run are; works from any machine that sees the folder, while they train."""
+    """Show how far the models of a run are, from any machine that sees the folder, also while they train."""
     from modeclip.training import status as board
 
     title = f"models of {folder}"
@@ -154,7 +155,7 @@ def status(
 def _plan(
     jobs: Sequence[TrainJob], catalog: Any, config: ExpertsConfig, *, quiet: bool, stop: bool
 ) -> dict[str, Any] | None:
-    """Print the plan of what is missing; return it for machines, or None if nothing is."""
+    """Print what the missing models cost and return it for machines; None if none is missing."""
     from modeclip.training.costs import COLUMNS, plan
 
     if not jobs:
@@ -181,7 +182,7 @@ def _parse_where(words: Sequence[str]) -> dict[str, int]:
 
 
 def _check_start(start: str | None) -> str | None:
-    """Raise for a checkpoint to start from that is none; a model by its name belongs into --model."""
+    """Refuse a start that is no checkpoint; the name of a model is given by --model."""
     if start is None or start.endswith(".pt") or (Path(start) / "job.json").is_file():
         return start
     raise ModeclipError(
