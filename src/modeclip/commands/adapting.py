@@ -60,7 +60,7 @@ def merge(
     tasks: Tasks = None,
     as_json: AsJson = False,
 ) -> None:
-    """Average the weights of models that come from one seed: all of them, weighted, or only those that help (greedy)."""
+    """Average the weights of models that come from one seed: all, weighted, or only those that help (greedy)."""
     from modeclip.adapting.merging import merge as run_merge
 
     result = run_merge(models, config, out=out, tasks=tasks)

@@ -53,8 +53,8 @@ def train(
     else:
         if resume == "never" and os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) != "1":
             raise ModeclipError(
-                f"train: --resume never works with one process only, since several would remove each other's files; remove {out}"
-                " by hand"
+                f"train: --resume never works with one process only, since several would remove each other's files;"
+                f" remove {out} by hand"
             )
         start = None if resume in {"latest", "never"} else resume
         job = single_job(
