@@ -92,11 +92,12 @@ def test_a_run_opens_its_source_and_its_clustering_and_plans_its_jobs_once(
 
         monkeypatch.setattr(home, name, counting)
 
-    count(pipeline, "plan_jobs")
+    for name in ("open_source", "plan_jobs"):
+        count(pipeline, name)
     count(pipeline.Clustering, "load")
     (out / "results.json").unlink()
     run(load_recipe(small_recipe), out)
-    assert calls == {"plan_jobs": 1, "load": 1}
+    assert calls == {"open_source": 1, "plan_jobs": 1, "load": 1}
 
 
 def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Path, modeclip_process: Command) -> None:
