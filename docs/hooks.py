@@ -81,8 +81,10 @@ def describe_type(annotation: ast.expr) -> str:
 
 
 def config_table(name: str) -> str:
-    """Return the Markdown table of a config dataclass."""
-    body = find_class(name).body
+    """Return the Markdown table of a config dataclass, fields that it inherits first."""
+    found = find_class(name)
+    inherited = [find_class(base.id).body for base in found.bases if isinstance(base, ast.Name)]
+    body = [node for nodes in [*inherited, found.body] for node in nodes]
     rows = []
     for node, after in zip(body, [*body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):

@@ -43,8 +43,7 @@ from modeclip.data.sources import DataConfig, DataSource, open_source, relative_
 from modeclip.data.sources.options import GROUPS
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate
-from modeclip.mixture.bundle import EDITS, MANIFEST_FILE
-from modeclip.mixture.bundling import assemble_bundle, encoder_of, is_bundled
+from modeclip.mixture.bundle import EDITS, MANIFEST_FILE, assemble_bundle, encoder_of, is_bundled
 from modeclip.models.clip import check_model
 from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES
 from modeclip.models.feature_cache import FeatureCache

@@ -29,8 +29,7 @@ from modeclip.data.sources import DataConfig
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate, mix
-from modeclip.mixture.bundle import load_bundle
-from modeclip.mixture.bundling import assemble_bundle
+from modeclip.mixture.bundle import assemble_bundle, load_bundle
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.models.features import class_features
 from modeclip.training.experts import pin_jobs

@@ -253,7 +253,7 @@ def test_expert_without_weight_is_not_run(small_run: Path, tasks: list[Task]) ->
 
 def test_experts_that_are_the_seed_are_run_once(small_run: Path, tasks: list[Task], tmp_path: Path) -> None:
     """A bundle whose experts are not finished: the seed stands for both, and answers as itself."""
-    from modeclip.mixture.bundling import assemble_bundle
+    from modeclip.mixture.bundle import assemble_bundle
     from modeclip.training.jobs import TrainJob
 
     run = shutil.copytree(small_run, tmp_path / "run")

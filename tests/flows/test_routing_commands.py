@@ -14,7 +14,7 @@ from PIL import Image
 from modeclip import MoDE
 from modeclip.commands.mixture import classify, route
 from modeclip.errors import ModeclipError
-from modeclip.mixture.explain import Route
+from modeclip.mixture.router import ClusterRouter, Route
 from modeclip.pages.route_picture import MAX_DRAWN, Box, Words, draw_route, expert_colors, write_picture
 
 CLASSES = ["heart", "arrow left", "bell <b> & co", "book"]
@@ -31,7 +31,7 @@ def many(mode: MoDE, count: int) -> Route:
     centers = mode.bundle.fine_centers[draw.integers(len(mode.bundle.fine_centers), size=count)]
     vectors = centers + 0.02 * draw.normal(size=centers.shape).astype(np.float32)
     names = [f"class {index}" for index in range(count)]
-    return mode.route_rows(names, vectors, mode.ask("per_class", 0.1, None), each=False)
+    return ClusterRouter(mode.bundle).route_vectors(names, vectors, mode.request(rule="per_class", temperature=0.1))
 
 
 def test_json_has_the_weights_the_clusters_and_the_budget(
@@ -115,7 +115,7 @@ def test_picture_files_hold_the_names_and_open(tmp_path: Path, mode: MoDE) -> No
 
 def test_captions_of_any_letters_make_a_file_that_opens(tmp_path: Path, mode: MoDE) -> None:
     names = ["tab\there", "nul\0 bell\a", "心 ❤ ñ", "a" * 300, "</text>"]
-    found = mode.route_rows(names, mode.bundle.fine_centers[:5], mode.ask(None, None, None), each=False)
+    found = ClusterRouter(mode.bundle).route_vectors(names, mode.bundle.fine_centers[:5], mode.request())
     for name in ("x.svg", "x.png"):
         write_picture(found, tmp_path / name)
     ElementTree.parse(tmp_path / "x.svg")

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from modeclip import MoDE
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import load_bundle, save_bundle
-from modeclip.mixture.mode import _bytes_in_memory
 from modeclip.mixture.rules import RULES, route
 from modeclip.models.clip import load_clip
 from modeclip.models.encoders import load_any_encoder
@@ -35,7 +34,7 @@ load_clip_once, load_any_once = cache(load_clip), cache(load_any_encoder)
 def encoders_loaded_once() -> Iterator[None]:
     """The real encoders, each loaded once: loading them is most of what these tests would cost."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeclip.mixture.mode.load_any_encoder", load_any_once)
+        patch.setattr("modeclip.mixture.router.load_any_encoder", load_any_once)
         yield
 
 
@@ -91,7 +90,7 @@ def test_task_under_a_budget_is_the_weighted_sum_of_the_experts_it_keeps(
     four: Path, pictures: list[Image.Image], rule: str
 ) -> None:
     task = MoDE.load(four).task(CLASSES, rule=rule, max_experts=2)
-    assert len(task.active) == len(task.models) == 2
+    assert len(task.active) == 2
     whole = MoDE.load(four).route(CLASSES, rule=rule).class_weights
     kept = np.sort(np.argsort(-whole.mean(axis=0), kind="stable")[:2])
     assert task.active.tolist() == kept.tolist()
@@ -122,23 +121,13 @@ def test_no_more_experts_in_memory_than_the_budget_whatever_tasks_are_open(
             np.testing.assert_allclose(
                 got, cosines(four / f"expert-{expert}", pictures[:2], [names[expert]]), atol=1e-5
             )
-            models.update(task.models.values())
+            models.add(mode.pool.get(mode.bundle.models[expert], dtype=torch.float32).model)
             gc.collect()
-            assert len(models) == 1, "models that left are still held somewhere"
-            assert sum(len(task.models) for task in tasks.values()) == 1
+            assert len(models) == len(mode.pool) == 1, "models that left are still held somewhere"
 
 
 def word_list(bundle: Path) -> list[str]:
     return [card["nearest_captions"][0] for card in load_bundle(bundle).clusters]
-
-
-def test_least_recently_used_leaves_first(four: Path) -> None:
-    mode = MoDE.load(four, max_experts=2)
-    first, second = mode.clip(0).model, mode.clip(1).model
-    assert mode.clip(0).model is first  # now 1 was used longest ago
-    mode.clip(2)
-    assert mode.clip(0).model is first
-    assert mode.clip(1).model is not second
 
 
 def test_memory_decides_how_many_experts(four: Path) -> None:
@@ -154,13 +143,6 @@ def test_memory_decides_how_many_experts(four: Path) -> None:
     for ask in (MoDE.load(four).route, MoDE.load(four).task):
         with pytest.raises(ModeclipError, match="max_experts: expected 1 or more, got 0"):
             ask(CLASSES, max_experts=0)
-
-
-def test_memory_is_what_weights_take_once_loaded(tmp_path: Path) -> None:
-    """Half of the file's numbers in 16 bits: they are loaded as 32."""
-    wide, narrow = torch.zeros(3, 5), torch.zeros(7, dtype=torch.float16)
-    save_file({"wide": wide, "narrow": narrow}, tmp_path / "w.safetensors")
-    assert _bytes_in_memory(tmp_path / "w.safetensors") == 4 * (15 + 7)
 
 
 # --- queries, prompts, the seed ----------------------------------------------------------------------
@@ -233,9 +215,7 @@ def test_every_image_has_its_own_weights(
 ) -> None:
     mode = MoDE.load(of_images)
     weights = image_weights(of_images, pictures, rule)
-    np.testing.assert_allclose(
-        mode.route_images(mode.embed_images(pictures), rule=rule, temperature=0.02), weights, atol=1e-5
-    )
+    np.testing.assert_allclose(mode.route_images(pictures, rule=rule, temperature=0.02), weights, atol=1e-5)
     expected = sum(weights[:, [k]] * cosines(of_images / f"expert-{k}", pictures, CLASSES) for k in range(4))
     task = mode.task(CLASSES, rule=rule, temperature=0.02)
     got = similarity(task, pictures, CLASSES, normalize)
@@ -256,18 +236,17 @@ def test_budget_of_an_image(of_images: Path, pictures: list[Image.Image], monkey
         "modeclip.mixture.routed_clip.encode_image", lambda m, x: (seen.append(len(x)), original(m, x))[1]
     )
     mode = MoDE.load(of_images, max_experts=1)
-    weights = mode.route_images(mode.embed_images(pictures))
+    weights = mode.route_images(pictures)
     assert (weights > 0).sum(axis=1).tolist() == [1] * len(pictures)
     mode.task(CLASSES).classify(pictures)
     assert sum(seen) == len(pictures)  # an expert sees only the images that it has weight for
-    assert len(mode._clips) == 1
+    assert len(mode.pool) == 1
 
 
 def test_what_weights_of_images_have_no_place_for(of_images: Path, four: Path, pictures: list[Image.Image]) -> None:
     mode = MoDE.load(of_images)
-    with pytest.raises(ModeclipError, match=r"its clusters are of images .* use MoDE.route_images, or `modeclip route"):
-        mode.route(CLASSES)
-    with pytest.raises(ModeclipError, match=r"every image has its own weights; use MoDE.route_images"):
-        mode.task(CLASSES).explain()
-    with pytest.raises(ModeclipError, match=r"its clusters are of texts \(encoder minilm\), not of images"):
-        MoDE.load(four).embed_images(pictures)
+    for ask in (mode.route, lambda classes: mode.task(classes).explain()):
+        with pytest.raises(ModeclipError, match=r"clusters are of images.*MoDE.route_images, or `modeclip route"):
+            ask(CLASSES)
+    with pytest.raises(ModeclipError, match=r"clusters are of texts \(encoder minilm\).*route class names"):
+        MoDE.load(four).route_images(pictures)

@@ -322,7 +322,7 @@ def test_a_damaged_manifest_is_one_line(tmp_path: Path, content: str, message: s
 
 
 def test_bundle_or_expert_that_is_not_there(bundle: Path, models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModeclipError, match="has experts 0 to 2, got 3"):
+    with pytest.raises(ModeclipError, match="0 to 2, got 3"):
         replace_expert(bundle, 3, models / "expert-3")
     with pytest.raises(ModeclipError, match=r"is no bundle on this machine: mode\.json is missing"):
         replace_expert(tmp_path / "nowhere", 0, models / "expert-0")

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 import modeclip.mixture.routed_clip
 from modeclip import MoDE
+from modeclip.clustering.distances import nearest_centers
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.mixture.bundle import load_bundle, save_bundle
+from modeclip.mixture.bundle import check_files, load_bundle, save_bundle
 from modeclip.mixture.rules import RULES
 
 CLASSES = ["heart", "arrow left", "bell", "book", "an unheard-of thing"]
@@ -110,8 +111,8 @@ def test_expert_without_weight_is_not_run(
 
 def test_expert_without_weight_is_not_loaded(bundle: Path) -> None:
     mode = MoDE.load(bundle)
-    task = mode.task(CLASSES, rule="top1")
-    assert len(task.models) == len(mode._clips) == 1
+    mode.task(CLASSES, rule="top1").encode_text(CLASSES)
+    assert len(mode.pool) == 1
 
 
 @pytest.mark.parametrize("rule", ["paper", "per_class"])
@@ -186,7 +187,8 @@ def test_evaluation_scores_what_the_task_answers(small_run: Path) -> None:
 
 def test_explanation_names_the_clusters_that_decide(mode: MoDE) -> None:
     task = mode.task(CLASSES, rule="per_class")
-    for reason, weights, nearest in zip(task.explain(), task.weights, task.route.routing.nearest_fine, strict=True):
+    nearest_fine = nearest_centers(task.route.embeddings, mode.bundle.fine_centers)[0][:, 0]
+    for reason, weights, nearest in zip(task.explain(), task.weights, nearest_fine, strict=True):
         assert reason.weights == pytest.approx(tuple(weights))
         assert reason.clusters[0].index == nearest
         assert reason.clusters[0].expert == mode.bundle.expert_of_fine[nearest]
@@ -215,8 +217,26 @@ def test_bundle_whose_files_do_not_match_their_hashes(bundle: Path, tmp_path: Pa
     content = bytearray((copy / file).read_bytes())
     content[-1] ^= 1
     (copy / file).write_bytes(content)
-    with pytest.raises(ModeclipError, match=rf"1 of \d+ files are missing or differ from their hash .* first {file}"):
+    with pytest.raises(ModeclipError, match=rf"1 of \d+ files .* hash .* first {file}.*get the bundle again"):
+        check_files(load_bundle(copy)) if "expert" in file else MoDE.load(copy)
+    (copy / file).unlink()
+    with pytest.raises(ModeclipError, match=rf"missing .* first {file}"):
         MoDE.load(copy)
+
+
+def test_weights_are_checked_when_they_are_loaded_and_routing_reads_none(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    for weights in copy.glob("*/open_clip_model.safetensors"):
+        weights.write_bytes(b"no weights")
+    mode = MoDE.load(copy)
+    assert (mode.route(CLASSES).weights == MoDE.load(bundle).route(CLASSES).weights).all()
+    with pytest.raises(ModeclipError, match=r"expert-\d.*open_clip_model\.safetensors"):
+        mode.task(CLASSES)
+    (flipped := bytearray((bundle / "expert-1" / weights.name).read_bytes()))[-1] ^= 1
+    for expert in range(2):
+        (copy / f"expert-{expert}" / weights.name).write_bytes(flipped)
+    with pytest.raises(ModeclipError, match=r"expert-\d.* differs from its hash .*get the bundle again"):
+        MoDE.load(copy).task(CLASSES).encode_text(CLASSES)
 
 
 def test_bundle_carries_an_encoder_that_was_fitted_to_its_captions(bundle: Path, tmp_path: Path) -> None:
@@ -245,12 +265,12 @@ def test_bundle_carries_an_encoder_that_was_fitted_to_its_captions(bundle: Path,
     shutil.rmtree(tmp_path / "fitted")
     shutil.move(tmp_path / "made", tmp_path / "moved")
     mode = MoDE.load(tmp_path / "moved")
-    assert (mode.encoder.encode(names) == vectors).all()
-    assert mode.route(["heart"], rule="top1").routing.nearest_fine.tolist() == [2]
+    assert (mode.router.encoder.encode(names) == vectors).all()
+    assert mode.route(["heart"], rule="top1").explain()[0].clusters[0].index == 2
 
 
 def test_bundle_that_is_none(tmp_path: Path, bundle: Path) -> None:
-    with pytest.raises(ModeclipError, match=r"no such folder; expected a folder with a mode\.json, or a Hub id"):
+    with pytest.raises(ModeclipError, match=r"no such folder; .*mode\.json, or a Hub id"):
         MoDE.load(tmp_path / "nowhere")
     with pytest.raises(ModeclipError, match=r"is no bundle: mode\.json is missing"):
         MoDE.load(tmp_path)
@@ -259,8 +279,12 @@ def test_bundle_that_is_none(tmp_path: Path, bundle: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     manifest = json.loads((copy / "mode.json").read_text())
     (copy / "mode.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(ModeclipError, match=r"format 99 is newer than this modeclip reads \(2\); upgrade"):
+    with pytest.raises(ModeclipError, match=r"format 99 is newer .*upgrade modeclip"):
         MoDE.load(copy)
+    for change in ({"rule": "best"}, {"experts": [{"folder": "expert-0"}]}, {"files": {"centres": "../x"}}):
+        (copy / "mode.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(ModeclipError, match=r"(best|cannot be read|not in the bundle).*get the bundle again"):
+            MoDE.load(copy)
 
 
 def test_task_that_cannot_be(mode: MoDE) -> None:

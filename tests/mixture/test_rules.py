@@ -22,7 +22,6 @@ from modeclip.mixture.rules import (
     embed_classes,
     keep_best,
     route,
-    share,
 )
 
 NUM_CLASSES_AT_THRESHOLDS = [1, 2, 9, 10, 11, 200, 201, 210, 211, 1000]
@@ -233,17 +232,17 @@ def test_per_class_and_share_equal_the_oracle(seed, temperature):
 
 def test_share_of_classes_far_from_every_center_does_not_underflow():
     classes, centers = np.array([[100.0, 0.0]]), np.array([[0.0, 0.0], [1.0, 0.0]])
-    shares = share(classes, centers, np.array([0, 1]), num_experts=2, temperature=0.1)
+    shares = route(classes, centers, np.array([0, 1]), num_experts=2, rule="per_class", temperature=0.1).weights
     np.testing.assert_allclose(shares, [[0.0, 1.0]], atol=1e-300)
 
 
 def test_share_is_the_same_in_any_chunks(monkeypatch):
     classes, centers, expert_of_fine = crowded_task(0, num_classes=50)
-    whole = share(classes, centers, expert_of_fine, num_experts=4, temperature=0.1)
+    whole = route(classes, centers, expert_of_fine, num_experts=4, rule="per_class", temperature=0.1).weights
     whole_nearest = nearest_centers(classes, centers)
     for max_distances in (1, 12, 100):
         monkeypatch.setattr(distances, "MAX_DISTANCES", max_distances)
-        chunked = share(classes, centers, expert_of_fine, num_experts=4, temperature=0.1)
+        chunked = route(classes, centers, expert_of_fine, num_experts=4, rule="per_class", temperature=0.1).weights
         np.testing.assert_allclose(chunked, whole, rtol=1e-12)
         np.testing.assert_array_equal(nearest_centers(classes, centers)[0], whole_nearest[0])
 
@@ -583,9 +582,14 @@ def test_a_budget_of_no_expert_is_refused():
         route(CLASSES, CENTERS, EXPERTS, num_experts=2, max_experts=0)
 
 
-def test_share_checks_its_input_too():
-    with pytest.raises(ModeclipError, match="temperature: expected a finite number above 0"):
-        share(CLASSES, CENTERS, EXPERTS, num_experts=2, temperature=-1.0)
+@pytest.mark.parametrize("rule", RULES)
+def test_lists_and_torch_tensors_are_arrays_too(rule):
+    arrays = CLASSES, CENTERS, EXPERTS
+    expected = route(*arrays, num_experts=2, rule=rule).weights
+    for same in ([x.tolist() for x in arrays], [torch.from_numpy(np.array(x)) for x in arrays]):
+        assert (route(*same, num_experts=2, rule=rule).weights == expected).all()
+    with pytest.raises(ModeclipError, match=r"class_embeddings: expected an array of numbers"):
+        route([["a cat"]], CENTERS, EXPERTS, num_experts=2)
 
 
 def test_every_rule_has_a_default_temperature():

@@ -58,8 +58,8 @@ def route(
 
         mode = MoDE.load(bundle, max_experts=max_experts, max_memory=to_bytes(max_memory))
         if images:
-            asked = mode.ask(rule, temperature, None)
-            found = mode.route_rows([str(path) for path in images], mode.embed_images(pictures), asked, each=True)
+            request = mode.request(rule=rule, temperature=temperature)
+            found = mode.router.route_images(pictures, request, [str(path) for path in images])
         else:
             found = mode.route(names, templates=template or None, rule=rule, temperature=temperature, each=each)
     if picture is not None:
@@ -68,30 +68,31 @@ def route(
     reasons = found.explain()
     if as_json:
         content: dict[str, Any] = {
-            "rule": found.rule,
-            "temperature": found.temperature,
-            "max_experts": found.asked.max_experts,
-            "entropy": found.routing.entropy,
+            "rule": found.request.rule,
+            "temperature": found.request.temperature,
+            "max_experts": found.request.max_experts,
+            "entropy": found.entropy,
             "experts": list(found.members),
             "weights": mean,
             "classes": [asdict(reason) for reason in reasons],
         }
         print_json(content)
         return
-    owners, none = [expert.name for expert in found.bundle.experts], ("",) * len(found.members)
+    none = ("",) * len(found.members)
     rows = [
         (
             "" if place else reason.name,
             ", ".join(cluster.captions[:3]),
             f"{cluster.distance:.2f}",
-            owners[cluster.expert],
+            found.members[cluster.expert],
             *(none if place else (f"{weight:.3f}" for weight in reason.weights)),
         )
         for reason in reasons
         for place, cluster in enumerate(reason.clusters if explain else reason.clusters[:1])
     ]
     rows.append(("all classes", "", "", "", *(f"{weight:.3f}" for weight in mean)))
-    title = f"rule {found.rule}, temperature {found.temperature:g}, entropy {found.routing.entropy:.3f} nats"
+    asked = found.request
+    title = f"rule {asked.rule}, temperature {asked.temperature:g}, entropy {found.entropy:.3f} nats"
     print_table(title, ["class", "nearest fine cluster", "distance", "its expert", *found.members], rows)
     if picture is not None:
         print(picture)
@@ -216,15 +217,16 @@ def bundle(
     as_json: AsJson = False,
 ) -> None:
     """Show what a bundle consists of and where it came from; replace or fill in experts."""
-    from modeclip.mixture.bundle import SEED, load_bundle
+    from modeclip.mixture.bundle import SEED, check_files, load_bundle
     from modeclip.mixture.bundle_edits import replace_expert
 
     for text in put:
         number, folder = _parse_put(text)
         replace_expert(bundle, number, folder, force=force)
     opened = load_bundle(bundle)
+    check_files(opened)
     if as_json:
-        content: dict[str, object] = {"path": str(opened.path), "rule": opened.rule, "encoder": opened.encoder}
+        content: dict[str, object] = {"path": str(opened.path), "rule": opened.routing.rule, "encoder": opened.encoder}
         content |= {"num_fine": len(opened.fine_centers), "quantiles": opened.fine_quantiles is not None}
         print_json(content | {"experts": [asdict(expert) for expert in opened.experts], "lineage": opened.lineage})
         return
@@ -234,7 +236,9 @@ def bundle(
         model = f"{expert.folder} ({megabytes:,.0f} MB)" + (", stands in" if expert.folder == SEED else "")
         fine = str(int((opened.expert_of_fine == index).sum()))
         rows.append((expert.name, model, f"{expert.size:,}", fine, ", ".join(expert.keywords)))
-    title = f"{bundle}: {len(opened.fine_centers):,} fine clusters, rule {opened.rule}, encoder {opened.encoder}"
+    title = (
+        f"{bundle}: {len(opened.fine_centers):,} fine clusters, rule {opened.routing.rule}, encoder {opened.encoder}"
+    )
     print_table(title, ["expert", "model", "pairs", "fine clusters", "key words"], rows)
     made = [f"{name} {job}" for name, job in opened.lineage.get("jobs", {}).items()]
     print(f"made from jobs: {', '.join(made) or 'unknown'}")

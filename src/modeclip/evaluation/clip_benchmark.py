@@ -1,22 +1,22 @@
-r"""A bundle, and CLIP_benchmark's own command line -> its own JSON, with the mixture as the model.
+r"""CLIP_benchmark's own command line, with a bundle as the model that it evaluates.
 
     python -m modeclip.evaluation.clip_benchmark eval --model_type modeclip --model BUNDLE --pretrained RULE --no_amp \
         --dataset wds/pets --dataset_root tasks/{dataset} --output {dataset}.json
 
 The installed package runs as it is: this module registers one more kind of model and hands over. ``--pretrained`` is
-the routing rule (``default``, or left out: the bundle's). CLIP_benchmark loads the model before the dataset, so the
-model is routed when the dataset is there: a classification by its class names (every prompt has its class's weights;
-experts without weight are not run), anything else text by text, each text a task of its own.
+the routing rule; ``default``, or leaving it out, means the bundle's own. CLIP_benchmark loads the model before the
+dataset, so the model is routed when the dataset is known. A classification is routed by its class names: every prompt
+has the weights of its class, and experts without weight are not run. Anything else is routed text by text.
 
-CLIP_benchmark normalises vectors, so the mixture is given in the form of unit norm (see ``mixture``): cosines are the
-mixture's similarities divided by sqrt(K), the order is the same, and with one template a class so are all metrics. With
-several, it averages the unit vectors of all experts together and normalises once; modeclip's own evaluation, like the
-paper, normalises the mean of each expert. So there a class's weights are changed by how much each expert's prompts
-differ among themselves. Its text retrieval uses the same weights a text as image retrieval, which is modeclip's for
-``per_class`` and ``uniform``; Eq. 7 (one vector for the whole corpus) needs `modeclip evaluate`. Without ``--no_amp``
-it multiplies in half precision, and its numbers differ from run to run of other hardware.
+CLIP_benchmark normalises vectors, so the mixture is given in its form of unit norm (`modeclip.mixture.routed_clip`).
+Cosines are the mixture's similarities divided by sqrt(K), so their order is the same, and with one template a class so
+are all metrics. With several templates CLIP_benchmark averages the unit vectors of all experts together and normalises
+once, while modeclip's own evaluation, like the paper, normalises the mean of each expert. So there a class's weights
+depend on how much the prompts differ within each expert. Its text retrieval uses the same weights as its image
+retrieval, which modeclip does only under ``per_class`` and ``uniform``; Eq. 7 (one vector for the whole corpus) needs
+`modeclip evaluate`. Without ``--no_amp`` it multiplies in half precision, and its numbers vary with the hardware.
 
-Source: CLIP_benchmark 1.6. MoDE Sec. 3.4.
+Source: CLIP_benchmark 1.6; MoDE (arXiv 2404.16030) Sec. 3.4.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from torch import Tensor, nn
 
 from modeclip.errors import ModeclipError, in_one_line, unknown
 from modeclip.mixture.mode import MoDE
+from modeclip.mixture.routed_clip import RoutedClip
+from modeclip.mixture.router import Route
 from modeclip.mixture.rules import RULES
-from modeclip.models.clip import encode_image, encode_text
 
 MODEL_TYPE = "modeclip"
 DEFAULT_RULE = "default"
-"""Value of ``--pretrained`` that stands for the bundle's own rule."""
+"""Value of ``--pretrained`` that means the bundle's own rule."""
 
 
 class RoutedByDataset(nn.Module):
     """A mixture as CLIP_benchmark takes a model: vectors of unit norm, routed once the dataset is known."""
 
     def __init__(self, mode: MoDE, rule: str | None, device: str | torch.device) -> None:
-        """Find out who may have weight; experts are loaded when something is encoded.
+        """Let every expert take part, with weights text by text, until classes are known.
 
         Args:
             mode: The mixture.
@@ -54,13 +55,18 @@ class RoutedByDataset(nn.Module):
         """
         super().__init__()
         self._mode, self._rule, self._device = mode, rule, device
-        self._num_members = mode.route(["any"], rule=rule, each=True).weights.shape[-1]
-        self._active = list(range(self._num_members))
-        self._models: list[nn.Module] = []
-        self.preprocess, self._tokenize = mode.clip(0).preprocess, mode.clip(0).tokenizer
+        num_experts = mode.bundle.num_experts
+        everyone = Route(
+            classnames=("",),
+            request=mode.request(rule=rule, each=True),
+            fixed_weights=np.full((1, num_experts), 1 / num_experts),
+            router=mode.router,
+            bundle=mode.bundle,
+        )
+        self.task = RoutedClip(everyone, mode.pool).to(device)
+        self.preprocess = self.task.preprocess
         self._last: tuple[tuple[str, ...], Tensor] = (), torch.empty(0)
         self._class_of_prompt: dict[str, int] = {}
-        self._class_weights: Float[np.ndarray, "L K"] = np.empty((0, self._num_members))
 
     def route_by(self, classnames: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]) -> None:
         """Route to the classes of a dataset.
@@ -69,19 +75,21 @@ class RoutedByDataset(nn.Module):
             classnames: L class names.
             templates: Prompts with ``{c}`` for the name, or the prompts of each class.
         """
-        weights = self._mode.route(classnames, rule=self._rule).weights
-        self._class_weights = np.broadcast_to(weights, (len(classnames), self._num_members))
-        self._active = np.flatnonzero((self._class_weights > 0).any(axis=0)).tolist()
+        self.task = self._mode.task(classnames, rule=self._rule).to(self._device)
         for index, name in enumerate(classnames):
             prompts = templates[name] if isinstance(templates, Mapping) else [t.format(c=name) for t in templates]
             for prompt in prompts:
-                if self._class_of_prompt.setdefault(prompt, index) != index:
-                    print(f"modeclip: classes {classnames[self._class_of_prompt[prompt]]!r} and {name!r} share the "
-                          f"prompt {prompt!r} and the first one's weights", file=sys.stderr)  # fmt: skip
+                first = self._class_of_prompt.setdefault(prompt, index)
+                if first != index:
+                    print(
+                        f"modeclip: classes {classnames[first]!r} and {name!r} have the same prompt {prompt!r}; it "
+                        "gets the weights of the first",
+                        file=sys.stderr,
+                    )
 
     def tokenizer(self, texts: Sequence[str]) -> Tensor:
-        """Turn texts into token ids; what is encoded next are these texts."""
-        tokens: Tensor = self._tokenize(list(texts))
+        """Turn texts into token ids, and remember the texts, which are encoded next."""
+        tokens: Tensor = self.task.tokenizer(list(texts))
         self._last = tuple(texts), tokens
         return tokens
 
@@ -89,31 +97,25 @@ class RoutedByDataset(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode (B, 3, H, W) images into (B, D * active experts + 1) unit vectors."""
         with torch.autocast(images.device.type, enabled=False):
-            features = [encode_image(model, images) for model in self._experts()]
-        return nn.functional.pad(torch.cat(features, dim=-1) / len(features) ** 0.5, (0, 1))
+            return self.task.encode_image(images, normalize=True)
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Encode token ids, just made by ``tokenizer``, into unit vectors that carry the weights."""
+        """Encode token ids, just made by ``tokenizer``, into unit vectors that carry the weights.
+
+        Raises:
+            ModeclipError: The token ids are not those that ``tokenizer`` made last.
+        """
         texts, made = self._last
         if made.shape != tokens.shape or not torch.equal(made, tokens.cpu()):
             raise ModeclipError("clip_benchmark: texts must be encoded in the batches in which they were tokenized")
         with torch.autocast(tokens.device.type, enabled=False):
-            features = [encode_text(model, tokens) for model in self._experts()]
-        weights = torch.from_numpy(self._weights_of(texts)[:, self._active].astype(np.float32)).to(tokens.device)
-        parts = [weights[:, [place]] * part for place, part in enumerate(features)]
-        rest = (1 - weights.square().sum(dim=-1, keepdim=True)).clamp(min=0).sqrt()
-        return torch.cat([*parts, rest], dim=-1)
-
-    def _experts(self) -> list[nn.Module]:
-        """Return the models that have weight."""
-        if not self._models:
-            self._models = [self._mode.clip(expert).model.to(self._device) for expert in self._active]
-        return self._models
+            return self.task.encode_text(tokens, normalize=True, weights=self._weights_of(texts))
 
     def _weights_of(self, texts: Sequence[str]) -> Float[np.ndarray, "B K"]:
+        """Return the weights of the class for its prompts, and of the text itself for any other."""
         rows = np.array([self._class_of_prompt.get(text, -1) for text in texts])
-        weights = self._class_weights[rows] if len(self._class_weights) else np.empty((len(texts), self._num_members))
+        weights: np.ndarray = self.task.route.class_weights[rows]
         strangers: list[int] = np.flatnonzero(rows < 0).tolist()
         if strangers:
             weights[strangers] = self._mode.route_queries([texts[row] for row in strangers], rule=self._rule)
@@ -128,7 +130,7 @@ def load(
     Args:
         model_name: Folder of the bundle, or its id on the Hub.
         pretrained: Routing rule, or ``default``.
-        cache_dir: Not used: bundles lie where they lie.
+        cache_dir: Not used; a bundle is not copied.
         device: Where it runs.
     """
     del cache_dir

@@ -25,51 +25,35 @@ from jaxtyping import Bool, Float
 
 from modeclip.clustering.clusters import Clustering
 from modeclip.data.catalog import Catalog
-from modeclip.data.prompts import check_templates, fill
+from modeclip.data.prompts import fill
 from modeclip.data.tasks.task import Task, catalog_tasks
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError
 from modeclip.evaluation.metrics import bootstrap_interval, choose_by_labels, correct, paired_interval
 from modeclip.evaluation.similarity import BLOCK_NUMBERS
-from modeclip.mixture.rules import DEFAULT_TEMPERATURE, RULES, Routing, route
+from modeclip.mixture.bundle import RoutingConfig
+from modeclip.mixture.rules import RULES, Routing, route
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import CachedEncoder, image_features, missing_images, prompt_features
 from modeclip.models.pool import ModelRef
 from modeclip.system.console import progress
 from modeclip.training.jobs import Role, TrainJob, TrainResult, job_name
 
-DEFAULT_RULE = "per_class"
-"""What measurement favours: on tasks that had no part in choosing it, over three seeds, it beats uniform weights by
-2.1 ± 1.0 points where experts have specialised, and the published rules gain nothing (``runs/results.py``)."""
-
 CONTROLS: dict[Role, str] = {"random": "Random", "full": "Full", "one-step": "OneStep"}
 """Name of a control's row, by the name of its models: ``random-0``, ``random-1``..."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(RoutingConfig):
     """How models are evaluated, and what the bundle will do by default."""
 
-    templates: tuple[str, ...] = ("{}",)
-    """Prompts for class names, ``{}`` where the name goes; ``{}`` alone where captions are bare names."""
-    rule: str = DEFAULT_RULE
-    """Routing rule that the bundle uses unless told otherwise; one of ``routing.RULES``."""
-    temperature: float | None = None
-    """Temperature of that rule; none: the rule's own default."""
     batch_size: int = 512
     """Images encoded at a time."""
 
     def __post_init__(self) -> None:
-        """Check the rule, the batch size and the templates."""
-        if self.rule not in RULES:
-            raise unknown("rule", self.rule, RULES)
+        """Check the batch size, and what the bundle keeps."""
+        super().__post_init__()
         if self.batch_size < 1:
             raise ModeclipError(f"evaluate.batch_size: expected 1 image or more, got {self.batch_size}")
-        check_templates(self.templates, "evaluate.templates")
-
-    def temperature_of(self, rule: str) -> float:
-        """Return the temperature that a rule is scored with."""
-        own = self.temperature if rule == self.rule else None
-        return DEFAULT_TEMPERATURE[rule] if own is None else own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from modeclip.data.tasks.task import Images
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import MANIFEST_FILE, SEED, Bundle, load_bundle
-from modeclip.mixture.explain import Asked
 from modeclip.mixture.mode import MoDE
+from modeclip.mixture.router import ClusterRouter, RouteRequest
 from modeclip.mixture.rules import RULES
 from modeclip.models.clip import check_model
 from modeclip.models.encoders import IMAGE_PREFIXES
@@ -66,38 +66,42 @@ class System:
         """
         if self.mixture is None:
             return np.ones(1)
-        asked = self.mixture.asked
-        return self.mixture.mode.route(texts, rule=asked.rule, temperature=asked.temperature, each=each).weights
+        return self.mixture.router.route(texts, replace(self.mixture.request, each=each)).weights
 
     def weigh_images(self, images: Images, cache: FeatureCache) -> Float[np.ndarray, "N K"]:
         """Weigh the models for each image, where the clusters are of images."""
         assert self.mixture is not None
-        mode, asked = self.mixture.mode, self.mixture.asked
-        vectors = embed_images(mode.bundle.encoder, mode.embed_images, images, cache)
-        return mode.route_images(vectors, rule=asked.rule, temperature=asked.temperature)
+        router = self.mixture.router
+        vectors = embed_images(router.encoder_name, router.embed_images, images, cache)
+        return router.route_vectors((), vectors, self.mixture.request).weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mixture:
     """A bundle's router and what it is asked."""
 
-    mode: MoDE = field(repr=False)
-    """It."""
-    asked: Asked
-    """Rule, temperature, budget."""
-    per_image: bool
-    """Whether the clusters are of images."""
+    bundle: Bundle = field(repr=False)
+    """Bundle with the experts."""
+    router: ClusterRouter = field(repr=False)
+    """Router of its clusters."""
+    request: RouteRequest
+    """Rule, temperature and budget."""
+
+    @property
+    def per_image(self) -> bool:
+        """Whether every image has weights of its own."""
+        return self.router.per_image
 
     def facts(self) -> dict[str, Any]:
         """Return what decides the weights, as JSON."""
-        asked, bundle = self.asked, self.mode.bundle
+        asked, bundle = self.request, self.bundle
         facts = {"rule": asked.rule, "temperature": asked.temperature, "max_experts": asked.max_experts}
         return facts | {"encoder": bundle.manifest["encoder"], "clustering": bundle.clustering}
 
     @property
     def members(self) -> list[str]:
         """Names of the experts."""
-        return [expert.name for expert in self.mode.bundle.experts]
+        return [expert.name for expert in self.bundle.experts]
 
 
 def open_systems(
@@ -151,10 +155,10 @@ def open_systems(
             systems.append(_open_member(name, bundle, member))
         else:
             mode = MoDE(bundle, max_experts=max_experts, max_memory=max_memory)
-            asked = [mode.ask(rule, temperature, None) for rule in (*dict.fromkeys(rules),) or (None,)]
+            asked = [mode.request(rule=rule, temperature=temperature) for rule in (*dict.fromkeys(rules),) or (None,)]
             for each in asked:
                 own = f"{name}@{each.rule}" if len(asked) > 1 else name
-                systems.append(_open_mixture(own, mode, cache, each))
+                systems.append(_open_mixture(own, bundle, cache, each))
             mixtures[name] = bundle
     return _with_experts(systems, mixtures) if bounds else systems
 
@@ -178,25 +182,19 @@ def _open_member(name: str, bundle: Bundle, member: str) -> System:
     if member not in folders:
         raise unknown(f"expert of {bundle.path}", member, folders)
     source = bundle.model_ref(folders[member], name)
-    return System(name=name, sources=(source,), templates=bundle.templates)
+    return System(name=name, sources=(source,), templates=bundle.routing.templates)
 
 
-def _open_mixture(name: str, mode: MoDE, cache: FeatureCache, asked: Asked) -> System:
-    bundle = mode.bundle
+def _open_mixture(name: str, bundle: Bundle, cache: FeatureCache, request: RouteRequest) -> System:
     folders = [expert.folder for expert in bundle.experts]
     source_of = {folder: bundle.model_ref(folder) for folder in set(folders)}
     per_image = bundle.encoder.partition(":")[0] in IMAGE_PREFIXES
-    if not per_image:
-        mode.encoder = CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache)
+    encoder = None if per_image else CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache)
     return System(
         name=name,
         sources=tuple(source_of[folder] for folder in folders),
-        mixture=Mixture(
-            mode=mode,
-            asked=asked,
-            per_image=per_image,
-        ),
-        templates=bundle.templates,
+        mixture=Mixture(bundle=bundle, router=ClusterRouter(bundle, encoder), request=request),
+        templates=bundle.routing.templates,
     )
 
 

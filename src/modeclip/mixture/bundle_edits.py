@@ -1,14 +1,14 @@
-"""A bundle and a trained expert in; the same bundle with that expert added, replaced or filled in, out.
+"""Changes to a bundle that is in use: a trained expert is added, replaced, or put where the seed stood in.
 
-What is new is written under names that are not in use. Then mode.json, which names every file, is replaced as a whole:
-that is the moment of the change. Then what it no longer names is removed. So a bundle whose change was killed is the
-old one or the new one, on every file system, and no file of another expert is copied, linked or moved. A process that
-opened the bundle before opens it again to see the change.
+New files get names that are not in use. Then mode.json, which names every file, is replaced as a whole: that is the
+moment of the change. Then the files that it no longer names are removed. So a bundle whose edit was killed is the old
+one or the new one, on every file system, and no file of another expert is copied, linked or moved. A process that
+opened the bundle before the edit has to open it again to see the change.
 
-An expert fits a bundle when its towers, tokenizer and preprocessing are those of the seed, and when its job says that
-it continues from that seed, or from the expert whose place it takes, on a cluster of the bundle's own clustering.
+An expert fits a bundle if its towers, tokenizer and preprocessing are those of the seed, and if its job says that it
+continues from that seed, or from the expert whose place it takes, on a cluster of the bundle's own clustering.
 
-Price: the bundle's files are hashed twice, the new expert is copied once.
+Price: all files of the bundle are hashed once, and the new expert is copied once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from modeclip.mixture.bundle import (
     SEED,
     Bundle,
     Expert,
+    check_files,
     copy_model,
     load_bundle,
     save_centres,
@@ -45,7 +46,7 @@ from modeclip.system.files import hash_files, only_process, write_atomically, wr
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
 _OURS = re.compile(r"(expert-\d+|centres|clusters)-edit\d+(\..+)?|expert-\d+\.part")
-"""Names that only an edit writes: where mode.json does not have them, a killed edit left them behind."""
+"""Names that only an edit writes. Where mode.json does not list such a file, a killed edit left it behind."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,13 +54,13 @@ class NewClusters:
     """The fine clusters that a new expert brings."""
 
     fine_centers: Float[np.ndarray, "m D"]
-    """Their centres."""
+    """Centres of the new clusters."""
     cards: tuple[Mapping[str, Any], ...]
     """A card of each, as ``clusters.json`` has them: ``size``, ``keywords``, ``nearest_captions``..."""
     keywords: tuple[str, ...]
-    """Words that its captions use more than the others'."""
+    """Words that the new expert's captions use more often than those of the others."""
     fine_quantiles: FineQuantiles | None = None
-    """Of ALL fine clusters, the bundle's first; None: the new bundle has none."""
+    """Quantiles of ALL fine clusters, those of the bundle first; None: the new bundle has none."""
 
 
 def add_expert(
@@ -68,17 +69,21 @@ def add_expert(
     """Add one more expert with fine clusters of its own.
 
     Args:
-        folder: The bundle.
-        model: Folder of the expert: of its finished job, or with ``force`` any open_clip folder.
-        clusters: What it was trained on.
-        note: What else the lineage shall remember (``catalog``).
-        force: Do not ask where the expert comes from.
+        folder: Folder of the bundle.
+        model: Folder of the expert's finished job, or with ``force`` any open_clip folder.
+        clusters: The clusters that it was trained on.
+        note: What else the lineage is to remember (``catalog``).
+        force: Whether to take the expert wherever it comes from.
+
+    Returns:
+        The bundle as it is now.
 
     Raises:
-        ModeclipError: The expert does not fit the bundle.
+        ModeclipError: The expert does not fit the bundle, or the bundle is damaged.
     """
     with only_process(_own(folder)), writing(folder):
         bundle = load_bundle(folder)
+        check_files(bundle)
         index, number = bundle.num_experts, len(bundle.edits) + 1
         entry = _entry(bundle, index, model, "add", note, force)
         size = sum(int(card["size"]) for card in clusters.cards)
@@ -112,20 +117,24 @@ def replace_expert(
     """Put another model in the place of an expert, or the first one where the seed stood in.
 
     Args:
-        folder: The bundle.
-        expert: Its number, 0 to K - 1.
-        model: Folder of the expert: of its finished job, or with ``force`` any open_clip folder.
-        size: Pairs of its cluster; None: as before.
-        note: What else the lineage shall remember (``catalog``).
-        force: Do not ask where the expert comes from.
+        folder: Folder of the bundle.
+        expert: Index of the expert, 0 to K - 1.
+        model: Folder of the expert's finished job, or with ``force`` any open_clip folder.
+        size: Number of pairs in its cluster; None: as before.
+        note: What else the lineage is to remember (``catalog``).
+        force: Whether to take the model wherever it comes from.
+
+    Returns:
+        The bundle as it is now.
 
     Raises:
-        ModeclipError: There is no such expert, or the model does not fit the bundle.
+        ModeclipError: There is no such expert, the model does not fit the bundle, or the bundle is damaged.
     """
     with only_process(_own(folder)), writing(folder):
         bundle = load_bundle(folder)
+        check_files(bundle)
         if not 0 <= expert < bundle.num_experts:
-            raise ModeclipError(f"bundle {folder}: has experts 0 to {bundle.num_experts - 1}, got {expert}")
+            raise ModeclipError(f"bundle {folder}: expected an expert of 0 to {bundle.num_experts - 1}, got {expert}")
         old = bundle.experts[expert]
         action = "replace" if old.folder != SEED else "fill in"
         entry = _entry(bundle, expert, model, action, note, force)
@@ -136,7 +145,7 @@ def replace_expert(
 
 
 def check_model_fits(bundle: Bundle, model: Path) -> None:
-    """Raise unless a model has the towers, the tokenizer and the preprocessing of the bundle's.
+    """Raise unless a model has the towers, the tokenizer and the preprocessing of the bundle's models.
 
     Raises:
         ModeclipError: A file is missing or damaged, or something differs; it says what.
@@ -149,15 +158,15 @@ def check_model_fits(bundle: Bundle, model: Path) -> None:
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ModeclipError(
-                f"expert {model}: another model than the bundle's: {name} is {found.get(name)!r}, expected "
-                f"{expected.get(name)!r} as in {reference}; experts of a bundle share towers, tokenizer, preprocessing"
+                f"expert {model}: {name} is {found.get(name)!r}, expected {expected.get(name)!r} as in {reference}; "
+                "experts of a bundle must have the same towers, tokenizer and preprocessing"
             )
     shapes, expected_shapes = _shapes(model / WEIGHTS_FILE), _shapes(reference / WEIGHTS_FILE)
     for name in sorted(shapes.keys() | expected_shapes.keys()):
         if shapes.get(name) != expected_shapes.get(name):
             raise ModeclipError(
-                f"expert {model}: weights of another shape than the bundle's: {name} is {shapes.get(name)}, expected "
-                f"{expected_shapes.get(name)} as in {reference}"
+                f"expert {model}: the shape of {name} is {shapes.get(name)}, expected {expected_shapes.get(name)} as "
+                f"in {reference}; give an expert that continues from a model of this bundle"
             )
 
 
@@ -165,19 +174,23 @@ def check_origin(bundle: Bundle, expert: int, model: Path) -> None:
     """Raise unless a model's job says that it is an expert of this bundle's seed and clustering.
 
     Raises:
-        ModeclipError: It is not, it is unfinished, or nothing says where it comes from.
+        ModeclipError: The job says otherwise or is not finished, or there is no job.json.
     """
-    name, force = job_name("expert", expert), "give --force to put it there nevertheless"
+    name, force = job_name("expert", expert), "give --force to put it there anyway"
     if not (model / "job.json").is_file():
         raise ModeclipError(f"expert {model}: no job.json says which seed and clustering it comes from; {force}")
     job = TrainJob.load(model / "job.json")
     if TrainResult.read(replace(job, folder=str(model))) is None:
-        raise ModeclipError(f"expert {model}: its training is not finished; modeclip train {model / 'job.json'}")
+        raise ModeclipError(
+            f"expert {model}: its training is not finished; give modeclip train {model / 'job.json'} first"
+        )
     lineage = bundle.lineage
     if job.digest == lineage.get("jobs", {}).get(name):
         return
     if job.where.get("expert", expert) != expert:
-        raise ModeclipError(f"expert {model}: was trained on the rows of expert {job.where['expert']}, not {expert}")
+        raise ModeclipError(
+            f"expert {model}: was trained on the rows of expert {job.where['expert']}, not {expert}; {force}"
+        )
     places = [SEED, *(e.folder for e in bundle.experts if e.name == name)]
     starts = {bundle.job_digest(SEED), bundle.job_digest(name)} | {bundle.weights_hash(place) for place in places}
     if job.start_digest not in starts - {None}:
@@ -189,7 +202,7 @@ def check_origin(bundle: Bundle, expert: int, model: Path) -> None:
     known |= {lineage.get("catalog_fingerprint", ""), lineage.get("stages", {}).get("cluster", "")} - {""}
     if not {job.catalog_fingerprint, *job.catalog_fingerprint.split("-")} & known:
         raise ModeclipError(
-            f"expert {model}: is of another clustering ({job.catalog_fingerprint}) than the bundle "
+            f"expert {model}: belongs to another clustering ({job.catalog_fingerprint}) than the bundle "
             f"({', '.join(sorted(known))}); {force}"
         )
 
@@ -197,7 +210,9 @@ def check_origin(bundle: Bundle, expert: int, model: Path) -> None:
 def _own(folder: Path) -> Path:
     """Return the folder of a bundle that can be written to."""
     if not (folder / MANIFEST_FILE).is_file():
-        raise ModeclipError(f"{folder} is no bundle on this machine: {MANIFEST_FILE} is missing")
+        raise ModeclipError(
+            f"{folder} is no bundle on this machine: {MANIFEST_FILE} is missing; give a bundle's folder"
+        )
     return folder
 
 
@@ -245,7 +260,7 @@ def _commit(
     new: set[str],
     files: Mapping[str, str] | None = None,
 ) -> Bundle:
-    """Replace mode.json, the moment of the change, and remove what it no longer names."""
+    """Replace mode.json, which is the moment of the change, and remove what it no longer names."""
     path, manifest = bundle.path, dict(bundle.manifest)
     manifest |= {"format_version": FORMAT_VERSION, "experts": [asdict(expert) for expert in experts]}
     manifest |= {"lineage": {**bundle.lineage, EDITS: [*bundle.edits, entry]}}
@@ -280,7 +295,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _flat(content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by their dotted names."""
+    """Return the leaves of nested mappings by dotted names."""
     leaves: dict[str, Any] = {}
     for name, value in content.items():
         leaves |= _flat(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}

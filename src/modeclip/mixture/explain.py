@@ -1,33 +1,21 @@
-"""The weights of a task, and the reasons for them: which fine clusters its classes met, and whose those are.
+"""Why a task is routed as it is: the fine clusters that lie nearest to each of its classes, and whose those are.
 
 Price: the distances of the class names to all centres once more; the cards of the clusters are read from the bundle.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from modeclip.clustering.distances import nearest_centers
 from modeclip.mixture.bundle import Bundle
-from modeclip.mixture.rules import Routing
 
 NEAREST_SHOWN = 3
-"""Fine clusters that a class is explained by."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """How a task is to be routed."""
-
-    rule: str
-    """One of ``routing.RULES``."""
-    temperature: float
-    """Of the rule."""
-    max_experts: int | None
-    """How many experts may have weight; None: all."""
+"""How many fine clusters a class is explained by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +23,11 @@ class NearCluster:
     """A fine cluster that a class name lies close to."""
 
     index: int
-    """Of the fine cluster."""
+    """Index of the fine cluster."""
     distance: float
-    """Euclidean distance of the class name to its centre (unit vectors: 0 to 2)."""
+    """Euclidean distance of the class name to its centre: 0 to 2 for unit vectors."""
     expert: int
-    """Expert that the cluster belongs to."""
+    """Index of the expert that the cluster belongs to."""
     captions: tuple[str, ...]
     """The captions nearest to its centre."""
 
@@ -51,66 +39,36 @@ class ClassReason:
     name: str
     """The class name, the query, or the file of the picture."""
     weights: tuple[float, ...]
-    """Weight of each expert for this class (the same for all, unless the rule weighs each by itself)."""
+    """Weight of each expert for this class. All classes have the same, unless each is weighed by itself."""
     clusters: tuple[NearCluster, ...]
-    """The nearest fine clusters, nearest first."""
+    """The nearest fine clusters, nearest first; none where the router does not look at clusters."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """The weights of a task, before any model is loaded."""
+def explain(
+    names: Sequence[str],
+    weights: Float[np.ndarray, "L K"],
+    embeddings: Float[np.ndarray, "L D"],
+    bundle: Bundle,
+) -> list[ClassReason]:
+    """Name the fine clusters nearest to each class, with their captions and their experts.
 
-    classnames: tuple[str, ...]
-    """Class names, in the order of the task; queries, or files of pictures, where each is routed by itself."""
-    asked: Asked
-    """Rule, temperature and budget that made the weights."""
-    routing: Routing
-    """Weights, nearest clusters, distances, entropy."""
-    bundle: Bundle = field(repr=False)
-    """Whose experts they weigh."""
-    embeddings: Float[np.ndarray, "L D"] = field(repr=False)
-    """Unit vectors of the class names."""
-
-    @property
-    def rule(self) -> str:
-        """Rule that made the weights."""
-        return self.asked.rule
-
-    @property
-    def temperature(self) -> float:
-        """Its temperature."""
-        return self.asked.temperature
-
-    @property
-    def weights(self) -> Float[np.ndarray, "... K"]:
-        """Weight of each expert: (K,), or a row a class (L, K)."""
-        return self.routing.weights
-
-    @property
-    def class_weights(self) -> Float[np.ndarray, "L K"]:
-        """Weight of each expert for each class, whatever the rule."""
-        return np.broadcast_to(self.weights, (len(self.classnames), self.weights.shape[-1]))
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Names of the experts, in the order of the weights."""
-        return tuple(expert.name for expert in self.bundle.experts)
-
-    def explain(self) -> list[ClassReason]:
-        """Say for each class which fine clusters it met, what they are about and whose they are."""
-        centers = self.bundle.fine_centers[:, -self.embeddings.shape[1] :]
-        nearest, distance = nearest_centers(self.embeddings, centers, NEAREST_SHOWN)
-        experts, cards = self.bundle.expert_of_fine.tolist(), self.bundle.clusters
-        return [
-            ClassReason(
-                name=name,
-                weights=tuple(weights),
-                clusters=tuple(
-                    NearCluster(index=s, distance=gap, expert=experts[s], captions=tuple(cards[s]["nearest_captions"]))
-                    for s, gap in zip(near, gaps, strict=True)
-                ),
-            )
-            for name, weights, near, gaps in zip(
-                self.classnames, self.class_weights.tolist(), nearest.tolist(), distance.tolist(), strict=True
-            )
-        ]
+    Args:
+        names: Name of each class.
+        weights: Weight of each expert for each class.
+        embeddings: Vector of each class by the bundle's encoder; of an image, the image's half of a pair's vector.
+        bundle: The bundle with the clusters and their cards.
+    """
+    centers = bundle.fine_centers[:, -embeddings.shape[1] :]
+    nearest, distance = nearest_centers(embeddings, centers, NEAREST_SHOWN)
+    experts, cards = bundle.expert_of_fine.tolist(), bundle.clusters
+    return [
+        ClassReason(
+            name=name,
+            weights=tuple(own),
+            clusters=tuple(
+                NearCluster(index=s, distance=gap, expert=experts[s], captions=tuple(cards[s]["nearest_captions"]))
+                for s, gap in zip(near, gaps, strict=True)
+            ),
+        )
+        for name, own, near, gaps in zip(names, weights.tolist(), nearest.tolist(), distance.tolist(), strict=True)
+    ]

@@ -1,7 +1,7 @@
-"""Class embeddings and cluster centres in, a weight per expert out: whom a task listens to.
+"""The routing formulas: how much weight each expert gets, from class embeddings and cluster centres.
 
-A mixture answers with the weighted sum of its experts' cosine similarities; this module gives the
-weights. Nothing is learned and no image is needed: a class name is embedded as the captions were,
+A mixture answers with the weighted sum of its experts' cosine similarities, and this module computes
+the weights. Nothing is learned and no image is needed. A class name is embedded as the captions were,
 so the fine cluster that it falls into tells which expert was trained on such words. With class
 embeddings e_l, fine centres e_s, S_c the fine clusters of expert c, and d_l the distance of class l
 to its nearest centre:
@@ -12,33 +12,33 @@ to its nearest centre:
 The rules:
 
 - `eq6`: a class keeps only the A of its nearest centre, A_l = exp(-d_l^2 / temperature).
-- `paper`: `eq6`; but if L < 10, every A_l is multiplied by exp(0.5 - sqrt(L)), and if L > 200, the
+- `paper`: `eq6`, but if L < 10, every A_l is multiplied by exp(0.5 - sqrt(L)), and if L > 200, the
   temperature is divided by ln(L). So nothing changes at L = 10 and at L = 200 exactly.
-- `release`: what the published code computes, of the plain distance and without a temperature:
+- `release`: what the published code computes, from the plain distance and without a temperature:
   A_l = exp((add - d_l) * mul), with add = exp(0.5 - sqrt(L)) if L < 10, else 0, and
   mul = 5 * log10(max(10, L - 200)), which is 5 up to L = 210; then p = softmax(sums / 8).
 - `uniform`: 1 / K each, the plain ensemble.
 - `coarse`: `eq6` with the mean of each expert's fine centres in place of the fine centres.
-- `top1`: all weight on the expert that has the most under `paper`.
-- `per_class`: each class has its own weights, the experts' shares of its A_ls over ALL centres.
+- `top1`: all weight goes to the expert that has the most under `paper`.
+- `per_class`: each class has its own weights: each expert's share of the class's A_ls over ALL centres.
 - `share`: the mean of `per_class` over the classes.
 
 The sum of an expert without a fine cluster is 0. In the softmax of `paper`, `eq6`, `release` and
-`coarse` that is still exp(0) > 0: the published formulas give some weight to an expert that no
-class speaks for. `share` and `per_class` give it 0.
+`coarse` that is still exp(0) > 0, so the published formulas give some weight to an expert that no
+class is near to. `share` and `per_class` give it 0.
 
-What a row is. A task's classes, or the texts of a corpus whose images ask for a text (eq. 7), are
-routed together. Queries that ask for an image, and images where the clusters are of images, are
-each a task of their own: `each=True` gives a row of weights to each, under every rule.
+The classes of a task are routed together, and so are the texts of a corpus from which images choose
+(eq. 7). Queries that look for an image are tasks of their own, and so are images where the clusters
+are of images: `each=True` gives each of them a row of weights, under every rule.
 
-`max_experts` n keeps the n experts with the largest mean over all rows, their weights renormalised.
+`max_experts` n keeps the n experts with the largest mean over all rows and renormalises their weights.
 
 Source: MoDE (arXiv 2404.16030), Sec. 3.4, eq. 5-7; App. E for the two terms of `paper` that depend
 on L; CoarseCluster in Sec. 5.2; images in Sec. 5.3. `top1`, `share`, `per_class` and the budget are ours;
 what was tried beyond them and did not win is in ``runs/candidates.py``.
-Price: one product of an L x D with a D x M matrix in float64, a chunk of rows at a time: `per_class`
+Price: one product of an L x D with a D x M matrix in float64, a chunk of rows at a time. `per_class`
 weighs a million texts of 384 dimensions in 17 seconds for M = 1024 and in 2 minutes for M = 8192 (one
-core, ``benchmarks/routing.py``); memory is that of the weights and of a chunk.
+core, ``benchmarks/routing.py``). Memory holds the weights and one chunk.
 """
 
 from __future__ import annotations
@@ -57,12 +57,17 @@ from modeclip.errors import ModeclipError, unknown
 
 RULES = ("paper", "eq6", "release", "uniform", "coarse", "top1", "share", "per_class")
 
+DEFAULT_RULE = "per_class"
+"""What measurement favours: on tasks that had no part in choosing it, over three seeds, it beats uniform weights by
+2.1 ± 1.0 points where experts have specialised, and the published rules gain nothing (``runs/results.py``)."""
+
 DEFAULT_TEMPERATURE = dict.fromkeys(RULES, 0.2) | {"share": 0.1, "per_class": 0.1}
-"""Each rule's temperature for callers that name none: the paper's; 0.1 if all centres count."""
+"""Each rule's temperature for callers that name none: the paper's 0.2, or 0.1 where all centres count."""
 
 Mix = Literal["cosines", "log-probabilities"]
 MIXES: tuple[Mix, ...] = get_args(Mix)
-"""What of the experts is weighed: cosines (the paper); log-probabilities need all classes of a task at once."""
+"""What the experts contribute to the weighted sum: cosines (the paper), or the logarithms of their probabilities, which
+take all classes of a task at once."""
 
 SMALL_TASK = 10
 """A task with fewer classes than this is small (App. E)."""
@@ -74,25 +79,24 @@ RELEASE_SLOPE = 5.0
 """Factor of the plain distance in the published code, before it grows with L."""
 
 RELEASE_SOFTNESS = 8.0
-"""What the published code divides the experts' sums by before the softmax."""
+"""The published code divides the experts' sums by this before the softmax."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
-    """The experts' weights for one task, and the distances that they were made from."""
+    """The experts' weights for one task, and the distances that they follow from."""
 
     weights: Float[np.ndarray, "... K"]
-    """Weight of each expert, summing to 1: (K,), or a row for each class (L, K) under `per_class` and
-    with `each`."""
+    """Weight of each expert, summing to 1: (K,), or a row for each class (L, K) under `per_class` and with `each`."""
 
     nearest_fine: Int[np.ndarray, " L"]
-    """Index of the fine centre nearest to each class; the lowest index if several are."""
+    """Index of the fine centre nearest to each class; the lowest index if several are equally near."""
 
     distance: Float[np.ndarray, " L"]
     """Euclidean distance to that centre, NOT squared: 0 to 2 for unit vectors."""
 
     entropy: float
-    """Entropy of the weights in nats: 0 is one expert, ln(K) uniform. Of rows: the mean."""
+    """Entropy of the weights in nats: 0 if one expert has all, ln(K) if they are equal; the mean over rows."""
 
 
 def route(
@@ -108,17 +112,18 @@ def route(
 ) -> Routing:
     """Weigh the experts for one task.
 
+    Arrays may be lists, numpy arrays of any number type, or torch tensors.
+
     Args:
-        class_embeddings: One unit vector a class, (L, D), by the encoder that embedded the captions. This and the other
-            arrays may be lists, numpy arrays of any number type, or torch tensors.
-        fine_centers: Centres of the fine clusters of the captions, (M, D).
-        expert_of_fine: Which expert, 0 to K - 1, each fine cluster belongs to, (M,) integers.
-        num_experts: K.
-        rule: One of `RULES`; the top of this module gives each one's formula.
+        class_embeddings: (L, D) unit vectors, one a class, by the encoder that embedded the captions.
+        fine_centers: (M, D) centres of the fine clusters of the captions.
+        expert_of_fine: (M,) integers: which expert, 0 to K - 1, each fine cluster belongs to.
+        num_experts: Number of experts, K.
+        rule: One of `RULES`; the top of this module gives the formula of each.
         temperature: Lambda of eq. 5, in units of squared distance, above 0. None: the rule's own from
-            `DEFAULT_TEMPERATURE`. `uniform` and `release` take no notice of it.
+            `DEFAULT_TEMPERATURE`. `uniform` and `release` do not use it.
         each: Whether every row is a task of its own, as queries for images and images are.
-        max_experts: How many experts may have weight; None: all.
+        max_experts: How many experts may have weight; None: all of them.
 
     Returns:
         The weights. `nearest_fine` and `distance` are about the fine centres under every rule,
@@ -165,46 +170,6 @@ def route(
     return Routing(weights=weights, nearest_fine=nearest_fine, distance=distance, entropy=entropy(weights))
 
 
-def share(
-    class_embeddings: ArrayLike,
-    fine_centers: ArrayLike,
-    expert_of_fine: ArrayLike,
-    *,
-    num_experts: int,
-    temperature: float,
-) -> Float[np.ndarray, "L K"]:
-    """Weigh the experts for every class: their shares of its affinity to all fine centres.
-
-    Args:
-        class_embeddings: One unit vector a class, or query text.
-        fine_centers: Centres of the fine clusters of the captions.
-        expert_of_fine: Which expert, 0 to K - 1, each fine cluster belongs to.
-        num_experts: K.
-        temperature: Lambda of eq. 5, above 0. Towards 0, the nearest centre alone decides.
-
-    Returns:
-        Weights that sum to 1 in each row.
-
-    Raises:
-        ModeclipError: As in `route`.
-
-    Examples:
-        >>> centers = np.array([[0.0], [1.0]])
-        >>> classes = np.array([[0.1], [0.5]])
-        >>> share(classes, centers, np.array([0, 1]), num_experts=2, temperature=0.2).round(3)
-        array([[0.982, 0.018],
-               [0.5  , 0.5  ]])
-    """
-    return route(
-        class_embeddings,
-        fine_centers,
-        expert_of_fine,
-        num_experts=num_experts,
-        rule="per_class",
-        temperature=temperature,
-    ).weights
-
-
 def embed_classes(
     encode: Callable[[Sequence[str]], Float[np.ndarray, "_ D"]],
     classnames: Sequence[str],
@@ -213,10 +178,10 @@ def embed_classes(
     """Embed class names for routing: the names themselves (the paper), or their prompts (the published code).
 
     Args:
-        encode: The clusters' encoder: texts -> unit vectors.
+        encode: Function of the clusters' encoder that turns texts into unit vectors.
         classnames: L class names.
-        templates: Prompts with ``{}`` where the name goes, whose unit vectors are averaged and
-            scaled to norm 1; none: the plain names.
+        templates: Prompts with ``{}`` where the name goes. Their unit vectors are averaged and the mean is
+            scaled to norm 1. None given: the plain names are embedded.
 
     Raises:
         ModeclipError: A template has no place for the name.
@@ -231,15 +196,15 @@ def embed_classes(
 
 
 def keep_best(weights: Float[np.ndarray, "... K"], count: int, *, per_row: bool = False) -> Float[np.ndarray, "... K"]:
-    """Give all weight to the experts that have the most, the lowest index of equals.
+    """Give all weight to the experts that have the most; of equal ones the lowest index wins.
 
     Args:
         weights: (K,), or rows of weights.
         count: How many experts are kept, 1 or more.
-        per_row: Whether each row keeps its own; else all keep those with the largest mean.
+        per_row: Whether each row keeps its own best; else all rows keep those with the largest mean.
 
     Returns:
-        Weights that sum to 1. A row that had nothing for any of those kept shares equally among them.
+        Weights that sum to 1. A row without any weight for the experts kept shares it equally among them.
 
     Examples:
         >>> keep_best(np.array([0.1, 0.6, 0.3]), 2).round(3)
@@ -256,7 +221,7 @@ def keep_best(weights: Float[np.ndarray, "... K"], count: int, *, per_row: bool 
 
 
 def reweigh(weights: Float[np.ndarray, "... K"], factors: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
-    """Multiply weights by factors of 0 or more and make them sum to 1; where nothing is left, the factors count alone.
+    """Multiply weights by factors of 0 or more and make them sum to 1; a row with nothing left gets the factors alone.
 
     Examples:
         >>> reweigh(np.array([[0.5, 0.5], [0.0, 1.0]]), np.array([1.0, 0.0]))
@@ -271,7 +236,7 @@ def reweigh(weights: Float[np.ndarray, "... K"], factors: Float[np.ndarray, "...
 
 
 def softmax(x: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... K"]:
-    """Normalise exp(x) over the last axis; the largest value is taken off first, so none overflows.
+    """Normalise exp(x) over the last axis; the largest value is subtracted first, so that nothing overflows.
 
     Examples:
         >>> softmax(np.array([1000.0, 1000.0, 0.0]))
@@ -296,7 +261,7 @@ def entropy(weights: Float[np.ndarray, "... K"]) -> float:
 def _task_weights(
     rule: str, distance: np.ndarray, expert_of_class: np.ndarray, num_experts: int, temperature: float, each: bool
 ) -> np.ndarray:
-    """Return the weights under the rules that look at the nearest centre alone: (K,), or a row for each class."""
+    """Return the weights under the rules that look at nearest centres only: (K,), or a row for each class."""
     num_classes = 1 if each else len(distance)
 
     def sums(affinity: np.ndarray) -> np.ndarray:
@@ -351,12 +316,12 @@ def _share(
 
 
 def _eq6_affinity(distance: np.ndarray, temperature: float) -> np.ndarray:
-    """A_l of eq. 5, of the nearest centre."""
+    """Return A_l of eq. 5 for the nearest centre."""
     return np.exp(-(distance**2) / temperature)
 
 
 def _paper_affinity(distance: np.ndarray, temperature: float, num_classes: int) -> np.ndarray:
-    """A_l of eq. 5 with the terms of App. E for a small and for a large task."""
+    """Return A_l of eq. 5 with the terms of App. E for a small and for a large task."""
     if num_classes > LARGE_TASK:
         temperature = temperature / math.log(num_classes)
     scale = math.exp(0.5 - math.sqrt(num_classes)) if num_classes < SMALL_TASK else 1.0
@@ -364,7 +329,7 @@ def _paper_affinity(distance: np.ndarray, temperature: float, num_classes: int) 
 
 
 def _release_affinity(distance: np.ndarray, num_classes: int) -> np.ndarray:
-    """A_l as the published code computes it."""
+    """Return A_l as the published code computes it."""
     add = math.exp(0.5 - math.sqrt(num_classes)) if num_classes < SMALL_TASK else 0.0
     mul = RELEASE_SLOPE * math.log10(max(10, num_classes - LARGE_TASK))
     return np.exp((add - distance) * mul)

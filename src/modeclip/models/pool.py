@@ -188,8 +188,11 @@ class ModelPool:
     def _load(
         self, refs: Sequence[ModelRef], device: str | torch.device | None, dtype: torch.dtype | None
     ) -> dict[str, Clip]:
-        where = self._place(device)
-        with self._lock:
+        import torch
+
+        where, dtype = self._place(device), dtype or torch.float32
+        # Weights that are loaded under inference_mode could not be used outside of it.
+        with self._lock, torch.inference_mode(False):
             keys = {ref.digest: (ref.digest, where, str(dtype)) for ref in refs}
             missing = [ref for ref in refs if keys[ref.digest] not in self._clips]
             if missing:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modeclip.errors import ModeclipError
-from modeclip.mixture.explain import ClassReason, Route
+from modeclip.mixture.explain import ClassReason
+from modeclip.mixture.router import Route
 from modeclip.pages.html import INK, PAPER, RULE, SOFT, encode_png
 from modeclip.system.files import write_atomically, writing
 
@@ -108,12 +109,13 @@ def draw_route(route: Route) -> RoutePicture:
         order = order[:: -(-len(order) // MAX_DRAWN)]
     drawn = f"{len(order):,} of " if len(order) < len(reasons) else ""
     title = (
-        f"{drawn}{len(reasons):,} classes, rule {route.rule}, temperature {route.temperature:g}, "
-        f"entropy {route.routing.entropy:.2f} of at most {np.log(len(mean)):.2f} nats"
+        f"{drawn}{len(reasons):,} classes, rule {route.request.rule}, temperature {route.request.temperature:g}, "
+        f"entropy {route.entropy:.2f} of at most {np.log(len(mean)):.2f} nats"
     )
     parts: list[Box | Words] = [Words(EDGE, EDGE + LINE / 2, title, bold=True)]
     y = EDGE + 1.6 * LINE
-    keywords = [", ".join(expert.keywords[:5]) for expert in route.bundle.experts]
+    experts = () if route.bundle is None else route.bundle.experts
+    keywords = [", ".join(expert.keywords[:5]) for expert in experts] or [""] * len(route.members)
     bar = NAME + 70.0
     for name, words, weight, color in zip(route.members, keywords, mean.tolist(), colors, strict=True):
         parts += [Box(EDGE, y + 4, 11.0, 11.0, color), Words(EDGE + 18, y + LINE / 2, _fit(name, NAME - 60))]
