@@ -357,3 +357,25 @@ def test_preprocessing_of_both_ways_is_in_the_proof(size: tuple[int, int]) -> No
     clip = load_clip("modeclip-icon")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
     torch.testing.assert_close(clip.images([picture])[0], clip.preprocess(picture), atol=1e-6, rtol=0)
+
+
+def test_batch_of_images_equals_preprocess_of_each() -> None:
+    clip = load_clip("modeclip-icon")
+    draw = np.random.default_rng(0)
+    right = [Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(3)]
+    wrong = [*right, Image.fromarray(draw.integers(0, 255, (50, 40, 3), dtype=np.uint8))]
+    for pictures in (right, wrong):
+        expected = torch.stack([clip.preprocess(picture) for picture in pictures])
+        torch.testing.assert_close(clip.images(pictures), expected, atol=1e-6, rtol=0)
+
+
+def test_saved_model_is_a_plain_open_clip_folder(tmp_path: Path) -> None:
+    clip = load_clip("modeclip-icon", seed=3)
+    save_clip(clip, tmp_path)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["a heart", "an arrow"])
+    image = preprocess(Image.new("RGB", (70, 50), "red")).unsqueeze(0)
+    with torch.inference_mode():
+        for method, inputs in (("encode_image", image), ("encode_text", tokens)):
+            theirs, ours = getattr(model, method)(inputs), getattr(clip.model.eval(), method)(inputs)
+            torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)

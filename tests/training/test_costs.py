@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 from modeclip.data.catalog import Catalog
-from modeclip.data.indexing import index
-from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.training.costs import COLUMNS, Plan, measure, plan, wall_time
 from modeclip.training.experts import ExpertsConfig, plan_jobs
@@ -22,11 +20,9 @@ TRAIN = TrainConfig(samples=16 * 64, batch_size=16, engine=EngineConfig(precisio
 
 
 @pytest.fixture(scope="module")
-def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+def catalog(icons_copy: Catalog) -> Catalog:
     """Real icons, split in two."""
-    out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
-    catalog = Catalog.open(out)
+    catalog = icons_copy
     catalog.add_columns({"expert": (np.arange(len(catalog)) >= 100).astype(np.int32)})
     return catalog
 

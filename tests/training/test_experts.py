@@ -12,8 +12,6 @@ import pytest
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
-from modeclip.data.indexing import index
-from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
@@ -23,11 +21,9 @@ TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
 
 
 @pytest.fixture(scope="module")
-def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+def catalog(icons_copy: Catalog) -> Catalog:
     """Real icons with experts of known sizes, and the columns of two controls."""
-    out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
-    catalog = Catalog.open(out)
+    catalog = icons_copy
     experts = np.repeat([0, 1, 2], [100, 400, len(catalog) - 500]).astype(np.int32)
     catalog.add_columns({"expert": experts, "random_expert": np.roll(experts, 50), "one_step_expert": experts[::-1]})
     return catalog

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from modeclip.data.indexing import index
-from modeclip.data.sources.options import DataConfig
+import support
 from modeclip.errors import ModeclipError
 from modeclip.system.files import only_process
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult, changes, prepare
@@ -24,33 +23,26 @@ from modeclip.training.launching import commands_for, run_jobs
 from modeclip.training.status import job_status
 
 CONFIG = TrainConfig(
-    samples=8 * 32, batch_size=8, engine=EngineConfig(precision="32-true", save_every="1steps", log_every=1)
+    model="modeclip-icon-xxxs",
+    samples=8 * 32,
+    batch_size=8,
+    engine=EngineConfig(precision="32-true", save_every="1steps", log_every=1),
 )
 FOREVER = 100_000
 
 
 @pytest.fixture(scope="module")
-def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few hundred real icons."""
-    out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
-    return out / "catalog.lance"
+def catalog(icons_catalog: Path) -> Path:
+    return icons_catalog
 
 
 def make_job(catalog: Path, folder: Path, last_step: int = 2, start: TrainJob | None = None) -> TrainJob:
-    return TrainJob(
-        name=folder.name,
-        folder=str(folder),
-        catalog=str(catalog),
-        catalog_fingerprint="test",
-        config=CONFIG,
-        first_step=0 if start is None else start.last_step,
-        last_step=last_step if start is None else start.last_step + last_step,
-        first_share=0.0,
-        last_share=1.0,
-        start_from=None if start is None else start.folder,
-        start_digest="" if start is None else start.digest,
-    )
+    job = support.make_job(catalog, folder, CONFIG, last_step=last_step)
+    if start is None:
+        return job
+    first = start.last_step
+    behind = {"first_step": first, "last_step": first + last_step, "start_from": start.folder}
+    return replace(job, **behind, start_digest=start.digest)
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -272,5 +264,5 @@ def test_ray_repeats_a_job_whose_worker_died(catalog: Path, tmp_path: Path) -> N
     run_jobs([alone], 1)
     assert weights(alone) == weights(seed)
     too_wide = replace(make_job(catalog, tmp_path / "wide"), threads=3)
-    with pytest.raises(ModeclipError, match="wide needs 3 CPU, .* has 2 in all; lower experts"):
+    with pytest.raises(ModeclipError, match=r"wide needs 3 CPU, .* has 2 in all; lower experts"):
         run_jobs([too_wide], 1, ray=True)

@@ -20,15 +20,14 @@ from modeclip.models.clip import load_clip, save_clip
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
 from modeclip.training.objectives.siglip import Sigmoid
 from modeclip.training.preflight import preflight
+from support import make_job
 
 CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true"))
 
 
 @pytest.fixture(scope="module")
-def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
-    return out / "catalog.lance"
+def icons(icons_catalog: Path) -> Path:
+    return icons_catalog
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +37,7 @@ def catalog(icons: Path) -> Catalog:
 
 @pytest.fixture
 def job(icons: Path, tmp_path: Path) -> TrainJob:
-    return TrainJob(
-        name="expert-1",
-        folder=str(tmp_path / "expert-1"),
-        catalog=str(icons),
-        catalog_fingerprint="test",
-        config=CONFIG,
-        first_step=0,
-        last_step=24,
-        first_share=0.0,
-        last_share=1.0,
-    )
+    return make_job(icons, tmp_path / "expert-1", CONFIG)
 
 
 def changed(job: TrainJob, engine: dict[str, Any] | None = None, **settings: Any) -> TrainJob:

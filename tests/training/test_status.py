@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from modeclip.data.indexing import index
-from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, role_of
 from modeclip.training.status import board_table, is_locked, job_status, read_log, status, watch
 
 CONFIG = TrainConfig(
-    samples=32 * 4000, batch_size=16, engine=EngineConfig(precision="32-true", save_every="1steps", log_every=1)
+    model="modeclip-icon-xxxs",
+    samples=32 * 4000,
+    batch_size=16,
+    engine=EngineConfig(precision="32-true", save_every="1steps", log_every=1),
 )
 
 
@@ -116,9 +117,8 @@ def test_a_folder_without_jobs(tmp_path: Path) -> None:
         status(tmp_path)
 
 
-def test_a_job_while_it_trains_and_after_it_was_stopped(tmp_path: Path) -> None:
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), tmp_path)
-    job = make_job(tmp_path / "job", first_step=0, last_step=4000)
+def test_a_job_while_it_trains_and_after_it_was_stopped(icons_catalog: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", catalog=str(icons_catalog), first_step=0, last_step=4000)
     process = subprocess.Popen([sys.executable, "-m", "modeclip.training.trainer", str(tmp_path / "job" / "job.json")])
     try:
         deadline, seen = time.monotonic() + 120, set[str]()

@@ -13,49 +13,35 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load_file
 
+import support
 from modeclip.data.catalog import Catalog
-from modeclip.data.indexing import index
-from modeclip.data.sources import DataConfig
 from modeclip.errors import ModeclipError
-from modeclip.models.clip import Clip, encode_text, load_clip, save_clip
-from modeclip.training.batches import CROP_STREAM, Feed, batch_rows, draws_of, job_rows, permute
+from modeclip.models.clip import Clip, load_clip
+from modeclip.system.files import only_process
+from modeclip.training.batches import Feed, batch_rows, job_rows
 from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, learning_rate_at
-from modeclip.training.objectives.objective import CAPTION_IDS
-from modeclip.training.trainer import FAILED_BATCH_FILE, train
+from modeclip.training.trainer import FAILED_BATCH_FILE, PARENT_VARIABLE, train
 
-CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true", save_every="5steps"))
+CONFIG = TrainConfig(
+    model="modeclip-icon-xxs",
+    samples=32 * 32,
+    batch_size=32,
+    engine=EngineConfig(precision="32-true", save_every="5steps"),
+)
 
 
 @pytest.fixture(scope="module")
-def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalog of a few hundred real icons."""
-    out = tmp_path_factory.mktemp("catalog")
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
-    return out / "catalog.lance"
+def catalog(icons_catalog: Path) -> Path:
+    return icons_catalog
 
 
-def make_job(catalog: Path, folder: Path, **changes: object) -> TrainJob:
-    job = TrainJob(
-        name=folder.name,
-        folder=str(folder),
-        catalog=str(catalog),
-        catalog_fingerprint="test",
-        config=CONFIG,
-        first_step=0,
-        last_step=24,
-        first_share=0.0,
-        last_share=1.0,
-    )
-    return replace(job, **changes)  # type: ignore[arg-type]
+def make_job(catalog: Path, folder: Path, config: TrainConfig | None = None, **changes: object) -> TrainJob:
+    return support.make_job(catalog, folder, config or CONFIG, **changes)
 
 
 def start(job: TrainJob, **environment: str) -> subprocess.Popen[str]:
@@ -105,76 +91,6 @@ def test_expert_goes_on_where_the_seed_left_the_schedule(tmp_path: Path) -> None
     assert expert.learning_rate(27) / CONFIG.learning_rate == pytest.approx(0.0596, abs=6e-3)
 
 
-@given(count=st.integers(1, 3000), seed=st.integers(0, 5), stream=st.integers(0, 9))
-def test_permutation_hits_every_position_once(count: int, seed: int, stream: int) -> None:
-    found = permute(np.arange(count, dtype=np.int64), count, seed, stream)
-    assert sorted(found.tolist()) == list(range(count))
-
-
-def test_permutation_mixes() -> None:
-    """Neighbours go anywhere: over many permutations, each position gets each value about equally often."""
-    counts = np.zeros((10, 10))
-    for stream in range(5000):
-        counts[np.arange(10), permute(np.arange(10, dtype=np.int64), 10, 0, stream)] += 1
-    assert abs(counts / 500 - 1).max() < 0.2  # the deviation of a fair one is 0.042, of 100 the largest about 0.15
-    long = permute(np.arange(100_000, dtype=np.int64), 100_000, 0, 0)
-    assert abs(np.corrcoef(long[:-1], long[1:])[0, 1]) < 0.02
-
-
-@given(first=st.integers(0, 60), count=st.integers(1, 9))
-def test_random_numbers_of_a_part_are_those_of_the_whole(first: int, count: int) -> None:
-    whole = draws_of(3, 8, 0, 70)
-    assert (draws_of(3, 8, first, first + count) == whole[first : first + count]).all()
-    assert (whole == np.random.Generator(np.random.Philox(key=[3, CROP_STREAM + 8])).random(whole.shape)).all()
-
-
-@given(count=st.integers(8, 200), batch=st.integers(2, 8), seed=st.integers(0, 3))
-def test_batches_are_permutations_of_the_rows(count: int, batch: int, seed: int) -> None:
-    rows = np.arange(count, dtype=np.int64) * 3
-    per_pass = count // batch
-    for first in (0, per_pass):
-        seen = np.concatenate([batch_rows(rows, first + step, batch, seed) for step in range(per_pass)])
-        assert len(set(seen.tolist())) == per_pass * batch
-        assert set(seen.tolist()) <= set(rows.tolist())
-    assert (batch_rows(rows, per_pass, batch, seed) == batch_rows(rows, per_pass, batch, seed)).all()
-
-
-@pytest.mark.parametrize("model", ["modeclip-icon", "ViT-B-32"])
-def test_cut_captions_give_the_features_of_full_ones(model: str) -> None:
-    clip = load_clip(model)
-    clip.model.eval()
-    texts = ["arrow", "! warning ! of a much longer kind !", "!"]
-    for batch in (texts, texts[2:], texts[:1]):
-        tokens = clip.tokens(batch)
-        with torch.inference_mode():
-            full = clip.model.encode_text(tokens, normalize=True)
-            torch.testing.assert_close(encode_text(clip.model, tokens), full, atol=1e-5, rtol=0)
-
-
-def test_batch_of_images_equals_preprocess_of_each() -> None:
-    clip = load_clip("modeclip-icon")
-    draw = np.random.default_rng(0)
-    right = [Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(3)]
-    wrong = [*right, Image.fromarray(draw.integers(0, 255, (50, 40, 3), dtype=np.uint8))]
-    for pictures in (right, wrong):
-        expected = torch.stack([clip.preprocess(picture) for picture in pictures])
-        torch.testing.assert_close(clip.images(pictures), expected, atol=1e-6, rtol=0)
-
-
-def test_saved_model_is_a_plain_open_clip_folder(tmp_path: Path) -> None:
-    import open_clip
-
-    clip = load_clip("modeclip-icon", seed=3)
-    save_clip(clip, tmp_path)
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
-    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["a heart", "an arrow"])
-    image = preprocess(Image.new("RGB", (70, 50), "red")).unsqueeze(0)
-    with torch.inference_mode():
-        for method, inputs in (("encode_image", image), ("encode_text", tokens)):
-            theirs, ours = getattr(model, method)(inputs), getattr(clip.model.eval(), method)(inputs)
-            torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
-
-
 def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path) -> None:
     """Optimizer state, schedule and order of the batches all carry over: not a bit differs."""
     whole = make_job(catalog, tmp_path / "whole")
@@ -185,7 +101,35 @@ def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "second") == weights(tmp_path / "whole")
 
 
-def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path) -> None:
+class Killed(BaseException):
+    """Ends a job at once, as a kill does: nothing that runs afterwards saves anything."""
+
+
+@pytest.mark.parametrize("step", [4, 7, 23])
+def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path, step: int) -> None:
+    """Killed before the first checkpoint, behind one, and before the last step."""
+
+    def kill(clip: Clip, now: int) -> bool:
+        del clip
+        if now == step:
+            raise Killed
+        return False
+
+    whole, killed = make_job(catalog, tmp_path / "whole"), make_job(catalog, tmp_path / "killed")
+    train(whole)
+    with pytest.raises(Killed):
+        train(killed, visit_every=1, visit=kill)
+    assert not (tmp_path / "killed" / "done.json").exists()
+    assert (newest(tmp_path / "killed") is None) == (step < 5)
+    train(killed)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert steps_logged(tmp_path / "killed") == steps_logged(tmp_path / "whole") == [10, 20, 24]
+    first, second = (load_file(newest(tmp_path / name) or "") for name in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_killed_process_leaves_what_its_job_continues_from(catalog: Path, tmp_path: Path) -> None:
     whole, killed = make_job(catalog, tmp_path / "whole"), make_job(catalog, tmp_path / "killed")
     train(whole)
     process = start(killed)
@@ -195,38 +139,39 @@ def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path) -> No
     assert not (tmp_path / "killed" / "done.json").exists()
     train(killed)
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    assert steps_logged(tmp_path / "killed") == steps_logged(tmp_path / "whole") == [10, 20, 24]
-    first, second = (load_file(newest(tmp_path / name) or "") for name in ("whole", "killed"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_sigterm_saves_before_it_ends(catalog: Path, tmp_path: Path) -> None:
-    job = make_job(catalog, tmp_path / "job", last_step=2000)
-    process = start(job)
-    wait_for_checkpoint(process, tmp_path / "job")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    def ask(clip: Clip, step: int) -> bool:
+        del clip
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        train(make_job(catalog, tmp_path / "job"), visit_every=1, visit=ask)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert str(newest(tmp_path / "job")).endswith("step-000000003.safetensors")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_job_ends_when_its_parent_is_gone(catalog: Path, tmp_path: Path) -> None:
-    job = make_job(catalog, tmp_path / "job", last_step=2000)
-    process = start(job, MODECLIP_PARENT="1" if os.getpid() != 1 else "2")
-    process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+def test_job_ends_when_its_parent_is_gone(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PARENT_VARIABLE, str(os.getpid()))  # nobody is its own parent
+    with pytest.raises(SystemExit) as ended:
+        train(make_job(catalog, tmp_path / "job"))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert str(newest(tmp_path / "job")).endswith("step-000000001.safetensors")
 
 
 def test_second_process_in_the_same_folder_gives_up(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeclip.training.trainer.LOCK_PATIENCE_SECONDS", 0.0)
-    job = make_job(catalog, tmp_path / "job", last_step=2000)
-    process = start(job)
-    wait_for_checkpoint(process, tmp_path / "job")
-    with pytest.raises(ModeclipError, match="another process is at work in this folder"):
+    job = make_job(catalog, tmp_path / "job")
+    (tmp_path / "job").mkdir()
+    with only_process(tmp_path / "job"), pytest.raises(ModeclipError, match="another process is at work"):
         train(job)
-    process.terminate()
-    process.communicate(timeout=60)
 
 
 def test_finished_job_is_not_trained_again(catalog: Path, tmp_path: Path) -> None:
@@ -287,14 +232,6 @@ def features(model: torch.nn.Module, images: torch.Tensor, tokens: torch.Tensor)
     return [model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)]
 
 
-def make_feed(catalog: Path, config: TrainConfig, **changes: object) -> Feed:
-    clip = load_clip(config.model)
-    settings = {"rows": torch.arange(300), "tokenizer": clip.tokenizer, "preprocess": clip.preprocess}
-    settings |= {"catalog": str(catalog), "config": config, "image_size": clip.image_size}
-    settings |= {"caption_ids": config.mask_same_captions}
-    return Feed(**settings | changes)  # type: ignore[arg-type]
-
-
 def test_step_is_that_of_plain_pytorch(catalog: Path, tmp_path: Path) -> None:
     """Three steps of the engine against a loop of a few lines: same weights, batches, rates and optimizer."""
     job = make_job(catalog, tmp_path / "job", last_step=3)
@@ -304,7 +241,14 @@ def test_step_is_that_of_plain_pytorch(catalog: Path, tmp_path: Path) -> None:
     others = [value for value in clip.model.parameters() if value.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
-    feed = make_feed(catalog, CONFIG, rows=torch.from_numpy(job_rows(job, Catalog.open(catalog))))
+    feed = Feed(
+        catalog=str(catalog),
+        rows=torch.from_numpy(job_rows(job, Catalog.open(catalog))),
+        config=CONFIG,
+        tokenizer=clip.tokenizer,
+        preprocess=clip.preprocess,
+        image_size=clip.image_size,
+    )
     mean, std = (torch.tensor(getattr(clip.model.visual, f"image_{name}")).view(1, 3, 1, 1) for name in ("mean", "std"))
     for step, (batch, _) in enumerate(feed.batches(range(3))):
         for group in optimizer.param_groups:
@@ -318,63 +262,6 @@ def test_step_is_that_of_plain_pytorch(catalog: Path, tmp_path: Path) -> None:
     trained = load_file(tmp_path / "job" / "open_clip_model.safetensors")
     for name, value in clip.model.state_dict().items():
         torch.testing.assert_close(trained[name], value, atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_workers_and_processes_share_one_order(catalog: Path, workers: int) -> None:
-    config = replace(CONFIG, mask_same_captions=True, engine=EngineConfig(workers=workers))
-    whole = [batch for batch, _ in make_feed(catalog, CONFIG).batches(range(4, 12))]
-    halves = [
-        [batch for batch, _ in make_feed(catalog, config, rank=rank, world_size=2).batches(range(4, 12))]
-        for rank in range(2)
-    ]
-    for step, batch in enumerate(whole):
-        assert torch.equal(batch.images, torch.cat([half[step].images for half in halves]))
-        assert torch.equal(batch.tokens, torch.cat([half[step].tokens for half in halves]))
-        ids = torch.cat([half[step].extras[CAPTION_IDS] for half in halves]).tolist()
-        texts = [tuple(row) for row in batch.tokens.tolist()]
-        assert [ids.index(value) for value in ids] == [texts.index(text) for text in texts]
-
-
-def read_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the list that the rows of all pictures read from now on are added to."""
-    rows: list[int] = []
-    images = Catalog.images
-
-    def counted(self: Catalog, asked: np.ndarray) -> list[Image.Image]:
-        rows.extend(asked.tolist())
-        return images(self, asked)
-
-    monkeypatch.setattr(Catalog, "images", counted)
-    return rows
-
-
-def test_kept_pictures_change_nothing_and_are_read_once(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three passes over 300 rows, for two jobs of one process, one of which masks equal captions."""
-    config, masked = CONFIG, replace(CONFIG, mask_same_captions=True)
-    never = replace(masked, engine=EngineConfig(keep_pictures_gb=0.0))
-    steps, kept = range(3 * (300 // CONFIG.batch_size)), {}
-    plain = [batch for batch, _ in make_feed(catalog, never).batches(steps)]
-    rows = read_rows(monkeypatch)
-    list(make_feed(catalog, config, kept=kept).batches(steps))
-    for batch, (again, _) in zip(plain, make_feed(catalog, masked, kept=kept).batches(steps), strict=True):
-        assert torch.equal(batch.images, again.images)
-        assert torch.equal(batch.tokens, again.tokens)
-        assert torch.equal(batch.extras[CAPTION_IDS], again.extras[CAPTION_IDS])
-    assert len(kept) > 288  # three passes leave out another rest each
-    # two threads that read ahead may both miss a row when a pass ends and the next begins
-    assert len(rows) <= len(kept) + 4 * CONFIG.batch_size
-
-
-def test_pictures_that_do_not_all_fit_are_not_kept(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a_picture = 1000 + 4 * 32 * 32  # bytes of an icon with its tokens
-    for gigabytes, twice in ((301 * a_picture / 1e9, False), (299 * a_picture / 1e9, True)):
-        config = replace(CONFIG, engine=EngineConfig(keep_pictures_gb=gigabytes))
-        feed = make_feed(catalog, config)
-        feed.piece(0, 0, 32)
-        rows = read_rows(monkeypatch)
-        feed.piece(0, 0, 32)
-        assert bool(rows) is twice
 
 
 def small_config(**changes: object) -> TrainConfig:
@@ -448,6 +335,7 @@ def by_slurm(job: TrainJob) -> None:
         assert task.returncode == 0, errors[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "launch"), [("ddp", by_slurm), ("fsdp", by_torchrun)])
 def test_two_processes_train_what_one_does(
     catalog: Path, tmp_path: Path, strategy: str, launch: Callable[[TrainJob], None]
