@@ -132,6 +132,15 @@ def test_a_table_that_cannot_be_used_is_one_line(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
+def test_columns_may_be_separated_as_in_sources(tmp_path):
+    save_images(tmp_path, "x.png", "y.png")
+    (tmp_path / "t.csv").write_text("image;label\nx.png;a, b\ny.png;c\n")
+    assert load(tmp_path / "t.csv").classnames == ("a, b", "c")
+    (tmp_path / "t.csv").write_bytes("image,label\nx.png,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ModeclipError, match=r"row 1 is not UTF-8; save the table"):
+        load(tmp_path / "t.csv")
+
+
 @pytest.mark.parametrize("content", [b"{", b"3\n", b"[1, 2]\n", b"\xff\xfe"])
 def test_lines_that_are_no_json_are_one_line(tmp_path, content):
     (tmp_path / "t.jsonl").write_bytes(content)

@@ -366,7 +366,9 @@ def read_csv(table: str, group: str, options: TableOptions, extra: pa.Schema) ->
         yield Skipped(table, DAMAGED_TABLE, str(error))
 
 
-def csv_rows(table: str, separator: str | None = None, wanted: Collection[str] = ()) -> Iterator[list[str]]:
+def csv_rows(
+    table: str, separator: str | None = None, wanted: Collection[str] = (), *, strict: bool = False
+) -> Iterator[list[str]]:
     """Yield the rows of a CSV or TSV file that are not blank, the header first.
 
     Args:
@@ -374,10 +376,11 @@ def csv_rows(table: str, separator: str | None = None, wanted: Collection[str] =
         separator: The character between columns; by default a tab in .tsv files, and otherwise the one that splits the
             header into most of the wanted columns, or else into most columns.
         wanted: Columns that the table should have.
+        strict: Whether damaged quotes are an error; otherwise rows are read as well as they can be.
 
     Raises:
         FileNotFoundError: There is no such file.
-        csv.Error: The quotes are damaged.
+        csv.Error: A cell is too long, or quotes are damaged and ``strict`` is set.
     """
     with io.TextIOWrapper(open_file(table), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         if separator is None and table.lower().endswith(".tsv"):
@@ -391,7 +394,7 @@ def csv_rows(table: str, separator: str | None = None, wanted: Collection[str] =
                 return len(set(wanted) & set(columns)), len(columns)
 
             separator = max("\t,;|", key=fit)
-        yield from filter(None, csv.reader(text, delimiter=separator))
+        yield from filter(None, csv.reader(text, delimiter=separator, strict=strict))
 
 
 def _rows_of(table: str, options: TableOptions) -> Iterator[list[str]]:
@@ -471,9 +474,10 @@ class TableFile:
             chosen = part.select(known)
             yield from (chosen.slice(start, size) for start in range(0, len(chosen), size))
 
-    def read(self, names: Sequence[str]) -> pa.Table:
-        """Return columns of a Parquet file as a whole."""
-        return self._parquet.read(list(names))
+    def read(self, names: Sequence[str], group: int | None = None) -> pa.Table:
+        """Return columns of a Parquet file, of all its rows or of one row group."""
+        columns = list(names)
+        return self._parquet.read(columns) if group is None else self._parquet.read_row_group(group, columns)
 
     def __enter__(self) -> TableFile:
         return self

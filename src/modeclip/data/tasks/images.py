@@ -13,7 +13,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -24,8 +23,9 @@ from jaxtyping import Int
 from PIL.Image import Image
 
 from modeclip.data.images import cause_of, decode_image, hash_image, hash_parts
+from modeclip.data.sources.tables import TableFile
 from modeclip.errors import ModeclipError
-from modeclip.system.paths import is_url, join, open_file, read_bytes
+from modeclip.system.paths import join, read_bytes
 
 GROUPS_HELD = 2
 """Row groups of Parquet files that are held in memory."""
@@ -162,16 +162,13 @@ class TableImages(EncodedImages):
 
     def _load(self, group: int, column: int) -> Any:
         """Return one column of a row group, from memory if it was used lately."""
-        import pyarrow.parquet as pq
-
         with self._lock:
             if (known := self._held.get((group, column))) is not None:
                 self._held.move_to_end((group, column))
                 return known
             file, number = self.groups[group]
-            path = self.files[file]
-            with open_file(path) if is_url(path) else nullcontext(path) as source, pq.ParquetFile(source) as table:
-                values = table.read_row_group(number, [self.columns[column]])[self.columns[column]].combine_chunks()
+            with TableFile(self.files[file]) as table:
+                values = table.read([self.columns[column]], number)[self.columns[column]].combine_chunks()
             self._held[group, column] = values
             while len(self._held) > GROUPS_HELD:
                 self._held.popitem(last=False)

@@ -13,7 +13,6 @@ have to be found.
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,20 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from modeclip.data.sources.tables import IMAGE_COLUMN, IMAGE_COLUMNS, class_label_names, refuse_addresses
+from modeclip.data.sources.tables import (
+    IMAGE_COLUMN,
+    IMAGE_COLUMNS,
+    TableFile,
+    class_label_names,
+    csv_rows,
+    holds_images,
+    refuse_addresses,
+)
 from modeclip.data.tasks.images import EncodedImages, FileImages, TableImages
 from modeclip.data.tasks.layouts import CLASSNAMES, TEST_FOLDERS, TRAIN_FOLDER, Found, read_lines, read_templates
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
-from modeclip.system.paths import is_url, join, list_folder, open_file, parent, read_bytes, state
+from modeclip.system.paths import is_url, join, list_folder, parent, read_bytes, state
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 IMAGES = (IMAGE_COLUMN, *IMAGE_COLUMNS, "filename", "file", "img")
@@ -307,59 +314,60 @@ def _place(file: str, listed: Mapping[str, frozenset[str]]) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------- CSV and JSON lines
+# ---------------------------------------------------------------- files
 
 
 def _read_text(path: str) -> TaskTable:
+    """Read CSV, TSV, JSON lines, or as .txt a header and lines of "file,caption" without quotes (Flickr8k's format)."""
+    suffix = path.lower().rpartition(".")[2]
     try:
-        text = read_bytes(path).decode("utf-8-sig")
-        if path.lower().endswith(".jsonl"):
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-            if strange := [record for record in records if not isinstance(record, dict)]:
-                raise TypeError(f"expected a JSON object per line, got {json.dumps(strange[0])[:60]}")
-            columns = list(dict.fromkeys(name for record in records for name in record))
-        elif path.lower().endswith(".txt"):
-            return _caption_lines(path, text)
+        if suffix in ("csv", "tsv"):
+            columns, rows = _read_cells(path)
         else:
-            head = text[: text.find("\n") % (len(text) + 1)]
-            table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in head else ",", strict=True)
-            records, columns = list(table), list(table.fieldnames or [])
-            short = next((number for number, record in enumerate(records, 1) if None in record), None)
-            if short is not None:
-                raise ModeclipError(f"table {path!r}: row {short} has more cells than the header; correct its quotes")
+            lines = [line for line in read_bytes(path).decode("utf-8-sig").splitlines() if line.strip()]
+            if suffix == "jsonl":
+                records = [json.loads(line) for line in lines]
+                if strange := [record for record in records if not isinstance(record, dict)]:
+                    raise TypeError(f"expected a JSON object per line, got {json.dumps(strange[0])[:60]}")
+                columns = list(dict.fromkeys(name for record in records for name in record))
+                rows = [[record.get(name) for name in columns] for record in records]
+            else:
+                pairs = [line.partition(",") for line in lines[1:]]
+                columns, rows = ["image", "caption"], [[file.strip(), caption] for file, _, caption in pairs]
     except FileNotFoundError as error:
         raise ModeclipError(f"table {path!r} does not exist") from error
-    except (csv.Error, AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (csv.Error, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModeclipError(f"table {path!r} cannot be read: {error}") from error
-    return TaskTable(path=path, values={name: [record.get(name) for record in records] for name in columns})
+    return TaskTable(path=path, values={name: [row[at] for row in rows] for at, name in enumerate(columns)})
 
 
-def _caption_lines(path: str, text: str) -> TaskTable:
-    """Read a header and lines of "file,caption", whose captions may hold commas without quotes (Flickr8k's format)."""
-    lines = [line.partition(",") for line in text.splitlines()[1:] if line.strip()]
-    return TaskTable(
-        path=path,
-        values={"image": [file.strip() for file, _, _ in lines], "caption": [caption for _, _, caption in lines]},
-    )
-
-
-# ---------------------------------------------------------------- Parquet
+def _read_cells(path: str) -> tuple[list[str], list[list[Any]]]:
+    """Return header and rows of a CSV file. Cells that a short row lacks are None."""
+    every = csv_rows(path, wanted=(*IMAGES, *LABELS, *CAPTIONS), strict=True)
+    header, rows = next(every, []), list[list[Any]]()
+    for number, row in enumerate(every, 1):
+        try:
+            "".join(row).encode()
+        except UnicodeEncodeError as error:
+            raise ModeclipError(f"table {path!r}: row {number} is not UTF-8; save the table as UTF-8") from error
+        if len(row) > len(header):
+            raise ModeclipError(f"table {path!r}: row {number} has more cells than the header; correct its quotes")
+        rows.append([*row, *[None] * (len(header) - len(row))])
+    return header, rows
 
 
 def _read_parquet(files: Sequence[str]) -> TaskTable:
-    import pyarrow.parquet as pq
-
     tables, starts, groups, start = [], list[int](), list[tuple[int, int]](), 0
     for number, path in enumerate(files):
         try:
-            with open_file(path) as source, pq.ParquetFile(source) as table:
-                schema = table.schema_arrow
-                encoded = [field.name for field in schema if _is_encoded(field.type)]
+            with TableFile(path) as table:
+                schema = table.schema
+                encoded = [field.name for field in schema if holds_images(field.type)]
                 tables.append(table.read([name for name in schema.names if name not in encoded]))
-                for group in range(table.num_row_groups):
+                for group, size in enumerate(table.group_sizes):
                     starts.append(start)
                     groups.append((number, group))
-                    start += table.metadata.row_group(group).num_rows
+                    start += size
         except (pa.ArrowException, OSError) as error:
             raise ModeclipError(f"table {path!r} cannot be read: {' '.join(str(error).split())}") from error
     try:
@@ -386,9 +394,3 @@ def _read_parquet(files: Sequence[str]) -> TaskTable:
     return TaskTable(
         path=files[0], values=values, encoded=frozenset(encoded), classes=class_label_names(schema), images=images
     )
-
-
-def _is_encoded(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return {"bytes", "path"} <= {kind.field(number).name for number in range(kind.num_fields)}
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
