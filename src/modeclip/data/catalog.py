@@ -1,13 +1,13 @@
-"""A Lance dataset with a row per image-caption pair: stages read its columns and add columns to it.
+"""The catalog: a Lance dataset with a row per image-caption pair, to which every stage adds columns.
 
-Images are held in the row, or referred to where they lie (file or address, offset, size). The position of a row is its
-identity in every stage. Lance gives atomic versions, fast random access and new columns without rewriting the others;
-none of that is written here. A column that a stage added carries its facts (what it was made by) in its own metadata.
+A row holds its image or refers to it (file or address, offset, size). Every stage identifies a row by its position. Lance
+provides atomic versions, fast random access and new columns without rewriting the others. A column that a stage added
+carries its facts, such as what made it, in its metadata.
 
 ``modeclip.data.indexing`` makes catalogs, ``modeclip.data.mapping`` adds what takes long to compute.
 
 Price: measured rates are in docs/scale.md. ``batches``, ``samples``, ``select`` and ``add_columns`` of a stream hold a
-part of the rows at a time, ``read`` what it returns.
+part of the rows at a time; ``read`` holds what it returns.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ PAIR_COLUMNS = {
     "group": pa.string(),
     "task": pa.string(),
 }
-"""Columns of the pairs themselves. ``digest``: hash of the encoded image; ``task``: only where pairs are held out."""
+"""Columns of every pair. ``digest`` is the hash of the encoded image; only held-out pairs have a ``task``."""
 
 CATALOG = "catalog.lance"
-"""Name of the catalog in a folder that indexing wrote."""
+"""File name of the catalog in the folder that indexing wrote."""
 SAMPLE_COLUMNS = ("key", "caption", "image", "path", "offset", "size")
 IMAGE_COLUMNS = ("key", "image", "path", "offset", "size", "digest")
 FORMAT = "modeclip.format"
 FORMAT_VERSION = "2"
 FINGERPRINT = "modeclip.fingerprint"
 FACTS = b"modeclip.facts"
-"""Metadata of a column that a stage added: JSON."""
+"""Key in the metadata of a column that a stage added; the value is JSON."""
 
 T = TypeVar("T")
 
 
 class Catalog:
-    """One Lance dataset, a row per image-caption pair; safe to share between threads, not to fork."""
+    """A catalog of image-caption pairs. Threads may share it; a forked process may not use it."""
 
     def __init__(self, dataset: Any, path: str) -> None:
         self._dataset = dataset
@@ -83,7 +83,7 @@ class Catalog:
             path: The folder that indexing wrote to, or ``catalog.lance`` in it; or an address in an object store.
 
         Raises:
-            ModeclipError: There is none at this path, it is unfinished, or it is of another format.
+            ModeclipError: There is no catalog at this path, it is unfinished, or it has another format.
         """
         import lance
 
@@ -109,7 +109,7 @@ class Catalog:
 
     @property
     def dataset(self) -> Any:
-        """The Lance dataset, for what is not offered here."""
+        """The Lance dataset."""
         return self._dataset
 
     def __len__(self) -> int:
@@ -117,31 +117,31 @@ class Catalog:
 
     @property
     def name(self) -> str:
-        """What people call it: its file's name, or that of the folder of a ``catalog.lance``."""
+        """A name for people: that of its file, or of the folder if the file is ``catalog.lance``."""
         *_, folder, file = ["", *self.path.rstrip("/").split("/")]
         return folder if file == CATALOG and folder else file
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns, in the order in which they came."""
+        """Names of the columns, in the order in which they were added."""
         return [name for name in self._dataset.schema.names if not name.startswith((NEW, OLD))]
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What indexing recorded of the catalog as a whole."""
+        """What indexing recorded about the catalog as a whole."""
         return {name.decode(): value.decode() for name, value in self._dataset.schema.metadata.items()}
 
     @property
     def fingerprint(self) -> str:
         """Hash over keys, captions and image bytes of all rows in order, as hexadecimal digits.
 
-        Fixed when the pairs are indexed: the same pairs give the same fingerprint wherever and whenever they are
-        indexed, at once or bit by bit, copied or referred to; columns that stages add do not change it.
+        The same pairs have the same fingerprint wherever and whenever they are indexed, at once or bit by bit, copied
+        or referred to. Columns that stages add do not change it.
         """
         return self.metadata[FINGERPRINT]
 
     def facts(self, column: str) -> dict[str, Any] | None:
-        """Return what the stage that added a column recorded of it; None for a column of the pairs.
+        """Return what the stage that added a column recorded about it; None for a column of the pairs.
 
         Raises:
             ModeclipError: There is no such column.
@@ -157,20 +157,20 @@ class Catalog:
 
         Args:
             columns: Names of columns.
-            rows: Positions, in any order, repeats allowed; all rows by default.
+            rows: Positions in any order, with or without repeats; all rows by default.
 
         Returns:
-            By name, in the order of ``rows``: numbers as they are stored, vectors as (n, D), strings and
+            The columns by name, in the order of ``rows``: numbers as they are stored, vectors as (n, D), strings and
             bytes as objects.
 
         Raises:
-            ModeclipError: There is no such column or row, or a stage has not filled the column for all rows asked for.
+            ModeclipError: A column or row does not exist, or a stage has not filled the column for all of the rows.
         """
         table = self._table(columns, rows)
         return {name: self._to_numpy(name, table[name].combine_chunks()) for name in columns}
 
     def read_fragment(self, columns: Sequence[str], fragment: int) -> dict[str, Shaped[np.ndarray, "n *_"]]:
-        """Read columns of one of Lance's fragments, by its number."""
+        """Read columns of one of Lance's fragments, given by its number."""
         self._require(columns)
         table = self._dataset.get_fragment(fragment).to_table(columns=list(columns))
         return {name: self._to_numpy(name, table[name].combine_chunks()) for name in columns}
@@ -178,7 +178,7 @@ class Catalog:
     def batches(
         self, columns: Sequence[str], batch_size: int = 8192
     ) -> Iterator[dict[str, Shaped[np.ndarray, "n *_"]]]:
-        """Read columns as a stream of dictionaries as ``read`` returns them, in the order of the rows."""
+        """Yield columns in blocks of rows, in order, each as ``read`` returns them."""
         self._require(columns)
         for batch in self._dataset.to_batches(columns=list(columns), batch_size=batch_size):
             yield {name: self._to_numpy(name, batch[name]) for name in columns}
@@ -209,14 +209,14 @@ class Catalog:
             yield samples
 
     def select(self, mask: str | Bool[np.ndarray, " N"] | None = None, **equals: object) -> Int[np.ndarray, " n"]:
-        """Return the positions (ascending) of the rows in which every named column has the value given.
+        """Return the positions of the rows in which every named column has the given value, ascending.
 
         Args:
-            mask: Rows that may be chosen: booleans for all rows, or the name of a column of booleans.
-            equals: A value for each named column; a column of lists has it where the list holds it.
+            mask: Rows that may be chosen: a boolean for each row, or the name of a column of booleans.
+            equals: A value for each named column; in a column of lists, the list must contain it.
 
         Raises:
-            ModeclipError: There is no such column, it never holds such a value, or the mask is of another length.
+            ModeclipError: A column does not exist or cannot hold such a value, or the mask has another length.
         """
         if isinstance(mask, str):
             equals[mask], mask = True, None
@@ -239,7 +239,7 @@ class Catalog:
         """Read and decode images to RGB, in the order of ``rows``.
 
         Raises:
-            ModeclipError: A file is gone or has changed since it was indexed.
+            ModeclipError: A file is missing or has changed since it was indexed.
         """
         return self._each_image(rows, decode_image)
 
@@ -248,12 +248,12 @@ class Catalog:
         return self._each_image(rows, lambda data: data)
 
     def digests(self, rows: Int[np.ndarray, " n"]) -> list[bytes | None]:
-        """Return the hash of each image's encoded bytes; where it is unknown and in no file of this machine, None.
+        """Return the hash of each encoded image, or None where it was not recorded and the image is in no local file.
 
-        Images in files of this machine are read for it, because a file may have changed.
+        Images in local files are read and hashed anew, because a file may have changed.
 
         Raises:
-            ModeclipError: A file is gone or has changed since it was indexed.
+            ModeclipError: A file is missing or has changed since it was indexed.
         """
         table = self._table(["path", "digest"], rows)
         found: list[bytes | None] = table["digest"].to_pylist()
@@ -287,17 +287,17 @@ class Catalog:
     def add_columns(
         self, values: Mapping[str, Any] | Iterable[Mapping[str, Any]], facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Add columns, or replace those of the same names; they appear together, in one version.
+        """Add columns or replace those of the same names, all in one version.
 
         Args:
-            values: By column name an array with a value for each row: numpy, (N,) or (N, D) for vectors,
-                or pyarrow. Or a stream of such dictionaries, for consecutive parts of the rows, of which
-                only one is held in memory.
-            facts: What is to be remembered of the columns, as ``facts`` returns it.
+            values: An array with a value for each row by the column's name: numpy of shape (N,), or (N, D) for vectors,
+                or pyarrow. Or a stream of such dictionaries for consecutive parts of the rows; only one of them is in
+                memory at a time.
+            facts: What is to be recorded about the columns, as ``facts`` returns it.
 
         Raises:
             ModeclipError: The disk is full, or another process is writing to the catalog.
-            ValueError: The lengths are not those of the catalog, or a column is one of the pairs'.
+            ValueError: There are too few or too many values, or a column belongs to the pairs themselves.
         """
         dataset, parts = self._dataset, ([values] if isinstance(values, Mapping) else values)
         tables = _cut((to_table(part) for part in parts), [part.physical_rows for part in dataset.get_fragments()])
@@ -313,7 +313,7 @@ class Catalog:
             self.show(schema, files, facts or {})
 
     def show(self, schema: pa.Schema, files: Mapping[int, str], facts: Mapping[str, Any]) -> None:
-        """Make columns of files that ``write_column_file`` wrote, one for each fragment.
+        """Turn files that ``write_column_file`` wrote, one for each fragment, into columns.
 
         Args:
             schema: Names and types of the columns.
@@ -321,7 +321,7 @@ class Catalog:
             facts: As for ``add_columns``.
 
         Raises:
-            ValueError: A column is one of the pairs'.
+            ValueError: A column belongs to the pairs themselves.
         """
         if fixed := sorted(PAIR_COLUMNS.keys() & schema.names):
             raise ValueError(f"columns of the pairs themselves cannot be replaced: {fixed}")
@@ -330,7 +330,7 @@ class Catalog:
         self._dataset = show_columns(self._dataset, described, files)
 
     def add_files(self, files: Mapping[int, str]) -> None:
-        """Give columns that are there their values in the fragments that lack them; arguments as for ``show``."""
+        """Fill existing columns in the fragments that lack values for them; the argument is as for ``show``."""
         self._dataset = add_files(self._dataset, files)
 
     def _table(self, columns: Sequence[str], rows: Int[np.ndarray, " n"] | None) -> pa.Table:
@@ -351,8 +351,8 @@ class Catalog:
     def _to_numpy(self, name: str, column: pa.Array) -> Shaped[np.ndarray, "n *_"]:
         if column.null_count and self.facts(name) is not None:
             raise ModeclipError(
-                f"column {name} of {self.path!r} has no values for {column.null_count:,} pairs that were added since:"
-                " run its stage again (modeclip embed, modeclip cluster), which does only what is missing"
+                f"column {name} of {self.path!r} has no values for {column.null_count:,} pairs that were added later:"
+                " run its stage again (modeclip embed, modeclip cluster), which computes only what is missing"
             )
         return to_numpy(column)
 
@@ -385,7 +385,7 @@ def _to_scalar(name: str, value: object, kind: pa.DataType) -> pa.Scalar:
 
 
 def _equal(column: pa.Array, value: pa.Scalar) -> Bool[np.ndarray, " n"]:
-    """Say of each row whether it has a value, or a list that holds it."""
+    """Return for each row whether it has a value, or a list that contains it."""
     if pa.types.is_fixed_size_list(column.type):
         inside = pc.equal(pc.list_flatten(column.fill_null([None] * column.type.list_size)), value)
         return np.asarray(np.asarray(inside.fill_null(False)).reshape(len(column), -1).any(1))
@@ -393,7 +393,7 @@ def _equal(column: pa.Array, value: pa.Scalar) -> Bool[np.ndarray, " n"]:
 
 
 def _cut(tables: Iterator[pa.Table], sizes: Iterable[int]) -> Iterator[pa.Table]:
-    """Cut a stream of tables into tables of the sizes given, which must be what there is in all."""
+    """Cut a stream of tables into tables of the given sizes, which must add up to all rows."""
     waiting: list[pa.Table] = []
     for size in sizes:
         while sum(map(len, waiting)) < size:

@@ -65,20 +65,20 @@ BYTES_PER_WRITE = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class IndexResult:
-    """What is indexed."""
+    """What a catalog holds after indexing."""
 
     kind: str
     """Kind of the source, such as folder or shards."""
     num_samples: int
-    """Pairs to train on, in all."""
+    """All pairs to train on."""
     num_captions: int
     """Distinct captions among them."""
     num_added: int
-    """Pairs that were not there before."""
+    """Pairs that are new in it."""
     tasks: dict[str, tuple[int, int]]
-    """Number of classes and of images of each task that is held out."""
+    """Number of classes and of images of each held-out task."""
     skipped: dict[str, int]
-    """Pairs that could not be used, by cause, in all runs."""
+    """Number of pairs that could not be used, by cause, over all runs."""
 
 
 def index(
@@ -334,7 +334,7 @@ def _schema(source: DataSource, old: Catalog | None, is_task: bool) -> pa.Schema
     if old is not None:
         new = [field.name for field in further if field.name not in old.columns]
         if new:
-            log(f"columns {', '.join(new)} are left out: the catalog was begun without them")
+            log(f"columns {', '.join(new)} are left out: the catalog was made without them")
         further = [field for field in further if field.name not in new]
     return pa.schema([*pairs, *further])
 
@@ -343,12 +343,12 @@ def _schema(source: DataSource, old: Catalog | None, is_task: bool) -> pa.Schema
 
 
 def check_all(stream: Iterator[Sample | Skipped], config: DataConfig, in_memory: bool) -> Iterator[Examined | Skipped]:
-    """Read and decode the images of a stream, in order; those in files by threads, with a bounded number under way.
+    """Read and decode the images of a stream in threads, and yield what was examined in the stream's order.
 
     Args:
-        stream: Samples; what is skipped already passes through.
+        stream: Samples; pairs that are skipped already are passed on.
         config: Which images are decoded and which are copied.
-        in_memory: The images are small and in memory, where threads would only wait for each other.
+        in_memory: Use no threads: for small images that are in memory, they would only wait for each other.
     """
 
     def check_part(part: list[Sample | Skipped]) -> list[Examined | Skipped]:
@@ -377,7 +377,7 @@ def _check(sample: Sample, config: DataConfig) -> Examined | Skipped:
 
 
 class Skips:
-    """Counts of what was skipped by cause, with the first example of each."""
+    """Counts skipped pairs by cause, keeps the first of each cause, and stops when there are too many."""
 
     def __init__(self, config: DataConfig, causes: Mapping[str, int]) -> None:
         self.causes: Counter[str] = Counter(causes)
@@ -387,7 +387,7 @@ class Skips:
         self._num_damaged = 0
 
     def add(self, skipped: Skipped) -> None:
-        """Count one; raise when they are too many, whatever may still come."""
+        """Count a skipped pair, and stop early when too many of them are damaged."""
         self.causes[skipped.cause] += 1
         self._first.setdefault(skipped.cause, skipped)
         if skipped.cause not in HARMLESS:
@@ -396,7 +396,11 @@ class Skips:
                 self.stop_if_too_many()
 
     def stop_if_too_many(self) -> None:
-        """Raise when more than ``max_skipped_fraction`` of what was seen cannot be used."""
+        """Stop when more than ``max_skipped_fraction`` of the pairs seen so far cannot be used.
+
+        Raises:
+            ModeclipError: There are more.
+        """
         if self._num_damaged > self._config.max_skipped_fraction * self.num_seen:
             raise ModeclipError(
                 f"data.source {self._config.source!r}: {self._num_damaged:,} of {self.num_seen:,} pairs cannot"
@@ -418,7 +422,7 @@ class Skips:
 
 
 class CatalogWriter:
-    """The rows that are added to one catalog, with their fingerprint.
+    """Writes rows that are added to one catalog, and keeps their fingerprint.
 
     Attributes:
         files: (name, rows) of the data files that are finished.
@@ -437,7 +441,7 @@ class CatalogWriter:
         self._table_bytes = 0
 
     def add(self, checked: Examined, task: str = "") -> None:
-        """Append a row, unless its key is one of those known."""
+        """Append a row, unless its key is known already."""
         sample = checked.sample
         if self._known is not None and sample.key in self._known:
             return
@@ -466,7 +470,7 @@ class CatalogWriter:
             self._write()
 
     def finish(self) -> list[list[Any]]:
-        """Finish the data file, so that no later row is in it; return (name, rows) of the files since the last call."""
+        """Close the data file and return (name, rows) of the files since the last call; later rows go to a new file."""
         self._write()
         finished = [list(file) for file in self._writer.finish()]
         self.files += finished
@@ -474,11 +478,11 @@ class CatalogWriter:
         return finished
 
     def discard(self) -> None:
-        """Remove what is not finished."""
+        """Remove the files that are not finished."""
         self._writer.discard()
 
     def commit(self, metadata: Mapping[str, str], replace: bool) -> None:
-        """Make the rows of all finished files a catalog, or a part of the one that is there."""
+        """Make the rows of all finished files a catalog, or append them to the existing one."""
         described = {FORMAT: FORMAT_VERSION, FINGERPRINT: self.fingerprint, **metadata}
         if replace or not exists(self._path):
             create(self._path, self._schema.with_metadata(described), self.files)
@@ -492,11 +496,10 @@ class CatalogWriter:
 
 
 class Distinct:
-    """A set of texts that keeps 8 to 16 bytes of hash a text.
+    """A set of texts that keeps only hashes: 8 to 16 bytes per text.
 
-    The chance that a billion texts are counted one short is 3 % (n² / 2^65).
-
-    Hashes lie in 256 parts by their last byte, each sorted, so that only one at a time is sorted anew.
+    With a billion texts the chance that two of them share a hash is 3 % (n² / 2^65). The hashes are kept in 256 sorted
+    parts by their last byte, so that only one part at a time is sorted anew.
     """
 
     def __init__(self) -> None:
@@ -504,7 +507,7 @@ class Distinct:
         self._new = [array("Q") for _ in range(256)]
 
     def add(self, text: str) -> None:
-        """Put a text in."""
+        """Add a text."""
         value = self._hash(text)
         new = self._new[value % 256]
         new.append(value)
@@ -512,7 +515,7 @@ class Distinct:
             self._merge(value % 256)
 
     def add_all(self, texts: Iterable[str]) -> None:
-        """Put several texts in."""
+        """Add several texts."""
         for text in texts:
             self.add(text)
 

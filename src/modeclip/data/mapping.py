@@ -1,12 +1,12 @@
-"""A catalog and work on blocks of its rows go in; the columns that the work makes come out, fragment by fragment.
+"""Computing new columns of a catalog, one fragment at a time, in this process or on a Ray cluster.
 
-Each fragment is one task: read, work, write a file, note it down. Tasks need nothing of each other, so they run one
-after the other in this process, or on a Ray cluster, which repeats those whose worker died. A killed map goes on with
-the fragments that are not noted down; one commit shows all of them. Fragments that were appended after the columns
-were made are the only ones that are computed when the same work is given again.
+Each fragment is one task: read its rows, do the work, write a file, note that it is finished. Tasks do not depend on
+each other. They run one after the other in this process, or on a Ray cluster, which repeats a task whose worker died. A
+killed map continues with the fragments that are not noted as finished; one commit shows all of them. When the same work
+is given again, only fragments that were appended since are computed.
 
-Price: that of the work; a fragment of the inputs and outputs in memory. Ray workers read and write the catalog
-themselves, so its path must mean the same for all of them: one machine, a shared folder, an object store.
+Price: that of the work. Memory: the inputs and outputs of a fragment. Ray workers read and write the catalog
+themselves, so its path must mean the same for all of them: one machine, a shared folder, or an object store.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from modeclip.system.console import log, progress
 from modeclip.system.files import writing
 
 IMAGE = "image"
-"""Input that stands for the encoded image, wherever it lies."""
+"""Input that stands for the encoded image, wherever it is stored."""
 IMAGES_AT_ONCE = 1024
-"""Rows of a block where images are read: 100 MB of photographs."""
+"""Rows of a block when images are read: about 100 MB of photographs."""
 MAX_RETRIES = 3
-"""How often Ray repeats a fragment whose worker died; one that kills its worker each time is not tried for ever."""
+"""How often Ray repeats a fragment whose worker died, so that one that always kills its worker fails in the end."""
 TASKS_AHEAD = 4
-"""Ray tasks handed in per processor; the others wait here, so that an interrupt has little to call back."""
+"""Ray tasks submitted per processor; the others wait here, so that an interrupt has few to cancel."""
 
 
 @runtime_checkable
@@ -55,30 +55,30 @@ class Work(Protocol):
     """
 
     inputs: tuple[str, ...]
-    """Columns that it reads; ``image`` stands for the encoded images."""
+    """Names of the columns that it reads; ``image`` stands for the encoded images."""
     outputs: tuple[str, ...]
-    """Columns that it makes."""
+    """Names of the columns that it makes."""
     unit: str
     """What the progress bar calls rows, in the plural ("captions")."""
     facts: dict[str, Any]
     """Everything that decides the result, as JSON. It is stored with the columns: other facts, and they are stale."""
 
     def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, "n *_"]]:
-        """Return the outputs of a block, which is a fragment or, with images, a part of one."""
+        """Return the outputs for a block, which is a fragment or, if images are read, a part of one."""
         ...
 
 
 def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = False) -> int:
-    """Add the columns that a piece of work makes, or replace them; return the number of rows computed.
+    """Add or replace the columns that some work makes, and return the number of rows that were computed.
 
     Args:
-        catalog: Any catalog; it has the columns afterwards.
+        catalog: A catalog; the columns are added to it.
         work: What to compute.
-        description: For the progress bar.
-        ray: Run on the Ray cluster that ``RAY_ADDRESS`` names, one that runs on this machine, or a new one.
+        description: Title of the progress bar.
+        ray: Use the Ray cluster that ``RAY_ADDRESS`` names, one that runs on this machine, or a new one.
 
     Raises:
-        ModeclipError: What the work raises, ray is not installed, or another process is writing to the catalog.
+        ModeclipError: The work fails, ray is not installed, or another process is writing to the catalog.
     """
     dataset = catalog.dataset
     sizes = {fragment.fragment_id: fragment.physical_rows for fragment in dataset.get_fragments()}
@@ -87,7 +87,7 @@ def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = F
     is_new = any(name not in catalog.columns or catalog.facts(name) != work.facts for name in work.outputs)
     todo = set(sizes) if is_new else missing_fragments(dataset, work.outputs)
     if not todo:
-        log(f"{description}: all {len(catalog):,} {work.unit} have it already")
+        log(f"{description}: nothing to do, all {len(catalog):,} {work.unit} are done")
         return 0
     with writing(catalog.path), only_writer(catalog.path):
         ledger = Ledger(catalog.path, "-".join(("map", *work.outputs)))
@@ -95,7 +95,9 @@ def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = F
         done = task.finished()
         with progress(description, sum(sizes[part] for part in todo), work.unit) as advance:
             if done:
-                log(f"{description}: going on behind {len(done):,} of {len(todo):,} fragments that were done before")
+                log(
+                    f"{description}: continuing after {len(done):,} of {len(todo):,} fragments that an earlier run finished"
+                )
                 advance(sum(sizes[part] for part in done))
             for part in (_run_on_ray if ray else _run_here)(task, sorted(todo - set(done))):
                 advance(sizes[part])
@@ -109,24 +111,24 @@ def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = F
 
 
 def _plan(catalog: Catalog, work: Work, todo: set[int]) -> str:
-    """Return what tells whether fragments that were noted down belong to the same map."""
+    """Return a hash that is the same only for fragments of the same map."""
     identity = [catalog.fingerprint, work.inputs, work.outputs, work.facts, sorted(todo)]
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be done with each fragment, wherever that happens."""
+    """What to do with each fragment, in whichever process."""
 
     path: str
     work: Work
     prefix: str
-    """Begins the names of the columns in the files."""
+    """Prefix of the names of the columns in the files."""
     ledger: Ledger
     plan: str
 
     def __call__(self, part: int) -> int:
-        """Compute one fragment, write its file and note it down."""
+        """Compute one fragment, write its file and note that it is finished."""
         catalog = Catalog.open(self.path)
         blocks = [self.work(block) for block in _blocks(catalog, part, self.work.inputs)]
         table = to_table({name: np.concatenate([block[name] for block in blocks]) for name in self.work.outputs})
@@ -134,7 +136,7 @@ class _Task:
         return part
 
     def finished(self) -> dict[int, str]:
-        """Return the file of each finished fragment, after removing what is left of another map."""
+        """Return the file of each finished fragment; files that another map left behind are removed."""
         parts = self.ledger.parts()
         if any(plan != self.plan for plan, _ in parts.values()):
             remove_files(self.path, [file for _, file in parts.values()])
@@ -144,7 +146,7 @@ class _Task:
 
 
 def _blocks(catalog: Catalog, part: int, inputs: Sequence[str]) -> Iterator[dict[str, Shaped[np.ndarray, "n *_"]]]:
-    """Read the inputs of a fragment: as one block, or with images in several."""
+    """Read the inputs of a fragment as one block, or as several if images are among them."""
     if IMAGE not in inputs:
         yield catalog.read_fragment(inputs, part)
         return
@@ -160,12 +162,12 @@ def _blocks(catalog: Catalog, part: int, inputs: Sequence[str]) -> Iterator[dict
 
 
 def _run_here(task: _Task, parts: Sequence[int]) -> Iterator[int]:
-    """Do fragments one after the other."""
+    """Compute fragments one after the other."""
     yield from map(task, parts)
 
 
 def _run_on_ray(task: _Task, parts: Sequence[int]) -> Iterator[int]:
-    """Do fragments as tasks of a Ray cluster, which repeats a task whose worker died."""
+    """Compute fragments as tasks of a Ray cluster, which repeats a task whose worker died."""
     try:
         import ray
     except ImportError:
@@ -199,7 +201,7 @@ _known_tasks: dict[tuple[str, str], _Task] = {}
 
 
 def _do(task: _Task, part: int) -> int:
-    """Do a fragment in a Ray worker, which keeps the work, and with it a loaded model, from one to the next."""
+    """Compute a fragment in a Ray worker, which keeps the work and with it a loaded model for the next fragment."""
     identity = (task.path, task.plan)
     if identity not in _known_tasks:
         _known_tasks.clear()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from modeclip.system.paths import read_bytes
 
-# Causes for which a pair, or a whole part of a source, is skipped, as they appear in results.
+# Causes for which a pair or a whole part of a source is skipped, as results name them.
 NO_CAPTION = "no caption"
 EMPTY_CAPTION = "caption is empty"
 NO_IMAGE = "no image"
@@ -36,7 +36,7 @@ DAMAGED_TABLE = "table file is damaged"
 MISSING_TABLE = "table file is missing"
 
 HARMLESS = frozenset({DUPLICATE, NOT_DOWNLOADED})
-"""Causes that say nothing against the data."""
+"""Causes that do not mean that the data are damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What could not become a sample: ``cause`` is for counting, ``detail`` for reading."""
+    """A pair, or a part of a source, that is left out: ``cause`` is for counting, ``detail`` for people."""
 
     key: str
     cause: str

@@ -1,9 +1,10 @@
-"""Lance's files, fragments and versions: what is written becomes part of a dataset in one commit, or not at all.
+"""Writing Lance datasets so that new files become visible in one commit, or not at all.
 
-Data files are written first, wherever and by whomever; a ledger beside them says which parts of a long piece of work
-are finished, so that a killed one goes on where it was. A commit then makes all of them visible at once: rows of a new
-dataset, more rows of one, or columns of its fragments. All of it works on a local folder and on an object store, which
-Lance reaches by its own client and the ledger by fsspec, both configured by the usual environment variables.
+Any process may write the data files first. A ledger beside them notes which parts of a long piece of work are finished,
+so that a killed one continues where it stopped. A commit then makes all files visible at once: as rows of a new
+dataset, as more rows of an existing one, or as columns of its fragments. All of this works on a local folder and on an
+object store. Lance reaches the store by its own client and the ledger by fsspec; the usual environment variables
+configure both.
 
 Price: no data are written twice; a commit reads the footer of each new file.
 """
@@ -26,19 +27,19 @@ from modeclip.system.paths import is_url, join
 
 STORAGE_VERSION: Final = "2.1"
 ROWS_PER_FRAGMENT = 1 << 16
-"""Most rows of a fragment: what a stage works on as a whole."""
+"""Largest number of rows in a fragment, which is what a stage works on as a whole."""
 ROWS_PER_WRITE = 8192
 NEW, OLD = "_modeclip_new_", "_modeclip_old_"
-"""Begin the names of columns that a commit is about to show, and of those that it has just replaced."""
+"""Prefixes of columns that a commit is about to show, and of those that it has just replaced."""
 SIDE_FOLDER = "_modeclip"
 """Folder inside a dataset that holds ledgers and the lock; Lance leaves it alone."""
 KEEP_VERSIONS = timedelta(hours=1)
-"""How long what was replaced stays, for those who are still reading it."""
+"""How long replaced data stay on disk for processes that are still reading them."""
 
 
 @contextmanager
 def only_writer(uri: str) -> Iterator[None]:
-    """Keep other processes from writing to a local dataset; on an object store Lance's commits have to do.
+    """Keep other processes from writing to a local dataset; on an object store only Lance's commits protect it.
 
     Raises:
         ModeclipError: Another process is writing to it.
@@ -53,7 +54,7 @@ def only_writer(uri: str) -> Iterator[None]:
 
 
 class Ledger:
-    """The finished parts of one piece of work on a dataset, each with what is to be remembered of it as JSON."""
+    """Notes which parts of a piece of work on a dataset are finished, each with some JSON about it."""
 
     def __init__(self, uri: str, name: str) -> None:
         from fsspec.core import url_to_fs
@@ -62,7 +63,7 @@ class Ledger:
         self._is_local = not is_url(uri)
 
     def add(self, part: str, content: Any) -> None:
-        """Remember that a part is finished; all or nothing."""
+        """Note that a part is finished; a reader sees the whole note or none."""
         path, text = f"{self._folder}/{part}.json", json.dumps(content)
         if self._is_local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,7 @@ class Ledger:
             self._files.pipe_file(path, text.encode())
 
     def parts(self) -> dict[str, Any]:
-        """Return what is remembered of each finished part, sorted by name."""
+        """Return the notes by the names of the finished parts, sorted."""
         self._files.invalidate_cache()
         if not self._files.exists(self._folder):
             return {}
@@ -79,18 +80,18 @@ class Ledger:
         return {Path(path).stem: json.loads(self._files.cat_file(path)) for path in paths}
 
     def clear(self) -> None:
-        """Forget all parts."""
+        """Remove all notes."""
         if self._files.exists(self._folder):
             self._files.rm(self._folder, recursive=True)
 
 
 class FileWriter:
-    """Pushes tables into new data files of a dataset, none with more than ``max_rows`` rows."""
+    """Writes tables to new data files of a dataset, none of them longer than ``max_rows`` rows."""
 
     def __init__(self, uri: str, schema: pa.Schema, max_rows: int = ROWS_PER_FRAGMENT) -> None:
         self.schema, self.max_rows = schema, max_rows
         self.num_rows = 0
-        """Rows of the file being written."""
+        """Rows written to the current file."""
         self._uri, self._folder = uri, join(uri, "data")
         self._file: Any = None
         self._name = ""
@@ -121,7 +122,7 @@ class FileWriter:
         return finished
 
     def discard(self) -> None:
-        """Remove the files that no commit has taken: after an error, above all on a full disk."""
+        """Remove the files that are not committed, after an error such as a full disk."""
         names = [name for name, _ in self._finished] + ([self._name] if self._file is not None else [])
         self._finished, self._file, self.num_rows = [], None, 0
         remove_files(self._uri, names)
@@ -134,14 +135,14 @@ class FileWriter:
 
 
 def write_column_file(uri: str, table: pa.Table, prefix: str) -> str:
-    """Write the columns of one fragment to a file, with a prefix before their names, and return its name."""
+    """Write the columns of one fragment to a file, their names behind a prefix, and return the file's name."""
     writer = FileWriter(uri, pa.schema([field.with_name(prefix + field.name) for field in table.schema]), len(table))
     writer.write(table.rename_columns(writer.schema.names))
     return writer.finish()[0][0]
 
 
 def read_schema(uri: str, name: str) -> pa.Schema:
-    """Return the columns of a file that ``write_column_file`` wrote, by the names that they will have."""
+    """Return the columns of a file that ``write_column_file`` wrote, by the names that a commit gives them."""
     from lance.file import LanceFileReader
 
     schema = LanceFileReader(join(uri, f"data/{name}")).metadata().schema
@@ -149,13 +150,13 @@ def read_schema(uri: str, name: str) -> pa.Schema:
 
 
 def remove_unfinished(uri: str) -> None:
-    """Remove the folder of a local dataset of which nothing has been committed or noted down."""
+    """Remove the folder of a local dataset if nothing in it has been committed or noted as finished."""
     if not is_url(uri) and not exists(uri) and not any(Path(uri, SIDE_FOLDER).rglob("*.json")):
         shutil.rmtree(uri, ignore_errors=True)
 
 
 def remove_dataset(uri: str) -> None:
-    """Remove a dataset, if it is there."""
+    """Remove a dataset if it exists."""
     from fsspec.core import url_to_fs
 
     store, folder = url_to_fs(uri)
@@ -164,7 +165,7 @@ def remove_dataset(uri: str) -> None:
 
 
 def exists(uri: str) -> bool:
-    """Say whether there is a dataset, one that has been committed."""
+    """Say whether there is a dataset with a commit."""
     import lance
 
     try:
@@ -175,7 +176,7 @@ def exists(uri: str) -> bool:
 
 
 def remove_files(uri: str, names: Iterable[str]) -> None:
-    """Remove those of some data files that are there and belong to no commit."""
+    """Remove data files that exist and belong to no commit; leave the others."""
     import lance
     from fsspec.core import url_to_fs
 
@@ -187,10 +188,10 @@ def remove_files(uri: str, names: Iterable[str]) -> None:
 
 
 def create(uri: str, schema: pa.Schema, files: Sequence[Sequence[Any]]) -> None:
-    """Commit files as a new dataset, or as the new content of one.
+    """Commit files as a new dataset, or as the new content of an existing one.
 
     Args:
-        uri: Folder or address of the dataset; the files lie in its ``data``.
+        uri: Folder or address of the dataset; the files are in its ``data``.
         schema: Plain columns (numbers, strings, bytes), with the metadata of the dataset.
         files: (name, number of rows) in order.
     """
@@ -214,7 +215,7 @@ def create(uri: str, schema: pa.Schema, files: Sequence[Sequence[Any]]) -> None:
 
 
 def append(uri: str, files: Sequence[Sequence[Any]], metadata: Mapping[str, str]) -> None:
-    """Commit files as further rows of a dataset, those that are not in it yet, and then its new metadata."""
+    """Commit those files that a dataset does not have yet as further rows, and then its new metadata."""
     import lance
     from lance.fragment import DataFile, FragmentMetadata
 
@@ -234,11 +235,11 @@ def _files_of(dataset: Any) -> set[str]:
 
 
 def show_columns(dataset: Any, schema: pa.Schema, files: Mapping[int, str]) -> Any:
-    """Commit a file for every fragment as columns, in the place of those of the same names, and return the dataset.
+    """Commit a file for every fragment as columns, replacing those of the same names, and return the dataset.
 
     Args:
         dataset: A Lance dataset.
-        schema: The columns; the files hold them under names that begin with ``NEW``.
+        schema: The columns; in the files their names begin with ``NEW``.
         files: Name of the file of each fragment.
     """
     remove_hidden(dataset)
@@ -257,7 +258,7 @@ def show_columns(dataset: Any, schema: pa.Schema, files: Mapping[int, str]) -> A
 
 
 def add_files(dataset: Any, files: Mapping[int, str]) -> Any:
-    """Commit a further data file for some fragments, with values of columns that the schema has; return the dataset."""
+    """Commit a further file for some fragments, with values of columns that exist already; return the dataset."""
     import lance
     from lance.fragment import DataFile, FragmentMetadata
 
@@ -275,13 +276,13 @@ def add_files(dataset: Any, files: Mapping[int, str]) -> Any:
 
 
 def remove_hidden(dataset: Any) -> None:
-    """Drop the columns that a process left which was killed between its commits."""
+    """Drop the columns left over from a process that was killed between two commits."""
     if left := [name for name in dataset.schema.names if name.startswith((NEW, OLD))]:
         dataset.drop_columns(left)
 
 
 def missing_fragments(dataset: Any, names: Sequence[str]) -> set[int]:
-    """Return the fragments that have no values of these columns: those that were appended after the columns."""
+    """Return the fragments without values in these columns, which were appended after the columns were made."""
     wanted = {field.id() for field in dataset.lance_schema.fields() if field.name() in names}
     return {
         fragment.fragment_id

@@ -1,11 +1,10 @@
-"""The path of a file or its address in an object store goes in; names, states and bytes come out.
+"""Reading files and folders by the same few functions, whether they are local or in an object store.
 
-Sources read local folders and object stores (``s3://...``) by the same few functions. Addresses go through fsspec,
-which takes keys and endpoints from the usual environment variables. Byte ranges of local files, of which training
-reads many from the same shards, come from descriptors that stay open; a file that has been replaced or removed since
-is noticed by its state.
+Addresses (``s3://...``) go through fsspec, which takes keys and endpoints from the usual environment variables.
+Training reads many byte ranges from the same local shards, so their descriptors stay open; a file that has been
+replaced or removed since then is noticed by its state.
 
-Price: a local range costs a stat and a read; a range in an object store costs a request.
+Price: a local byte range costs a stat and a read; a range in an object store costs a request.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from typing import Any
 from modeclip.errors import ModeclipError
 
 MAX_OPEN_FILES = 128
-"""Descriptors that a process keeps; the usual limit for all is 1,024."""
+"""Descriptors that a process keeps open; the usual limit for a process is 1,024."""
 PACKAGES = {"s3": "s3", "s3a": "s3"}
-"""Extra of modeclip that brings the client of an object store, by protocol."""
+"""The extra of modeclip that installs the client of an object store, by protocol."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,24 +92,24 @@ def is_url(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """Return a path that means the same from everywhere; addresses stay as they are."""
+    """Return a path that does not depend on the working folder; addresses stay as they are."""
     return path if is_url(path) else str(Path(path).resolve())
 
 
 def join(folder: str, name: str) -> str:
-    """Return the path of something in a folder, or ``name`` itself where that is absolute."""
+    """Return the path of a name in a folder, or the name itself if it is absolute."""
     if is_url(name) or name.startswith("/"):
         return name
     return f"{folder.rstrip('/')}/{name}" if folder else name
 
 
 def parent(path: str) -> str:
-    """Return the folder in which a file lies."""
+    """Return the folder of a file."""
     return path.rstrip("/").rpartition("/")[0]
 
 
 def folders_below(paths: list[str]) -> list[str]:
-    """Return each path without its suffix, from the folder on that all have in common.
+    """Return each path without its suffix, relative to the folder that all have in common.
 
     Examples:
         >>> folders_below(["s3://b/x/00.tar", "s3://b/y/00.tar"])
@@ -123,7 +122,7 @@ def folders_below(paths: list[str]) -> list[str]:
 
 
 def expand(source: str) -> list[str]:
-    """Return the names that a source lists: parts joined by ``::``, each with its braces expanded, absolute."""
+    """Return the absolute names in a list joined by ``::``, with their braces expanded."""
     return [absolute(name) for part in source.split("::") for name in expand_braces(part) if name]
 
 
@@ -152,10 +151,10 @@ def expand_braces(text: str) -> list[str]:
 
 
 def filesystem(url: str) -> Any:
-    """Return the fsspec client that an address needs.
+    """Return the fsspec client for an address.
 
     Raises:
-        ModeclipError: The package that it needs is not installed, or there is no such protocol.
+        ModeclipError: The client's package is not installed, or the protocol is unknown.
     """
     import fsspec  # only where it is needed: half a second
 
@@ -174,10 +173,10 @@ def filesystem(url: str) -> Any:
 
 @contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Turn what clients of object stores raise for a wrong address, key or endpoint into one line.
+    """Turn the errors of an object store's client about addresses, keys and endpoints into one line.
 
     Raises:
-        ModeclipError: The store cannot be reached or refuses.
+        ModeclipError: The store cannot be reached or refuses the request.
     """
     try:
         yield
@@ -191,7 +190,7 @@ def reaching(url: str) -> Iterator[None]:
 
 
 def states(paths: list[str]) -> list[str]:
-    """Return what changes when a file does: size and time of change, or etag; "" where there is no such file."""
+    """Return for each file a text that changes when the file does, made of its size and time or etag; "" if missing."""
     for folder in sorted({parent(path) for path in paths if is_url(path)}):  # one listing, not a request a file
         with suppress(FileNotFoundError), reaching(folder):
             filesystem(folder).ls(folder, detail=True, refresh=True)
@@ -199,7 +198,7 @@ def states(paths: list[str]) -> list[str]:
 
 
 def state(path: str) -> str:
-    """Return the state of one file, as ``states`` does."""
+    """Return the state of one file as ``states`` does."""
     try:
         if not is_url(path):
             found = Path(path).stat()
@@ -216,7 +215,7 @@ def _state_of(info: dict[str, Any]) -> str:
 
 
 def is_folder(path: str) -> bool:
-    """Say whether something is a folder; an address that ends in "/" is taken at its word."""
+    """Say whether a path is a folder; an address that ends in "/" is believed to be one."""
     if not is_url(path):
         return Path(path).is_dir()
     with reaching(path):
@@ -224,7 +223,7 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of the sub-folders and of the files of a folder, each sorted, without hidden ones."""
+    """Return the names of a folder's sub-folders and of its files, each sorted, without hidden ones."""
     for _, folders, files in _walk(folder):
         return sorted(folders), sorted(name for name in files if not name.startswith("."))
     return [], []
@@ -233,7 +232,7 @@ def list_folder(folder: str) -> tuple[list[str], list[str]]:
 def walk(root: str) -> Iterator[tuple[str, list[str]]]:
     """Yield (folder relative to the root, sorted names of its files) for a folder and its sub-folders.
 
-    Names that begin with a dot are passed over; links to folders are not followed, for they may form a ring.
+    Names that begin with a dot are left out. Links to folders are not followed, because they may form a ring.
     """
     for folder, _, names in _walk(root):
         yield folder, sorted(name for name in names if not name.startswith("."))
@@ -257,7 +256,7 @@ def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _sort_visible(folders: Any) -> None:
-    """Put the folders that are to be walked in order, in place; fsspec gives a dictionary, the os a list."""
+    """Sort in place the folders that are still to be walked; fsspec passes a dictionary, os.walk a list."""
     if isinstance(folders, dict):
         kept = {name: folders[name] for name in sorted(folders) if not name.startswith(".")}
         folders.clear()
@@ -267,7 +266,7 @@ def _sort_visible(folders: Any) -> None:
 
 
 def tree_states(root: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Return "path state" for the files below a folder that end in one of the suffixes, sorted."""
+    """Return "path state" for all files below a folder that end in one of the suffixes, sorted."""
     if is_url(root):
         with reaching(root):
             store = filesystem(root)
@@ -279,7 +278,7 @@ def tree_states(root: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def open_file(path: str) -> Any:
-    """Open a file of bytes for reading, wherever it lies; fsspec's files are of no common type."""
+    """Open a local or remote file for reading bytes; fsspec's files have no common type."""
     if not is_url(path):
         return Path(path).open("rb")
     return filesystem(path).open(path, "rb", block_size=1 << 22)
@@ -298,7 +297,7 @@ def file_size(path: str) -> int:
 
 
 def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
-    """Return the bytes of a file from ``offset`` on: ``size`` of them (fewer at its end), or all with -1.
+    """Return ``size`` bytes of a file from ``offset`` on, fewer at its end, or with -1 all to its end.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -316,7 +315,7 @@ def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
 
 
 class _Descriptor:
-    """An open file, closed when the last who uses it lets go."""
+    """An open file that is closed when nothing refers to it any more."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -327,7 +326,7 @@ class _Descriptor:
 
 
 class _OpenFiles:
-    """The files that this process read ranges of last; safe to use from many threads."""
+    """The files of which this process read ranges most recently; threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
