@@ -1,8 +1,8 @@
 """The catalog: a Lance dataset with a row per image-caption pair, to which every stage adds columns.
 
-A row holds its image or refers to it (file or address, offset, size). Every stage identifies a row by its position. Lance
-provides atomic versions, fast random access and new columns without rewriting the others. A column that a stage added
-carries its facts, such as what made it, in its metadata.
+A row holds its image or refers to it (file or address, offset, size). Every stage identifies a row by its position.
+Lance provides atomic versions, fast random access and new columns without rewriting the others. A column that a stage
+added carries its facts, such as what made it, in its metadata.
 
 ``modeclip.data.indexing`` makes catalogs, ``modeclip.data.mapping`` adds what takes long to compute.
 

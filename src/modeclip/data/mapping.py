@@ -95,9 +95,7 @@ def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = F
         done = task.finished()
         with progress(description, sum(sizes[part] for part in todo), work.unit) as advance:
             if done:
-                log(
-                    f"{description}: continuing after {len(done):,} of {len(todo):,} fragments that an earlier run finished"
-                )
+                log(f"{description}: continuing after {len(done):,} of {len(todo):,} fragments of an earlier run")
                 advance(sum(sizes[part] for part in done))
             for part in (_run_on_ray if ray else _run_here)(task, sorted(todo - set(done))):
                 advance(sizes[part])
