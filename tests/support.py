@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 WEIGHTS = "open_clip_model.safetensors"
 
 
-def encode_picture(picture: Image.Image, kind: str = "PNG") -> bytes:
-    """Return the bytes of a picture's file."""
+def encode_picture(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """Return the bytes of a picture's file; the options are Pillow's."""
     file = io.BytesIO()
-    picture.save(file, kind)
+    picture.save(file, kind, **options)
     return file.getvalue()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +14,7 @@ from PIL import Image
 
 from modeclip.data.images import cause_of, decode_image, examine, examine_all, hash_image, map_in_order, measure_image
 from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE, Sample
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+from support import encode_picture
 
 
 def gradient(width: int = 40, height: int = 30) -> Image.Image:
@@ -30,13 +24,13 @@ def gradient(width: int = 40, height: int = 30) -> Image.Image:
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
 def test_lossless_images_come_back_as_they_were(kind):
-    data = encode(gradient(), kind, lossless=True)
+    data = encode_picture(gradient(), kind, lossless=True)
     assert decode_image(data).tobytes() == gradient().tobytes()
     assert measure_image(data) == (40, 30)
 
 
 def test_a_jpeg_is_measured_at_full_size_though_decoded_small():
-    assert measure_image(encode(gradient(401, 299), "JPEG")) == (401, 299)
+    assert measure_image(encode_picture(gradient(401, 299), "JPEG")) == (401, 299)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -47,9 +41,9 @@ def test_what_is_transparent_becomes_white(mode):
         drawing = Image.new("P", (2, 1))
         drawing.putpalette([0, 0, 0, 0, 0, 0])
         drawing.putpixel((1, 0), 1)
-        data = encode(drawing, transparency=b"\x00\xff")
+        data = encode_picture(drawing, transparency=b"\x00\xff")
     else:
-        data = encode(drawing.convert(mode))
+        data = encode_picture(drawing.convert(mode))
     pixels = decode_image(data)
     assert pixels.mode == "RGB"
     assert [pixels.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 0)]
@@ -57,14 +51,14 @@ def test_what_is_transparent_becomes_white(mode):
 
 def test_sixteen_bits_keep_their_shades():
     shades = np.array([[0, 0x4000, 0x8000, 0xFFFF]], dtype=np.uint16)
-    image = decode_image(encode(Image.fromarray(shades)))
+    image = decode_image(encode_picture(Image.fromarray(shades)))
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_a_truncated_image_is_found_without_keeping_its_pixels(kind, share):
-    data = encode(gradient(200, 200), kind)
+    data = encode_picture(gradient(200, 200), kind)
     for function in (measure_image, decode_image):
         with pytest.raises(Exception) as caught:  # noqa: PT011 (each decoder has its own)
             function(data[: int(len(data) * share)])
@@ -84,8 +78,8 @@ def test_each_failure_has_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for fail in (
         lambda: Sample("k", "c", path=str(tmp_path / "none.png")).read(),
         lambda: Sample("k", "c", path=str(tmp_path)).read(),
-        lambda: measure_image(encode(gradient(11, 10))),  # over the limit: a warning, here an error
-        lambda: measure_image(encode(gradient(40, 30))),  # over twice the limit
+        lambda: measure_image(encode_picture(gradient(11, 10))),  # over the limit: a warning, here an error
+        lambda: measure_image(encode_picture(gradient(40, 30))),  # over twice the limit
         lambda: measure_image(b"hello"),
     ):
         with pytest.raises(Exception) as caught:  # noqa: PT011
@@ -95,7 +89,7 @@ def test_each_failure_has_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_examining_says_what_an_image_is_or_why_it_is_none(tmp_path: Path):
-    data = encode(gradient())
+    data = encode_picture(gradient())
     path = tmp_path / "image.png"
     path.write_bytes(data)
     seen = examine(Sample("k", "c", path=str(path)))

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.mapping import map_columns
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
+from support import plain_png, tar_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 
 
 def shard(first: int, count: int) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for number in range(first, first + count):
-            picture = io.BytesIO()
-            Image.new("RGB", (4, 4), (number, 0, 0)).save(picture, "PNG")
-            for suffix, data in (("png", picture.getvalue()), ("txt", f"caption {number}".encode())):
-                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return file.getvalue()
+    members: dict[str, bytes] = {}
+    for number in range(first, first + count):
+        members |= {f"{number:04d}.png": plain_png((number, 0, 0)), f"{number:04d}.txt": f"caption {number}".encode()}
+    return tar_of(members)
 
 
 def upload(uri: str, data: bytes) -> None:
