@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from modeclip.__main__ import _interrupt
-from modeclip.clustering.class_selection import read_classes
 from modeclip.commands import COMMANDS, PIPE_CLOSED, load_command, main, read_summaries
-from modeclip.errors import ModeclipError, in_one_line
+from modeclip.errors import in_one_line
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -110,26 +109,6 @@ def test_route_prints_weights_clusters_and_entropy(small_run: Path, modeclip_com
     assert sum(content["weights"]) == pytest.approx(1)
     assert content["rule"] == "eq6"
     assert content["classes"][0]["clusters"][0]["captions"]
-
-
-def test_class_names_from_file_or_list(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("cat\n\n hot dog \n")
-    assert read_classes(str(tmp_path / "classes.txt")) == ["cat", "hot dog"]
-    assert read_classes("cat, hot dog,") == ["cat", "hot dog"]
-    with pytest.raises(ModeclipError, match="there are no class names; give a file"):
-        read_classes(" , ")
-
-
-def test_class_names_that_are_a_path_or_too_many_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "classes.txt").write_text("cat\ncat\n", encoding="utf-8-sig")
-    assert read_classes(str(tmp_path / "classes.txt")) == ["cat", "cat"]
-    assert "more than one class is called 'cat'; nothing can tell them apart" in capsys.readouterr().err
-    many = [f"class number {number}" for number in range(30)]
-    assert read_classes(",".join(many)) == many
-    assert read_classes("c" * 300) == ["c" * 300]
-    for text, found in ((tmp_path, "a folder"), (tmp_path / "classes", "no such file"), ("classes.json", "no such")):
-        with pytest.raises(ModeclipError, match=f"classes .*: {found}.*; give a file with one class name a line"):
-            read_classes(str(text))
 
 
 def write_recipe(tmp_path: Path, text: str) -> Path:
