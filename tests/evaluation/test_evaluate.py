@@ -154,8 +154,8 @@ def test_mixture_by_hand(evaluated: tuple[list[Result], Path], small_run: Path, 
             bundle.fine_centers,
             bundle.expert_of_fine,
             num_experts=2,
-            rule=bundle.rule,
-            temperature=bundle.temperature,
+            rule=bundle.routing.rule,
+            temperature=bundle.routing.temperature,
         ).weights
         mixed = sum(by_hand(folder, task) * weights[:, k] for k, folder in enumerate(folders))
         outcome = of(results, task.name, "small/bundle").outcome
@@ -164,7 +164,7 @@ def test_mixture_by_hand(evaluated: tuple[list[Result], Path], small_run: Path, 
         else:
             assert (outcome.prediction[: len(task.texts)] == np.argmax(mixed, 0)).mean() > 0.99
     facts = of(results, tasks[0].name, "small/bundle").provenance
-    assert facts["rule"] == bundle.rule
+    assert facts["rule"] == bundle.routing.rule
     assert sum(facts["weights"].values()) == pytest.approx(1)
     assert facts["clustering"] == bundle.clustering
 
