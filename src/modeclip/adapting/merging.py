@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from modeclip.adapting.validation import Examiner, average, open_tasks
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError
-from modeclip.mixture.bundle import MANIFEST_FILE, SEED, load_bundle
+from modeclip.mixture.bundle import MANIFEST_FILE, SEED, check_files, load_bundle
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import progress
 from modeclip.system.files import write_atomically, writing
@@ -245,6 +245,7 @@ def list_models(models: Sequence[str | Path]) -> tuple[list[tuple[str, str]], li
             named.append((model, model))
             continue
         bundle = load_bundle(model)
+        check_files(bundle)
         for index, expert in enumerate(bundle.experts):
             name = f"{model.rstrip('/')}/{expert.name}"
             if expert.folder != SEED:

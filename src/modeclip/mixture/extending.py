@@ -37,7 +37,7 @@ from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quantiles_of
-from modeclip.mixture.bundle import SEED, Bundle, load_bundle
+from modeclip.mixture.bundle import SEED, Bundle, check_files, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
 from modeclip.models.checkpoints import find_checkpoint
 from modeclip.system.files import only_process, write_atomically, writing
@@ -205,6 +205,7 @@ def extend(
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out), writing(out):
         opened = load_bundle(bundle)
+        check_files(opened)  # now, not after the training
         plan = _read_plan(out)
         if plan is None:
             found = assign(catalog, opened, thresholds, fitted_on=fitted_on)

@@ -106,7 +106,7 @@ def embed_images(
 
     Args:
         encoder: Name of the bundle's encoder.
-        embed: What embeds pictures as the clusters were (``MoDE.embed_images``).
+        embed: What embeds pictures as the clusters were (``ClusterRouter.embed_images``).
         images: N images.
         cache: Where vectors are kept.
         batch_size: Images embedded at a time.
