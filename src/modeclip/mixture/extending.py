@@ -41,6 +41,7 @@ from modeclip.mixture.bundle import SEED, Bundle, check_files, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
 from modeclip.models.checkpoints import find_checkpoint
 from modeclip.system.files import only_process, write_atomically, writing
+from modeclip.system.paths import RunPaths
 from modeclip.training.jobs import Role, TrainConfig, TrainJob, TrainResult, job_name, learning_rate_at
 from modeclip.training.launching import run_jobs
 
@@ -359,7 +360,10 @@ def _job_from(
 
 def _job_at_hand(bundle: Bundle, name: str, given: str | None) -> TrainJob | None:
     """Return the finished job that a model of the bundle comes from, if its checkpoint is there."""
-    folder, digest = Path(given) if given else bundle.path.parent / "models" / name, bundle.job_digest(name)
+    folder, digest = (
+        Path(given) if given else RunPaths(folder=bundle.path.parent).models / name,
+        bundle.job_digest(name),
+    )
     job = TrainJob.load(folder / "job.json") if given or (digest and (folder / "job.json").is_file()) else None
     if job is not None and job.digest == digest:
         job = replace(job, folder=str(folder.resolve()))

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from modeclip.errors import ModeclipError
 from modeclip.pages.charts import Axis, draw_curves, draw_map, neighbour_plane
 from modeclip.pages.html import embed_picture, family_of, is_control, write_page
+from modeclip.system.paths import RunPaths
 from modeclip.training.jobs import job_name, role_of
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     atlas = build_atlas(run, results["routing"])
     experts = find_experts(models, atlas)
     return write_page(
-        out or run / "report.html",
+        out or RunPaths(folder=run).report,
         "report.html",
         results=results,
         num_experts=len(experts),
@@ -74,7 +75,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 def read_run(run: Path) -> Json:
     """Read ``results.json`` of a run. Parts that are missing come back empty, and models in the order of their cost."""
-    path = run / "results.json"
+    path = RunPaths(folder=run).results
     if not path.is_file():
         raise ModeclipError(f"no results.json in {run}: expected a finished run folder; `modeclip run` writes one")
     try:
@@ -88,7 +89,7 @@ def read_run(run: Path) -> Json:
 
 def read_stages(run: Path) -> list[Json]:
     """Read the records of a run's finished stages, in the order in which they finished."""
-    paths = sorted((run / "stages").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    paths = sorted(RunPaths(folder=run).stages.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
@@ -196,7 +197,7 @@ def read_log(path: Path) -> dict[str, Float[np.ndarray, " steps"]]:
 
 def build_atlas(run: Path, routing: Mapping[str, Json]) -> Json | None:
     """Place the fine clusters on a map, with the tasks whose classes are nearest to each; None without clusters."""
-    folder = run / "clusters"
+    folder = RunPaths(folder=run).clusters
     if not (folder / "cards.json").is_file() or not (folder / "clustering.safetensors").is_file():
         return None
     from safetensors.numpy import load_file
@@ -265,7 +266,7 @@ def build_sheets(run: Path, experts: Sequence[int], seed: int) -> Json:
     from modeclip.data.catalog import Catalog
 
     try:
-        catalog = Catalog.open(run / "catalog.lance")
+        catalog = Catalog.open(RunPaths(folder=run).catalog_path)
         return {"sheets": [draw_sheet(catalog, expert, seed) for expert in experts], "reason": ""}
     except ModeclipError as error:
         return {"sheets": [], "reason": str(error)}
