@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -41,8 +42,11 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources import DataConfig, DataSource, open_source, relative_to, source_state
 from modeclip.data.sources.options import GROUPS
+from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError, unknown
-from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate
+from modeclip.evaluation.evaluate import EvaluateConfig, RecipeEvaluateConfig, evaluate, run_table
+from modeclip.evaluation.results import RUN_RESULTS, write_results
+from modeclip.evaluation.systems import TrainedModel, run_systems
 from modeclip.mixture.bundle import EDITS, MANIFEST_FILE, assemble_bundle, encoder_of, is_bundled
 from modeclip.models.clip import check_model
 from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES
@@ -78,7 +82,7 @@ class Recipe:
     """How each model is trained."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """Budget of the experts, and the controls."""
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate: RecipeEvaluateConfig = field(default_factory=RecipeEvaluateConfig)
     """Templates and routing rule."""
 
     def plain(self) -> dict[str, Any]:
@@ -169,7 +173,7 @@ class RunFolder(RunPaths):
     """How each model is trained."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """Which models there are, and where they run."""
-    evaluation: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluation: RecipeEvaluateConfig = field(default_factory=RecipeEvaluateConfig)
     """Templates and routing rule, of the evaluation and of the bundle."""
     clustered_by: ClusterConfig | None = None
     """Settings of the clustering, for a folder of an earlier version, which does not tell them."""
@@ -342,7 +346,10 @@ class RunFolder(RunPaths):
         return seed_model(self.models, self.training, self.experts)
 
     def evaluate(self, name: str) -> dict[str, Any]:
-        """Score the finished models on the held-out tasks and write ``results.json``.
+        """Score the finished models on the held-out tasks and write ``results.json`` and ``results``.
+
+        ``results.json`` is the table that the report shows; the folder ``results`` has what `modeclip evaluate` writes,
+        the answer to every image among it, so that two runs can be compared.
 
         Args:
             name: Of the run.
@@ -356,17 +363,22 @@ class RunFolder(RunPaths):
             "seed": self.training.seed,
             "machine": _machine(),
         }
+        scored = self.folder / RUN_RESULTS
+        shutil.rmtree(scored, ignore_errors=True)  # of an earlier evaluation, which may have had other systems
         if self.tasks_path.exists():
             one_step, cache = self.clusters / ONE_STEP_FOLDER, FeatureCache(self.features)
-            results |= evaluate(
-                Catalog.open(self.tasks_path),
+            tasks = catalog_tasks(Catalog.open(self.tasks_path))
+            systems = run_systems(
                 self._trained_models(),
                 self.clustering,
                 encoder_of(self.catalog),
                 self.evaluation,
+                cache,
                 one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
-                cache=cache,
             )
+            config = EvaluateConfig(batch_size=self.evaluation.batch_size)
+            found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(scored, part))
+            results |= run_table(systems, tasks, found)
             cache.remove_unused()
         else:
             results |= {"tasks": [], "chance": {}, "models": [], "routing": {}}

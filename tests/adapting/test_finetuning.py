@@ -30,7 +30,7 @@ from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.metrics import bootstrap_interval
+from modeclip.evaluation.intervals import bootstrap_interval
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import EngineConfig, TrainJob

@@ -15,9 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.controls import ONE_STEP_FOLDER, add_controls, cluster_in_one_step, split_at_random
@@ -28,9 +25,11 @@ from modeclip.data.indexing import index
 from modeclip.data.sources import DataConfig
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.run_evaluation import EvaluateConfig, TrainedModel, evaluate, mix
-from modeclip.mixture.bundle import assemble_bundle, load_bundle
+from modeclip.evaluation.evaluate import EvaluateConfig, evaluate, run_table
+from modeclip.evaluation.systems import TrainedModel, run_systems
+from modeclip.mixture.bundle import RoutingConfig, assemble_bundle, load_bundle
 from modeclip.models.clip import load_clip, save_clip
+from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import class_features
 from modeclip.training.experts import pin_jobs
 from modeclip.training.jobs import TrainJob, role_of
@@ -175,10 +174,18 @@ def scored(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         models.append(TrainedModel(name=name, role=role_of(name)[0], folder=root / name, samples=samples, start=start))
     centers = bundle.fine_centers[[0, 9]]
     one_step = Clustering(fine_centers=centers, experts_of_fine=np.array([[1], [0]]), coarse_centers=centers[::-1])
-    arguments = (Clustering.load(small_run / "clusters"), bundle.encoder, EvaluateConfig())
-    catalog = Catalog.open(small_run / "tasks.lance")
-    results = evaluate(catalog, models, *arguments, one_step=one_step)
-    partial = evaluate(catalog, [model for model in models if model.name != "full-1"], *arguments)
+    clustering, catalog, cache = (
+        Clustering.load(small_run / "clusters"),
+        Catalog.open(small_run / "tasks.lance"),
+        FeatureCache(),
+    )
+    tasks = catalog_tasks(catalog)
+
+    def table(models: list[TrainedModel], one_step: Clustering | None = None) -> dict[str, Any]:
+        systems = run_systems(models, clustering, bundle.encoder, RoutingConfig(), cache, one_step=one_step)
+        return run_table(systems, tasks, evaluate(systems, tasks, EvaluateConfig(), cache))
+
+    results, partial = table(models, one_step), table([model for model in models if model.name != "full-1"])
     return {"results": results, "partial": partial, "models": models, "catalog": catalog, "one_step": one_step}
 
 
@@ -244,13 +251,6 @@ def test_control_without_one_of_its_models_is_left_out(scored: dict[str, Any]) -
     assert names == [("Random-2", "uniform"), ("OneStep-2", "uniform")]
 
 
-@given(arrays(np.float64, (3, 4, 5), elements=st.floats(-1, 1)), st.integers(0, 2))
-def test_mixing_does_not_depend_on_the_order_of_the_models(cosines: np.ndarray, turn: int) -> None:
-    weights = np.array([0.5, 0.3, 0.2])
-    turned = mix(list(np.roll(cosines, turn, axis=0)), np.roll(weights, turn))
-    np.testing.assert_allclose(mix(list(cosines), weights), turned, atol=1e-12)
-
-
 def test_bundle_works_from_the_seed_on(small_run: Path, tmp_path: Path) -> None:
     """With no expert, with one, and with a model that belongs to other settings, which is not taken."""
     run = shutil.copytree(small_run, tmp_path / "run")
@@ -264,7 +264,7 @@ def test_bundle_works_from_the_seed_on(small_run: Path, tmp_path: Path) -> None:
     bundles.append([expert.folder for expert in load_bundle(assemble_bundle(run, [*jobs[:2], stale])).experts])
     assert bundles == [["seed", "seed"], ["expert-0", "seed"], ["expert-0", "seed"]]
     assert load_bundle(run / "bundle").fine_quantiles is not None
-    with pytest.raises(ModeclipError, match="no bundle without its seed, which is not trained yet"):
+    with pytest.raises(ModeclipError, match="needs the seed, which is not trained yet"):
         assemble_bundle(run, [replace(jobs[0], threads=2)])
 
 

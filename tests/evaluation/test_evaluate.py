@@ -20,15 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from modeclip.commands.evaluation import EvaluateOptions, evaluate
+from modeclip.commands.evaluation import EvaluateOptions
+from modeclip.commands.evaluation import evaluate as evaluate_command
 from modeclip.data.catalog import Catalog
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.averages import averages, bounds
-from modeclip.evaluation.evaluate import Result, ScoreConfig, evaluate_systems
-from modeclip.evaluation.metrics import bootstrap_interval, paired_interval
-from modeclip.evaluation.probing import ProbeConfig
-from modeclip.evaluation.results import compare, write_results
+from modeclip.evaluation.evaluate import EvaluateConfig, averages, evaluate
+from modeclip.evaluation.intervals import bootstrap_interval, paired_interval
+from modeclip.evaluation.results import Result, compare, write_results
 from modeclip.evaluation.systems import System, open_systems
 from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.mode import MoDE
@@ -99,7 +98,7 @@ def evaluated(
 ) -> tuple[list[Result], Path]:
     folder = tmp_path_factory.mktemp("cache")
     cache = FeatureCache(folder)
-    return evaluate_systems(open_systems(specs, cache), tasks, ScoreConfig(), cache), folder
+    return evaluate(open_systems(specs, cache), tasks, EvaluateConfig(), cache), folder
 
 
 def by_hand(folder: Path, task: Task) -> np.ndarray:
@@ -173,7 +172,7 @@ def test_mixture_by_hand(evaluated: tuple[list[Result], Path], small_run: Path, 
 def test_answers_are_those_of_the_routed_model(specs: list[str], small_run: Path, tasks: list[Task], mix: Mix) -> None:
     cache = FeatureCache()
     task, retrieval = tasks[0], tasks[2]
-    results = evaluate_systems(open_systems(specs, cache), [task, retrieval], ScoreConfig(mix=mix), cache)
+    results = evaluate(open_systems(specs, cache), [task, retrieval], EvaluateConfig(mix=mix), cache)
     routed = MoDE.load(small_run / "bundle").task(list(task.classnames))
     predictions = routed.classify(task.images.read(np.arange(len(task.images))), mix)
     found = of(results, task.name, "small/bundle")
@@ -189,8 +188,10 @@ def test_text_and_image_retrieval_are_routed_differently(small_run: Path, tasks:
     """Under eq6 the corpus has one weight vector, and each query its own."""
     cache = FeatureCache()
     [system] = open_systems([str(small_run / "bundle")], cache, rules=["eq6"])
-    [result] = evaluate_systems([system], [tasks[2]], ScoreConfig(), cache)
-    corpus, queries = system.weigh(tasks[2].texts), system.weigh(tasks[2].texts, each=True)
+    [result] = evaluate([system], [tasks[2]], EvaluateConfig(), cache)
+    weights = system.weigh(tasks[2], cache)
+    corpus, queries = weights.values, weights.queries
+    assert queries is not None
     assert (corpus.shape, queries.shape) == ((2,), (len(tasks[2].texts), 2))
     cosines = [by_hand(small_run / "bundle" / f"expert-{k}", tasks[2]) for k in range(2)]
     to_images = sum(cosine * queries[:, k] for k, cosine in enumerate(cosines))
@@ -206,7 +207,7 @@ def test_second_evaluation_runs_no_model(
     results, folder = evaluated
     with counting() as ran:
         cache = FeatureCache(folder)
-        again = evaluate_systems(open_systems(specs, cache), tasks, ScoreConfig(), cache)
+        again = evaluate(open_systems(specs, cache), tasks, EvaluateConfig(), cache)
     assert not ran
     assert len(cache.models) == 0
     for one, other in zip(results, again, strict=True):
@@ -214,7 +215,7 @@ def test_second_evaluation_runs_no_model(
         assert json.dumps(one.provenance) == json.dumps(other.provenance)
     with counting() as ran:  # another rule is arithmetic, too
         cache = FeatureCache(folder)
-        evaluate_systems(open_systems([str(small_run / "bundle")], cache, rules=["eq6"]), tasks, ScoreConfig(), cache)
+        evaluate(open_systems([str(small_run / "bundle")], cache, rules=["eq6"]), tasks, EvaluateConfig(), cache)
     assert not ran
 
 
@@ -225,13 +226,13 @@ def test_changed_checkpoint_is_evaluated_anew(
     _, folder = evaluated
     model = shutil.copytree(small_run / "models" / "dense", tmp_path / "model")
     cache = FeatureCache(folder)
-    [old] = evaluate_systems(open_systems([str(model)], cache), tasks[:1], ScoreConfig(), cache)
+    [old] = evaluate(open_systems([str(model)], cache), tasks[:1], EvaluateConfig(), cache)
     tensors = load_file(model / WEIGHTS)
     tensors["visual.proj"] = tensors["visual.proj"].flip(1).contiguous()
     save_file(tensors, model / WEIGHTS)
     with counting() as ran:
         cache = FeatureCache(folder)
-        [new] = evaluate_systems(open_systems([str(model)], cache), tasks[:1], ScoreConfig(), cache)
+        [new] = evaluate(open_systems([str(model)], cache), tasks[:1], EvaluateConfig(), cache)
     assert sum(count for kind, count in ran if kind == "VisionTransformer") == len(tasks[0].images)
     assert new.provenance["models"] != old.provenance["models"]
     assert np.array_equal(new.outcome.prediction, by_hand(model, tasks[0]).argmax(1))
@@ -240,10 +241,10 @@ def test_changed_checkpoint_is_evaluated_anew(
 def test_expert_without_weight_is_not_run(small_run: Path, tasks: list[Task]) -> None:
     cache = FeatureCache()
     [system] = open_systems([str(small_run / "bundle")], cache, max_experts=1)
-    weights = system.weigh(tasks[0].classnames).reshape(-1, 2).mean(0)
+    weights = system.weigh(tasks[0], cache).values.reshape(-1, 2).mean(0)
     assert sorted(weights) == [0, 1]
     with counting() as ran:
-        [result] = evaluate_systems([system], tasks[:1], ScoreConfig(), cache)
+        [result] = evaluate([system], tasks[:1], EvaluateConfig(), cache)
     assert len(cache.models) == 1
     assert sum(count for kind, count in ran if kind == "VisionTransformer") == len(tasks[0].images)
     expert = small_run / "bundle" / f"expert-{weights.argmax()}"
@@ -261,7 +262,7 @@ def test_experts_that_are_the_seed_are_run_once(small_run: Path, tasks: list[Tas
     assemble_bundle(run, [replace(job, folder=str(run / "models" / "seed"))])
     cache = FeatureCache()
     mixture, seed = open_systems([f"{run}/bundle", f"{run}/bundle#seed"], cache)
-    one, other = evaluate_systems([mixture, seed], tasks[:1], ScoreConfig(), cache)
+    one, other = evaluate([mixture, seed], tasks[:1], EvaluateConfig(), cache)
     assert len(cache.models) == 1
     assert np.array_equal(one.outcome.prediction, other.outcome.prediction)
 
@@ -271,17 +272,17 @@ def test_templates(small_run: Path, tasks: list[Task]) -> None:
     cache = FeatureCache()
     systems = open_systems([f"{small_run}/models/dense", str(small_run / "bundle")], cache)
     own = replace(tasks[0], name="own", templates=("a {} icon",))
-    results = evaluate_systems(systems, [own, tasks[0]], ScoreConfig(templates=("my {}", "{}")), cache)
+    results = evaluate(systems, [own, tasks[0]], EvaluateConfig(templates=("my {}", "{}")), cache)
     prompts = [result.provenance["prompts"] for result in results]
     assert prompts[0] == prompts[1] != prompts[2] == prompts[3]
     assert [result.provenance["num_templates"] for result in results] == [1, 1, 2, 2]
     renamed = replace(tasks[0], classnames=tuple(f"a {name} icon" for name in tasks[0].classnames))
-    [expected] = evaluate_systems(systems[:1], [renamed], ScoreConfig(), cache)
+    [expected] = evaluate(systems[:1], [renamed], EvaluateConfig(), cache)
     assert np.array_equal(results[0].outcome.prediction, expected.outcome.prediction)
     with pytest.raises(
         ModeclipError, match=r"templates: template 'icon' has no \{\} \(or \{c\}\) where the class name goes"
     ):
-        ScoreConfig(templates=("icon",))
+        EvaluateConfig(templates=("icon",))
 
 
 def test_averages_groups_and_differences(evaluated: tuple[list[Result], Path], tasks: list[Task]) -> None:
@@ -331,7 +332,7 @@ def test_linear_probe_has_all_experts(small_run: Path, tasks: list[Task]) -> Non
         parts.append(Task(name="few", kind="classification", images=images, classnames=names, labels=labels))
     few, cache = replace(parts[0], train=parts[1]), FeatureCache()
     systems = open_systems([str(small_run / "bundle"), f"{small_run}/bundle#expert-0"], cache, max_experts=1)
-    results = evaluate_systems(systems, [few], ScoreConfig(probe=ProbeConfig(C=1.0)), cache)
+    results = evaluate(systems, [few], EvaluateConfig(probe=True, probe_c=1.0), cache)
     assert [(r.kind, r.system) for r in results] == [
         (kind, name)
         for name in ("small/bundle", "small/bundle#expert-0")
@@ -357,7 +358,7 @@ def test_probe_of_a_class_without_training_images(small_run: Path, tasks: list[T
     systems = open_systems([f"{small_run}/models/dense"], cache)
     name = task.classnames[task.labels[0]]
     with counting() as ran, pytest.raises(ModeclipError, match=f"1 of its classes have no training image.*'{name}'"):
-        evaluate_systems(systems, [probed], ScoreConfig(probe=ProbeConfig()), cache)
+        evaluate(systems, [probed], EvaluateConfig(probe=True), cache)
     assert not ran
 
 
@@ -367,12 +368,12 @@ def test_several_rules_and_tasks_as_they_are_done(small_run: Path, tasks: list[T
     systems = open_systems([f"m={small_run}/bundle"], cache, rules=["uniform", "top1", "uniform"])
     assert [system.name for system in systems] == ["m@uniform", "m@top1"]
     done: list[list[Result]] = []
-    results = evaluate_systems(systems, tasks[:2], ScoreConfig(), cache, done=done.append)
+    results = evaluate(systems, tasks[:2], EvaluateConfig(), cache, done=done.append)
     assert [[result.task.name for result in found] for found in done] == [[task.name] * 2 for task in tasks[:2]]
     assert [result for found in done for result in found] == results
     assert [result.provenance["rule"] for result in results] == ["uniform", "top1"] * 2
-    again = evaluate_systems(
-        open_systems([str(small_run / "bundle")], cache, rules=["top1"]), tasks[:1], ScoreConfig(), cache
+    again = evaluate(
+        open_systems([str(small_run / "bundle")], cache, rules=["top1"]), tasks[:1], EvaluateConfig(), cache
     )
     assert again[0].outcome.metrics == results[1].outcome.metrics
 
@@ -384,8 +385,8 @@ def test_systems_and_their_names(small_run: Path, tmp_path: Path) -> None:
     specs = [f"{tmp_path}/a/bundle", f"{tmp_path}/b/bundle", f"{tmp_path}/a/bundle#seed", "x=modeclip-icon"]
     systems = open_systems(specs, cache)
     assert [system.name for system in systems] == ["a/bundle", "b/bundle", "a/bundle#seed", "x"]
-    assert [len(system.sources) for system in systems] == [2, 2, 1, 1]
-    assert systems[0].sources[0].digest == systems[1].sources[0].digest
+    assert [len(system.models) for system in systems] == [2, 2, 1, 1]
+    assert systems[0].models[0].digest == systems[1].models[0].digest
 
 
 @pytest.mark.parametrize(
@@ -406,26 +407,22 @@ def test_models_that_are_not_there(small_run: Path, specs: list[str], message: s
 def test_bounds_are_chosen_among_the_experts_by_the_labels(small_run: Path, tasks: list[Task], tmp_path: Path) -> None:
     cache, bundle = FeatureCache(tmp_path), f"{small_run}/bundle"
     systems = open_systems([bundle, f"{bundle}#expert-1"], cache, rules=["uniform", "paper"], bounds=True)
-    names = ["small/bundle@uniform", "small/bundle@paper", "small/bundle#expert-1", "small/bundle#expert-0"]
-    assert [system.name for system in systems] == names
-    assert [system.is_given for system in systems] == [True, True, True, False]
-    results, given = evaluate_systems(systems, tasks, ScoreConfig(), cache), {0: [0.9, 0.1], 1: [0.6, 0.6]}
-    for expert, scores in given.items():  # on the whole the second is better, on the first task the first
-        for task, score in zip(tasks[:2], scores, strict=True):
-            place = results.index(of(results, task.name, f"small/bundle#expert-{expert}"))
-            outcome = replace(results[place].outcome, metrics={"acc1": score})
-            results[place] = replace(results[place], outcome=outcome)
-    found = bounds(results, systems)
-    assert len(found) == 2 * len(tasks)
-    chosen = {result.system: [] for result in found}
-    for result in found:
+    experts = ["small/bundle#expert-0", "small/bundle#expert-1"]
+    names = ["small/bundle@uniform", "small/bundle@paper", *reversed(experts)]
+    bounds = ["small/bundle best single", "small/bundle oracle"]
+    assert [system.name for system in systems] == [*names, *bounds]
+    assert [system.is_given for system in systems] == [True, True, True, False, True, True]
+    results = evaluate(systems, tasks, EvaluateConfig(), cache)
+    chosen = [result for result in results if result.system in bounds]
+    assert len(chosen) == 2 * len(tasks)
+    for result in chosen:
         assert result.outcome is of(results, result.task.name, result.provenance["expert"]).outcome
-        if result.kind == "classification":
-            chosen[result.system].append(result.outcome.score)
-        else:  # one task of the kind
-            scores = [of(results, result.task.name, name).outcome.score for name in names[2:]]
-            assert result.outcome.score == max(scores)
-    assert chosen == {"small/bundle best single": [0.6, 0.6], "small/bundle oracle": [0.9, 0.6]}
+        own = [of(results, result.task.name, name).outcome.score for name in experts]
+        if result.system.endswith("oracle"):
+            assert result.outcome.score == max(own)
+    means = [np.mean([of(results, task.name, name).outcome.score for task in tasks[:2]]) for name in experts]
+    best = {r.provenance["expert"] for r in chosen if r.system == bounds[0] and r.kind == "classification"}
+    assert best == {experts[int(np.argmax(means))]}
 
 
 def test_bounds_need_a_mixture(small_run: Path) -> None:
@@ -437,7 +434,7 @@ def test_same_task_twice(small_run: Path, tasks: list[Task]) -> None:
     cache = FeatureCache()
     systems: list[System] = open_systems([f"{small_run}/models/dense"], cache)
     with pytest.raises(ModeclipError, match="two tasks have the name 'search'"):
-        evaluate_systems(systems, [tasks[2], tasks[2]], ScoreConfig(), cache)
+        evaluate(systems, [tasks[2], tasks[2]], EvaluateConfig(), cache)
 
 
 def test_killed_evaluation_loses_one_task(
@@ -463,13 +460,13 @@ def test_killed_evaluation_loses_one_task(
     both = (str(small_run / "bundle"), f"dense={small_run}/models/dense")
     tasks = (str(small_run / "tasks.lance"),)
     capsys.readouterr()
-    evaluate(both, tasks=tasks, options=EvaluateOptions(), out=out, as_json=True)
+    evaluate_command(both, tasks=tasks, options=EvaluateOptions(), out=out, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert [mean["system"] for mean in found["averages"]] == ["small/bundle", "dense"]
     assert found["averages"][1]["versus_first"]["low"] <= found["averages"][1]["versus_first"]["high"]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len((out / "results.jsonl").read_text().splitlines()) == 4
-    evaluate(both, tasks=tasks, options=EvaluateOptions(bounds=True), out=out)
+    evaluate_command(both, tasks=tasks, options=EvaluateOptions(bounds=True), out=out)
     shown = capsys.readouterr().out
     assert "small/bundle oracle" in shown
     assert "expert-0" not in shown

@@ -11,12 +11,9 @@ import pytest
 from sklearn.metrics import accuracy_score
 
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.metrics import (
-    Interval,
-    bootstrap_interval,
-    correct,
-    paired_interval,
-)
+from modeclip.evaluation.intervals import Interval, Outcome, average, bootstrap_interval, paired_interval
+from modeclip.evaluation.metrics import choose_by_labels, classify
+from modeclip.evaluation.similarity import Similarity
 
 
 def random_predictions(seed, num_images=300, num_classes=12):
@@ -30,6 +27,12 @@ def random_predictions(seed, num_images=300, num_classes=12):
 # --- accuracies ----------------------------------------------------------------------------------
 
 
+def as_similarity(scores):
+    """Return similarities that are these scores."""
+    identity = np.eye(scores.shape[1], dtype=np.float32)
+    return Similarity(images=[scores.astype(np.float32)], texts=[identity], weights=np.ones(1))
+
+
 def test_a_matrix_made_by_hand():
     scores = np.array(
         [
@@ -37,49 +40,46 @@ def test_a_matrix_made_by_hand():
             [0.1, 0.2, 0.7],  # class 0, wrong
             [0.4, 0.4, 0.2],  # class 0, a tie that the lower index wins, right
             [0.4, 0.4, 0.2],  # class 1, the same tie, wrong
-            [-9.0, -8.0, -np.inf],  # class 1, right
+            [-9.0, -8.0, -99.0],  # class 1, right
         ]
     )
-    labels = np.array([0, 0, 0, 1, 1])
-    np.testing.assert_array_equal(correct(scores, labels), [True, False, True, False, True])
+    found = classify(as_similarity(scores), np.array([0, 0, 0, 1, 1]))
+    np.testing.assert_array_equal(found.hits, [1, 0, 1, 0, 1])
+    np.testing.assert_array_equal(found.prediction, [0, 2, 0, 0, 1])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_accuracies_equal_scikit_learns(seed):
     scores, labels = random_predictions(seed)
-    predictions = scores.argmax(axis=1)
-    for given in (scores, scores.astype(np.float32), predictions):
-        assert correct(given, labels).mean() == pytest.approx(accuracy_score(labels, predictions))
+    found = classify(as_similarity(scores), labels)
+    assert found.score == pytest.approx(accuracy_score(labels, scores.argmax(axis=1)))
 
 
 @pytest.mark.parametrize(
-    ("predictions", "labels", "message"),
+    ("scores", "labels", "message"),
     [
-        (
-            np.zeros(2, int),
-            np.zeros(3, int),
-            "labels: expected one for each prediction, and at least one, got 3 for 2 predictions",
-        ),
-        (
-            np.zeros((0, 2)),
-            np.zeros(0, int),
-            "labels: expected one for each prediction, and at least one, got 0 for 0 predictions",
-        ),
-        (
-            np.array([[0.0, 1.0], [math.nan, 0.0]]),
-            np.zeros(2, int),
-            "predictions: row 1 holds NaN; the model diverged",
-        ),
-        (
-            np.zeros((2, 3)),
-            np.array([1, 3]),
-            "labels: expected 0 to 2 for 3 classes, got 1 to 3",
-        ),
+        (np.zeros((2, 2)), np.zeros(3, int), "labels: expected one for each .* images, got 3 for 2"),
+        (np.zeros((0, 2)), np.zeros(0, int), "labels: expected one for each of 1 or more images, got 0 for 0"),
+        (np.array([[0.0, 1.0], [math.nan, 0.0]]), np.zeros(2, int), "row 1 holds NaN; the model diverged"),
+        (np.zeros((2, 3)), np.array([1, 3]), "labels: expected 0 to 2 for 3 classes, got 1 to 3"),
     ],
 )
-def test_what_cannot_be_scored_is_said(predictions, labels, message):
-    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
-        inspect.unwrap(correct)(predictions, labels)
+def test_what_cannot_be_scored_is_said(scores, labels, message):
+    with pytest.raises(ModeclipError, match=message):
+        inspect.unwrap(classify)(as_similarity(scores), labels)
+
+
+def test_labels_choose_once_by_the_average_or_for_each_task():
+    def outcome(score):
+        one = np.zeros(1, int)
+        return Outcome(metrics={"acc1": score}, main="acc1", hits=np.array([score]), prediction=one, rank=one)
+
+    scores = {"expert-0": {"cats": 0.6, "dogs": 0.2}, "expert-1": {"cats": 0.5, "dogs": 0.5}}
+    outcomes = {name: {task: outcome(score) for task, score in own.items()} for name, own in scores.items()}
+    assert choose_by_labels(outcomes) == ("expert-1", {"cats": "expert-0", "dogs": "expert-1"})
+    assert average(outcomes["expert-0"]) == pytest.approx(0.4)
+    equal = {"expert-1": outcomes["expert-1"], "expert-2": outcomes["expert-1"]}
+    assert choose_by_labels(equal)[0] == "expert-1", "the first of equals"
 
 
 # --- intervals -----------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ RIGHT = np.array([True, True])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bootstrap_interval({}), "interval: expected tasks with images, got no tasks"),
+        (lambda: bootstrap_interval({}), "interval: expected at least one task with images, got no tasks"),
         (
             lambda: bootstrap_interval({"pets": RIGHT, "cars": RIGHT[:0]}),
             "interval: expected tasks with images, got none in 'cars'",

@@ -125,7 +125,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, metric: str) -> 
         (np.eye(3), np.array([0, 1, 2]), "mean_average_precision", "got one label an image"),
         (np.eye(3), np.eye(3, dtype=bool), "acc1", "got several labels an image"),
         (np.eye(3), np.eye(3, 2, dtype=bool), "mean_average_precision", "expected a column for each of 3 classes"),
-        (np.eye(3), np.zeros((3, 3), bool), "mean_average_precision", "expected an image with a label, got none"),
+        (np.eye(3), np.zeros((3, 3), bool), "mean_average_precision", "expected at least one image with a label"),
         (np.diag([1, np.nan, 1]), np.array([0, 1, 2]), "acc1", "predictions: row "),
     ],
 )
@@ -290,14 +290,14 @@ HALF = np.array([1.0, 0.5, 0.0])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: paired_test([outcome(HALF)], [outcome(HALF)]), "its metric counts no right and wrong samples"),
+        (lambda: paired_test([outcome(HALF)], [outcome(HALF)]), "its metric does not count right and wrong samples"),
         (
             lambda: paired_interval([outcome(HALF)], [outcome(HALF, main="roc_auc")]),
             "expected the same metric for both models, got acc1 and roc_auc",
         ),
         (
             lambda: paired_interval([outcome(HALF, HALF + 1)], [outcome(HALF)]),
-            "both models need the same labels, got others",
+            "expected the same labels for both models",
         ),
         (lambda: paired_interval([outcome(HALF)], []), "expected the same tasks for both models"),
         (lambda: bootstrap_interval([]), "expected tasks with images, got no tasks"),

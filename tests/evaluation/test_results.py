@@ -18,10 +18,9 @@ from PIL.Image import Image
 from modeclip.commands.evaluation import compare as run_command
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.evaluate import Result
 from modeclip.evaluation.intervals import paired_interval, paired_test
 from modeclip.evaluation.metrics import classify, select_captions
-from modeclip.evaluation.results import check_names, compare, read_predictions, read_results, write_results
+from modeclip.evaluation.results import Result, check_names, compare, read_predictions, read_results, write_results
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
 
@@ -214,10 +213,10 @@ def without_a_hit(table: pa.Table) -> pa.Table:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_metadata(b"{bad"), "no predictions of modeclip (Expecting property name"),
-        (with_metadata(b"[]"), "no predictions of modeclip (its metadata are no result)"),
-        (without_metric, "no predictions of modeclip ('acc1')"),
-        (without_a_hit, "the hit of a sample, is missing or no number"),
+        (with_metadata(b"{bad"), "cannot be read as predictions of modeclip (Expecting property name"),
+        (with_metadata(b"[]"), "cannot be read as predictions of modeclip (its metadata hold no result)"),
+        (without_metric, "cannot be read as predictions of modeclip ('acc1')"),
+        (without_a_hit, "is missing or not a number"),
     ],
 )
 def test_predictions_that_were_changed_are_one_line(
@@ -251,10 +250,10 @@ def test_a_name_too_long_for_a_file_is_refused_before_the_work() -> None:
     [
         (["one", "two"], ["one"], "a has several systems; name one of one, two"),
         ([], ["one"], "a: no predictions; expected the folder that `modeclip evaluate --out` wrote"),
-        (["damaged"], ["one"], "no predictions of modeclip ("),
-        (["foreign"], ["one"], "no predictions of modeclip ("),
+        (["damaged"], ["one"], "cannot be read as predictions of modeclip ("),
+        (["foreign"], ["one"], "cannot be read as predictions of modeclip ("),
         (["other images"], ["one"], "compare: task 'pets' is not the same in "),
-        (["other task"], ["one"], "compare: no task in common; "),
+        (["other task"], ["one"], "have no task in common; "),
     ],
 )
 def test_what_cannot_be_compared_is_said(

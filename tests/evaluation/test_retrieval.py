@@ -182,8 +182,8 @@ def test_fewer_candidates_than_answers_looked_at() -> None:
         ([0, 1], (1,), "expected the image of each text, and at least one, got 2 for 3"),
         ([0, 1, 4], (1,), "expected images 0 to 1, got 0 to 4"),
         ([0, 1, -1], (1,), "expected images 0 to 1, got -1 to 1"),
-        ([0, 1, 1], (), "expected k of 1 and more"),
-        ([0, 1, 1], (0,), "expected k of 1 and more"),
+        ([0, 1, 1], (), "expected every k to be 1 or more"),
+        ([0, 1, 1], (0,), "expected every k to be 1 or more"),
     ],
 )
 def test_pairs_that_point_nowhere_are_one_line(image_of_text: list[int], ks: tuple[int, ...], message: str) -> None:

@@ -188,7 +188,7 @@ GOOD = {"name": "s", "family": "dense", "compute": 1e12, "error": 0.5}
         ({"name": "s", "family": "d", "samples": 4, "error": 0.5}, "expected compute, or flops_per_sample and samples"),
         ({**GOOD, "compute": "1e12"}, "compute: expected a number, got '1e12'"),
         ({**GOOD, "compute": 0}, "compute: expected floating-point operations above 0"),
-        ({**GOOD, "error": 43.2}, r"error: expected a fraction above 0 and at most 1 .* no percent\), got 43.2"),
+        ({**GOOD, "error": 43.2}, r"error: expected a fraction above 0 and at most 1 .* not percent\), got 43.2"),
         ({**GOOD, "error": float("nan")}, "error: expected a number, got nan"),
         ({**GOOD, "accuracy": 0.5}, "expected either error or accuracy"),
         ({**GOOD, "seed": [1]}, r"seed: expected a number or a name, got \[1\]"),

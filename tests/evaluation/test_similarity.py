@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modeclip.evaluation import similarity
 from modeclip.evaluation.similarity import Similarity
@@ -65,6 +67,22 @@ def test_blocks_are_weighted_sums_of_cosines(weighted: str, monkeypatch: pytest.
     found = list(of.blocks())
     assert [rows for rows, _ in found] == [slice(start, min(start + 2, 11)) for start in range(0, 11, 2)]
     np.testing.assert_allclose(np.concatenate([block for _, block in found]), wanted, atol=1e-6)
+
+
+@given(st.integers(0, 2))
+def test_weighted_sums_do_not_depend_on_the_order_of_the_experts(turn: int) -> None:
+    rng = np.random.default_rng(2)
+    images, texts, weights = rng.normal(size=(3, 4, 6)), rng.normal(size=(3, 5, 6)), np.array([0.5, 0.3, 0.2])
+    order = np.roll(np.arange(3), turn)
+    blocks = [
+        Similarity(
+            images=list(images[rows].astype(np.float32)),
+            texts=list(texts[rows].astype(np.float32)),
+            weights=weights[rows],
+        ).block(slice(None))
+        for rows in (np.arange(3), order)
+    ]
+    np.testing.assert_allclose(*blocks, atol=1e-5)
 
 
 def test_a_weighted_sum_is_the_product_of_concatenated_vectors() -> None:

@@ -1,19 +1,19 @@
-"""A model and a small own set -> the model fine-tuned, on the line between both, with what it gained and what it cost.
+"""Fine-tune a model on a small set of one's own, and keep what it could do before.
 
-Fine-tuning on few images soon makes a model better at them and worse at everything else. The recipe has four guards.
-The loss is the one of pre-training (FLYP: better than a new head), pairs with the same caption not being each other's
-negatives. A part of the own set is held out, its duplicates too; training stops when the held-out accuracy has not
-risen for a while, and the best step is kept. Then the weights are moved back towards the start (WiSE-FT):
-(1 - alpha) seed + alpha tuned for alpha from 0 to 1, and the alpha is chosen that has
+Fine-tuning on few images soon makes a model better at them and worse at everything else. Four guards stand against
+that. The loss is that of pre-training (FLYP: better than a new head), and pairs with the same caption are not each
+other's negatives. A part of the own set is held out, its duplicates too. Training stops when the held-out accuracy has
+not risen for a while, and the best step is kept. Then the weights are moved back towards the start (WiSE-FT): of the
+models (1 - alpha) seed + alpha tuned, with alpha from 0 to 1, `choose_alpha` takes the one with
 
     the highest accuracy on the held-out images of the own set (the smallest alpha among equals),
     of those whose mean accuracy on the general tasks is at most ``tolerance`` below the start's.
 
-alpha = 0 is the start itself, so a choice always exists. Without general tasks only the first line counts.
-The held-out images choose the step and the alpha, so their "after" is a little too good: test on others at the end.
+alpha = 0 is the start itself, so there is always a choice. Without general tasks only the first line counts. The
+held-out images choose the step and the alpha, so their "after" is a little too good: test on other images at the end.
 
-Source: WiSE-FT (arXiv 2109.01903); FLYP (arXiv 2212.00638) for the contrastive loss.
-Price: the training; ``checks`` times the held-out images, ``alphas`` + 1 times these and all general tasks.
+Source: WiSE-FT (arXiv 2109.01903) for the line, the rule of choice is ours; FLYP (arXiv 2212.00638) for the loss.
+Price: the training; ``checks`` passes over the held-out images, and ``alphas`` + 1 over these and all general tasks.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ from jaxtyping import Bool
 
 from modeclip.adapting.merging import as_folder, interpolate_into
 from modeclip.adapting.validation import (
-    Correct,
     Examiner,
     HoldoutUnit,
     Split,
-    average,
     open_tasks,
     own_task,
     split_rows,
@@ -41,7 +39,7 @@ from modeclip.adapting.validation import (
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.intervals import Interval, bootstrap_interval, paired_interval
+from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
 from modeclip.mixture.bundle import MANIFEST_FILE, SEED, load_bundle
 from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import log, progress
@@ -50,8 +48,13 @@ from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, Tra
 from modeclip.training.trainer import train
 
 RESULT_FILE, NOTES_FILE = "finetune.json", "notes.json"
-FORMAT = 1  # raise it when the same settings start to give something else
-GRADIENT_NORM = 1.0  # largest norm of a gradient; early batches of a foreign set are far from what the model knows
+FORMAT = 1
+"""Raised when the same settings start to give something else."""
+GRADIENT_NORM = 1.0
+"""Largest norm of a gradient: the first batches of a foreign set are far from what the model knows."""
+
+Correct = Mapping[str, Bool[np.ndarray, " _"]]
+"""Whether each image of a task is classified correctly, by task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +62,27 @@ class FinetuneConfig:
     """How a model is fine-tuned on a small set."""
 
     epochs: int = 10
-    """Passes over the training rows at most; the schedule ends there, early stopping may come before."""
+    """Passes over the training rows, at most: the schedule ends there, and early stopping may end it before."""
     batch_size: int = 128
-    """Pairs a step; fewer where the set has fewer. Large batches need more memory and give fewer steps."""
+    """Pairs in a step, or all pairs if the set has fewer. Large batches need more memory and give fewer steps."""
     learning_rate: float = 1e-5
-    """Highest rate: a fiftieth of what ViT-B is pre-trained with. Models trained for minutes bear 1e-4 to 1e-3."""
+    """Highest learning rate: a fiftieth of what ViT-B is pre-trained with. Models trained for minutes bear 1e-4 to
+    1e-3."""
     warmup_fraction: float = 0.1
-    """Share of the steps in which the rate rises, so that AdamW's averages settle before it is high; in [0, 1)."""
+    """Share of the steps in which the rate rises, in [0, 1), so that AdamW's averages settle before it is high."""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices, half of pre-training's: few steps, and the start is worth keeping."""
+    """AdamW's decay of matrices: half of pre-training's, since there are few steps and the start is worth keeping."""
     holdout: HoldoutUnit = "image"
-    """What is held out: images at random, the same share of each class; whole classes (distinct captions): does it
-    help names never seen?; whole groups (folders, shards): another source, camera or site."""
+    """What is held out: images at random, the same share of each class; whole classes (distinct captions), which shows
+    what it does for names never seen; or whole groups (folders, shards), for another source, camera or site."""
     holdout_fraction: float = 0.2
     """Share of the images, classes or groups that is held out, in (0, 1)."""
     checks: int = 20
-    """Times that the held-out images are classified during training."""
+    """How often the held-out images are classified during training."""
     patience: int = 5
-    """Checks without a new best after which training stops: a quarter of the schedule by default."""
+    """Checks without a new best after which training stops; the default is a quarter of the schedule."""
     alphas: int = 10
-    """Steps of the line from the start (alpha 0) to the tuned model (alpha 1)."""
+    """Number of steps on the line from the start (alpha 0) to the tuned model (alpha 1)."""
     tolerance: float = 0.01
     """Accuracy that the mean over the general tasks may lose, in [0, 1]."""
     templates: tuple[str, ...] = ("{}",)
@@ -86,7 +90,7 @@ class FinetuneConfig:
     threads: int = 0
     """Threads that compute; 0: as many as PyTorch takes on this machine."""
     seed: int = 0
-    """Of what is held out, of the order of the samples and of their augmentation."""
+    """Seed of what is held out, of the order of the samples and of their augmentation."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How pictures are varied."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -123,17 +127,17 @@ class TableRow:
     """One line of the table: accuracies with 95 % bootstrap intervals over the images."""
 
     name: str
-    """Of the task; ``general tasks`` is the plain mean over them."""
+    """Name of the task; ``general tasks`` is the plain mean over all of them."""
     num_images: int
-    """Images that are classified."""
+    """Number of images that are classified."""
     before: Interval
-    """The start, alpha = 0."""
+    """Accuracy of the start, alpha = 0."""
     tuned: Interval
-    """The best step of the training, alpha = 1."""
+    """Accuracy at the best step of the training, alpha = 1."""
     after: Interval
-    """The chosen alpha: the model in the folder."""
+    """Accuracy at the chosen alpha, of the model in the folder."""
     change: Interval
-    """After minus before on the same images."""
+    """After minus before, on the same images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +147,9 @@ class FinetuneResult:
     folder: str
     """The open_clip folder of the chosen model."""
     model: str
-    """What it started from."""
+    """Model that it started from."""
     digest: str
-    """Of all that decided the result."""
+    """Hash of all that decided the result."""
     alpha: float
     """Chosen share of the tuned model."""
     num_train: int
@@ -155,27 +159,27 @@ class FinetuneResult:
     num_duplicates: int
     """Pairs left out because their image is held out."""
     num_classes: int
-    """Distinct captions of the whole own set; each held-out image is one of so many."""
+    """Distinct captions of the whole own set, from which the class of a held-out image is chosen."""
     batch_size: int
-    """Pairs a step."""
+    """Pairs in a step."""
     steps: int
     """Steps that were trained."""
     planned_steps: int
-    """Steps of the schedule; more than ``steps`` where training stopped early."""
+    """Steps of the schedule: more than ``steps`` if training stopped early."""
     best_step: int
-    """Step of the tuned model."""
+    """Step at which the tuned model was kept."""
     tolerance: float
     """Accuracy that the general tasks were allowed to lose."""
     checks: tuple[tuple[int, float], ...]
-    """Step and held-out accuracy during training."""
+    """Step and held-out accuracy of each check during training."""
     curve: tuple[AlphaPoint, ...]
-    """From alpha 0 to 1."""
+    """Accuracies on the line from alpha 0 to 1."""
     table: tuple[TableRow, ...]
-    """Own set, mean over the general tasks, each general task."""
+    """Before and after: the own set, the mean over the general tasks, and each general task."""
 
     @classmethod
     def read(cls, folder: Path, digest: str) -> FinetuneResult | None:
-        """Return the result that a folder holds if it is made from the same inputs, else None."""
+        """Return a folder's result if it was made from the same inputs, else None."""
         from pydantic import TypeAdapter, ValidationError
 
         try:
@@ -197,9 +201,9 @@ def finetune(
     """Fine-tune a model on a catalog and write the chosen model and its result; a killed run continues.
 
     Args:
-        model: Specification or folder of the start: a seed, an expert of a bundle, an average.
-        catalog: The own set, as ``modeclip index`` makes it; a column marks its training rows.
-        config: The recipe.
+        model: Specification or folder of the model to start from: a seed, an expert of a bundle, an average.
+        catalog: The own set, as ``modeclip index`` makes it; a column is added that marks its training rows.
+        config: How to train, what to hold out, and how much the general tasks may lose.
         out: Folder of the model; ``best`` and ``train`` in it hold the tuned model and its training.
         tasks: Catalog of general zero-shot tasks, such as ``tasks.lance`` of a run.
 
@@ -253,13 +257,13 @@ def check_start(model: str) -> None:
 
 @dataclass
 class _Notes:
-    """What is known so far, in a file: a killed run goes on from it."""
+    """What is known so far, kept in a file so that a killed run can go on from it."""
 
     path: Path
     digest: str
     checks: list[tuple[int, float]]
     found: dict[str, dict[str, str]]
-    """By alpha and task, a 0 or 1 for each image."""
+    """A 0 or 1 for each image, by alpha and task."""
 
     @classmethod
     def open(cls, path: Path, digest: str) -> _Notes:
@@ -279,7 +283,7 @@ class _Notes:
 
 @dataclass
 class _Watch:
-    """What training calls from time to time: scores the model, keeps the best one, says when to stop."""
+    """Called by the training from time to time: scores the model, keeps the best one and says when to stop."""
 
     job: TrainJob
     notes: _Notes
@@ -305,7 +309,7 @@ class _Watch:
 
 
 def best_step(checks: Sequence[tuple[int, float]]) -> int:
-    """Return the step of the highest score, the first one among equals.
+    """Return the step with the highest score, the first one among equals.
 
     Examples:
         >>> best_step([(10, 0.5), (20, 0.7), (30, 0.7)])
@@ -373,17 +377,15 @@ def _digest(job: TrainJob, config: FinetuneConfig, tasks: str | None) -> str:
 def _sweep(
     seed: Path, tuned: Path, alphas: Sequence[float], examiners: Sequence[Examiner], notes: _Notes
 ) -> dict[float, dict[str, Bool[np.ndarray, " _"]]]:
-    """Return for each alpha and task whether each image is classified correctly; what is noted is not done again."""
+    """Return by alpha and task whether each image is classified correctly; what the notes hold is not done again."""
     clip: Clip | None = None
     with progress("interpolate", len(alphas), "models") as advance:
         for alpha in alphas:
             if str(alpha) not in notes.found:
                 clip = clip or load_clip(seed)
                 interpolate_into(clip, seed, tuned, alpha)
-                found: dict[str, Bool[np.ndarray, " _"]] = {}
-                for examiner in examiners:
-                    found |= examiner.examine(clip)
-                bits = {task: "".join("01"[int(image)] for image in images) for task, images in found.items()}
+                found = {task: one for examiner in examiners for task, one in examiner.examine(clip).items()}
+                bits = {task: "".join("01"[int(hit)] for hit in one.hits) for task, one in found.items()}
                 notes.found[str(alpha)] = bits
                 notes.save()
             advance(1)
@@ -429,12 +431,12 @@ def _make_result(
 
 
 def curve_of(found: Mapping[float, Correct]) -> tuple[AlphaPoint, ...]:
-    """Return the accuracies along the line; the first task is the own set, the others are the general tasks."""
+    """Return the accuracies along the line. The first task is the own set, the others are the general tasks."""
     own, *general = next(iter(found.values()))
     return tuple(
         AlphaPoint(
             alpha=alpha,
-            own=float(correct[own].mean()),
+            own=average({own: correct[own]}),
             general=average({task: correct[task] for task in general}) if general else None,
         )
         for alpha, correct in found.items()
@@ -442,11 +444,11 @@ def curve_of(found: Mapping[float, Correct]) -> tuple[AlphaPoint, ...]:
 
 
 def choose_alpha(curve: Sequence[AlphaPoint], tolerance: float) -> AlphaPoint:
-    """Choose a point by the rule of ``finetuning``.
+    """Choose a point by the rule at the top of this module.
 
     Args:
-        curve: The points, that of alpha 0 first.
-        tolerance: How much below alpha 0 the general tasks may be.
+        curve: The points; the first one is that of alpha 0.
+        tolerance: How much lower than at alpha 0 the general tasks may be.
 
     Examples:
         >>> curve = [AlphaPoint(alpha=0.0, own=0.5, general=0.7), AlphaPoint(alpha=0.5, own=0.8, general=0.695)]
@@ -463,10 +465,10 @@ def table_row(name: str, tasks: Sequence[str], found: Mapping[float, Correct], a
     """Return the line of one task, or of the mean over several.
 
     Args:
-        name: Its name.
-        tasks: The tasks.
-        found: Answers by alpha and task.
-        alpha: The chosen one.
+        name: Name of the line.
+        tasks: Names of the tasks.
+        found: Whether each image is classified correctly, by alpha and task.
+        alpha: The alpha that was chosen.
     """
     before, tuned, after = ({task: found[place][task] for task in tasks} for place in (0.0, 1.0, alpha))
     return TableRow(

@@ -1,13 +1,13 @@
-"""Several models of one architecture -> one model of the same size whose weights are their average.
+"""Average the weights of several models of one architecture into one model of the same size.
 
-Uniform or weighted averages, the greedy soup (models by falling held-out score, each kept if the average with it
-scores no worse than the average without), and the line between a seed and a model tuned from it (WiSE-FT). It works
-for models that continued from one seed, as data experts do: their weights lie in one valley of the loss. Models of
-different random starts have the same shapes too, but their average is worth nothing.
+There are uniform and weighted averages, the greedy soup (models by falling held-out score; each is kept if the average
+with it scores no worse than the average without it), and the line between a seed and a model tuned from it (WiSE-FT).
+Averaging works for models that continued from one seed, as data experts do: their weights lie in one valley of the
+loss. Models of different random starts have the same shapes too, but their average is worth nothing.
 
-Sums are float64, one tensor at a time, so memory does not grow with their number. Everything that is a float is
-averaged, the logit scale too (its logarithm, as it is stored) and the running statistics of batch norms; what is not
-(position ids) must be equal in all. The counters of batch norms come from the first model.
+Sums are float64, one tensor at a time, so memory does not grow with the number of models. Every float is averaged,
+also the logit scale (its logarithm, as it is stored) and the running statistics of batch norms. Other tensors (position
+ids) must be equal in all models. The counters of batch norms come from the first model.
 
 Source: model soups (arXiv 2203.05482), greedy soup: recipe 1; WiSE-FT (arXiv 2109.01903), Sec. 3.
 Price: reading each model once; greedy: K (K + 1) / 2 reads and 2 K - 1 evaluations for K models.
@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modeclip.adapting.validation import Examiner, average, open_tasks
+from modeclip.adapting.validation import Examiner, open_tasks
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError
+from modeclip.evaluation.intervals import Outcome, average
 from modeclip.mixture.bundle import MANIFEST_FILE, SEED, check_files, load_bundle
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import progress
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "merge.json"
 """Folder of a bundle that runs for experts that are not finished."""
-_COUNTER = ".num_batches_tracked"  # of batch norms; used only by those without a momentum, which no CLIP has
-_START = ("init_logit_scale", "init_logit_bias")  # settings of a random start, which weights replace
+_COUNTER = ".num_batches_tracked"  # batch norms use it only if they have no momentum, as in no CLIP
+_START = ("init_logit_scale", "init_logit_bias")  # settings of a random start, which the weights replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class MergeConfig:
     """How models are averaged."""
 
     how: Literal["uniform", "greedy"] = "uniform"
-    """`uniform`: all models alike, or by `weights`; `greedy`: only those that do not lower the held-out score."""
+    """`uniform`: all models count the same, or by `weights`; `greedy`: only models that do not lower the held-out score
+    are kept."""
     weights: tuple[float, ...] = ()
     """Weight of each model, at least 0, such as those of a routing; they are divided by their sum. Default: equal."""
     templates: tuple[str, ...] = ("{}",)
@@ -76,16 +78,16 @@ class Candidate:
     weight: float
     """Its share of the average, in [0, 1]."""
     score: float | None
-    """Its own mean accuracy over the tasks; None without tasks."""
+    """Mean accuracy of this model over the tasks; None without tasks."""
     accuracy: Mapping[str, float]
-    """Its accuracy on each task."""
+    """Accuracy of this model on each task."""
     soup_score: float | None = None
-    """Greedy: mean accuracy of the average of those kept so far and this one."""
+    """Greedy: mean accuracy of the average of this model and those kept before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeResult:
-    """What came out of an average; ``merge.json`` beside the model holds the same."""
+    """The result of an average, as ``merge.json`` beside the model holds it."""
 
     folder: str
     """The open_clip folder that was written."""
@@ -94,11 +96,11 @@ class MergeResult:
     candidates: tuple[Candidate, ...]
     """The models, in the order in which they were taken."""
     left_out: tuple[str, ...]
-    """Experts of bundles that are not finished, for which their seed stands in."""
+    """Experts of bundles that are not finished and were not averaged."""
     score: float | None
-    """Mean accuracy of the average over the tasks; None without tasks."""
+    """Mean accuracy of the averaged model over the tasks; None without tasks."""
     accuracy: Mapping[str, float]
-    """Its accuracy on each task."""
+    """Accuracy of the averaged model on each task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +108,11 @@ class SoupTrial:
     """One step of a greedy soup."""
 
     index: int
-    """Of the model."""
+    """Place of the model that was tried, in the order in which the models were given."""
     score: float
-    """Of the average of the models kept before and this one."""
+    """Score of the average of this model and those kept before it."""
     kept: bool
-    """Whether it stays in the average."""
+    """Whether the model stays in the average."""
 
 
 def merge(
@@ -122,8 +124,8 @@ def merge(
         models: open_clip folders, model specifications, or bundles, which stand for their finished experts.
         config: Which average.
         out: Folder of the average; it must be none of the models.
-        tasks: Catalog of zero-shot tasks on which the models and the average are scored; greedy needs it. What
-            has chosen the models is no fair test of the average: report it on other tasks.
+        tasks: Catalog of zero-shot tasks on which the models and the average are scored; greedy needs it. Tasks that
+            have chosen the models are no fair test of the average, so report it on others.
 
     Raises:
         ModeclipError: There are fewer than two models, they differ in architecture, or greedy has no tasks.
@@ -156,14 +158,14 @@ def merge(
 
 
 def greedy_soup(scores: Sequence[float], score_of: Callable[[tuple[int, ...]], float]) -> list[SoupTrial]:
-    """Choose models as the greedy soup does: the best first, then each one whose addition does not lower the score.
+    """Choose models as the greedy soup does: first the best one, then every one that does not lower the score.
 
     Args:
         scores: Score of each model by itself.
-        score_of: Score of the average of some models, by their indices (ascending).
+        score_of: Function that returns the score of an average, given the places of its models (ascending).
 
     Returns:
-        A step for each model, by falling score; equal scores keep the order of the models.
+        One step for each model, by falling score; models of equal score keep their order.
 
     Examples:
         >>> steps = greedy_soup([0.5, 0.7, 0.6], lambda kept: 0.8 if kept == (1, 2) else 0.4)
@@ -188,7 +190,7 @@ def interpolate(seed: str | Path, tuned: str | Path, alpha: float) -> Clip:
     Args:
         seed: Model folder of the start.
         tuned: Model folder of what was trained from it.
-        alpha: Share of the tuned model, in [0, 1]; at both ends the weights are bit for bit those of that model.
+        alpha: Share of the tuned model, in [0, 1]. At 0 and at 1 the weights are bit for bit those of that model.
 
     Raises:
         ModeclipError: The models differ in architecture, or alpha is out of its range.
@@ -232,10 +234,12 @@ def average_into(clip: Clip, folders: Sequence[Path], weights: Sequence[float]) 
 
 
 def list_models(models: Sequence[str | Path]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return (name, specification) of each model, bundles taken apart, and the names of experts that are not finished.
+    """Return (name, specification) of each model, and the names of experts that are not finished.
+
+    A bundle stands for its finished experts.
 
     Raises:
-        ModeclipError: A model is unknown, a folder is none, or a model is given twice.
+        ModeclipError: A model is unknown, a folder holds no model, or a model is given twice.
     """
     named: list[tuple[str, str]] = []
     left_out: list[str] = []
@@ -259,7 +263,7 @@ def list_models(models: Sequence[str | Path]) -> tuple[list[tuple[str, str]], li
 
 
 def as_folder(spec: str, folder: Path) -> Path:
-    """Return a model's folder of safetensors: its own if it has one, else it is written to ``folder``."""
+    """Return a model's own folder of safetensors; a model without one is written to ``folder``."""
     own = Path(spec.removeprefix("local-dir:"))
     if (own / WEIGHTS_FILE).is_file() and (own / CONFIG_FILE).is_file():
         return own
@@ -321,7 +325,7 @@ def _candidates(
     names: Sequence[str], folders: Sequence[Path], config: MergeConfig, clip: Clip, examiner: Examiner | None
 ) -> list[Candidate]:
     """Score each model if there are tasks, and choose the weights."""
-    found: list[dict[str, Any] | None] = [None] * len(names)
+    found: list[dict[str, Outcome] | None] = [None] * len(names)
     if examiner is not None:
         with progress("score", len(names), "models") as advance:
             for index in range(len(names)):
@@ -357,8 +361,8 @@ def _candidates(
     ]
 
 
-def _accuracy(found: Mapping[str, Any] | None) -> dict[str, float]:
-    return {task: float(is_correct.mean()) for task, is_correct in (found or {}).items()}
+def _accuracy(found: Mapping[str, Outcome] | None) -> dict[str, float]:
+    return {task: outcome.score for task, outcome in (found or {}).items()}
 
 
 @contextmanager
@@ -376,7 +380,7 @@ def _opened(folder: Path) -> Iterator[Any]:
 
 
 def _tensor(folder: Path, name: str) -> torch.Tensor:
-    """Read one tensor; the file is opened for it alone, since the parts that a mapped file was read from stay."""
+    """Read one tensor. The file is opened for it alone: all that was read of a mapped file stays in memory."""
     with _opened(folder) as file:
         tensor: torch.Tensor = file.get_tensor(name)
     return tensor
@@ -387,7 +391,7 @@ def _shapes(file: Any) -> dict[str, str]:
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    """Return what decides the computation beside the weights: the architecture, and how pixels are normalised."""
+    """Return the settings that decide what a model computes: the architecture, and how pixels are normalised."""
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})

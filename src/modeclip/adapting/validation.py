@@ -5,8 +5,8 @@ normalises the pictures of its tasks once, as far as they fit into ``CACHE_BYTES
 `modeclip.evaluation.evaluate.answer` that compares finished models.
 
 `split_rows` divides an own set into rows to train on and rows to be judged by, so that no image is on both sides.
-Copies of an image (equal ``digest``) stay together. Where a class or a group is held out that shares an image with another
-one, that image is left out of training. Images that were scaled or encoded anew are not recognised as copies.
+Copies of an image (equal ``digest``) stay together. Where a class or a group is held out that shares an image with
+another one, that image is left out of training. Images that were scaled or encoded anew are not recognised as copies.
 
 Source: CLIP (arXiv 2103.00020, Sec. 3.1): the class whose text has the highest cosine with the image.
 Price: one pass of the image tower over all images and one of the text tower over all class names, each time.
@@ -14,7 +14,7 @@ Price: one pass of the image tower over all images and one of the text tower ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +24,11 @@ from jaxtyping import Bool, Int
 from modeclip.data.catalog import Catalog
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.metrics import correct
+from modeclip.evaluation.evaluate import answer
+from modeclip.evaluation.intervals import Outcome
+from modeclip.evaluation.similarity import Similarity
 from modeclip.models.clip import Clip, encode_image
+from modeclip.models.features import class_features
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +38,11 @@ CACHE_BYTES = 1 << 30
 HOLDOUT_STREAM = 7_000_001
 """Key of the random stream that draws what is held out, far from those of training."""
 
-Correct = Mapping[str, Bool[np.ndarray, " _"]]
-"""Task name to whether each image is classified correctly."""
+HoldoutUnit = Literal["image", "class", "group"]
 
 
 class Examiner:
-    """Tasks to be put to one model after another, all with the same preprocessing."""
+    """Tasks that are put to one model after another, all of them with the same preprocessing."""
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class Examiner:
         """Keep what is asked; nothing is read before the first model comes.
 
         Args:
-            tasks: What is asked: classification with one class an image.
+            tasks: Classification tasks.
             templates: Prompts with ``{}`` where the class name goes.
             batch_size: Images encoded at a time.
         """
@@ -61,11 +63,9 @@ class Examiner:
         self._cache: dict[tuple[int, int], torch.Tensor] = {}
         self._room = CACHE_BYTES
 
-    def examine(self, clip: Clip) -> dict[str, Bool[np.ndarray, " _"]]:
-        """Return for each task whether each of its images is classified correctly."""
+    def examine(self, clip: Clip) -> dict[str, Outcome]:
+        """Return by task what a model answers as it is now."""
         import torch
-
-        from modeclip.models.features import class_features
 
         found = {}
         device = next(clip.model.parameters()).device
@@ -74,11 +74,10 @@ class Examiner:
         with torch.inference_mode():
             for index, task in enumerate(self.tasks):
                 texts = class_features(clip.model, clip, task.classnames, self._templates)
-                parts = [
-                    (encode_image(clip.model, batch.to(device)) @ texts.T).float().cpu().numpy()
-                    for batch in self._batches(index, clip)
-                ]
-                found[task.name] = correct(np.concatenate(parts), np.asarray(task.labels))
+                images = torch.cat([encode_image(clip.model, batch.to(device)) for batch in self._batches(index, clip)])
+                vectors = [rows.float().cpu().numpy() for rows in (images, texts)]
+                similarity = Similarity(images=vectors[:1], texts=vectors[1:], weights=np.ones(1))
+                found[task.name] = answer(task, similarity)
         clip.model.train(was_training)
         return found
 
@@ -109,39 +108,26 @@ def open_tasks(path: str, templates: Sequence[str], batch_size: int) -> Examiner
     return Examiner(tasks, templates=templates, batch_size=batch_size)
 
 
-def average(is_correct: Correct) -> float:
-    """Return the plain mean over the tasks of their accuracies.
-
-    Examples:
-        >>> average({"a": np.array([True, False]), "b": np.array([True])})
-        0.75
-    """
-    return float(np.mean([task.mean() for task in is_correct.values()]))
-
-
-HoldoutUnit = Literal["image", "class", "group"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The rows of an own set by what they are for."""
+    """Which rows of an own set are trained on, and which are held out."""
 
     train: Int[np.ndarray, " n"]
-    """Trained on, ascending."""
+    """Rows that are trained on, ascending."""
     held_out: Int[np.ndarray, " m"]
-    """Classified, never trained on, ascending."""
+    """Rows that are classified and never trained on, ascending."""
     num_duplicates: int
-    """Rows that are neither: the same image as one held out."""
+    """How many rows are neither, because their image is the same as one held out."""
 
 
 def split_rows(catalog: Catalog, unit: HoldoutUnit, fraction: float, seed: int) -> Split:
-    """Choose what of an own set is held out; a function of the catalog's content and the arguments alone.
+    """Choose which rows of an own set are held out. The same catalog and arguments give the same choice.
 
     Args:
         catalog: The own set.
         unit: What is held out as a whole: images (the same share of each class), classes (distinct captions), groups.
         fraction: Share of the units that is held out, in (0, 1).
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Raises:
         ModeclipError: The set is too small to be split, or what is left has a single caption.
@@ -167,16 +153,16 @@ def split_rows(catalog: Catalog, unit: HoldoutUnit, fraction: float, seed: int) 
 def draw_units(
     units: Int[np.ndarray, " N"], strata: Int[np.ndarray, " N"], fraction: float, seed: int
 ) -> Bool[np.ndarray, " N"]:
-    """Draw a share of the units at random, the same share of each stratum; return the rows of the units drawn.
+    """Draw the same share of units from each stratum at random, and return a mask of the rows of these units.
 
-    Units are put in a row, stratum by stratum, at random within each, and every 1 / fraction-th is taken: systematic
-    sampling, which spares large strata no unit more or less than their share rounded up or down.
+    This is systematic sampling: the units are put in a row, stratum by stratum and in random order within each, and one
+    in 1 / fraction is taken. So every stratum gives its share of units, rounded up or down.
 
     Args:
         units: Number of each row's unit; the rows of a unit stay together.
-        strata: Number of each row's stratum; that of a unit's first row counts.
-        fraction: Share of the units, in (0, 1); at least one unit is drawn, and one is not.
-        seed: Of the draw.
+        strata: Number of each row's stratum; a unit belongs to the stratum of its first row.
+        fraction: Share of the units, in (0, 1). At least one unit is drawn, and at least one is not.
+        seed: Seed of the draw.
     """
     values, first, inverse = np.unique(units, return_index=True, return_inverse=True)
     draw = np.random.Generator(np.random.Philox(key=[seed, HOLDOUT_STREAM]))
@@ -192,7 +178,7 @@ def draw_units(
 
 
 def own_task(catalog: Catalog, split: Split) -> Task:
-    """Return the held-out rows as a task whose classes are all distinct captions of the own set."""
+    """Return the held-out rows as a task. Its classes are all distinct captions of the own set."""
     captions = catalog.read(["caption"])["caption"].astype(str)
     classnames, labels = np.unique(captions, return_inverse=True)
     return Task(
@@ -211,7 +197,7 @@ def _number(values: np.ndarray) -> Int[np.ndarray, " N"]:
 
 
 def _identify(digests: np.ndarray, keys: np.ndarray) -> Int[np.ndarray, " N"]:
-    """Return a number for each row, the same for the same image: by its hash, or by the key where it has none."""
+    """Return a number for each row that is equal for equal images; a row without a hash is known by its key."""
     names: list[Any] = [
         digest.hex() if digest is not None else f"key {key}" for digest, key in zip(digests, keys, strict=True)
     ]

@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.adapting.finetuning import FinetuneConfig
 from modeclip.adapting.merging import MergeConfig
-from modeclip.evaluation.metrics import Interval
+from modeclip.evaluation.intervals import Interval
 from modeclip.system.console import print_json, print_table
 from modeclip.system.options import AsJson, CatalogPath
 

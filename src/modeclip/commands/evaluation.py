@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError
 from modeclip.evaluation.scaling import ScalingConfig
-from modeclip.mixture.rules import RULES, Mix
+from modeclip.mixture.rules import Mix
 from modeclip.system.console import print_json, print_table
 from modeclip.system.options import AsJson, MaxMemory, to_bytes
 
 if TYPE_CHECKING:
-    from modeclip.evaluation.averages import Average
-    from modeclip.evaluation.evaluate import Result
+    from modeclip.evaluation.evaluate import Average
     from modeclip.evaluation.intervals import Interval, PairedTest
+    from modeclip.evaluation.results import Result
     from modeclip.evaluation.scaling import ScalingResult
 
 Models = Positional[
@@ -93,9 +93,8 @@ def evaluate(
 ) -> None:
     """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
     from modeclip.data.tasks.open import load_tasks
-    from modeclip.evaluation.averages import BEST_SINGLE, averages, bounds
-    from modeclip.evaluation.evaluate import PROBE, ScoreConfig, evaluate_systems
-    from modeclip.evaluation.probing import ProbeConfig
+    from modeclip.evaluation.evaluate import PROBE, EvaluateConfig, averages
+    from modeclip.evaluation.evaluate import evaluate as run_evaluate
     from modeclip.evaluation.results import check_names, read_results, write_results
     from modeclip.evaluation.systems import open_systems
     from modeclip.models.clip import imagenet_words
@@ -103,14 +102,11 @@ def evaluate(
 
     if not tasks:
         raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
-    if wrong := [rule for rule in options.rule if rule not in RULES]:
-        raise unknown("rule", wrong[0], RULES)
-    if options.batch_size < 1:
-        raise ModeclipError(f"batch_size: expected 1 image or more, got {options.batch_size}")
-    config = ScoreConfig(
-        probe=ProbeConfig(C=options.probe_c) if options.probe else None,
-        batch_size=options.batch_size,
+    config = EvaluateConfig(
         mix=options.mix,
+        probe=options.probe,
+        probe_c=options.probe_c,
+        batch_size=options.batch_size,
         device=options.device,
         precision=options.precision,
     )
@@ -128,13 +124,9 @@ def evaluate(
         max_memory=to_bytes(options.max_memory),
         bounds=options.bounds,
     )
-    bounded = {f"{system.expert_of} {BEST_SINGLE}" for system in systems if system.expert_of}
-    names = [system.name for system in systems] + sorted(bounded)
+    names = [system.name for system in systems]
     check_names(names, [task.name for task in loaded], PROBE if options.probe else "")
-    results = evaluate_systems(systems, loaded, config, cache, done=lambda found: write_results(out, found))
-    if options.bounds:
-        results += (chosen := bounds(results, systems))
-        write_results(out, chosen)
+    results = run_evaluate(systems, loaded, config, cache, done=lambda found: write_results(out, found))
     means = averages(results)
     if as_json:
         records = [

@@ -101,14 +101,14 @@ def train_experts(
     as_json: AsJson = False,
 ) -> None:
     """Train the experts of a clustered catalog that are missing, after saying what that costs."""
-    from modeclip.evaluation.run_evaluation import EvaluateConfig
+    from modeclip.evaluation.evaluate import RecipeEvaluateConfig
     from modeclip.pipeline import RunFolder
     from modeclip.training.jobs import prepare
     from modeclip.training.launching import commands_for
 
     if resume not in {"latest", "never"}:
         raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
-    evaluate = EvaluateConfig(templates=template, rule=rule or EvaluateConfig().rule)
+    evaluate = RecipeEvaluateConfig(templates=template, rule=rule or RecipeEvaluateConfig().rule)
     folder = RunFolder(folder=run, training=training, experts=experts, evaluation=evaluate)
     if not for_classes:
         folder.add_controls()

@@ -1,22 +1,24 @@
-"""Systems and tasks -> what each system did on each task, with what the numbers rest on.
+"""The evaluator: systems and tasks go in, and what each system did on each task comes out, with its averages.
 
 One pass over the images of a task serves all systems that need them, and an expert that has no weight on a task is not
-run for it. Everything else is arithmetic on the vectors in the cache, so that the same call again runs no model, and a
-call that was killed has lost at most the pass over one task.
+run for it. All else is arithmetic on vectors that the cache keeps: the same call again runs no model, and a call that
+was killed has lost at most the pass over one task. Runs, the command line and checks during fine-tuning all come by
+here: vectors make a `Similarity`, `answer` makes metrics of it, `averages` and `run_table` compare these.
 
     classification   class names route the mixture; the class with the highest similarity wins
     retrieval        all texts together route the search for texts, each text its own search for images
     selection        each text is routed by itself; images and captions of an instance are told apart
     linear_probe     a classifier on the vectors of all experts, whatever their weights
 
-Source: MoDE (arXiv 2404.16030), Sec. 3.4, 4.3 and App. D; metrics as in `modeclip.evaluation.metrics` and `modeclip.evaluation.retrieval`.
-Price: one forward pass a model, image and prompt, once; then N x L x D multiplications an expert.
+Source: MoDE (arXiv 2404.16030), Sec. 3.4, 4.3 and App. D; the plain mean over tasks as in its tables. Metrics as in
+`modeclip.evaluation.metrics` and `modeclip.evaluation.retrieval`.
+Price: each model encodes each image and each prompt once; then N x L x D multiplications for each model of a system.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,27 @@ from jaxtyping import Float
 from modeclip.data.prompts import check_templates
 from modeclip.data.tasks.task import Images, Task
 from modeclip.errors import ModeclipError, unknown
-from modeclip.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES, Outcome, bootstrap_interval
-from modeclip.evaluation.metrics import classify, select_captions
+from modeclip.evaluation.intervals import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    Interval,
+    Outcome,
+    PairedTest,
+    average,
+    bootstrap_interval,
+    paired_interval,
+    paired_test,
+)
+from modeclip.evaluation.metrics import choose_by_labels, classify, select_captions
 from modeclip.evaluation.probing import ProbeConfig, linear_probe
+from modeclip.evaluation.results import Result
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
-from modeclip.evaluation.systems import System
+from modeclip.evaluation.systems import BEST_SINGLE, ORACLE, System, Weights
+from modeclip.mixture.bundle import RoutingConfig
 from modeclip.mixture.routed_clip import logit_scale_of
-from modeclip.mixture.rules import MIXES, Mix, entropy
+from modeclip.mixture.router import ClusterRouter
+from modeclip.mixture.rules import MIXES, Mix, entropy, route
 from modeclip.models.clip import resolve_precision
 from modeclip.models.feature_cache import FeatureCache, hash_texts
 from modeclip.models.features import image_features, missing_images, prompt_features, text_features
@@ -46,56 +61,64 @@ PROBE = "linear_probe"
 """Kind of a result that was fitted to the training images of its task."""
 
 Features = Mapping[str, Float[np.ndarray, "_ _"]]
-"""Vectors by the digest of the model."""
+"""Vectors by the digest of the model that made them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class EvaluateConfig:
     """How systems are evaluated."""
 
     templates: tuple[str, ...] = ()
-    """Prompts for class names of tasks without their own; none: those of the first bundle, or the bare names."""
-    probe: ProbeConfig | None = None
-    """Answer tasks with training images by a linear probe as well; None: by none."""
+    """Prompts, {} or {c} where the class name goes; default: each task's own, or the first bundle's."""
+    mix: Mix = "cosines"
+    """What of a mixture's experts is weighted and summed to tell classes apart, one of ``rules.MIXES``. Retrieval and
+    the choice of captions have no classes and always sum cosines."""
+    probe: bool = False
+    """Fit a linear probe too, where a task has training images."""
+    probe_c: float | None = None
+    """Inverse strength of the probe's regularisation, above 0; default: chosen on held-out training images."""
     batch_size: int = 512
     """Images encoded at a time."""
-    mix: Mix = "cosines"
-    """What of a mixture's experts is weighted and summed to tell classes apart, one of ``routing.MIXES``. Retrieval
-    and the choice of captions have no classes and are always by cosines."""
     device: str = "auto"
-    """What models run on: ``auto`` is the GPU if there is one."""
+    """What models run on: auto (the GPU if there is one), cpu, cuda, cuda:1..."""
     precision: str = "32-true"
-    """What they compute in, as in ``clip.PRECISIONS``; ``auto`` is the fastest. The default gives the same numbers
-    on every machine."""
+    """What they compute in: 32-true, bf16-mixed, 16-mixed, or auto for the fastest here. The default gives the same
+    numbers on every machine."""
 
     def __post_init__(self) -> None:
-        """Check the templates, the mix and the precision."""
+        """Check every field that has a range."""
         check_templates(self.templates, "templates")
         if self.mix not in MIXES:
             raise unknown("mix", self.mix, MIXES)
+        if self.batch_size < 1:
+            raise ModeclipError(f"batch_size: expected 1 image or more, got {self.batch_size}")
         resolve_precision(self.precision)
+        _ = self.probe_config
+
+    @property
+    def probe_config(self) -> ProbeConfig:
+        """How a linear probe is fitted."""
+        return ProbeConfig(C=self.probe_c)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Result:
-    """What one system did on one task."""
+@dataclass(frozen=True, kw_only=True)
+class RecipeEvaluateConfig(RoutingConfig):
+    """How a recipe's models are evaluated, and what its bundle does by default."""
 
-    task: Task
-    """What was asked."""
-    kind: str
-    """The task's kind, or ``linear_probe``."""
-    system: str
-    """Name of who answered."""
-    outcome: Outcome
-    """Metrics, and every sample's part in them."""
-    provenance: Mapping[str, Any]
-    """What the numbers rest on, as JSON: hashes, versions, precision, seed, rule, weights..."""
+    batch_size: int = 512
+    """Images encoded at a time."""
+
+    def __post_init__(self) -> None:
+        """Check the batch size, and what the bundle keeps."""
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ModeclipError(f"evaluate.batch_size: expected 1 image or more, got {self.batch_size}")
 
 
-def evaluate_systems(
+def evaluate(
     systems: Sequence[System],
     tasks: Sequence[Task],
-    config: ScoreConfig,
+    config: EvaluateConfig,
     cache: FeatureCache,
     *,
     done: Callable[[list[Result]], object] | None = None,
@@ -103,14 +126,15 @@ def evaluate_systems(
     """Put tasks to systems.
 
     Args:
-        systems: Who answers.
-        tasks: What is asked; names must differ.
+        systems: Who answers. Systems that the labels choose have the systems that they are chosen among beside them.
+        tasks: What is asked; their names must differ.
         config: How.
         cache: Where vectors are kept.
-        done: Called with the results of each task as soon as they are there.
+        done: Called with the results of each task as soon as they are there, and last with those that labels chose.
 
     Returns:
-        A result a task and system, task by task; with ``config.probe`` one more where a task has training images.
+        A result for each task and system, task by task, and with ``config.probe`` one more where a task has training
+        images; then the results that labels chose.
 
     Raises:
         ModeclipError: Two tasks or systems have the same name, a model or an image cannot be read, or a class has no
@@ -120,64 +144,59 @@ def evaluate_systems(
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ModeclipError(f"evaluate: two {kind} have the name {twice[0]!r}; give one of them another")
     templates = config.templates or next((s.templates for s in systems if s.templates), ("{}",))
-    asked = []
+    answering = [system for system in systems if not system.chosen_among]
+    questions = []
     with progress("route", len(tasks), "tasks") as advance:
         for task in tasks:
-            asked.append(_Asked.of(task, systems, templates, config, cache))
+            questions.append(_Question.of(task, answering, templates, config, cache))
             advance(1)
     total = sum(
-        len(images) * len(missing_images(sources, images, cache, precision=config.precision))
-        for question in asked
-        for images, sources in question.passes()
+        len(images) * len(missing_images(refs, images, cache, precision=config.precision))
+        for question in questions
+        for images, refs in question.passes()
     )
-    results = []
+    results: list[Result] = []
     with progress("evaluate", total, "images x models") as advance:
-        for question in asked:
+        for question in questions:
             results += (found := question.results(cache, advance))
             if done is not None:
                 done(found)
-    return results
+    chosen = [result for system in systems if system.chosen_among for result in _choose(system, results)]
+    if chosen and done is not None:
+        done(chosen)
+    return [*results, *chosen]
+
+
+def answer(task: Task, similarity: Similarity, to_images: Similarity | None = None) -> Outcome:
+    """Score a task by similarities.
+
+    Args:
+        task: What is asked.
+        similarity: Of its images with its classes or texts.
+        to_images: Retrieval: the same for texts that search an image, where the weights of these differ.
+    """
+    if task.kind == "classification":
+        assert task.labels is not None
+        return classify(similarity, task.labels, task.metric)
+    if task.kind == "selection":
+        assert task.instance_of_image is not None
+        assert task.instance_of_text is not None
+        return select_captions(similarity, task.instance_of_image, task.instance_of_text)
+    assert task.image_of_text is not None
+    return retrieve(similarity if to_images is None else to_images, task.image_of_text, to_texts=similarity)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Weights:
-    """How a system weighs its models for a task."""
-
-    values: Float[np.ndarray, "... K"]
-    """As `similarity.Similarity` has them."""
-    per_image: bool = False
-    """Whether their rows are of images."""
-    each: Float[np.ndarray, "... K"] | None = None
-    """In retrieval: of each text that searches an image, where these differ."""
-
-    @classmethod
-    def of(cls, system: System, task: Task, cache: FeatureCache) -> _Weights:
-        """Route a task."""
-        if system.per_image:
-            return cls(values=system.weigh_images(task.images, cache), per_image=True)
-        texts = task.classnames if task.kind == "classification" else task.texts
-        values = system.weigh(texts, each=task.kind == "selection")
-        if task.kind != "retrieval":
-            return cls(values=values)
-        each = system.weigh(texts, each=True)
-        return cls(values=values, each=None if np.array_equal(each, values) else each)
-
-    def uses(self, place: int) -> bool:
-        """Whether a model has weight anywhere."""
-        given = [self.values] if self.each is None else [self.values, self.each]
-        return any(place < values.shape[-1] and bool(values[..., place].any()) for values in given)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Asked:
+class _Question:
     """A task, and how each system weighs its models for it."""
 
     task: Task
     systems: Sequence[System]
-    weights: Mapping[str, _Weights]
+    weights: Mapping[str, Weights]
     """By system."""
     prompts: tuple[tuple[str, ...], ...]
-    config: ScoreConfig
+    """Classification: the prompts of each class."""
+    config: EvaluateConfig
 
     @classmethod
     def of(
@@ -185,50 +204,54 @@ class _Asked:
         task: Task,
         systems: Sequence[System],
         templates: Sequence[str],
-        config: ScoreConfig,
+        config: EvaluateConfig,
         cache: FeatureCache,
-    ) -> _Asked:
-        """Route a task for all systems."""
-        asked = cls(
+    ) -> _Question:
+        """Route a task for all systems, and check that a probe knows all of its classes."""
+        question = cls(
             task=task,
             systems=systems,
-            weights={system.name: _Weights.of(system, task, cache) for system in systems},
+            weights={system.name: system.weigh(task, cache) for system in systems},
             prompts=task.prompts_of(templates) if task.kind == "classification" else (),
             config=config,
         )
-        if asked._train is not None:
-            unseen = np.setdiff1d(np.asarray(task.labels), np.asarray(asked._train.labels))
+        if question.train is not None:
+            unseen = np.setdiff1d(np.asarray(task.labels), np.asarray(question.train.labels))
             if len(unseen):
                 names = ", ".join(repr(task.classnames[label]) for label in unseen[:3]) + ", ..." * (len(unseen) > 3)
                 raise ModeclipError(
                     f"task {task.name!r}: {len(unseen)} of its classes have no training image for a linear probe: "
                     f"{names}; add images, or evaluate without --probe"
                 )
-        return asked
+        return question
+
+    @property
+    def train(self) -> Task | None:
+        """Where the probe is fitted; None: the task has no probe."""
+        wanted = self.config.probe and self.task.kind == "classification"
+        return self.task.train if wanted and self.task.metric != "mean_average_precision" else None
 
     def passes(self) -> list[tuple[Images, list[ModelRef]]]:
         """Return images and the models that have to see them: those of the task, and those of its probe."""
-        is_probed = self._train is not None
-        passes = [(self.task.images, self._sources(everyone=is_probed))]
-        return passes if self._train is None else [*passes, (self._train.images, self._sources(everyone=True))]
+        passes = [(self.task.images, self._models(everyone=self.train is not None))]
+        return passes if self.train is None else [*passes, (self.train.images, self._models(everyone=True))]
 
     def results(self, cache: FeatureCache, advance: Callable[[int], None]) -> list[Result]:
         """Answer the task by every system."""
-        config, task, sources = self.config, self.task, self._sources(everyone=False)
+        config, task, refs = self.config, self.task, self._models(everyone=False)
         how: dict[str, Any] = {"device": config.device, "precision": config.precision}
         seen = [
             _by_digest(models, image_features(models, of, cache, batch_size=config.batch_size, advance=advance, **how))
             for of, models in self.passes()
         ]
         if task.kind == "classification":
-            texts = _by_digest(sources, prompt_features(sources, self.prompts, cache, **how))
+            texts = _by_digest(refs, prompt_features(refs, self.prompts, cache, **how))
         else:
-            texts = _by_digest(sources, text_features(sources, task.texts, cache, **how))
+            texts = _by_digest(refs, text_features(refs, task.texts, cache, **how))
         results = []
         for system in self.systems:
             try:
-                outcome = self._answer(system, seen[0], texts)
-                results.append(self._result(system, task.kind, outcome, self._routing(system)))
+                results.append(self._result(system, task.kind, self._answer(system, seen[0], texts), {}))
                 if len(seen) > 1:
                     results.append(self._probe(system, seen[1], seen[0]))
             except ModeclipError as error:
@@ -236,38 +259,28 @@ class _Asked:
         return results
 
     def _answer(self, system: System, images: Features, texts: Features) -> Outcome:
-        task, weights = self.task, self.weights[system.name]
-        by_chance = task.kind == "classification" and self.config.mix != "cosines" and system.mixture is not None
-        similarity = _similarity(system, weights.values, images, texts, weights.per_image, by_chance)
-        if task.kind == "classification":
-            assert task.labels is not None
-            return classify(similarity, task.labels, task.metric)
-        if task.kind == "selection":
-            assert task.instance_of_image is not None
-            assert task.instance_of_text is not None
-            return select_captions(similarity, task.instance_of_image, task.instance_of_text)
-        assert task.image_of_text is not None
-        if weights.each is None:
-            return retrieve(similarity, task.image_of_text)
-        to_images = _similarity(system, weights.each, images, texts, per_image=False)
-        return retrieve(to_images, task.image_of_text, to_texts=similarity)
+        weights = self.weights[system.name]
+        mix = self.config.mix if self.task.kind == "classification" and system.rule is not None else "cosines"
+        similarity = _similarity(system, weights.values, images, texts, per_image=weights.per_image, mix=mix)
+        if weights.queries is None:
+            return answer(self.task, similarity)
+        return answer(self.task, similarity, _similarity(system, weights.queries, images, texts))
 
     def _probe(self, system: System, train: Features, test: Features) -> Result:
-        """Fit a classifier on the vectors of all experts of a system; a model that stands for several counts once."""
-        assert self._train is not None
-        assert self.config.probe is not None
-        digests = list(dict.fromkeys(source.digest for source in system.sources))
+        """Fit a classifier on the vectors of all models of a system, each model once."""
+        assert self.train is not None
+        digests, config = list(dict.fromkeys(ref.digest for ref in system.models)), self.config.probe_config
         found = linear_probe(
             [train[digest] for digest in digests],
-            np.asarray(self._train.labels),
+            np.asarray(self.train.labels),
             [test[digest] for digest in digests],
             np.asarray(self.task.labels),
-            self.config.probe,
+            config,
             metric=self.task.metric,
         )
-        facts = asdict(self.config.probe) | {"C": found.C, "converged": found.converged, "num_train": found.num_train}
-        facts |= {"sweep": [asdict(trial) for trial in found.sweep], "train_images": self._train.images.digest}
-        return self._result(system, PROBE, found.outcome, {"probe": facts, "seed": self.config.probe.seed})
+        facts = asdict(config) | {"C": found.C, "converged": found.converged, "num_train": found.num_train}
+        facts |= {"sweep": [asdict(trial) for trial in found.sweep], "train_images": self.train.images.digest}
+        return self._result(system, PROBE, found.outcome, {"probe": facts, "seed": config.seed})
 
     def _result(self, system: System, kind: str, outcome: Outcome, more: Mapping[str, Any]) -> Result:
         """Put an outcome together with what it rests on, as JSON."""
@@ -279,8 +292,8 @@ class _Asked:
             "source": task.source,
             "num_images": len(task.images),
             "images": task.images.digest,
-            "models": {source.name: source.digest for source in system.sources},
-            "preprocess": sorted({source.preprocess for source in system.sources}),
+            "models": {ref.name: ref.digest for ref in system.models},
+            "preprocess": sorted({ref.preprocess for ref in system.models}),
             "device": str(choose_device(self.config.device)),
             "precision": resolve_precision(self.config.precision),
             "versions": versions(),
@@ -291,31 +304,28 @@ class _Asked:
             facts["num_templates"] = max(len(of_class) for of_class in self.prompts)
         else:
             facts |= {"num_texts": len(task.texts), "texts": hash_texts(task.texts)}
+        facts |= self._routing(system) if kind != PROBE else {}
+        if system.is_default:
+            facts["default"] = True
         return Result(task=task, kind=kind, system=system.name, outcome=outcome, provenance=facts | dict(more))
 
     def _routing(self, system: System) -> dict[str, Any]:
         """Return how a mixture was routed, as JSON; of weights that differ, the mean."""
-        if system.mixture is None:
+        if system.rule is None:
             return {}
         weights = self.weights[system.name].values
         mean = weights.reshape(-1, weights.shape[-1]).mean(axis=0).tolist()
-        shares = dict(zip(system.mixture.members, mean, strict=True))
+        shares = dict(zip((ref.name for ref in system.models), mean, strict=True))
         mix = self.config.mix if self.task.kind == "classification" else "cosines"
-        return system.mixture.facts() | {"mix": mix, "weights": shares, "entropy": entropy(weights)}
+        return system.facts() | {"mix": mix, "weights": shares, "entropy": entropy(weights)}
 
-    @property
-    def _train(self) -> Task | None:
-        """Where the probe is fitted; None: the task has no probe."""
-        wanted = self.config.probe is not None and self.task.kind == "classification"
-        return self.task.train if wanted and self.task.metric != "mean_average_precision" else None
-
-    def _sources(self, *, everyone: bool) -> list[ModelRef]:
+    def _models(self, *, everyone: bool) -> list[ModelRef]:
         """Return the models that some system needs, each once."""
         needed: dict[str, ModelRef] = {}
         for system in self.systems:
-            for place, source in enumerate(system.sources):
+            for place, ref in enumerate(system.models):
                 if everyone or self.weights[system.name].uses(place):
-                    needed.setdefault(source.digest, source)
+                    needed.setdefault(ref.digest, ref)
         return list(needed.values())
 
 
@@ -324,25 +334,186 @@ def _similarity(
     weights: Float[np.ndarray, "... K"],
     images: Features,
     texts: Features,
-    per_image: bool,
-    by_chance: bool = False,
+    *,
+    per_image: bool = False,
+    mix: Mix = "cosines",
 ) -> Similarity:
     """Return the similarities by the models that have weight; one that stands for several experts counts once."""
     shares: dict[str, np.ndarray] = {}
     places: dict[str, Path] = {}
-    for place, source in enumerate(system.sources):
+    for place, ref in enumerate(system.models):
         share = weights[..., place]
         if share.any():
-            shares[source.digest] = shares[source.digest] + share if source.digest in shares else share
-            places[source.digest] = Path(source.spec)
+            shares[ref.digest] = shares[ref.digest] + share if ref.digest in shares else share
+            places[ref.digest] = Path(ref.spec)
     return Similarity(
         images=[images[digest] for digest in shares],
         texts=[texts[digest] for digest in shares],
         weights=np.stack(list(shares.values()), axis=-1),
         per_image=per_image,
-        scales=np.array([logit_scale_of(places[digest]) for digest in shares]) if by_chance else None,
+        scales=None if mix == "cosines" else np.array([logit_scale_of(places[digest]) for digest in shares]),
     )
 
 
-def _by_digest(sources: Sequence[ModelRef], features: Sequence[Float[np.ndarray, "_ _"]]) -> dict[str, np.ndarray]:
-    return {source.digest: vectors for source, vectors in zip(sources, features, strict=True)}
+def _by_digest(refs: Sequence[ModelRef], features: Sequence[Float[np.ndarray, "_ _"]]) -> dict[str, np.ndarray]:
+    return {ref.digest: vectors for ref, vectors in zip(refs, features, strict=True)}
+
+
+def _choose(system: System, results: Sequence[Result]) -> list[Result]:
+    """Return the results of a system that the labels choose, one for each kind and task."""
+    found = []
+    for kind in dict.fromkeys(result.kind for result in results if result.system in system.chosen_among):
+        of_name: dict[str, dict[str, Result]] = {name: {} for name in system.chosen_among}
+        for result in results:
+            if result.kind == kind and result.system in of_name:
+                of_name[result.system][result.task.name] = result
+        outcomes = {name: {task: one.outcome for task, one in own.items()} for name, own in of_name.items()}
+        best, best_of_task = choose_by_labels(outcomes)
+        for task, best_here in best_of_task.items():
+            chosen = of_name[best_here if system.per_task else best][task]
+            facts = {"bound": ORACLE if system.per_task else BEST_SINGLE, "expert": chosen.system}
+            found.append(replace(chosen, system=system.name, provenance={**chosen.provenance, **facts}))
+    return found
+
+
+# ---------------------------------------------------------------- averages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Plain mean of a system's main metrics over tasks of one kind and group."""
+
+    system: str
+    """Name of who answered."""
+    kind: str
+    """Kind of the tasks."""
+    group: str
+    """Their group; empty for those that are in none."""
+    tasks: tuple[str, ...]
+    """Their names."""
+    score: Interval
+    """The mean, with a bootstrap over the samples of each task."""
+    versus_first: Interval | None
+    """How much better than the first system, on the same samples; None for the first one itself."""
+    test: PairedTest | None
+    """McNemar's test against it; None also where a metric does not count right and wrong samples."""
+
+
+def averages(results: Sequence[Result]) -> list[Average]:
+    """Return the plain means over the tasks of each kind and group; the first system is what others are compared to."""
+    found = []
+    for kind, group in dict.fromkeys((result.kind, result.task.group) for result in results):
+        chosen = [result for result in results if (result.kind, result.task.group) == (kind, group)]
+        of_system = _outcomes(chosen)
+        first = next(iter(of_system.values()))
+        for system, outcomes in of_system.items():
+            is_first = outcomes is first
+            found.append(
+                Average(
+                    system=system,
+                    kind=kind,
+                    group=group,
+                    tasks=tuple(outcomes),
+                    score=bootstrap_interval(outcomes),
+                    versus_first=None if is_first else paired_interval(outcomes, first),
+                    test=None if is_first or not _counts(outcomes, first) else paired_test(outcomes, first),
+                )
+            )
+    return found
+
+
+def _outcomes(results: Sequence[Result]) -> dict[str, dict[str, Outcome]]:
+    """Return outcomes by system and task."""
+    of_system: dict[str, dict[str, Outcome]] = {}
+    for result in results:
+        of_system.setdefault(result.system, {})[result.task.name] = result.outcome
+    return of_system
+
+
+def _counts(*sides: Mapping[str, Outcome]) -> bool:
+    """Whether all metrics count right and wrong samples."""
+    return all(np.isin(outcome.hits, (0, 1)).all() for side in sides for outcome in side.values())
+
+
+# ---------------------------------------------------------------- the table of a run
+
+
+def run_table(systems: Sequence[System], tasks: Sequence[Task], results: Sequence[Result]) -> dict[str, Any]:
+    """Return what ``results.json`` of a run holds: ``tasks``, ``chance``, ``models`` and ``routing``.
+
+    Args:
+        systems: Those of `modeclip.evaluation.systems.run_systems`.
+        tasks: Classification tasks, in the order of the table.
+        results: What `evaluate` returned.
+    """
+    outcomes = _outcomes(results)
+    entropies: dict[str, dict[str, float]] = {}
+    for result in results:
+        if "entropy" in result.provenance:
+            entropies.setdefault(result.system, {})[result.task.name] = result.provenance["entropy"]
+    default = next(system for system in systems if system.is_default)
+    dense = [s for s in systems if s.name == "dense-total" or (s.name, s.samples) == ("dense", default.samples)]
+    equal_cost = max(dense, key=lambda system: len(system.name), default=None)
+    rows = []
+    for system in systems:
+        own = outcomes[system.name]
+        interval = bootstrap_interval(own)
+        rows.append(
+            {
+                "name": system.name.partition("@")[0],
+                "kind": system.kind,
+                "rule": system.rule,
+                "default": system is default,
+                "samples": system.samples,
+                "accuracy": {task: outcome.score for task, outcome in own.items()},
+                "average": average(own),
+                "interval": [interval.low, interval.high],
+                "entropy": entropies.get(system.name) if system.router is not None else None,
+                "versus_dense_total": _difference(own, outcomes, equal_cost)
+                if system.kind in {"mixture", "control"}
+                else None,
+                "versus_mixture": _difference(own, outcomes, default) if system.kind == "control" else None,
+            }
+        )
+    return {
+        "tasks": [{"name": t.name, "num_classes": len(t.classnames), "num_images": len(t.images)} for t in tasks],
+        "chance": {task.name: 1 / len(task.classnames) for task in tasks},
+        "models": rows,
+        "routing": {task.name: _explained(default, task) for task in tasks},
+    }
+
+
+def _difference(
+    own: Mapping[str, Outcome], outcomes: Mapping[str, Mapping[str, Outcome]], reference: System | None
+) -> dict[str, Any] | None:
+    """Return how much higher a system's average is than another's, with the interval over the same images."""
+    if reference is None:
+        return None
+    gain = paired_interval(own, outcomes[reference.name])
+    return {"difference": gain.mean, "interval": [gain.low, gain.high]}
+
+
+def _explained(system: System, task: Task) -> dict[str, Any]:
+    """Return what the report shows of one task's routing."""
+    assert isinstance(system.router, ClusterRouter)
+    assert system.request is not None
+    found, clusters = system.router.route(task.classnames, system.request), system.router.clusters
+    assert found.embeddings is not None
+    near = route(
+        found.embeddings,
+        clusters.fine_centers,
+        clusters.expert_of_fine,
+        num_experts=clusters.num_experts,
+        rule=system.request.rule,
+        temperature=system.request.temperature,
+    )
+    rows = zip(task.classnames, near.nearest_fine, near.distance, found.class_weights, strict=True)
+    return {
+        "rule": system.request.rule,
+        "weights": found.class_weights.mean(axis=0).tolist(),
+        "entropy": found.entropy,
+        "classes": [
+            {"name": name, "nearest_fine": int(fine), "distance": float(distance), "weights": weights.tolist()}
+            for name, fine, distance, weights in rows
+        ],
+    }

@@ -1,13 +1,15 @@
-"""What models did on tasks in, bootstrap intervals of the mean over tasks and paired tests out: arrays only.
+"""How sure the test images make us of a score: bootstrap intervals of the mean over tasks, and paired tests.
 
-The score of a model is the plain mean over its tasks. Its interval is a percentile bootstrap: the samples of each task
-are drawn again with replacement among those of equal weight, the tasks stay. It says how sure the test images make us,
-and nothing of another training seed or of other tasks. Samples of one image (the texts that ask for it, and the image
-that asks for a text) are hard or easy together: there images are drawn, each with all its samples.
+The score of a model is the plain mean over its tasks (`average`). Its interval is a percentile bootstrap: the tasks
+stay, and the samples of each are drawn again with replacement among those of equal weight. The interval says how sure
+the test images make us; it says nothing about another training seed or about other tasks. Samples of one image (the
+texts that ask for it, and the image that asks for a text) are hard or easy together, so there images are drawn, each
+with all of its samples.
 
-Where the samples' contributions have a few values (right or wrong, the difference of two models), one multinomial draw
-of their counts IS one resample. Areas and average precisions are no means over samples: there a contribution is the
-metric plus the sample's influence on it (infinitesimal jackknife), whose mean is the metric and whose spread DeLong's.
+Where the samples' contributions have few values (right or wrong, the difference of two models), one multinomial draw of
+their counts IS one resample. Areas and average precisions are not means over samples. There a contribution is the
+metric plus the sample's influence on it (infinitesimal jackknife); the mean of these is the metric, their spread is
+DeLong's.
 
 Source: MoDE (arXiv 2404.16030), Sec. 4.3, for the plain mean; Efron and Tibshirani, An Introduction to the Bootstrap
 (1993), chapters 13 and 22; DeLong et al. (1988) for areas; McNemar (1947) for the paired test.
@@ -25,13 +27,13 @@ from jaxtyping import Bool, Float, Int
 from modeclip.errors import ModeclipError
 
 NUM_RESAMPLES, CONFIDENCE = 10_000, 0.95
-"""Of an interval, unless others are asked for."""
+"""What an interval is made with unless the caller says otherwise."""
 
 MAX_LEVELS = 16
-"""Distinct contributions up to which a resample is drawn as their counts."""
+"""With at most so many distinct contributions, a resample is drawn as their counts."""
 
 DRAWN_NUMBERS = 1 << 24
-"""Contributions that are drawn at a time where there are more."""
+"""With more of them, so many contributions are drawn at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,13 +43,14 @@ class Outcome:
     metrics: Mapping[str, float]
     """Value of each metric, as a fraction, under CLIP_benchmark's names."""
     main: str
-    """The one that counts in averages."""
+    """Name of the metric that counts in averages."""
     hits: Float[np.ndarray, " n"]
     """Contribution of each sample; their mean, weighted by ``weights``, is the main metric. 0 or 1 for accuracies."""
     prediction: Int[np.ndarray, " n"]
     """Best class, text or image of each sample; -1 where it has none."""
     rank: Int[np.ndarray, " n"]
-    """Place of the right answer (of several: the best) among all, 0 first; their number where no answer is right."""
+    """Place of the right answer among all answers, 0 for the first; of several right ones the best place counts. Where
+    no answer is right, the number of all answers."""
     weights: Float[np.ndarray, " n"] | None = None
     """Weight of each sample; None: all alike."""
     image: Int[np.ndarray, " n"] | None = None
@@ -62,10 +65,10 @@ class Outcome:
 
 
 Scored = Outcome | Bool[np.ndarray, " _"]
-"""What a model did on a task, or just whether each sample is right."""
+"""What a model did on a task, or only whether each sample is right."""
 
 ScoredTasks = Mapping[str, Outcome] | Mapping[str, Bool[np.ndarray, " _"]] | Sequence[Outcome]
-"""Of several tasks, by name or in a fixed order."""
+"""What a model did on several tasks, by name or in a fixed order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +97,30 @@ class PairedTest:
     """Probability of a split at least as uneven if either were as likely, two-sided."""
 
 
+def average(outcomes: ScoredTasks) -> float:
+    """Return the plain mean over tasks of their main metrics.
+
+    Examples:
+        >>> average({"pets": np.array([True, False]), "cars": np.array([True])})
+        0.75
+    """
+    scored = _by_task(outcomes).values()
+    return float(np.mean([one.score if isinstance(one, Outcome) else one.mean() for one in scored]))
+
+
 def bootstrap_interval(
     outcomes: ScoredTasks, *, num_resamples: int = NUM_RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
-    """Give the plain mean over tasks of their main metrics an interval, resampling each one's samples.
+    """Return the plain mean over tasks of their main metrics, with an interval from resampling each task's samples.
 
-    A model that is right (or wrong) on every image has an interval of width 0: the images seen
-    hold no sign of what it fails at.
+    A model that is right (or wrong) on every image has an interval of width 0, because these images hold no sign of
+    what it fails at.
 
     Args:
         outcomes: What the model did on each task. The order of named tasks has no influence.
         num_resamples: The default leaves about 1 % of the interval's width to chance.
         confidence: Share of the resamples between the two ends, in (0, 1).
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Raises:
         ModeclipError: There is no task, a task has no image, or a number is out of its range.
@@ -128,19 +142,18 @@ def paired_interval(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Interval:
-    """Give the difference of two models' means, on the same samples, an interval.
+    """Return the difference of two models' means on the same samples, with an interval.
 
-    Both models are resampled together, so what makes an image hard for both cancels out: the
-    interval is narrower than two separate ones suggest, and it excludes 0 when the better model
-    is better beyond the choice of images.
+    Both models are resampled together, so what makes an image hard for both cancels out: the interval is narrower than
+    two separate ones suggest. It excludes 0 when the better model is better whatever images are drawn.
 
     Args:
-        outcomes: What the one model did on each task.
-        baseline: The same for the other, same tasks and samples in the same order. A
-            positive difference means that the first model is better.
+        outcomes: What the first model did on each task.
+        baseline: The same for the second model: the same tasks, and their samples in the same order. A positive
+            difference means that the first model is better.
         num_resamples: As in `bootstrap_interval`.
         confidence: As in `bootstrap_interval`.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Raises:
         ModeclipError: As `bootstrap_interval`, or the tasks, their samples or their metrics differ.
@@ -161,13 +174,14 @@ def paired_interval(
 def paired_test(outcomes: ScoredTasks, baseline: ScoredTasks) -> PairedTest:
     """Test whether two models get the same number of samples right: McNemar's test, exact, samples of all tasks pooled.
 
-    Only samples that one of them gets right count; if the models were alike, each would be as likely the first's as the
-    second's. Unlike the interval it counts a sample of a small task as much as one of a large task. Where images have
+    Only samples that exactly one of them gets right count; if the models were equally good, either would be as likely
+    to get such a sample right. Unlike the interval, the test counts a sample of a small task as much as one of a large
+    task. Where images have
     several samples, an image counts for the model that gets more of them right: a sign test over the images.
 
     Args:
-        outcomes: What the one model did on each task.
-        baseline: The same for the other, same tasks and samples in the same order.
+        outcomes: What the first model did on each task.
+        baseline: The same for the second model: the same tasks, and their samples in the same order.
 
     Raises:
         ModeclipError: The tasks, their samples or metrics differ, or a metric does not count right and wrong samples.
@@ -183,7 +197,9 @@ def paired_test(outcomes: ScoredTasks, baseline: ScoredTasks) -> PairedTest:
     for task, (first, second) in _pairs(outcomes, baseline).items():
         hits, others = _contributions(first)[0], _contributions(second)[0]
         if not np.isin([*hits, *others], (0, 1)).all():
-            raise ModeclipError(f"paired test, task {task!r}: its metric counts no right and wrong samples; take acc1")
+            raise ModeclipError(
+                f"paired test, task {task!r}: its metric does not count right and wrong samples; use acc1"
+            )
         image = _images(first, second)
         more = hits - others if image is None else np.bincount(image, hits) - np.bincount(image, others)
         only_first += int((more > 0).sum())
@@ -233,7 +249,7 @@ def _pairs(outcomes: ScoredTasks, baseline: ScoredTasks) -> dict[str, tuple[Scor
                 f"{metrics[1]}"
             )
         if not np.allclose(1.0 if weights is None else weights, 1.0 if other_weights is None else other_weights):
-            raise ModeclipError(f"paired interval, task {task!r}: both models need the same labels, got others")
+            raise ModeclipError(f"paired interval, task {task!r}: expected the same labels for both models, got others")
     return {task: (first[task], second[task]) for task in first}
 
 
@@ -249,7 +265,7 @@ def _interval_of_mean(
     if num_resamples < 1:
         raise ModeclipError(f"num_resamples: expected at least 1, got {num_resamples}")
     if not gains_of_task:
-        raise ModeclipError("interval: expected tasks with images, got no tasks")
+        raise ModeclipError("interval: expected at least one task with images, got no tasks")
     for task, (gains, *_) in gains_of_task.items():
         if len(gains) == 0:
             raise ModeclipError(f"interval: expected tasks with images, got none in {task!r}")

@@ -1,17 +1,17 @@
-"""Similarities and labels in, the metrics of a task out: arrays only, no models, no files.
+"""Metrics of a task from similarities and labels. Arrays only: no models and no files.
 
 What a model did on a task is an `Outcome`: the metrics under CLIP_benchmark's names, and for every sample what it
-contributes to the one that counts, of which ``intervals`` makes intervals and tests with no model at hand.
+contributes to the metric that counts. From these contributions ``intervals`` makes intervals and tests without a model.
 
 - `acc1`, `acc5`: the right class is the best, or among the best five. `mean_top1_top5`: the mean of both (Kinetics700).
-- `mean_per_class_recall`: mean over the classes that have images of the accuracy on them.
-- `roc_auc`: of two classes; how often an image of the second has the larger margin than one of the first.
-- `mean_average_precision`: of several labels an image; mean over the classes that an image shows.
-- `image_acc`, `text_acc`, `acc`: of instances to be told apart, where every text finds its image, every image its text,
-  or both. Equal similarities are not found (in CLIP_benchmark the first of equals is).
+- `mean_per_class_recall`: the accuracy on the images of a class, averaged over the classes that have images.
+- `roc_auc` (two classes): how often an image of the second class has a larger margin than one of the first.
+- `mean_average_precision` (several labels an image): averaged over the classes that some image shows.
+- `image_acc`, `text_acc`, `acc`: the share of instances in which every text finds its image, every image its text, or
+  both. An answer with an equal rival counts as not found (in CLIP_benchmark the first of equals is found).
 
 Source: MoDE (arXiv 2404.16030), Sec. 4.3, for the metrics; DeLong et al. (1988) for the influence on areas.
-Price: a pass over the similarities, in blocks; of several labels an image two passes and a sort a class.
+Price: a pass over the similarities, in blocks; with several labels an image two passes and a sort for each class.
 """
 
 from __future__ import annotations
@@ -20,26 +20,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from modeclip.data.tasks.task import METRICS
 from modeclip.errors import ModeclipError, unknown
-from modeclip.evaluation.intervals import Interval, Outcome, bootstrap_interval, paired_interval
+from modeclip.evaluation.intervals import Outcome, average
 from modeclip.evaluation.similarity import BLOCK_NUMBERS, Similarity
-
-__all__ = [
-    "Interval",
-    "Outcome",
-    "bootstrap_interval",
-    "choose_by_labels",
-    "classify",
-    "correct",
-    "paired_interval",
-    "select_captions",
-]
-
-Predictions = Int[np.ndarray, " N"] | Float[np.ndarray, "N L"]
-"""Class indices, or a score for every class, of which the highest wins (ties: lowest index)."""
 
 TOP = 5
 """Classes among which `acc5` looks for the right one; a task with fewer has no such metric."""
@@ -48,12 +34,12 @@ TOP = 5
 def classify(
     similarity: Similarity, labels: Int[np.ndarray, " N"] | Bool[np.ndarray, "N L"], metric: str = "acc1"
 ) -> Outcome:
-    """Score a classification: the class of the highest similarity wins, the lowest index of equals.
+    """Score a classification: the class with the highest similarity wins, and the lowest index among equals.
 
     Args:
         similarity: Of N images with L classes; read in blocks.
-        labels: Index of each image's class, or for several classes an image which it shows.
-        metric: The one of ``tasks.METRICS`` that counts.
+        labels: Index of each image's class; or, where an image shows several classes, a mask of these.
+        metric: The metric of ``task.METRICS`` that counts.
 
     Raises:
         ModeclipError: The metric is unknown or does not fit the labels, a label has no class, or a similarity is NaN.
@@ -96,12 +82,13 @@ def select_captions(
 ) -> Outcome:
     """Score instances whose images and texts are to be told apart, as in Winoground and SugarCrepe.
 
-    The i-th image of an instance belongs to its i-th text; what has no counterpart (SugarCrepe's wrong captions) only
-    distracts. Samples are instances, in the order of their numbers. ``prediction`` is the place of the text that the
-    first image of an instance prefers, ``rank`` how many of its texts are as similar to that image as its own.
+    The i-th image of an instance belongs to its i-th text. A text without an image (SugarCrepe's wrong captions) only
+    distracts. Samples are instances, in the order of their numbers: ``prediction`` is the place of the text that the
+    first image of an instance prefers, ``rank`` the number of other texts that are at least as similar to that image
+    as its own.
 
     Args:
-        similarity: Of all images with all texts; only that within an instance is read.
+        similarity: Of all images with all texts; only those within an instance are read.
         instance_of_image: Number of each image's instance.
         instance_of_text: Number of each text's instance.
 
@@ -134,52 +121,21 @@ def select_captions(
     return Outcome(metrics=metrics, main="acc", hits=both, prediction=prediction, rank=rank, extra=extra)
 
 
-def correct(predictions: Predictions, labels: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
-    """Tell for each image whether the predicted class is its label.
-
-    Args:
-        predictions: Class index of each image, or (N, L) scores: the highest wins, ties by index.
-        labels: True class index of each image, 0 to L - 1.
-
-    Raises:
-        ModeclipError: There is no image, the lengths differ, a score is NaN, or scores are given
-            and a label is not one of their columns.
-
-    Examples:
-        >>> correct(np.array([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]), np.array([0, 1, 1]))
-        array([ True, False,  True])
-    """
-    if len(labels) == 0 or len(predictions) != len(labels):
-        raise ModeclipError(
-            "labels: expected one for each prediction, and at least one, "
-            f"got {len(labels)} for {len(predictions)} predictions"
-        )
-    if predictions.ndim == 2:
-        _check_scores(predictions, labels)
-        predictions = predictions.argmax(axis=1)
-    is_correct: np.ndarray = predictions == labels
-    return is_correct
-
-
-def choose_by_labels(scores: Mapping[str, Mapping[str, float]]) -> tuple[str, dict[str, str]]:
+def choose_by_labels(outcomes: Mapping[str, Mapping[str, Outcome]]) -> tuple[str, dict[str, str]]:
     """Return the expert with the highest average, and the best expert of each task; the first of equals.
 
     Args:
-        scores: Main metric of each expert on each task: all experts, the same tasks.
-
-    Examples:
-        >>> choose_by_labels({"expert-0": {"cats": 0.6, "dogs": 0.2}, "expert-1": {"cats": 0.5, "dogs": 0.5}})
-        ('expert-1', {'cats': 'expert-0', 'dogs': 'expert-1'})
+        outcomes: What each expert did on each task: all experts, the same tasks.
     """
-    best = max(scores, key=lambda expert: float(np.mean(list(scores[expert].values()))))
-    return best, {task: max(scores, key=lambda expert: scores[expert][task]) for task in scores[best]}
+    best = max(outcomes, key=lambda expert: average(outcomes[expert]))
+    return best, {task: max(outcomes, key=lambda expert: outcomes[expert][task].score) for task in outcomes[best]}
 
 
 # ---------------------------------------------------------------- places and contributions
 
 
 def _check_labels(similarity: Similarity, labels: np.ndarray, metric: str) -> None:
-    """Raise if labels and metric do not fit each other or the classes."""
+    """Raise if the labels do not fit the metric or the classes."""
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     num_images, num_classes = similarity.shape
@@ -187,19 +143,16 @@ def _check_labels(similarity: Similarity, labels: np.ndarray, metric: str) -> No
         raise ModeclipError(f"labels: expected one for each of 1 or more images, got {len(labels)} for {num_images}")
     if (labels.ndim == 2) != (metric == "mean_average_precision"):
         got = "several labels" if labels.ndim == 2 else "one label"
-        raise ModeclipError(f"metric {metric}: got {got} an image; mean_average_precision is for several, no other is")
+        raise ModeclipError(
+            f"metric {metric}: got {got} an image; use mean_average_precision where images have several labels, and "
+            "only there"
+        )
     if labels.ndim == 2 and labels.shape[1] != num_classes:
         raise ModeclipError(f"labels: expected a column for each of {num_classes} classes, got {labels.shape[1]}")
     if labels.ndim == 1:
         _check_range(labels, num_classes)
     elif not labels.any():
-        raise ModeclipError("labels: expected an image with a label, got none with any")
-
-
-def _check_scores(scores: np.ndarray, labels: np.ndarray) -> None:
-    """Raise if scores cannot be ranked or have no column for a label."""
-    _refuse_nan(scores, 0)
-    _check_range(labels, scores.shape[1])
+        raise ModeclipError("labels: expected at least one image with a label, got images without any")
 
 
 def _check_range(labels: np.ndarray, num_classes: int) -> None:

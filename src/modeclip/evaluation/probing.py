@@ -1,18 +1,17 @@
-"""Features of labelled images in, a linear classifier and what it answers on test images out: the linear probe.
+"""The linear probe: how well a linear classifier on frozen features tells the classes of a task apart.
 
-Multinomial logistic regression by L-BFGS (scikit-learn's). How strongly it is regularised, C, is searched as CLIP does:
-part of the training images is held out, seven values from 1e-6 to 1e6 are tried, then the steps around the best one are
-halved until there are eight values a factor of ten; the classifier is fitted again on all training images with the C
-that got most of the held-out ones right, of equals the one with the smallest cross-entropy. Features are taken as they
-are, not standardised.
+The classifier is multinomial logistic regression by scikit-learn's L-BFGS. Its inverse strength of regularisation, C,
+is searched as CLIP does it. Part of the training images is held out, and seven values from 1e-6 to 1e6 are tried. Then
+the steps around the best value are halved until there are eight values to a factor of ten. The classifier is fitted
+again on all training images with the C that got most of the held-out images right; among equals, the C with the
+smallest cross-entropy. Features are taken as they are, not standardised.
 
-Features of several experts are put behind one another; their sum is the other choice, and the paper's is the worse one.
-
-Price: 15 fits on part of the images and one on all; each fit starts where the next smaller C ended. 10,000 images with
-512 numbers in 100 classes take 15 s on one core. A torch L-BFGS on the same problems was no faster on a CPU.
+Features of several experts are concatenated, as in the paper, which found their sum, the other choice, to be worse.
 
 Source: MoDE (arXiv 2404.16030), Table 9, for the concatenation; CLIP (arXiv 2103.00020), Sec. A.3, for the classifier
 and the search. CLIP has official validation sets; ours is drawn from the training images, class by class.
+Price: 15 fits on part of the images and one on all of them; each fit starts where the next smaller C ended. 10,000
+images with 512 numbers in 100 classes take 15 s on one core. A torch L-BFGS was no faster on a CPU.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from modeclip.evaluation.similarity import Similarity
 from modeclip.system.console import progress
 
 STEPS_A_DECADE = 8
-"""Resolution of the search."""
+"""Values of C to a factor of ten, where the search ends."""
 DECADES = (-6, 6)
-"""Range of log10 C, both ends included."""
+"""Smallest and largest log10 C that is tried."""
 START_STEP = 2
-"""Distance of the first values of log10 C."""
+"""Distance between the first values of log10 C."""
 TOLERANCE = 1e-5
-"""Largest entry of the gradient of the mean loss at which a fit ends; a tenth of scikit-learn's, as unit vectors of
-many dimensions have small entries."""
+"""A fit ends when no entry of the mean loss's gradient is larger. It is a tenth of scikit-learn's default, because unit
+vectors of many dimensions have small entries."""
 LONG = 1 << 25
-"""Numbers of features times classes from which on a bar is shown: about two seconds."""
+"""A progress bar is shown from so many features times classes on: about two seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +49,15 @@ class ProbeConfig:
     """How a linear probe is fitted."""
 
     combine: Literal["concatenate", "sum"] = "concatenate"
-    """What is done with the features of several experts."""
+    """How the features of several experts become one vector."""
     C: float | None = None
-    """Inverse strength of the regularisation, above 0; None: searched."""
+    """Inverse strength of the regularisation, above 0; None: it is searched."""
     validation_fraction: float = 0.2
-    """Share of each class's training images that the search holds out, in (0, 1); a class keeps one at least."""
+    """Share of each class's training images that the search holds out, in (0, 1). Each class keeps at least one."""
     max_iterations: int = 1000
-    """Steps of L-BFGS at most."""
+    """Largest number of L-BFGS steps."""
     seed: int = 0
-    """Decides which images are held out."""
+    """Seed that decides which images are held out."""
 
     def __post_init__(self) -> None:
         if self.combine not in ("concatenate", "sum"):
@@ -75,7 +74,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTrial:
-    """One C of the search."""
+    """One value of C that the search tried."""
 
     C: float
     """Inverse strength of the regularisation."""
@@ -84,13 +83,13 @@ class ProbeTrial:
     loss: float
     """Mean cross-entropy on them, in nats."""
     iterations: int
-    """Steps of L-BFGS."""
+    """Number of L-BFGS steps."""
     converged: bool
-    """Whether these were enough."""
+    """Whether these steps were enough."""
 
     @property
     def merit(self) -> tuple[float, float]:
-        """What is compared: more images right, and of equals less loss."""
+        """What values of C are compared by: more images right, and among equals a smaller loss."""
         return self.accuracy, -self.loss
 
 
@@ -99,17 +98,17 @@ class ProbeResult:
     """A linear probe and what it does on the test images."""
 
     outcome: Outcome
-    """Its metrics and answers, as `metrics.classify` gives them."""
+    """Metrics and answers, as `metrics.classify` returns them."""
     C: float
     """The regularisation that was given or found."""
     sweep: tuple[ProbeTrial, ...]
-    """What the search tried, by C; empty where C was given."""
+    """What the search tried, by rising C; empty where C was given."""
     converged: bool
     """Whether the last fit ended before the limit of its steps."""
     num_train: int
-    """Images of the last fit."""
+    """Number of images of the last fit."""
     num_validation: int
-    """Of these, held out in the search."""
+    """How many of these the search held out."""
     coefficients: Float[np.ndarray, "L D"]
     """Weights of the classes."""
     intercepts: Float[np.ndarray, " L"]
@@ -119,10 +118,10 @@ class ProbeResult:
 def combine_features(
     features: Sequence[Float[np.ndarray, "N _"]], how: str = "concatenate"
 ) -> Float[np.ndarray, "N D"]:
-    """Put the features of several experts behind one another, or add them.
+    """Concatenate the features of several experts, or add them up.
 
     Raises:
-        ModeclipError: They are to be added and of different dimensions.
+        ModeclipError: They should be added up and have different dimensions.
 
     Examples:
         >>> one, other = np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32)
@@ -156,17 +155,17 @@ def linear_probe(
         labels: Class index of each training image.
         test: Features of the test images by the same experts.
         test_labels: Class index of each test image.
-        config: How it is fitted.
-        metric: The metric of the outcome that counts (see ``tasks.METRICS``).
+        config: How the classifier is fitted.
+        metric: The metric of ``task.METRICS`` that counts.
 
     Raises:
-        ModeclipError: A class of the test images has no training images, there is only one class, or features are not
+        ModeclipError: A class of the test images has no training image, there is only one class, or features are not
             finite.
     """
     config = config or ProbeConfig()
     features, of_test = combine_features(train, config.combine), combine_features(test, config.combine)
     _check(features, labels, of_test, test_labels)
-    # Classes without any image (a subset of a larger task) would only be columns that never win.
+    # Classes without any image, as in a subset of a larger task, would be columns that never win.
     classes, known = np.unique(labels, return_inverse=True)
     sweep, num_validation = [], 0
     if config.C is None:
@@ -195,7 +194,7 @@ def linear_probe(
 
 
 def hold_out(labels: Int[np.ndarray, " N"], fraction: float, seed: int) -> np.ndarray:
-    """Choose images at random, the same share of every class, leaving each class one image at least.
+    """Choose the same share of every class's images at random, and leave each class at least one.
 
     Returns:
         Mask of the images (N,).
@@ -214,7 +213,7 @@ def hold_out(labels: Int[np.ndarray, " N"], fraction: float, seed: int) -> np.nd
 
 
 def _search(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, config: ProbeConfig) -> list[ProbeTrial]:
-    """Try values of C and return them in their order."""
+    """Try values of C and return the trials by rising C."""
     if not held_out.any():
         raise ModeclipError(
             f"linear probe: expected several training images a class to choose C with, got {len(labels)} images of "
@@ -276,7 +275,7 @@ def _fit(
 
 
 def _parameters(model: Any, num_classes: int) -> tuple[Float[np.ndarray, "L D"], Float[np.ndarray, " L"]]:
-    """Return a row of weights and a bias a class; of two classes scikit-learn keeps only the difference."""
+    """Return weights and a bias for each class; for two classes scikit-learn keeps only the difference."""
     coefficients, intercepts = (np.asarray(part, np.float32) for part in (model.coef_, model.intercept_))
     if num_classes == 2:
         return np.concatenate([np.zeros_like(coefficients), coefficients]), np.append(np.float32(0), intercepts)
@@ -296,7 +295,7 @@ def _no_bar() -> AbstractContextManager[Callable[[int], None]]:
 
 
 def _check(features: np.ndarray, labels: np.ndarray, of_test: np.ndarray, test_labels: np.ndarray) -> None:
-    """Raise for what cannot be fitted or tested."""
+    """Raise if the classifier cannot be fitted or tested."""
     for name, rows in (("training", features), ("test", of_test)):
         if len(rows) == 0:
             raise ModeclipError(f"linear probe: expected at least one {name} image, got none")

@@ -1,12 +1,13 @@
-"""Results of an evaluation -> files that other tools read, and back: comparing two models then needs neither.
+"""Results of an evaluation in files that other tools read; two models are compared from them without running either.
 
     out/
-      SYSTEM--TASK.json               as CLIP_benchmark writes it, and under ``modeclip`` what the numbers rest on
-      results.jsonl                   one of these a line, of all such files in the folder, CLIP_benchmark's own too
-      predictions/SYSTEM--TASK.parquet   a row a sample: key, label, prediction, rank, hit
+      SYSTEM--TASK.json                  as CLIP_benchmark writes it; ``modeclip`` in it is what the numbers rest on
+      results.jsonl                      all such files of the folder, CLIP_benchmark's own too, one to a line
+      predictions/SYSTEM--TASK.parquet   one row for each sample: key, label, prediction, rank, hit
 
-Characters that a file name cannot have are written as in addresses (``a/b`` is ``a%2Fb``); the names themselves are in
-the files. A later evaluation into the same folder replaces what has its system and task, and keeps the rest.
+Characters that a file name cannot have are written as in web addresses (``a/b`` is ``a%2Fb``); the names themselves are
+in the files. A later evaluation into the same folder replaces the results of its systems and tasks and keeps the rest.
+A run has such a folder, `RUN_RESULTS`; where a run is given, its folder of results is meant.
 
 Source: CLIP_benchmark 1.6 for the fields ``dataset``, ``model``, ``pretrained``, ``task``, ``metrics``, ``language``.
 Price: about 10 bytes a sample where keys are numbers; comparing two models on 50,000 samples takes under a second.
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -34,43 +35,36 @@ from modeclip.system.files import write_atomically, writing
 
 RESULTS_FILE = "results.jsonl"
 PREDICTIONS_FOLDER = "predictions"
+RUN_RESULTS = "results"
+"""Folder of a run that holds its results in this layout."""
 OURS = "modeclip"
-"""Field of a JSON, and of a Parquet's metadata, that CLIP_benchmark does not have."""
+"""Field that CLIP_benchmark's JSON does not have; Parquet files have it in their metadata."""
 TASK_OF_KIND = {
     "classification": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
     "selection": "image_caption_selection",
 }
-"""CLIP_benchmark's name of what is done; any other kind (``linear_probe``) is its own name."""
+"""CLIP_benchmark's name for each kind of task; any other kind (``linear_probe``) keeps its own name."""
 MAX_FILE_NAME = 255
-"""Bytes that the name of a file may have on Linux and macOS."""
+"""Longest file name on Linux and macOS, in bytes."""
 _NAMES = ("model", "pretrained", "dataset", "task")
 _COLUMNS = ("key", "label", "prediction", "rank", "hit", "weight", "image")
 
 
-@runtime_checkable
-class Evaluated(Protocol):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
     """What one system did on one task."""
 
-    @property
-    def task(self) -> Task:
-        """What was asked."""
-
-    @property
-    def kind(self) -> str:
-        """``classification``, ``retrieval``, ``selection`` or ``linear_probe``."""
-
-    @property
-    def system(self) -> str:
-        """Name of who answered."""
-
-    @property
-    def outcome(self) -> Outcome:
-        """Metrics, and every sample's part in them."""
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """What the numbers rest on, as JSON: hashes, versions, precision, ``rule``..."""
+    task: Task
+    """What was asked."""
+    kind: str
+    """Kind of the task: ``classification``, ``retrieval`` or ``selection``; or ``linear_probe``."""
+    system: str
+    """Name of who answered."""
+    outcome: Outcome
+    """Metrics, and every sample's part in them."""
+    provenance: Mapping[str, Any]
+    """What the numbers rest on, as JSON: hashes, versions, precision, seed, rule, weights..."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,15 +74,15 @@ class Predictions:
     system: str
     """Name of who answered."""
     task: str
-    """Name of the task, and of the kind where that is no zero-shot one."""
+    """Name of the task; for a linear probe the kind stands behind it."""
     digest: str
-    """Of all that was asked."""
+    """Hash of all that was asked."""
     outcome: Outcome
     """Metrics, and every sample's part in them."""
     keys: Sequence[str] = field(repr=False)
     """Name of each sample: image, text or instance."""
     labels: Sequence[Any] = field(repr=False)
-    """Right answer of each sample: class, classes, image; -1 where it is none of these."""
+    """Right answer of each sample: a class, several classes, or an image; -1 where there is none of these."""
     record: Mapping[str, Any]
     """Content of the JSON."""
 
@@ -108,7 +102,7 @@ class TaskComparison:
     difference: Interval
     """First minus second, on the same samples."""
     test: PairedTest | None
-    """Exact McNemar test; None where the metric does not count right and wrong samples."""
+    """Exact McNemar test; None if the metric does not count right and wrong samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,20 +116,20 @@ class Comparison:
     tasks: tuple[TaskComparison, ...]
     """One each, by name."""
     difference: Interval
-    """Of the plain means over the tasks, first minus second."""
+    """Difference of the plain means over the tasks, first minus second."""
     test: PairedTest | None
-    """Over the samples of all tasks that have a test."""
+    """McNemar test over the samples of all tasks that have one."""
     left_out: tuple[str, ...]
     """Tasks that only one of them was asked."""
 
 
 def check_names(systems: Sequence[str], tasks: Sequence[str], kind: str = "") -> None:
-    """Raise for a name of which no file name can be made, before any work is done for it.
+    """Raise for a name that is too long to be a file's, before any work is done for it.
 
     Args:
-        systems: Names of who will answer.
-        tasks: Names of what will be asked.
-        kind: A kind of results that is no zero-shot one, if there will be any.
+        systems: Names of the systems that will answer.
+        tasks: Names of the tasks that they will be asked.
+        kind: Another kind of results, such as ``linear_probe``, if there will be any.
 
     Raises:
         ModeclipError: A file of results would have too long a name.
@@ -150,11 +144,11 @@ def check_names(systems: Sequence[str], tasks: Sequence[str], kind: str = "") ->
                 )
 
 
-def write_results(folder: Path, results: Sequence[Evaluated]) -> Path:
-    """Write results into a folder, beside what others it holds.
+def write_results(folder: Path, results: Sequence[Result]) -> Path:
+    """Write results into a folder beside those that it holds.
 
     Returns:
-        The file with a line a result.
+        The file that lists all of them.
 
     Raises:
         ModeclipError: Two results are of the same system and task, or the disk is full.
@@ -162,7 +156,7 @@ def write_results(folder: Path, results: Sequence[Evaluated]) -> Path:
     names = [_file_name(result.system, result.task.name, result.kind) for result in results]
     for name in names:
         if names.count(name) > 1:
-            raise ModeclipError(f"results: two of them would be written to {name}.json; give the systems other names")
+            raise ModeclipError(f"results: two results would be written to {name}.json; give the systems other names")
     (folder / PREDICTIONS_FOLDER).mkdir(parents=True, exist_ok=True)
     for name, result in zip(names, results, strict=True):
         record = _record(result)
@@ -179,8 +173,8 @@ def write_results(folder: Path, results: Sequence[Evaluated]) -> Path:
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read the results in a folder, ours and those that CLIP_benchmark wrote, sorted by model, dataset and task.
 
-    A metric that is not a number (CLIP_benchmark's ``acc5`` of fewer than five classes) is None. JSON of another kind
-    is left alone.
+    A metric that is not a number (CLIP_benchmark's ``acc5`` with fewer than five classes) is None. Other JSON files are
+    skipped.
 
     Raises:
         ModeclipError: A JSON file cannot be read.
@@ -197,14 +191,18 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_predictions(folder: Path) -> list[Predictions]:
-    """Read the predictions in a folder of results, sorted by system and task.
+    """Read the predictions in a folder of results or in a run, sorted by system and task.
 
     Raises:
         ModeclipError: There are none, or a file is damaged or was not written by `write_results`.
     """
-    paths = sorted((folder / PREDICTIONS_FOLDER).glob("*.parquet"))
+    places = [folder / PREDICTIONS_FOLDER, folder / RUN_RESULTS / PREDICTIONS_FOLDER]
+    paths = next((found for place in places if (found := sorted(place.glob("*.parquet")))), [])
     if not paths:
-        raise ModeclipError(f"{folder}: no predictions; expected the folder that `modeclip evaluate --out` wrote")
+        raise ModeclipError(
+            f"{folder}: no predictions; expected the folder that `modeclip evaluate --out` wrote, or a finished run "
+            "(one of an older version: delete its results.json and give `modeclip run` again)"
+        )
     return sorted((_read(path) for path in paths), key=lambda found: (found.system, found.task))
 
 
@@ -214,19 +212,22 @@ def compare(
     """Compare two systems, sample by sample, on the tasks that both were asked; no model is run.
 
     Args:
-        first: Folder of results; a positive difference means that its system is better.
-        second: Folder of results, which may be the same one.
-        first_system: Name of the system; may be left out if the folder has only one.
+        first: Folder of results, or a run; a positive difference means that its system is better.
+        second: The same for the other system; it may be the same folder.
+        first_system: Name of the first system. It may be left out if the folder has only one, or if it is of a run:
+            then the mixture under the bundle's rule is compared.
         second_system: The same in the second folder.
 
     Raises:
-        ModeclipError: A folder has several systems and none is named, they share no task, or a task was asked with
-            other images, class names or labels.
+        ModeclipError: A folder has several systems and none is named, the systems share no task, or a task was asked
+            with other images, class names or labels.
     """
     one, other = _of_system(first, first_system), _of_system(second, second_system)
     shared = sorted(one.keys() & other.keys())
     if not shared:
-        raise ModeclipError(f"compare: no task in common; {first} has {sorted(one)}, {second} has {sorted(other)}")
+        raise ModeclipError(
+            f"compare: the two have no task in common; {first} has {sorted(one)}, {second} has {sorted(other)}"
+        )
     for task in shared:
         if one[task].digest != other[task].digest:
             raise ModeclipError(
@@ -260,10 +261,14 @@ def _compare(first: Predictions, second: Predictions) -> TaskComparison:
 
 
 def _of_system(folder: Path, system: str | None) -> dict[str, Predictions]:
+    """Return what a system did by task; without a name the only one is meant, or the one that is marked as default."""
     found = read_predictions(folder)
     systems = sorted({predictions.system for predictions in found})
     if system is None and len(systems) > 1:
-        raise ModeclipError(f"compare: {folder} has several systems; name one of {', '.join(systems)}")
+        marked = {predictions.system for predictions in found if predictions.record[OURS].get("default")}
+        if len(marked) != 1:
+            raise ModeclipError(f"compare: {folder} has several systems; name one of {', '.join(systems)}")
+        (system,) = marked
     if system is not None and system not in systems:
         raise ModeclipError(f"compare: {folder} has no system {system!r}; it has {', '.join(systems)}")
     return {predictions.task: predictions for predictions in found if system in (None, predictions.system)}
@@ -274,7 +279,7 @@ def _file_name(system: str, task: str, kind: str) -> str:
     return "--".join(quote(part, safe=" #+,=@") for part in (system, task, *further))
 
 
-def _record(result: Evaluated) -> dict[str, Any]:
+def _record(result: Result) -> dict[str, Any]:
     """Return the content of a result's JSON."""
     outcome = result.outcome
     rests_on = {"main": outcome.main, "num_samples": len(outcome.hits), "digest": result.task.digest}
@@ -297,12 +302,12 @@ def _is_result(content: object) -> bool:
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics that are numbers; None for one that no float holds, not a number or an endless integer."""
+    """Return the metrics that are numbers; None for NaN, infinity and integers that are too large for a float."""
     numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
     return {name: value if abs(value) <= sys.float_info.max else None for name, value in numbers.items()}
 
 
-def _keys_and_labels(result: Evaluated) -> tuple[list[str], list[Any]]:
+def _keys_and_labels(result: Result) -> tuple[list[str], list[Any]]:
     """Return the name and the right answer of each sample."""
     task = result.task
     if task.kind == "retrieval":
@@ -317,7 +322,7 @@ def _keys_and_labels(result: Evaluated) -> tuple[list[str], list[Any]]:
     return task.images.keys(), labels.tolist() if one else [np.flatnonzero(row).tolist() for row in labels]
 
 
-def _write_predictions(path: Path, result: Evaluated, record: Mapping[str, Any]) -> None:
+def _write_predictions(path: Path, result: Result, record: Mapping[str, Any]) -> None:
     keys, labels = _keys_and_labels(result)
     outcome = result.outcome
     columns: dict[str, Any] = {"key": keys, "label": labels, "prediction": outcome.prediction, "rank": outcome.rank}
@@ -340,10 +345,10 @@ def _read(path: Path) -> Predictions:
         record = json.loads((table.schema.metadata or {})[OURS.encode()])
         columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("key", "label")}
         if not _is_result(record):
-            raise ValueError("its metadata are no result")
+            raise ValueError("its metadata hold no result")
         score, hits = record["metrics"][record[OURS]["main"]], columns["hit"].astype(float)
         if not math.isfinite(score) or not np.isfinite(hits).all():
-            raise ValueError("the metric, or the hit of a sample, is missing or no number")
+            raise ValueError("the metric, or what a sample adds to it, is missing or not a number")
         outcome = Outcome(
             metrics=record["metrics"],
             main=record[OURS]["main"],
@@ -366,4 +371,6 @@ def _read(path: Path) -> Predictions:
         )
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModeclipError(f"{path}: no predictions of modeclip ({reason}); delete it and evaluate again") from None
+        raise ModeclipError(
+            f"{path}: cannot be read as predictions of modeclip ({reason}); delete it and evaluate again"
+        ) from None

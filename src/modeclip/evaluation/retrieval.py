@@ -1,20 +1,19 @@
-"""Similarities of images with texts in, recall@k in both directions out: any number of texts in little memory.
+"""Recall@k of searches for images by text and for texts by image, in little memory whatever their number.
 
-Image retrieval: every text is a query, and the one image it describes is the right answer. Text retrieval: every image
-is a query, and any of its texts is right. A query is a hit at k if a right answer is among its k most similar; of equal
-similarities the lower index counts as the more similar.
+Image retrieval: every text is a query, and the one image that it describes is the right answer. Text retrieval: every
+image is a query, and any of its texts is right. A query is a hit at k if a right answer is among its k most similar
+candidates; among equal similarities the lower index counts as more similar.
 
 Nothing is sorted: the place of the right answer is the number of candidates before it. A first sweep computes only the
-blocks that hold pairs, and keeps the similarity of each; a second one computes every block and counts what lies above.
-That is exact, it gives the place for every k at once, and a block is forgotten as soon as it is counted.
+blocks that hold pairs, and keeps the similarity of each pair. A second sweep computes every block and counts the
+candidates above. This is exact, it gives the place for every k at once, and a block is forgotten once it is counted.
 
-Price: N x T similarities, each computed once and then looked at for about 5 ns a core; ``benchmarks/retrieval.py``
-measures it. The first sweep adds a block or two of N / 512 where the texts come in the order of their images, and
-doubles the work where they come in no order. Memory is a few blocks of 1 MiB and about 100 bytes a text and an image;
-features that are memory-mapped stay on disk.
-
-Source: MoDE (arXiv 2404.16030), Sec. 3.4 and eq. 7, for weights a query; the recall is the one of CLIP papers, any
+Source: MoDE (arXiv 2404.16030), Sec. 3.4 and eq. 7, for weights of each query; the recall is that of CLIP papers, any
 right answer among the top k.
+Price: N x T similarities, each computed once and then looked at for about 5 ns on a core; ``benchmarks/retrieval.py``
+measures it. The first sweep adds one or two of every N / 512 blocks if the texts come in the order of their images, and
+doubles the work if they come in no order. Memory is a few blocks of 1 MiB and about 100 bytes for each text and image;
+features that are memory-mapped stay on disk.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from modeclip.system.console import progress
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 512, 512
 """Sides of a block: 1 MiB of similarities, which stays in the cache of a core while it is looked at."""
 LONG = 1 << 28
-"""Similarities from which on a bar is shown: about two seconds."""
+"""A progress bar is shown from so many similarities on: about two seconds."""
 MAPPED_BYTES = 1 << 30
-"""Features read from memory-mapped files until their pages are given back: else all that is read counts as taken."""
+"""After so many bytes from memory-mapped files their pages are given back; else all that was read counts as used."""
 
 
 def retrieve(
@@ -46,18 +45,19 @@ def retrieve(
     *,
     to_texts: Similarity | None = None,
 ) -> Outcome:
-    """Search an image for each text and a text for each image.
+    """Search an image for each text, and a text for each image.
 
     The metrics are ``image_retrieval_recall@k`` (mean over the texts), ``text_retrieval_recall@k`` (mean over the
-    images that have a text), and ``mean_recall@k`` of the first k, the mean of these two, which counts in averages.
-    Samples of the outcome are the T texts and then the N images: ``prediction`` is the best image of a text, the best
-    text of an image, ``rank`` the place of the first right answer; an image without a text has the weight 0.
+    images that have a text), and ``mean_recall@k`` of the first k: the mean of these two, which counts in averages.
+    Samples of the outcome are the T texts, then the N images: ``prediction`` is the best image of a text or the best
+    text of an image, ``rank`` the place of the first right answer. An image without a text has weight 0.
 
     Args:
-        similarity: Of the N images with the T texts, as image retrieval needs it: weights may differ from text to text.
-        image_of_text: The image that each text describes, 0 to N - 1; an image has any number of texts.
-        ks: Numbers of answers that are looked at, 1 and more, the one that counts first.
-        to_texts: The same for text retrieval, where its weights are others; by default the same.
+        similarity: Similarities of the N images with the T texts for image retrieval, where each text may have weights
+            of its own.
+        image_of_text: The image that each text describes, 0 to N - 1; an image may have any number of texts.
+        ks: How many answers are looked at, each 1 or more. The first number counts in averages.
+        to_texts: Similarities for text retrieval, if its weights differ; by default the same.
 
     Raises:
         ModeclipError: There are no texts, an image of a text does not exist, the two similarities are not of the same
@@ -72,7 +72,7 @@ def retrieve(
     _check(similarity, image_of_text, ks)
     if to_texts is not None and to_texts.shape != similarity.shape:
         raise ModeclipError(
-            f"retrieval: expected similarities of {similarity.shape} images and texts for text retrieval"
+            f"retrieval: expected the same images and texts {similarity.shape} for text retrieval, got {to_texts.shape}"
         )
     num_images, num_texts = similarity.shape
     if to_texts is None:
@@ -101,18 +101,18 @@ def retrieve(
 
 
 class _Ranks:
-    """Places of the right answers of Q queries among the candidates seen so far, and the best candidates."""
+    """For Q queries, the place of the right answer among the candidates seen so far, and the best candidate."""
 
     def __init__(self, target: Int[np.ndarray, " Q"], score: Float[np.ndarray, " Q"]) -> None:
-        self.target, self.score = target, score  # the right answer of each query (-1: none), and its similarity
+        self.target, self.score = target, score  # right answer of each query (-1: it has none) and its similarity
         self.rank = np.zeros(len(target), np.int64)
         self.prediction = np.zeros(len(target), np.int64)
         self._best = np.full(len(target), -np.inf, np.float32)
 
     def add(self, block: Float[np.ndarray, "c q"], candidates: slice, queries: slice) -> None:
-        """Count the candidates of a block; blocks come in the order of the candidates."""
+        """Count the candidates of a block. Blocks must come in the order of their candidates."""
         target, score = self.target[queries], self.score[queries]
-        # A tie counts before the right answer and not behind it.
+        # A tie counts only if it stands before the right answer.
         bar = np.where(target >= candidates.stop, score, np.nextafter(score, np.float32(np.inf)))
         self.rank[queries] += np.count_nonzero(block >= bar, axis=0)
         inside = np.flatnonzero((target >= candidates.start) & (target < candidates.stop))
@@ -126,11 +126,11 @@ class _Ranks:
 
 
 def _rank(similarity: Similarity, image_of_text: np.ndarray, sought: Sequence[str]) -> list[_Ranks]:
-    """Rank what is sought: "images" for each text, "texts" for each image."""
+    """Rank the candidates that are sought: "images" for each text, "texts" for each image."""
     tile = _tiles(similarity)
     num_images, num_texts = similarity.shape
     score = np.empty(num_texts, np.float32)
-    pairs: dict[tuple[int, int], np.ndarray] = {}  # (image tile, text tile) to the texts in it whose image is in it too
+    pairs: dict[tuple[int, int], np.ndarray] = {}  # by image and text block, the texts whose image is in the block too
     for texts in _slices(num_texts, TEXTS_AT_ONCE):
         image = image_of_text[texts]
         for first in np.unique(image // IMAGES_AT_ONCE).tolist():
@@ -146,7 +146,7 @@ def _rank(similarity: Similarity, image_of_text: np.ndarray, sought: Sequence[st
             for images in _slices(num_images, IMAGES_AT_ONCE):
                 block = tile(images, texts)
                 if (paired := pairs.get((images.start, texts.start))) is not None:
-                    # The very numbers of the first sweep, whatever a BLAS makes of the same product the second time.
+                    # Use the numbers of the first sweep: a BLAS may round the same product differently.
                     block[image_of_text[texts][paired] - images.start, paired] = score[texts][paired]
                 if np.isnan(block.max()):
                     raise _diverged()
@@ -161,10 +161,10 @@ def _rank(similarity: Similarity, image_of_text: np.ndarray, sought: Sequence[st
 def _answers(
     side: str, score: np.ndarray, image_of_text: np.ndarray, num_images: int
 ) -> tuple[Int[np.ndarray, " Q"], Float[np.ndarray, " Q"]]:
-    """Return the right answer of each query, for an image its most similar text, and its similarity."""
+    """Return the right answer of each query and its similarity; an image's right answer is its most similar text."""
     if side == "images":
         return image_of_text.astype(np.int64), score
-    order = np.lexsort((-score, image_of_text))  # stable: of equal texts the lowest index comes first
+    order = np.lexsort((-score, image_of_text))  # stable: among equal texts the lowest index comes first
     ordered = image_of_text[order]
     first = np.flatnonzero(np.diff(ordered, prepend=-1))
     target, best = np.full(num_images, -1), np.full(num_images, np.inf, np.float32)
@@ -173,7 +173,7 @@ def _answers(
 
 
 def _tiles(similarity: Similarity) -> Callable[[slice, slice], np.ndarray]:
-    """Return what computes a block; the last one is kept, so that a small task is computed once."""
+    """Return a function that computes a block. It keeps the last one, so that a small task is computed once."""
     last: dict[tuple[int, int], np.ndarray] = {}
     features = [*similarity.images, *similarity.texts]
     bytes_a_block = TEXTS_AT_ONCE * sum(part.itemsize * part.shape[1] for part in features)
@@ -195,7 +195,7 @@ def _tiles(similarity: Similarity) -> Callable[[slice, slice], np.ndarray]:
 
 
 def _return_pages(features: Sequence[np.ndarray]) -> None:
-    """Let go of what has been read of files that are mapped for reading; it stays in the system's cache of files."""
+    """Let go of the pages that were read from memory-mapped files; the system's file cache still has them."""
     for part in features:
         base: object = part
         while isinstance(base, np.ndarray):
@@ -231,4 +231,4 @@ def _check(similarity: Similarity, image_of_text: np.ndarray, ks: Sequence[int])
             f"retrieval: expected images 0 to {num_images - 1}, got {image_of_text.min()} to {image_of_text.max()}"
         )
     if not ks or min(ks) < 1:
-        raise ModeclipError(f"retrieval: expected k of 1 and more, got {list(ks)}")
+        raise ModeclipError(f"retrieval: expected every k to be 1 or more, got {list(ks)}")

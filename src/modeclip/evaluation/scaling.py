@@ -1,15 +1,15 @@
-"""Errors of models trained with more and more compute in, a scaling law for each family of models out, and its picture.
+"""Scaling laws: how the error of each family of models falls as more compute is spent on training.
 
-The law is error = A * compute^(-b): a straight line in log space, fitted by least squares over the points of a family.
-A point is one model (size, data, samples seen); its error is the mean over seeds. Fitted are the points of the Pareto
-frontier, which no cheaper point of the family beats: a model that saw too little data for its size, or too much for it,
-says nothing of what the compute could have bought. All points are the other choice.
+The law is error = A * compute^(-b): a straight line in log space, fitted by least squares to the points of a family. A
+point is one model (size, data, samples seen), and its error is the mean over seeds. By default only the points of the
+Pareto frontier are fitted, those that no cheaper point of the family beats: a model that saw too little or too much
+data for its size says nothing about what the compute could have bought. The other choice is to fit all points.
 
 Intervals are percentile bootstraps: the points of a family are drawn again with replacement, then the seeds of each
-point, and the frontier and the line are made anew. Of three or four points they are rough, and rather too narrow.
+point, and the frontier and the line are made anew. With three or four points they are rough, and rather too narrow.
 
-Two families are compared by the compute that each needs for one error: what the reference reaches at its largest
-compute, by its law.
+Two families are compared by the compute that each needs to reach one error: the error that the reference has at its
+largest compute, by its law.
 
 Source: OpenCLIP (arXiv 2212.07143), Sec. 4 and Fig. 1, for the law. Its figures are fitted to the lowest error in each
 of five bins of compute; a frontier is the same idea and needs no bins. Compute as `modeclip.models.flops` counts it.
@@ -33,9 +33,9 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.intervals import Interval
 
 LARGEST_LOG = 700.0
-"""Where logarithms end, so that what is made of them is a number that JSON and a float both have."""
+"""Logarithms are cut off here, so that their exponentials fit into a float and into JSON."""
 MIN_SIZES = 3
-"""Different computes that a line needs at least: through two goes a line always."""
+"""Least number of different computes to fit a line to: a line fits any two of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ class ScalingConfig:
     points: Literal["frontier", "all"] = "frontier"
     """Which points of a family are fitted."""
     reference: str = "dense"
-    """Family that the others are compared with; if there is none of that name, the first."""
+    """Family that the others are compared with; if no family has this name, the first one."""
     num_resamples: int = 2000
-    """Resamples of the intervals."""
+    """Number of resamples for the intervals."""
     confidence: float = 0.95
     """Share of the resamples between the two ends of an interval, in (0, 1)."""
     seed: int = 0
-    """Of the resamples."""
+    """Seed of the resamples."""
 
     def __post_init__(self) -> None:
         if self.points not in ("frontier", "all"):
@@ -92,18 +92,18 @@ class Law:
     family: str
     """Name of the family."""
     A: Interval
-    """Error at a compute of one operation, by the law; what is beyond e^700, of a steep law, is given as that."""
+    """Error at a compute of one operation, by the law; of a steep law at most e^700."""
     b: Interval
-    """Exponent; what halves the error is 2^(1/b) times the compute."""
+    """Exponent: 2^(1/b) times the compute halves the error."""
     num_points: int
-    """Points that it is fitted to."""
+    """Number of points that the law is fitted to."""
     residual: float
-    """Root of the mean squared distance of these from the line, in natural logarithms of the error."""
+    """Root mean square distance of these points from the line, in natural logarithms of the error."""
     best_error: Interval
     """Error at the largest compute of the family, by the law."""
     compute_ratio: Interval | None
-    """Compute for the error that the reference reaches at its largest compute, over what the reference needs for it;
-    None for the reference itself, or where a law does not fall."""
+    """Compute that this family needs for the error that the reference reaches at its largest compute, divided by that
+    compute; None for the reference itself, or where a law does not fall."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,24 +111,24 @@ class ScalingResult:
     """Laws of all families with the points behind them."""
 
     laws: tuple[Law, ...]
-    """One a family, the reference first."""
+    """One law for each family, the reference first."""
     points: tuple[ScalingPoint, ...]
     """All points, by family and compute."""
     config: ScalingConfig
     """How they were fitted."""
     bands: dict[str, tuple[tuple[float, float, float, float], ...]]
-    """Family to (compute, error by the law, low, high) along its line."""
+    """For each family, (compute, error by the law, low, high) at places along its line."""
 
 
 def read_points(paths: Sequence[Path]) -> list[ScalingPoint]:
-    """Read results, a JSON object a line: name, family, compute and error, and the seed where there are several.
+    """Read results from files with one JSON object to a line.
 
-    In place of ``compute`` a line may have ``flops_per_sample`` and ``samples``, whose product it is; in place of
-    ``error`` it may have ``accuracy``. Lines of equal name, family and compute are seeds of one point; what else a line
-    holds is left alone.
+    A line has name, family, compute and error, and a seed where there are several. In place of ``compute`` it may have
+    ``flops_per_sample`` and ``samples``, which are multiplied; in place of ``error`` it may have ``accuracy``. Lines of
+    equal name, family and compute are seeds of one point. Other fields of a line are ignored.
 
     Raises:
-        ModeclipError: A file cannot be read, a line lacks something or holds what cannot be, or a seed comes twice.
+        ModeclipError: A file cannot be read, a line lacks a field or has an impossible value, or a seed comes twice.
     """
     found: dict[tuple[str, str, float], dict[Any, float]] = defaultdict(dict)
     for path in paths:
@@ -157,8 +157,8 @@ def fit_scaling(points: Sequence[ScalingPoint], config: ScalingConfig | None = N
     """Fit the law of each family.
 
     Args:
-        points: At least three of different compute a family.
-        config: How they are fitted.
+        points: Points of at least three different computes for each family.
+        config: How the laws are fitted.
 
     Raises:
         ModeclipError: There are too few points.
@@ -166,7 +166,9 @@ def fit_scaling(points: Sequence[ScalingPoint], config: ScalingConfig | None = N
     config = config or ScalingConfig()
     families = sorted({point.family for point in points}, key=lambda name: (name != config.reference, name))
     if not families:
-        raise ModeclipError("scaling: expected results, got none; a line is a JSON object, see the documentation")
+        raise ModeclipError(
+            "scaling: expected results, got none; give files with one JSON object to a line, see docs/evaluation.md"
+        )
     marked: list[ScalingPoint] = []
     lines, limits = {}, {}
     for place, family in enumerate(families):
@@ -204,7 +206,7 @@ def fit_scaling(points: Sequence[ScalingPoint], config: ScalingConfig | None = N
 
 
 def choose_points(compute: Float[np.ndarray, " P"], error: Float[np.ndarray, " P"], which: str) -> np.ndarray:
-    """Mark the points that a law is fitted to: all, or those that no point of the same or less compute beats.
+    """Mark the points that a law is fitted to: all, or those that no point of at most their compute beats.
 
     Examples:
         >>> choose_points(np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.6, 0.4]), "frontier")
@@ -219,7 +221,7 @@ def choose_points(compute: Float[np.ndarray, " P"], error: Float[np.ndarray, " P
 
 
 def fit_line(compute: Float[np.ndarray, " P"], error: Float[np.ndarray, " P"]) -> Float[np.ndarray, "2"]:
-    """Fit log error = log A - b * log compute by least squares, and return (log A, b).
+    """Fit log error = log A - b * log compute by least squares; return (log A, b).
 
     Examples:
         >>> fit_line(np.array([1.0, 10.0, 100.0]), np.array([0.8, 0.4, 0.2])).round(3).tolist()
@@ -232,7 +234,7 @@ def fit_line(compute: Float[np.ndarray, " P"], error: Float[np.ndarray, " P"]) -
 
 
 def _resample(points: Sequence[ScalingPoint], config: ScalingConfig, draw: np.random.Generator) -> np.ndarray:
-    """Fit the line to points and seeds drawn again, as often as wanted: (resamples, 2)."""
+    """Fit the line to points and seeds that are drawn again, for each resample: (resamples, 2)."""
     compute = np.array([point.compute for point in points])
     counts = np.array([len(point.errors) for point in points])
     errors = np.array([np.resize(point.errors, counts.max()) for point in points])
@@ -240,7 +242,7 @@ def _resample(points: Sequence[ScalingPoint], config: ScalingConfig, draw: np.ra
     while len(lines) < config.num_resamples:
         drawn = draw.integers(0, len(points), len(points))
         if len(np.unique(np.log(compute[drawn]))) < 2:
-            continue  # no line goes through one place
+            continue  # one compute makes no line
         seeds = draw.integers(0, counts[drawn, None], (len(points), counts.max()))
         counted = np.arange(counts.max()) < counts[drawn, None]
         error = (errors[drawn[:, None], seeds] * counted).sum(axis=1) / counts[drawn]
@@ -248,18 +250,18 @@ def _resample(points: Sequence[ScalingPoint], config: ScalingConfig, draw: np.ra
         if len(np.unique(np.log(compute[drawn][chosen]))) >= 2:
             lines.append(fit_line(compute[drawn][chosen], error[chosen]))
         elif config.points == "frontier":
-            # The cheapest of these points is the best of them: more compute did not help at all.
+            # The cheapest of these points is also the best: more compute did not help at all.
             lines.append(np.array([math.log(error[chosen].mean()), 0.0]))
     return np.array(lines)
 
 
 def _compare(line: np.ndarray, reference: np.ndarray, compute: float, confidence: float) -> Interval | None:
-    """Return the compute for the error that the reference has at a compute, over that compute."""
+    """Return the compute that a line needs for the reference's error at a compute, divided by that compute."""
     log_compute = math.log(compute)
     log_error = reference[:, 0] - reference[:, 1] * log_compute
     if line[0, 1] <= 0 or reference[0, 1] <= 0:
         return None
-    falling = np.maximum(line[:, 1], 1e-3)  # a line that does not fall never gets there
+    falling = np.maximum(line[:, 1], 1e-3)  # a line that does not fall would never reach the error
     return _interval(np.exp(np.clip((line[:, 0] - log_error) / falling - log_compute, -50, 50)), confidence)
 
 
@@ -269,7 +271,7 @@ def _exp(logs: np.ndarray) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, confidence: float) -> Interval:
-    """Return the first value with the interval of the others."""
+    """Return the first value with an interval from the others."""
     low, high = np.quantile(values[1:], [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(mean=float(values[0]), low=float(low), high=float(high))
 
@@ -286,7 +288,7 @@ def _band(
 
 
 def _check_sizes(points: Sequence[ScalingPoint], chosen: np.ndarray) -> None:
-    """Raise if a line through the points would say nothing."""
+    """Raise if there are too few different computes for a line."""
     family, sizes = points[0].family, len(np.unique(np.log([point.compute for point in points])))
     left = len(np.unique(np.log([point.compute for point, fitted in zip(points, chosen, strict=True) if fitted])))
     if sizes < MIN_SIZES:
@@ -330,8 +332,8 @@ def _read_line(line: str, where: str) -> tuple[tuple[str, str, float], Any, floa
         raise ModeclipError(f"scaling: {where}: seed: expected a number or a name, got {seed!r:.60}")
     if not 0 < error <= 1:
         raise ModeclipError(
-            f"scaling: {where}: error: expected a fraction above 0 and at most 1 (accuracy: 0 to below 1, no percent), "
-            f"got {error:g}"
+            f"scaling: {where}: error: expected a fraction above 0 and at most 1 (accuracy: from 0 to below 1, not "
+            f"percent), got {error:g}"
         )
     return (row["name"], row["family"], compute), seed, error
 

@@ -1,13 +1,13 @@
-"""Features of one CLIP or of several, and their weights -> similarities of images with texts, any block of them.
+"""Similarities of images with texts by one CLIP or by several with weights, computed one block at a time.
 
-The similarity is the weighted sum of the experts' cosines (MoDE eq. 4), sum_c p_c <u_c, v_c>; the weights may differ
-from text to text (`per_class`, image retrieval), from image to image (clusters of image embeddings), or be one vector.
-Where the texts are the classes of a task, the experts' log-probabilities can be summed in place of their cosines: that
-needs all classes at once and is no inner product, so a mixture is one CLIP by cosines alone.
+The similarity is the weighted sum of the experts' cosines (MoDE eq. 4), sum_c p_c <u_c, v_c>. The weights are one
+vector, or differ from text to text (`per_class`, image retrieval) or from image to image (clusters of images). Where
+the texts are the classes of a task, the experts' log-probabilities can be summed in place of their cosines. That needs
+all classes at once and is no inner product, so a mixture is one CLIP by cosines alone.
 
-Nothing of the size images x texts is ever held: whoever needs all of them asks for one block after another.
+Images x texts numbers are never held at once: whoever needs all of them asks for one block after another.
 
-Price: a block of n x l costs n * l * D multiplications an expert; experts without weight are left out by the caller.
+Price: a block of n x l costs n * l * D multiplications for each expert; the caller leaves out experts without weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from scipy.special import log_softmax
 
 BLOCK_NUMBERS = 1 << 25
-"""Similarities of a block, at most (128 MiB of float32)."""
+"""Similarities in a block, at most (128 MiB of float32)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,21 +45,25 @@ class Similarity:
         return len(self.images[0]), len(self.texts[0])
 
     def block(self, images: slice, texts: slice = slice(None)) -> Float[np.ndarray, "n l"]:
-        """Return the similarities of some images with some texts, float32."""
+        """Return the similarities of some images with some texts, float32.
+
+        Examples:
+            >>> one, other = np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32)[::-1]
+            >>> both = Similarity(images=[one, one], texts=[one, other], weights=np.array([0.75, 0.25]))
+            >>> both.block(slice(0, 1)).tolist()
+            [[0.75, 0.25]]
+        """
         total: np.ndarray | None = None
         for expert, (of_images, of_texts) in enumerate(zip(self.images, self.texts, strict=True)):
             weights = self.weights[..., expert].astype(np.float32)
-            visual, words = of_images[images], of_texts[texts]
-            if self.scales is not None:
-                shares = weights[images, None] if self.per_image else weights[texts] if weights.ndim else weights
-                logits = (visual * np.float32(self.scales[expert])) @ of_texts.T
-                part = shares * log_softmax(logits, axis=1)[:, texts]
-            elif weights.ndim == 0:
-                part = visual @ (words * weights).T
-            elif self.per_image:
-                part = (visual * weights[images, None]) @ words.T
+            shares = weights[images, None] if self.per_image else weights[texts] if weights.ndim else weights
+            visual = of_images[images]
+            if self.scales is None:
+                part = visual @ of_texts[texts].T
             else:
-                part = visual @ (words * weights[texts, None]).T
+                logits = (visual * np.float32(self.scales[expert])) @ of_texts.T
+                part = log_softmax(logits, axis=1)[:, texts]
+            part *= shares
             total = part if total is None else np.add(total, part, out=total)
         assert total is not None
         return total

@@ -1,107 +1,143 @@
-"""What is evaluated: a specification -> one CLIP, or a mixture of experts with its rule; nothing is loaded yet.
+"""What is evaluated: one CLIP, several CLIPs that are weighed, or the best of several systems by the labels.
+
+A `System` names its models and says how they answer together; no weights are loaded yet. `open_systems` makes systems
+of what people write:
 
     runs/demo/bundle            a bundle: its mixture
     runs/demo/bundle#expert-2   one of its experts (or #seed)
     ViT-B-32@openai, FOLDER     any model that modeclip.models.clip loads
     NAME=any of these           the same under a name of its own
 
+`run_systems` makes them of the models that a run has trained: every model by itself, the mixture under every rule, and
+what keeps a reader from being misled. The uniform mixture is the plain ensemble, the dense models cost as much as the
+mixture, and where the controls of the paper were trained (`modeclip.clustering.controls`), each is a system too: the
+uniform average of its n models, and OneStep-n also routed by its own centres. CoarseCluster-n is the rule ``coarse``.
+
+Two systems look at the labels, which no user of a mixture has. The best single expert has the highest average over the
+tasks; the oracle takes the best expert of each task. A mixture that beats the oracle gains from its experts together;
+one that does not beat the best single expert needs a better router.
+
 Source: MoDE (arXiv 2404.16030), Sec. 3.4: class names, and the texts of a corpus from which images choose, are a task
-that is routed as a whole; a text that asks for an image is a task of its own (eq. 7).
+that is routed as a whole; a text that asks for an image is a task of its own (eq. 7). Controls: Sec. 5.1 and 5.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from modeclip.data.tasks.task import Images
+from modeclip.clustering.clusters import Clustering
+from modeclip.data.tasks.task import Images, Task
 from modeclip.errors import ModeclipError, unknown
-from modeclip.mixture.bundle import MANIFEST_FILE, SEED, Bundle, load_bundle
+from modeclip.mixture.bundle import MANIFEST_FILE, SEED, Bundle, RoutingConfig, hash_clusters, load_bundle
 from modeclip.mixture.mode import MoDE
-from modeclip.mixture.router import ClusterRouter, RouteRequest
+from modeclip.mixture.router import ClusterRouter, Router, RouteRequest
 from modeclip.mixture.rules import RULES
 from modeclip.models.clip import check_model
-from modeclip.models.encoders import IMAGE_PREFIXES
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import CachedEncoder, embed_images
 from modeclip.models.pool import ModelRef
+from modeclip.training.jobs import Role, TrainJob, TrainResult, job_name
+
+BEST_SINGLE, ORACLE = "best single", "oracle"
+"""Names of the two systems that look at the labels, behind the name of their mixture."""
+CONTROL_TITLES: dict[Role, str] = {"random": "Random", "full": "Full", "one-step": "OneStep"}
+"""Start of a control's name in tables, by the role of its models."""
+ROUTED_AT_ONCE = 256
+"""Images that a router without cluster centres weighs at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights:
+    """How a system weighs its K models for one task."""
+
+    values: Float[np.ndarray, "... K"]
+    """(K,), or a row a class or text, or with ``per_image`` a row an image."""
+    per_image: bool = False
+    """Whether the rows are of images."""
+    queries: Float[np.ndarray, "T K"] | None = None
+    """Retrieval: a row for each text that searches an image, where these differ from ``values``."""
+
+    def uses(self, model: int) -> bool:
+        """Whether a model has weight anywhere."""
+        given = [self.values] if self.queries is None else [self.values, self.queries]
+        return any(bool(values[..., model].any()) for values in given)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class System:
-    """One CLIP, or several with what weighs them."""
+    """Who answers a task: models and what weighs them, or the best of other systems by the labels."""
 
     name: str
     """Name in tables and files."""
-    sources: tuple[ModelRef, ...]
-    """The model, or the K experts."""
-    mixture: Mixture | None = None
-    """What weighs the experts; None: there is one model."""
+    models: tuple[ModelRef, ...] = ()
+    """The model, or the K models that answer together; none where ``chosen_among`` has names."""
+    router: Router | None = None
+    """Weighs the models for each task; None: they have equal weights."""
+    request: RouteRequest | None = None
+    """Rule, temperature and budget that the router is asked for."""
+    kind: str = "model"
+    """Section of a run's table: ``seed``, ``dense``, ``expert``, ``bound``, ``mixture`` or ``control``."""
+    samples: int | None = None
+    """Samples that the training of its models took, each model that they continue counted once; None: unknown."""
     templates: tuple[str, ...] = ()
     """Prompts that its bundle was made for."""
-    expert_of: str = ""
-    """Name of the mixture whose bounds it counts for; empty: of none."""
+    chosen_among: tuple[str, ...] = ()
+    """Names of the systems among which the labels choose the one that answers."""
+    per_task: bool = False
+    """Whether the labels choose for each task (the oracle) or once, by the average (the best single expert)."""
     is_given: bool = True
-    """Whether somebody named it; if not, it is asked for the bounds alone."""
+    """Whether somebody asked for it; if not, it is there only to be chosen."""
+    is_default: bool = False
+    """Whether it is what a run is compared by."""
 
     @property
-    def per_image(self) -> bool:
-        """Whether every image has weights of its own."""
-        return self.mixture is not None and self.mixture.per_image
+    def rule(self) -> str | None:
+        """Routing rule; None for a single model."""
+        return None if self.request is None else self.request.rule
 
-    def weigh(self, texts: Sequence[str], *, each: bool = False) -> Float[np.ndarray, "... K"]:
-        """Weigh the models for a task.
+    def weigh(self, task: Task, cache: FeatureCache) -> Weights:
+        """Weigh the models for a task; the vectors that this needs are kept in the cache."""
+        if self.router is None or self.request is None:
+            return Weights(values=np.full(len(self.models), 1 / len(self.models)))
+        if self.router.per_image:
+            return Weights(values=self._weigh_images(task.images, cache), per_image=True)
+        texts = task.classnames if task.kind == "classification" else task.texts
+        together = self.router.route(texts, replace(self.request, each=task.kind == "selection")).weights
+        if task.kind != "retrieval":
+            return Weights(values=together)
+        queries = self.router.route(texts, replace(self.request, each=True)).weights
+        return Weights(values=together, queries=None if np.array_equal(queries, together) else queries)
 
-        Args:
-            texts: Class names or texts.
-            each: Whether every text is a task of its own.
-
-        Returns:
-            (K,), or a row a text.
-        """
-        if self.mixture is None:
-            return np.ones(1)
-        return self.mixture.router.route(texts, replace(self.mixture.request, each=each)).weights
-
-    def weigh_images(self, images: Images, cache: FeatureCache) -> Float[np.ndarray, "N K"]:
-        """Weigh the models for each image, where the clusters are of images."""
-        assert self.mixture is not None
-        router = self.mixture.router
-        vectors = embed_images(router.encoder_name, router.embed_images, images, cache)
-        return router.route_vectors((), vectors, self.mixture.request).weights
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Mixture:
-    """A bundle's router and what it is asked."""
-
-    bundle: Bundle = field(repr=False)
-    """Bundle with the experts."""
-    router: ClusterRouter = field(repr=False)
-    """Router of its clusters."""
-    request: RouteRequest
-    """Rule, temperature and budget."""
-
-    @property
-    def per_image(self) -> bool:
-        """Whether every image has weights of its own."""
-        return self.router.per_image
+    def _weigh_images(self, images: Images, cache: FeatureCache) -> Float[np.ndarray, "N K"]:
+        assert self.request is not None
+        if isinstance(self.router, ClusterRouter):
+            vectors = embed_images(self.router.encoder_name, self.router.embed_images, images, cache)
+            return self.router.route_vectors([str(row) for row in range(len(images))], vectors, self.request).weights
+        assert self.router is not None
+        starts = range(0, len(images), ROUTED_AT_ONCE)
+        blocks = [images.read(np.arange(start, min(start + ROUTED_AT_ONCE, len(images)))) for start in starts]
+        return np.concatenate([self.router.route_images(block, self.request).class_weights for block in blocks])
 
     def facts(self) -> dict[str, Any]:
-        """Return what decides the weights, as JSON."""
-        asked, bundle = self.request, self.bundle
-        facts = {"rule": asked.rule, "temperature": asked.temperature, "max_experts": asked.max_experts}
-        return facts | {"encoder": bundle.manifest["encoder"], "clustering": bundle.clustering}
+        """Return what decides the weights, as JSON; nothing for a single model."""
+        if self.request is None:
+            return {}
+        asked = self.request
+        facts: dict[str, Any] = {"rule": asked.rule, "temperature": asked.temperature, "max_experts": asked.max_experts}
+        if isinstance(self.router, ClusterRouter):
+            bundle = self.router.bundle
+            facts["encoder"] = self.router.encoder_name if bundle is None else bundle.manifest["encoder"]
+            facts["clustering"] = hash_clusters(self.router.clusters.fine_centers, self.router.clusters.expert_of_fine)
+        return facts
 
-    @property
-    def members(self) -> list[str]:
-        """Names of the experts."""
-        return [expert.name for expert in self.bundle.experts]
+
+# ---------------------------------------------------------------- from the command line
 
 
 def open_systems(
@@ -119,16 +155,16 @@ def open_systems(
     Args:
         specs: As at the top of this module.
         cache: Where the vectors of class names are kept.
-        rules: Routing rules of the mixtures; of several, each mixture is a system a rule, ``NAME@RULE``. None given:
-            each bundle's own.
-        temperature: Of the rules; None: the bundle's for its own rule, else the rule's default.
-        max_experts: Experts that may have weight; None: all.
+        rules: Routing rules of the mixtures. With several, each mixture is one system for each rule, ``NAME@RULE``;
+            with none, each bundle uses its own.
+        temperature: Temperature of the rules; None: the bundle's for its own rule, else the rule's default.
+        max_experts: How many experts may have weight; None: all of them.
         max_memory: Bytes that the weights of these experts may take; None: any number.
-        bounds: Whether the finished experts of each bundle follow as systems, for the bounds of its mixture
-            (``averages.bounds``).
+        bounds: Whether the best single expert and the oracle of each mixture are systems too. Then all finished
+            experts of the bundle are evaluated.
 
     Raises:
-        ModeclipError: There is no such model, expert or rule, two have the same name, or bounds are wanted and no
+        ModeclipError: A model, expert or rule is unknown, two systems have the same name, or bounds are wanted and no
             model is a bundle with a finished expert.
     """
     if not specs:
@@ -147,55 +183,73 @@ def open_systems(
             raise ModeclipError(f"evaluate: model {name!r} is empty; give a bundle, a model folder or NAME@TAG")
         place, _, member = spec.partition("#")
         if not member and not _is_bundle(place):
-            systems.append(System(name=name, sources=(ModelRef.of(name, spec),)))
+            systems.append(System(name=name, models=(ModelRef.of(name, spec),)))
             continue
-        bundle = bundles.get(place) or load_bundle(place)
-        bundles[place] = bundle
+        bundle = bundles[place] = bundles.get(place) or load_bundle(place)
         if member:
             systems.append(_open_member(name, bundle, member))
-        else:
-            mode = MoDE(bundle, max_experts=max_experts, max_memory=max_memory)
-            asked = [mode.request(rule=rule, temperature=temperature) for rule in (*dict.fromkeys(rules),) or (None,)]
-            for each in asked:
-                own = f"{name}@{each.rule}" if len(asked) > 1 else name
-                systems.append(_open_mixture(own, bundle, cache, each))
-            mixtures[name] = bundle
-    return _with_experts(systems, mixtures) if bounds else systems
+            continue
+        mode = MoDE(bundle, router=_router_of(bundle, cache), max_experts=max_experts, max_memory=max_memory)
+        for rule in dict.fromkeys(rules) or (None,):
+            systems.append(
+                System(
+                    name=f"{name}@{rule}" if len(set(rules)) > 1 else name,
+                    models=bundle.models,
+                    router=mode.router,
+                    request=mode.request(rule=rule, temperature=temperature),
+                    kind="mixture",
+                    templates=bundle.routing.templates,
+                )
+            )
+        mixtures[name] = bundle
+    return _with_bounds(systems, mixtures) if bounds else systems
 
 
-def _with_experts(systems: Sequence[System], mixtures: Mapping[str, Bundle]) -> list[System]:
-    """Return the systems, those that are experts of a mixture marked, and behind them the experts that are missing."""
-    found = {system.name: system for system in systems}
+def _with_bounds(systems: Sequence[System], mixtures: Mapping[str, Bundle]) -> list[System]:
+    """Put the experts that are missing and the bounds of each mixture behind the systems."""
+    found, chosen = {system.name: system for system in systems}, list[System]()
     for name, bundle in mixtures.items():
-        for expert in bundle.experts:
-            if expert.folder != SEED:
-                own = f"{name}#{expert.name}"
-                opened = found.get(own) or replace(_open_member(own, bundle, expert.name), is_given=False)
-                found[own] = replace(opened, expert_of=name)
-    if not any(system.expert_of for system in found.values()):
+        finished = [expert.name for expert in bundle.experts if expert.folder != SEED]
+        for expert in finished:
+            own = f"{name}#{expert}"
+            if own not in found:
+                found[own] = replace(_open_member(own, bundle, expert), is_given=False)
+        chosen += make_bounds([f"{name}#{expert}" for expert in finished], prefix=f"{name} ")
+    if not chosen:
         raise ModeclipError("evaluate: bounds are of a mixture's experts; give a bundle that has a finished expert")
-    return list(found.values())
+    return [*found.values(), *chosen]
+
+
+def make_bounds(experts: Sequence[str], *, prefix: str = "", samples: int | None = None) -> list[System]:
+    """Return the best single expert and the oracle of some experts; nothing where there are none.
+
+    Args:
+        experts: Names of their systems; of equal ones the labels choose the first.
+        prefix: What stands before `BEST_SINGLE` and `ORACLE`.
+        samples: What the experts cost together.
+    """
+    return [
+        System(name=f"{prefix}{bound}", kind="bound", chosen_among=tuple(experts), per_task=per_task, samples=samples)
+        for bound, per_task in ((BEST_SINGLE, False), (ORACLE, True))
+        if experts
+    ]
 
 
 def _open_member(name: str, bundle: Bundle, member: str) -> System:
     folders = {SEED: SEED} | {expert.name: expert.folder for expert in bundle.experts}
     if member not in folders:
         raise unknown(f"expert of {bundle.path}", member, folders)
-    source = bundle.model_ref(folders[member], name)
-    return System(name=name, sources=(source,), templates=bundle.routing.templates)
+    kind = "seed" if member == SEED else "expert"
+    models = (bundle.model_ref(folders[member], name),)
+    return System(name=name, models=models, kind=kind, templates=bundle.routing.templates)
 
 
-def _open_mixture(name: str, bundle: Bundle, cache: FeatureCache, request: RouteRequest) -> System:
-    folders = [expert.folder for expert in bundle.experts]
-    source_of = {folder: bundle.model_ref(folder) for folder in set(folders)}
-    per_image = bundle.encoder.partition(":")[0] in IMAGE_PREFIXES
-    encoder = None if per_image else CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache)
-    return System(
-        name=name,
-        sources=tuple(source_of[folder] for folder in folders),
-        mixture=Mixture(bundle=bundle, router=ClusterRouter(bundle, encoder), request=request),
-        templates=bundle.routing.templates,
-    )
+def _router_of(bundle: Bundle, cache: FeatureCache) -> ClusterRouter:
+    """Return a bundle's router, which keeps the vectors of class names in a cache."""
+    router = ClusterRouter(bundle)
+    if router.per_image:
+        return router
+    return ClusterRouter(bundle, CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache))
 
 
 def _is_bundle(place: str) -> bool:
@@ -212,7 +266,7 @@ def _is_bundle(place: str) -> bool:
 
 
 def _is_named(spec: str) -> bool:
-    """Whether a specification starts with a name of its own; a folder whose name has ``=`` in it is none."""
+    """Whether a specification starts with a name of its own; the ``=`` may also be part of a folder's name."""
     return "=" in spec and not Path(spec.partition("#")[0]).exists()
 
 
@@ -239,3 +293,118 @@ def _names(specs: Sequence[str]) -> list[str]:
 
 def _ends_alike(spec: str, end: Sequence[str]) -> bool:
     return [part for part in spec.split("/") if part][-len(end) :] == list(end)
+
+
+# ---------------------------------------------------------------- from the models of a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A finished model of a run, and what it cost."""
+
+    name: str
+    """``seed``, ``dense``, ``dense-total``, ``expert-0``, ``random-0``..."""
+    role: Role
+    """What it is for."""
+    folder: Path
+    """Its open_clip folder."""
+    samples: int
+    """Samples that its own training has seen, without those of the model that it continues."""
+    start: Path | None = None
+    """Folder of the model that it continues."""
+
+    @classmethod
+    def of(cls, job: TrainJob) -> TrainedModel | None:
+        """Return the model of a job, or None while it is not finished."""
+        result = TrainResult.read(job)
+        if result is None:
+            return None
+        start = None if job.start_from is None else Path(job.start_from).resolve()
+        return cls(name=job.name, role=job.role, folder=Path(job.folder).resolve(), samples=result.samples, start=start)
+
+    @classmethod
+    def given(cls, folder: Path) -> TrainedModel:
+        """Return a seed that was given; its own training counts as far as its folder tells of it."""
+        result = None
+        if (folder / "job.json").is_file():
+            result = TrainResult.read(replace(TrainJob.load(folder / "job.json"), folder=str(folder)))
+        samples = 0 if result is None else result.samples
+        return cls(name=job_name("seed"), role="seed", folder=folder.resolve(), samples=samples)
+
+
+def run_systems(
+    models: Sequence[TrainedModel],
+    clusters: Clustering,
+    encoder: str,
+    config: RoutingConfig,
+    cache: FeatureCache,
+    *,
+    one_step: Clustering | None = None,
+) -> list[System]:
+    """Return the systems of a run's table, in its order: single models, bounds, the mixture under every rule, controls.
+
+    Args:
+        models: The seed, which stands in for missing experts, and any others. A control with a model missing is left
+            out.
+        clusters: Fine centres and whose they are.
+        encoder: Encoder that the captions were clustered with.
+        config: Rule, temperature and templates of the bundle; its rule decides which mixture is the default.
+        cache: Where the vectors of class names are kept.
+        one_step: Centres of OneStep-n, by which it is routed too; None: it is only averaged.
+    """
+    names = CachedEncoder(encoder, clusters.fine_centers.shape[1], cache)
+    ordered = sorted(
+        models, key=lambda model: (model.role != "seed", model.role in {"expert", "prior"}, len(model.name))
+    )
+    ref_of = {model.name: ModelRef.of(model.name, model.folder) for model in ordered}
+    known = {model.name: model for model in ordered}
+
+    def weighed(
+        name: str, kind: str, role: Role, rule: str, clusters: Clustering | None, default: bool = False
+    ) -> System:
+        """Return K models of a role with a router; without clusters they have equal weights."""
+        members = [known.get(job_name(role, k), known[job_name("seed")]) for k in range(num_experts)]
+        return System(
+            name=f"{name}@{rule}",
+            models=tuple(replace(ref_of[m.name], name=job_name(role, k)) for k, m in enumerate(members)),
+            router=None if clusters is None else ClusterRouter(clusters, names),
+            request=RouteRequest(rule=rule, temperature=config.temperature_of(rule)),
+            kind=kind,
+            samples=count_samples(members, models),
+            templates=config.templates,
+            is_default=default,
+        )
+
+    num_experts = clusters.num_experts
+    singles = [
+        System(
+            name=model.name,
+            models=(ref_of[model.name],),
+            kind={"seed": "seed", "expert": "expert", "prior": "expert"}.get(model.role, "dense"),
+            samples=count_samples([model], models),
+            templates=config.templates,
+        )
+        for model in ordered
+        if model.role not in CONTROL_TITLES
+    ]
+    mixtures = [weighed("mixture", "mixture", "expert", rule, clusters, rule == config.rule) for rule in RULES]
+    bounds = make_bounds([one.name for one in singles if one.kind == "expert"], samples=mixtures[0].samples)
+    controls = []
+    for role, title in CONTROL_TITLES.items():
+        if all(job_name(role, k) in known for k in range(num_experts)):
+            if role == "one-step" and one_step is not None and config.rule != "uniform":
+                controls.append(weighed(f"{title}-{num_experts}", "control", role, config.rule, one_step))
+            controls.append(weighed(f"{title}-{num_experts}", "control", role, "uniform", None))
+    return [*singles, *bounds, *mixtures, *controls]
+
+
+def count_samples(used: Sequence[TrainedModel], models: Sequence[TrainedModel]) -> int:
+    """Return the samples that training some models has taken, each model that they continue counted once."""
+    model_of_folder = {model.folder: model for model in models}
+    counted: dict[str, int] = {}
+    for first in used:
+        model: TrainedModel | None = first
+        while model is not None and model.name not in counted:
+            counted[model.name] = model.samples
+            model = None if model.start is None else model_of_folder.get(model.start)
+    return sum(counted.values())

@@ -160,9 +160,7 @@ class Bundle:
     @cached_property
     def clustering(self) -> str:
         """Hash of the fine centres and of whose they are, in hexadecimal digits."""
-        digest = sha256(np.ascontiguousarray(self.fine_centers).tobytes())
-        digest.update(np.ascontiguousarray(self.expert_of_fine).tobytes())
-        return digest.hexdigest()[:16]
+        return hash_clusters(self.fine_centers, self.expert_of_fine)
 
     @cached_property
     def models(self) -> tuple[ModelRef, ...]:
@@ -187,6 +185,13 @@ class Bundle:
         """Return the SHA-256 that the weights in one of its folders must have."""
         hashes: Mapping[str, str] = self.manifest["sha256"]
         return hashes.get(f"{folder}/{WEIGHTS_FILE}")
+
+
+def hash_clusters(fine_centers: Float[np.ndarray, "M D"], expert_of_fine: Int[np.ndarray, " M"]) -> str:
+    """Return a hash of fine centres and of whose they are, in hexadecimal digits."""
+    digest = sha256(np.ascontiguousarray(fine_centers).tobytes())
+    digest.update(np.ascontiguousarray(expert_of_fine).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_bundle(source: str | Path) -> Bundle:
