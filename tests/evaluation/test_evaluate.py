@@ -209,7 +209,7 @@ def test_second_evaluation_runs_no_model(
         cache = FeatureCache(folder)
         again = evaluate(open_systems(specs, cache), tasks, EvaluateConfig(), cache)
     assert not ran
-    assert len(cache.models) == 0
+    assert len(cache.pool) == 0
     for one, other in zip(results, again, strict=True):
         assert one.outcome.metrics == other.outcome.metrics
         assert json.dumps(one.provenance) == json.dumps(other.provenance)
@@ -245,7 +245,7 @@ def test_expert_without_weight_is_not_run(small_run: Path, tasks: list[Task]) ->
     assert sorted(weights) == [0, 1]
     with counting() as ran:
         [result] = evaluate([system], tasks[:1], EvaluateConfig(), cache)
-    assert len(cache.models) == 1
+    assert len(cache.pool) == 1
     assert sum(count for kind, count in ran if kind == "VisionTransformer") == len(tasks[0].images)
     expert = small_run / "bundle" / f"expert-{weights.argmax()}"
     assert np.array_equal(result.outcome.prediction, by_hand(expert, tasks[0]).argmax(1))
@@ -263,7 +263,7 @@ def test_experts_that_are_the_seed_are_run_once(small_run: Path, tasks: list[Tas
     cache = FeatureCache()
     mixture, seed = open_systems([f"{run}/bundle", f"{run}/bundle#seed"], cache)
     one, other = evaluate([mixture, seed], tasks[:1], EvaluateConfig(), cache)
-    assert len(cache.models) == 1
+    assert len(cache.pool) == 1
     assert np.array_equal(one.outcome.prediction, other.outcome.prediction)
 
 

@@ -32,7 +32,7 @@ Tasks = Annotated[
     tuple[str, ...],
     arg(help="Folders, tables, catalogs, or names of published tasks and groups (tasks26, robustness); NAME=PATH."),
 ]
-Folder = Positional[Annotated[Path, arg(help="Folder that `modeclip evaluate --out` wrote.")]]
+Folder = Positional[Annotated[Path, arg(help="Run, or folder that `modeclip evaluate --out` wrote.")]]
 Results = Positional[
     Annotated[
         tuple[Path, ...],
@@ -147,8 +147,12 @@ def evaluate(
 def compare(
     first: Folder,
     second: Folder,
-    first_system: Annotated[str | None, arg(help="Model in the first folder, if it has several.")] = None,
-    second_system: Annotated[str | None, arg(help="Model in the second folder, if it has several.")] = None,
+    first_system: Annotated[
+        str | None, arg(help="Model in the first folder; default: its only one, or a run's mixture.")
+    ] = None,
+    second_system: Annotated[
+        str | None, arg(help="Model in the second folder; default: its only one, or a run's mixture.")
+    ] = None,
     *,
     as_json: AsJson = False,
 ) -> None:
