@@ -1,10 +1,10 @@
-"""Weights of `per_class` for many texts against the formula written out in NumPy, the same run, interleaved.
+"""How fast `per_class` weighs many texts, beside the formula written out in NumPy.
 
 Usage: python benchmarks/routing.py [--texts 100000] [--fine 1024 8192] [--rounds 3]
 
-The peer computes all squared distances in float64, the softmax over the centres and the sums of each expert, in chunks
-of the same number of texts. Prints seconds per million texts of both (best of the rounds), their ratio, and the largest
-difference of a weight.
+Both run in turns in one process. The peer computes all squared distances in float64, the softmax over the centres and
+the sums of each expert, 4096 texts at a time. For both it prints the seconds per million texts (best of the rounds),
+then their ratio and the largest difference of a weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIMENSION, EXPERTS, CHUNK = 384, 4, 4096
 
 
 def written_out(texts: np.ndarray, centers: np.ndarray, expert_of_fine: np.ndarray, temperature: float) -> np.ndarray:
-    """Return the weights by the formula."""
+    """Return the weights by the formula, without any trick."""
     member = np.eye(EXPERTS)[expert_of_fine]
     wide, weights = centers.astype(np.float64), []
     for start in range(0, len(texts), CHUNK):

@@ -105,6 +105,11 @@ def test_text_that_is_no_class_stays_with_the_experts_of_the_task(four: Path) ->
     own = mode.route_queries(["a red umbrella"], rule="per_class")[0, task.active]
     vector = task.encode_text(["a red umbrella"])[0].detach().reshape(2, -1).norm(dim=1)
     np.testing.assert_allclose(vector, own / own.sum(), atol=1e-5)
+    # Whatever else is in its batch, also where the whole mixture has the budget.
+    task = MoDE.load(four, max_experts=2).task(CLASSES, rule="per_class")
+    for neighbour in word_list(four):
+        beside = task.encode_text(["a red umbrella", neighbour])[0].detach().reshape(2, -1).norm(dim=1)
+        np.testing.assert_allclose(beside, vector, atol=1e-5)
 
 
 def test_no_more_experts_in_memory_than_the_budget_whatever_tasks_are_open(

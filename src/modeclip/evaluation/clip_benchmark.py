@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _mend_accuracy() -> None:
-    """Put a function in the place of CLIP_benchmark's accuracy where NumPy refuses what that one does.
+    """Replace CLIP_benchmark's accuracy by our own where the installed NumPy refuses what it does.
 
     Version 1.6 makes numbers of arrays of one element, which is an error since NumPy 2.4.
     """
@@ -203,7 +203,7 @@ def _is_ours(arguments: list[str]) -> bool:
 
 
 def _with_rule(arguments: list[str]) -> list[str]:
-    """Name the bundle's own rule where CLIP_benchmark's default would be weights of another model."""
+    """Ask for the bundle's own rule if none is given; CLIP_benchmark's default is the weights of another model."""
     has_rule = any(word.split("=")[0] in ("--pretrained", "--pretrained_model") for word in arguments)
     if not _is_ours(arguments) or has_rule:
         return arguments
@@ -211,7 +211,7 @@ def _with_rule(arguments: list[str]) -> list[str]:
 
 
 def _with_output(arguments: list[str]) -> list[str]:
-    """Name the JSON where CLIP_benchmark's default name, which holds that of the model, would be a path."""
+    """Name the result file if no name is given; CLIP_benchmark's default contains the model's, here a path."""
     has_output = any(word.split("=")[0] == "--output" for word in arguments)
     if not _is_ours(arguments) or has_output or "--model" not in arguments:
         return arguments

@@ -81,20 +81,21 @@ class RoutedClip(nn.Module):
         num_experts = len(self.refs)
         shares = np.full((1, num_experts), 1 / num_experts) if route.per_image else route.class_weights
         self.active = np.flatnonzero((shares > 0).any(axis=0))
-        self._scales = [logit_scale_of(route.bundle.model_folder(int(expert))) for expert in self.active.tolist()]
+        self._experts: list[int] = self.active.tolist()
+        self._scales = [logit_scale_of(route.bundle.model_folder(int(expert))) for expert in self._experts]
         self.logit_scale: Tensor
         scale = torch.tensor(shares[:, self.active].mean(axis=0) @ self._scales)
         self.register_buffer("logit_scale", scale.float().log())
 
     @cached_property
     def preprocess(self) -> Any:
-        """The transform of the experts: PIL image to (3, H, W) float32."""
-        return self._clip(int(self.active[0])).preprocess
+        """Transform of the experts, from a PIL image to (3, H, W) float32."""
+        return self._first.preprocess
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the experts: a list of texts to (B, context_length) token ids."""
-        return self._clip(int(self.active[0])).tokenizer
+        """Tokenizer of the experts, from a list of texts to (B, context_length) token ids."""
+        return self._first.tokenizer
 
     @property
     def weights(self) -> Float[np.ndarray, "... K"]:
@@ -124,11 +125,11 @@ class RoutedClip(nn.Module):
             (B, D * active experts): concat(v_c), or concat(p_c v_c); one number more if normalised.
         """
         if not self.route.per_image:
-            return _plain([encode_image(self._model(expert), images) for expert in self.active.tolist()], normalize)
+            return _plain([encode_image(self._model(expert), images) for expert in self._experts], normalize)
         if weights is None:
-            weights = self.route.weigh_images(_pictures(images, self._clip(int(self.active[0])).model.visual))
+            weights = self.route.weigh_images(_pictures(images, self._first.model.visual))
         features = []
-        for expert in self.active.tolist():
+        for expert in self._experts:
             rows = torch.from_numpy(weights[:, expert] > 0).to(images.device)
             part = images.new_zeros(len(images), self._dimension)
             if rows.any():
@@ -156,7 +157,7 @@ class RoutedClip(nn.Module):
             (B, D * active experts): concat(p_c u_c); one number more if normalised.
         """
         tokens = text if isinstance(text, Tensor) else self.tokenizer(list(text)).to(self.logit_scale.device)
-        features = [encode_text(self._model(expert), tokens) for expert in self.active.tolist()]
+        features = [encode_text(self._model(expert), tokens) for expert in self._experts]
         if self.route.per_image:
             weights = None
         elif weights is None:
@@ -187,7 +188,7 @@ class RoutedClip(nn.Module):
         """
         if mix not in MIXES:
             raise unknown("mix", mix, MIXES)
-        first, weights = self._clip(int(self.active[0])), None
+        first, weights = self._first, None
         if isinstance(images, Tensor):
             batch, pictures = images, []
         else:
@@ -214,6 +215,11 @@ class RoutedClip(nn.Module):
         """Return an expert on this task's device, with weights of its type, loaded if it is not in memory."""
         return self.pool.get(self.refs[expert], device=self.logit_scale.device, dtype=self.logit_scale.dtype)
 
+    @property
+    def _first(self) -> Clip:
+        """One of the experts, for what they all share."""
+        return self._clip(self._experts[0])
+
     def _model(self, expert: int) -> nn.Module:
         model: nn.Module = self._clip(expert).model
         return model
@@ -221,7 +227,7 @@ class RoutedClip(nn.Module):
     @cached_property
     def _dimension(self) -> int:
         """Length of one expert's vectors."""
-        return int(self._clip(int(self.active[0])).config["model_cfg"]["embed_dim"])
+        return int(self._first.config["model_cfg"]["embed_dim"])
 
     def _on_text_side(self, features: list[Tensor], weights: np.ndarray | None, normalize: bool) -> Tensor:
         return (
@@ -234,7 +240,7 @@ class RoutedClip(nn.Module):
 
     def _class_vectors(self) -> list[Tensor]:
         """Return the vectors of the classes by each active expert, (L, D)."""
-        return [self._class_features(expert) for expert in self.active.tolist()]
+        return [self._class_features(expert) for expert in self._experts]
 
     def _class_features(self, expert: int) -> Tensor:
         clip = self._clip(expert)
@@ -247,7 +253,7 @@ class RoutedClip(nn.Module):
     def _log_probabilities(self, images: Tensor, weights: Float[np.ndarray, "K ..."]) -> Tensor:
         """Return the weighted sums of the experts' log-probabilities: (B, L); weights are (K, L) or (K, B, 1)."""
         total = torch.zeros((), device=images.device)
-        for expert, scale, words in zip(self.active.tolist(), self._scales, self._words, strict=True):
+        for expert, scale, words in zip(self._experts, self._scales, self._words, strict=True):
             cosines = encode_image(self._model(expert), images) @ words.T
             shares = torch.from_numpy(np.array(weights[expert])).to(cosines)
             total = total + shares * (scale * cosines).log_softmax(dim=-1)
