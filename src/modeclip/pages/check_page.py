@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from jaxtyping import Int
 from modeclip.data.catalog import Catalog
 from modeclip.data.checks import CheckResult, format_share
 from modeclip.data.images import cause_of, decode_image, strict_pillow
-from modeclip.data.samples import EMPTY, Sample
+from modeclip.data.samples import EMPTY
 from modeclip.pages.charts import draw_bins
 from modeclip.pages.html import INK, PAPER, RULE, SOFT, WARN, embed_picture, encode_png, is_small, write_page
 from modeclip.system.files import write_atomically, writing
@@ -59,18 +60,16 @@ def draw_rows(catalog: Catalog, count: int = SHEET_PAIRS, seed: int = 0) -> Int[
 
 def read_tiles(catalog: Catalog, rows: Int[np.ndarray, " n"]) -> list[Tile]:
     """Read and decode pairs in the order of ``rows``. A tile says why its image cannot be decoded."""
-    columns = ("key", "caption", "image", "path", "offset", "size")
-    values = (column.tolist() for column in catalog.read(columns, rows).values())
     tiles = []
     with strict_pillow():
-        for row, key, caption, image, path, offset, size in zip(rows.tolist(), *values, strict=True):
+        for row, pair in zip(rows.tolist(), chain.from_iterable(catalog.samples(rows)), strict=True):
             picture = None
             try:
-                data = Sample(key, caption, image, path, offset, size).read()
+                data = pair.read()
                 picture, cause = (decode_image(data), "") if data else (None, EMPTY)
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
                 cause = cause_of(error)
-            tiles.append(Tile(row=row, key=key, caption=caption or "", image=picture, cause=cause))
+            tiles.append(Tile(row=row, key=pair.key, caption=pair.caption, image=picture, cause=cause))
     return tiles
 
 

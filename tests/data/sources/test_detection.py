@@ -71,7 +71,7 @@ def test_the_kind_of_a_source_is_seen_from_what_is_there(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "data.source 'nowhere' does not exist: expected the word icons or iconify, a folder of images"),
+        ("nowhere", "data.source 'nowhere' does not exist: expected the word icons, the word iconify"),
         ("nowhere.csv", "data.source 'nowhere.csv': none of 1 table file exists"),
         ("a.tar::b.csv", "data.source 'a.tar::b.csv' joins what is not of one kind: expected"),
         ("nowhere://bucket/0/", "is an address of an unknown kind: expected s3://"),
@@ -84,26 +84,6 @@ def test_what_is_no_source_says_what_is_one(source, message, monkeypatch: pytest
         read(source)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_keys": " ; "}, r"data\.image_keys: expected suffixes such as 'a;b', got ' ; '"),
-        ({"caption_keys": ""}, r"data\.caption_keys: expected suffixes"),
-        ({"holdout_fraction": 1.0}, r"data\.holdout_fraction: expected a number in \[0, 1\), got 1\.0"),
-        ({"max_skipped_fraction": 1.5}, r"data\.max_skipped_fraction: expected a number in \[0, 1\], got 1\.5"),
-        ({"image_size": 0}, r"data\.image_size: expected 1 or more, got 0"),
-        ({"separator": "tab"}, r"data\.separator: expected one character, got 'tab'"),
-        ({"workers": 0}, r"data\.workers: expected 1 or more, got 0"),
-        ({"class_template": "a photo"}, r"data\.class_template: expected one \{\} for the class, got 'a photo'"),
-        ({"caption_field": " "}, r"data\.caption_field: expected a name, got ' '"),
-        ({"tasks": ("a",), "holdout_fraction": 0.1}, r"data\.tasks and data\.holdout_fraction exclude each other"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(options, message):
-    with pytest.raises(ModeclipError, match=message):
-        DataConfig.from_flat({"source": "icons", **options})
 
 
 # ---------------------------------------------------------------- folders

@@ -44,11 +44,7 @@ KINDS = (
     tables.CSV,
 )
 """Every kind of source, in the order in which they are tried."""
-EXPECTED = (
-    "expected the word icons or iconify, a folder of images with same-named .txt files or of class folders,"
-    " .csv, .tsv or .parquet files, a Hugging Face dataset on disk, or tar shards (data/{000..009}.tar,"
-    " a.tar::b.tar, a folder of .tar files)"
-)
+EXPECTED = f"expected {', '.join(kind.expected for kind in KINDS[:-1])}, or {KINDS[-1].expected}"
 
 
 def detect(config: DataConfig) -> SourceKind:
@@ -90,8 +86,8 @@ def open_task(config: DataConfig, task: str) -> DataSource:
     Raises:
         ModeclipError: There is no such set or folder.
     """
-    kind = next((kind for kind in KINDS if kind.is_named(config.source)), None)
-    return ((kind and kind.open_task) or open_classes)(config, task)
+    openers = (kind.open_task for kind in KINDS if kind.open_task is not None and kind.is_named(config.source))
+    return next(openers, open_classes)(config, task)
 
 
 def source_state(config: DataConfig, source: DataSource) -> list[str]:

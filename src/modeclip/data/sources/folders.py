@@ -215,5 +215,15 @@ def _is_folder(config: SourceConfig, folder: Listing) -> bool:
     return not has_table or has_captions(config.source, config.options(FileOptions))
 
 
-IMG2DATASET = SourceKind(name="img2dataset", open=open_img2dataset, fits_folder=_is_img2dataset)
-FOLDER = SourceKind(name="folder", open=open_folder, fits_folder=_is_folder)
+IMG2DATASET = SourceKind(
+    name="img2dataset",
+    expected="what img2dataset wrote",
+    open=open_img2dataset,
+    fits_folder=_is_img2dataset,
+)
+FOLDER = SourceKind(
+    name="folder",
+    expected="a folder of images with same-named .txt files or of class folders",
+    open=open_folder,
+    fits_folder=_is_folder,
+)

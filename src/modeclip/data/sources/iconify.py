@@ -249,4 +249,11 @@ def _fetch(folder: Path) -> None:
             (Path(place) / "package").rename(folder)
 
 
-ICONIFY = SourceKind(name="iconify", open=open_iconify, word="iconify", takes_folder=True, open_task=open_iconify)
+ICONIFY = SourceKind(
+    name="iconify",
+    expected="the word iconify",
+    open=open_iconify,
+    word="iconify",
+    takes_folder=True,
+    open_task=open_iconify,
+)

@@ -304,4 +304,4 @@ def _not_installed(name: str, distribution: str) -> ModeclipError:
     )
 
 
-ICONS = SourceKind(name="icons", open=open_icons, word="icons", open_task=open_icons)
+ICONS = SourceKind(name="icons", expected="the word icons", open=open_icons, word="icons", open_task=open_icons)

@@ -8,7 +8,7 @@ groups, ``DataConfig.flat`` does the reverse.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
@@ -93,7 +93,7 @@ class DataConfig:
             ModeclipError: A name is unknown.
         """
         group_of = {each.name: name for name, group in GROUPS.items() for each in fields(group)}
-        known = DataConfig(source="any").flat()
+        known = _DEFAULTS.flat()
         found: dict[str, Any] = {}
         for name, value in options.items():
             if name not in known:
@@ -103,10 +103,6 @@ class DataConfig:
         return found
 
 
-GROUPS: dict[str, type[Any]] = {
-    "tables": TableOptions,
-    "files": FileOptions,
-    "icons": IconOptions,
-    "iconify": IconifyOptions,
-}
-"""The groups of options, by their fields of ``DataConfig``."""
+_DEFAULTS = DataConfig(source="any")
+GROUPS: dict[str, type[Any]] = {name: type(value) for name, value in vars(_DEFAULTS).items() if is_dataclass(value)}
+"""The class of each group of options, by its field of ``DataConfig``."""

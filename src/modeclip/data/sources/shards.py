@@ -373,6 +373,7 @@ def _parse_pax(data: bytes, position: int) -> dict[str, str]:
 
 SHARDS = SourceKind(
     name="shards",
+    expected="tar shards (data/{000..009}.tar, a.tar::b.tar, a folder of .tar files)",
     open=open_shards,
     fits_file=lambda name: re.search(r"\.(tar|tgz|tar\.\w+)$", name.lower()) is not None,
     fits_folder=lambda _, folder: any(name.endswith(".tar") for name in folder.files),

@@ -88,6 +88,8 @@ class SourceKind:
 
     name: str
     """What the kind is called where kinds are listed."""
+    expected: str
+    """How a user names such a source, for the error about one that is of no kind."""
     open: Callable[[SourceConfig], DataSource]
     """Opens the source, or raises ``ModeclipError``."""
     word: str = ""

@@ -704,15 +704,22 @@ def _is_dataset(_: SourceConfig, folder: Listing) -> bool:
     return "dataset_dict.json" in folder.files or {"state.json", "dataset_info.json"} <= set(folder.files)
 
 
-HUGGINGFACE = SourceKind(name="huggingface", open=open_huggingface, fits_folder=_is_dataset)
+HUGGINGFACE = SourceKind(
+    name="huggingface",
+    expected="a Hugging Face dataset on disk",
+    open=open_huggingface,
+    fits_folder=_is_dataset,
+)
 PARQUET = SourceKind(
     name="parquet",
+    expected=".parquet files",
     open=open_parquet,
     fits_file=lambda name: name.lower().endswith(".parquet"),
     fits_folder=lambda _, folder: any(name.endswith(".parquet") for name in folder.files),
 )
 CSV = SourceKind(
     name="table",
+    expected=".csv or .tsv files",
     open=open_csv,
     fits_file=lambda name: name.lower().endswith(CSV_SUFFIXES),
     fits_folder=lambda _, folder: any(name.lower().endswith(CSV_SUFFIXES) for name in folder.files),
