@@ -46,10 +46,9 @@ from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
 from modeclip.evaluation.systems import BEST_SINGLE, ORACLE, System, Weights
 from modeclip.mixture.bundle import RoutingConfig
-from modeclip.mixture.routed_clip import logit_scale_of
 from modeclip.mixture.router import ClusterRouter
 from modeclip.mixture.rules import MIXES, Mix, entropy, route
-from modeclip.models.clip import resolve_precision
+from modeclip.models.clip import logit_scale_of, resolve_precision
 from modeclip.models.feature_cache import FeatureCache, hash_texts
 from modeclip.models.features import image_features, missing_images, prompt_features, text_features
 from modeclip.models.pool import ModelRef

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.explain import ClassReason
 from modeclip.mixture.router import Route
 from modeclip.mixture.rules import MIXES, reweigh
-from modeclip.models.clip import WEIGHTS_FILE, Clip, encode_image, encode_text
+from modeclip.models.clip import Clip, encode_image, encode_text, logit_scale_of
 from modeclip.models.features import class_features
 from modeclip.models.pool import ModelPool
 
@@ -299,21 +298,6 @@ def _weighted(features: Sequence[Tensor], weights: Float[np.ndarray, "B k"], nor
     if normalize:
         parts.append((1 - p.square().sum(dim=-1, keepdim=True)).clamp(min=0).sqrt())
     return torch.cat(parts, dim=-1)
-
-
-def logit_scale_of(folder: Path) -> float:
-    """Return exp(logit scale) of a model folder, reading nothing else of its weights.
-
-    Raises:
-        ModeclipError: The file with the weights is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            return float(file.get_tensor("logit_scale").float().exp())
-    except (SafetensorError, OSError) as error:
-        raise ModeclipError(f"model {folder}: {WEIGHTS_FILE} cannot be read ({error}); get the model again") from None
 
 
 def _pictures(images: Tensor, tower: Any) -> list[Image]:

@@ -258,6 +258,21 @@ def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
     return parity
 
 
+def logit_scale_of(folder: Path) -> float:
+    """Return exp(logit scale) of a model folder, reading nothing else of its weights.
+
+    Raises:
+        ModeclipError: The file with the weights is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            return float(file.get_tensor("logit_scale").float().exp())
+    except (SafetensorError, OSError) as error:
+        raise ModeclipError(f"model {folder}: {WEIGHTS_FILE} cannot be read ({error}); get the model again") from None
+
+
 def encode_image(model: Any, images: Tensor) -> Tensor:
     """Encode (B, 3, H, W) images into (B, D) unit vectors."""
     features: Tensor = model.encode_image(images, normalize=True)
