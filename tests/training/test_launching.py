@@ -113,6 +113,7 @@ def test_a_users_mistake_is_its_own_line_and_stops_the_others_if_asked(catalog: 
         run_jobs([wrong], 1)
 
 
+@pytest.mark.slow
 def test_commands_do_what_the_processes_do(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each printed line is given to a shell, in another folder; then there is nothing left to do."""
     seed = make_job(catalog, tmp_path / "models of a run" / "seed")

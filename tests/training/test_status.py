@@ -6,9 +6,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +14,8 @@ from rich.console import Console
 
 from modeclip.errors import ModeclipError
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, role_of
-from modeclip.training.status import board_table, is_locked, job_status, read_log, status, watch
+from modeclip.training.status import JobStatus, board_table, is_locked, job_status, read_log, status, watch
+from modeclip.training.trainer import train
 
 CONFIG = TrainConfig(
     model="modeclip-icon-xxxs",
@@ -117,24 +115,29 @@ def test_a_folder_without_jobs(tmp_path: Path) -> None:
         status(tmp_path)
 
 
-def test_a_job_while_it_trains_and_after_it_was_stopped(icons_catalog: Path, tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", catalog=str(icons_catalog), first_step=0, last_step=4000)
-    process = subprocess.Popen([sys.executable, "-m", "modeclip.training.trainer", str(tmp_path / "job" / "job.json")])
-    try:
-        deadline, seen = time.monotonic() + 120, set[str]()
-        while not ((row := job_status(job)).state == "running" and row.step and row.checkpoint_age_seconds is not None):
-            seen.add(row.state)
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-        assert seen <= {"waiting", "running"}
-        assert row.samples_per_second
-        assert row.seconds_left
-        assert 0 < row.share < 1
-        assert row.checkpoint_age_seconds < 60
-        process.send_signal(signal.SIGTERM)
-        rows = watch(lambda: status(tmp_path / "job"), "live")  # ends by itself when nothing runs any more
-    finally:
-        process.kill()
-        process.wait()
-    assert rows[0].state == "stopped"
-    assert rows[0].step >= row.step
+def test_a_job_while_it_trains_and_after_it_was_stopped(
+    icons_catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path / "job", catalog=str(icons_catalog), first_step=0, last_step=100)
+    assert job_status(job).state == "waiting"
+    seen = list[JobStatus]()
+
+    def look(clip: object, step: int) -> bool:
+        del clip
+        seen.append(job_status(job))
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    with pytest.raises(SystemExit):
+        train(job, visit_every=1, visit=look)
+    assert [(row.state, row.step, row.share) for row in seen] == [("running", step, step / 100) for step in (1, 2, 3)]
+    running = seen[-1]
+    assert running.samples_per_second
+    assert running.seconds_left
+    assert running.checkpoint_age_seconds is not None
+    assert running.checkpoint_age_seconds < 60
+    monkeypatch.setattr("modeclip.training.status.REFRESH_SECONDS", 0.0)
+    before = iter([(running,), (running,)])
+    rows = watch(lambda: next(before, status(tmp_path / "job")), "live")  # ends by itself when nothing runs any more
+    assert (rows[0].state, rows[0].step) == ("stopped", 3)

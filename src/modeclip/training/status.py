@@ -161,7 +161,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def board_table(rows: Iterable[JobStatus], title: str) -> Table:
-    """Return the table of a board."""
+    """Return the table that `watch` shows."""
     table = Table(title=title, title_justify="left")
     for name in COLUMNS:
         left = name in {"model", "state", "note"}
@@ -173,11 +173,11 @@ def board_table(rows: Iterable[JobStatus], title: str) -> Table:
 
 
 def watch(read: Callable[[], tuple[JobStatus, ...]], title: str) -> tuple[JobStatus, ...]:
-    """Show the board until every job has ended, or none has run for a minute; return how they stand then.
+    """Show the jobs live until each has ended, or none has run for a minute; return their last status.
 
     Args:
-        read: Returns how the jobs stand now.
-        title: Of the table.
+        read: Returns the present status of the jobs.
+        title: Title of the table.
     """
     rows, idle_since = read(), time.monotonic()
     with Live(board_table(rows, title), console=console, auto_refresh=False) as live:
