@@ -109,7 +109,7 @@ def train_experts(
     if resume not in {"latest", "never"}:
         raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
     evaluate = RecipeEvaluateConfig(templates=template, rule=rule or RecipeEvaluateConfig().rule)
-    folder = RunFolder(folder=run, training=training, experts=experts, evaluation=evaluate)
+    folder = RunFolder(folder=run.resolve(), training=training, experts=experts, evaluation=evaluate)
     if not for_classes:
         folder.add_controls()
     jobs = folder.jobs_for_classes(for_classes, nearest) if for_classes else folder.jobs
