@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeclip.data.samples import EMPTY_CAPTION, NO_CAPTION, NOT_JSON, NOT_UTF8, Skipped
-from modeclip.data.sources.captions import CaptionRule, samples_of
+from modeclip.data.sources.captions import FileOptions, samples_of
 
 
 @given(st.text())
 def test_a_caption_is_the_text_without_the_space_around_it(text):
     expected = text.removeprefix("\ufeff").strip()
-    captions = CaptionRule().read(text.encode("utf-8", "ignore"), "txt", "k")
+    captions = FileOptions().read_captions(text.encode("utf-8", "ignore"), "txt", "k")
     if expected.encode("utf-8", "ignore").decode():
         assert captions == [expected.encode("utf-8", "ignore").decode()]
     else:
@@ -25,7 +25,7 @@ def test_a_caption_is_the_text_without_the_space_around_it(text):
 
 @given(st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip))
 def test_a_json_caption_is_its_field(text):
-    assert CaptionRule().read(json.dumps({"caption": text}).encode(), "json", "k") == [text.strip()]
+    assert FileOptions().read_captions(json.dumps({"caption": text}).encode(), "json", "k") == [text.strip()]
 
 
 @pytest.mark.parametrize(
@@ -45,34 +45,34 @@ def test_a_json_caption_is_its_field(text):
     ],
 )
 def test_what_is_no_caption_has_a_cause(data, suffix, cause):
-    skipped = CaptionRule().read(data, suffix, "the key")
+    skipped = FileOptions().read_captions(data, suffix, "the key")
     assert isinstance(skipped, Skipped)
     assert (skipped.key, skipped.cause) == ("the key", cause)
     assert suffix.rpartition(".")[2] in skipped.detail or cause == NOT_JSON
 
 
 @pytest.mark.parametrize(
-    ("content", "rule", "captions"),
+    ("content", "options", "captions"),
     [
-        ({"caption": ["one", " two ", "one", ""]}, CaptionRule(), ["one", "two"]),
-        ({"alt": "one", "caption": "two"}, CaptionRule(field="alt"), ["one"]),
-        ({"texts": [["alt", "one"], ["title", "two"], ["alt", "three"]]}, CaptionRule(), ["one", "two", "three"]),
+        ({"caption": ["one", " two ", "one", ""]}, FileOptions(), ["one", "two"]),
+        ({"alt": "one", "caption": "two"}, FileOptions(caption_field="alt"), ["one"]),
+        ({"texts": [["alt", "one"], ["title", "two"], ["alt", "three"]]}, FileOptions(), ["one", "two", "three"]),
         (
             {"texts": [["alt", "one"], ["title", "two"], ["alt", "three"]]},
-            CaptionRule(text_keys=frozenset({"alt"})),
+            FileOptions(text_keys="alt"),
             ["one", "three"],
         ),
-        ({"texts": [["alt", "one"]], "caption": "two"}, CaptionRule(), ["two"]),
+        ({"texts": [["alt", "one"]], "caption": "two"}, FileOptions(), ["two"]),
     ],
 )
-def test_a_json_file_may_hold_several_captions(content, rule, captions):
-    assert rule.read(json.dumps(content).encode(), "json", "k") == captions
+def test_a_json_file_may_hold_several_captions(content, options, captions):
+    assert options.read_captions(json.dumps(content).encode(), "json", "k") == captions
 
 
 def test_every_line_is_a_caption_where_that_is_asked_for():
     text = b"one cat\r\n\n two cats\none cat\n"
-    assert CaptionRule(lines=True).read(text, "txt", "k") == ["one cat", "two cats"]
-    assert CaptionRule().read(text, "txt", "k") == ["one cat\r\n\n two cats\none cat"]
+    assert FileOptions(caption_lines=True).read_captions(text, "txt", "k") == ["one cat", "two cats"]
+    assert FileOptions().read_captions(text, "txt", "k") == ["one cat\r\n\n two cats\none cat"]
 
 
 def test_captions_of_one_image_are_samples_with_numbered_keys():

@@ -55,40 +55,22 @@ class FileOptions:
         """Suffixes of captions, in lower case and without dots."""
         return split_keys(self.caption_keys)
 
-    @property
-    def caption_rule(self) -> CaptionRule:
-        """How captions are taken from text and JSON files."""
-        keys = frozenset(key.strip() for key in self.text_keys.split(";") if key.strip())
-        return CaptionRule(field=self.caption_field, text_keys=keys, lines=self.caption_lines)
-
     def class_caption(self, name: str) -> str:
         """Return the caption of an image of a class."""
         return fill(self.class_template, name.replace("_", " ").strip())
 
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionRule:
-    """How captions are taken from the bytes of a text or json file."""
-
-    field: str = "caption"
-    """json: the field that holds a caption, or a list of captions or of [key, text] pairs."""
-    text_keys: frozenset[str] = frozenset()
-    """json: keys of pairs that count; none means all."""
-    lines: bool = False
-    """Text: every line is a caption."""
-
-    def read(self, data: bytes, suffix: str, key: str) -> list[str] | Skipped:
-        """Return the captions of a file, at least one, none of them blank or there twice.
+    def read_captions(self, data: bytes, suffix: str, key: str) -> list[str] | Skipped:
+        """Return the captions in a text or JSON file: at least one, all different, none of them blank.
 
         Args:
             data: Contents of the file.
-            suffix: What its name ends in, without the dot; json decides how it is read.
-            key: Key of the pair, for the ``Skipped`` that is returned where there is no caption.
+            suffix: End of its name without the dot; it tells JSON from text.
+            key: Key of the pair, for the ``Skipped`` that is returned if there is no caption.
 
         Examples:
-            >>> CaptionRule().read(b'{"texts": [["alt", "a cat"], ["title", "Tom"]]}', "json", "7")
+            >>> FileOptions().read_captions(b'{"texts": [["alt", "a cat"], ["title", "Tom"]]}', "json", "7")
             ['a cat', 'Tom']
-            >>> CaptionRule().read(b"  ", "txt", "7").cause
+            >>> FileOptions().read_captions(b"  ", "txt", "7").cause
             'caption is empty'
         """
         try:
@@ -96,39 +78,43 @@ class CaptionRule:
         except UnicodeDecodeError as error:
             return Skipped(key, NOT_UTF8, f".{suffix}: {error.reason} at byte {error.start}")
         if suffix != "json" and not suffix.endswith(".json"):
-            return clean_captions(text.splitlines() if self.lines else [text]) or Skipped(
-                key, EMPTY_CAPTION, f".{suffix} holds no text"
-            )
+            lines = text.splitlines() if self.caption_lines else [text]
+            return clean_captions(lines) or Skipped(key, EMPTY_CAPTION, f".{suffix} holds no text")
+        field = self.caption_field
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             return Skipped(key, NOT_JSON, str(error))
-        value = fields.get(self.field, fields.get("texts")) if isinstance(fields, dict) else None
+        value = fields.get(field, fields.get("texts")) if isinstance(fields, dict) else None
         if not isinstance(value, str | list):
-            return Skipped(key, NO_CAPTION, f".{suffix} has no field {self.field!r} that holds text")
+            return Skipped(key, NO_CAPTION, f".{suffix} has no field {field!r} that holds text")
         texts = [value] if isinstance(value, str) else [text for item in value for text in self._texts(item)]
-        return clean_captions(texts) or Skipped(key, EMPTY_CAPTION, f".{suffix} has no text in {self.field!r}")
+        return clean_captions(texts) or Skipped(key, EMPTY_CAPTION, f".{suffix} has no text in {field!r}")
 
     def _texts(self, item: object) -> list[str]:
         match item:
             case str():
                 return [item]
-            case [str(key), str(text)] if not self.text_keys or key in self.text_keys:
+            case [str(key), str(text)] if not self._kept_texts or key in self._kept_texts:
                 return [text]
         return []
 
+    @cached_property
+    def _kept_texts(self) -> frozenset[str]:
+        return frozenset(key.strip() for key in self.text_keys.split(";") if key.strip())
+
 
 def clean_captions(texts: Iterable[str]) -> list[str]:
-    """Return the texts without the space around them, without blank ones and repeats."""
+    """Return the texts without surrounding space, blank texts and repeats."""
     return [text for text in dict.fromkeys(text.strip() for text in texts) if text]
 
 
 def samples_of(captions: Sequence[str], key: str, **where: Any) -> Iterator[Sample]:
-    """Yield a sample for every caption of an image; the second has the key "k#1", and so on.
+    """Yield a sample for each caption of an image, with the keys "k", "k#1", "k#2" and so on.
 
     Args:
         captions: The captions.
-        key: Key of the first.
+        key: Key of the first sample.
         where: The other fields of the samples.
     """
     for number, caption in enumerate(captions):

@@ -112,7 +112,6 @@ def read_folder(root: str, options: FileOptions, below: str = "") -> Iterator[Sa
         options: Suffixes of images and captions, and how captions are read.
         below: Sub-folder to read; all by default.
     """
-    rule = options.caption_rule
     for folder, name, names in _walk_images(join(root, below) if below else root, options.image_suffixes):
         group = "/".join(filter(None, (below, folder)))
         key = f"{group}/{name}" if group else name
@@ -122,7 +121,7 @@ def read_folder(root: str, options: FileOptions, below: str = "") -> Iterator[Sa
             continue
         place = join(root, group) if group else root
         try:
-            captions = rule.read(read_bytes(join(place, f"{stem}.{suffix}")), suffix, key)
+            captions = options.read_captions(read_bytes(join(place, f"{stem}.{suffix}")), suffix, key)
         except OSError as error:
             captions = Skipped(key, NO_CAPTION, str(error))
         if isinstance(captions, Skipped):
@@ -182,7 +181,11 @@ def _caption_suffix(image: str, names: frozenset[str], options: FileOptions) -> 
 
 
 def _walk_images(root: str, image_keys: Sequence[str]) -> Iterator[tuple[str, str, frozenset[str]]]:
-    """Yield (folder below the root, image name, all names in that folder), sorted by folder and name."""
+    """Yield (folder below the root, image name, all names in that folder), sorted by folder and name.
+
+    Raises:
+        ModeclipError: There is no image.
+    """
     others: Counter[str] = Counter()
     found = False
     for folder, names in walk(root):

@@ -152,7 +152,7 @@ def open_icons(config: SourceConfig, task: str = "") -> DataSource:
 
 
 def list_icons(name: str) -> list[str]:
-    """Return the files of a set, by their paths inside it, sorted.
+    """Return the paths of a set's files inside the set, sorted.
 
     Raises:
         ModeclipError: There is no such set, or its package is not installed.
@@ -165,7 +165,7 @@ def list_icons(name: str) -> list[str]:
 
 
 def read_icons(names: Sequence[str], image_size: int) -> Iterator[Sample | Skipped]:
-    """Yield the icons of several sets, set by set, as PNG images with their names as captions.
+    """Yield the icons of several sets, one set after the other, as PNG images with their names as captions.
 
     Args:
         names: Names of sets, each a key of ``ICON_SETS``.
@@ -183,7 +183,7 @@ def read_icons(names: Sequence[str], image_size: int) -> Iterator[Sample | Skipp
 
 
 def draw(svg: str, image_size: int) -> Drawing:
-    """Return an icon as a PNG image, or the cause for which it cannot be used."""
+    """Return an icon as a PNG image, or why it cannot be used."""
     try:
         image = render(svg, image_size)
     except ValueError as error:
@@ -203,13 +203,13 @@ def draw_many(svgs: Sequence[str], image_size: int) -> list[Drawing]:
 def usable(
     drawing: Drawing, key: str, captions: Sequence[str], seen: set[bytes], **where: Any
 ) -> Iterator[Sample | Skipped]:
-    """Yield a sample for each caption of an icon, unless its set has that pair already.
+    """Yield a sample for each caption of an icon, except for pairs that its set has already.
 
     Args:
         drawing: What ``draw`` returned.
         key: Key of the icon.
         captions: Its captions.
-        seen: Hashes of the pairs of the set so far; this one's are added.
+        seen: Hashes of the set's pairs so far; those of this icon are added.
         where: The other fields of the samples.
     """
     if isinstance(drawing, tuple):
@@ -229,7 +229,7 @@ def usable(
 
 
 def icon_caption(name: str, file: str) -> str:
-    """Return the caption of an icon of the set ``name`` that lies in ``file``.
+    """Return the caption of the icon in ``file`` of the set ``name``.
 
     Examples:
         >>> icon_caption("phosphor", "bold/arrow-left-bold.svg"), icon_caption("simple", "dot_net.svg")
@@ -242,7 +242,7 @@ def icon_caption(name: str, file: str) -> str:
 
 
 def render(svg: str, image_size: int) -> Image.Image:
-    """Draw an SVG in its own colours (black where it names none) on a white square, centred.
+    """Draw an SVG centred on a white square, in its own colours, or in black if it names none.
 
     Raises:
         ValueError: The renderer rejects the file.
@@ -278,7 +278,7 @@ def _read_set(name: str) -> Iterator[tuple[str, str]]:
 
 
 def find_set(name: str) -> Path:
-    """Return where the files of a set lie.
+    """Return the folder or zip archive with the files of a set.
 
     Raises:
         ModeclipError: There is no such set, or its package is not installed.

@@ -73,7 +73,7 @@ ADLER = 65521
 
 @dataclass(slots=True)
 class _Pair:
-    """What a shard holds of one sample: the best image and caption so far, each with its place in the list of keys."""
+    """The best image and caption that a shard has for one sample so far, by the order of the suffixes."""
 
     image: tuple[int, int, int] | None = None
     """Place of its suffix, offset in bytes, size in bytes."""
@@ -82,7 +82,7 @@ class _Pair:
 
 
 def list_shards(source: str) -> list[str]:
-    """Return the shard files that a source names, in its order (a folder's sorted by name)."""
+    """Return the shards that a source names, in its order; those of a folder are sorted by name."""
     if "::" not in source and is_folder(source):
         (folder,) = expand(source)
         return [join(folder, name) for name in list_folder(folder)[1] if name.endswith(".tar")]
@@ -125,7 +125,7 @@ def read_shard(shard: str, group: str, options: FileOptions, extra: pa.Schema) -
         options: Suffixes of images and captions, and how captions are read.
         extra: Columns to take from the Parquet file beside it, if any.
     """
-    rule, pairs, problem = options.caption_rule, dict[str, _Pair](), None
+    pairs, problem = dict[str, _Pair](), None
     try:
         _scan(Tar(shard), options, pairs)
     except (FileNotFoundError, NotADirectoryError):
@@ -150,7 +150,7 @@ def read_shard(shard: str, group: str, options: FileOptions, extra: pa.Schema) -
         elif pair.caption is None:
             yield Skipped(key, NO_CAPTION, f"{shard} has no {name}.{'/'.join(options.caption_suffixes)}")
         else:
-            captions = rule.read(pair.caption[1], options.caption_suffixes[pair.caption[0]], key)
+            captions = options.read_captions(pair.caption[1], options.caption_suffixes[pair.caption[0]], key)
             if isinstance(captions, Skipped):
                 yield captions
             else:
@@ -179,7 +179,7 @@ def _scan(tar: Tar, options: FileOptions, pairs: dict[str, _Pair]) -> None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a member's name at the first dot of its last part; the suffix in lower case, "" for hidden files.
+    """Split a member's name at the first dot of its last part; the suffix is in lower case, "" for hidden files.
 
     Examples:
         >>> split_name("./a.b/0001.Input.JPG"), split_name("a/._0001.jpg")
@@ -246,22 +246,22 @@ def _sidecar(shard: str) -> str:
 
 
 class DamagedTar(Exception):  # noqa: N818 (it says what is wrong with the file)
-    """The tar ends too early or holds what is no header."""
+    """The tar ends too early, or has something else where a header should be."""
 
 
 class CompressedTar(Exception):  # noqa: N818
-    """The tar is compressed, so that byte ranges of it cannot be read."""
+    """The tar is compressed, so its members cannot be read as byte ranges."""
 
 
 class Tar:
-    """One tar file, read from its start to its end."""
+    """A tar file that is read from its start to its end."""
 
     def __init__(self, path: str) -> None:
-        """Look at the first bytes.
+        """Look at the first bytes of a file.
 
         Raises:
             FileNotFoundError: There is no such file.
-            CompressedTar: It is compressed.
+            CompressedTar: The file is compressed.
         """
         self.path = path
         self.size = file_size(path)
@@ -271,7 +271,7 @@ class Tar:
             raise CompressedTar(f"{path} is compressed")
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return bytes of the file, from what has been read already if they lie there."""
+        """Return bytes of the file, from the buffer if it has them."""
         if offset >= self.size:  # an object store would call it an error
             return b""
         at = offset - self._start
@@ -283,10 +283,10 @@ class Tar:
         return self._buffer[at : at + size]
 
     def members(self) -> Iterator[tuple[str, int, int]]:
-        """Yield (name, offset, size) of the regular files in it.
+        """Yield (name, offset in bytes, size in bytes) of the regular files in the tar.
 
         Raises:
-            DamagedTar: It cannot be read to its end mark; what came before has been yielded.
+            DamagedTar: The tar cannot be read to its end mark. The members before the damage have been yielded.
         """
         position, extended = 0, dict[str, str]()
         while True:
@@ -319,7 +319,7 @@ class Tar:
 
 
 def _check_header(header: bytes, position: int) -> int:
-    """Return the size that a header gives, after comparing its checksum."""
+    """Return the size in a header after checking its checksum."""
     try:
         # The lower half of Adler-32 is one more than the sum of all bytes (modulo ADLER). The header holds that sum as
         # octal digits, with its own eight bytes taken for spaces.
@@ -351,7 +351,7 @@ def _text(field: bytes) -> str:
 
 
 def _parse_pax(data: bytes, position: int) -> dict[str, str]:
-    """Return the path, the size and whether a file is sparse from the records "length key=value" of a PAX header."""
+    """Return path, size and a mark of sparse files from a PAX header, whose records are "length key=value"."""
     found, at = dict[str, str](), 0
     try:
         while at < len(data) and data[at]:
