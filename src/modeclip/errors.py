@@ -51,6 +51,23 @@ def unknown(kind: str, got: str, known: Iterable[str], listed: str = "") -> Mode
     return ModeclipError(f"unknown {kind} {got!r}; known: {', '.join(names) or 'none'}")
 
 
+def check_least(stage: str, config: object, **least: float) -> None:
+    """Raise for the first field of a config that is less than it may be; a field that is None is left out.
+
+    Args:
+        stage: What the user calls the config, as in a recipe ("cluster").
+        config: The config.
+        **least: The least value of each field that is checked.
+
+    Raises:
+        ModeclipError: A field is less than that.
+    """
+    for name, value in least.items():
+        got = getattr(config, name)
+        if got is not None and got < value:
+            raise ModeclipError(f"{stage}.{name}: expected {value} or more, got {got}")
+
+
 def in_one_line(error: OSError) -> str:
     """Say what the operating system refused, of which file, and what to do.
 

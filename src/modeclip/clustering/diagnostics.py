@@ -32,7 +32,7 @@ from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embedd
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeReport, Negatives, measure_negatives
 from modeclip.data.catalog import Catalog
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, check_least
 from modeclip.system.console import log, progress
 from modeclip.system.files import write_atomically
 
@@ -67,9 +67,7 @@ class DiagnoseConfig:
             raise ModeclipError(f"diagnose: expected numbers of 1 or more, got {[*self.experts, *self.fine]}")
         if self.num_seeds < 0 or self.num_seeds == 1:
             raise ModeclipError(f"diagnose.num_seeds: expected 0, or 2 or more to compare, got {self.num_seeds}")
-        for name, least in (("num_samples", 2), ("batch_size", 2), ("num_batches", 0)):
-            if getattr(self, name) < least:
-                raise ModeclipError(f"diagnose.{name}: expected {least} or more, got {getattr(self, name)}")
+        check_least("diagnose", self, num_samples=2, batch_size=2, num_batches=0)
         if not 0 < self.threshold <= 1:
             raise ModeclipError(f"diagnose.threshold: expected a cosine in (0, 1], got {self.threshold}")
 

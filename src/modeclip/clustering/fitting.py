@@ -34,7 +34,7 @@ from modeclip.clustering.embedding import COLUMN, ROWS_AT_ONCE, check_finite, re
 from modeclip.clustering.kmeans import kmeans
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, check_least
 from modeclip.system.console import progress
 from modeclip.system.files import write_atomically
 
@@ -65,9 +65,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in (("num_fine", 1), ("num_experts", 1), ("num_iterations", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ModeclipError(f"cluster.{name}: expected {least} or more, got {getattr(self, name)}")
+        check_least("cluster", self, num_fine=1, num_experts=1, num_iterations=0, seed=0)
         for name in ("max_size_ratio", "max_expert_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not ratio >= 1:

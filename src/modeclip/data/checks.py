@@ -31,7 +31,7 @@ from jaxtyping import Bool, Int
 from modeclip.data.catalog import Catalog
 from modeclip.data.images import examine_all, strict_pillow
 from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE
-from modeclip.errors import ModeclipError
+from modeclip.errors import check_least
 from modeclip.system.console import progress
 from modeclip.system.paths import file_size
 
@@ -147,9 +147,7 @@ class CheckConfig:
     """Decides which images and pairs are drawn."""
 
     def __post_init__(self) -> None:
-        for name, least in (("decode_samples", 0), ("context_length", 3), ("short_characters", 0), ("threads", 1)):
-            if getattr(self, name) < least:
-                raise ModeclipError(f"check.{name}: expected {least} or more, got {getattr(self, name)}")
+        check_least("check", self, decode_samples=0, context_length=3, short_characters=0, threads=1)
 
 
 @dataclass(frozen=True, kw_only=True)

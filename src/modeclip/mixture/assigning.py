@@ -25,7 +25,7 @@ from modeclip.clustering.novelty import FineQuantiles, fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
 from modeclip.data.storage import missing_fragments
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, check_least
 from modeclip.mixture.bundle import Bundle
 from modeclip.models.encoders import load_any_encoder
 
@@ -53,9 +53,7 @@ class AssignConfig:
         """Check the ranges."""
         if not 0.5 <= self.novel_beyond <= 0.999:
             raise ModeclipError(f"assign.novel_beyond: expected 0.5 to 0.999, got {self.novel_beyond}")
-        for name in ("min_pairs", "novel_excess"):
-            if getattr(self, name) < 1:
-                raise ModeclipError(f"assign.{name}: expected 1 or more, got {getattr(self, name)}")
+        check_least("assign", self, min_pairs=1, novel_excess=1)
         for name in ("continue_fraction", "new_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ModeclipError(f"assign.{name}: expected a share in (0, 1], got {getattr(self, name)}")

@@ -35,7 +35,7 @@ from modeclip.clustering.fitting import sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, check_least
 from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quantiles_of
 from modeclip.mixture.bundle import SEED, Bundle, check_files, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
@@ -73,10 +73,7 @@ class ExtendConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in (("samples", 1), ("batch_size", 2), ("threads", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ModeclipError(f"extend.{name}: expected {least} or more, got {value}")
+        check_least("extend", self, samples=1, batch_size=2, threads=1, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
