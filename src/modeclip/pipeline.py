@@ -45,7 +45,7 @@ from modeclip.data.sources.options import GROUPS
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.evaluate import EvaluateConfig, RecipeEvaluateConfig, evaluate, run_table
-from modeclip.evaluation.results import RUN_RESULTS, write_results
+from modeclip.evaluation.results import write_results
 from modeclip.evaluation.systems import TrainedModel, run_systems
 from modeclip.mixture.bundle import EDITS, MANIFEST_FILE, assemble_bundle, encoder_of, is_bundled
 from modeclip.models.clip import check_model
@@ -363,8 +363,7 @@ class RunFolder(RunPaths):
             "seed": self.training.seed,
             "machine": _machine(),
         }
-        scored = self.folder / RUN_RESULTS
-        shutil.rmtree(scored, ignore_errors=True)  # of an earlier evaluation, which may have had other systems
+        shutil.rmtree(self.answers, ignore_errors=True)  # of an earlier evaluation, which may have had other systems
         if self.tasks_path.exists():
             one_step, cache = self.clusters / ONE_STEP_FOLDER, FeatureCache(self.features)
             tasks = catalog_tasks(Catalog.open(self.tasks_path))
@@ -377,7 +376,7 @@ class RunFolder(RunPaths):
                 one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
             )
             config = EvaluateConfig(batch_size=self.evaluation.batch_size)
-            found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(scored, part))
+            found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(self.answers, part))
             results |= run_table(systems, tasks, found)
             cache.remove_unused()
         else:

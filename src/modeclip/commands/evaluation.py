@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.errors import ModeclipError
+from modeclip.evaluation.evaluate import EvaluateConfig
 from modeclip.evaluation.scaling import ScalingConfig
-from modeclip.mixture.rules import Mix
 from modeclip.system.console import print_json, print_table
 from modeclip.system.options import AsJson, MaxMemory, to_bytes
 
@@ -47,45 +47,35 @@ CACHE_FOLDER = "features"
 """Folder of the results that holds the features, unless another is named."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """How models are compared."""
-
-    templates: tuple[str, ...] = ()
-    """Prompts, {} or {c} where the class name goes; default: each task's own, or the first bundle's."""
-    data: str = "data"
-    """Folder that holds the data of published tasks, each in a folder of its name."""
-    rule: tuple[str, ...] = ()
-    """Routing rules of the mixtures; with several, each mixture is one model a rule. Default: each bundle's."""
-    temperature: float | None = None
-    """Temperature of the rule; default: the bundle's, or the rule's own."""
-    max_experts: int | None = None
-    """Experts that a task may use; default: all."""
-    max_memory: MaxMemory = None
-    """Use as many experts as fit into so many GB (10^9 bytes)."""
-    bounds: bool = False
-    """Show the best single expert of each mixture and its oracle, chosen by the labels; all its experts run."""
-    mix: Mix = "cosines"
-    """What of the experts is weighted and summed to tell classes apart."""
-    probe: bool = False
-    """Fit a linear probe too, where a task has training images."""
-    probe_c: float | None = None
-    """Inverse strength of its regularisation; default: chosen on held-out training images."""
-    cache: Path | None = None
-    """Folder where features are kept; default: features in the folder of the results."""
-    batch_size: int = 512
-    """Images encoded at a time."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1..."""
-    precision: str = "32-true"
-    """32-true, bf16-mixed, 16-mixed, or auto for the fastest here."""
-
-
 def evaluate(
     models: Models,
+    config: Annotated[OmitArgPrefixes[EvaluateConfig], arg(name="evaluation")] = EvaluateConfig(),  # noqa: B008
     *,
     tasks: Tasks,
-    options: Annotated[OmitArgPrefixes[EvaluateOptions], arg(name="evaluation")],
+    data: Annotated[str, arg(help="Folder that holds the data of published tasks, each in a folder of its name.")] = (
+        "data"
+    ),
+    rule: Annotated[
+        tuple[str, ...],
+        arg(
+            help="Routing rules of the mixtures; with several, each mixture is a model for each rule. Default: each "
+            "bundle's own."
+        ),
+    ] = (),
+    temperature: Annotated[
+        float | None, arg(help="Temperature of the rule; default: the bundle's, or the rule's own.")
+    ] = None,
+    max_experts: Annotated[int | None, arg(help="Experts that a task may use; default: all.")] = None,
+    max_memory: MaxMemory = None,
+    bounds: Annotated[
+        bool,
+        arg(
+            help="Show the best single expert of each mixture and its oracle, which the labels choose; all experts run."
+        ),
+    ] = False,
+    cache: Annotated[
+        Path | None, arg(help="Folder where features are kept; default: features in the folder of the results.")
+    ] = None,
     out: Annotated[Path, arg(help="Folder of the results: JSON, JSON lines, predictions as Parquet.")] = Path(
         "evaluation"
     ),
@@ -93,7 +83,7 @@ def evaluate(
 ) -> None:
     """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
     from modeclip.data.tasks.open import load_tasks
-    from modeclip.evaluation.evaluate import PROBE, EvaluateConfig, averages
+    from modeclip.evaluation.evaluate import PROBE, averages
     from modeclip.evaluation.evaluate import evaluate as run_evaluate
     from modeclip.evaluation.results import check_names, read_results, write_results
     from modeclip.evaluation.systems import open_systems
@@ -102,31 +92,21 @@ def evaluate(
 
     if not tasks:
         raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
-    config = EvaluateConfig(
-        mix=options.mix,
-        probe=options.probe,
-        probe_c=options.probe_c,
-        batch_size=options.batch_size,
-        device=options.device,
-        precision=options.precision,
-    )
     read_results(out)  # what cannot be read there would be found after all the work
-    loaded = load_tasks(
-        tasks, templates=options.templates, root=options.data, train=options.probe, imagenet=imagenet_words
-    )
-    cache = FeatureCache(options.cache or out / CACHE_FOLDER)
+    loaded = load_tasks(tasks, templates=config.templates, root=data, train=config.probe, imagenet=imagenet_words)
+    kept = FeatureCache(cache or out / CACHE_FOLDER)
     systems = open_systems(
         models,
-        cache,
-        rules=options.rule,
-        temperature=options.temperature,
-        max_experts=options.max_experts,
-        max_memory=to_bytes(options.max_memory),
-        bounds=options.bounds,
+        kept,
+        rules=rule,
+        temperature=temperature,
+        max_experts=max_experts,
+        max_memory=to_bytes(max_memory),
+        bounds=bounds,
     )
     names = [system.name for system in systems]
-    check_names(names, [task.name for task in loaded], PROBE if options.probe else "")
-    results = run_evaluate(systems, loaded, config, cache, done=lambda found: write_results(out, found))
+    check_names(names, [task.name for task in loaded], PROBE if config.probe else "")
+    results = run_evaluate(systems, loaded, config, kept, done=lambda found: write_results(out, found))
     means = averages(results)
     if as_json:
         records = [

@@ -7,7 +7,7 @@
 
 Characters that a file name cannot have are written as in web addresses (``a/b`` is ``a%2Fb``); the names themselves are
 in the files. A later evaluation into the same folder replaces the results of its systems and tasks and keeps the rest.
-A run has such a folder, `RUN_RESULTS`; where a run is given, its folder of results is meant.
+A run has such a folder, ``results``, which is meant where the run itself is given.
 
 Source: CLIP_benchmark 1.6 for the fields ``dataset``, ``model``, ``pretrained``, ``task``, ``metrics``, ``language``.
 Price: about 10 bytes a sample where keys are numbers; comparing two models on 50,000 samples takes under a second.
@@ -32,11 +32,10 @@ from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import Interval, Outcome, PairedTest, paired_interval, paired_test
 from modeclip.system.files import write_atomically, writing
+from modeclip.system.paths import RunPaths
 
 RESULTS_FILE = "results.jsonl"
 PREDICTIONS_FOLDER = "predictions"
-RUN_RESULTS = "results"
-"""Folder of a run that holds its results in this layout."""
 OURS = "modeclip"
 """Field that CLIP_benchmark's JSON does not have; Parquet files have it in their metadata."""
 TASK_OF_KIND = {
@@ -196,7 +195,7 @@ def read_predictions(folder: Path) -> list[Predictions]:
     Raises:
         ModeclipError: There are none, or a file is damaged or was not written by `write_results`.
     """
-    places = [folder / PREDICTIONS_FOLDER, folder / RUN_RESULTS / PREDICTIONS_FOLDER]
+    places = [folder / PREDICTIONS_FOLDER, RunPaths(folder=folder).answers / PREDICTIONS_FOLDER]
     paths = next((found for place in places if (found := sorted(place.glob("*.parquet")))), [])
     if not paths:
         raise ModeclipError(

@@ -76,6 +76,11 @@ class RunPaths:
         return self.folder / "results.json"
 
     @property
+    def answers(self) -> Path:
+        """The folder with what every system answered to every image of the tasks, as `modeclip evaluate` writes it."""
+        return self.folder / "results"
+
+    @property
     def report(self) -> Path:
         """The page that shows the results."""
         return self.folder / "report.html"
