@@ -51,7 +51,7 @@ def unknown(kind: str, got: str, known: Iterable[str], listed: str = "") -> Mode
     return ModeclipError(f"unknown {kind} {got!r}; known: {', '.join(names) or 'none'}")
 
 
-def check_least(stage: str, config: object, **least: float) -> None:
+def check_least(stage: str, config: object, **least: int) -> None:
     """Raise for the first field of a config that is less than it may be; a field that is None is left out.
 
     Args:
