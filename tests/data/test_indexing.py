@@ -206,17 +206,12 @@ def test_each_kind_of_damage_is_counted_and_the_rest_is_used(tmp_path: Path, ico
     assert result.num_samples == 41 - 9
     catalog = Catalog.open(tmp_path / "out" / "catalog.lance")
     assert catalog.read(["key"])["key"].tolist() == ["000.png", *(f"{n:03d}.png" for n in range(9, 40))]
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=r"9 of 41 pairs .*max_skipped_fraction 0\.05.*mend the data") as caught:
         index(DataConfig(source=str(folder)), tmp_path / "strict")
-    assert str(caught.value) == (
-        f"data.source '{folder}': 9 of 41 pairs cannot be used, more than data.max_skipped_fraction 0.05; stopped"
-        f" there: {EMPTY} 1 (first: '001.png', {folder}/001.png); {UNDECODABLE} 2 (first: '002.png', image file is"
-        f" truncated); {BOMB} 1 (first: '004.png', Image size (400000000 pixels) exceeds limit of 178956970 pixels,"
-        f" could be decompression bomb DOS attack.); {NOT_UTF8} 2 (first: '005.png', .txt: unexpected end of data at"
-        f" byte 3); {NO_CAPTION} 1 (first: '006.png', no 006.txt/json beside it); {MISSING} 1 (first: '007.png', [Errno"
-        f" 2] No such file or directory: '{folder}/007.png'); {UNREADABLE} 1 (first: '008.png', [Errno 40] Too many"
-        f" levels of symbolic links: '{folder}/008.png'); mend the data or raise data.max_skipped_fraction"
-    )
+    for cause, count in result.skipped.items():
+        assert f"{cause} {count} (first: '00" in str(caught.value)
+    assert f"'001.png', {folder}/001.png" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert names_in(tmp_path / "strict") == []
 
 
@@ -240,16 +235,15 @@ def test_captions_of_a_table_that_are_not_text_are_counted(tmp_path: Path, icons
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_sets": ("octicon",)}, "unknown icon set 'octicon'; known: fontawesome, heroicons"),
-        ({"tasks": ("luzide",)}, "unknown icon set 'luzide'; known: fontawesome, heroicons"),
-        ({"tasks": ("simple",)}, "icon set 'simple' is in data.tasks and trained on: a task is held out; take it"),
-        ({"tasks": ("lucide", "lucide")}, "data.tasks has 'lucide' twice: give one of them NAME=FOLDER"),
+        ({"train_sets": ("octicon",)}, "unknown icon set 'octicon'; known: fontawesome"),
+        ({"tasks": ("luzide",)}, "unknown icon set 'luzide'; known: fontawesome"),
+        ({"tasks": ("simple",)}, "'simple' is in data.tasks and trained on.*take it out"),
+        ({"tasks": ("lucide", "lucide")}, "'lucide' twice: give one"),
     ],
 )
 def test_names_of_icon_sets_are_looked_up_before_any_work(tmp_path: Path, options, message):
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=message):
         index(DataConfig.from_flat({"source": "icons", **options}), tmp_path / "out")
-    assert str(caught.value).startswith(message)
     assert not (tmp_path / "out").exists()
 
 

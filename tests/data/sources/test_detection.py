@@ -71,18 +71,17 @@ def test_the_kind_of_a_source_is_seen_from_what_is_there(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "data.source 'nowhere' does not exist: expected the word icons, the word iconify"),
-        ("nowhere.csv", "data.source 'nowhere.csv': none of 1 table file exists"),
-        ("a.tar::b.csv", "data.source 'a.tar::b.csv' joins what is not of one kind: expected"),
-        ("nowhere://bucket/0/", "is an address of an unknown kind: expected s3://"),
-        ("pyproject.toml", "data.source 'pyproject.toml' is a file of another kind: expected"),
+        ("nowhere", "'nowhere' does not exist: expected the word icons, .* or .csv"),
+        ("nowhere.csv", "none of 1 table file exists .*correct"),
+        ("a.tar::b.csv", "'a.tar::b.csv' joins .*: expected the word icons"),
+        ("nowhere://bucket/0/", "unknown kind: expected s3://"),
+        ("pyproject.toml", "'pyproject.toml' is a file of another kind: expected"),
     ],
 )
 def test_what_is_no_source_says_what_is_one(source, message, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(Path(__file__).parents[3])
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=message) as caught:
         read(source)
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -137,12 +136,8 @@ def test_images_without_a_usable_caption_are_skipped_by_cause(tmp_path: Path):
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path):
     write(tmp_path, {"1.tif": b"", "2.tif": b"", "1.txt": b"", "x/readme": b""})
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=r"no image: .*png.*, found \.tif \(2\), .*; set data\.image_keys"):
         read(tmp_path)
-    assert str(caught.value) == (
-        f"folder '{tmp_path}' holds no image: expected files ending in jpg or jpeg or png or webp or gif or bmp,"
-        " found .tif (2), .txt (1), (none) (1); set data.image_keys"
-    )
     assert len(read(tmp_path, image_keys="tif")) == 2
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -118,20 +118,16 @@ def test_an_icon_with_several_names_is_several_pairs_but_each_only_once():
 
 
 def test_an_unknown_set_lists_the_known_ones():
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=f"'octicon'; known: {', '.join(sorted(ICON_SETS))}"):
         list(read_icons(["octicon"], 32))
-    assert str(caught.value) == f"unknown icon set 'octicon'; known: {', '.join(sorted(ICON_SETS))}"
 
 
 @pytest.mark.parametrize(("module", "package"), [("pytablericons", "pytablericons"), ("resvg_py", "resvg-py")])
 def test_a_missing_package_says_which_extra_brings_it(monkeypatch: pytest.MonkeyPatch, module, package):
     found = importlib.util.find_spec
     monkeypatch.setattr(icons, "find_spec", lambda name: None if name == module else found(name))
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=rf"'tabler' needs the package {package}.*modeclip\[demo\]"):
         next(read_icons(["tabler"], 32))
-    assert str(caught.value) == (
-        f"icon set 'tabler' needs the package {package}, which is not installed: pip install \"modeclip[demo]\""
-    )
 
 
 def test_versions_of_all_packages_are_told_apart(monkeypatch: pytest.MonkeyPatch):

@@ -144,19 +144,18 @@ def test_a_shard_that_is_missing_is_skipped_unless_all_are(tmp_path: Path):
     [
         (
             {"0.jpg": b"i", "0.cls": b"3"},
-            "holds no caption: expected members ending in txt or json, found jpg, cls; set data.caption_keys",
+            "no caption: .*txt or json, found jpg, cls; set data.caption_keys",
         ),
         (
             {"0.input.jpg": b"i", "0.txt": b"t"},
-            "holds no image: expected members ending in jpg or png, found input.jpg, txt; set data.image_keys",
+            "no image: .*jpg or png, found input.jpg, txt; set data.image_keys",
         ),
     ],
 )
 def test_a_shard_without_captions_or_images_is_an_error(tmp_path: Path, members, message):
     shard = write_tar(tmp_path / "00003.tar", members)
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=f"{shard}.*{message}"):
         read(shard)
-    assert str(caught.value).startswith(f"shard '{shard}' {message}")
 
 
 def test_an_empty_shard_is_no_problem_unless_all_are(tmp_path: Path):

@@ -74,22 +74,20 @@ def test_columns_and_separator_can_be_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("url,title\n", "has no image column 'filepath'; its columns are url, title; set data.image_column"),
-        ("filepath,about\n", "has no caption column 'title'; its columns are filepath, about; set data.caption_column"),
-        ("", "is empty: expected a header and rows"),
+        ("url,title\n", "no image column 'filepath'; .* url, title; set data.image_column"),
+        ("filepath,about\n", "no caption column 'title'; .* filepath, about; set data.caption_column"),
+        ("", "empty: expected a header"),
         (
             "filepath,title\nhttps://x/1.jpg,a",
-            "image column 'filepath' holds addresses such as 'https://x/1.jpg': download the images with img2dataset",
+            "'filepath' holds addresses such as 'https://x/1.jpg': download .* img2dataset",
         ),
-        ("URL,TEXT\nu,t", "if the images are those of column 'URL', download them with img2dataset first"),
+        ("URL,TEXT\nu,t", "column 'URL', download .* img2dataset"),
     ],
 )
 def test_a_table_that_cannot_be_used_says_why(tmp_path: Path, text, message):
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=f"t.csv'.*{message}"):
         read(tmp_path / "t.csv")
-    assert message in str(caught.value)
-    assert str(tmp_path / "t.csv") in str(caught.value)
 
 
 def test_rows_that_lack_something_are_skipped_by_cause(tmp_path: Path):
@@ -258,24 +256,22 @@ def test_a_damaged_parquet_file_is_skipped_after_what_can_be_read(tmp_path: Path
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"url": ["http://x"], "caption": ["c"]}, {}, "if the images are those of column 'url', download them with"),
+        ({"url": ["http://x"], "caption": ["c"]}, {}, "column 'url', download"),
         (
             {"image": ["https://x/1.jpg"], "text": ["c"]},
             {},
-            "image column 'image' holds addresses such as 'https://x/1",
+            "'image' holds addresses .*: download",
         ),
-        ({"image": [b"i"]}, {}, "has no caption column 'title'; its columns are image; set data.caption_column"),
-        ({"image": [b"i"], "text": ["c"]}, {"image_column": "pic"}, "has no image column 'pic'; its columns are image"),
-        ({"image": [1.5], "text": ["c"]}, {}, "image column 'image' holds double, expected bytes, paths or images"),
-        ({"image": [b"i"], "text": [7]}, {}, "caption column 'text' holds int64, expected text or lists of text"),
+        ({"image": [b"i"]}, {}, "no caption column 'title'; .*; set data.caption_column"),
+        ({"image": [b"i"], "text": ["c"]}, {"image_column": "pic"}, "no image column 'pic'; its columns are image"),
+        ({"image": [1.5], "text": ["c"]}, {}, "'image' holds double, expected bytes, paths"),
+        ({"image": [b"i"], "text": [7]}, {}, "'text' holds int64, expected text"),
     ],
 )
 def test_parquet_files_without_the_columns_say_what_to_do(tmp_path: Path, columns, options, message):
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=f"t.parquet'.*{message}"):
         read(tmp_path / "t.parquet", **options)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(f"table '{tmp_path}/t.parquet'")
 
 
 def test_parquet_files_of_which_none_can_be_read_are_an_error(tmp_path: Path):

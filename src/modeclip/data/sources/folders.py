@@ -34,7 +34,7 @@ def open_folder(config: SourceConfig) -> DataSource:
     """
     root, options = absolute(config.source), config.options(FileOptions)
     if is_folder_of_classes(root, options):
-        kind, read = "imagefolder", partial(read_classes, root, options)
+        kind, read = "imagefolder", partial(read_class_folder, root, options)
         what = f"folder of images in {count(len(list_folder(root)[0]), 'sub-folder')}, whose names are their captions"
     else:
         kind, read = "folder", partial(read_folder, root, options)
@@ -70,7 +70,7 @@ def open_classes(config: SourceConfig, task: str) -> DataSource:
             f"task {name!r}: folder {folder!r} does not exist; data.tasks expects FOLDER or"
             " NAME=FOLDER, with a sub-folder of images for each class"
         )
-    part = SourcePart(name=root, state="", read=partial(read_classes, root, config.options(FileOptions), name))
+    part = SourcePart(name=root, state="", read=partial(read_class_folder, root, config.options(FileOptions), name))
     return DataSource(kind="imagefolder", parts=(part,), extra=pa.schema([]), what=f"task {name}: a folder of classes")
 
 
@@ -130,7 +130,7 @@ def read_folder(root: str, options: FileOptions, below: str = "") -> Iterator[Sa
             yield from samples_of(captions, key, path=join(place, name), group=group)
 
 
-def read_classes(root: str, options: FileOptions, task: str = "") -> Iterator[Sample | Skipped]:
+def read_class_folder(root: str, options: FileOptions, task: str = "") -> Iterator[Sample | Skipped]:
     """Yield the images of a folder whose sub-folders are their classes.
 
     Args:
