@@ -1,11 +1,11 @@
-"""Peak memory and time of a training step against the global batch: plain, and with cached gradients.
+"""Peak memory and time of a training step for growing batches, with and without cached gradients.
 
     python benchmarks/cached_gradient.py                           the demo's model, micro-batches of 64
     python benchmarks/cached_gradient.py --model ViT-B-32 --micro-batch 8 --batches 16 64 256
 
-Each row is a process of its own, which trains three steps on real icons; its peak is the operating system's count (on
-a GPU: PyTorch's) less that of the smallest batch, whose activations are those of one micro-batch. The pictures, 3 x H x
-W bytes a sample, are in the machine's memory whatever the method, and are listed.
+Each row is a process of its own that trains three steps on real icons. Its memory is the peak that the operating system
+counts (on a GPU, PyTorch) less the peak of the smallest batch, whose activations are those of one micro-batch. The
+pictures take 3 x H x W bytes a sample of the machine's memory with either method and have a column of their own.
 """
 
 from __future__ import annotations

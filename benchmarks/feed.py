@@ -1,9 +1,9 @@
-"""What reading costs a training of small pictures: kept pictures and kept memory against reading anew, in turn.
+"""How much reading slows down training on small pictures, with pictures and freed memory kept or not.
 
 Usage: python benchmarks/feed.py runs/demo/catalog.lance [--model modeclip-icon-xs] [--passes 3] [--rounds 3]
 
-Each variant is a training job in a process of its own with one thread. The rate is the median over the log lines after
-the first pass over the pictures; the first pass reads every picture in every variant.
+Each variant is a training job in a process of its own with one thread; the variants take turns. The rate is the median
+over the log lines after the first pass over the pictures, since the first pass reads every picture in every variant.
 """
 
 from __future__ import annotations

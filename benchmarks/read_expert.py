@@ -1,12 +1,13 @@
-"""Rate of reading one expert's pairs out of tar shards: by row from a catalog, and by webdataset's stream and filter.
+"""Speed of reading one expert's pairs from tar shards: row by row through a catalog, or with webdataset and a filter.
 
     python benchmarks/read_expert.py                      40,000 pairs in 4 shards, 4 experts, 0 and 2 workers
     python benchmarks/read_expert.py --pairs 100000 --rounds 5 --image-size 64
 
-Both read the same shards through a torch DataLoader of as many workers, in random order, decode the pictures and hand
-over batches of 256 as one tensor with the captions. webdataset shuffles its shards and 1,000 samples and drops those
-of other experts before it decodes a picture; the catalog refers to the shards and reads the rows that the expert has.
-Epochs alternate. The first, in which workers start, is given by itself; rates are medians over the others.
+Both read the same shards in random order through a torch DataLoader with the same number of workers, decode the
+pictures, and return batches of 256 as one tensor with the captions. webdataset shuffles its shards and 1,000 samples,
+and drops the samples of other experts before it decodes a picture. The catalog refers to the shards and reads the rows
+of the expert alone. Epochs alternate. The first one, in which the workers start, is printed apart; rates are medians
+over the others.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def collate(pairs: tuple[Sequence[Image.Image], Sequence[str]]) -> tuple[torch.T
 
 
 def collate_samples(samples: Sequence[tuple[Image.Image, str]]) -> tuple[torch.Tensor, list[str]]:
-    """Do as ``collate`` for a list of pairs."""
+    """Return the batch of a list of pairs, as ``collate`` does."""
     return collate(tuple(zip(*samples, strict=True)))
 
 
@@ -114,7 +115,7 @@ class Rows(Dataset[Any]):
 
 
 def loader_options(workers: int) -> dict[str, Any]:
-    """Return what both loaders share; Lance must not be forked."""
+    """Return the settings that both loaders share; Lance must not be forked."""
     options: dict[str, Any] = {"batch_size": BATCH, "num_workers": workers}
     return options | ({"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {})
 
@@ -128,7 +129,7 @@ def load_catalog(path: str, workers: int) -> DataLoader[Any]:
 
 
 def is_expert(sample: dict[str, Any]) -> bool:
-    """Say whether an undecoded sample of a shard is the expert's."""
+    """Return whether an undecoded sample of a shard belongs to the expert."""
     return bool(json.loads(sample["json"])["expert"] == EXPERT)
 
 
@@ -151,7 +152,7 @@ def run_epoch(batches: Iterator[Any]) -> tuple[int, float]:
 
 
 def compare(loaders: dict[str, DataLoader[Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Run epochs in turn and return each loader's pairs a second, and its first epoch's."""
+    """Run epochs in turn; return the pairs per second of each loader, in later epochs and in the first."""
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     counts: dict[str, set[int]] = {name: set() for name in loaders}
     for _ in range(rounds + 1):
@@ -164,7 +165,7 @@ def compare(loaders: dict[str, DataLoader[Any]], rounds: int) -> dict[str, dict[
 
 
 def profile(path: str) -> None:
-    """Say where the catalog's time goes, function by function, in this process."""
+    """Print the functions that the catalog spends its time in, in this process."""
     import cProfile
     import pstats
 

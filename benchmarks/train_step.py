@@ -1,4 +1,4 @@
-"""Training steps per second of the demo's model: precision and attention kernel, interleaved in one process.
+"""Training speed of the demo's model for each precision and attention kernel, which take turns in one process.
 
 Usage: python benchmarks/train_step.py [--threads 1] [--rounds 5]
 

@@ -1,4 +1,4 @@
-"""Training samples per second against open_clip_train of the installed release, and the two loss curves.
+"""Training speed and loss curve compared with those of the installed release of open_clip_train.
 
     python benchmarks/train_vs_open_clip.py                        ViT-B-32 and the demo's model, two rounds
     python benchmarks/train_vs_open_clip.py --models modeclip-icon --steps 40 --rounds 5
@@ -6,7 +6,7 @@
 Both train the same model from random weights on the same pairs of real icons, with the same batch size, precision,
 threads, augmentation and two loader processes: open_clip_train from a CSV of image files, modeclip from a catalog that
 refers to the same files. (Its reader of tar shards fails with webdataset 1.0, which read_expert.py measures.) Each runs
-as its users run it, as a process of its own, in turn. A rate is the batch size over the median time of the steps after
+in a process of its own, as its users run it, in turn. A rate is the batch size over the median time of the steps after
 the first few.
 
 The curves: open_clip_train's own `train_one_epoch` and modeclip's engine take 20 steps from the same weights on the
@@ -144,7 +144,7 @@ def time_open_clip(folder: Path, table: Path, job: TrainJob) -> list[float]:
 
 
 def curve_difference(folder: Path, catalog_path: Path, model: str) -> tuple[list[float], list[float]]:
-    """Return the losses of 20 steps of open_clip_train and of modeclip, same weights, batches and rates, float32."""
+    """Return the losses of 20 steps of open_clip_train and of modeclip with the same weights, batches and rates."""
     from open_clip.loss import ClipLoss
     from open_clip_train.train import train_one_epoch
 
@@ -219,7 +219,7 @@ def curve_difference(folder: Path, catalog_path: Path, model: str) -> tuple[list
 
 
 def utilisation(model: str, captions: list[str], seconds: float, batch_size: int) -> str:
-    """Return the share of the GPU's peak that the towers' products reach, at the length that captions are cut to."""
+    """Return the share of the GPU's peak that the products of the towers reach; captions are cut as in training."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from modeclip.models.clip import encode_image, encode_text, load_clip

@@ -9,8 +9,9 @@ from typing import get_args
 
 import pytest
 
+from modeclip.errors import ModeclipError
 from modeclip.training.experts import ExpertsConfig, plan_jobs
-from modeclip.training.jobs import MEMBER_ROLES, Role, TrainConfig, TrainJob, job_name, role_of
+from modeclip.training.jobs import MEMBER_ROLES, EngineConfig, Role, TrainConfig, TrainJob, job_name, role_of
 
 TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
 DIGESTS = {"seed": "35f3d2cf66eb446d", "dense-total": "ab462f9816f93283", "expert-1": "d5fce2815175cc46"}
@@ -47,3 +48,31 @@ def test_job_files_without_roles_are_read(jobs: dict[str, TrainJob], tmp_path: P
         del content["role"], content["index"]
         path.write_text(json.dumps(content))
         assert TrainJob.load(path) == replace(job, folder=str(tmp_path / job.name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, "train.batch_size must be at least 2"),
+        ({"seed_parts": 32}, "train.seed_parts must lie in 1 to 31"),
+        ({"samples": 100}, "train.samples must be at least batch_size"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ModeclipError, match=message.replace(".", r"\.")):
+        TrainConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "fp8"}, "train.engine.precision must be auto, 32-true, bf16-mixed or 16-mixed, got 'fp8'"),
+        ({"save_every": "soon"}, "train.engine.save_every must be a number with s, min, h, steps or epochs"),
+        ({"save_every": "0.5epochs"}, "train.engine.save_every must be a whole number of epochs"),
+        ({"keep_checkpoints": 0}, "train.engine.keep_checkpoints: expected 1 or more, got 0"),
+        ({"report_to": ("mail",)}, "unknown place in train.engine.report_to"),
+    ],
+)
+def test_engine_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ModeclipError, match=message.replace(".", r"\.")):
+        EngineConfig(**settings)  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS
 from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
-from modeclip.errors import ModeclipError
-from modeclip.models.clip import check_model
+from modeclip.errors import ModeclipError, check_least
+from modeclip.models.clip import check_model, load_clip, save_clip
 from modeclip.system.files import hash_file
 from modeclip.training.jobs import JOB_FILE, Role, TrainConfig, TrainJob, TrainResult, job_name
 
@@ -74,9 +74,7 @@ class ExpertsConfig:
             raise ModeclipError(
                 f"experts.out_of_cluster_fraction must lie in [0, 1], got {self.out_of_cluster_fraction}"
             )
-        for name in ("jobs", "threads_per_job", "processes_per_job"):
-            if getattr(self, name) < 1:
-                raise ModeclipError(f"experts.{name} must be at least 1, got {getattr(self, name)}")
+        check_least("experts", self, jobs=1, threads_per_job=1, processes_per_job=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +225,6 @@ def seed_model(folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Path
     if start is None or (Path(start) / JOB_FILE).is_file():
         return own if start is None else Path(start)
     if not own.is_dir():
-        from modeclip.models.clip import load_clip, save_clip
-
         spec = f"{train.model.partition('@')[0]}@{start}" if start.endswith(".pt") else start
         save_clip(load_clip(spec, seed=train.seed), own)
     return own

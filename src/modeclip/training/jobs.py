@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError, check_least, unknown
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.files import write_atomically
 from modeclip.training.objectives import OBJECTIVES
@@ -106,13 +106,7 @@ class EngineConfig:
             )
         if self.micro_batch != "auto" and self.micro_batch < 0:
             raise ModeclipError(f"train.engine.micro_batch must be auto or at least 0, got {self.micro_batch}")
-        if self.workers < 0:
-            raise ModeclipError(f"train.engine.workers must be at least 0, got {self.workers}")
-        if self.keep_pictures_gb < 0:
-            raise ModeclipError(f"train.engine.keep_pictures_gb must be at least 0, got {self.keep_pictures_gb}")
-        for name in ("keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ModeclipError(f"train.engine.{name} must be at least 1, got {getattr(self, name)}")
+        check_least("train.engine", self, workers=0, keep_pictures_gb=0, keep_checkpoints=1, log_every=1)
         unknown_places = set(self.report_to) - {"tensorboard", "wandb"}
         if unknown_places:
             raise unknown("place in train.engine.report_to", min(unknown_places), ["tensorboard", "wandb"])
@@ -193,8 +187,7 @@ class TrainConfig:
             )
         if not 0 <= self.warmup_fraction < 1:
             raise ModeclipError(f"train.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
-        if self.clip_grad_norm < 0:
-            raise ModeclipError(f"train.clip_grad_norm must be at least 0, got {self.clip_grad_norm}")
+        check_least("train", self, clip_grad_norm=0)
 
     @property
     def steps_per_part(self) -> int:
