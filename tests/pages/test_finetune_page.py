@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modeclip.adapting.finetuning import AlphaPoint, FinetuneResult, TableRow
-from modeclip.evaluation.metrics import Interval
+from modeclip.evaluation.intervals import Interval
 from modeclip.pages.finetune_page import write_finetuning
 
 
