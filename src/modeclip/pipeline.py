@@ -47,7 +47,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.evaluate import EvaluateConfig, RecipeEvaluateConfig, evaluate, run_table
 from modeclip.evaluation.results import write_results
 from modeclip.evaluation.systems import TrainedModel, run_systems
-from modeclip.mixture.bundle import EDITS, MANIFEST_FILE, assemble_bundle, encoder_of, is_bundled
+from modeclip.mixture.bundle import EDITS, MANIFEST_FILE, RoutingConfig, assemble_bundle, encoder_of, is_bundled
 from modeclip.models.clip import check_model
 from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES
 from modeclip.models.feature_cache import FeatureCache
@@ -173,8 +173,8 @@ class RunFolder(RunPaths):
     """How each model is trained."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """Which models there are, and where they run."""
-    evaluation: RecipeEvaluateConfig = field(default_factory=RecipeEvaluateConfig)
-    """Templates and routing rule, of the evaluation and of the bundle."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    """Rule and templates that the bundle keeps."""
     clustered_by: ClusterConfig | None = None
     """Settings of the clustering, for a folder of an earlier version, which does not tell them."""
 
@@ -334,7 +334,7 @@ class RunFolder(RunPaths):
         return assemble_bundle(
             self.folder,
             self.members,
-            self.evaluation,
+            self.routing,
             seed=self.seed if self.experts.start is not None else None,
             name=name,
             lineage={"recipe": recipe} | dict(lineage or {}),
@@ -345,7 +345,7 @@ class RunFolder(RunPaths):
         """The model folder of the seed, trained here or given."""
         return seed_model(self.models, self.training, self.experts)
 
-    def evaluate(self, name: str) -> dict[str, Any]:
+    def evaluate(self, name: str, *, batch_size: int = 512) -> dict[str, Any]:
         """Score the finished models on the held-out tasks and write ``results.json`` and ``results``.
 
         ``results.json`` is the table that the report shows; the folder ``results`` has what `modeclip evaluate` writes,
@@ -353,6 +353,7 @@ class RunFolder(RunPaths):
 
         Args:
             name: Of the run.
+            batch_size: Images encoded at a time.
 
         Returns:
             What was written.
@@ -371,11 +372,11 @@ class RunFolder(RunPaths):
                 self._trained_models(),
                 self.clustering,
                 encoder_of(self.catalog),
-                self.evaluation,
+                self.routing,
                 cache,
                 one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
             )
-            config = EvaluateConfig(batch_size=self.evaluation.batch_size)
+            config = EvaluateConfig(batch_size=batch_size)
             found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(self.answers, part))
             results |= run_table(systems, tasks, found)
             cache.remove_unused()
@@ -385,8 +386,9 @@ class RunFolder(RunPaths):
         return results
 
     def _trained_models(self) -> list[TrainedModel]:
-        """Return the finished models, the seed among them also where it was given."""
-        models = [model for job in self.jobs if (model := TrainedModel.of(job)) is not None]
+        """Return the finished models of the run and of its bundle, the seed among them also where it was given."""
+        jobs = {job.name: job for job in (*self.jobs, *self.members)}
+        models = [model for job in jobs.values() if (model := TrainedModel.of(job)) is not None]
         if all(model.role != "seed" for model in models):
             models.append(TrainedModel.given(self.seed))
         return models
@@ -462,7 +464,7 @@ def run(recipe: Recipe, out: Path) -> RunResult:
         folder=out,
         training=recipe.train,
         experts=recipe.experts,
-        evaluation=recipe.evaluate,
+        routing=recipe.evaluate,
         clustered_by=recipe.cluster,
     )
     with only_process(out), writing(out):
@@ -564,7 +566,7 @@ class _Stages:
         return f"seed and {self.folder.clustering.num_experts} experts, rule {self.recipe.evaluate.rule}"
 
     def evaluate(self) -> str:
-        results = self.folder.evaluate(self.recipe.name)
+        results = self.folder.evaluate(self.recipe.name, batch_size=self.recipe.evaluate.batch_size)
         rows, tasks = len(results["models"]), len(results["tasks"])
         return f"{rows} rows on {tasks} tasks" if tasks else "no held-out tasks: nothing was evaluated"
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.errors import ModeclipError
+from modeclip.mixture.bundle import RoutingConfig
 from modeclip.system.console import console, log, print_json, print_table
 from modeclip.system.options import AsJson
 from modeclip.training.experts import ExpertsConfig
@@ -87,9 +88,8 @@ def train_experts(
     ] = (),
     nearest: Annotated[int, arg(help="Fine clusters that each class name takes.")] = 1,
     resume: Annotated[str, arg(help=f"{RESUME}.")] = "latest",
-    rule: Annotated[str | None, arg(help="Routing rule of the bundle.")] = None,
-    template: Annotated[tuple[str, ...], arg(help="Prompts of the bundle, {} or {c} for the class name.")] = ("{}",),
     *,
+    routing: Annotated[OmitArgPrefixes[RoutingConfig], arg(name="bundle")],
     plan: Annotated[bool, arg(help="Say what the training costs, and stop.")] = False,
     commands: Annotated[
         bool, arg(help="Print a command for each model, for any machine that sees the folder.")
@@ -101,15 +101,13 @@ def train_experts(
     as_json: AsJson = False,
 ) -> None:
     """Train the experts of a clustered catalog that are missing, after saying what that costs."""
-    from modeclip.evaluation.evaluate import RecipeEvaluateConfig
     from modeclip.pipeline import RunFolder
     from modeclip.training.jobs import prepare
     from modeclip.training.launching import commands_for
 
     if resume not in {"latest", "never"}:
         raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
-    evaluate = RecipeEvaluateConfig(templates=template, rule=rule or RecipeEvaluateConfig().rule)
-    folder = RunFolder(folder=run.resolve(), training=training, experts=experts, evaluation=evaluate)
+    folder = RunFolder(folder=run.resolve(), training=training, experts=experts, routing=routing)
     if not for_classes:
         folder.add_controls()
     jobs = folder.jobs_for_classes(for_classes, nearest) if for_classes else folder.jobs

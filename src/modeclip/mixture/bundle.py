@@ -33,10 +33,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from tyro.conf import arg
 
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import COLUMN
@@ -67,14 +68,14 @@ FITTED, ENCODER_FOLDER = "tfidf:", "encoder"
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """What a bundle keeps of how it is to be used: its routing rule and its prompts."""
+    """How a bundle weighs its experts, and with which prompts, unless it is told otherwise."""
 
-    templates: tuple[str, ...] = ("{}",)
+    templates: Annotated[tuple[str, ...], arg(name="template")] = ("{}",)
     """Prompts for class names with ``{}`` where the name goes; ``{}`` alone where captions are bare names."""
     rule: str = DEFAULT_RULE
-    """Routing rule that the bundle uses unless told otherwise; one of ``rules.RULES``."""
+    """Routing rule: paper, eq6, release, uniform, coarse, top1, share or per_class."""
     temperature: float | None = None
-    """Temperature of that rule; none: the rule's own default."""
+    """Temperature of that rule, above 0; none: the rule's own default."""
 
     def __post_init__(self) -> None:
         """Check the rule and the templates."""
