@@ -1,15 +1,15 @@
-"""Seconds of `modeclip evaluate` for a mixture, beside CLIP_benchmark on its experts, one after another.
+"""How long `modeclip evaluate` takes for a mixture, compared with CLIP_benchmark on its experts one after another.
 
     python benchmarks/evaluate.py BUNDLE TASKS.lance                three rounds
     python benchmarks/evaluate.py BUNDLE TASKS.lance --rounds 5
 
-Both evaluate all tasks of the catalog, zero-shot, with one template. CLIP_benchmark gets them in its webdataset layout
-(PNGs of the same pixels), written before anything is timed, and is started once an expert with all tasks, so that
-imports are paid once an expert. The whole commands are timed, process starts included on both sides; the ratio without
-them subtracts the seconds of processes that only import what these commands do. CLIP_benchmark's settings are those
-that suit it on a CPU: batches of 512, no worker processes (small tasks wait for their start), float32 as ours.
-Ours starts with no features kept. The rounds alternate; the ratio is the median of the rounds' ratios. Each expert's
-acc1 must be the same on both sides, for which ours is asked about the experts too, after the timing.
+Both evaluate all tasks of the catalog, zero-shot, with one template. CLIP_benchmark gets the tasks in its webdataset
+layout (PNGs of the same pixels), written before anything is timed. It is started once for each expert with all tasks,
+so it pays for its imports once for each expert. Whole commands are timed, process starts included on both sides; the
+ratio without starts subtracts the time of processes that only import what these commands do. CLIP_benchmark has the
+settings that suit it on a CPU: batches of 512, no worker processes (small tasks would wait for them), float32 as ours.
+Ours starts without any kept features. The rounds alternate, and the ratio is the median of the rounds' ratios. Each
+expert's acc1 must be equal on both sides; for this, ours evaluates the experts too, after the timing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 BAR = 0.6
 BATCH_SIZE = 512
 TOLERANCE = 0.002
-"""Difference of acc1 that rounding of nearly equal cosines explains."""
+"""Largest difference of acc1 that the rounding of nearly equal cosines explains."""
 PEER = """
 import sys, torch
 from clip_benchmark import cli
@@ -48,7 +48,7 @@ cli.main()
 
 
 IMPORTS = (
-    "import modeclip.commands, modeclip.evaluation.evaluate, modeclip.evaluation.systems, modeclip.data.tasks.open, open_clip, sentence_transformers",
+    "import modeclip.commands.evaluation, modeclip.evaluation.systems, modeclip.data.tasks.open, open_clip",
     "import clip_benchmark.cli",
 )
 """What the two commands import."""

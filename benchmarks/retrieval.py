@@ -1,9 +1,9 @@
-"""Memory and time of retrieval recalls: many texts, many images, memory-mapped features of several experts.
+"""Memory and time that retrieval takes with many texts and images and memory-mapped features of several experts.
 
 Usage: python benchmarks/retrieval.py [--texts 1000000 --images 200000 --dimension 8 --experts 2 --folder DIR]
 
-The features are random (the work is the same), written to files in a temporary folder and memory-mapped. Two pieces of
-memory are told apart: what the process takes for itself, and with it the pages of the mapped files.
+The features are random, which makes no difference to the work; they are written to files in a temporary folder and
+memory-mapped. Two numbers are printed for memory: with and without the pages of the mapped files.
 """
 
 from __future__ import annotations

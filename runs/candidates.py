@@ -1,4 +1,4 @@
-"""What tried to beat the rule `per_class`: weights of the experts for each class, as `modeclip.mixture.rules` gives them.
+"""Rules that tried to beat `per_class`: weights of the experts for each class, as `modeclip.mixture.rules` has them.
 
 With d_ls the distance of class l to fine centre s, and S_c the centres of expert c:
 
@@ -6,7 +6,7 @@ With d_ls the distance of class l to fine centre s, and S_c the centres of exper
 
 - `adaptive`: temperature_l = factor * spread_l, the squared distance to the nearest centre (`nearest`), its mean over
   the 16 nearest (`mean`), or their difference (`gap`). A temperature for each point: Zelnik-Manor and Perona (2004).
-- `with_seed`: the seed model is expert K + 1, with one centre at a fixed distance from every class.
+- `with_seed`: the seed model is expert K + 1, with a centre at the same distance from every class.
 - `reweighed`: each expert's weight times a number of its own.
 """
 
