@@ -11,7 +11,18 @@ import pytest
 
 from modeclip.errors import ModeclipError
 from modeclip.training.experts import ExpertsConfig, plan_jobs
-from modeclip.training.jobs import MEMBER_ROLES, EngineConfig, Role, TrainConfig, TrainJob, job_name, role_of
+from modeclip.training.jobs import (
+    MEMBER_ROLES,
+    EngineConfig,
+    Role,
+    TrainConfig,
+    TrainJob,
+    changes,
+    job_name,
+    prepare,
+    role_of,
+)
+from support import make_job
 
 TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
 DIGESTS = {"seed": "35f3d2cf66eb446d", "dense-total": "ab462f9816f93283", "expert-1": "d5fce2815175cc46"}
@@ -76,3 +87,25 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
 def test_engine_settings_out_of_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ModeclipError, match=message.replace(".", r"\.")):
         EngineConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig(samples=8 * 32, batch_size=8)
+    job = make_job("catalog.lance", tmp_path / "job", config, last_step=2)
+    prepare(job)
+    job.save()
+    (tmp_path / "job" / "checkpoints").mkdir()
+    checkpoint = tmp_path / "job" / "checkpoints" / "step-000000001.safetensors"
+    checkpoint.write_bytes(b"weights")
+    prepare(job)
+    longer = replace(job, config=replace(config, batch_size=16, samples=16 * 32), last_step=99, where={"expert": 1})
+    with pytest.raises(ModeclipError) as caught:
+        prepare(longer)
+    text = str(caught.value)
+    assert "batch_size was 8, now 16, samples was 256, now 512, where.expert was None, now 1; give the same" in text
+    assert "--resume never to train anew" in text
+    assert changes(job, replace(job, last_step=99)) == ["last_step was 2, now 99"]
+    assert checkpoint.exists()
+    prepare(longer, "never")
+    assert not checkpoint.exists()
+    prepare(longer)

@@ -18,7 +18,7 @@ import pytest
 import support
 from modeclip.errors import ModeclipError
 from modeclip.system.files import only_process
-from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult, changes, prepare
+from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import commands_for, run_jobs
 from modeclip.training.status import job_status
 
@@ -157,27 +157,6 @@ def test_a_job_that_another_process_trains_is_waited_for(catalog: Path, tmp_path
     threading.Timer(1.0, leave.set).start()
     assert run_jobs([job], 1)["job"].samples == 8
     holder.join()
-
-
-def test_a_folder_of_another_job_is_refused(catalog: Path, tmp_path: Path) -> None:
-    job = make_job(catalog, tmp_path / "job")
-    prepare(job)
-    job.save()
-    (tmp_path / "job" / "checkpoints").mkdir()
-    checkpoint = tmp_path / "job" / "checkpoints" / "step-000000001.safetensors"
-    checkpoint.write_bytes(b"weights")
-    prepare(job)
-    longer = replace(job, config=replace(CONFIG, batch_size=16, samples=16 * 32), last_step=99, where={"expert": 1})
-    with pytest.raises(ModeclipError) as caught:
-        prepare(longer)
-    text = str(caught.value)
-    assert "batch_size was 8, now 16, samples was 256, now 512, where.expert was None, now 1; give the same" in text
-    assert "--resume never to train anew" in text
-    assert changes(job, replace(job, last_step=99)) == ["last_step was 2, now 99"]
-    assert checkpoint.exists()
-    prepare(longer, "never")
-    assert not checkpoint.exists()
-    prepare(longer)
 
 
 LAUNCHER = """
