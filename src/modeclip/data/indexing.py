@@ -249,7 +249,7 @@ class _Indexing:
         return [part for part in self.source.parts if not part.state or part.name not in self.sources]
 
     def _resume(self) -> list[dict[str, Any]]:
-        """Return the notes that an earlier run left of the same work; what it left of other work is removed."""
+        """Return the notes of an earlier run of the same work; notes and files of other work are removed."""
         notes = [note for _, note in sorted(self.ledger.parts().items())]
         read = [part[:2] for note in notes for part in note["units"]]
         wanted = [[part.name, part.state] for part in self.parts]

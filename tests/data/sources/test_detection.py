@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modeclip.data import sources
 from modeclip.data.samples import DAMAGED_TABLE, EMPTY_CAPTION, NO_CAPTION, NOT_UTF8, Sample, Skipped
-from modeclip.data.sources import DataConfig, detect, open_source, open_task, relative_to, source_state
+from modeclip.data.sources import (
+    DataConfig,
+    DataSource,
+    SourceKind,
+    SourcePart,
+    detect,
+    open_source,
+    open_task,
+    relative_to,
+    source_state,
+)
+from modeclip.data.sources.source import SourceConfig
 from modeclip.errors import ModeclipError
 from support import tar_of
 
@@ -83,6 +96,30 @@ def test_what_is_no_source_says_what_is_one(source, message, monkeypatch: pytest
     with pytest.raises(ModeclipError, match=message) as caught:
         read(source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_new_kind_of_source_needs_its_declaration_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def read_list(path: Path):
+        for line in path.read_text().splitlines():
+            image, caption = line.split(" ", 1)
+            yield Sample(image, caption, path=str(path.parent / image))
+
+    def open_list(config: SourceConfig) -> DataSource:
+        path = Path(config.source)
+        part = SourcePart(name=str(path), state="1", read=partial(read_list, path))
+        return DataSource(kind="list", parts=(part,), extra=pa.schema([]), what="a list")
+
+    kind = SourceKind(
+        name="list",
+        expected=".lst files",
+        open=open_list,
+        fits_file=lambda name: name.endswith(".lst"),
+    )
+    monkeypatch.setattr(sources, "KINDS", (kind, *sources.KINDS))
+    write(tmp_path, {"pairs.lst": b"1.png a cat\n2.png a dog"})
+    assert [(s.key, s.caption) for s in read(tmp_path / "pairs.lst")] == [("1.png", "a cat"), ("2.png", "a dog")]
+    config = DataConfig(source=str(tmp_path / "pairs.lst"))
+    assert source_state(config, open_source(config)) == [f"{tmp_path}/pairs.lst 1"]
 
 
 # ---------------------------------------------------------------- folders

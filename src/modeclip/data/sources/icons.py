@@ -100,7 +100,7 @@ TASK_SETS = ("lucide", "heroicons", "octicons", "fontawesome")
 
 
 def package_versions() -> list[str]:
-    """Return the versions ("name 1.2") of the renderer and of the packages of icons, those that are installed."""
+    """Return "name version" of the renderer and of each package of icons, as far as they are installed."""
     names = {icons.distribution for icons in ICON_SETS.values()} | {RENDERER}
     return [f"{name} {found}" for name in sorted(names) if (found := _version(name))]
 

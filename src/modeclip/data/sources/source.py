@@ -110,7 +110,7 @@ class SourceKind:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number and what it counts.
+    """Return a number with its noun, in the plural if need be.
 
     Examples:
         >>> count(1, "shard"), count(12_000, "shard")

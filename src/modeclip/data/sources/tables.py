@@ -12,7 +12,7 @@ This is the one reader of tables, for ``modeclip.data.tasks`` too: ``TableFile``
 ``csv_rows`` reads CSV, ``holds_images`` and ``class_label_names`` say what a column is, ``refuse_addresses`` stops at
 columns of web addresses, and ``IMAGE_COLUMN`` and ``IMAGE_COLUMNS`` are the usual names.
 
-Price: Python objects for each row and value, and the reading of images that lie in the table itself.
+Price: Python objects for each row and value, and the reading of images that are in the table itself.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 class _Numbering:
-    """Makes samples, and numbers those that follow each other with the same key."""
+    """Makes samples, and numbers consecutive ones that have the same key."""
 
     def __init__(self) -> None:
         self._key, self._number = "", 0
@@ -463,7 +463,7 @@ class TableFile:
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def batches(self, names: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
-        """Yield the rows as batches of at most ``size``; of the named columns those that the table has."""
+        """Yield the rows as batches of at most ``size`` rows; named columns that the table lacks are left out."""
         known = [name for name in dict.fromkeys(names) if name in self.schema.names]
         if self._parquet is not None:
             yield from self._parquet.iter_batches(batch_size=size, columns=known)
@@ -599,12 +599,12 @@ def _arrow_columns(
 def read_arrow(table: str, group: str, columns: Columns) -> Iterator[Sample | Skipped]:
     """Yield the rows of one Parquet or Arrow file as samples.
 
-    An image that lies in the table is known by ``group/key``, where the key is that of a column ``key`` or else the
+    The key of an image in the table is ``group/key``, where the second key comes from a column ``key`` or else is the
     row's number. A column ``status``, as img2dataset writes it, tells why an image is missing.
 
     Args:
         table: Path or address of the file.
-        group: Prefix of the keys of images that lie in the table.
+        group: Prefix of the keys of images that are in the table.
         columns: Which columns mean what.
     """
     wanted = [columns.image, columns.caption, "key", "status", *map(column_of, columns.extra.names)]
