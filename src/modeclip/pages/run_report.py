@@ -156,7 +156,7 @@ def build_training(run: Path, models: Sequence[Json]) -> Json | None:
     logs = {
         name: log
         for name in sorted(paths, key=lambda name: (order.get(name, len(order)), name))
-        if len((log := read_log(paths[name]))["samples"])
+        if len((log := read_training_log(paths[name]))["samples"])
     }
     if not logs:
         return None
@@ -179,7 +179,7 @@ def build_training(run: Path, models: Sequence[Json]) -> Json | None:
     }
 
 
-def read_log(path: Path) -> dict[str, Float[np.ndarray, " steps"]]:
+def read_training_log(path: Path) -> dict[str, Float[np.ndarray, " steps"]]:
     """Read a training log into columns, in the order of samples. If a step was logged twice, its later line counts."""
     fields = ("samples", "loss", "lr", "samples_per_second", "data_wait")
     records: dict[float, list[float]] = {}
