@@ -40,6 +40,14 @@ def catalog(icons_catalog: Path) -> Path:
     return icons_catalog
 
 
+@pytest.fixture(scope="module")
+def whole(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job that was left alone."""
+    job = make_job(catalog, tmp_path_factory.mktemp("alone") / "whole")
+    train(job)
+    return Path(job.folder)
+
+
 def make_job(catalog: Path, folder: Path, config: TrainConfig | None = None, **changes: object) -> TrainJob:
     return support.make_job(catalog, folder, config or CONFIG, **changes)
 
@@ -91,14 +99,13 @@ def test_expert_goes_on_where_the_seed_left_the_schedule(tmp_path: Path) -> None
     assert expert.learning_rate(27) / CONFIG.learning_rate == pytest.approx(0.0596, abs=6e-3)
 
 
-def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path) -> None:
+def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path, whole: Path) -> None:
     """Optimizer state, schedule and order of the batches all carry over: not a bit differs."""
-    whole = make_job(catalog, tmp_path / "whole")
     first = make_job(catalog, tmp_path / "first", last_step=15, last_share=15 / 24)
     rest = {"first_step": 15, "first_share": 15 / 24, "start_from": first.folder, "start_digest": first.digest}
-    for job in (whole, first, make_job(catalog, tmp_path / "second", **rest)):
+    for job in (first, make_job(catalog, tmp_path / "second", **rest)):
         train(job)
-    assert weights(tmp_path / "second") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "second") == weights(whole)
 
 
 class Killed(BaseException):
@@ -106,7 +113,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", [4, 7, 23])
-def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path, step: int) -> None:
+def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path, whole: Path, step: int) -> None:
     """Killed before the first checkpoint, behind one, and before the last step."""
 
     def kill(clip: Clip, now: int) -> bool:
@@ -115,30 +122,28 @@ def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path, step:
             raise Killed
         return False
 
-    whole, killed = make_job(catalog, tmp_path / "whole"), make_job(catalog, tmp_path / "killed")
-    train(whole)
+    killed = make_job(catalog, tmp_path / "killed")
     with pytest.raises(Killed):
         train(killed, visit_every=1, visit=kill)
     assert not (tmp_path / "killed" / "done.json").exists()
     assert (newest(tmp_path / "killed") is None) == (step < 5)
     train(killed)
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    assert steps_logged(tmp_path / "killed") == steps_logged(tmp_path / "whole") == [10, 20, 24]
-    first, second = (load_file(newest(tmp_path / name) or "") for name in ("whole", "killed"))
+    assert weights(tmp_path / "killed") == weights(whole)
+    assert steps_logged(tmp_path / "killed") == steps_logged(whole) == [10, 20, 24]
+    first, second = (load_file(newest(folder) or "") for folder in (whole, tmp_path / "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
-def test_killed_process_leaves_what_its_job_continues_from(catalog: Path, tmp_path: Path) -> None:
-    whole, killed = make_job(catalog, tmp_path / "whole"), make_job(catalog, tmp_path / "killed")
-    train(whole)
+def test_killed_process_leaves_what_its_job_continues_from(catalog: Path, tmp_path: Path, whole: Path) -> None:
+    killed = make_job(catalog, tmp_path / "killed")
     process = start(killed)
     wait_for_checkpoint(process, tmp_path / "killed")
     process.kill()
     process.communicate()
     assert not (tmp_path / "killed" / "done.json").exists()
     train(killed)
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(whole)
 
 
 def test_sigterm_saves_before_it_ends(catalog: Path, tmp_path: Path) -> None:
@@ -262,13 +267,14 @@ def trained_weights(catalog: Path, folder: Path, config: TrainConfig, last_step:
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
-@pytest.mark.parametrize("micro_batch", [8, 12, "auto"])
-def test_micro_batches_change_nothing(catalog: Path, tmp_path: Path, micro_batch: int | str, loss: str) -> None:
+def test_micro_batches_change_nothing(catalog: Path, tmp_path: Path, loss: str) -> None:
     """12 leaves a rest of 8: gradients are those of the whole batch, whatever the parts."""
-    whole = trained_weights(catalog, tmp_path / "whole", small_config(loss=loss))
-    parts = trained_weights(catalog, tmp_path / "parts", small_config(loss=loss, engine={"micro_batch": micro_batch}))
-    for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, atol=2e-5, rtol=1e-4)
+    expected = trained_weights(catalog, tmp_path / "whole", small_config(loss=loss))
+    for micro_batch in (8, 12, "auto"):
+        config = small_config(loss=loss, engine={"micro_batch": micro_batch})
+        parts = trained_weights(catalog, tmp_path / str(micro_batch), config)
+        for name, value in expected.items():
+            torch.testing.assert_close(parts[name], value, atol=2e-5, rtol=1e-4)
 
 
 def test_patch_dropout_and_micro_batches_are_repeatable(catalog: Path, tmp_path: Path) -> None:
