@@ -16,6 +16,7 @@ Mixtures
     MoDE       is a bundle of experts, asked for one task at a time
     route      weighs the experts for a task's class embeddings
     assign     finds the clusters of new pairs, and what is new among them
+    evaluate   puts tasks to models and mixtures
     extend     continues an expert on new pairs, or adds one
 
 A mistake of the user is a `ModeclipError`. Names are loaded when they are first used, so importing modeclip is quick.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from modeclip.data.indexing import index
     from modeclip.data.sources.options import DataConfig
     from modeclip.errors import ModeclipError
+    from modeclip.evaluation.evaluate import evaluate
     from modeclip.mixture.assigning import assign
     from modeclip.mixture.extending import extend
     from modeclip.mixture.mode import MoDE
@@ -58,6 +60,7 @@ __all__ = [
     "check",
     "cluster",
     "embed",
+    "evaluate",
     "extend",
     "finetune",
     "index",
@@ -81,6 +84,7 @@ _HOMES = {
     "check": "data.checks",
     "cluster": "clustering.fitting",
     "embed": "clustering.embedding",
+    "evaluate": "evaluation.evaluate",
     "extend": "mixture.extending",
     "finetune": "adapting.finetuning",
     "index": "data.indexing",
