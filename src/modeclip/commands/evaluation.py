@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 Models = Positional[
     Annotated[
         tuple[str, ...],
-        arg(metavar="MODEL...", help="Bundles, BUNDLE#expert-0, BUNDLE#seed, model folders, NAME@TAG; NAME=MODEL."),
+        arg(
+            metavar="MODEL...",
+            help="Bundles, BUNDLE#expert-0, BUNDLE#seed, model folders, NAME@TAG; NAME=MODEL renames one.",
+        ),
     ]
 ]
 Tasks = Annotated[
     tuple[str, ...],
-    arg(help="Folders, tables, catalogs, or names of published tasks and groups (tasks26, robustness); NAME=PATH."),
+    arg(help="Folders, tables, catalogs, or published tasks and groups (tasks26, robustness); NAME=PATH renames one."),
 ]
 Folder = Positional[Annotated[Path, arg(help="Run, or folder that `modeclip evaluate --out` wrote.")]]
 Results = Positional[
@@ -92,7 +95,7 @@ def evaluate(
 
     if not tasks:
         raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
-    read_results(out)  # what cannot be read there would be found after all the work
+    read_results(out)  # results that cannot be read are found now, not after all the work
     loaded = load_tasks(tasks, templates=config.templates, root=data, train=config.probe, imagenet=imagenet_words)
     kept = FeatureCache(cache or out / CACHE_FOLDER)
     systems = open_systems(
@@ -167,10 +170,10 @@ def scaling(
     config: Annotated[OmitArgPrefixes[ScalingConfig], arg(name="fitting")],
     *,
     out: Annotated[Path | None, arg(help="Folder for scaling.html, scaling.svg and scaling.json.")] = None,
-    what: Annotated[str, arg(help="What the error is of, for the picture.")] = "error",
+    what: Annotated[str, arg(help="What the error is, as the picture names it.")] = "error",
     as_json: AsJson = False,
 ) -> None:
-    """Fit error = A * compute^(-b) to results of several sizes and budgets, one law a family, with intervals."""
+    """Fit error = A * compute^(-b) to results of several sizes and budgets, a law for each family, with intervals."""
     from modeclip.evaluation.scaling import fit_scaling, read_points
     from modeclip.pages.scaling_page import RESULT_FILE, write_scaling
     from modeclip.system.files import write_atomically
@@ -188,7 +191,7 @@ def scaling(
 
 
 def _print_kind(kind: str, results: Sequence[Result], means: Sequence[Average]) -> None:
-    """Print a table of one kind of tasks: a row a task and metric, a column a model."""
+    """Print a table of one kind of tasks: a row for each task and metric, a column for each model."""
     systems = list(dict.fromkeys(result.system for result in results))
     of_place = {(result.task.name, result.system): result.outcome for result in results}
     rows: list[tuple[str, ...]] = []

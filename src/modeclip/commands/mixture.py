@@ -19,8 +19,8 @@ from modeclip.system.options import AsJson, CatalogPath, MaxMemory, Ray, to_byte
 BundlePath = Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]]
 Rule = Annotated[str | None, arg(help=f"Routing rule, one of {', '.join(RULES)}; default: the bundle's.")]
 Temperature = Annotated[float | None, arg(help="Temperature of the rule; default: the bundle's, or the rule's own.")]
-MaxExperts = Annotated[int | None, arg(help="Use at most so many experts, those with most weight; default: all.")]
-CLASSES = "A file with one class name a line, or the names with commas: 'cat,dog'."
+MaxExperts = Annotated[int | None, arg(help="Use at most this many experts, those with the most weight; default: all.")]
+CLASSES = "A file with one class name on each line, or the names with commas: 'cat,dog'."
 BundleFolder = Positional[Annotated[Path, arg(help="Folder of the bundle.")]]
 FittedOn = Annotated[
     str | None,
@@ -36,8 +36,8 @@ def route(
     temperature: Temperature = None,
     *,
     explain: Annotated[bool, arg(help="Show the three nearest fine clusters of each class instead of one.")] = False,
-    template: Annotated[tuple[str, ...], arg(help="Route by prompts, {} or {c} for the name, not by names.")] = (),
-    each: Annotated[bool, arg(help="Route every text by itself, as queries for images are.")] = False,
+    template: Annotated[tuple[str, ...], arg(help="Route by prompts ({} or {c} for the name) instead of names.")] = (),
+    each: Annotated[bool, arg(help="Route every text by itself, as queries for images are routed.")] = False,
     images: Annotated[tuple[Path, ...], arg(help="Route image files, where the clusters are of images.")] = (),
     max_experts: MaxExperts = None,
     max_memory: MaxMemory = None,
@@ -105,20 +105,24 @@ def classify(
     rule: Rule = None,
     top: Annotated[int, arg(help="Classes shown for each picture.")] = 5,
     *,
-    template: Annotated[tuple[str, ...], arg(help="Prompts, {} or {c} for the name; default: the bundle's.")] = (),
+    template: Annotated[tuple[str, ...], arg(help="Prompts with {} or {c} for the name; default: the bundle's.")] = (),
     route_by_prompts: Annotated[bool, arg(help="Route by the prompts instead of the plain class names.")] = False,
     temperature: Temperature = None,
     max_experts: MaxExperts = None,
     max_memory: MaxMemory = None,
-    mix: Annotated[Mix, arg(help="What of the experts is weighted and summed.")] = "cosines",
+    mix: Annotated[
+        Mix, arg(help="What is weighted and summed: the experts' cosines or log-probabilities.")
+    ] = "cosines",
     as_json: AsJson = False,
 ) -> None:
-    """Name the class of pictures, by the experts that the class names are routed to."""
+    """Name the class of each picture, by the experts that the class names are routed to."""
     if top < 1:
-        raise ModeclipError(f"top: expected 1 class or more, got {top}")
+        raise ModeclipError(f"--top: expected 1 class or more, got {top}")
     names = read_classes(classes)
     if not pictures:
-        raise ModeclipError("classify: no picture given; modeclip classify BUNDLE PICTURE... --classes CLASSES")
+        raise ModeclipError(
+            "classify: no picture given; give image files: modeclip classify BUNDLE PICTURE... --classes CLASSES"
+        )
     images = [open_picture(path) for path in pictures]
     with console.status("loading the encoder and the experts"):
         from modeclip.mixture.mode import MoDE
@@ -169,13 +173,13 @@ def assign(
         action = "train a new expert" if proposal.action == "new" else f"continue expert-{proposal.expert}"
         print(f"worth doing: {action} on {proposal.num_pairs:,} pairs ({proposal.reason})")
     if not result.proposals:
-        print("nothing is worth training: too few pairs inside each expert's clusters, and too few novel ones")
+        print("nothing is worth training: too few pairs lie inside the clusters of an expert, and too few are novel")
 
 
 def extend(
     bundle: BundleFolder,
     pairs: CatalogPath,
-    out: Annotated[Path, arg(help="Folder of the training; give it again to go on.")],
+    out: Annotated[Path, arg(help="Folder of the training; give it again to continue.")],
     *,
     expert: Annotated[int | None, arg(help="Continue this expert; default: what is proposed.")] = None,
     new: Annotated[bool, arg(help="Train a new expert on the novel pairs.")] = False,
@@ -189,7 +193,7 @@ def extend(
     from modeclip.mixture.extending import extend as run_extend
 
     if new and expert is not None:
-        raise ModeclipError("extend: --expert and --new exclude each other; give one of them")
+        raise ModeclipError("extend: --expert and --new exclude each other; give one of the two")
     action: int | Literal["new"] | None = "new" if new else expert
     result = run_extend(
         bundle,
@@ -211,9 +215,9 @@ def bundle(
     bundle: BundleFolder,
     *,
     put: Annotated[
-        tuple[str, ...], arg(help="expert-2=FOLDER: put that model in the place of an expert, or of a missing one.")
+        tuple[str, ...], arg(help="expert-2=FOLDER: replace an expert by that model, or fill in a missing one.")
     ] = (),
-    force: Annotated[bool, arg(help="Do not ask which seed and clustering it comes from.")] = False,
+    force: Annotated[bool, arg(help="Skip the check that a model comes from the same seed and clustering.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a bundle consists of and where it came from; replace or fill in experts."""
@@ -251,7 +255,7 @@ def bundle(
 
 
 def _parse_put(text: str) -> tuple[int, Path]:
-    """Return number and folder of ``expert-2=FOLDER``."""
+    """Return the number and the folder of ``expert-2=FOLDER``."""
     from modeclip.training.jobs import role_of
 
     name, _, folder = text.partition("=")
@@ -262,12 +266,16 @@ def _parse_put(text: str) -> tuple[int, Path]:
 
 
 def open_picture(path: Path) -> Any:
-    """Return a picture file, decoded, or one line that says why it cannot be."""
+    """Decode a picture file.
+
+    Raises:
+        ModeclipError: There is no such file, or no image in it.
+    """
     from modeclip.data.images import cause_of, decode_image
 
     try:
         return decode_image(path.read_bytes())
     except FileNotFoundError:
-        raise ModeclipError(f"picture {path}: no such file") from None
+        raise ModeclipError(f"picture {path}: no such file; correct the path") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        raise ModeclipError(f"picture {path}: {cause_of(error)}; give an image file that opens") from None
+        raise ModeclipError(f"picture {path}: {cause_of(error)}; give another image file") from None

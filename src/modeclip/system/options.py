@@ -26,7 +26,7 @@ CatalogPath = Positional[
 Ray = Annotated[
     bool, arg(help="Work on the Ray cluster of RAY_ADDRESS, one that runs on this machine, or a new one on it.")
 ]
-MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into so many GB (10^9 bytes).")]
+MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into this many GB (10^9 bytes).")]
 
 
 class _RefusedError(Exception):
@@ -58,11 +58,15 @@ def call(command: Callable[..., Any], words: Sequence[str], prog: str | None = N
 
 
 def to_bytes(gigabytes: float | None) -> int | None:
-    """Return what ``--max-memory`` asks for, in bytes."""
+    """Return the bytes of ``--max-memory``.
+
+    Raises:
+        ModeclipError: The number is not above 0.
+    """
     if gigabytes is None:
         return None
     if not 0 < gigabytes < math.inf:
-        raise ModeclipError(f"max_memory: expected a number of GB above 0, got {gigabytes:g}")
+        raise ModeclipError(f"--max-memory: expected a number of GB above 0, got {gigabytes:g}")
     return int(gigabytes * 1e9)
 
 
