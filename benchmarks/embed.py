@@ -1,12 +1,12 @@
-"""Captions a second and cosine of modeclip's encoder, beside `SentenceTransformer.encode` with its defaults.
+"""Compares modeclip's encoder, in captions a second and by cosine, with `SentenceTransformer.encode` and its defaults.
 
     python benchmarks/embed.py CATALOG.lance                    20,000 captions of a catalog, in five blocks
     python benchmarks/embed.py captions.json --captions 4000    a list of captions
 
-The peer gets every caption, 32 a batch, in float32. Ours is measured as the stage embed does it: vectors of captions
-that have been met in the block are kept, so that a caption is encoded once; and again without that. Both get the same
-blocks of consecutive captions, spread evenly over all, in turn; the ratio is the median over the blocks, the cosine the
-least over their captions. The model is the packaged MiniLM. Set OMP_NUM_THREADS to say how many threads each may use.
+The peer gets every caption, in batches of 32 and in float32. Ours is measured twice: as the stage embed works, which
+keeps the vectors of the captions in a block and so encodes each caption once, and without that. Both get the same
+blocks of consecutive captions in turn, spread evenly over all. The ratio is the median over the blocks, and the cosine
+is the lowest of any caption. The model is the packaged MiniLM. OMP_NUM_THREADS says how many threads each may use.
 """
 
 from __future__ import annotations

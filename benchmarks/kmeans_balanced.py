@@ -1,13 +1,13 @@
-"""Time and objective of balanced k-means, beside `k-means-constrained` on the same rows, threads and process.
+"""Compares time and objective of balanced k-means with `k-means-constrained` on the same rows, threads and process.
 
     python benchmarks/kmeans_balanced.py VECTORS.npy
     python benchmarks/kmeans_balanced.py CATALOG.lance --rows 20000 --fine 256 --rounds 3
 
 A seeded sample of the rows is clustered at the ratios 1.5 and 1.1. `k-means-constrained` runs once for each ratio, from
-one start (its default takes the best of ten) and takes minutes; modeclip runs once before it and the other rounds after
-it, with other seeds, and its median counts. The objective is the mean squared distance to the assigned centre. The
-ratio is modeclip's time over the other's, the larger of the two; the last line is JSON. Bar: an objective as good or
-better in a hundredth of the time.
+one start (its default takes the best of ten), which takes minutes. modeclip runs one round before it and the others
+after it, each with its own seed, and their median counts. The objective is the mean squared distance to the assigned
+centre. The ratio is modeclip's time divided by the other's, the larger of the two ratios; the last line is JSON. Bar:
+an objective that is as good or better in a hundredth of the time.
 """
 
 from __future__ import annotations

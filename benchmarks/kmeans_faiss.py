@@ -1,12 +1,13 @@
-"""Time of k-means and of assigning all rows, beside faiss on the same vectors, threads and process, interleaved.
+"""Compares the time of k-means and of assigning all rows with faiss on the same vectors, threads and process.
 
     python benchmarks/kmeans_faiss.py VECTORS.npy
     python benchmarks/kmeans_faiss.py CATALOG.lance --fine 1024 --rounds 3
 
 A round fits with faiss (20 iterations over all rows) and with modeclip, then assigns all rows to faiss's centres with
 both. The objective is the mean squared distance of all rows to their nearest centre. Where the two assignments differ,
-float64 distances say who is right. The ratio is modeclip's time over faiss's, medians over the rounds; the last line is
-JSON. Bars: fit to an objective within 0.1 % of faiss's or below in at most 0.5 of its time, assignment in at most 0.8.
+float64 distances decide which one is right. The ratio is modeclip's time divided by faiss's, by the medians of the
+rounds; the last line is JSON. Bars: a fit with an objective at most 0.1 % above that of faiss in at most 0.5 of its
+time, and the assignment in at most 0.8 of its time.
 """
 
 from __future__ import annotations

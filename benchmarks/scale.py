@@ -1,9 +1,9 @@
-"""Seconds, memory and disk of each data stage per million pairs: the table of docs/scale.md.
+"""Measures seconds, memory and disk of each data stage per million pairs: the table of docs/scale.md.
 
 Usage: python benchmarks/scale.py SOURCE FOLDER [--fine 1024] [--fit-samples 100000] [--workers 2]
 
-SOURCE is anything that `modeclip index` takes; docs/scale.md was made with `iconify`. FOLDER is made, or its stages
-are measured again. Each stage runs in a process of its own, so that its memory is its own. Ends with one JSON line.
+SOURCE is anything that `modeclip index` takes; docs/scale.md was made with `iconify`. FOLDER is created, or its stages
+are run again. Each stage runs in a process of its own, so that only its own memory counts. The last line is JSON.
 """
 
 from __future__ import annotations

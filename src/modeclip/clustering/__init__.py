@@ -1,1 +1,1 @@
-"""Captions to fine clusters to data experts."""
+"""Embeds captions, clusters them, and forms data experts of the clusters."""
