@@ -16,8 +16,11 @@ Mixtures
     MoDE       is a bundle of experts, asked for one task at a time
     route      weighs the experts for a task's class embeddings
     assign     finds the clusters of new pairs, and what is new among them
-    evaluate   puts tasks to models and mixtures
     extend     continues an expert on new pairs, or adds one
+
+Evaluation
+    open_systems  names what answers: models, bundles, experts
+    evaluate      puts tasks to them and says how well each did
 
 A mistake of the user is a `ModeclipError`. Names are loaded when they are first used, so importing modeclip is quick.
 """
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from modeclip.data.sources.options import DataConfig
     from modeclip.errors import ModeclipError
     from modeclip.evaluation.evaluate import evaluate
+    from modeclip.evaluation.systems import open_systems
     from modeclip.mixture.assigning import assign
     from modeclip.mixture.extending import extend
     from modeclip.mixture.mode import MoDE
@@ -67,6 +71,7 @@ __all__ = [
     "kmeans",
     "load_recipe",
     "merge",
+    "open_systems",
     "route",
     "run",
     "write_report",
@@ -91,6 +96,7 @@ _HOMES = {
     "kmeans": "clustering.kmeans",
     "load_recipe": "pipeline",
     "merge": "adapting.merging",
+    "open_systems": "evaluation.systems",
     "route": "mixture.rules",
     "run": "pipeline",
     "write_report": "pages.run_report",

@@ -117,8 +117,8 @@ class RecipeEvaluateConfig(RoutingConfig):
 def evaluate(
     systems: Sequence[System],
     tasks: Sequence[Task],
-    config: EvaluateConfig,
-    cache: FeatureCache,
+    config: EvaluateConfig | None = None,
+    cache: FeatureCache | None = None,
     *,
     done: Callable[[list[Result]], object] | None = None,
 ) -> list[Result]:
@@ -127,8 +127,8 @@ def evaluate(
     Args:
         systems: Who answers. Systems that the labels choose have the systems that they are chosen among beside them.
         tasks: What is asked; their names must differ.
-        config: How.
-        cache: Where vectors are kept.
+        config: How they are asked.
+        cache: Where vectors are kept, those of `open_systems` if it had one; None: nowhere.
         done: Called with the results of each task as soon as they are there, and last with those that labels chose.
 
     Returns:
@@ -142,6 +142,7 @@ def evaluate(
     for kind, names in (("tasks", [task.name for task in tasks]), ("models", [system.name for system in systems])):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ModeclipError(f"evaluate: two {kind} have the name {twice[0]!r}; give one of them another")
+    config, cache = config or EvaluateConfig(), cache or FeatureCache()
     templates = config.templates or next((s.templates for s in systems if s.templates), ("{}",))
     answering = [system for system in systems if not system.chosen_among]
     questions = []

@@ -120,9 +120,11 @@ class System:
             vectors = embed_images(self.router.encoder_name, self.router.embed_images, images, cache)
             return self.router.route_vectors([str(row) for row in range(len(images))], vectors, self.request).weights
         assert self.router is not None
-        starts = range(0, len(images), ROUTED_AT_ONCE)
-        blocks = [images.read(np.arange(start, min(start + ROUTED_AT_ONCE, len(images)))) for start in starts]
-        return np.concatenate([self.router.route_images(block, self.request).class_weights for block in blocks])
+        weights = []
+        for start in range(0, len(images), ROUTED_AT_ONCE):
+            pictures = images.read(np.arange(start, min(start + ROUTED_AT_ONCE, len(images))))
+            weights.append(self.router.route_images(pictures, self.request).class_weights)
+        return np.concatenate(weights)
 
     def facts(self) -> dict[str, Any]:
         """Return what decides the weights, as JSON; nothing for a single model."""
@@ -142,7 +144,7 @@ class System:
 
 def open_systems(
     specs: Sequence[str],
-    cache: FeatureCache,
+    cache: FeatureCache | None = None,
     *,
     rules: Sequence[str] = (),
     temperature: float | None = None,
@@ -154,7 +156,7 @@ def open_systems(
 
     Args:
         specs: As at the top of this module.
-        cache: Where the vectors of class names are kept.
+        cache: Where the vectors of class names are kept; None: nowhere.
         rules: Routing rules of the mixtures. With several, each mixture is one system for each rule, ``NAME@RULE``;
             with none, each bundle uses its own.
         temperature: Temperature of the rules; None: the bundle's for its own rule, else the rule's default.
@@ -174,6 +176,7 @@ def open_systems(
     names = _names(specs)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ModeclipError(f"evaluate: two models have the name {twice[0]!r}; write NAME=MODEL for one of them")
+    cache = cache or FeatureCache()
     bundles: dict[str, Bundle] = {}
     systems: list[System] = []
     mixtures: dict[str, Bundle] = {}
