@@ -17,7 +17,6 @@ Mixtures
     route      weighs the experts for a task's class embeddings
     assign     finds the clusters of new pairs, and what is new among them
     extend     continues an expert on new pairs, or adds one
-
 Evaluation
     open_systems  names what answers: models, bundles, experts
     evaluate      puts tasks to them and says how well each did
