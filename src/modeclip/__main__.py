@@ -1,7 +1,7 @@
-"""What ``modeclip`` and ``python -m modeclip`` call, also under ``torchrun``: sees to Ctrl-C, then runs the commands.
+"""What ``modeclip`` and ``python -m modeclip`` call, also under ``torchrun``: it runs the commands and takes Ctrl-C.
 
-Importing takes seconds, in the commands too, and Ctrl-C in the midst of it would end in a traceback, or abort in
-the C++ of a library. Nothing is at work during an import, so there the process just ends.
+Importing takes seconds, also inside the commands. Ctrl-C in the middle of it would end in a traceback, or abort in the
+C++ of a library. No work is done during an import, so the process may simply end there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, which the commands handle; end the process if an import would be what it meets."""
+    """Raise KeyboardInterrupt, which the commands handle, or end the process where that would meet an import."""
     below = frame
     while below is not None:
         if below.f_code.co_filename.startswith("<frozen importlib"):
