@@ -337,7 +337,7 @@ def other_tokenizer(clip: Clip, _: Path) -> Clip:
 )
 def test_export_that_is_another_model(change: Any, parts: str, tmp_path: Path) -> None:
     clip = change(load_clip("modeclip-icon"), tmp_path)
-    with pytest.raises(ModeclipError, match=rf"open_clip makes another model of this folder .*{parts}") as raised:
+    with pytest.raises(ModeclipError, match=rf"open_clip loads another model from this folder .*{parts}") as raised:
         save_clip(clip, tmp_path / "model")
     assert "\n" not in str(raised.value)
 

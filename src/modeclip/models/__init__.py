@@ -1,1 +1,1 @@
-"""CLIP models: loading, saving, counting their work, and the vectors they give."""
+"""CLIP models: loading, saving, counting their operations, and the vectors that they and the encoders compute."""

@@ -1,11 +1,12 @@
-"""State of a training job <-> a file: ours (safetensors), and those that open_clip's own trainer wrote (``.pt``).
+"""Checkpoints of training jobs: writing and reading ours, and reading those of open_clip's own trainer.
 
-A checkpoint of ours is ``checkpoints/step-000000123.safetensors`` in the job's folder: the weights under ``model.``,
-the optimizer's tensors under ``optimizer.``, and step, digest and facts as JSON in the header, so that which job wrote
-a file is known without reading its tensors. A file appears under its name only when all of it is on the disk, and older
-ones go only after that: whenever the machine stops, one whole checkpoint is there.
+Our checkpoint is ``checkpoints/step-000000123.safetensors`` in the job's folder: the weights under ``model.``, the
+optimizer's tensors under ``optimizer.``, and step, digest and facts as JSON in the header, so the header alone tells
+which job wrote it. A file gets its name only when all of it is on the disk, and older files are removed only then:
+whenever the machine stops, one whole checkpoint is there.
 
-Nothing is unpickled but tensors and numbers: ``.pt`` files are read with ``weights_only``.
+open_clip's trainer writes ``.pt`` files. They are read with ``weights_only``, which unpickles tensors and numbers and
+nothing else.
 
 Price: a checkpoint takes three times the bytes of the weights (weights and two moments of AdamW), written at the speed
 of the disk.
@@ -46,29 +47,29 @@ class Checkpoint:
     step: int
     """Optimizer steps done."""
     digest: str
-    """Of the job that wrote it; of a file that open_clip_train wrote: its SHA-256."""
+    """Digest of the job that wrote it, or the SHA-256 of a file that open_clip_train wrote."""
     model: dict[str, Tensor]
-    """State of the plain open_clip model."""
+    """Weights by their names in the plain open_clip model."""
     optimizer: dict[str, Tensor]
-    """``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``step.NAME`` of each parameter; empty: there was no optimizer."""
+    """``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``step.NAME`` of each parameter; empty if there was no optimizer."""
     facts: dict[str, Any]
-    """What else is needed to go on, as JSON holds it."""
+    """Whatever else the job needs to continue, as JSON values."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, then remove those that are no longer kept.
 
     Args:
-        folder: Of the job.
+        folder: The job's folder.
         checkpoint: What to write.
-        keep: Newest checkpoints that stay, this one included, at least 1. One of a later step is of another job, or of
-            a run that this one replaces, and goes.
+        keep: How many checkpoints stay, this one included, 1 or more; the newest do. A checkpoint of a later step comes
+            from another job or from a run that this one replaces, and is removed.
 
     Returns:
         The path of the file.
 
     Raises:
-        ModeclipError: The disk is full; the checkpoints that were there still are.
+        ModeclipError: The disk is full; earlier checkpoints are still there.
     """
     path = folder / FOLDER / f"step-{checkpoint.step:09d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,11 +90,11 @@ def load_checkpoint(folder: Path, digest: str | None = None) -> Checkpoint | Non
     """Read the newest checkpoint of a job's folder.
 
     Args:
-        folder: Of the job.
-        digest: Only a checkpoint of the job with this digest; None: of any.
+        folder: The job's folder.
+        digest: Digest that the checkpoint's job must have; None: any.
 
     Returns:
-        None if there is no such checkpoint.
+        The checkpoint, or None if there is none.
 
     Raises:
         ModeclipError: A file is damaged; the message says what to do.
@@ -136,10 +137,10 @@ def check_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
     Args:
         path: A checkpoint of ours, or a ``.pt`` file as ``load_open_clip_train`` reads it.
-        shapes: Shape of each tensor in the state of the model that is to take them.
+        shapes: Shape of each tensor in the state of the model that will load them.
 
     Raises:
-        ModeclipError: A name is missing or unknown, or a shape differs; or the file is damaged.
+        ModeclipError: A name is missing or unknown, a shape differs, or the file is damaged.
     """
     found = _shapes(path)
     _refuse_other_model(
@@ -173,10 +174,11 @@ def load_open_clip_train(path: Path, parameters: Sequence[tuple[str, int]]) -> C
     Args:
         path: A ``.pt`` file.
         parameters: Name and number of dimensions of each parameter of the model, in the order of
-            ``named_parameters``, by which the optimizer's numbers become names.
+            ``named_parameters``; the optimizer's state, which numbers parameters, is named by them.
 
     Returns:
-        The step is what its optimizer counted (0 without one); the facts are its ``epoch``, ``name`` and ``scaler``.
+        The checkpoint. Its step is what the optimizer counted (0 without one), and its facts are ``epoch``, ``name``
+        and ``scaler`` of the file.
 
     Raises:
         ModeclipError: The file is missing, damaged, of another model, or of an optimizer of another kind.
@@ -207,11 +209,11 @@ def read_pickled(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a ``.pt`` file that holds nothing but tensors, numbers, strings and containers of them, onto the CPU.
 
     Args:
-        path: Of the file.
+        path: The file.
         mmap: Leave tensors in the file until they are used.
 
     Raises:
-        ModeclipError: The file is missing, damaged, or holds anything else.
+        ModeclipError: The file is missing or damaged, or holds anything else.
     """
     import torch
 
@@ -233,7 +235,7 @@ def read_pickled(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def numbers_allowed() -> AbstractContextManager[None]:
-    """Let ``torch.load(weights_only=True)`` read NumPy's floats too: open_clip_train's schedule leaves them behind."""
+    """Let ``torch.load(weights_only=True)`` read NumPy's floats, which open_clip_train's schedule leaves in a file."""
     import numpy as np
     import torch
 
@@ -245,7 +247,7 @@ def numbers_allowed() -> AbstractContextManager[None]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file that is there as a whole or not at all, also after a power cut.
+    """Write a safetensors file that exists as a whole or not at all, even after a power cut.
 
     Raises:
         ModeclipError: The disk is full.
@@ -254,7 +256,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     seen: set[int] = set()
     apart = {}
-    for name, tensor in tensors.items():  # safetensors takes no two tensors of one memory (tied embeddings)
+    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory (tied embeddings)
         value = tensor.detach().contiguous()
         storage = value.untyped_storage().data_ptr()
         apart[name] = value.clone() if storage in seen else value
@@ -272,7 +274,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -295,7 +297,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _weights(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in what a ``.pt`` file held, by their names in the plain model."""
+    """Return the weights that a ``.pt`` file held, by their names in the plain model."""
     import torch
 
     state = content.get("state_dict", content)
@@ -308,7 +310,7 @@ def _weights(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
 def _optimizer_by_name(
     path: Path, optimizer: Mapping[str, Any], parameters: Sequence[tuple[str, int]], model: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Name the state of open_clip_train's AdamW: it numbers the parameters without decay first, then the others."""
+    """Return the state of open_clip_train's AdamW by name; it numbers parameters without decay first."""
     import torch
 
     plain = [name for name, ndim in parameters if _undecayed(name, ndim)]
@@ -336,7 +338,7 @@ def _optimizer_by_name(
 
 
 def _undecayed(name: str, ndim: int) -> bool:
-    """Say whether open_clip_train leaves a parameter without weight decay."""
+    """Return whether open_clip_train applies no weight decay to a parameter."""
     return ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
 
 
@@ -347,7 +349,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _full(value: Tensor) -> Tensor:
-    """Return a tensor of floats in float32, any other as it is."""
+    """Return a tensor in float32 if it holds floats, else as it is."""
     return value.float() if value.is_floating_point() else value
 
 
@@ -360,14 +362,14 @@ def _refuse_other_model(path: Path, **differences: Sequence[str]) -> None:
     ]
     if words:
         raise ModeclipError(
-            f"{path} is of another model than train.model: {'; '.join(words)}; set train.model (and train.loss) to what"
-            " it was trained as"
+            f"{path} is of another model than train.model: {'; '.join(words)}; set train.model (and train.loss) to the"
+            " model that it was trained as"
         )
 
 
 def _damaged(path: Path, error: Exception) -> ModeclipError:
     others = len(list(path.parent.glob("step-*.safetensors"))) - 1
-    then = "the one before it is used then" if others else "the job starts again from its beginning then"
+    then = "the checkpoint before it is used then" if others else "the job then starts from its beginning"
     return ModeclipError(f"checkpoint {path} is damaged ({_one_line(error)}); delete it and run again: {then}")
 
 

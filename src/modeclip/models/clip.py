@@ -1,8 +1,8 @@
-"""Model specification -> CLIP model with its tokenizer and preprocessing; the only file that knows open_clip.
+"""Load, save and run a CLIP with its tokenizer and preprocessing; the only file that knows open_clip.
 
 A model is named as open_clip users name it: ``ViT-B-32`` (random weights), ``ViT-B-32@laion2b_s34b_b79k`` (a pretrained
 tag or a checkpoint file), ``hf-hub:org/name``, ``local-dir:/path`` or just the path of such a folder. What is saved is
-such a folder (``open_clip_config.json`` + ``open_clip_model.safetensors``): open_clip loads it with no line of ours.
+such a folder (``open_clip_config.json`` + ``open_clip_model.safetensors``), which open_clip loads without modeclip.
 
 Captions are cut to the longest of their batch before the text tower sees them. In a causal tower no position sees a
 later one, and the features are read at the end-of-text token, so the padding behind it changes nothing: the result is
@@ -41,7 +41,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # of the files that open_clip takes from a model folder
 PARITY_FILE = "parity.json"
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
-"""Largest difference between features of unit norm that is rounding, by the type of the weights in memory."""
+"""Largest difference between features of unit norm that counts as rounding, by the type of the weights in memory."""
 PRECISIONS = {"32-true": None, "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 """Precisions that a model can run in, and the type that its products are then computed in."""
 _OWN_CONFIGS = Path(__file__).parent / "configs"
@@ -81,7 +81,7 @@ class Clip:
     def images(self, pictures: Sequence[Image]) -> Tensor:
         """Turn pictures into a (B, 3, H, W) float32 batch, equal to ``preprocess`` on each of them.
 
-        Pictures that have the model's size already need no resizing and no crop: those are normalised as one batch,
+        Pictures that already have the model's size need no resizing and no crop. They are normalised as one batch,
         which is several times as fast for small pictures.
         """
         import torch
@@ -107,7 +107,7 @@ def load_clip(
 
     Args:
         spec: Name, ``name@tag``, ``name@file``, ``hf-hub:``, ``local-dir:`` or the path of a model folder.
-        seed: Of the random start, where the specification carries no weights.
+        seed: Seed of the random weights, where the specification names no others.
         patch_dropout: Share of the patches that the image tower leaves out in training, in [0, 1).
         logit_start: Gives the model a bias beside its scale; where it has none yet, both start with these values.
 
@@ -168,7 +168,7 @@ def _start_words(start: LogitStart | None) -> dict[str, float]:
 
 
 def check_model(spec: str) -> None:
-    """Raise for a model specification that cannot be loaded, as far as can be told without importing open_clip.
+    """Check a model specification as far as possible without importing open_clip.
 
     Raises:
         ModeclipError: The name is unknown, or the folder is no model.
@@ -189,7 +189,7 @@ def check_model(spec: str) -> None:
 
 
 def save_clip(clip: Clip, folder: Path) -> None:
-    """Write a model as the folder that open_clip loads with ``local-dir:``, and the proof that it does.
+    """Write a model as a folder that open_clip loads with ``local-dir:``, and check that it loads the same model.
 
     Raises:
         ModeclipError: The disk is full, or open_clip makes another model of the folder (see ``write_parity``).
@@ -204,7 +204,7 @@ def save_clip(clip: Clip, folder: Path) -> None:
 
 
 def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
-    """Load a model folder with open_clip alone, compare it with the model in memory, and write what differs.
+    """Load a model folder with open_clip alone, compare it with the model in memory, and write down what differs.
 
     Both run on the same device, on two random pictures (one of the model's size, one of another size and shape) and on
     fixed texts: so preprocessing, token ids and the towers (with their activation function) are all compared.
@@ -280,10 +280,10 @@ def encode_image(model: Any, images: Tensor) -> Tensor:
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
-    """Encode (B, context_length) token ids into (B, D) unit vectors, cutting the padding that no caption uses.
+    """Encode (B, context_length) token ids into (B, D) unit vectors, without the padding that no caption uses.
 
-    The cut is exact where the text tower is open_clip's own, causal, and read at the end-of-text token, whichever class
-    of model it sits in; any other tower gets the full length.
+    Cutting the padding is exact for open_clip's own text tower if it is causal and read at the end-of-text token. Any
+    other tower gets the full length.
     """
     import torch.nn.functional as F  # noqa: N812  (the name that PyTorch's own documents use)
     from open_clip.transformer import text_global_pool
@@ -306,7 +306,7 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 
 
 def resolve_precision(wanted: str) -> str:
-    """Return one of `PRECISIONS`; ``auto`` is the fastest that the machine has.
+    """Return one of `PRECISIONS`; ``auto`` becomes the fastest that this machine has.
 
     Raises:
         ModeclipError: The name is unknown.
@@ -326,7 +326,7 @@ def imagenet_words() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @contextmanager
 def computing(clip: Clip, precision: str) -> Iterator[torch.device]:
-    """Run a model without gradients, in a precision; yields its device."""
+    """Run a model without gradients in a precision of `PRECISIONS`, and yield its device."""
     import torch
 
     device = next(clip.model.parameters()).device
@@ -363,7 +363,7 @@ def _resolve(spec: str) -> tuple[str, str | None]:
 
 
 def _causal_tower(model: Any) -> tuple[Any, str, int | None]:
-    """Return the module with the text tower's parts, its pooling and its end-of-text id; None: no cut is exact."""
+    """Return the text tower, its pooling and its end-of-text id; the tower is None if no cut would be exact."""
     import open_clip
     from open_clip.transformer import TextTransformer
 
@@ -380,7 +380,7 @@ def _causal_tower(model: Any) -> tuple[Any, str, int | None]:
 
 @contextmanager
 def _loading(spec: str) -> Iterator[None]:
-    """Turn what open_clip raises for a model that it cannot make into one line."""
+    """Turn whatever open_clip raises for a model that it cannot load into one line."""
     try:
         yield
     except Exception as error:  # damaged files alone raise nearly anything
@@ -388,7 +388,7 @@ def _loading(spec: str) -> Iterator[None]:
 
 
 def _check_tag(name: str, tag: str) -> None:
-    """Raise for a tag that open_clip does not know, and for weights that need another activation than the name's."""
+    """Check that open_clip knows a tag, and that its weights were trained with the activation of this name."""
     import open_clip
 
     found = open_clip.get_pretrained_cfg(name, tag)
@@ -417,14 +417,14 @@ def _refuse_difference(parity: dict[str, Any], folder: Path) -> None:
     found += [] if parity["token_ids_equal"] else ["token ids"]
     if found:
         raise ModeclipError(
-            f"{folder}: open_clip makes another model of this folder than the one in memory; they differ in "
+            f"{folder}: open_clip loads another model from this folder than the one in memory; they differ in "
             f"{', '.join(found)} (tolerance {parity['tolerance']:g}, see {PARITY_FILE}): its {CONFIG_FILE} does not "
             "describe the weights (QuickGELU, image size, mean, std)"
         )
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise for a folder without settings or weights: open_clip would start such a model at random."""
+    """Check that a folder has settings and weights; without, open_clip would start a model at random."""
     has_weights = any(path.suffix in WEIGHTS_SUFFIXES for path in folder.glob("*"))
     for file, is_there in ((CONFIG_FILE, (folder / CONFIG_FILE).is_file()), (WEIGHTS_FILE, has_weights)):
         if not is_there:
@@ -432,7 +432,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _config_of(name: str, model: Any) -> dict[str, Any]:
-    """Return what ``open_clip_config.json`` must say for a model that was created by this name."""
+    """Return the content of ``open_clip_config.json`` for a model that was created by this name."""
     import open_clip
 
     if name.startswith("local-dir:"):
@@ -446,7 +446,7 @@ def _config_of(name: str, model: Any) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back open_clip's notes on the root logger while a model is built."""
+    """Silence open_clip's notes on the root logger while a model is built."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)

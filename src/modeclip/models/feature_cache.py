@@ -1,8 +1,9 @@
-"""Vectors -> files named after all that decides their content, and back; each made once.
+"""A folder of feature vectors: each file is named after everything that decides its content, and made once.
 
 Each file is an .npy of float32 rows with the SHA-256 of all before it as its last 32 bytes: a damaged file counts as
-missing and is made again. Files appear whole or not at all, so several processes may share a folder and a killed one
-leaves nothing that is taken for whole. Nothing is declared stale: other content has another name.
+missing and is made again. Files appear whole or not at all, so several processes may share a folder, and a process
+that is killed leaves nothing that could be mistaken for a whole file. Nothing ever becomes stale, since other content
+has another name.
 
 Price: 4 D bytes of disk a vector; a file is read once when it is opened, to be checked, and then memory-mapped.
 """
@@ -28,19 +29,21 @@ from jaxtyping import Float
 from modeclip.models.pool import ModelPool
 from modeclip.system.files import writing
 
-FORMAT = 1  # raise it when the same inputs start to give other vectors
-OLD_SECONDS = 24 * 3600.0  # age from which what a killed process has left half-written is removed
+FORMAT = 1
+"""Part of every name; raise it when the same inputs start to give other vectors."""
+OLD_SECONDS = 24 * 3600.0
+"""Age at which a half-written file is taken for one that a killed process left behind, and removed."""
 DIGEST_BYTES = 32
 
 
 class FeatureCache:
-    """A folder of vectors, and the models that are in memory to make more of them."""
+    """A folder of vectors, with the pool of models that make those that are missing."""
 
     def __init__(self, folder: Path | None = None, *, pool: ModelPool | None = None) -> None:
         """Open a cache.
 
         Args:
-            folder: Where the files are; None: in a temporary folder, which ends with this object.
+            folder: Where the files are; None: a temporary folder, which is removed with this object.
             pool: Where models come from; None: a pool of its own, which holds as many as fit.
         """
         if folder is None:
@@ -55,13 +58,13 @@ class FeatureCache:
         self._checked: dict[str, tuple[int, int]] = {}
 
     def key(self, kind: str, **parts: object) -> str:
-        """Return the name of the file of what these parts decide."""
+        """Return the name of the file whose content these parts decide."""
         made_by = {"format": FORMAT, "open_clip": version("open_clip_torch")}
         content = json.dumps([kind, made_by, parts], sort_keys=True)
         return f"{kind}-{sha256(content.encode()).hexdigest()[:40]}"
 
     def has(self, key: str, num_rows: int) -> bool:
-        """Tell whether a file is there and whole."""
+        """Return whether a file is there and whole."""
         return self._read(key, num_rows) is not None
 
     def read(self, key: str, num_rows: int) -> Float[np.ndarray, "N D"]:
@@ -72,7 +75,7 @@ class FeatureCache:
 
     @contextmanager
     def writer(self, key: str, num_rows: int) -> Iterator[Callable[[Any, Float[np.ndarray, "n D"]], None]]:
-        """Yield ``write(rows, vectors)``; the file appears at the end, if all went well."""
+        """Yield ``write(rows, vectors)``; the file appears at the end unless an error was raised."""
         handle, name = tempfile.mkstemp(prefix=f"{key}.", suffix=".part", dir=self.folder)
         os.close(handle)
         part = Path(name)

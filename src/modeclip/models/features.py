@@ -1,14 +1,15 @@
-"""CLIPs, and images or texts -> their unit vectors, each computed once and kept by the hash of its content.
+"""Unit vectors of images and texts by many CLIPs, each computed once and kept by the hash of its content.
 
 One pass over the images serves all models that lack their vectors: a batch is read and decoded once, prepared once for
 each kind of preprocessing among the models, and encoded by each of them while the next batch is being read. Class
 names and texts are sorted by length, so that each batch is cut to the length that it needs (``clip.encode_text``).
 
-Vectors are kept under the hash of the weights and settings of the model, the precision, and the bytes of the images
-(or the texts): a model that is trained on, or a picture that is changed, never meets old vectors (`modeclip.models.feature_cache`).
+Vectors are kept under the hash of the model's weights and settings, the precision, and the bytes of the images or
+texts. A model that was trained further, or a picture that was changed, therefore never meets old vectors
+(`modeclip.models.feature_cache`).
 
-Price: one forward pass a model and image; 4 D bytes of disk for each. Models are loaded when they are first needed; as
-many are kept as fit into half of the free memory, at the price of one more pass over the images if not all do.
+Price: one forward pass for each model and image, and 4 D bytes of disk. Models come from the cache's pool; where they
+do not all fit into memory together, the images are read once more for each group of models that does.
 """
 
 from __future__ import annotations
@@ -43,14 +44,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TEXT_BATCH = 512  # texts encoded at a time
-PROMPT_BATCH = 1024  # class names of one template encoded at a time
-ENCODED_AT_ONCE = 1 << 16  # texts whose routing vectors are in memory at a time: 200 MB of 768 numbers
-SHOWN_TEXTS = 20_000  # texts x models from which a progress bar is shown
+TEXT_BATCH = 512
+"""Texts encoded at a time."""
+PROMPT_BATCH = 1024
+"""Prompts of one template encoded at a time."""
+ENCODED_AT_ONCE = 1 << 16
+"""Texts whose routing vectors are in memory at a time: 200 MB for vectors of 768 numbers."""
+SHOWN_TEXTS = 20_000
+"""Texts times models from which on a progress bar is shown."""
 
 
 class CachedEncoder:
-    """An encoder of texts that is loaded only for texts that the cache does not have; see `encoders.Encoder`."""
+    """An encoder of texts (`encoders.Encoder`) that is loaded only for texts that are not in the cache."""
 
     def __init__(self, name: str, dimension: int, cache: FeatureCache) -> None:
         self.name, self.dimension, self._cache = name, dimension, cache
@@ -78,7 +83,7 @@ class CachedEncoder:
 
 
 def encoder_identity(name: str) -> dict[str, str] | None:
-    """Return what tells an encoder from others without running it; None: that cannot be told."""
+    """Return what identifies an encoder, without running it, or None if its name does not say what it computes."""
     prefix, _, rest = name.partition(":")
     place = rest if prefix in PREFIXES and rest else name
     folder = Path(place).expanduser()
@@ -102,7 +107,7 @@ def embed_images(
     *,
     batch_size: int = 256,
 ) -> Float[np.ndarray, "N D"]:
-    """Return the vectors that images are routed by, where a bundle's clusters are of images.
+    """Return the vectors that images are routed by, for bundles whose clusters are of images.
 
     Args:
         encoder: Name of the bundle's encoder.
@@ -125,7 +130,7 @@ def embed_images(
 def missing_images(
     refs: Sequence[ModelRef], images: Images, cache: FeatureCache, *, precision: str = "32-true"
 ) -> list[ModelRef]:
-    """Return the refs whose vectors of some images are not in the cache, each model once."""
+    """Return the models whose vectors of these images are not in the cache yet, each once."""
     kinds = {ref.digest: ref for ref in refs}
     return [
         ref
@@ -147,13 +152,13 @@ def image_features(
     """Return the unit vectors of images by each model, float32, memory-mapped.
 
     Args:
-        refs: Models; the same one several times costs nothing.
-        images: N images, of which each is decoded once for all models that lack their vectors.
+        refs: Models; naming one several times costs nothing.
+        images: N images; each is decoded once for all models that lack its vector.
         cache: Where vectors are kept.
         batch_size: Images encoded at a time.
         device: ``auto``, ``cpu``, ``cuda``...
         precision: One of `PRECISIONS`, or ``auto`` (see ``devices.choose_precision``).
-        advance: Called with the numbers of images x models that are done; None: an own progress bar is shown.
+        advance: Called with the number of images x models just done; None: a progress bar is shown.
 
     Raises:
         ModeclipError: There is no image, or a model or an image cannot be read.
@@ -286,7 +291,7 @@ def _encode_images(
 def _encoded_texts(
     clips: Mapping[str, Clip], texts: Sequence[str], precision: str
 ) -> Iterator[tuple[str, Int[np.ndarray, " n"], Float[np.ndarray, "n D"]]]:
-    """Yield (digest of a model, numbers of texts, their vectors), texts of similar length together."""
+    """Yield a model's digest, positions of texts and their vectors; texts of similar length go together."""
     kind_of = {digest: _tokenizer_kind(digest, clip) for digest, clip in clips.items()}
     order = np.argsort([len(text) for text in texts], kind="stable")
     for start in range(0, len(order), TEXT_BATCH):
@@ -310,7 +315,7 @@ def _unit(vectors: Tensor) -> Float[np.ndarray, "n D"]:
 
 
 def _ahead(batches: Iterator[T]) -> Iterator[T]:
-    """Yield batches, the next one being made by a thread meanwhile."""
+    """Yield batches while a thread prepares the next one."""
     done = object()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, done)
@@ -329,12 +334,12 @@ def _image_key(cache: FeatureCache, ref: ModelRef, images: Images, precision: st
 
 
 def _preprocess_kind(clip: Clip) -> str:
-    """Return what tells the preprocessing of models apart."""
+    """Return a text that is equal for models with equal preprocessing."""
     return json.dumps(clip.model.visual.preprocess_cfg, sort_keys=True, default=str)
 
 
 def _tokenizer_kind(digest: str, clip: Clip) -> str:
-    """Return what tells the tokenizers of models apart; those that come from files are not shared."""
+    """Return a text that is equal for models with equal tokenizers; tokenizers from files count as different."""
     settings = clip.config.get("model_cfg", {}).get("text_cfg", {})
     if {"hf_tokenizer_name", "hf_model_name"} & settings.keys():
         return digest

@@ -1,12 +1,12 @@
-"""A CLIP model and the length of its captions in, floating-point operations of a training sample out.
+"""How many floating-point operations a training sample costs, for any CLIP and length of captions.
 
-Counted are the operations of matrix products, convolutions and attention in both towers, a multiplication and an
-addition each, as PyTorch's own counter sees them while one sample goes through the very functions that training calls:
-so any model that open_clip has is counted, and captions cost what they cost after the padding is cut. The backward
-pass takes two products for each of the forward pass, so a training sample is counted as three forward passes.
+PyTorch's own counter watches one sample go through the functions that training calls. It counts matrix products,
+convolutions and attention in both towers, a multiplication and an addition each, so it works for every model that
+open_clip has, and captions cost what they cost after their padding is cut. The backward pass takes two products for
+each product of the forward pass, so a training sample counts as three forward passes.
 
-Left out: normalisations, activations, softmax, the optimizer, and the B x B similarities of a batch (2 * B * D a
-sample, under 1 % of a tower). Gradient caching adds a forward pass, which is not counted either.
+Not counted: normalisations, activations, softmax, the optimizer, the B x B similarities of a batch (2 * B * D a
+sample, under 1 % of a tower), and the additional forward pass of gradient caching.
 
 Source: Kaplan et al. (arXiv 2001.08361), Sec. 2.1, for the factor of three; OpenCLIP (arXiv 2212.07143) measures the
 compute of its scaling laws likewise, operations a sample times samples seen.
@@ -30,18 +30,18 @@ class Flops:
     """Floating-point operations of one sample."""
 
     image: int
-    """Of the image tower, forward."""
+    """Operations of the image tower's forward pass."""
     text: int
-    """Of the text tower, forward."""
+    """Operations of the text tower's forward pass."""
 
     @property
     def forward(self) -> int:
-        """Return those of both towers, forward."""
+        """Return the operations of the forward pass of both towers."""
         return self.image + self.text
 
     @property
     def training(self) -> int:
-        """Return those of a training sample, forward and backward."""
+        """Return the operations of a training sample, forward and backward."""
         return TRAINING_FACTOR * self.forward
 
 
@@ -49,7 +49,7 @@ def count_flops(spec: str | Path, caption_length: int | None = None) -> Flops:
     """Count the floating-point operations that one image-caption pair costs.
 
     Args:
-        spec: A model specification (see ``clip``); a pretrained tag is left out, as weights change nothing.
+        spec: A model specification (see ``clip``); its pretrained tag is ignored, since weights change nothing.
         caption_length: Tokens that the text tower sees, start and end of text included: those of the longest caption
             of a batch. None: its full context. A tower whose padding cannot be cut sees its full context in any case.
 
@@ -71,7 +71,7 @@ def count_flops(spec: str | Path, caption_length: int | None = None) -> Flops:
     width, height = clip.image_size
     image = torch.zeros(1, 3, height, width)
     found = []
-    # Plain products instead of fused kernels, and training mode: the counter sees what those hide.
+    # The counter does not see into fused kernels, which evaluation mode and other attention backends would use.
     with sdpa_kernel(SDPBackend.MATH):
         clip.model.train()
         for encode, batch in ((encode_image, image), (encode_text, tokens)):

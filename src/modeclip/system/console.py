@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: progress bars with rate and time left, tables, one-line notes.
+"""What people see while work goes on: progress bars with rate and time left, tables, notes of one line.
 
 Everything goes to standard error, so that standard output carries only results (``--json`` stays parseable). On a
 terminal a bar is live; in a log file each finished bar leaves one line.
@@ -41,7 +41,7 @@ class RateColumn(ProgressColumn):
 
 
 def make_progress() -> Progress:
-    """Return a bar display (description, bar, count, rate, elapsed, left); add tasks with field ``unit``."""
+    """Return a display of bars with count, rate, and time elapsed and left; its tasks need a field ``unit``."""
     return Progress(
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=30),
@@ -56,7 +56,7 @@ def make_progress() -> Progress:
 
 
 class Advance:
-    """Called with the units of work just done."""
+    """Callback of a progress bar, called with the units of work just done."""
 
     def __init__(self, bars: Progress, task: TaskID) -> None:
         self.done = 0
@@ -68,7 +68,7 @@ class Advance:
         self._bars.update(self._task, advance=count)
 
     def expect(self, share: float) -> None:
-        """Say which share of all work is done, in (0, 1], where the total is not known before."""
+        """Set the total from the share of the work that is done, in (0, 1], where it was not known before."""
         self._bars.update(self._task, total=max(self.done, round(self.done / share)))
 
 
@@ -78,8 +78,8 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Advance
 
     Args:
         description: What is being done, a few words.
-        total: Units of work in all; None: not known, until ``advance.expect`` says it.
-        unit: Name of a unit, plural ("captions").
+        total: Units of work in all; None: unknown until ``advance.expect`` sets it.
+        unit: Plural name of a unit ("captions").
     """
     started = time.monotonic()
     with make_progress() as bars:

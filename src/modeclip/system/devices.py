@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SAMPLE_SECONDS = 0.5
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt
-_LARGEST_BLOCK = 32 << 20  # glibc takes no more; what is larger is given back at once, as by default
+_LARGEST_BLOCK = 32 << 20  # glibc accepts no more; larger blocks are given back at once, as by default
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -70,7 +70,7 @@ def free_memory(device: torch.device) -> int:
 
 
 class PeakMemory:
-    """A context that watches this process and its children; ``gb`` is their highest sum so far, in 10^9 bytes."""
+    """A context that watches this process and its children; ``gb`` is their highest sum so far in 10^9 bytes."""
 
     def __init__(self) -> None:
         self.gb = 0.0
@@ -100,18 +100,18 @@ def memory_gb() -> float:
 
 
 def return_memory() -> None:
-    """Give what has been freed back to the system: the processes that work next need it, this one does not."""
+    """Give freed memory back to the system, for the processes that work next."""
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
-    """Keep memory that is freed for what comes next, until ``return_memory``.
+    """Keep freed memory in this process for later use, until ``return_memory`` is called.
 
-    Otherwise a training step may give its activations back to the system, and the next one has every page made and
-    zeroed again. How much that costs depends on what else runs: ``benchmarks/feed.py`` prints it, docs/log.md
-    (2026-11-25) says what was seen.
+    Otherwise a training step may give its activations back to the system, which then has to make and zero every page
+    again for the next step. How much that costs depends on what else runs: ``benchmarks/feed.py`` prints it, and
+    docs/log.md (2026-11-25) has what was seen.
     """
     with suppress(OSError, AttributeError):  # glibc only
         libc = ctypes.CDLL(None)
@@ -129,7 +129,7 @@ def _multiplies_bf16() -> bool:
 
 
 def _children() -> list[int]:
-    """Return the processes that any thread of this one has started and that still run."""
+    """Return the running processes that any thread of this one has started."""
     found: list[int] = []
     for thread in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # the thread has just ended

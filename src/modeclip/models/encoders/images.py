@@ -1,11 +1,12 @@
-"""Pairs of caption and image in, unit vectors of a CLIP or an image encoder out.
+"""Encoders with the towers of a CLIP or a model of timm: captions, images, or both become unit vectors.
 
-`clip:MODEL` takes the captions alone, and so class names too; the others make the column that a catalog is clustered
-by from its images. `clip-both` puts the unit vectors of text and image behind one another: their sum gives no
-meaningful clusters.
+`clip:MODEL` encodes captions, and therefore class names too. The others encode the images of a catalog, which is then
+clustered by them. `clip-both` concatenates the unit vectors of text and image, since their sum gives no meaningful
+clusters.
 
 Source: MoDE (arXiv 2404.16030) Table 7: seed-CLIP text, image, and both concatenated; DINOv2, here any model of timm.
-Price: one pass of the towers over the pairs, in bfloat16 where the processor has it; decoded images of one batch.
+Price: one pass of the towers over the pairs, in bfloat16 where the processor has it; memory for the decoded images of
+one batch.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
 TEXTS_AT_ONCE = 8192
 """Captions in one call of the tokenizer."""
 PROBES = ("a cat", "arrow up left", "a photo of two dogs that run after a red ball", "x")
-"""Texts that show whether a text tower bears bfloat16."""
+"""Texts that show whether a text tower tolerates bfloat16."""
 
 
 class ClipTextEncoder:
-    """The text tower of a CLIP: the seed model as its own encoder of captions."""
+    """The text tower of a CLIP, such as the seed model as its own encoder of captions."""
 
     encodes = "text"
 
@@ -82,7 +83,7 @@ class ClipTextEncoder:
 
 
 class ClipImageEncoder:
-    """The image tower of a CLIP, of a catalog's images."""
+    """The image tower of a CLIP."""
 
     encodes = "image"
 
@@ -95,7 +96,7 @@ class ClipImageEncoder:
         self.dimension = int(self._encode(_probe_images()[:1], self._model, 1).shape[1])
 
     def encode_pairs(self, captions: Sequence[str], images: Sequence[bytes]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each encoded image; the captions are not looked at."""
+        """Return a float32 vector of norm 1 for each encoded image; captions are ignored."""
         del captions
         if not images:
             return np.empty((0, self.dimension), np.float32)
@@ -112,7 +113,7 @@ class ClipImageEncoder:
 
 
 class ClipBothEncoder:
-    """Text and image vectors of a CLIP behind one another, scaled to norm 1."""
+    """Text and image vectors of a CLIP, concatenated and scaled to norm 1."""
 
     encodes = "both"
 
@@ -128,7 +129,7 @@ class ClipBothEncoder:
 
 
 class TimmEncoder:
-    """An image model of timm without its classifier, such as DINOv2; weights from a folder or the local cache."""
+    """An image model of timm without its classifier, such as DINOv2, from a folder or the local cache."""
 
     encodes = "image"
 
@@ -147,7 +148,7 @@ class TimmEncoder:
         self.dimension = int(self._encode(_probe_images()[:1], self._model, 1).shape[1])
 
     def encode_pairs(self, captions: Sequence[str], images: Sequence[bytes]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each encoded image; the captions are not looked at."""
+        """Return a float32 vector of norm 1 for each encoded image; captions are ignored."""
         del captions
         if not images:
             return np.empty((0, self.dimension), np.float32)
@@ -167,7 +168,7 @@ class TimmEncoder:
 
 
 def _encode_images(count: int, rows: int, run: Any) -> Float[np.ndarray, "N D"]:
-    """Return the unit vectors of images 0 to ``count`` - 1, of which every batch has ``rows``."""
+    """Return the unit vectors of images 0 to ``count`` - 1, encoded in batches of ``rows``."""
     parts = [unit_rows(found) for _, found in in_batches(np.zeros(count, np.int64), rows, run)]
     return np.concatenate(parts)  # one group: the batches come in the order of the images
 
@@ -183,7 +184,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 
 def _probe_images() -> list[bytes]:
-    """Return small pictures that show whether an image tower bears bfloat16."""
+    """Return small pictures that show whether an image tower tolerates bfloat16."""
     draw, images = np.random.default_rng(0), []
     for _ in range(4):
         buffer = io.BytesIO()
@@ -200,7 +201,7 @@ def _load_clip(name: str, model: str) -> Clip:
 
 
 def _timm_folder(name: str, model: str) -> Path:
-    """Return the folder of a timm model: itself, or the pretrained model of this name in the local cache."""
+    """Return the folder of a timm model: the given one, or that of a pretrained model in the local cache."""
     if "/" in model or Path(model).is_dir():
         folder = local_folder(model)
         if not (folder / "config.json").is_file():

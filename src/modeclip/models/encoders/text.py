@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIMCSE_MAX_TOKENS = 128
-"""Where SimCSE's own tool cuts a text."""
+"""Tokens after which SimCSE's own tool cuts a text."""
 
 TOKENIZED_AT_ONCE = 8192
-"""Texts in one call of the tokenizer, and so the most that wait for company of their length."""
+"""Texts in one call of the tokenizer; batches of one length are formed among them."""
 
 PROBES = (
     "a cat",
@@ -60,7 +60,7 @@ PROBES = (
     "two dogs run after a red ball on a wide green meadow",
     "The quick brown fox jumps over the lazy dog. " * 4,
 )
-"""Texts that show whether a model bears bfloat16."""
+"""Texts that show whether a model tolerates bfloat16."""
 
 DIMENSION = 256
 """Dimensions of TF-IDF vectors, where the sample has as many."""
@@ -198,8 +198,8 @@ def encode_by_length(
 
     Args:
         texts: One text or more.
-        tokenize: Texts -> padded ``input_ids``, ``attention_mask`` and what else the model takes.
-        forward: The same for a batch without padding -> (rows, D) vectors.
+        tokenize: Returns padded ``input_ids``, ``attention_mask`` and whatever else the model takes.
+        forward: Takes the same for a batch without padding and returns (rows, D) vectors.
         rows: Texts in every forward pass.
 
     Returns:
@@ -357,7 +357,7 @@ def _count(counters: Sequence[Any], texts: Sequence[str]) -> Any:
 
 
 def _draw(captions: Iterable[str], seed: int) -> list[str]:
-    """Return a uniform sample of a stream, in its order, by the smallest of random keys."""
+    """Return a uniform sample of a stream in its order: the captions with the smallest random keys."""
     draw, kept, keys = np.random.default_rng(seed), [], np.empty(0)
     for caption in captions:
         kept.append(caption)
