@@ -693,7 +693,10 @@ def test_the_fingerprint_is_that_of_the_model(name_of, tmp_path):
 
 
 def test_import_is_quick():
-    code = "import json, sys, modeclip.models.encoders, modeclip.clustering.embedding; print(json.dumps(sorted(sys.modules)))"
+    code = (
+        "import json, sys, modeclip.models.encoders, modeclip.clustering.embedding\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "sentence_transformers", "huggingface_hub", "sklearn", "timm", "open_clip"}
     assert heavy.isdisjoint(json.loads(done.stdout))

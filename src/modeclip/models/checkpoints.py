@@ -369,7 +369,7 @@ def _refuse_other_model(path: Path, **differences: Sequence[str]) -> None:
 
 def _damaged(path: Path, error: Exception) -> ModeclipError:
     others = len(list(path.parent.glob("step-*.safetensors"))) - 1
-    then = "the checkpoint before it is used then" if others else "the job then starts from its beginning"
+    then = "the one before it is used then" if others else "the job then starts again from its beginning"
     return ModeclipError(f"checkpoint {path} is damaged ({_one_line(error)}); delete it and run again: {then}")
 
 
