@@ -30,7 +30,7 @@ PACKAGES = {"s3": "s3", "s3a": "s3"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunPaths:
-    """Where everything of a run lies in its folder."""
+    """The paths of everything in the folder of a run."""
 
     folder: Path
     """The run's folder."""
@@ -67,7 +67,7 @@ class RunPaths:
 
     @property
     def features(self) -> Path:
-        """What the models saw in the images of the tasks, so that other rules are scored without running a model."""
+        """Features of the images of the tasks, with which other rules are scored without running a model."""
         return self.folder / "features"
 
     @property
