@@ -201,7 +201,7 @@ def accuracy_by_hand(scored: dict[str, Any], kind: str, weigh: Callable[[str], n
             clip = load_clip(folders[f"{kind}-{k}"])
             with torch.inference_mode():
                 image = clip.model.eval().encode_image(clip.images(catalog.images(task.images.rows)), normalize=True)
-                cosine = (image @ class_features(clip.model, clip, task.classnames, ["{}"]).T).numpy()
+                cosine = (image @ class_features(clip, task.classnames, ["{}"]).T).numpy()
             total += np.broadcast_to(weigh(task.name)[..., k], len(task.classnames)) * cosine
         found[task.name] = float((total.argmax(1) == task.labels).mean())
     return found

@@ -299,7 +299,7 @@ def test_classes_are_the_mean_of_their_prompts(sources: list[ModelRef]) -> None:
     [found] = prompt_features(sources[:1], [[t.replace("{}", n) for t in templates] for n in NAMES], cache)
     clip = load_clip(sources[0].spec)
     clip.model.eval()
-    np.testing.assert_allclose(found, class_features(clip.model, clip, NAMES, templates).numpy(), atol=2e-6)
+    np.testing.assert_allclose(found, class_features(clip, NAMES, templates).numpy(), atol=2e-6)
     single = text_features(sources[:1], [t.replace("{}", NAMES[1]) for t in templates], cache)[0]
     mean = single.sum(0) / np.linalg.norm(single.sum(0))
     np.testing.assert_allclose(found[1], mean, atol=2e-6)

@@ -73,7 +73,7 @@ class Examiner:
         clip.model.eval()
         with torch.inference_mode():
             for index, task in enumerate(self.tasks):
-                texts = class_features(clip.model, clip, task.classnames, self._templates)
+                texts = class_features(clip, task.classnames, self._templates)
                 images = torch.cat([encode_image(clip.model, batch.to(device)) for batch in self._batches(index, clip)])
                 vectors = [rows.float().cpu().numpy() for rows in (images, texts)]
                 similarity = Similarity(images=vectors[:1], texts=vectors[1:], weights=np.ones(1))

@@ -242,8 +242,7 @@ class RoutedClip(nn.Module):
         return [self._class_features(expert) for expert in self._experts]
 
     def _class_features(self, expert: int) -> Tensor:
-        clip = self._clip(expert)
-        return class_features(clip.model, clip, self.classnames, self.templates)
+        return class_features(self._clip(expert), self.classnames, self.templates)
 
     @cached_property
     def _words(self) -> list[Tensor]:

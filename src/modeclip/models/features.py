@@ -40,7 +40,7 @@ from modeclip.system.files import hash_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -198,26 +198,23 @@ def text_features(
     return [cache.read(keys[ref.digest], len(texts)) for ref in refs]
 
 
-def class_features(
-    model: nn.Module, clip: Clip, classnames: Sequence[str], templates: Sequence[str]
-) -> Float[Tensor, "L D"]:
+def class_features(clip: Clip, classnames: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "L D"]:
     """Return one unit vector a class: its prompts encoded, normalised, averaged over the templates, normalised.
 
     Args:
-        model: The CLIP that encodes.
-        clip: Whose tokenizer is used.
+        clip: The model that encodes them, where it is.
         classnames: L class names.
         templates: Prompts with ``{}`` where the name goes.
     """
     import torch
 
-    device = next(model.parameters()).device
+    device = next(clip.model.parameters()).device
     total = torch.zeros(())
     with torch.inference_mode():
         for template in templates:
             prompts = [fill(template, name) for name in classnames]
             batches = [prompts[start : start + PROMPT_BATCH] for start in range(0, len(prompts), PROMPT_BATCH)]
-            parts = [encode_text(model, clip.tokens(batch).to(device)) for batch in batches]
+            parts = [encode_text(clip.model, clip.tokens(batch).to(device)) for batch in batches]
             total = total.to(device) + torch.cat(parts)
         return torch.nn.functional.normalize(total, dim=-1)
 

@@ -37,6 +37,13 @@ _PRODUCTS = {
 _NORMS = {"seen": "attention.output.LayerNorm", "outer": "output.LayerNorm"}
 
 
+class _Tables(list[Tensor]):
+    """Tables of embeddings, which a copy of their model shares."""
+
+    def __deepcopy__(self, memo: Any) -> _Tables:
+        return self
+
+
 class SentenceBert(nn.Module):
     """The transformer of a BERT: tokens become token vectors, in dictionaries as sentence-transformers has them."""
 
@@ -53,7 +60,7 @@ class SentenceBert(nn.Module):
         """
         super().__init__()
         self.eps, self.num_heads = float(config["layer_norm_eps"]), int(config["num_attention_heads"])
-        self.tables = [weights[name] for name in _TABLES]
+        self.tables = _Tables(weights[name] for name in _TABLES)
         self.norm = _parts("embeddings.LayerNorm", weights)
         self.layers = nn.ModuleList()
         for layer in range(config["num_hidden_layers"]):

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
+from modeclip.system.devices import choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def in_batches(
         return vectors
 
     threads = torch.get_num_threads()
-    if threads == 1 or device() != "cpu":
+    if threads == 1 or choose_device().type != "cpu":
         for batch in batches:
             yield batch, encode(batch)
         return
@@ -112,18 +113,11 @@ def in_bfloat16(module: torch.nn.Module, probe: Callable[[torch.nn.Module], Floa
     return low if float(cosine.min()) >= LEAST_COSINE else module
 
 
-def device() -> str:
-    """Return ``cuda`` if there is a GPU, else ``cpu``."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _has_bfloat16() -> bool:
     """Return whether products of bfloat16 are faster than those of float32."""
     import torch
 
-    if device() == "cuda":
+    if choose_device().type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -26,7 +26,6 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.models.clip import Clip, encode_image, encode_text, load_clip
 from modeclip.models.encoders.hub import (
     cached_folder,
-    device,
     hash_weights,
     in_batches,
     in_bfloat16,
@@ -35,6 +34,7 @@ from modeclip.models.encoders.hub import (
     need,
     unit_rows,
 )
+from modeclip.system.devices import choose_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class ClipTextEncoder:
 
     def __init__(self, name: str, model: str, batch_size: int) -> None:
         self._clip = _load_clip(name, model)
-        self._model: Any = self._clip.model.eval().to(device())
+        self._model: Any = self._clip.model.eval().to(choose_device())
         self.name, self.batch_size = name, batch_size
         self.fingerprint = hash_weights(self._model)
         self._model = in_bfloat16(self._model, lambda model: self._encode(PROBES, model, 1))
@@ -72,7 +72,7 @@ class ClipTextEncoder:
             lengths = ((tokens != 0).numpy() * position).max(axis=1)  # an id of 0 is padding, but also a token
 
             def run(batch: np.ndarray, tokens: Tensor = tokens) -> Tensor:
-                return encode_text(model, tokens[batch].to(device()))
+                return encode_text(model, tokens[batch].to(choose_device()))
 
             found = list(in_batches(lengths, rows, run))
             vectors = np.empty((len(tokens), found[0][1].shape[1]), np.float32)
@@ -89,7 +89,7 @@ class ClipImageEncoder:
 
     def __init__(self, name: str, model: str, batch_size: int) -> None:
         self._clip = _load_clip(name, model)
-        self._model: Any = self._clip.model.eval().to(device())
+        self._model: Any = self._clip.model.eval().to(choose_device())
         self.name, self.batch_size = name, batch_size
         self.fingerprint = hash_weights(self._model)
         self._model = in_bfloat16(self._model, lambda model: self._encode(_probe_images(), model, 1))
@@ -107,7 +107,7 @@ class ClipImageEncoder:
 
         def run(batch: np.ndarray) -> Tensor:
             pixels = self._clip.images([_decode(images[i], self.name) for i in batch])
-            return encode_image(model, pixels.to(device(), dtype))
+            return encode_image(model, pixels.to(choose_device(), dtype))
 
         return _encode_images(len(images), rows, run)
 
@@ -141,7 +141,7 @@ class TimmEncoder:
             self._model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
             config = timm.data.resolve_model_data_config(self._model)
             self._preprocess: Any = timm.data.create_transform(**config, is_training=False)
-        self._model = self._model.eval().to(device())
+        self._model = self._model.eval().to(choose_device())
         self.name, self.batch_size = name, batch_size
         self.fingerprint = hash_weights(self._model)
         self._model = in_bfloat16(self._model, lambda model: self._encode(_probe_images(), model, 1))
@@ -161,7 +161,7 @@ class TimmEncoder:
 
         def run(batch: np.ndarray) -> Tensor:
             pixels = torch.stack([self._preprocess(_decode(images[i], self.name)) for i in batch])
-            features: Tensor = model(pixels.to(device(), dtype))
+            features: Tensor = model(pixels.to(choose_device(), dtype))
             return features
 
         return _encode_images(len(images), rows, run)

@@ -29,7 +29,6 @@ from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders.hub import (
-    device,
     first_line,
     hub_folder,
     in_batches,
@@ -39,6 +38,7 @@ from modeclip.models.encoders.hub import (
     need,
     unit_rows,
 )
+from modeclip.system.devices import choose_device
 from modeclip.system.files import hash_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -97,13 +97,15 @@ class SentenceEncoder:
         if bert is not None:
             self._tokens: Callable[[list[str]], dict[str, Any]]
             self._tokens, self.model, *self._rest = bert
-            self.model.to(device())
+            self.model.to(choose_device())
         else:
             with loading(name, folder):
                 from sentence_transformers import SentenceTransformer
 
                 # What the folder lacks is an error, and not looked for on the hub.
-                whole: Any = SentenceTransformer(str(folder), device=device(), local_files_only=True).float().eval()
+                whole: Any = (
+                    SentenceTransformer(str(folder), device=str(choose_device()), local_files_only=True).float().eval()
+                )
             self.model, *self._rest = whole
             prompt = whole.prompts.get(whole.default_prompt_name) if whole.default_prompt_name else None
             self._tokens = lambda texts: dict(whole.preprocess(texts, prompt=prompt))  # not a dict by itself
@@ -162,7 +164,9 @@ class PoolerEncoder:
             )
         self.name, self.batch_size, self._folder = name, batch_size, folder
         self.dimension = int(model.config.hidden_size)
-        self.model: Any = in_bfloat16(model.float().eval().to(device()), lambda model: self._encode(PROBES, model, 1))
+        self.model: Any = in_bfloat16(
+            model.float().eval().to(choose_device()), lambda model: self._encode(PROBES, model, 1)
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -220,7 +224,7 @@ def encode_by_length(
             chosen = torch.from_numpy(batch)
             seen = features["attention_mask"].bool()[chosen]
             unpadded = {  # whichever side was padded
-                key: value[chosen][seen].view(len(batch), -1).to(device()) if key in per_token else value
+                key: value[chosen][seen].view(len(batch), -1).to(choose_device()) if key in per_token else value
                 for key, value in features.items()
             }
             return forward(unpadded)
