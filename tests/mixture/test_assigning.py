@@ -25,7 +25,7 @@ from modeclip.data.sources.icons import icon_caption, list_icons
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, ExpertShare, assign, propose
-from modeclip.mixture.bundle import Bundle, Expert
+from modeclip.mixture.bundle import Bundle, Expert, RoutingConfig
 
 NUM_FINE = 64
 CONFIG = AssignConfig(min_pairs=100)
@@ -78,9 +78,7 @@ def bundle(fitted: Catalog) -> Bundle:
     return Bundle(
         path=Path("nowhere"),
         encoder=facts["encoder"],
-        rule="per_class",
-        temperature=0.1,
-        templates=("{}",),
+        routing=RoutingConfig(rule="per_class"),
         fine_centers=clustering.fine_centers,
         expert_of_fine=clustering.expert_of_fine,
         experts=tuple(

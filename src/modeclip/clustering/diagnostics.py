@@ -44,7 +44,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig:
-    """What `diagnose` looks into."""
+    """What is compared with the clustering that was made, and how its false negatives are counted."""
 
     experts: Annotated[tuple[int, ...], arg(name="sweep-experts")] = (2, 4, 8, 16, 32)
     """Numbers of experts to compare; those above the number of fine clusters are left out."""

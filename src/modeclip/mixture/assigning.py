@@ -43,7 +43,7 @@ class AssignConfig:
     """Fewest new pairs to continue an expert with, as a share of the pairs it was trained on, in (0, 1]. Fewer would
     change it less than another order of its own pairs would."""
     novel_excess: float = 5.0
-    """How many times as many pairs must be novel for a new expert as chance gives (1 minus the share above), 1 or more.
+    """How many times as many pairs must be novel for a new expert as chance gives (1 - ``novel_beyond``), 1 or more.
     Other samples of the same source stayed below 4 times, even with clusters of only ten captions."""
     new_fraction: float = 0.1
     """Fewest novel pairs for a new expert, as a share of the mean number of pairs of an expert, in (0, 1]. In every
