@@ -300,7 +300,7 @@ HALF = np.array([1.0, 0.5, 0.0])
             "expected the same labels for both models",
         ),
         (lambda: paired_interval([outcome(HALF)], []), "expected the same tasks for both models"),
-        (lambda: bootstrap_interval([]), "expected tasks with images, got no tasks"),
+        (lambda: bootstrap_interval([]), "expected at least one task with images"),
     ],
 )
 def test_what_cannot_be_compared_is_said(call, message: str) -> None:
