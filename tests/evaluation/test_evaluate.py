@@ -459,13 +459,13 @@ def test_killed_evaluation_loses_one_task(
     both = (str(small_run / "bundle"), f"dense={small_run}/models/dense")
     tasks = (str(small_run / "tasks.lance"),)
     capsys.readouterr()
-    evaluate_command(both, tasks=tasks, out=out, as_json=True)
+    evaluate_command(both, EvaluateConfig(), tasks=tasks, out=out, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert [mean["system"] for mean in found["averages"]] == ["small/bundle", "dense"]
     assert found["averages"][1]["versus_first"]["low"] <= found["averages"][1]["versus_first"]["high"]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len((out / "results.jsonl").read_text().splitlines()) == 4
-    evaluate_command(both, tasks=tasks, bounds=True, out=out)
+    evaluate_command(both, EvaluateConfig(), tasks=tasks, bounds=True, out=out)
     shown = capsys.readouterr().out
     assert "small/bundle oracle" in shown
     assert "expert-0" not in shown

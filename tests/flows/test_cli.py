@@ -74,6 +74,17 @@ def test_help_lists_all_commands_without_importing_one() -> None:
     assert not {name.split(".")[1] for name in ast.literal_eval(imported)} - {"commands", "errors", "system"}
 
 
+def test_configs_and_help_of_commands_need_no_large_library() -> None:
+    code = (
+        "import sys\n"
+        "from modeclip.commands import COMMANDS, load_command\n"
+        "for name in COMMANDS:\n    load_command(name)\n"
+        "print(sorted({'torch', 'lance', 'open_clip', 'sentence_transformers', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_shell_completes_the_options_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--tyro-print-completion", "bash"])

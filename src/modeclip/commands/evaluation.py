@@ -52,7 +52,7 @@ CACHE_FOLDER = "features"
 
 def evaluate(
     models: Models,
-    config: Annotated[OmitArgPrefixes[EvaluateConfig], arg(name="evaluation")] = EvaluateConfig(),  # noqa: B008
+    config: Annotated[OmitArgPrefixes[EvaluateConfig], arg(name="evaluation")],
     *,
     tasks: Tasks,
     data: Annotated[str, arg(help="Folder that holds the data of published tasks, each in a folder of its name.")] = (

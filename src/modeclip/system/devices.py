@@ -47,10 +47,10 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 def choose_precision(wanted: str) -> str:
     """Return the precision to train in: ``auto`` is bf16 where the device multiplies it fast, else float32."""
-    import torch
-
     if wanted != "auto":
         return wanted
+    import torch
+
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     return "bf16-mixed" if _multiplies_bf16() else "32-true"
