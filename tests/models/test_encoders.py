@@ -255,6 +255,16 @@ def test_any_other_model_is_left_to_sentence_transformers(file, change, tmp_path
     assert load_sentence_bert(folder) is None
 
 
+def test_a_bert_whose_weights_do_not_fit_its_settings(tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(MINILM_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for change, cause in (({"num_attention_heads": 7}, "shape"), ({"num_hidden_layers": 7}, r"encoder\.layer\.6")):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModeclipError, match=rf"cannot be loaded \(.*{cause}.*\); check .*get it again"):
+            load_encoder(str(folder))
+
+
 def test_padding_on_the_left_changes_nothing(tmp_path, minilm):
     folder = tmp_path / "left"
     shutil.copytree(MINILM_FOLDER, folder)

@@ -45,18 +45,18 @@ class _Tables(list[Tensor]):
 
 
 class SentenceBert(nn.Module):
-    """The transformer of a BERT: tokens become token vectors, in dictionaries as sentence-transformers has them."""
+    """The transformer of a BERT, which takes and returns dictionaries as sentence-transformers' modules do."""
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Take the weights of a file over.
+        """Make the model from the weights of a file.
 
         Args:
             config: Content of the model's ``config.json``.
-            weights: By the names that transformers saves them under. Tables of embeddings stay in the mapped file as
-                they are: only the rows that are looked up are ever read, or converted.
+            weights: Weights by the names that transformers gives them. Tables of embeddings are left in the mapped
+                file, so that only rows that are looked up are read and converted.
 
         Raises:
-            KeyError: One is missing.
+            KeyError: A weight is missing.
         """
         super().__init__()
         self.eps, self.num_heads = float(config["layer_norm_eps"]), int(config["num_attention_heads"])
@@ -69,7 +69,7 @@ class SentenceBert(nn.Module):
             self.layers.append(nn.ModuleDict({"products": nn.ModuleDict(products), "norms": nn.ModuleDict(norms)}))
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Add ``token_embeddings`` (B, L, D) to the tokens of texts of one length; there is no padding to leave out."""
+        """Return ``token_embeddings`` (B, L, D) of texts that have one length, so that there is no padding to skip."""
         tokens = features["input_ids"]
         words, types, positions = self.tables
         x = self._rows(words, tokens) + self._rows(types, features["token_type_ids"])
@@ -95,7 +95,7 @@ class SentenceBert(nn.Module):
 
 
 def _parts(name: str, weights: dict[str, Tensor]) -> nn.ParameterDict:
-    """Return weight and bias in float32, copied: a mapped file need not lie where vector instructions want it."""
+    """Return weight and bias in float32, copied because a mapped file need not be aligned for vector instructions."""
     parts = {part: weights[f"{name}.{part}"].to(torch.float32, copy=True) for part in ("weight", "bias")}
     return nn.ParameterDict({part: nn.Parameter(value, requires_grad=False) for part, value in parts.items()})
 
@@ -127,7 +127,7 @@ def load_sentence_bert(folder: Path) -> tuple[Any, ...] | None:
         another kind of model, or its folder has settings or files that are not known here.
 
     Raises:
-        OSError, ValueError, KeyError: The files of such a model are damaged.
+        OSError, ValueError, KeyError, RuntimeError: The files of such a model are damaged or do not fit together.
     """
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
@@ -168,6 +168,8 @@ def load_sentence_bert(folder: Path) -> tuple[Any, ...] | None:
 
     weights = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / WEIGHTS_FILE).items()}
     model = SentenceBert(config, weights).eval()
+    with torch.inference_mode():
+        model(tokenize(["a"]))  # weights that do not fit the settings are an error of the folder, not of a text
     return tokenize, model, *(mean_of_tokens, normalize)[: len(kinds) - 1]
 
 

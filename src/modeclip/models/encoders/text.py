@@ -80,7 +80,7 @@ COUNTERS: dict[str, dict[str, Any]] = {
 
 
 class SentenceEncoder:
-    """A model of sentence-transformers, with the pooling that its folder says."""
+    """A model of sentence-transformers with the pooling that its folder states."""
 
     encodes = "text"
 
@@ -116,7 +116,8 @@ class SentenceEncoder:
         self._by_length = shapes == [2, 2]
         if self._by_length:
             self.model = in_bfloat16(self.model, lambda model: self._encode(PROBES, model, 1))
-        self.dimension = self.encode(["a"]).shape[1]
+        probed = self._encode(["a"], self.model, 1) if self._by_length else self.encode(["a"])
+        self.dimension = probed.shape[1]
 
     @property
     def fingerprint(self) -> str:
