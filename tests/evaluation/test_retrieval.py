@@ -206,7 +206,7 @@ def test_a_diverged_model_finds_nothing(damaged: str) -> None:
 def test_two_similarities_of_other_sizes_are_refused() -> None:
     one, other = (Similarity(images=[np.eye(n, dtype=np.float32)] * 1, texts=[np.eye(n, dtype=np.float32)],
                              weights=np.ones(1)) for n in (2, 3))  # fmt: skip
-    with pytest.raises(ModeclipError, match=r"expected similarities of \(2, 2\)"):
+    with pytest.raises(ModeclipError, match=r"expected the same images and texts \(2, 2\)"):
         retrieve(one, np.array([0, 1]), to_texts=other)
 
 
