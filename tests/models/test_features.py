@@ -80,7 +80,7 @@ def counting() -> Iterator[list[nn.Module]]:
     ran: list[nn.Module] = []
 
     def note(module: nn.Module, *_: object) -> None:
-        if type(module).__name__ in {"Transformer", "BertModel"}:
+        if type(module).__name__ in {"Transformer", "SentenceBert"}:
             ran.append(module)
 
     handle = nn.modules.module.register_module_forward_hook(note)
