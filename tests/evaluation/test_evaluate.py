@@ -44,7 +44,7 @@ def counting() -> Iterator[list[tuple[str, int]]]:
     ran: list[tuple[str, int]] = []
 
     def note(module: nn.Module, inputs: tuple[object, ...], _: object) -> None:
-        if type(module).__name__ in {"VisionTransformer", "Transformer", "BertModel"}:
+        if type(module).__name__ in {"VisionTransformer", "Transformer", "SentenceBert"}:
             ran.append((type(module).__name__, len(inputs[0]) if inputs else 0))  # type: ignore[arg-type]
 
     handle = nn.modules.module.register_module_forward_hook(note)
