@@ -30,7 +30,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import Bundle, RoutingConfig
 from modeclip.mixture.explain import ClassReason, explain
 from modeclip.mixture.rules import RULES, embed_classes, entropy, keep_best, route
-from modeclip.models.encoders import IMAGE_PREFIXES, Encoder, PairEncoder, load_any_encoder
+from modeclip.models.encoders import IMAGE_PREFIXES, OWN, PREFIXES, Encoder, PairEncoder, load_any_encoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -215,7 +215,10 @@ class ClusterRouter:
     @property
     def per_image(self) -> bool:
         """Whether the clusters are of images, so that every picture has weights of its own."""
-        return self.encoder_name.partition(":")[0] in IMAGE_PREFIXES or not isinstance(self.encoder, Encoder)
+        prefix = self.encoder_name.partition(":")[0]
+        if isinstance(self._given, str) and (prefix in PREFIXES or not OWN.fullmatch(self._given)):
+            return prefix in IMAGE_PREFIXES  # only a user's own encoder has to be loaded to know what it encodes
+        return not isinstance(self.encoder, Encoder)
 
     def route(self, names: Sequence[str], request: RouteRequest) -> Route:
         """Weigh the experts for class names, or for each of several texts.
