@@ -10,8 +10,8 @@ Eight marks in a Markdown page are replaced when the site is built:
   ``result table: begin`` and ``result table: end``;
 * a comment ``file: PATH`` becomes that file as a code block;
 * a comment ``files: PACKAGE`` becomes a table of that package's files with the first line of their docstrings;
-* a comment ``api: PACKAGE`` becomes the documentation of all modules of that package, in the order of their imports;
-* comments ``walk: TITLE``, each with a line ``MODULE | what happens there`` for every step, become numbered lists, and a
+* a comment ``api: PACKAGE`` becomes the documentation of all its modules, in the order of their imports;
+* comments ``walk: TITLE`` with a line ``MODULE | what happens there`` for every step become numbered lists, and a
   comment ``house`` the picture of all packages and files with these walks on it;
 * a fenced block ``math``, or code in dollar signs, becomes MathML: no script, no network.
 """
@@ -201,7 +201,7 @@ def place_of(module: Module) -> str:
 def api_of(package: str) -> str:
     """Return the marks by which mkdocstrings documents the modules of a package."""
     options = "    options: { show_root_heading: false, show_root_toc_entry: false }"
-    named = [modules()[package]] if modules()[package].path.name == "errors.py" else members(package)
+    named = members(package) if modules()[package].path.name == "__init__.py" else [modules()[package]]
     return "\n\n".join(f"### `{m.name}`\n\n{m.summary}\n\n::: modeclip.{m.name}\n{options}" for m in named)
 
 
@@ -240,7 +240,8 @@ def draw_house(walks: dict[str, list[tuple[Module, str]]]) -> str:
         y += MARGIN / 2
         for module in [m for m in members(package) if m.name != package] if is_package else [modules()[package]]:
             label = module.name.partition(".")[2] or module.name
-            width = 6.2 * len(label) + 30
+            num_dots = sum(step.name == module.name for steps in walks.values() for step, _ in steps)
+            width = 6.2 * len(label) + 16 + 16 * num_dots
             if x + width > HOUSE_WIDTH - MARGIN:
                 x, y = float(TITLE_WIDTH + MARGIN), y + ROW + ROOM
             places[module.name] = (x, y, width)
@@ -258,7 +259,7 @@ def draw_house(walks: dict[str, list[tuple[Module, str]]]) -> str:
             x, top, width = places[module.name]
             dots[module.name] = before = dots.get(module.name, 0)
             dots[module.name] += 1
-            center = x + width - 9 - 15 * before
+            center = x + width - 10 - 16 * before
             shapes.append(f'<circle cx="{center:.0f}" cy="{top + ROW / 2:.0f}" r="7.5" fill="{color}"/>')
             shapes.append(f'<text class="step" x="{center:.0f}" y="{top + ROW / 2 + 3:.0f}">{number}</text>')
     for index, title in enumerate(walks):
