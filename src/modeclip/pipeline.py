@@ -33,13 +33,14 @@ import numpy as np
 import yaml
 from jaxtyping import Int
 
-from modeclip.clustering.class_selection import mark_prior, name_of, read_classes, select_for_classes
+from modeclip.clustering.class_selection import mark_prior, name_of, select_for_classes
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER, add_controls
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster, read_config
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
+from modeclip.data.prompts import read_classes
 from modeclip.data.sources import DataConfig, DataSource, open_source, relative_to, source_state
 from modeclip.data.sources.options import GROUPS
 from modeclip.data.tasks.task import catalog_tasks

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeclip.clustering.class_selection import mark_prior, name_of, read_classes, select_for_classes
+from modeclip.clustering.class_selection import mark_prior, name_of, select_for_classes
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster
 from modeclip.data.catalog import Catalog
+from modeclip.data.prompts import read_classes
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders import load_encoder
 
@@ -85,31 +86,3 @@ def test_several_tasks_are_one_selection(clustered: tuple[Catalog, Clustering], 
 def test_mistakes(clustered: tuple[Catalog, Clustering], names: list[str], name: str, count: int, message: str) -> None:
     with pytest.raises(ModeclipError, match=message):
         select_for_classes(*clustered, names, name=name, count=count)
-
-
-def test_classes_that_are_no_file_and_no_list() -> None:
-    assert read_classes("cat, dog") == ["cat", "dog"]
-    with pytest.raises(ModeclipError, match=r"classes nowhere\.txt: no such file"):
-        read_classes("nowhere.txt")
-    with pytest.raises(ModeclipError, match="there are no class names; give a file"):
-        read_classes(" , ")
-
-
-def test_class_names_from_file_or_list(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("cat\n\n hot dog \n")
-    assert read_classes(str(tmp_path / "classes.txt")) == ["cat", "hot dog"]
-    assert read_classes("cat, hot dog,") == ["cat", "hot dog"]
-    with pytest.raises(ModeclipError, match="there are no class names; give a file"):
-        read_classes(" , ")
-
-
-def test_class_names_that_are_a_path_or_too_many_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "classes.txt").write_text("cat\ncat\n", encoding="utf-8-sig")
-    assert read_classes(str(tmp_path / "classes.txt")) == ["cat", "cat"]
-    assert "more than one class is called 'cat'; nothing can tell them apart" in capsys.readouterr().err
-    many = [f"class number {number}" for number in range(30)]
-    assert read_classes(",".join(many)) == many
-    assert read_classes("c" * 300) == ["c" * 300]
-    for text, found in ((tmp_path, "a folder"), (tmp_path / "classes", "no such file"), ("classes.json", "no such")):
-        with pytest.raises(ModeclipError, match=f"classes .*: {found}.*; give a file with one class name on each line"):
-            read_classes(str(text))

@@ -12,7 +12,6 @@ Price: one distance for each name and fine cluster, then a pass over the column 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,9 +24,9 @@ from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.distances import nearest_centers
 from modeclip.clustering.embedding import COLUMN
 from modeclip.data.catalog import Catalog
+from modeclip.data.prompts import is_file
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders import load_encoder
-from modeclip.system.console import log
 
 PREFIX = "prior_"
 """First part of the columns' names."""
@@ -115,43 +114,6 @@ def _marks(catalog: Catalog, selection: PriorSelection) -> Iterator[dict[str, Bo
         yield {selection.column: np.isin(block["fine_cluster"], selection.fine)}
 
 
-def read_classes(text: str) -> list[str]:
-    """Return the class names in a file (one on each line) or in a list with commas, and log names that come twice.
-
-    Raises:
-        ModeclipError: There are none, or what looks like a path is not a text file.
-    """
-    path = Path(text)
-    if _is_file(path):
-        try:
-            names = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ModeclipError(
-                f"classes {path}: expected UTF-8 text, got something else ({error}); save the file as UTF-8"
-            ) from None
-    elif "," not in text and (path.suffix or "/" in text):
-        found = "a folder" if path.is_dir() else "no such file"
-        raise ModeclipError(f"classes {path}: {found}; give a file with one class name on each line, or 'cat,dog'")
-    else:
-        names = text.split(",")
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise ModeclipError(
-            f"classes {text!r}: there are no class names; give a file with one on each line, or 'cat,dog'"
-        )
-    if twice := [name for name, number in Counter(names).items() if number > 1]:
-        some = ", ".join(map(repr, twice[:3])) + (", ..." if len(twice) > 3 else "")
-        log(f"classes: more than one class is called {some}; nothing can tell them apart")
-    return names
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a list of names that is too long for the name of a file
-        return False
-
-
 def name_of(sources: Sequence[str]) -> str:
     """Make the name of a selection from the files or lists that its class names came from.
 
@@ -159,5 +121,5 @@ def name_of(sources: Sequence[str]) -> str:
         >>> name_of(["tasks/food-101.txt", "tasks/pets.txt"])
         'food_101_pets'
     """
-    stems = [Path(source).stem if _is_file(Path(source)) or Path(source).suffix else source for source in sources]
+    stems = [Path(source).stem if is_file(Path(source)) or Path(source).suffix else source for source in sources]
     return re.sub(r"\W+", "_", "_".join(stems), flags=re.ASCII).strip("_")[:60].rstrip("_") or "classes"

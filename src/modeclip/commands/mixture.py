@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from modeclip.clustering.class_selection import read_classes
+from modeclip.data.prompts import read_classes
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig
 from modeclip.mixture.extending import ExtendConfig

@@ -6,9 +6,12 @@ Source: zero-shot classification of CLIP (arXiv 2103.00020), Sec. 3.1.4.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from modeclip.errors import ModeclipError
+from modeclip.system.console import log
 
 PLACE = re.compile(r"\{c?\}")
 """The place of the class name in a template."""
@@ -43,3 +46,41 @@ def fill(template: str, name: str) -> str:
         ('a photo of a cat.', 'a set {}.')
     """
     return PLACE.sub(lambda _: name, template)
+
+
+def read_classes(text: str) -> list[str]:
+    """Return the class names in a file (one on each line) or in a list with commas, and log names that come twice.
+
+    Raises:
+        ModeclipError: There are none, or what looks like a path is not a text file.
+    """
+    path = Path(text)
+    if is_file(path):
+        try:
+            names = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ModeclipError(
+                f"classes {path}: expected UTF-8 text, got something else ({error}); save the file as UTF-8"
+            ) from None
+    elif "," not in text and (path.suffix or "/" in text):
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ModeclipError(f"classes {path}: {found}; give a file with one class name on each line, or 'cat,dog'")
+    else:
+        names = text.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ModeclipError(
+            f"classes {text!r}: there are no class names; give a file with one on each line, or 'cat,dog'"
+        )
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        some = ", ".join(map(repr, twice[:3])) + (", ..." if len(twice) > 3 else "")
+        log(f"classes: more than one class is called {some}; nothing can tell them apart")
+    return names
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a path is a file; a text that is too long for a path is none."""
+    try:
+        return path.is_file()
+    except OSError:  # a list of names that is too long for the name of a file
+        return False
