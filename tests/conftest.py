@@ -32,9 +32,9 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that look at a whole run as slow; skip tests marked ``gpu`` where there is no GPU."""
+    """Mark tests that look at what took long to train as slow; skip tests marked ``gpu`` where there is no GPU."""
     for item in items:
-        if "small_run" in getattr(item, "fixturenames", ()):
+        if {"small_run", "trained", "tuned"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:

@@ -91,6 +91,7 @@ def answers(folder: Path, catalog: Catalog, rows: np.ndarray, classnames: tuple[
         return (model.encode_image(images, normalize=True) @ texts.T).argmax(1).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["image", "class", "group"])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_image_is_on_both_sides(catalog: Catalog, unit: str, seed: int) -> None:
@@ -137,6 +138,7 @@ def test_held_out_images_are_spread_over_seeds(catalog: Catalog) -> None:
     assert held_out == set(range(len(catalog)))
 
 
+@pytest.mark.slow
 def test_training_sees_only_the_training_rows(tuned: FinetuneResult, catalog: Catalog) -> None:
     job = TrainJob.load(Path(tuned.folder) / "train" / "job.json")
     split = split_rows(catalog, CONFIG.holdout, CONFIG.holdout_fraction, CONFIG.seed)
@@ -148,6 +150,7 @@ def test_training_sees_only_the_training_rows(tuned: FinetuneResult, catalog: Ca
     assert (tuned.num_train, tuned.num_held_out) == (len(split.train), len(split.held_out))
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_written_folders(tuned: FinetuneResult, catalog: Catalog, folder: Path) -> None:
     out, tasks = Path(tuned.folder), Catalog.open(folder / "icons" / "tasks.lance")
     task = own_task(catalog, split_rows(catalog, CONFIG.holdout, CONFIG.holdout_fraction, CONFIG.seed))
@@ -200,6 +203,7 @@ def test_choice_follows_the_rule(numbers: list[tuple[int, int]], tolerance: floa
     assert chosen == curve[min(i for i in allowed if numbers[i][0] == best)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("patience", "num_checks"), [(2, 3), (9, 6)])
 def test_early_stop_stops(catalog: Catalog, tmp_path: Path, patience: int, num_checks: int) -> None:
     """A rate that changes nothing: the first check stays the best, and training ends ``patience`` checks later."""
@@ -232,6 +236,7 @@ def start(catalog: Catalog, out: Path, tasks: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_twice_and_run_again_gives_the_same(
     tuned: FinetuneResult, catalog: Catalog, folder: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +261,7 @@ def test_killed_twice_and_run_again_gives_the_same(
     assert (out / name).read_bytes() == (Path(tuned.folder) / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_commands_print_tables_and_json(
     tuned: FinetuneResult, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,7 @@ def accuracy(folder: Path, tasks: str) -> dict[str, float]:
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shares", [(), (0.2, 0.5, 0.3), (2.0, 0.0, 6.0)])
 def test_average_equals_the_slow_sum(models: list[Path], tmp_path: Path, shares: tuple[float, ...]) -> None:
     result = merge(models[1:], MergeConfig(weights=shares), out=tmp_path / "merged")
@@ -129,6 +130,7 @@ def test_ends_of_the_line_are_the_models_themselves(models: list[Path]) -> None:
         interpolate(*models[:2], 1.5)
 
 
+@pytest.mark.slow
 def test_average_is_what_open_clip_loads(models: list[Path], tmp_path: Path, tasks: str) -> None:
     result = merge(models[1:3], MergeConfig(), out=tmp_path / "merged", tasks=tasks)
     assert result.accuracy == pytest.approx(accuracy(tmp_path / "merged", tasks), abs=0.003)

@@ -125,6 +125,7 @@ def test_near_ties_beyond_memory_are_cut_in_two(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(assign_nearest(x, centers)[0], squared_distances_of(x, centers).argmin(1))
 
 
+@pytest.mark.slow
 def test_float32_products_of_reduced_precision_change_nothing() -> None:
     import torch
 

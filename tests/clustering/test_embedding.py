@@ -127,6 +127,7 @@ def test_the_work_reads_what_its_encoder_looks_at(kind, inputs, clip_folder, cat
     assert (found.shape, found.dtype) == ((7, encoder.dimension), np.dtype(np.float16))
 
 
+@pytest.mark.slow
 def test_the_work_does_the_same_in_another_process(clip_folder, catalog, tmp_path):
     work = EmbedWork.of(load_any_encoder(f"clip-both:{clip_folder}"), 64)
     block = block_of(catalog, work.inputs)

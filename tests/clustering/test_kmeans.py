@@ -73,6 +73,7 @@ def test_order_of_centres_does_not_change_the_balanced_cost() -> None:
     assert costs[0] == pytest.approx(costs[1], rel=2 * balancing.MAX_GAP)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     num_rows=st.integers(1, 60),
@@ -169,6 +170,7 @@ def lloyd(x: np.ndarray, num_clusters: int, num_iterations: int, seed: int) -> f
     return float((np.square(x).sum(1) + (np.square(centers).sum(1) - 2 * x @ centers.T).min(1)).mean())
 
 
+@pytest.mark.slow
 def test_samples_and_exchanged_centres_beat_lloyd() -> None:
     x = grouped_rows(20_000, 24, 9, num_groups=100)
     ours = [kmeans(x, 60, seed=seed, start="random").objective for seed in range(3)]
@@ -289,6 +291,7 @@ def test_input_is_left_as_it_was() -> None:
     assert x.tobytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [None, 3.0])
 def test_empty_clusters_are_repaired(ratio: float | None) -> None:
     """Nearly all rows are one point, so that most first centres fall on it; the other points still get theirs."""

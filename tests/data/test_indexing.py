@@ -117,6 +117,7 @@ def test_the_fingerprint_is_that_of_the_pairs_wherever_they_lie(tmp_path: Path, 
     assert len({first, *others}) == 4
 
 
+@pytest.mark.slow
 def test_icons_are_trained_on_and_held_out(tmp_path: Path):
     config = DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",), "tasks": ("heroicons",)})
     result = index(config, tmp_path)
@@ -284,6 +285,7 @@ def start(config: DataConfig, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-W", "error", "-c", code], stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_no_catalog_and_the_next_one_works(tmp_path: Path, number):
     sets = ("octicons", "heroicons", "lucide", "tabler")  # they take some seconds

@@ -206,6 +206,7 @@ map_columns(Catalog.open(sys.argv[1]), Lengths(sys.argv[2], sleep=0.2), "lengths
 """
 
 
+@pytest.mark.slow
 def test_a_killed_map_goes_on_where_it_was(tmp_path: Path, catalog: Catalog, work: Lengths):
     script = SCRIPT.format(tests=str(Path(__file__).parent))
     command = [sys.executable, "-c", script, catalog.path, work.log]

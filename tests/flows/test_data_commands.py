@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_steps_leave_columns_a_clustering_and_a_page(folder: Path):
     catalog = Catalog.open(folder)
     assert catalog.columns[-4:] == ["caption_embedding", "fine_cluster", "fine_distance", "expert"]
@@ -56,6 +57,7 @@ def test_each_step_given_again_does_only_what_is_missing(folder: Path, capsys: p
     assert (done["num_captions"], done["num_computed"]) == (len(Catalog.open(folder)), 0)
 
 
+@pytest.mark.slow
 def test_results_are_tables_and_json(folder: Path, capsys: pytest.CaptureFixture[str]):
     words = ("cluster", folder, "--fine", "12", "--experts", "3")
     table = run(capsys, *words)

@@ -56,6 +56,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "open_clip_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_plan_stops_there(clustered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
     run(train_experts, copy, *SETTINGS, "--budget", "matched", "--controls", "random", "one-step", "--plan", "--json")
@@ -68,6 +69,7 @@ def test_a_plan_stops_there(clustered: Path, tmp_path: Path, capsys: pytest.Capt
     assert not (copy / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_the_bundle_works_from_the_first_expert_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = load_bundle(trained / "bundle")
     assert [expert.folder for expert in bundle.experts] == ["seed", "expert-1"]
@@ -118,6 +120,7 @@ def with_seed(trained: Path, tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "steps"), [("paper", 5), ("matched", 2)])
 def test_an_extension_takes_as_many_samples_as_the_experts_did(
     with_seed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: str, steps: int

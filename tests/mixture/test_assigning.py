@@ -95,6 +95,7 @@ def new(tmp_path_factory: pytest.TempPathFactory, halves: tuple[list[str], list[
     return catalog_of(tmp_path_factory.mktemp("new") / "half", halves[1])
 
 
+@pytest.mark.slow
 def test_pairs_of_the_same_source_are_novel_by_chance_only(new: Catalog, bundle: Bundle) -> None:
     result = assign(new, bundle, CONFIG)
     assert result.num_pairs == len(new)

@@ -157,6 +157,7 @@ def test_damaged_newest(tmp_path: Path, damage: str) -> None:
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path: Path) -> None:
     """Whenever the process dies, the newest checkpoint is whole, and the next run goes on from it."""
     writer = f"""
@@ -210,6 +211,7 @@ for step, size in ((1, 1000), (2, 10**6)):
     assert done.stdout == "disk full while writing ['step-000000001.safetensors']\n", done.stderr
 
 
+@pytest.mark.slow
 def test_open_clip_train_state_is_given_to_the_right_parameters(
     trained: Path, parameters: list[tuple[str, int]]
 ) -> None:

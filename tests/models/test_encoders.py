@@ -372,6 +372,7 @@ def test_a_local_model_never_uses_the_network(kind, bert_folder, monkeypatch):
     load_encoder(names[kind]).encode(["a cat"])
 
 
+@pytest.mark.slow
 def test_loading_and_encoding_print_nothing(bert_folder):
     code = (
         "from modeclip.models.encoders import load_encoder\n"

@@ -260,6 +260,7 @@ image_features([source], Deadly(), cache, batch_size=4)
 """
 
 
+@pytest.mark.slow
 def test_killed_pass_is_not_taken_for_whole(folders: list[Path], sources: list[ModelRef], tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(folders[0]), str(tmp_path), str(Path(__file__).parent)]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -9

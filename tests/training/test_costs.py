@@ -32,6 +32,7 @@ def jobs_of(catalog: Catalog, folder: Path, **settings: object) -> list[TrainJob
     return plan_jobs(Path(catalog.path), "f", folder, 2, TRAIN, config)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_and_measures_and_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
     jobs = jobs_of(catalog, tmp_path / "models")
     found = plan(jobs, catalog, workers=2)
@@ -76,6 +77,7 @@ def test_a_disk_that_is_too_small_is_said() -> None:
     assert replace(found, free_bytes=3_000_000_000).problem is None
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_work_is_said_by_its_own_line(catalog: Catalog, tmp_path: Path) -> None:
     [seed, *_] = jobs_of(catalog, tmp_path)
     wide = replace(seed, config=replace(TRAIN, samples=10**6, batch_size=4096))

@@ -128,6 +128,7 @@ def test_wandb_without_login_writes_its_files_here(tmp_path: Path) -> None:
     assert b"batch_size" in second
 
 
+@pytest.mark.slow
 def test_wandb_without_a_network_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     printed = report(tmp_path, "wandb", "once", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")

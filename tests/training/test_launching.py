@@ -74,6 +74,7 @@ def weights(job: TrainJob) -> bytes:
     return (Path(job.folder) / "open_clip_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_takes_only_those_that_need_it(catalog: Path, tmp_path: Path) -> None:
     killed = make_job(catalog, tmp_path / "killed", FOREVER)
     needs = make_job(catalog, tmp_path / "needs", 1, killed)
@@ -100,6 +101,7 @@ def test_a_job_that_is_killed_takes_only_those_that_need_it(catalog: Path, tmp_p
     assert not processes_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_its_own_line_and_stops_the_others_if_asked(catalog: Path, tmp_path: Path) -> None:
     wrong = make_job(tmp_path / "nowhere.lance", tmp_path / "wrong")
     endless = make_job(catalog, tmp_path / "endless", FOREVER)

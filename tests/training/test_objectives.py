@@ -144,6 +144,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     image, text = make_batch(16, 8)
     weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(5))

@@ -12,6 +12,7 @@ from modeclip.data.samples import EMPTY_CAPTION, NO_CAPTION, NOT_JSON, NOT_UTF8,
 from modeclip.data.sources.captions import FileOptions, samples_of
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_a_caption_is_the_text_without_the_space_around_it(text):
     expected = text.removeprefix("\ufeff").strip()

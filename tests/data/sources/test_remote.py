@@ -30,6 +30,7 @@ def read(source: str) -> list[Sample | Skipped]:
     return [item for part in open_source(DataConfig(source=source)).parts for item in part.read()]
 
 
+@pytest.mark.slow
 def test_shards_in_an_object_store_are_read_in_place(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shards, "URL_BYTES", 3000)  # so that members lie across the ends of what is read ahead
     for shard in range(2):

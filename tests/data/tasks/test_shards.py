@@ -92,6 +92,7 @@ def pixels(task) -> list[object]:
     return [np.asarray(image).tolist() for image in task.images.read(np.arange(len(task.images)))]
 
 
+@pytest.mark.slow
 def test_classification_is_read_as_the_package_reads_it(converted):
     (task,) = load_tasks([str(converted / "wds_plain")])
     peer = theirs(converted, "plain")
