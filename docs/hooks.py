@@ -202,7 +202,7 @@ def api_of(package: str) -> str:
     """Return the marks by which mkdocstrings documents the modules of a package."""
     options = "    options: { show_root_heading: false, show_root_toc_entry: false }"
     named = members(package) if modules()[package].path.name == "__init__.py" else [modules()[package]]
-    return "\n\n".join(f"### `{m.name}`\n\n{m.summary}\n\n::: modeclip.{m.name}\n{options}" for m in named)
+    return "\n\n".join(f"## `{m.name}`\n\n::: modeclip.{m.name}\n{options}" for m in named)
 
 
 def read_walks(markdown: str) -> dict[str, list[tuple[Module, str]]]:

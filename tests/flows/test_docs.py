@@ -19,7 +19,7 @@ import modeclip
 from modeclip.mixture.rules import route
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"<!-- test: (\w+) -->\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
