@@ -145,9 +145,9 @@ class Examined:
     detail: str = ""
     """What a person would want to know beside the cause."""
     width: int = 0
-    """In pixels; 0 if the image was not decoded."""
+    """Width in pixels; 0 if the image was not decoded."""
     height: int = 0
-    """In pixels; 0 if the image was not decoded."""
+    """Height in pixels; 0 if the image was not decoded."""
     digest: bytes | None = None
     """Hash of the encoded image, if it was read."""
     image: bytes | None = None

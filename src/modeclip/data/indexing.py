@@ -74,7 +74,7 @@ class IndexResult:
     num_captions: int
     """Distinct captions among them."""
     num_added: int
-    """Pairs that are new in it."""
+    """Pairs that this run added."""
     tasks: dict[str, tuple[int, int]]
     """Number of classes and of images of each held-out task."""
     skipped: dict[str, int]

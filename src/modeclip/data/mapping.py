@@ -61,7 +61,7 @@ class Work(Protocol):
     unit: str
     """What the progress bar calls rows, in the plural ("captions")."""
     facts: dict[str, Any]
-    """Everything that decides the result, as JSON. It is stored with the columns: other facts, and they are stale."""
+    """Everything that decides the result, as JSON. It is stored with the columns, which are stale once it differs."""
 
     def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, "n *_"]]:
         """Return the outputs for a block, which is a fragment or, if images are read, a part of one."""

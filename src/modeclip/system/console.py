@@ -78,7 +78,7 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Advance
 
     Args:
         description: What is being done, a few words.
-        total: Units of work in all; None: unknown until ``advance.expect`` sets it.
+        total: Units of work in all, or None while it is unknown; ``advance.expect`` sets it then.
         unit: Plural name of a unit ("captions").
     """
     started = time.monotonic()

@@ -30,7 +30,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """Return the device to compute on; ``auto`` is the GPU if there is one.
 
     Raises:
-        ModeclipError: The name is none that PyTorch knows, or there is no GPU.
+        ModeclipError: PyTorch does not know the name, or there is no GPU.
     """
     import torch
 

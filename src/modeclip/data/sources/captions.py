@@ -30,11 +30,11 @@ class FileOptions:
     """Field of a .json file that holds the caption or a list of captions: strings, or pairs of key and text as in
     MetaCLIP. A file without this field is searched for `texts`."""
     text_keys: str = ""
-    """Lists of pairs of key and text: the keys that count, such as `text;alt`; by default all."""
+    """Keys that count in lists of pairs of key and text, such as `text;alt`; by default all."""
     caption_lines: bool = False
     """Treat every line of a .txt file as a caption of its own."""
     class_template: str = "a photo of a {}."
-    """Images without captions in a sub-folder for each class: the caption, with {} for the class."""
+    """Caption of an image that has no caption file and lies in a class's sub-folder; {} stands for the class."""
 
     def __post_init__(self) -> None:
         for name in ("image_keys", "caption_keys"):

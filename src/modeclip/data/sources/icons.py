@@ -41,8 +41,8 @@ class IconOptions:
     image_size: int = 32
     """Icons: side of the drawn image in pixels."""
     train_sets: tuple[str, ...] = ()
-    """Icons: sets to train on. By default material, tabler, phosphor and simple; of iconify all sets that are neither
-    tasks nor excluded."""
+    """Icons: sets to train on. By default material, tabler, phosphor and simple; for iconify all sets that are
+    neither tasks nor excluded."""
 
     def __post_init__(self) -> None:
         if self.image_size < 1:

@@ -67,8 +67,8 @@ class DataSource:
     what: str
     """One line for people, such as "12 img2dataset shards with 9 further columns"."""
     draws_images: bool = False
-    """Its images are drawn in memory, not read. Its tasks are sets like its own, whose classes must be captions that
-    are trained on."""
+    """Whether images are drawn in memory instead of read. Tasks are then sets of the same source, and their classes
+    must be captions that are trained on."""
     versions: tuple[str, ...] = ()
     """Versions that show a change where images are drawn; files show it by their states."""
 
