@@ -405,7 +405,7 @@ def _size_of(path: str) -> int:
 
 
 def _decode_images(catalog: Catalog, config: CheckConfig, found: Findings, find_repeats: bool) -> int:
-    """Decode a sample of the images, or all; return how many that were."""
+    """Decode a sample of the images, or all; return how many were decoded."""
     decode_all = config.decode_all or find_repeats
     total = len(catalog) if decode_all else min(config.decode_samples, len(catalog))
     if not total:
@@ -487,7 +487,7 @@ class Findings:
         Args:
             what: A kind of finding, one of ``KINDS``.
             count: Pairs that have it.
-            looked_at: Pairs that are searched for it in all.
+            looked_at: Number of pairs that are searched for it.
             first: An example. That of the first call is kept.
         """
         if count:

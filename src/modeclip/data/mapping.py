@@ -5,7 +5,7 @@ each other. They run one after the other in this process, or on a Ray cluster, w
 killed map continues with the fragments that are not noted as finished; one commit shows all of them. When the same work
 is given again, only fragments that were appended since are computed.
 
-Price: that of the work. Memory: the inputs and outputs of a fragment. Ray workers read and write the catalog
+Price: what the work costs. Memory: the inputs and outputs of a fragment. Ray workers read and write the catalog
 themselves, so its path must mean the same for all of them: one machine, a shared folder, or an object store.
 """
 

@@ -60,7 +60,7 @@ def read_uids(path: Path | str) -> Uids:
         Distinct uids, ascending, dtype ``u8,u8``.
 
     Raises:
-        ModeclipError: The file is missing or no such list.
+        ModeclipError: The file is missing or does not hold such a list.
     """
     try:
         array = np.load(path, allow_pickle=False)

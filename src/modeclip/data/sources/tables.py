@@ -61,7 +61,7 @@ IMAGE_COLUMNS = ("image", "jpg", "image_bytes", "path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "captions")
 """Names that are looked for where the default ones are missing."""
 RESERVED = ("key", "caption", "image", "path", "offset", "size", "width", "height", "group", "task")
-"""Columns of the catalog itself; a source's own of these names are kept as ``source_NAME``."""
+"""Columns of the catalog itself; a source's columns of these names are kept as ``source_NAME``."""
 MEASURED = ("key", "caption", "width", "height")
 """Columns of an img2dataset sidecar that the catalog has anyway."""
 SUCCESS = "success"
@@ -85,7 +85,7 @@ class TableOptions:
     """Tables: column of captions, in Parquet also of lists of captions. By default `title`, or else caption, text,
     TEXT or captions, whichever is there."""
     separator: str | None = None
-    """CSV: the character between columns; by default a tab in .tsv files, found from the header in .csv files."""
+    """CSV: the character between columns; by default a tab in .tsv files; in .csv files the header tells it."""
 
     def __post_init__(self) -> None:
         for name in ("image_column", "caption_column"):
@@ -154,7 +154,7 @@ def refuse_addresses(column: str, value: object, table: str) -> None:
 
 
 def extra_columns(schema: pa.Schema, taken: set[str]) -> pa.Schema:
-    """Return the scalar columns that are not taken; a type that is neither number nor bool becomes text."""
+    """Return the scalar columns that are not taken; a type that is neither a number nor a boolean becomes text."""
     fields: list[pa.Field] = []
     for field in schema:
         if field.name in {*taken, ""} or pa.types.is_nested(field.type) or _is_binary(field.type):
