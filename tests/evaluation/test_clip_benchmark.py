@@ -22,7 +22,7 @@ from modeclip.data.prompts import fill
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.clip_benchmark import main
-from modeclip.evaluation.metrics import classify
+from modeclip.evaluation.metrics import score_classes
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
 from modeclip.models.feature_cache import FeatureCache
@@ -132,7 +132,7 @@ def classified(folders: Folders) -> Folders:
 @pytest.mark.parametrize("rule", ["per_class", "eq6", "top1"])
 def test_classification_equals_ours_with_one_template(classified: Folders, rule: str) -> None:
     assert classified.task.labels is not None
-    expected = classify(ours(classified, rule, TEMPLATES[:1]), classified.task.labels).metrics
+    expected = score_classes(ours(classified, rule, TEMPLATES[:1]), classified.task.labels).metrics
     found = read(classified.root, f"one_{rule}_bundle_en_zeroshot_classification.json")
     assert found.keys() == {"acc1", "acc5", "mean_per_class_recall"}
     assert found == pytest.approx({name: expected[name] for name in found}, abs=1e-6)
@@ -150,9 +150,9 @@ def test_several_templates_are_normalised_jointly(classified: Folders) -> None:
     texts = np.mean([np.hstack([weights[:, [k]] * one.texts[k] for k in range(2)] + [rest]) for one in single], axis=0)
     texts = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float32)
     images = np.hstack([*per_expert.images, np.zeros((len(per_expert.images[0]), 1), np.float32)])
-    jointly = classify(Similarity(images=[images], texts=[texts], weights=np.ones(1)), task.labels).metrics
+    jointly = score_classes(Similarity(images=[images], texts=[texts], weights=np.ones(1)), task.labels).metrics
     assert found == pytest.approx({name: jointly[name] for name in found}, abs=1e-6)
-    assert found["acc1"] == pytest.approx(classify(per_expert, task.labels).metrics["acc1"], abs=0.05)
+    assert found["acc1"] == pytest.approx(score_classes(per_expert, task.labels).metrics["acc1"], abs=0.05)
 
 
 @pytest.fixture(scope="module")

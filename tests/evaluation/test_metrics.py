@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score
 
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import Interval, Outcome, average, bootstrap_interval, paired_interval
-from modeclip.evaluation.metrics import choose_by_labels, classify
+from modeclip.evaluation.metrics import choose_by_labels, score_classes
 from modeclip.evaluation.similarity import Similarity
 
 
@@ -43,7 +43,7 @@ def test_a_matrix_made_by_hand():
             [-9.0, -8.0, -99.0],  # class 1, right
         ]
     )
-    found = classify(as_similarity(scores), np.array([0, 0, 0, 1, 1]))
+    found = score_classes(as_similarity(scores), np.array([0, 0, 0, 1, 1]))
     np.testing.assert_array_equal(found.hits, [1, 0, 1, 0, 1])
     np.testing.assert_array_equal(found.prediction, [0, 2, 0, 0, 1])
 
@@ -51,7 +51,7 @@ def test_a_matrix_made_by_hand():
 @pytest.mark.parametrize("seed", range(3))
 def test_accuracies_equal_scikit_learns(seed):
     scores, labels = random_predictions(seed)
-    found = classify(as_similarity(scores), labels)
+    found = score_classes(as_similarity(scores), labels)
     assert found.score == pytest.approx(accuracy_score(labels, scores.argmax(axis=1)))
 
 

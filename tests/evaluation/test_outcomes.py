@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, ro
 from modeclip.errors import ModeclipError
 from modeclip.evaluation import metrics, similarity
 from modeclip.evaluation.intervals import Outcome, bootstrap_interval, paired_interval, paired_test
-from modeclip.evaluation.metrics import classify, select_captions
+from modeclip.evaluation.metrics import score_classes, select_captions
 from modeclip.evaluation.similarity import Similarity
 
 
@@ -50,7 +50,7 @@ def test_a_matrix_made_by_hand() -> None:
             [0.5, 0.5, 0.5, 0.5, 0.5, 0.5],  # class 3 of six equals, fourth
         ]
     )
-    found = classify(of_scores(scores), np.array([0, 1, 3, 0, 3]))
+    found = score_classes(of_scores(scores), np.array([0, 1, 3, 0, 3]))
     assert found.rank.tolist() == [0, 4, 5, 0, 3]
     assert found.prediction.tolist() == [0, 0, 0, 0, 0]
     assert found.hits.tolist() == [1, 0, 0, 1, 0]
@@ -65,7 +65,7 @@ def test_a_matrix_made_by_hand() -> None:
 def test_metrics_equal_scikit_learns(seed: int) -> None:
     scores, labels = random_task(seed)
     classes = np.arange(scores.shape[1])
-    found = classify(of_scores(scores), labels).metrics
+    found = score_classes(of_scores(scores), labels).metrics
     assert found["acc1"] == pytest.approx(top_k_accuracy_score(labels, scores, k=1, labels=classes))
     assert found["acc5"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5, labels=classes))
     assert found["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, scores.argmax(axis=1)))
@@ -76,7 +76,7 @@ def test_metrics_equal_scikit_learns(seed: int) -> None:
 def test_area_equals_scikit_learns_with_equal_margins(seed: int) -> None:
     scores, labels = random_task(seed, num_images=200, num_classes=2)
     scores = np.round(4 * scores) / 4  # quarters: exact in float32, and many equal margins
-    found = classify(of_scores(scores), labels, "roc_auc")
+    found = score_classes(of_scores(scores), labels, "roc_auc")
     assert found.score == pytest.approx(roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
     assert np.average(found.hits, weights=found.weights) == pytest.approx(found.score)
 
@@ -84,7 +84,7 @@ def test_area_equals_scikit_learns_with_equal_margins(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_mean_average_precision_equals_scikit_learns(seed: int) -> None:
     scores, labels = random_labels(seed)
-    found = classify(of_scores(scores), labels, "mean_average_precision")
+    found = score_classes(of_scores(scores), labels, "mean_average_precision")
     assert found.score == pytest.approx(average_precision_score(labels, scores.astype(np.float32)))
     assert found.hits.mean() == pytest.approx(found.score)
     assert found.rank[:2].tolist() == [6, 6]
@@ -96,7 +96,7 @@ def test_mean_average_precision_equals_scikit_learns(seed: int) -> None:
 def test_a_class_that_no_image_shows_does_not_count() -> None:
     scores, labels = random_labels(3)
     labels[:, 2] = False
-    found = classify(of_scores(scores), labels, "mean_average_precision")
+    found = score_classes(of_scores(scores), labels, "mean_average_precision")
     kept = [0, 1, 3, 4, 5]
     expected = average_precision_score(labels[:, kept], scores[:, kept].astype(np.float32))
     assert found.score == pytest.approx(expected)
@@ -105,10 +105,10 @@ def test_a_class_that_no_image_shows_does_not_count() -> None:
 @pytest.mark.parametrize("metric", ["acc1", "mean_per_class_recall", "mean_average_precision"])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
     scores, labels = random_labels(4) if metric == "mean_average_precision" else random_task(4)
-    whole = classify(of_scores(scores), labels, metric)
+    whole = score_classes(of_scores(scores), labels, metric)
     monkeypatch.setattr(similarity, "BLOCK_NUMBERS", 100)
     monkeypatch.setattr(metrics, "BLOCK_NUMBERS", 2 * len(scores))
-    parts = classify(of_scores(scores), labels, metric)
+    parts = score_classes(of_scores(scores), labels, metric)
     assert parts.metrics == whole.metrics
     np.testing.assert_array_equal(parts.rank, whole.rank)
     np.testing.assert_array_equal(parts.hits, whole.hits)
@@ -131,7 +131,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, metric: str) -> 
 )
 def test_what_cannot_be_scored_is_said(scores: np.ndarray, labels: np.ndarray, metric: str, message: str) -> None:
     with pytest.raises(ModeclipError, match=re.escape(message)):
-        classify(of_scores(scores), labels, metric)
+        score_classes(of_scores(scores), labels, metric)
 
 
 # --- selection -----------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def slow_interval(score_of_rows, strata: np.ndarray, num_resamples: int) -> np.n
 
 def test_interval_of_a_mean_per_class_resamples_each_class() -> None:
     scores, labels = random_task(6, num_images=300)
-    found = classify(of_scores(scores), labels, "mean_per_class_recall")
+    found = score_classes(of_scores(scores), labels, "mean_per_class_recall")
     expected = slow_interval(
         lambda rows: balanced_accuracy_score(labels[rows], scores[rows].argmax(axis=1)), labels, num_resamples=600
     )
@@ -203,7 +203,7 @@ def test_interval_of_a_mean_per_class_resamples_each_class() -> None:
 
 def test_interval_of_an_area_is_the_one_of_areas_computed_anew() -> None:
     scores, labels = random_task(7, num_images=250, num_classes=2)
-    found = classify(of_scores(scores), labels, "roc_auc")
+    found = score_classes(of_scores(scores), labels, "roc_auc")
     margin = scores[:, 1] - scores[:, 0]
     expected = slow_interval(lambda rows: roc_auc_score(labels[rows], margin[rows]), labels, num_resamples=600)
     interval = bootstrap_interval([found])
@@ -212,7 +212,7 @@ def test_interval_of_an_area_is_the_one_of_areas_computed_anew() -> None:
 
 def test_interval_of_average_precisions_is_as_wide_as_those_computed_anew() -> None:
     scores, labels = random_labels(8, num_images=400, num_classes=4)
-    found = classify(of_scores(scores), labels, "mean_average_precision")
+    found = score_classes(of_scores(scores), labels, "mean_average_precision")
     low, high = slow_interval(
         lambda rows: average_precision_score(labels[rows], scores[rows]), np.zeros(400), num_resamples=400
     )
@@ -223,9 +223,9 @@ def test_interval_of_average_precisions_is_as_wide_as_those_computed_anew() -> N
 
 def test_interval_over_tasks_of_several_metrics_is_of_their_plain_mean() -> None:
     parts = [
-        classify(of_scores(random_task(9)[0]), random_task(9)[1], "mean_top1_top5"),
-        classify(of_scores(random_labels(9)[0]), random_labels(9)[1], "mean_average_precision"),
-        classify(of_scores(random_task(9, 60, 2)[0]), random_task(9, 60, 2)[1], "roc_auc"),
+        score_classes(of_scores(random_task(9)[0]), random_task(9)[1], "mean_top1_top5"),
+        score_classes(of_scores(random_labels(9)[0]), random_labels(9)[1], "mean_average_precision"),
+        score_classes(of_scores(random_task(9, 60, 2)[0]), random_task(9, 60, 2)[1], "roc_auc"),
     ]
     interval = bootstrap_interval(parts)
     assert interval.mean == pytest.approx(np.mean([part.score for part in parts]))
@@ -263,8 +263,8 @@ def test_many_levels_and_few_give_the_same_interval(monkeypatch: pytest.MonkeyPa
 def test_paired_interval_of_areas_sees_that_two_models_err_alike() -> None:
     scores, labels = random_task(10, num_images=300, num_classes=2)
     rng = np.random.default_rng(3)
-    one = classify(of_scores(scores), labels, "roc_auc")
-    other = classify(of_scores(scores + 0.3 * rng.normal(size=scores.shape)), labels, "roc_auc")
+    one = score_classes(of_scores(scores), labels, "roc_auc")
+    other = score_classes(of_scores(scores + 0.3 * rng.normal(size=scores.shape)), labels, "roc_auc")
     paired = paired_interval([one], [other])
     alone = bootstrap_interval([one])
     assert paired.mean == pytest.approx(one.score - other.score)

@@ -19,7 +19,7 @@ from modeclip.commands.evaluation import compare as run_command
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import paired_interval, paired_test
-from modeclip.evaluation.metrics import classify, select_captions
+from modeclip.evaluation.metrics import score_classes, select_captions
 from modeclip.evaluation.results import Result, check_names, compare, read_predictions, read_results, write_results
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
@@ -64,7 +64,7 @@ def classification(name: str = "pets", metric: str = "acc1", images: str = "imag
 
 def classified(task: Task, system: str, kind: str = "classification", rule: str | None = None) -> Result:
     assert task.labels is not None
-    outcome = classify(similar(len(task.images), 6), np.asarray(task.labels), task.metric)
+    outcome = score_classes(similar(len(task.images), 6), np.asarray(task.labels), task.metric)
     return Result(task=task, kind=kind, system=system, outcome=outcome, provenance={"rule": rule, "seed": 3})
 
 

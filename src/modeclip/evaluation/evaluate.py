@@ -1,4 +1,4 @@
-"""The evaluator: systems and tasks go in, and what each system did on each task comes out, with its averages.
+"""The evaluator: finds what each of several systems can do on each of several tasks, and on average.
 
 One pass over the images of a task serves all systems that need them, and an expert that has no weight on a task is not
 run for it. All else is arithmetic on vectors that the cache keeps: the same call again runs no model, and a call that
@@ -39,7 +39,7 @@ from modeclip.evaluation.intervals import (
     paired_interval,
     paired_test,
 )
-from modeclip.evaluation.metrics import choose_by_labels, classify, select_captions
+from modeclip.evaluation.metrics import choose_by_labels, score_classes, select_captions
 from modeclip.evaluation.probing import ProbeConfig, linear_probe
 from modeclip.evaluation.results import Result
 from modeclip.evaluation.retrieval import retrieve
@@ -177,7 +177,7 @@ def answer(task: Task, similarity: Similarity, to_images: Similarity | None = No
     """
     if task.kind == "classification":
         assert task.labels is not None
-        return classify(similarity, task.labels, task.metric)
+        return score_classes(similarity, task.labels, task.metric)
     if task.kind == "selection":
         assert task.instance_of_image is not None
         assert task.instance_of_text is not None
@@ -193,7 +193,7 @@ class _Question:
     task: Task
     systems: Sequence[System]
     weights: Mapping[str, Weights]
-    """By system."""
+    """How each system weighs its models, by the name of the system."""
     prompts: tuple[tuple[str, ...], ...]
     """Classification: the prompts of each class."""
     config: EvaluateConfig

@@ -31,7 +31,7 @@ TOP = 5
 """Classes among which `acc5` looks for the right one; a task with fewer has no such metric."""
 
 
-def classify(
+def score_classes(
     similarity: Similarity, labels: Int[np.ndarray, " N"] | Bool[np.ndarray, "N L"], metric: str = "acc1"
 ) -> Outcome:
     """Score a classification: the class with the highest similarity wins, and the lowest index among equals.
@@ -47,7 +47,7 @@ def classify(
     Examples:
         >>> images = np.array([[1.0, 0.0], [0.6, 0.8]], np.float32)
         >>> similarity = Similarity(images=[images], texts=[np.eye(2, dtype=np.float32)], weights=np.ones(1))
-        >>> classify(similarity, np.array([0, 0])).metrics["acc1"]
+        >>> score_classes(similarity, np.array([0, 0])).metrics["acc1"]
         0.5
     """
     _check_labels(similarity, labels, metric)

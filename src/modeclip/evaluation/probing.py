@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.intervals import Outcome
-from modeclip.evaluation.metrics import classify
+from modeclip.evaluation.metrics import score_classes
 from modeclip.evaluation.similarity import Similarity
 from modeclip.system.console import progress
 
@@ -98,7 +98,7 @@ class ProbeResult:
     """A linear probe and what it does on the test images."""
 
     outcome: Outcome
-    """Metrics and answers, as `metrics.classify` returns them."""
+    """Metrics and answers, as `metrics.score_classes` returns them."""
     C: float
     """The regularisation that was given or found."""
     sweep: tuple[ProbeTrial, ...]
@@ -180,7 +180,7 @@ def linear_probe(
     logits = Similarity(
         images=[_with_ones(of_test)], texts=[np.column_stack([coefficients, intercepts])], weights=np.ones(1)
     )
-    outcome = classify(logits, np.searchsorted(classes, test_labels), metric)
+    outcome = score_classes(logits, np.searchsorted(classes, test_labels), metric)
     return ProbeResult(
         outcome=replace(outcome, prediction=classes[outcome.prediction]),
         C=C,

@@ -91,13 +91,13 @@ class TaskComparison:
     """Two systems on one task."""
 
     task: str
-    """Its name."""
+    """Name of the task."""
     metric: str
-    """Its main metric."""
+    """The main metric of the task."""
     first: float
-    """The first system's."""
+    """What the first system reached, in that metric."""
     second: float
-    """The second system's."""
+    """What the second system reached."""
     difference: Interval
     """First minus second, on the same samples."""
     test: PairedTest | None

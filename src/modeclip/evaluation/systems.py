@@ -310,7 +310,7 @@ class TrainedModel:
     role: Role
     """What it is for."""
     folder: Path
-    """Its open_clip folder."""
+    """The open_clip folder of the model."""
     samples: int
     """Samples that its own training has seen, without those of the model that it continues."""
     start: Path | None = None
