@@ -66,7 +66,7 @@ def test_accuracies_equal_scikit_learns(seed):
 )
 def test_what_cannot_be_scored_is_said(scores, labels, message):
     with pytest.raises(ModeclipError, match=message):
-        inspect.unwrap(classify)(as_similarity(scores), labels)
+        inspect.unwrap(score_classes)(as_similarity(scores), labels)
 
 
 def test_labels_choose_once_by_the_average_or_for_each_task():
