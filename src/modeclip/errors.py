@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import math
 from collections.abc import Iterable
 
 ADVICE = {
@@ -64,8 +65,25 @@ def check_least(stage: str, config: object, **least: int) -> None:
     """
     for name, value in least.items():
         got = getattr(config, name)
-        if got is not None and got < value:
+        if got is not None and not got >= value:  # NaN is not
             raise ModeclipError(f"{stage}.{name}: expected {value} or more, got {got}")
+
+
+def check_above_zero(stage: str, config: object, *names: str) -> None:
+    """Raise for the first field of a config that is no finite number above 0; a field that is None is left out.
+
+    Args:
+        stage: What the user calls the config, as in a recipe ("train").
+        config: The config.
+        *names: The fields that are checked.
+
+    Raises:
+        ModeclipError: A field is 0 or less, infinite, or NaN.
+    """
+    for name in names:
+        got = getattr(config, name)
+        if got is not None and not 0 < got < math.inf:
+            raise ModeclipError(f"{stage}.{name}: expected a finite number above 0, got {got}")
 
 
 def in_one_line(error: OSError) -> str:

@@ -314,6 +314,7 @@ def test_requests_that_cannot_work(tuned: FinetuneResult, catalog: Catalog, fold
         ({"holdout_fraction": 1.0}, r"holdout_fraction must lie in \(0, 1\), got 1.0"),
         ({"tolerance": -0.1}, r"tolerance must lie in \[0, 1\], got -0.1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0 and finite, got nan"),
         ({"templates": ("x",)}, "template 'x' has no {}"),
     ],
 )

@@ -67,6 +67,11 @@ def test_job_files_without_roles_are_read(jobs: dict[str, TrainJob], tmp_path: P
         ({"batch_size": 1}, "train.batch_size must be at least 2"),
         ({"seed_parts": 32}, "train.seed_parts must lie in 1 to 31"),
         ({"samples": 100}, "train.samples must be at least batch_size"),
+        ({"total_parts": 0}, "train.total_parts: expected 2 or more, got 0"),
+        ({"learning_rate": -1.0}, "train.learning_rate: expected a finite number above 0, got -1.0"),
+        ({"learning_rate": float("nan")}, "train.learning_rate: expected a finite number above 0, got nan"),
+        ({"weight_decay": -0.1}, "train.weight_decay: expected 0 or more, got -0.1"),
+        ({"clip_grad_norm": float("nan")}, "train.clip_grad_norm: expected 0 or more, got nan"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:

@@ -19,6 +19,7 @@ Price: the training; ``checks`` passes over the held-out images, and ``alphas`` 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -105,8 +106,8 @@ class FinetuneConfig:
             raise ModeclipError(f"finetune: holdout_fraction must lie in (0, 1), got {self.holdout_fraction}")
         if not 0 <= self.tolerance <= 1:
             raise ModeclipError(f"finetune: tolerance must lie in [0, 1], got {self.tolerance}")
-        if self.learning_rate <= 0:
-            raise ModeclipError(f"finetune: learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ModeclipError(f"finetune: learning_rate must be above 0 and finite, got {self.learning_rate}")
         check_templates(self.templates, "finetune")
 
 
@@ -246,9 +247,13 @@ def check_start(model: str) -> None:
     Raises:
         ModeclipError: It is unknown, or a bundle, of which one expert has to be chosen.
     """
-    if (Path(model) / MANIFEST_FILE).is_file():
-        folders = dict.fromkeys([SEED, *(expert.folder for expert in load_bundle(model).experts)])
-        raise ModeclipError(f"finetune: {model} is a bundle; give a model in it, {model}/NAME: {', '.join(folders)}")
+    path = Path(model)
+    is_bundle = (path / MANIFEST_FILE).is_file()
+    if is_bundle or ((path.parent / MANIFEST_FILE).is_file() and not path.is_dir()):
+        bundle = path if is_bundle else path.parent
+        folders = ", ".join(dict.fromkeys([SEED, *(expert.folder for expert in load_bundle(bundle).experts)]))
+        problem = f"{model} is a bundle" if is_bundle else f"bundle {bundle} has no model {path.name!r}"
+        raise ModeclipError(f"finetune: {problem}; give a model in it, {bundle}/NAME: {folders}")
     check_model(model)
 
 

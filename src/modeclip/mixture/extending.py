@@ -35,7 +35,7 @@ from modeclip.clustering.fitting import sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
-from modeclip.errors import ModeclipError, check_least
+from modeclip.errors import ModeclipError, check_above_zero, check_least
 from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quantiles_of
 from modeclip.mixture.bundle import SEED, Bundle, check_files, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
@@ -74,6 +74,7 @@ class ExtendConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_least("extend", self, samples=1, batch_size=2, threads=1, seed=0)
+        check_above_zero("extend", self, "learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

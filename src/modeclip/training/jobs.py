@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from modeclip.errors import ModeclipError, check_least, unknown
+from modeclip.errors import ModeclipError, check_above_zero, check_least, unknown
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.files import write_atomically
 from modeclip.training.objectives import OBJECTIVES
@@ -176,6 +176,8 @@ class TrainConfig:
             raise unknown("train.loss", self.loss, OBJECTIVES)
         if self.batch_size < 2:
             raise ModeclipError(f"train.batch_size must be at least 2 (a pair needs a negative), got {self.batch_size}")
+        check_least("train", self, total_parts=2, weight_decay=0, clip_grad_norm=0)
+        check_above_zero("train", self, "learning_rate")
         if not 0 < self.seed_parts < self.total_parts:
             raise ModeclipError(
                 f"train.seed_parts must lie in 1 to {self.total_parts - 1} (total_parts - 1), got {self.seed_parts}"
@@ -187,7 +189,6 @@ class TrainConfig:
             )
         if not 0 <= self.warmup_fraction < 1:
             raise ModeclipError(f"train.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
-        check_least("train", self, clip_grad_norm=0)
 
     @property
     def steps_per_part(self) -> int:
