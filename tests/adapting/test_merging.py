@@ -204,6 +204,8 @@ def test_bundle_stands_for_its_finished_experts(models: list[Path], tmp_path: Pa
     assert [Path(candidate.name).name for candidate in result.candidates] == ["expert-0", "expert-2"]
     with pytest.raises(ModeclipError, match=r"is a bundle; give a model in it, .*/NAME: seed, expert-0, expert-2"):
         check_start(str(tmp_path / "bundle"))
+    with pytest.raises(ModeclipError, match=r"has no model 'expert-9'; give .*/bundle/NAME: seed, expert-0, expert-2"):
+        check_start(str(tmp_path / "bundle" / "expert-9"))
     merge([models[1], models[3]], MergeConfig(), out=tmp_path / "plain")
     assert (tmp_path / "merged" / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
 

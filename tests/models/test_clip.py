@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,7 @@ def test_weights_of_a_file(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("ViT-B-33", "unknown model 'ViT-B-33'"),
+        ("bundle/expert-1", "unknown model 'bundle/expert-1'.*the path of a model folder"),  # as it was written
         ("ViT-B-32@no_such", "unknown pretrained tag of ViT-B-32 'no_such'; nearest: "),
         ("ViT-B/32@no_such", "unknown pretrained tag of ViT-B-32 'no_such'"),
         ("ViT-B-32@openai", "trained with QuickGELU, ViT-B-32 has not; write ViT-B-32-quickgelu@openai"),
@@ -379,3 +381,20 @@ def test_saved_model_is_a_plain_open_clip_folder(tmp_path: Path) -> None:
         for method, inputs in (("encode_image", image), ("encode_text", tokens)):
             theirs, ours = getattr(model, method)(inputs), getattr(clip.model.eval(), method)(inputs)
             torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The Hub's client warns of each try, once for every handler; the error says it."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+
+    def refuse(*_: object, **__: object) -> None:
+        logger.warning("thrown while requesting HEAD")
+        raise OSError("no route to the Hub")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", refuse)
+    with pytest.raises(ModeclipError, match="model hf-hub:no/such: cannot be loaded: no route to the Hub"):
+        load_clip("hf-hub:no/such")
+    assert "HEAD" not in capfd.readouterr().err
+    assert logging.getLogger("huggingface_hub").level < logging.CRITICAL

@@ -678,6 +678,8 @@ def test_a_missing_package_is_said_with_its_command(name, package, command, monk
 def test_timm_names_come_from_the_cache_only():
     with pytest.raises(ModeclipError, match=r"^unknown model of timm 'vit_huger'; known: vit_"):
         load_any_encoder("timm:vit_huger")
+    with pytest.raises(ModeclipError, match=r"^unknown model of timm 'resnat50'; nearest: .*resnet50"):
+        load_any_encoder("timm:resnat50")
     with pytest.raises(ModeclipError, match=r"its pretrained weights are not in the local cache; give timm:FOLDER"):
         load_any_encoder("timm:vit_small_patch14_dinov2.lvd142m")
 

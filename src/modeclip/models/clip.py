@@ -185,7 +185,7 @@ def check_model(spec: str) -> None:
         known = {path.stem for folder in folders for path in folder.glob("*.json")}
         if name not in known.union(own):
             few = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "any other of open_clip.list_models()"]
-            raise unknown("model", name, [*own, *few, "the path of a model folder"])
+            raise unknown("model", spec.partition("@")[0], [*own, *few, "the path of a model folder"])
 
 
 def save_clip(clip: Clip, folder: Path) -> None:
@@ -446,11 +446,13 @@ def _config_of(name: str, model: Any) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence open_clip's notes on the root logger while a model is built."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence the notes of open_clip and of the Hub's client while a model is built; what fails is raised."""
+    loggers = {logging.getLogger(): logging.ERROR, logging.getLogger("huggingface_hub"): logging.CRITICAL}
+    levels = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

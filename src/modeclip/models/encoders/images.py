@@ -212,7 +212,8 @@ def _timm_folder(name: str, model: str) -> Path:
         return folder
     timm: Any = import_module("timm")
     if model.split(".")[0] not in timm.list_models():
-        raise unknown("model of timm", model, timm.list_models(f"{model.split('_')[0]}*")[:5])
+        near = timm.list_models(f"{model.split('_')[0]}*")[:5]
+        raise unknown("model of timm", model, near or timm.list_models(), "" if near else "timm.list_models()")
     pretrained = timm.models.get_pretrained_cfg(model)
     hub_id = getattr(pretrained, "hf_hub_id", None)
     full = model if "." in model else f"{model}.{getattr(pretrained, 'tag', '')}".rstrip(".")
