@@ -113,6 +113,7 @@ def test_ids_go_out_and_come_back(folder: Path, tmp_path: Path, capsys: pytest.C
             "uids: nothing to do; give --out FILE.npy to write ids, or --keep FILE.npy to read them",
         ),
         (("uids", "{folder}", "--keep", "none.npy"), "none.npy"),
+        (("uids", "{folder}", "--expert", "99", "--out", "none.npy"), "has no pair of expert 99, so there is no id to"),
         (("index", "nowhere/none.tar"), "none.tar"),
         (("index", "icons", "--image-size", "0"), "data.image_size: expected 1 or more, got 0"),
     ],

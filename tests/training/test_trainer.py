@@ -194,6 +194,11 @@ def test_batch_larger_than_the_selection(catalog: Path, tmp_path: Path) -> None:
         train(make_job(catalog, tmp_path / "job", config=config))
 
 
+def test_selection_without_a_pair(catalog: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModeclipError, match=r"has no pair of width 77; choose others"):
+        train(replace(make_job(catalog, tmp_path / "job"), where={"width": 77}))
+
+
 def test_loss_that_is_not_finite(catalog: Path, tmp_path: Path) -> None:
     """The step is the one at fault, also when the losses are looked at later; its batch is named, nothing is saved."""
     engine = EngineConfig(precision="32-true", log_every=7)

@@ -108,6 +108,10 @@ def uids(
         done |= {"ids": found.num_uids, "kept": int(found.mask.sum()), "unknown": found.num_unknown}
     if out is not None:
         rows = opened.select(mask=mask, **({} if expert is None else {"expert": expert}))
+        if not len(rows):
+            chosen = "" if expert is None else f" of expert {expert}"
+            chosen += f" that {mask!r} marks" if mask else ""
+            raise ModeclipError(f"uids: {catalog} has no pair{chosen}, so there is no id to write; choose others")
         write_uids(out, uids_of(opened, rows, column))
         done |= {"written": len(rows), "file": str(out)}
     if not done:

@@ -77,6 +77,14 @@ def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
         draw = np.random.Generator(np.random.Philox(key=[job.config.seed, 1_000_003 + sum(job.where.values())]))
         count = round(job.out_of_cluster_fraction * len(others))
         rows = np.sort(np.concatenate([rows, draw.choice(others, count, replace=False)]))
+    if not len(rows):
+        chosen = [f"{column} {value}" for column, value in job.where.items()] + (
+            [f"mask {job.mask}"] if job.mask else []
+        )
+        raise ModeclipError(
+            f"{job.name}: {catalog.path!r} has no pair{' of ' if chosen else ''}{' and '.join(chosen)}; "
+            "choose others, or index some"
+        )
     if len(rows) < job.config.batch_size:
         raise ModeclipError(
             f"{job.name}: {len(rows):,} pairs are fewer than one batch of {job.config.batch_size:,}; "
