@@ -152,6 +152,7 @@ def test_log_probabilities_make_a_weighted_product(
     assert [p.classnames for p in task.classify(tensor, "log-probabilities")] == [p.classnames for p in found]
     with pytest.raises(ModeclipError, match="unknown mix 'logits'"):
         task.classify(pictures, mix="logits")
+    assert task.classify([]) == []
 
 
 def test_unknown_text_is_routed_by_itself(mode: MoDE) -> None:
@@ -290,6 +291,8 @@ def test_bundle_that_is_none(tmp_path: Path, bundle: Path) -> None:
 def test_task_that_cannot_be(mode: MoDE) -> None:
     with pytest.raises(ModeclipError, match="needs at least one class name"):
         mode.task([])
+    with pytest.raises(ModeclipError, match=r"list of class names, got the text 'cat'; write \['cat'\]"):
+        mode.task("cat")
     with pytest.raises(ModeclipError, match="unknown rule 'best'; known: paper, eq6"):
         mode.task(CLASSES, rule="best")
     with pytest.raises(ModeclipError, match=r"template 'a photo' has no \{\}"):

@@ -187,6 +187,8 @@ class RoutedClip(nn.Module):
         """
         if mix not in MIXES:
             raise unknown("mix", mix, MIXES)
+        if not len(images):
+            return []
         first, weights = self._first, None
         if isinstance(images, Tensor):
             batch, pictures = images, []

@@ -226,6 +226,8 @@ class ClusterRouter:
         Raises:
             ModeclipError: There is no name, a template has no place for it, or the temperature is not above 0.
         """
+        if isinstance(names, str):  # each letter would be a class
+            raise ModeclipError(f"a task needs a list of class names, got the text {names!r}; write [{names!r}]")
         if not names:
             raise ModeclipError("a task needs at least one class name, got none")
         if self.per_image:
