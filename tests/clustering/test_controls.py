@@ -21,13 +21,12 @@ from modeclip.clustering.controls import ONE_STEP_FOLDER, add_controls, cluster_
 from modeclip.clustering.embedding import COLUMN
 from modeclip.clustering.fitting import ClusterConfig, cluster
 from modeclip.data.catalog import Catalog
-from modeclip.data.indexing import index
-from modeclip.data.sources import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import assemble_bundle, load_bundle
 from modeclip.training.experts import pin_jobs
 from modeclip.training.jobs import TrainJob
 from modeclip.training.trainer import train
+from support import weights_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 NUM_EXPERTS = 3
@@ -35,11 +34,10 @@ CONFIG = ClusterConfig(num_fine=12, num_experts=NUM_EXPERTS)
 
 
 @pytest.fixture(scope="module")
-def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def indexed(icons_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real icons with vectors of words in place of a sentence encoder's, clustered."""
     out = tmp_path_factory.mktemp("indexed")
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
-    catalog = Catalog.open(out / "catalog.lance")
+    catalog = Catalog.open(shutil.copytree(icons_catalog, out / "catalog.lance"))
     words = [set(caption.split()) for caption in catalog.read(["caption"])["caption"]]
     vocabulary = {word: np.random.default_rng(n).normal(size=16) for n, word in enumerate(sorted(set().union(*words)))}
     x = np.array([sum(vocabulary[word] for word in sorted(caption)) for caption in words])
@@ -147,9 +145,8 @@ def train_config() -> Any:
     return TrainConfig(samples=32 * 32, batch_size=32)
 
 
-def test_catalog_that_is_not_clustered(tmp_path: Path) -> None:
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), tmp_path)
-    catalog = Catalog.open(tmp_path / "catalog.lance")
+def test_catalog_that_is_not_clustered(icons_catalog: Path, tmp_path: Path) -> None:
+    catalog = Catalog.open(icons_catalog)
     with pytest.raises(ModeclipError, match=r"has no column expert.*cluster it first"):
         split_at_random(catalog, 0)
     with pytest.raises(ModeclipError, match="has no column caption_embedding: embed its captions first"):
@@ -197,8 +194,7 @@ def test_controls_are_added_to_a_finished_run(
 
     whole = TrainJob.load(out / "models" / "random-1" / "job.json")
     train(replace(whole, folder=str(tmp_path / "whole")))
-    weights = "open_clip_model.safetensors"
-    assert (tmp_path / "whole" / weights).read_bytes() == (out / "models" / "random-1" / weights).read_bytes()
+    assert weights_of(tmp_path / "whole") == weights_of(out / "models" / "random-1")
 
     rows = {(row["name"], row["rule"]): row for row in json.loads((out / "results.json").read_text())["models"]}
     for name, rule in (("Random-2", "uniform"), ("Full-2", "uniform"), ("OneStep-2", "uniform")):

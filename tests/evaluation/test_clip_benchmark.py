@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
@@ -28,7 +27,7 @@ from modeclip.evaluation.similarity import Similarity
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import image_features, prompt_features, text_features
 from modeclip.models.pool import ModelRef
-from support import tar_of
+from support import encode_picture, tar_of
 
 TEMPLATES = ("{}", "an icon of {}, black on white", "{} symbol.")
 IMAGES = 150
@@ -80,10 +79,7 @@ def folders(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder
     task = Task(
         name="icons", kind="classification", images=images, classnames=task.classnames, labels=task.labels[rows]
     )
-    pngs = []
-    for picture in images.read(np.arange(IMAGES)):
-        picture.save(buffer := io.BytesIO(), "PNG")
-        pngs.append(buffer.getvalue())
+    pngs = [encode_picture(picture) for picture in images.read(np.arange(IMAGES))]
     labelled = [{"png": png, "cls": str(label).encode()} for png, label in zip(pngs, task.labels, strict=True)]
     names = "\n".join(task.classnames)
     for name, templates in (("one", TEMPLATES[:1]), ("several", TEMPLATES)):

@@ -23,6 +23,7 @@ from modeclip.evaluation.metrics import score_classes, select_captions
 from modeclip.evaluation.results import Result, check_names, compare, read_predictions, read_results, write_results
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
+from support import unit_rows
 
 RNG = np.random.default_rng(0)
 
@@ -44,13 +45,8 @@ class Numbered:
         raise AssertionError(f"no image is needed, asked for {rows}")
 
 
-def unit(rows: int) -> np.ndarray:
-    vectors = RNG.normal(size=(rows, 12)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def similar(images: int, texts: int) -> Similarity:
-    return Similarity(images=[unit(images)], texts=[unit(texts)], weights=np.ones(1))
+    return Similarity(images=[unit_rows(images, 12, RNG)], texts=[unit_rows(texts, 12, RNG)], weights=np.ones(1))
 
 
 def classification(name: str = "pets", metric: str = "acc1", images: str = "images", count: int = 80) -> Task:

@@ -13,11 +13,7 @@ from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import Outcome, PairedTest, bootstrap_interval, paired_interval, paired_test
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
-
-
-def unit(draw: np.random.Generator, count: int, dimension: int) -> np.ndarray:
-    rows = draw.normal(size=(count, dimension)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+from support import unit_rows
 
 
 def few_directions(draw: np.random.Generator, count: int) -> np.ndarray:
@@ -43,7 +39,7 @@ def test_places_and_recalls_are_those_of_the_whole_matrix_sorted(
     image_of_text = np.sort(draw.integers(0, 40, 90))
     if shuffled:
         draw.shuffle(image_of_text)
-    make = few_directions if tied else lambda draw, count: unit(draw, count, 5)
+    make = few_directions if tied else lambda draw, count: unit_rows(count, 5, draw)
     images, texts = [make(draw, 40) for _ in range(3)], [make(draw, 90) for _ in range(3)]
     per_query = draw.choice([0.25, 0.5, 1.0], (90, 3))
     of_texts = Similarity(images=images, texts=texts, weights=per_query)
@@ -65,7 +61,7 @@ def test_places_and_recalls_are_those_of_the_whole_matrix_sorted(
 
 def test_one_similarity_for_both_directions_is_two_equal_ones() -> None:
     draw = np.random.default_rng(0)
-    both = Similarity(images=[unit(draw, 30, 4)], texts=[unit(draw, 60, 4)], weights=np.ones(1))
+    both = Similarity(images=[unit_rows(30, 4, draw)], texts=[unit_rows(60, 4, draw)], weights=np.ones(1))
     image_of_text = np.arange(60) // 2
     once, twice = retrieve(both, image_of_text), retrieve(both, image_of_text, to_texts=both)
     assert once.metrics == twice.metrics
@@ -75,7 +71,7 @@ def test_one_similarity_for_both_directions_is_two_equal_ones() -> None:
 @pytest.mark.parametrize("captions", [1, 5])
 def test_recalls_are_those_of_clip_benchmark(captions: int) -> None:
     draw = np.random.default_rng(captions)
-    images = unit(draw, 60, 12)
+    images = unit_rows(60, 12, draw)
     image_of_text = np.repeat(np.arange(60), captions)
     texts = images[image_of_text] + 0.35 * draw.normal(size=(60 * captions, 12)).astype(np.float32)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
@@ -95,7 +91,7 @@ def test_recalls_are_those_of_clip_benchmark(captions: int) -> None:
 
 def test_samples_weigh_texts_and_images_alike() -> None:
     draw = np.random.default_rng(1)
-    similarity = Similarity(images=[unit(draw, 20, 3)], texts=[unit(draw, 90, 3)], weights=np.ones(1))
+    similarity = Similarity(images=[unit_rows(20, 3, draw)], texts=[unit_rows(90, 3, draw)], weights=np.ones(1))
     outcome = retrieve(similarity, draw.integers(0, 19, 90), (5, 1))  # image 19 has no text
     assert outcome.main == "mean_recall@5"
     assert np.average(outcome.hits, weights=outcome.weights) == pytest.approx(outcome.score)

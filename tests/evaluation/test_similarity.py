@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 
 from modeclip.evaluation import similarity
 from modeclip.evaluation.similarity import Similarity
-
-
-def unit(rng: np.random.Generator, rows: int, dimension: int) -> np.ndarray:
-    x = rng.normal(size=(rows, dimension)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+from support import unit_rows
 
 
 def oracle(of: Similarity) -> np.ndarray:
@@ -34,8 +30,8 @@ def drawn(weighted: str, scales: np.ndarray | None = None) -> Similarity:
     """Two experts of different widths, 11 images, 7 texts; weights of the task, each text or each image."""
     rng = np.random.default_rng(4)
     return Similarity(
-        images=[unit(rng, 11, 5), unit(rng, 11, 3)],
-        texts=[unit(rng, 7, 5), unit(rng, 7, 3)],
+        images=[unit_rows(11, 5, rng), unit_rows(11, 3, rng)],
+        texts=[unit_rows(7, 5, rng), unit_rows(7, 3, rng)],
         weights=rng.dirichlet([1, 1], size={"task": (), "text": (7,), "image": (11,)}[weighted]),
         per_image=weighted == "image",
         scales=scales,
@@ -89,8 +85,8 @@ def test_a_weighted_sum_is_the_product_of_concatenated_vectors() -> None:
     """sum_c p_c <u_c, v_c> = <concat(p_c u_c), concat(v_c)> (METHOD 1.3)."""
     rng = np.random.default_rng(1)
     images, texts, weights = (
-        [unit(rng, 4, 6), unit(rng, 4, 6)],
-        [unit(rng, 5, 6), unit(rng, 5, 6)],
+        [unit_rows(4, 6, rng), unit_rows(4, 6, rng)],
+        [unit_rows(5, 6, rng), unit_rows(5, 6, rng)],
         np.array([0.3, 0.7]),
     )
     joined = np.hstack(images) @ np.hstack([w * words for w, words in zip(weights, texts, strict=True)]).T

@@ -17,6 +17,7 @@ import pytest
 from modeclip.__main__ import _interrupt
 from modeclip.commands import COMMANDS, PIPE_CLOSED, load_command, main, read_summaries
 from modeclip.errors import in_one_line
+from support import plain_png, write_pairs
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -161,19 +162,13 @@ def test_more_clusters_than_captions(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Path:
     """Twenty pairs in a folder."""
-    from PIL import Image
-
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    for i in range(20):
-        Image.new("RGB", (32, 32), (12 * i, 0, 99)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"colour {i}")
-    return folder
+    images = [plain_png((12 * i, 0, 99), (32, 32)) for i in range(20)]
+    return write_pairs(tmp_path / "pairs", images, [f"colour {i}" for i in range(20)])
 
 
 def test_mistakes_in_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
     """Each kind of source, with what users get wrong in it."""
-    (tmp_path / "pairs.csv").write_text("picture,words\npairs/0.png,colour\n")
+    (tmp_path / "pairs.csv").write_text("picture,words\npairs/000.png,colour\n")
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for picture in own_folder.glob("*.png"):
             tar.add(picture, picture.name)
@@ -188,7 +183,7 @@ def test_mistakes_in_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert message in line
         assert not (tmp_path / "run" / "catalog.lance").exists()
     for i in range(5):
-        (own_folder / f"{i}.png").write_bytes(b"")
+        (own_folder / f"{i:03d}.png").write_bytes(b"")
     line = fails(capsys, "run", write_recipe(tmp_path, f"data: {{source: {own_folder}}}"), "--out", tmp_path / "run")
     assert "image is empty (0 bytes)" in line
 

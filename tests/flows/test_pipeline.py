@@ -242,7 +242,7 @@ def test_bundle_holds_what_was_trained_and_clustered(small_run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="this machine allows no private mounts")
+@pytest.mark.skipif(not can_mount(), reason="this machine allows no private mounts")
 @pytest.mark.parametrize(("megabytes", "words"), [(1, "disk full"), (60, "seed: its checkpoints need")])
 def test_full_disk(small_recipe: Path, tmp_path: Path, megabytes: int, words: str) -> None:
     """On a real file system of that size: full while the catalog is written, and too small for a model."""

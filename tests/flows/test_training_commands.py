@@ -17,8 +17,6 @@ from modeclip.clustering.fitting import ClusterConfig, cluster
 from modeclip.commands.mixture import extend
 from modeclip.commands.training import status, train, train_experts
 from modeclip.data.catalog import Catalog
-from modeclip.data.indexing import index
-from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import load_bundle
 from modeclip.pipeline import RunFolder
@@ -26,16 +24,17 @@ from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
+from support import weights_of
 
 pytestmark = pytest.mark.usefixtures("trains_here")
 SETTINGS = ("--samples", "512", "--batch-size", "16", "--precision", "32-true", "--log-every", "1")
 
 
 @pytest.fixture(scope="module")
-def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clustered(icons_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of real icons that is clustered and not trained."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), out)
+    shutil.copytree(icons_catalog, out / "catalog.lance")
     embed(Catalog.open(out), EmbedConfig(encoder="tfidf", dimension=16))
     cluster(Catalog.open(out), ClusterConfig(num_fine=8, num_experts=2, num_iterations=3)).save(out / "clusters")
     return out
@@ -50,10 +49,6 @@ def trained(clustered: Path) -> Path:
 
 def run(command: Callable[..., None], *words: object) -> Any:
     return call(command, [str(word) for word in words])
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "open_clip_model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -73,7 +68,7 @@ def test_a_plan_stops_there(clustered: Path, tmp_path: Path, capsys: pytest.Capt
 def test_the_bundle_works_from_the_first_expert_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = load_bundle(trained / "bundle")
     assert [expert.folder for expert in bundle.experts] == ["seed", "expert-1"]
-    assert weights(trained / "bundle" / "expert-1") == weights(trained / "models" / "expert-1")
+    assert weights_of(trained / "bundle" / "expert-1") == weights_of(trained / "models" / "expert-1")
     run(status, trained, "--json")
     assert [(row["name"], row["state"]) for row in json.loads(capsys.readouterr().out)] == [
         ("seed", "finished"),
@@ -123,15 +118,20 @@ def with_seed(trained: Path, tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "steps"), [("paper", 5), ("matched", 2)])
 def test_an_extension_takes_as_many_samples_as_the_experts_did(
-    with_seed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: str, steps: int
+    with_seed: Path,
+    icons_catalog: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    budget: str,
+    steps: int,
 ) -> None:
     """The same pairs again are one more pass at the experts' own rate, and a new expert sees as much as they did."""
     run(train_experts, with_seed, *SETTINGS, "--budget", budget, "--only", "1", "--dense")
     expert = TrainJob.load(with_seed / "models" / "expert-1" / "job.json")
     assert expert.last_step - expert.first_step == steps
     assert load_bundle(with_seed / "bundle").lineage["recipe"]["experts"]["budget"] == budget
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), tmp_path / "more")
-    bundle, pairs, out = with_seed / "bundle", tmp_path / "more", tmp_path / "out"
+    pairs = shutil.copytree(icons_catalog, tmp_path / "more" / "catalog.lance").parent
+    bundle, out = with_seed / "bundle", tmp_path / "out"
     capsys.readouterr()
     run(extend, bundle, pairs, "--out", out, "--expert", "1", "--json")
     done = json.loads(capsys.readouterr().out)
@@ -195,7 +195,7 @@ def test_train_of_a_part_continues_a_seed_as_its_expert_does(
     words = (trained, *SETTINGS, "--out", out, "--where", "expert=1", "--resume", trained / "models" / "seed")
     run(train, *words, "--json")
     assert json.loads(capsys.readouterr().out)["samples"] == 5 * 16
-    assert weights(out) == weights(trained / "models" / "expert-1")
+    assert weights_of(out) == weights_of(trained / "models" / "expert-1")
     done = (out / "done.json").stat().st_mtime_ns
     run(train, *words)
     assert (out / "done.json").stat().st_mtime_ns == done  # it is finished

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster
@@ -26,6 +24,7 @@ from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, ExpertShare, assign, propose
 from modeclip.mixture.bundle import Bundle, Expert, RoutingConfig
+from support import plain_png
 
 NUM_FINE = 64
 CONFIG = AssignConfig(min_pairs=100)
@@ -42,11 +41,7 @@ DISHES = [
 def catalog_of(folder: Path, captions: Sequence[str]) -> Catalog:
     """A catalog of these captions, with images that nobody looks at."""
     folder.mkdir()
-    images = []
-    for number in range(len(captions)):
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(file, "PNG")
-        images.append(file.getvalue())
+    images = [plain_png((number % 256, number // 256, 0), (8, 8)) for number in range(len(captions))]
     pq.write_table(pa.table({"image": images, "caption": list(captions)}), folder / "pairs.parquet")
     index(DataConfig(source=str(folder / "pairs.parquet")), folder / "catalog")
     return Catalog.open(folder / "catalog")

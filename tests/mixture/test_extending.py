@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -34,6 +33,7 @@ from modeclip.mixture.extending import ExtendConfig, continue_job, extend, fit_n
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import TrainJob
+from support import encode_picture, weights_of
 
 DISHES = [
     f"{style} {dish} with {side}"
@@ -48,14 +48,12 @@ QUICK = ExtendConfig(samples=64)
 OLD_TASK = ["arrow left", "git branch", "file code"]
 
 
-def write_pairs(folder: Path, captions: Sequence[str], images: Sequence[bytes] = ()) -> Catalog:
+def catalog_of(folder: Path, captions: Sequence[str], images: Sequence[bytes] = ()) -> Catalog:
     folder.mkdir()
     if not images:
         draw = np.random.default_rng(0)
-        files = [io.BytesIO() for _ in captions]
-        for file in files:
-            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
-        images = [file.getvalue() for file in files]
+        pixels = [draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in captions]
+        images = [encode_picture(Image.fromarray(picture)) for picture in pixels]
     pq.write_table(pa.table({"image": list(images), "caption": list(captions)}), folder / "pairs.parquet")
     index(DataConfig(source=str(folder / "pairs.parquet")), folder / "catalog")
     return Catalog.open(folder / "catalog")
@@ -70,7 +68,7 @@ def old(small_run: Path) -> Catalog:
 @pytest.fixture(scope="module")
 def dishes(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     """Pairs of another topic."""
-    return write_pairs(tmp_path_factory.mktemp("dishes") / "dishes", DISHES)
+    return catalog_of(tmp_path_factory.mktemp("dishes") / "dishes", DISHES)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def more(tmp_path_factory: pytest.TempPathFactory, old: Catalog) -> Catalog:
     """More pairs of the old topic, of the first expert mostly."""
     rows = np.concatenate([old.select(expert=0)[:60], old.select(expert=1)[:5]])
     captions = old.read(["caption"], rows)["caption"].tolist()
-    return write_pairs(tmp_path_factory.mktemp("more") / "more", captions, old.encoded_images(rows))
+    return catalog_of(tmp_path_factory.mktemp("more") / "more", captions, old.encoded_images(rows))
 
 
 @pytest.fixture
@@ -159,9 +157,7 @@ def test_an_expert_goes_on_from_its_checkpoint(bundle: Path, more: Catalog, old:
     assert hashes(bundle, "seed", "expert-1") == before
     assert [expert.size for expert in opened.experts] == [sizes[0] + result.num_pairs, sizes[1]]
     folder = opened.model_folder(0)
-    assert (folder / "open_clip_model.safetensors").read_bytes() == (
-        tmp_path / "out" / "expert-0" / "open_clip_model.safetensors"
-    ).read_bytes()
+    assert weights_of(folder) == weights_of(tmp_path / "out" / "expert-0")
     with pytest.raises(ModeclipError, match=r"to continue expert 0 of .* give .* another --out"):
         extend(bundle, more, tmp_path / "out", action="new", thresholds=THRESHOLDS, config=QUICK, fitted_on=old)
 

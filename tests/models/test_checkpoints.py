@@ -18,8 +18,6 @@ import pytest
 import torch
 
 from modeclip.data.catalog import Catalog
-from modeclip.data.indexing import index
-from modeclip.data.sources import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import (
     Checkpoint,
@@ -57,11 +55,10 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(icons_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of one step each, by open_clip_train on real icons: ``epoch_1.pt`` and ``epoch_2.pt``."""
     folder = tmp_path_factory.mktemp("open_clip_train")
-    index(DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)}), folder / "catalog")
-    catalog = Catalog.open(folder / "catalog")
+    catalog = Catalog.open(icons_catalog)
     rows = np.arange(NUM_PAIRS)
     lines = ["filepath\ttitle"]
     for row, image, caption in zip(rows, catalog.images(rows), catalog.read(["caption"], rows)["caption"], strict=True):

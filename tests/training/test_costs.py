@@ -15,6 +15,7 @@ from modeclip.errors import ModeclipError
 from modeclip.training.costs import COLUMNS, Plan, measure, plan, wall_time
 from modeclip.training.experts import ExpertsConfig, plan_jobs
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
+from support import mark_done
 
 TRAIN = TrainConfig(samples=16 * 64, batch_size=16, engine=EngineConfig(precision="32-true", keep_checkpoints=2))
 
@@ -62,9 +63,7 @@ def test_a_plan_counts_and_measures_and_leaves_nothing(catalog: Catalog, tmp_pat
 def test_what_is_done_costs_nothing_more(catalog: Catalog, tmp_path: Path) -> None:
     jobs = jobs_of(catalog, tmp_path)
     for job in jobs:
-        job.save()
-        result = {"digest": job.digest, "samples": 1, "rows": 1, "seconds": 1.0}
-        (Path(job.folder) / "done.json").write_text(json.dumps(result))
+        mark_done(job)
     found = plan(jobs, catalog)
     assert [(job.share_done, job.seconds, job.disk_bytes) for job in found.jobs] == [(1.0, 0.0, 0)] * 3
     assert found.seconds == 0

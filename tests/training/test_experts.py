@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from modeclip.errors import ModeclipError
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob
+from support import mark_done
 
 TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
 
@@ -36,13 +36,6 @@ def plan(folder: Path, experts: ExpertsConfig, num_experts: int = 4, **more: obj
 
 def parts(job: TrainJob) -> float:
     return (job.last_step - job.first_step) / TRAIN.steps_per_part
-
-
-def finish(job: TrainJob) -> None:
-    """Leave what a finished job leaves, without its model."""
-    job.save()
-    result = {"digest": job.digest, "samples": 1, "rows": 1, "seconds": 1.0}
-    (Path(job.folder) / "done.json").write_text(json.dumps(result))
 
 
 def test_a_dense_control_of_the_mixtures_cost_is_trained_once(tmp_path: Path) -> None:
@@ -141,7 +134,7 @@ def test_a_finished_job_as_the_seed(tmp_path: Path) -> None:
     given.save()
     with pytest.raises(ModeclipError, match=r"experts\.start: the job in .*given is not finished; train it first"):
         plan(tmp_path, ExpertsConfig(start=given.folder))
-    finish(given)
+    mark_done(given)
     jobs = plan(tmp_path, ExpertsConfig(start=given.folder))
     assert list(jobs) == ["dense-total", "dense", *(f"expert-{k}" for k in range(4))]
     for job in jobs.values():
@@ -150,7 +143,7 @@ def test_a_finished_job_as_the_seed(tmp_path: Path) -> None:
     assert [parts(jobs[name]) for name in ("expert-3", "dense", "dense-total")] == [5, 5, 20]
     assert seed_model(tmp_path, TRAIN, ExpertsConfig(start=given.folder)) == Path(given.folder)
     other = replace(given, config=replace(TRAIN, model="ViT-B-32"))
-    finish(other)
+    mark_done(other)
     with pytest.raises(ModeclipError, match=r"given is a ViT-B-32, train\.model is modeclip-icon; give the same model"):
         plan(tmp_path, ExpertsConfig(start=given.folder))
 

@@ -70,10 +70,6 @@ def wait_until_all_are_gone(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def weights(job: TrainJob) -> bytes:
-    return (Path(job.folder) / "open_clip_model.safetensors").read_bytes()
-
-
 @pytest.mark.slow
 def test_a_job_that_is_killed_takes_only_those_that_need_it(catalog: Path, tmp_path: Path) -> None:
     killed = make_job(catalog, tmp_path / "killed", FOREVER)
@@ -129,9 +125,9 @@ def test_commands_do_what_the_processes_do(catalog: Path, tmp_path: Path, monkey
             line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, done.stderr
-    before = [weights(job) for job in (seed, expert)]
+    before = [support.weights_of(job.folder) for job in (seed, expert)]
     assert set(run_jobs([seed, expert], 1)) == {"seed", "expert-0"}
-    assert [weights(job) for job in (seed, expert)] == before
+    assert [support.weights_of(job.folder) for job in (seed, expert)] == before
     monkeypatch.chdir(tmp_path)
     moved = replace(expert, folder="models of a run/expert-0", start_from="models of a run/seed")
     assert commands_for([moved]) == [lines[1].removesuffix("  # after seed")]
@@ -244,7 +240,7 @@ def test_ray_repeats_a_job_whose_worker_died(catalog: Path, tmp_path: Path) -> N
     assert [job_status(job).state for job in (seed, expert, wrong)] == ["finished", "finished", "failed"]
     alone = replace(seed, folder=str(tmp_path / "alone"))
     run_jobs([alone], 1)
-    assert weights(alone) == weights(seed)
+    assert support.weights_of(alone.folder) == support.weights_of(seed.folder)
     too_wide = replace(make_job(catalog, tmp_path / "wide"), threads=3)
     with pytest.raises(ModeclipError, match=r"wide needs 3 CPU, .* has 2 in all; lower experts"):
         run_jobs([too_wide], 1, ray=True)

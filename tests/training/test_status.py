@@ -16,6 +16,7 @@ from modeclip.errors import ModeclipError
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, role_of
 from modeclip.training.status import JobStatus, board_table, is_locked, job_status, read_log, status, watch
 from modeclip.training.trainer import train
+from support import make_job, mark_done
 
 CONFIG = TrainConfig(
     model="modeclip-icon-xxxs",
@@ -25,22 +26,11 @@ CONFIG = TrainConfig(
 )
 
 
-def make_job(folder: Path, **changes: object) -> TrainJob:
+def saved_job(folder: Path, catalog: Path | str = "catalog.lance", **changes: object) -> TrainJob:
+    """Save a job with the role that its name stands for and return it."""
     role, index = role_of(folder.name)
-    job = TrainJob(
-        name=folder.name,
-        role=role,
-        index=index,
-        folder=str(folder),
-        catalog=str(folder.parent / "catalog.lance"),
-        catalog_fingerprint="test",
-        config=CONFIG,
-        first_step=100,
-        last_step=300,
-        first_share=0.0,
-        last_share=1.0,
-    )
-    job = replace(job, **changes)  # type: ignore[arg-type]
+    steps = {"first_step": 100, "last_step": 300}
+    job = make_job(catalog, folder, CONFIG, role=role, index=index, **(steps | changes))
     job.save()
     return job
 
@@ -53,21 +43,17 @@ def write_log(job: TrainJob, steps: range, tail: str = "") -> None:
     (Path(job.folder) / "log.jsonl").write_text("\n".join(lines) + "\n" + tail)
 
 
-def finish(job: TrainJob) -> None:
-    result = {"digest": job.digest, "samples": 1, "rows": 1, "seconds": 1.0}
-    (Path(job.folder) / "done.json").write_text(json.dumps(result))
-
-
 def test_states_from_what_jobs_leave(tmp_path: Path) -> None:
     models = tmp_path / "models"
-    finish(make_job(models / "seed"))
-    waiting = make_job(models / "expert-10")
-    stopped = make_job(models / "expert-2")
+    mark_done(saved_job(models / "seed"))
+    waiting = saved_job(models / "expert-10")
+    stopped = saved_job(models / "expert-2")
     write_log(stopped, range(110, 210, 10), tail='{"step": 210, "lo')
-    failed = make_job(models / "expert-9")
+    failed = saved_job(models / "expert-9")
     (Path(failed.folder) / "errors.txt").write_text("Traceback\nRuntimeError: [CUDA] error\n")
-    other = make_job(models / "dense")
-    finish(replace(other, threads=7))  # what is there was made by another job
+    other = saved_job(models / "dense")
+    mark_done(replace(other, threads=7))  # what is there was made by another job
+    other.save()
     rows = {row.name: row for row in status(tmp_path)}
     assert list(rows) == ["seed", "dense", "expert-2", "expert-9", "expert-10"]
     assert [row.state for row in rows.values()] == ["finished", "waiting", "stopped", "failed", "waiting"]
@@ -86,7 +72,7 @@ def test_states_from_what_jobs_leave(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_held_means_running(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job")
+    job = saved_job(tmp_path / "job")
     write_log(job, range(110, 160, 10))
     assert job_status(job).state == "stopped"
     with (tmp_path / "job" / "lock").open("w") as file:
@@ -100,7 +86,7 @@ def test_a_lock_that_is_held_means_running(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tail", [b"", b'{"step": 99', b"\x00\x00", b'{"step": "x"}\n', b"[1]\n", b"\xff\xfe\n"])
 def test_lines_that_are_half_written_do_not_count(tmp_path: Path, tail: bytes) -> None:
-    job = make_job(tmp_path / "job")
+    job = saved_job(tmp_path / "job")
     write_log(job, range(101, 300))  # longer than what is read
     with (tmp_path / "job" / "log.jsonl").open("ab") as file:
         file.write(tail)
@@ -118,7 +104,7 @@ def test_a_folder_without_jobs(tmp_path: Path) -> None:
 def test_a_job_while_it_trains_and_after_it_was_stopped(
     icons_catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(tmp_path / "job", catalog=str(icons_catalog), first_step=0, last_step=100)
+    job = saved_job(tmp_path / "job", catalog=icons_catalog, first_step=0, last_step=100)
     assert job_status(job).state == "waiting"
     seen = list[JobStatus]()
 

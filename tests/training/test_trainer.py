@@ -79,10 +79,6 @@ def newest(folder: Path) -> Path | None:
     return max(folder.glob("checkpoints/step-*.safetensors"), default=None)
 
 
-def weights(folder: Path) -> bytes:
-    return (folder / "open_clip_model.safetensors").read_bytes()
-
-
 def test_schedule_rises_to_the_highest_rate_and_falls_to_zero() -> None:
     config = TrainConfig(learning_rate=0.5, warmup_fraction=0.1)
     assert learning_rate_at(0.05, config) == pytest.approx(0.25)
@@ -105,7 +101,7 @@ def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path, whole: Path)
     rest = {"first_step": 15, "first_share": 15 / 24, "start_from": first.folder, "start_digest": first.digest}
     for job in (first, make_job(catalog, tmp_path / "second", **rest)):
         train(job)
-    assert weights(tmp_path / "second") == weights(whole)
+    assert support.weights_of(tmp_path / "second") == support.weights_of(whole)
 
 
 class Killed(BaseException):
@@ -128,7 +124,7 @@ def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path, whole
     assert not (tmp_path / "killed" / "done.json").exists()
     assert (newest(tmp_path / "killed") is None) == (step < 5)
     train(killed)
-    assert weights(tmp_path / "killed") == weights(whole)
+    assert support.weights_of(tmp_path / "killed") == support.weights_of(whole)
     assert steps_logged(tmp_path / "killed") == steps_logged(whole) == [10, 20, 24]
     first, second = (load_file(newest(folder) or "") for folder in (whole, tmp_path / "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -143,7 +139,7 @@ def test_killed_process_leaves_what_its_job_continues_from(catalog: Path, tmp_pa
     process.communicate()
     assert not (tmp_path / "killed" / "done.json").exists()
     train(killed)
-    assert weights(tmp_path / "killed") == weights(whole)
+    assert support.weights_of(tmp_path / "killed") == support.weights_of(whole)
 
 
 def test_sigterm_saves_before_it_ends(catalog: Path, tmp_path: Path) -> None:

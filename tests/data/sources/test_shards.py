@@ -35,15 +35,12 @@ from modeclip.data.sources import DataConfig, open_source
 from modeclip.data.sources.shards import DamagedTar, Tar, list_shards, open_shards
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import expand_braces
+from support import tar_of
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_of(members))
     return path
 
 

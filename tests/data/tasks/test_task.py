@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from modeclip.data.tasks.images import FileImages
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
-from support import noise_picture
+from support import encode_picture, noise_picture
 
 
 def picture(seed: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
@@ -81,9 +80,7 @@ def test_the_hash_of_many_images_is_that_of_one_thread(tmp_path, monkeypatch):
 
 
 def test_byte_ranges_are_read_and_an_early_end_is_an_error(tmp_path):
-    file = io.BytesIO()
-    picture(1).save(file, "PNG")
-    data = file.getvalue()
+    data = encode_picture(picture(1))
     (tmp_path / "all").write_bytes(b"junk" + data + b"more")
     at, size = np.array([4, 4]), np.array([len(data), len(data) + 100])
     images = FileImages(task="toy", names=["x", "y"], paths=[str(tmp_path / "all")] * 2, offsets=at, sizes=size)
