@@ -293,9 +293,9 @@ def test_requests_that_cannot_work(tuned: FinetuneResult, catalog: Catalog, fold
         picture.save(tmp_path / "photos" / "one" / f"{number}.png")
     index(DataConfig(source=str(tmp_path / "photos")), tmp_path / "small")
     small, out = Catalog.open(tmp_path / "small"), tmp_path / "out"
-    with pytest.raises(ModeclipError, match="has 1 classes, expected at least 2 to hold one out"):
+    with pytest.raises(ModeclipError, match=r"1 classes.*at least 2"):
         finetune("modeclip-icon", small, replace(CONFIG, holdout="class"), out=out)
-    with pytest.raises(ModeclipError, match="1 pairs with 1 captions are left to train on"):
+    with pytest.raises(ModeclipError, match=r"1 pairs with 1 captions.*at least 2.*add data or hold out less"):
         finetune("modeclip-icon", small, CONFIG, out=out)
     with pytest.raises(ModeclipError, match="unknown model 'nothing'"):
         finetune("nothing", catalog, CONFIG, out=out)

@@ -202,7 +202,7 @@ def test_bundle_stands_for_its_finished_experts(models: list[Path], tmp_path: Pa
     result = merge([tmp_path / "bundle"], MergeConfig(), out=tmp_path / "merged")
     assert result.left_out == (f"{tmp_path}/bundle/expert-1",)
     assert [Path(candidate.name).name for candidate in result.candidates] == ["expert-0", "expert-2"]
-    with pytest.raises(ModeclipError, match=r"is a bundle; give a model in it, .*/NAME: seed, expert-0, expert-2"):
+    with pytest.raises(ModeclipError, match=r"is a bundle.*give .*/NAME: seed, expert-0, expert-2"):
         check_start(str(tmp_path / "bundle"))
     with pytest.raises(ModeclipError, match=r"has no model 'expert-9'; give .*/bundle/NAME: seed, expert-0, expert-2"):
         check_start(str(tmp_path / "bundle" / "expert-9"))
@@ -224,7 +224,7 @@ def test_different_architectures_are_refused(models: list[Path], tmp_path: Path)
         (fewer, r"visual\.proj is \[.*\] and missing"),
         (other, "quick_gelu is missing and true"),
     ):
-        with pytest.raises(ModeclipError, match=f"different architectures cannot be averaged: .*{reason}") as error:
+        with pytest.raises(ModeclipError, match=f"different architectures.*{reason}") as error:
             merge([models[0], folder], MergeConfig(), out=tmp_path / "merged")
         assert "\n" not in str(error.value)
         with pytest.raises(ModeclipError, match=reason):
@@ -246,15 +246,15 @@ def test_buffers_that_are_no_floats_must_be_equal(models: list[Path], tmp_path: 
         folder("three", position_ids=ids + 1, **{bn: torch.tensor(3)}),
     )
     check_alike({"one": one, "two": two})
-    with pytest.raises(ModeclipError, match="one and three: position_ids holds other numbers"):
+    with pytest.raises(ModeclipError, match=r"one and three.*position_ids.*other"):
         check_alike({"one": one, "three": three})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": (1.0, -0.5)}, "weights must be at least 0, one of them above, got 1.0 -0.5"),
-        ({"weights": (0.0, 0.0)}, "weights must be at least 0, one of them above"),
+        ({"weights": (1.0, -0.5)}, r"weights.*at least 0.*got 1\.0 -0\.5"),
+        ({"weights": (0.0, 0.0)}, r"weights.*one of them above.*got 0\.0 0\.0"),
         ({"weights": (float("nan"),)}, "weights must be at least 0"),
         ({"how": "greedy", "weights": (1.0,)}, "drop --weights, or --how greedy"),
         ({"templates": ("a photo",)}, "template 'a photo' has no {}"),
@@ -270,8 +270,8 @@ def test_requests_that_cannot_work(models: list[Path], tmp_path: Path, tasks: st
     for given_models, config, where, message in (
         (models[:1], MergeConfig(), out, "expected at least two models, got 1"),
         ([models[0]] * 2, MergeConfig(), out, "is given twice"),
-        (models[:2], MergeConfig(weights=(1.0,)), out, r"expected 2 weights \(.*seed, .*expert-0\), got 1"),
-        (models[:2], MergeConfig(how="greedy"), out, "greedy needs a held-out score; give --tasks"),
+        (models[:2], MergeConfig(weights=(1.0,)), out, "2 weights.*seed, .*expert-0.*got 1"),
+        (models[:2], MergeConfig(how="greedy"), out, "greedy.*held-out.*give --tasks"),
         (models[:2], MergeConfig(), models[1], "is also the folder to write to"),
         ([models[0], tmp_path], MergeConfig(), out, "open_clip_config.json is missing"),
         ([models[0], "no-such-model"], MergeConfig(), out, "unknown model 'no-such-model'"),
@@ -282,6 +282,6 @@ def test_requests_that_cannot_work(models: list[Path], tmp_path: Path, tasks: st
         merge(models[:2], MergeConfig(), out=out, tasks=str(Path(tasks).parent / "catalog.lance"))
     damaged = shutil.copytree(models[1], tmp_path / "damaged")
     (damaged / WEIGHTS).write_bytes((models[1] / WEIGHTS).read_bytes()[:1000])
-    with pytest.raises(ModeclipError, match=r"damaged: open_clip_model\.safetensors cannot be read"):
+    with pytest.raises(ModeclipError, match=r"damaged.*open_clip_model\.safetensors.*get it again"):
         merge([models[0], damaged], MergeConfig(), out=out)
     assert not out.exists()

@@ -78,9 +78,9 @@ def test_several_tasks_are_one_selection(clustered: tuple[Catalog, Clustering], 
     ("names", "name", "count", "message"),
     [
         ([], "a", 1, "prior a: there are no class names"),
-        (["x"], "a b", 1, "prior 'a b': expected a name of letters, digits and _"),
-        (["x"], "a", 9, "nearest: expected 1 to 8, the number of fine clusters, got 9"),
-        (["x"], "a", 0, "nearest: expected 1 to 8"),
+        (["x"], "a b", 1, "prior 'a b'.*letters, digits and _"),
+        (["x"], "a", 9, "nearest: expected 1 to 8.*got 9"),
+        (["x"], "a", 0, "nearest: expected 1 to 8.*got 0"),
     ],
 )
 def test_mistakes(clustered: tuple[Catalog, Clustering], names: list[str], name: str, count: int, message: str) -> None:

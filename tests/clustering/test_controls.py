@@ -149,7 +149,7 @@ def test_catalog_that_is_not_clustered(icons_catalog: Path, tmp_path: Path) -> N
     catalog = Catalog.open(icons_catalog)
     with pytest.raises(ModeclipError, match=r"has no column expert.*cluster it first"):
         split_at_random(catalog, 0)
-    with pytest.raises(ModeclipError, match="has no column caption_embedding: embed its captions first"):
+    with pytest.raises(ModeclipError, match=r"no column caption_embedding.*embed its captions"):
         cluster_in_one_step(catalog, CONFIG, tmp_path / "one-step")
 
 
@@ -166,7 +166,7 @@ def test_bundle_works_from_the_seed_on(small_run: Path, tmp_path: Path) -> None:
     bundles.append([expert.folder for expert in load_bundle(assemble_bundle(run, [*jobs[:2], stale])).experts])
     assert bundles == [["seed", "seed"], ["expert-0", "seed"], ["expert-0", "seed"]]
     assert load_bundle(run / "bundle").fine_quantiles is not None
-    with pytest.raises(ModeclipError, match="needs the seed, which is not trained yet"):
+    with pytest.raises(ModeclipError, match=r"seed.*not trained yet.*train it first"):
         assemble_bundle(run, [replace(jobs[0], threads=2)])
 
 

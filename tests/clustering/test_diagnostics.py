@@ -279,7 +279,7 @@ def test_the_verdict_says_what_was_measured() -> None:
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"num_batches": 0}, {"threshold": 0.0}, {"threshold": 1.5}])
 def test_mistakes_in_the_numbers(changes: dict[str, float]) -> None:
     fine = np.zeros(4, np.int64)
-    with pytest.raises(ModeclipError, match=r"^negatives: expected batches of 2 pairs or more"):
+    with pytest.raises(ModeclipError, match=r"^negatives.*2 pairs or more.*\(0, 1\].*got "):
         measure_negatives(lambda rows: np.ones((len(rows), 2)), fine, fine, fine[:, None], **changes)  # type: ignore[arg-type]
 
 
@@ -288,7 +288,7 @@ def test_nothing_to_compare() -> None:
     with pytest.raises(ModeclipError, match="expected 2 rows or more, got 1"):
         measure_negatives(lambda rows: np.ones((len(rows), 2)), one, one, one[:, None])
     rows = np.arange(3)
-    with pytest.raises(ModeclipError, match="every group of kind expert has a single row"):
+    with pytest.raises(ModeclipError, match=r"kind expert.*single row.*fewer clusters"):
         measure_negatives(lambda rows: np.ones((len(rows), 2)), rows, rows, rows[:, None])
 
 
@@ -298,16 +298,15 @@ def test_nothing_to_compare() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_seeds": 1}, "diagnose.num_seeds: expected 0, or 2 or more to compare, got 1"),
-        ({"experts": (2, 0)}, "diagnose: expected numbers of 1 or more, got [2, 0]"),
-        ({"batch_size": 1}, "diagnose.batch_size: expected 2 or more, got 1"),
-        ({"threshold": 0.0}, "diagnose.threshold: expected a cosine in (0, 1], got 0.0"),
+        ({"num_seeds": 1}, r"diagnose\.num_seeds.*2 or more.*got 1"),
+        ({"experts": (2, 0)}, r"diagnose.*1 or more.*got \[2, 0\]"),
+        ({"batch_size": 1}, r"diagnose\.batch_size.*2 or more.*got 1"),
+        ({"threshold": 0.0}, r"diagnose\.threshold.*\(0, 1\].*got 0\.0"),
     ],
 )
 def test_mistakes_in_the_config(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=f"^{message}$"):
         DiagnoseConfig(**fields)  # type: ignore[arg-type]
-    assert str(caught.value) == message
 
 
 def test_nothing_looked_into() -> None:

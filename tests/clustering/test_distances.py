@@ -195,21 +195,20 @@ def test_nearest_reads_float16_and_read_only_rows() -> None:
 @pytest.mark.parametrize(
     ("x", "centers", "chunk_rows", "message"),
     [
-        (grouped_rows(3, 4, 0), grouped_rows(2, 5, 0), None, "x and centers must have the same width, got 4 and 5"),
+        (grouped_rows(3, 4, 0), grouped_rows(2, 5, 0), None, "x and centers.*same width.*got 4 and 5.*same encoder"),
         (grouped_rows(3, 4, 0), np.empty((0, 4), np.float32), None, "centers is empty"),
         (grouped_rows(3, 4, 0), grouped_rows(2, 4, 0), 0, "chunk_rows must be 1 or more, got 0"),
         (
             grouped_rows(3, 4, 0),
             rows_with_nan(),
             None,
-            "centers has NaN or infinite values in 2 of 10 rows, the first is row 3",
+            "centers .*NaN.*2 of 10 rows.*row 3.*remove or recompute",
         ),
     ],
 )
 def test_mistakes_of_nearest(x: np.ndarray, centers: np.ndarray, chunk_rows: int | None, message: str) -> None:
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=message):
         assign_nearest(x, centers, chunk_rows=chunk_rows)
-    assert message in str(caught.value)
 
 
 # float64
@@ -320,7 +319,7 @@ def test_rows_on_a_gpu() -> None:
         ([[], []], r"matrix.*shape \(2, 0\)"),
         (1.0, r"matrix.*shape \(\)"),
         (torch.zeros(2, 3, 4), r"matrix.*shape \(2, 3, 4\)"),
-        (np.full((2, 2), 1e300), "NaN or infinite"),
+        (np.full((2, 2), 1e300), "NaN or infinite.*remove or recompute"),
     ],
 )
 def test_what_is_no_matrix_of_numbers(values: ArrayLike, message: str) -> None:

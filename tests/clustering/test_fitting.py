@@ -266,7 +266,7 @@ def test_regrouping_equals_a_fit_with_that_number(
 
 
 def test_too_many_experts_for_the_fine_clusters(done: tuple[Catalog, ClusterResult]) -> None:
-    with pytest.raises(ModeclipError, match=r"num_experts: expected 1 to the number .* which is 24, got 25"):
+    with pytest.raises(ModeclipError, match=r"num_experts: expected 1 .*24, got 25"):
         regroup(done[1].clustering, 25, CONFIG)
 
 
@@ -372,14 +372,12 @@ def test_damaged_cards(content: str | None, done: tuple[Catalog, ClusterResult],
     done[1].save(tmp_path)
     path = tmp_path / "cards.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ModeclipError, match=r"^cluster cards '.*cards.json' cannot be read \(.*\): cluster again"):
+    with pytest.raises(ModeclipError, match=r"cards\.json' cannot be read.*cluster again"):
         ClusterResult.load(tmp_path)
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        ModeclipError, match=r"^no clustering at '.*clustering.safetensors': make one with modeclip cluster"
-    ):
+    with pytest.raises(ModeclipError, match=r"no clustering at .*clustering\.safetensors.*modeclip cluster"):
         Clustering.load(tmp_path)
 
 
@@ -388,7 +386,7 @@ def test_damaged_file(content: bytes | str, done: tuple[Catalog, ClusterResult],
     done[1].save(tmp_path)
     path = tmp_path / "clustering.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if isinstance(content, str) else content)
-    with pytest.raises(ModeclipError, match=r"^clustering '.*clustering.safetensors' is damaged \(.*\): cluster again"):
+    with pytest.raises(ModeclipError, match=r"clustering\.safetensors' is damaged.*cluster again"):
         Clustering.load(tmp_path)
 
 
@@ -396,7 +394,7 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({"weight": np.zeros(3)}, tmp_path / "clustering.safetensors")
-    with pytest.raises(ModeclipError, match=r"not a clustering of format 2: .*got format none.*cluster again"):
+    with pytest.raises(ModeclipError, match=r"format 2.*got format none.*cluster again"):
         Clustering.load(tmp_path)
 
 
@@ -414,11 +412,11 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
         ({"max_expert_ratio": 0.5}, "cluster.max_expert_ratio: expected 1 or more, .*no limit, got 0.5"),
         (
             {"num_fine": 4, "num_experts": 5},
-            "cluster.num_experts: expected at most num_fine, which is 4, got 5: every expert needs a fine cluster",
+            r"cluster\.num_experts: expected at most num_fine.*4, got 5",
         ),
-        ({"overlap": 0}, "cluster.overlap: expected 1 to num_experts, which is 4, got 0"),
-        ({"overlap": 5}, "cluster.overlap: expected 1 to num_experts, which is 4, got 5"),
-        ({"fit_samples": 9}, "cluster.fit_samples: expected at least num_fine, which is 256, got 9"),
+        ({"overlap": 0}, r"cluster\.overlap: expected 1 to num_experts.*4, got 0"),
+        ({"overlap": 5}, r"cluster\.overlap: expected 1 to num_experts.*4, got 5"),
+        ({"fit_samples": 9}, r"cluster\.fit_samples: expected at least num_fine.*256, got 9"),
     ],
 )
 def test_mistakes_in_the_config(fields: dict[str, float], message: str) -> None:
@@ -428,24 +426,19 @@ def test_mistakes_in_the_config(fields: dict[str, float], message: str) -> None:
 
 def test_fewer_captions_than_clusters(catalog: Catalog) -> None:
     distinct = len(set(catalog.read(["caption"])["caption"]))
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=rf"num_fine is 400.*only {distinct} .*set num_fine to {distinct} or less"):
         cluster(catalog, ClusterConfig(num_fine=400))
-    assert re.fullmatch(
-        rf"cluster.num_fine is 400, but '.*catalog.lance' has only {distinct} distinct captions: "
-        rf"set num_fine to {distinct} or less",
-        str(caught.value),
-    )
     assert "expert" not in catalog.columns
 
 
 def test_fewer_captions_than_clusters_in_the_sample(catalog: Catalog) -> None:
-    with pytest.raises(ModeclipError, match=r"captions in the 30 rows sampled .* or less, or raise fit_samples$"):
+    with pytest.raises(ModeclipError, match=r"num_fine.*30 rows sampled.*or less.*raise fit_samples$"):
         cluster(catalog, ClusterConfig(num_fine=30, fit_samples=30))
 
 
 def test_catalog_without_embeddings(tmp_path: Path) -> None:
     index(DataConfig(source=str(write_pairs(tmp_path / "pairs", [plain_png()], ["a caption"]))), tmp_path)
-    with pytest.raises(ModeclipError, match=r"has no column caption_embedding: embed its captions first"):
+    with pytest.raises(ModeclipError, match=r"no column caption_embedding.*embed its captions"):
         cluster(Catalog.open(tmp_path / "catalog.lance"), CONFIG)
 
 
@@ -456,8 +449,6 @@ def test_embeddings_with_nan(catalog: Catalog, fit_samples: int, monkeypatch: py
     vectors[7, 3] = np.nan
     catalog.add_columns({"caption_embedding": vectors})
     config = ClusterConfig(num_fine=2, num_experts=1, fit_samples=fit_samples, seed=1)  # row 7 not in the sample of 24
-    with pytest.raises(
-        ModeclipError, match=r"has NaN or infinite values, first in row 7( of a block of 480)?: embed the"
-    ):
+    with pytest.raises(ModeclipError, match=r"caption_embedding has NaN.*row 7\b.*embed the captions again"):
         cluster(catalog, config)
     assert "expert" not in catalog.columns

@@ -205,7 +205,7 @@ def test_columns_that_do_not_fit_are_refused(catalog: Catalog):
         catalog.add_columns({"v": np.zeros(49)})
     with pytest.raises(ValueError, match="expected a value for every row, got 2 too many"):
         catalog.add_columns({"v": np.zeros(52)})
-    with pytest.raises(ValueError, match=r"columns of the pairs themselves cannot be replaced: \['caption', 'task'\]"):
+    with pytest.raises(ValueError, match=r"cannot be replaced.*\['caption', 'task'\]"):
         catalog.add_columns({"task": np.zeros(50), "caption": np.zeros(50), "v": np.zeros(50)})
     assert catalog.columns[10:] == []
 
@@ -234,7 +234,7 @@ def test_a_row_that_is_not_there_says_which_are(shared: Catalog, row):
 
 
 def test_a_value_of_another_type_is_an_error(shared: Catalog):
-    with pytest.raises(ModeclipError, match="column 'offset' holds int64, which 'three' is not"):
+    with pytest.raises(ModeclipError, match=r"'offset' holds int64.*'three'"):
         shared.select(offset="three")
 
 
@@ -242,29 +242,29 @@ def test_images_that_went_away_are_named(catalog: Catalog):
     block = Path(catalog.path).parent / "block"
     whole = block.read_bytes()
     block.write_bytes(whole[:200])
-    with pytest.raises(ModeclipError, match=r"image of 'key 8' \(path .*block\): image has changed; it was whole"):
+    with pytest.raises(ModeclipError, match=r"'key 8'.*block\).*has changed.*bring the file back"):
         catalog.images(np.array([1, 8]))
     block.write_bytes(whole.replace(plain_png(0), plain_png(49)[: len(plain_png(0))].ljust(len(plain_png(0)))))
     for read in (catalog.images, catalog.encoded_images, catalog.digests):
-        with pytest.raises(ModeclipError, match=r"image of 'key 0' .*: image has changed"):
+        with pytest.raises(ModeclipError, match=r"'key 0'.*has changed.*index again"):
             read(np.array([0]))
     block.write_bytes(whole)
     rows = np.array([8, 1, 0, 8])
     assert catalog.digests(rows) == [hash_image(plain_png(row)) for row in rows]
     block.unlink()
-    with pytest.raises(ModeclipError, match=r"image of 'key 0' .*: image file is missing; .*bring the file back"):
+    with pytest.raises(ModeclipError, match=r"'key 0'.*is missing.*bring the file back"):
         catalog.images(np.array([0]))
     assert len(catalog.images(np.array([1]))) == 1
 
 
 def test_what_is_no_catalog_is_said(tmp_path: Path):
-    with pytest.raises(ModeclipError, match=r"no catalog at '.*none': make one with modeclip index"):
+    with pytest.raises(ModeclipError, match=r"no catalog at .*none'.*modeclip index"):
         Catalog.open(tmp_path / "none")
     (tmp_path / "folder" / "catalog.lance").mkdir(parents=True)
-    with pytest.raises(ModeclipError, match=r"catalog.lance' is no catalog: expected what modeclip index wrote"):
+    with pytest.raises(ModeclipError, match=r"catalog\.lance' is no catalog.*modeclip index"):
         Catalog.open(tmp_path / "folder")
     lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "other"))
-    with pytest.raises(ModeclipError, match=r"other' has format none, expected 2: write it again with modeclip index"):
+    with pytest.raises(ModeclipError, match=r"other' has format none, expected 2.*modeclip index"):
         Catalog.open(tmp_path / "other")
 
 
@@ -272,7 +272,7 @@ def test_what_is_not_committed_is_no_catalog(tmp_path: Path):
     path, schema = str(tmp_path / "c.lance"), pa.schema([("a", pa.int64())])
     writer = FileWriter(path, schema)
     writer.write(pa.table({"a": [1]}))
-    with pytest.raises(ModeclipError, match="is unfinished: give the same modeclip index command again"):
+    with pytest.raises(ModeclipError, match=r"c\.lance' is unfinished.*same modeclip index command"):
         Catalog.open(path)
     create(path, schema.with_metadata({FORMAT: FORMAT_VERSION, FINGERPRINT: "0"}), writer.finish())
     shutil.move(path, tmp_path / "moved.lance")
@@ -320,7 +320,7 @@ def test_rows_added_later_have_no_values_until_the_stage_is_run_again(catalog: C
     assert (len(opened), opened.fingerprint) == (NUM_ROWS + 3, "e" * 32)
     assert (opened.read(["v"], np.arange(NUM_ROWS))["v"] == 1).all()
     for read in (lambda: opened.read(["v"]), lambda: list(opened.batches(["v"]))):
-        with pytest.raises(ModeclipError, match=r"column v of '.*' has no values for 3 pairs"):
+        with pytest.raises(ModeclipError, match=r"column v .*no values for 3 pairs.*run its stage again"):
             read()
     assert opened.read(["caption"])["caption"][-3:].tolist() == ["caption 0", "caption 0", "caption 1"]
 
@@ -340,9 +340,7 @@ def test_two_cannot_write_at_once(catalog: Catalog):
 )
 def test_a_full_disk_is_told_in_one_line(error):
     with (
-        pytest.raises(
-            ModeclipError, match=r"^disk full while writing 'out': free some space and give the same command"
-        ),
+        pytest.raises(ModeclipError, match=r"^disk full.*'out'.*free some space"),
         writing(Path("out")),
     ):
         raise error

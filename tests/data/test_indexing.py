@@ -249,10 +249,10 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path, icons):
     folder = write_folder(tmp_path / "data", icons[:2])
     for path in folder.glob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(ModeclipError, match=r"\(folder\) has no pair to train on; 0 held out, skipped: image is empty"):
+    with pytest.raises(ModeclipError, match=r"\(folder\) has no pair.*0 held out.*image is empty"):
         index(DataConfig(source=str(folder), max_skipped_fraction=1.0), tmp_path / "out")
     (tmp_path / "t.csv").write_text("filepath,title\n")
-    with pytest.raises(ModeclipError, match=r"\(table\) has no pair to train on; 0 held out, skipped: none"):
+    with pytest.raises(ModeclipError, match=r"\(table\) has no pair.*0 held out.*skipped: none"):
         index(DataConfig(source=str(tmp_path / "t.csv")), tmp_path / "out")
 
 
@@ -261,11 +261,9 @@ def test_a_task_without_a_usable_image_is_an_error(tmp_path: Path, icons):
     (tmp_path / "eval" / "cat").mkdir(parents=True)
     (tmp_path / "eval" / "cat" / "1.png").write_bytes(b"")
     config = DataConfig(source=str(folder), tasks=(f"pets={tmp_path}/eval",))
-    with pytest.raises(
-        ModeclipError, match=r"task 'pets' of .* has no usable image; skipped: image is empty .*; correct"
-    ):
+    with pytest.raises(ModeclipError, match=r"'pets'.*no usable image.*image is empty.*correct data\.tasks"):
         index(config, tmp_path / "out")
-    with pytest.raises(ModeclipError, match=r"task 'holdout' of .* has no usable image; .* or data\.holdout_fraction"):
+    with pytest.raises(ModeclipError, match=r"'holdout'.*no usable image.*data\.holdout_fraction"):
         index(DataConfig(source=str(folder), holdout_fraction=1e-9), tmp_path / "other")
 
 
@@ -341,7 +339,7 @@ def test_shards_that_come_later_are_added_and_the_others_left_alone(tmp_path: Pa
     catalog = Catalog.open(tmp_path / "out")
     assert rows_of_pairs(catalog) == rows_of_pairs(Catalog.open(tmp_path / "at once"))
     assert catalog.fingerprint == Catalog.open(tmp_path / "at once").fingerprint != before.fingerprint
-    with pytest.raises(ModeclipError, match=r"column expert .* has no values for 20 pairs"):
+    with pytest.raises(ModeclipError, match=r"column expert .*no values for 20 pairs.*run its stage again"):
         catalog.read(["expert"])
 
 
@@ -372,10 +370,10 @@ def test_another_source_is_added_too(tmp_path: Path, icons):
 def test_a_shard_that_changed_or_other_settings_are_refused(tmp_path: Path, icons):
     shard = write_shard(tmp_path / "a.tar", icons[:9])
     index(DataConfig(source=str(shard)), tmp_path / "out")
-    with pytest.raises(ModeclipError, match="was indexed with copy_images False, not True: give the same settings"):
+    with pytest.raises(ModeclipError, match=r"copy_images False, not True.*same settings.*--out, or --replace"):
         index(DataConfig(source=str(shard), copy_images=True), tmp_path / "out")
     write_shard(shard, icons[:12])
-    with pytest.raises(ModeclipError, match=r"a\.tar' has changed since it was indexed in .*--replace to index"):
+    with pytest.raises(ModeclipError, match=r"a\.tar' has changed.*another --out, or --replace"):
         index(DataConfig(source=str(shard)), tmp_path / "out")
     assert len(Catalog.open(tmp_path / "out")) == 9
 
@@ -405,7 +403,7 @@ def test_a_killed_run_goes_on_behind_the_shards_it_has_read(tmp_path: Path, icon
         f"indexing.index(config, {str(tmp_path / 'out')!r})"
     )
     assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
-    with pytest.raises(ModeclipError, match="is unfinished: give the same modeclip index command again"):
+    with pytest.raises(ModeclipError, match=r"catalog\.lance' is unfinished.*same modeclip index command"):
         Catalog.open(tmp_path / "out")
     read: list[str] = []
     original = indexing._Indexing._read_part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
 from pathlib import Path
 
@@ -117,16 +118,15 @@ def test_a_list_that_is_not_sorted_or_of_other_byte_order_is_read(tmp_path: Path
 )
 def test_another_kind_of_array_is_refused(tmp_path: Path, array, found):
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=rf"holds {re.escape(found)}.*expected DataComp's.*write_uids"):
         read_uids(tmp_path / "a.npy")
-    assert f"holds {found}: expected DataComp's one-dimensional array" in str(caught.value)
 
 
 def test_what_is_no_list_is_said(tmp_path: Path):
-    with pytest.raises(ModeclipError, match=r"no id list at '.*none\.npy'"):
+    with pytest.raises(ModeclipError, match=r"no id list at .*none\.npy.*expected a \.npy"):
         read_uids(tmp_path / "none.npy")
     (tmp_path / "text.npy").write_text("0" * 32)
-    with pytest.raises(ModeclipError, match=r"text\.npy' cannot be read .*: expected a \.npy of u8,u8"):
+    with pytest.raises(ModeclipError, match=r"text\.npy' cannot be read.*expected a \.npy of u8,u8"):
         read_uids(tmp_path / "text.npy")
     write_uids(tmp_path / "cut.npy", ["0" * 32, "1" * 32])
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-8])
@@ -205,9 +205,9 @@ def test_rows_without_a_uid_match_nothing(folder: Path, tmp_path: Path):
 
 
 def test_what_cannot_match_is_said(catalog: Catalog):
-    with pytest.raises(ModeclipError, match=r"none of 2 ids is in '.*' \(column 'uid'\): expected ids of this"):
+    with pytest.raises(ModeclipError, match=r"none of 2 ids .*'uid'.*correct the list or the column"):
         uid_mask(catalog, parse_uids(["1" * 32, "2" * 32]))
     with pytest.raises(ModeclipError, match=r"unknown column of .* 'id'; known: key"):
         uid_mask(catalog, parse_uids(["1" * 32]), column="id")
-    with pytest.raises(ModeclipError, match="'no uid' is no uid: expected 32 hexadecimal digits"):
+    with pytest.raises(ModeclipError, match=r"'no uid' is no uid.*32 hexadecimal"):
         uid_mask(catalog, parse_uids(["1" * 32]), column="odd")

@@ -184,17 +184,15 @@ def test_retrieval_equals_ours_with_every_text_a_task(retrieved: Folders, rule: 
 def test_a_mistake_is_one_line(folders: Folders) -> None:
     done = folders.run("another", "--pretrained", "top1", "--dataset", "wds/one")
     assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("modeclip: error: clip_benchmark: several models need --output NAME with {model} or ")
+    assert re.match(r"modeclip: error: .*several models.*--output NAME.*\{model\}", done.stderr.splitlines()[-1])
 
 
 def test_the_rule_is_the_bundles_unless_given_and_missing_data_are_one_line(folders: Folders) -> None:
     done = folders.run("--dataset", "wds/nothing")
     assert done.returncode == 2
     assert "with the model 'default'" in done.stdout
-    assert done.stderr.splitlines()[-1] == (
-        f"modeclip: error: {folders.root}/nothing/test/nshards.txt: no such file or folder; correct the path"
-    )
+    last = done.stderr.splitlines()[-1]
+    assert re.match(rf"modeclip: error: {folders.root}/nothing/.*no such file.*correct the path$", last)
 
 
 @pytest.mark.parametrize(

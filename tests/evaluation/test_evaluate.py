@@ -278,9 +278,7 @@ def test_templates(small_run: Path, tasks: list[Task]) -> None:
     renamed = replace(tasks[0], classnames=tuple(f"a {name} icon" for name in tasks[0].classnames))
     [expected] = evaluate(systems[:1], [renamed], EvaluateConfig(), cache)
     assert np.array_equal(results[0].outcome.prediction, expected.outcome.prediction)
-    with pytest.raises(
-        ModeclipError, match=r"templates: template 'icon' has no \{\} \(or \{c\}\) where the class name goes"
-    ):
+    with pytest.raises(ModeclipError, match=r"templates: template 'icon' has no \{\} .*class name"):
         EvaluateConfig(templates=("icon",))
 
 
@@ -356,7 +354,10 @@ def test_probe_of_a_class_without_training_images(small_run: Path, tasks: list[T
     cache = FeatureCache()
     systems = open_systems([f"{small_run}/models/dense"], cache)
     name = task.classnames[task.labels[0]]
-    with counting() as ran, pytest.raises(ModeclipError, match=f"1 of its classes have no training image.*'{name}'"):
+    with (
+        counting() as ran,
+        pytest.raises(ModeclipError, match=f"1 of its classes.*no training image.*'{name}'.*add images"),
+    ):
         evaluate(systems, [probed], EvaluateConfig(probe=True), cache)
     assert not ran
 
@@ -392,9 +393,9 @@ def test_systems_and_their_names(small_run: Path, tmp_path: Path) -> None:
     ("specs", "message"),
     [
         ([], "evaluate: no model given"),
-        (["BUNDLE#expert-9"], "unknown expert of .*bundle 'expert-9'; known: seed, expert-0, expert-1"),
+        (["BUNDLE#expert-9"], "expert of .*bundle 'expert-9'.*known: seed, expert-0, expert-1"),
         (["ViT-B-33"], "unknown model 'ViT-B-33'"),
-        (["x=BUNDLE", "x=modeclip-icon"], "two models have the name 'x'; write NAME=MODEL for one of them"),
+        (["x=BUNDLE", "x=modeclip-icon"], "two models.*'x'.*NAME=MODEL"),
     ],
 )
 def test_models_that_are_not_there(small_run: Path, specs: list[str], message: str) -> None:
@@ -425,7 +426,7 @@ def test_bounds_are_chosen_among_the_experts_by_the_labels(small_run: Path, task
 
 
 def test_bounds_need_a_mixture(small_run: Path) -> None:
-    with pytest.raises(ModeclipError, match="bounds are of a mixture's experts; give a bundle"):
+    with pytest.raises(ModeclipError, match=r"bounds.*mixture.*give a bundle"):
         open_systems([f"{small_run}/models/dense"], FeatureCache(), bounds=True)
 
 

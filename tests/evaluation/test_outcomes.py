@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 from scipy.stats import binom
@@ -119,18 +117,18 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, metric: str) -> 
     [
         (np.eye(3), np.array([0, 1, 2]), "f1", "unknown metric 'f1'; known: acc1, acc5, "),
         (np.eye(3), np.array([0, 1, 3]), "acc1", "labels: expected 0 to 2 for 3 classes, got 0 to 3"),
-        (np.eye(3), np.array([0, 1]), "acc1", "labels: expected one for each of 1 or more images, got 2 for 3"),
-        (np.eye(3), np.array([0, 1, 2]), "acc5", "metric acc5: needs 5 classes, got 3 classes, 3 of them with images"),
-        (np.eye(2), np.array([0, 0]), "roc_auc", "needs two classes with images, got 2 classes, 1 of them with images"),
+        (np.eye(3), np.array([0, 1]), "acc1", "labels: .*1 or more images, got 2 for 3"),
+        (np.eye(3), np.array([0, 1, 2]), "acc5", "acc5.*needs 5 classes, got 3 .*choose acc1"),
+        (np.eye(2), np.array([0, 0]), "roc_auc", "roc_auc.*two classes.*got 2 .*1 of them.*choose acc1"),
         (np.eye(3), np.array([0, 1, 2]), "mean_average_precision", "got one label an image"),
         (np.eye(3), np.eye(3, dtype=bool), "acc1", "got several labels an image"),
-        (np.eye(3), np.eye(3, 2, dtype=bool), "mean_average_precision", "expected a column for each of 3 classes"),
-        (np.eye(3), np.zeros((3, 3), bool), "mean_average_precision", "expected at least one image with a label"),
+        (np.eye(3), np.eye(3, 2, dtype=bool), "mean_average_precision", "column for each of 3 classes.*got 2"),
+        (np.eye(3), np.zeros((3, 3), bool), "mean_average_precision", "at least one image.*without any"),
         (np.diag([1, np.nan, 1]), np.array([0, 1, 2]), "acc1", "predictions: row "),
     ],
 )
 def test_what_cannot_be_scored_is_said(scores: np.ndarray, labels: np.ndarray, metric: str, message: str) -> None:
-    with pytest.raises(ModeclipError, match=re.escape(message)):
+    with pytest.raises(ModeclipError, match=message):
         score_classes(of_scores(scores), labels, metric)
 
 
@@ -175,7 +173,7 @@ def test_selection_equals_a_slow_loop_over_instances(seed: int) -> None:
 
 
 def test_an_instance_without_text_is_said() -> None:
-    with pytest.raises(ModeclipError, match=re.escape("selection: expected texts in every instance, got none in [1]")):
+    with pytest.raises(ModeclipError, match=r"selection.*texts in every instance.*none in \[1\]"):
         select_captions(of_scores(np.eye(2)), np.array([0, 1]), np.array([0, 0]))
 
 
@@ -290,19 +288,19 @@ HALF = np.array([1.0, 0.5, 0.0])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: paired_test([outcome(HALF)], [outcome(HALF)]), "its metric does not count right and wrong samples"),
+        (lambda: paired_test([outcome(HALF)], [outcome(HALF)]), "paired test.*right and wrong.*use acc1"),
         (
             lambda: paired_interval([outcome(HALF)], [outcome(HALF, main="roc_auc")]),
-            "expected the same metric for both models, got acc1 and roc_auc",
+            "same metric.*got acc1 and roc_auc",
         ),
         (
             lambda: paired_interval([outcome(HALF, HALF + 1)], [outcome(HALF)]),
-            "expected the same labels for both models",
+            "paired interval.*same labels",
         ),
-        (lambda: paired_interval([outcome(HALF)], []), "expected the same tasks for both models"),
-        (lambda: bootstrap_interval([]), "expected at least one task with images"),
+        (lambda: paired_interval([outcome(HALF)], []), r"paired interval.*same tasks.*and \[\]"),
+        (lambda: bootstrap_interval([]), "interval.*at least one task.*got no tasks"),
     ],
 )
 def test_what_cannot_be_compared_is_said(call, message: str) -> None:
-    with pytest.raises(ModeclipError, match=re.escape(message)):
+    with pytest.raises(ModeclipError, match=message):
         call()

@@ -131,10 +131,10 @@ def test_a_fit_that_is_cut_short_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"labels": np.arange(12) % 3}, "1 classes of the test images have no training image: 3; add images"),
+        ({"labels": np.arange(12) % 3}, "1 classes .*no training image: 3.*add images"),
         ({"labels": np.zeros(12, int), "answers": np.zeros(12, int)}, "two classes or more, got one class"),
         ({"rows": np.ones((0, 6), np.float32), "labels": np.zeros(0, int)}, "at least one training image, got none"),
-        ({"test": np.ones((12, 5), np.float32)}, "expected test features of 6 numbers as in training, got 5"),
+        ({"test": np.ones((12, 5), np.float32)}, "test features of 6 .*got 5"),
         ({"rows": np.full((12, 6), np.nan, np.float32)}, "features of training image 0 are not finite"),
         ({"labels": np.arange(12), "answers": np.arange(12)}, "got 12 images of 12 classes; give C"),
     ],
@@ -148,7 +148,7 @@ def test_what_cannot_be_fitted_is_one_line(damage: dict[str, np.ndarray], messag
 
 def test_features_of_other_sizes_are_not_added() -> None:
     (rows, labels), (others, _) = make(12, 12), make(13, 12, dimension=5)
-    with pytest.raises(ModeclipError, match=r"of one size to add up, got \[6, 5\]; concatenate them"):
+    with pytest.raises(ModeclipError, match=r"one size.*got \[6, 5\].*concatenate"):
         linear_probe([rows, others], labels, [rows, others], labels, ProbeConfig(combine="sum"))
 
 

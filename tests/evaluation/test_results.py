@@ -209,9 +209,9 @@ def without_a_hit(table: pa.Table) -> pa.Table:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_metadata(b"{bad"), "cannot be read as predictions of modeclip (Expecting property name"),
-        (with_metadata(b"[]"), "cannot be read as predictions of modeclip (its metadata hold no result)"),
-        (without_metric, "cannot be read as predictions of modeclip ('acc1')"),
+        (with_metadata(b"{bad"), "cannot be read as predictions.*Expecting property name.*delete it"),
+        (with_metadata(b"[]"), "cannot be read as predictions.*no result.*delete it"),
+        (without_metric, "cannot be read as predictions.*'acc1'.*delete it"),
         (without_a_hit, "is missing or not a number"),
     ],
 )
@@ -221,7 +221,7 @@ def test_predictions_that_were_changed_are_one_line(
     write_results(tmp_path, [classified(classification(), "one")])
     path = tmp_path / "predictions" / "one--pets.parquet"
     pq.write_table(change(pq.read_table(path, partitioning=None)), path)
-    with pytest.raises(ModeclipError, match=re.escape(message)) as caught:
+    with pytest.raises(ModeclipError, match=message) as caught:
         compare(tmp_path, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -237,18 +237,18 @@ def test_json_of_others_is_left_alone(tmp_path: Path) -> None:
 def test_a_name_too_long_for_a_file_is_refused_before_the_work() -> None:
     check_names(["model"], ["t" * 200], "linear_probe")
     for task in ("t" * 240, "\N{SNOWMAN}" * 30):
-        with pytest.raises(ModeclipError, match=r"make a file name of 2\d\d letters, more than 255; give them shorter"):
+        with pytest.raises(ModeclipError, match=r"2\d\d letters.*255.*shorter names"):
             check_names(["model"], ["pets", task])
 
 
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (["one", "two"], ["one"], "a has several systems; name one of one, two"),
-        ([], ["one"], "a: no predictions; expected the folder that `modeclip evaluate --out` wrote"),
-        (["damaged"], ["one"], "cannot be read as predictions of modeclip ("),
-        (["foreign"], ["one"], "cannot be read as predictions of modeclip ("),
-        (["other images"], ["one"], "compare: task 'pets' is not the same in "),
+        (["one", "two"], ["one"], "a has several systems.*one of one, two"),
+        ([], ["one"], "a: no predictions.*`modeclip evaluate --out`"),
+        (["damaged"], ["one"], "cannot be read as predictions.*delete it"),
+        (["foreign"], ["one"], "cannot be read as predictions.*delete it"),
+        (["other images"], ["one"], "'pets' is not the same.*evaluate one of them again"),
         (["other task"], ["one"], "have no task in common; "),
     ],
 )
@@ -267,7 +267,7 @@ def test_what_cannot_be_compared_is_said(
         damage(tmp_path / "a")
     if "foreign" in first:
         replace_by_another_table(tmp_path / "a")
-    with pytest.raises(ModeclipError, match=re.escape(message)):
+    with pytest.raises(ModeclipError, match=message):
         compare(tmp_path / "a", tmp_path / "b")
 
 

@@ -175,7 +175,7 @@ def test_fewer_candidates_than_answers_looked_at() -> None:
 @pytest.mark.parametrize(
     ("image_of_text", "ks", "message"),
     [
-        ([0, 1], (1,), "expected the image of each text, and at least one, got 2 for 3"),
+        ([0, 1], (1,), "image of each text.*got 2 for 3"),
         ([0, 1, 4], (1,), "expected images 0 to 1, got 0 to 4"),
         ([0, 1, -1], (1,), "expected images 0 to 1, got -1 to 1"),
         ([0, 1, 1], (), "expected every k to be 1 or more"),
@@ -202,7 +202,7 @@ def test_a_diverged_model_finds_nothing(damaged: str) -> None:
 def test_two_similarities_of_other_sizes_are_refused() -> None:
     one, other = (Similarity(images=[np.eye(n, dtype=np.float32)] * 1, texts=[np.eye(n, dtype=np.float32)],
                              weights=np.ones(1)) for n in (2, 3))  # fmt: skip
-    with pytest.raises(ModeclipError, match=r"expected the same images and texts \(2, 2\)"):
+    with pytest.raises(ModeclipError, match=r"same images and texts \(2, 2\).*got \(3, 3\)"):
         retrieve(one, np.array([0, 1]), to_texts=other)
 
 

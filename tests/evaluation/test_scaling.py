@@ -140,7 +140,7 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
 @pytest.mark.parametrize("which", ["frontier", "all"])
 def test_fewer_than_three_sizes_are_refused(which: str) -> None:
     points = law("dense", 4.0, 0.06)[:2]
-    with pytest.raises(ModeclipError, match="family dense: expected results at 3 different computes or more, got 2"):
+    with pytest.raises(ModeclipError, match=r"dense.*3 different computes.*got 2.*train more sizes"):
         fit_scaling(points, ScalingConfig(points=which))
     with pytest.raises(ModeclipError, match="expected results, got none"):
         fit_scaling([])
@@ -151,7 +151,7 @@ def test_a_frontier_of_two_sizes_is_refused() -> None:
         ScalingPoint(name=str(place), family="dense", compute=10.0**place, errors=(error,))
         for place, error in enumerate([0.5, 0.6, 0.7, 0.4])
     ]
-    with pytest.raises(ModeclipError, match=r"only 2 of its 4 computes are on the Pareto frontier.*--points all"):
+    with pytest.raises(ModeclipError, match=r"2 of its 4 computes.*frontier.*--points all"):
         fit_scaling(points)
     assert fit_scaling(points, ScalingConfig(points="all", num_resamples=20)).laws[0].num_points == 4
 
@@ -185,10 +185,10 @@ GOOD = {"name": "s", "family": "dense", "compute": 1e12, "error": 0.5}
         ("{", "line 2: expected a JSON object, got"),
         ("[1]", r"line 2: expected a JSON object, got '\[1\]'"),
         ({**GOOD, "family": None}, "line 2: expected text in family"),
-        ({"name": "s", "family": "d", "samples": 4, "error": 0.5}, "expected compute, or flops_per_sample and samples"),
+        ({"name": "s", "family": "d", "samples": 4, "error": 0.5}, "compute, or flops_per_sample.*got the fields"),
         ({**GOOD, "compute": "1e12"}, "compute: expected a number, got '1e12'"),
-        ({**GOOD, "compute": 0}, "compute: expected floating-point operations above 0"),
-        ({**GOOD, "error": 43.2}, r"error: expected a fraction above 0 and at most 1 .* not percent\), got 43.2"),
+        ({**GOOD, "compute": 0}, "compute: .*above 0, got 0"),
+        ({**GOOD, "error": 43.2}, r"error: .*at most 1.*not percent.*got 43\.2"),
         ({**GOOD, "error": float("nan")}, "error: expected a number, got nan"),
         ({**GOOD, "accuracy": 0.5}, "expected either error or accuracy"),
         ({**GOOD, "seed": [1]}, r"seed: expected a number or a name, got \[1\]"),
@@ -196,9 +196,9 @@ GOOD = {"name": "s", "family": "dense", "compute": 1e12, "error": 0.5}
         (json.dumps(GOOD).replace("0.5", "1" * 5000), "expected a JSON object, got"),
         (
             {"name": "s", "family": "d", "flops_per_sample": 1e200, "samples": 1e200, "error": 0.5},
-            "compute: expected floating-point operations above 0, got inf",
+            "compute: .*above 0, got inf",
         ),
-        (GOOD, "line 2: s of dense with seed None comes twice"),
+        (GOOD, "line 2: s of dense.*twice.*give each seed its number"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_one_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -224,7 +224,7 @@ def test_a_law_too_steep_for_a_number_is_still_one(tmp_path: Path, capsys: pytes
 def test_computes_that_no_logarithm_tells_apart_are_one() -> None:
     near = [1e18, 1e18 + 128, 1e18 + 256]
     points = [ScalingPoint(name=str(c), family="dense", compute=c, errors=(0.5 / n,)) for n, c in enumerate(near, 1)]
-    with pytest.raises(ModeclipError, match="expected results at 3 different computes or more, got 1"):
+    with pytest.raises(ModeclipError, match=r"3 different computes.*got 1.*train more sizes"):
         fit_scaling(points)
 
 
@@ -234,7 +234,7 @@ def test_a_seed_below_zero_is_refused() -> None:
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ModeclipError, match=r"nothing.jsonl cannot be read: .*give files of JSON lines"):
+    with pytest.raises(ModeclipError, match=r"nothing\.jsonl cannot be read.*give files of JSON lines"):
         read_points([tmp_path / "nothing.jsonl"])
 
 

@@ -131,17 +131,17 @@ def write_recipe(tmp_path: Path, text: str) -> Path:
 
 RECIPE_MISTAKES = {
     "data: {source: nowhere}": "nowhere",
-    "data: {source: icons, train_sets: [emoji]}": "unknown icon set 'emoji'; known: ",
-    "data: {sauce: icons}": "unknown field 'data.sauce'; known: source, ",
-    "dota: {source: icons}": "unknown field 'dota'; known: name, data, ",
-    "train: {samples: 4096}": "data: Field required",
-    "data: {source: icons}\ntrain: {samples: many}": "train.samples: Input should be a valid integer",
-    "data: {source: icons}\ntrain: {batch_size: 1}": "train.batch_size must be at least 2",
-    "data: {source: icons}\nexperts: {budget: free}": "experts.budget: Input should be 'paper' or 'matched', got",
-    "data: {source: icons}\nevaluate: {rule: best}": "unknown rule 'best'; known: paper, eq6",
-    "data: {source: icons}\nembed: {encoder: bert}": "unknown encoder 'bert'; known: auto, minilm",
-    "data: {source: icons}\ntrain: {model: ViT-Z}": "unknown model 'ViT-Z'; known: modeclip-icon, modeclip-icon-s",
-    "- a list": "expected sections such as `data:`, got a list",
+    "data: {source: icons, train_sets: [emoji]}": "icon set 'emoji'.*known: ",
+    "data: {sauce: icons}": r"field 'data\.sauce'.*known: source, ",
+    "dota: {source: icons}": "field 'dota'.*known: name, data, ",
+    "train: {samples: 4096}": "data: .*required",
+    "data: {source: icons}\ntrain: {samples: many}": r"train\.samples: .*integer.*'many'",
+    "data: {source: icons}\ntrain: {batch_size: 1}": r"train\.batch_size.*at least 2",
+    "data: {source: icons}\nexperts: {budget: free}": r"experts\.budget: .*'paper' or 'matched'.*'free'",
+    "data: {source: icons}\nevaluate: {rule: best}": "rule 'best'.*known: paper, eq6",
+    "data: {source: icons}\nembed: {encoder: bert}": "encoder 'bert'.*known: auto, minilm",
+    "data: {source: icons}\ntrain: {model: ViT-Z}": "model 'ViT-Z'.*known: modeclip-icon, modeclip-icon-s",
+    "- a list": "expected .*`data:`.*got a list",
     "data: {source: [": "no valid YAML",
 }
 
@@ -149,7 +149,7 @@ RECIPE_MISTAKES = {
 @pytest.mark.parametrize(("text", "message"), RECIPE_MISTAKES.items())
 def test_mistakes_in_a_recipe(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, "run", write_recipe(tmp_path, text), "--out", tmp_path / "run")
-    assert message in line
+    assert re.search(message, line)
 
 
 def test_more_clusters_than_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
@@ -174,13 +174,13 @@ def test_mistakes_in_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             tar.add(picture, picture.name)
     mistakes = {
         "none": "none",
-        "none.csv": "none.csv",
-        "pairs.csv": "has no image column 'filepath'; its columns are picture, words; set data.image_column",
-        "0.tar": "0.tar",
+        "none.csv": r"none\.csv",
+        "pairs.csv": r"no image column 'filepath'.*picture, words.*set data\.image_column",
+        "0.tar": r"0\.tar",
     }
     for source, message in mistakes.items():
         line = fails(capsys, "run", write_recipe(tmp_path, f"data: {{source: {source}}}"), "--out", tmp_path / "run")
-        assert message in line
+        assert re.search(message, line)
         assert not (tmp_path / "run" / "catalog.lance").exists()
     for i in range(5):
         (own_folder / f"{i:03d}.png").write_bytes(b"")
@@ -192,10 +192,10 @@ def test_mistakes_in_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("option", "place", "message"),
     [
-        ("--out", "file", "a folder is needed where a file is; choose another path"),
-        ("--out", "file/below", "a folder is needed where a file is; choose another path"),
-        ("--out", "n" * 300, "file name too long; choose a shorter name"),
-        ("--cache", "file", "a folder is needed where a file is; choose another path"),
+        ("--out", "file", "folder is needed where a file is.*another path"),
+        ("--out", "file/below", "folder is needed where a file is.*another path"),
+        ("--out", "n" * 300, "name too long.*shorter name"),
+        ("--cache", "file", "folder is needed where a file is.*another path"),
     ],
 )
 def test_a_place_that_cannot_be_written_to(
@@ -213,24 +213,23 @@ def test_a_place_that_cannot_be_written_to(
         "evaluate": ["modeclip-icon", "--tasks", tmp_path / "task"],
     }
     line = fails(capsys, command, *given[command], option, tmp_path / place)
-    assert line.endswith(message)
-    assert str(tmp_path / place) in line
+    assert re.search(f"{tmp_path / place}.*{message}$", line)
     assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (PermissionError(13, "Permission denied", "x"), "x: permission denied; choose another path, or see to its"),
-        (IsADirectoryError(21, "Is a directory", "x"), "x: is a directory; a file is needed where a folder is"),
-        (OSError(28, "No space left on device"), "no space left on device; free some space and give the same command"),
-        (IsADirectoryError(21, "Is a directory", "x.part", None, "x"), "x.part -> x: is a directory; a file is needed"),
+        (PermissionError(13, "Permission denied", "x"), "x: permission denied.*another path"),
+        (IsADirectoryError(21, "Is a directory", "x"), "x: is a directory.*file is needed.*another path"),
+        (OSError(28, "No space left on device"), "no space left on device.*free some space"),
+        (IsADirectoryError(21, "Is a directory", "x.part", None, "x"), r"x\.part -> x: is a directory.*file is needed"),
         (OSError("the\nHub is silent"), "the Hub is silent"),
         (TimeoutError(), "TimeoutError"),
     ],
 )
 def test_what_the_system_refuses_is_one_line(error: OSError, line: str) -> None:
-    assert in_one_line(error).startswith(line)
+    assert re.match(line, in_one_line(error))
 
 
 @pytest.mark.parametrize("words", [("index", "--help"), ("scaling", "results.jsonl", "--json")])
@@ -276,26 +275,26 @@ def test_mistakes_in_other_arguments(
     (tmp_path / "model" / "open_clip_config.json").write_text("{")
     (tmp_path / "model" / "open_clip_model.safetensors").write_bytes(b"")
     mistakes = {
-        ("run", tmp_path / "none.yaml"): "none.yaml: no such file",
-        ("route", tmp_path, "--classes", "a,b"): "is no bundle: mode.json is missing",
-        ("route", bundle, "--classes", tmp_path / "none.txt"): "none.txt: no such file",
-        ("route", bundle, "--classes", "a,b", "--rule", "best"): "unknown rule 'best'; known: paper, eq6",
-        ("route", bundle, "--classes", "a,b", "--rule", "eq6", "--temperature", "0"): "temperature: expected",
-        ("classify", bundle, tmp_path / "none.png", "--classes", "a,b"): "none.png: no such file",
-        ("classify", bundle, tmp_path / "text.png", "--classes", "a,b"): "image does not decode",
-        ("classify", bundle, heart, "--classes", "a,b", "--template", "x"): "template 'x' has no {}",
-        ("classify", bundle, heart, "--classes", "a,b", "--top", "0"): "top: expected 1 class or more, got 0",
-        ("classify", bundle, heart, "--classes", "a,b", "--top", "-1"): "top: expected 1 class or more, got -1",
-        ("route", bundle, "--classes", "a,b", "--max-memory", "nan"): "--max-memory: expected a number of GB above 0",
-        ("route", bundle, "--classes", "a,b", "--max-memory", "inf"): "--max-memory: expected a number of GB above 0",
-        ("evaluate", "", *on_task): "evaluate: model '' is empty; give a bundle",
-        ("evaluate", "x=", *on_task): "evaluate: model 'x' is empty; give a",
-        ("evaluate", "/", *on_task): "open_clip_config.json is missing",
+        ("run", tmp_path / "none.yaml"): r"none\.yaml: no such file",
+        ("route", tmp_path, "--classes", "a,b"): r"no bundle.*mode\.json is missing",
+        ("route", bundle, "--classes", tmp_path / "none.txt"): r"none\.txt: no such file",
+        ("route", bundle, "--classes", "a,b", "--rule", "best"): "rule 'best'.*known: paper, eq6",
+        ("route", bundle, "--classes", "a,b", "--rule", "eq6", "--temperature", "0"): "temperature: expected.*got 0",
+        ("classify", bundle, tmp_path / "none.png", "--classes", "a,b"): r"none\.png: no such file",
+        ("classify", bundle, tmp_path / "text.png", "--classes", "a,b"): "does not decode",
+        ("classify", bundle, heart, "--classes", "a,b", "--template", "x"): r"template 'x' has no \{\}",
+        ("classify", bundle, heart, "--classes", "a,b", "--top", "0"): "top: expected 1 .*got 0",
+        ("classify", bundle, heart, "--classes", "a,b", "--top", "-1"): "top: expected 1 .*got -1",
+        ("route", bundle, "--classes", "a,b", "--max-memory", "nan"): "--max-memory: .*GB above 0.*got nan",
+        ("route", bundle, "--classes", "a,b", "--max-memory", "inf"): "--max-memory: .*GB above 0.*got inf",
+        ("evaluate", "", *on_task): "model '' is empty.*give a bundle",
+        ("evaluate", "x=", *on_task): "model 'x' is empty.*give a ",
+        ("evaluate", "/", *on_task): r"open_clip_config\.json is missing",
         ("evaluate", "modeclip-icon", "--tasks", f"{'t' * 240}={tmp_path}/task", *on_task[2:]): "shorter names",
-        ("evaluate", tmp_path / "model", *on_task): "is no JSON (Expecting",
-        ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch_size: expected 1 image or more, got 0",
-        ("report", tmp_path): "no results.json in",
+        ("evaluate", tmp_path / "model", *on_task): r"no JSON \(Expecting",
+        ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch_size: expected 1 .*got 0",
+        ("report", tmp_path): r"no results\.json in",
         ("train", tmp_path / "job.json"): "cannot be read",
     }
     for words, message in mistakes.items():
-        assert message in fails(capsys, *words)
+        assert re.search(message, fails(capsys, *words))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -104,18 +105,18 @@ def test_ids_go_out_and_come_back(folder: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("embed", "nowhere"), "no catalog at 'nowhere': make one with modeclip index, or correct the path"),
-        (("cluster", "{folder}", "--fine", "0"), "cluster.num_fine: expected 1 or more, got 0"),
-        (("cluster", "{folder}", "--fine", "100000"), "cluster.fit_samples|cluster.num_fine is 100000, but"),
+        (("embed", "nowhere"), "no catalog at 'nowhere'.*modeclip index.*correct the path"),
+        (("cluster", "{folder}", "--fine", "0"), r"cluster\.num_fine: expected 1 or more, got 0"),
+        (("cluster", "{folder}", "--fine", "100000"), r"cluster\.fit_samples|cluster\.num_fine is 100000"),
         (("cluster", "s3://bucket/none"), "is no catalog"),
         (
             ("uids", "{folder}"),
-            "uids: nothing to do; give --out FILE.npy to write ids, or --keep FILE.npy to read them",
+            r"uids: nothing to do.*--out FILE\.npy.*--keep FILE\.npy",
         ),
-        (("uids", "{folder}", "--keep", "none.npy"), "none.npy"),
+        (("uids", "{folder}", "--keep", "none.npy"), r"none\.npy"),
         (("uids", "{folder}", "--expert", "99", "--out", "none.npy"), "has no pair of expert 99, so there is no id to"),
-        (("index", "nowhere/none.tar"), "none.tar"),
-        (("index", "icons", "--image-size", "0"), "data.image_size: expected 1 or more, got 0"),
+        (("index", "nowhere/none.tar"), r"none\.tar"),
+        (("index", "icons", "--image-size", "0"), r"data\.image_size: expected 1 or more, got 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -128,4 +129,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert stop.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert line.startswith("modeclip: error: ")
-    assert any(part in line for part in message.split("|"))
+    assert re.search(message, line)

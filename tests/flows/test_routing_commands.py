@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ def test_what_cannot_be_asked(small_run: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ModeclipError, match="route: give either --classes"):
         route(bundle)
-    with pytest.raises(ModeclipError, match=r"picture .*route\.gif: expected a file that ends in \.svg or \.png"):
+    with pytest.raises(ModeclipError, match=r"route\.gif.*\.svg or \.png"):
         route(bundle, "a,b", picture=tmp_path / "route.gif")
     with pytest.raises(ModeclipError, match=r"there is no folder .*nowhere"):
         route(bundle, "a,b", picture=tmp_path / "nowhere" / "route.svg")
@@ -67,5 +66,5 @@ def test_what_cannot_be_asked(small_run: Path, tmp_path: Path) -> None:
         route(bundle, images=(tmp_path / "text.png",))
     with pytest.raises(ModeclipError, match="max_memory: an expert takes"):
         classify(bundle, (Path(__file__).parents[2] / "docs" / "assets" / "heart.png",), "a,b", max_memory=1e-6)
-    with pytest.raises(ModeclipError, match=re.escape("its clusters are of texts (encoder minilm), not of images")):
+    with pytest.raises(ModeclipError, match=r"clusters are of texts \(encoder minilm\).*route class names"):
         route(bundle, images=(Path(__file__).parents[2] / "docs" / "assets" / "heart.png",))

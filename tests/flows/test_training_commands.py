@@ -162,16 +162,14 @@ def test_a_clustering_that_is_not_the_catalogs(trained: Path, tmp_path: Path) ->
     copy = shutil.copytree(trained, tmp_path / "copy")
     clustering = Clustering.load(copy / "clusters")
     replace(clustering, fine_centers=clustering.fine_centers + 1).save(copy / "clusters")
-    with pytest.raises(ModeclipError, match="is not the clustering that the catalog's column expert comes from"):
+    with pytest.raises(ModeclipError, match=r"not the clustering .*column expert.*run modeclip cluster"):
         run(train_experts, copy, *SETTINGS)
 
 
 def test_other_settings_are_refused_by_name(trained: Path) -> None:
-    with pytest.raises(
-        ModeclipError, match=r"seed holds .* other settings: learning_rate was 0\.001, now 0\.01; .*--resume never"
-    ):
+    with pytest.raises(ModeclipError, match=r"seed .*learning_rate was 0\.001, now 0\.01.*--resume never"):
         run(train_experts, trained, *SETTINGS, "--learning-rate", "0.01")
-    with pytest.raises(ModeclipError, match="--resume is latest or never, got 'x'; --start names a trained seed"):
+    with pytest.raises(ModeclipError, match=r"--resume.*latest or never, got 'x'.*--start"):
         run(train_experts, trained, *SETTINGS, "--resume", "x")
 
 
@@ -199,7 +197,7 @@ def test_train_of_a_part_continues_a_seed_as_its_expert_does(
     done = (out / "done.json").stat().st_mtime_ns
     run(train, *words)
     assert (out / "done.json").stat().st_mtime_ns == done  # it is finished
-    with pytest.raises(ModeclipError, match=r"own holds .* other settings: .*where\.expert was 1, .*another folder"):
+    with pytest.raises(ModeclipError, match=r"own .*where\.expert was 1, .*another folder"):
         run(train, *words[:-4], "--resume", trained / "models" / "seed")
     run(train, out / "job.json")
     assert str(out) in capsys.readouterr().out
@@ -208,23 +206,19 @@ def test_train_of_a_part_continues_a_seed_as_its_expert_does(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ("{run}/models/seed/job.json", "--samples", "9000"),
-            "holds all settings of its model; give it without options",
-        ),
-        (("{run}", "--where", "expert"), "--where 'expert': expected COLUMN=NUMBER, such as expert=3"),
-        (("{run}", "--resume", "ViT-B-32"), "--resume ViT-B-32: expected latest, never, the folder of a finished job"),
-        (("{run}", "--batch-size", "1"), "train.batch_size must be at least 2"),
-        (("{run}", "--save-every", "often"), "train.engine.save_every must be a number with s, min"),
-        (("{run}", "--min-crop-share", "0"), "train.augment.min_crop_share must lie in"),
+        (("{run}/models/seed/job.json", "--samples", "9000"), r"job\.json.*all settings.*without options"),
+        (("{run}", "--where", "expert"), "--where 'expert'.*COLUMN=NUMBER.*expert=3"),
+        (("{run}", "--resume", "ViT-B-32"), "--resume ViT-B-32: .*latest, never, .*finished job"),
+        (("{run}", "--batch-size", "1"), r"train\.batch_size.*at least 2"),
+        (("{run}", "--save-every", "often"), r"train\.engine\.save_every.*number with s, min.*got 'often'"),
+        (("{run}", "--min-crop-share", "0"), r"train\.augment\.min_crop_share.*got 0"),
         (("{run}", "--where", "expert=7"), "expert"),
         (("nowhere",), "no catalog at 'nowhere'"),
     ],
 )
 def test_mistakes_are_one_line(trained: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=message) as caught:
         run(train, *[word.format(run=trained) for word in words], "--out", tmp_path / "out")
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

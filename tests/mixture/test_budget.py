@@ -141,7 +141,7 @@ def test_memory_decides_how_many_experts(four: Path) -> None:
     assert MoDE.load(four, max_memory=3 * size + 5).max_experts == 3
     assert MoDE.load(four, max_memory=3 * size, max_experts=2).max_experts == 2
     assert len(MoDE.load(four, max_memory=2 * size).task(CLASSES, rule="uniform").active) == 2
-    with pytest.raises(ModeclipError, match=rf"max_memory: an expert takes {size:,} bytes, more than the {size - 1:,}"):
+    with pytest.raises(ModeclipError, match=rf"max_memory: an expert takes {size:,} .*{size - 1:,}"):
         MoDE.load(four, max_memory=size - 1)
     with pytest.raises(ModeclipError, match="max_experts: expected 1 or more, got 0"):
         MoDE.load(four, max_experts=0)
@@ -251,7 +251,7 @@ def test_budget_of_an_image(of_images: Path, pictures: list[Image.Image], monkey
 def test_what_weights_of_images_have_no_place_for(of_images: Path, four: Path, pictures: list[Image.Image]) -> None:
     mode = MoDE.load(of_images)
     for ask in (mode.route, lambda classes: mode.task(classes).explain()):
-        with pytest.raises(ModeclipError, match=r"clusters are of images.*MoDE.route_images, or `modeclip route"):
+        with pytest.raises(ModeclipError, match=r"clusters are of images.*MoDE\.route_images.*modeclip route"):
             ask(CLASSES)
     with pytest.raises(ModeclipError, match=r"clusters are of texts \(encoder minilm\).*route class names"):
         MoDE.load(four).route_images(pictures)

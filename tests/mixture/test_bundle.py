@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -262,8 +261,8 @@ def test_an_edit_killed_at_any_moment_leaves_the_old_bundle_or_the_new_one(
 def test_another_architecture_or_preprocessing_is_refused(bundle: Path, tmp_path: Path) -> None:
     names = {path.name for path in bundle.iterdir()}
     for folder, changes, message in (
-        ("deep", {"layers": 2}, r"model_cfg\.text_cfg\.layers is 2, expected 1 as in .*seed"),
-        ("dark", {"mean": 0.1}, r"preprocess_cfg\.mean is \[0\.1, 0\.1, 0\.1\], expected \[0\.5"),
+        ("deep", {"layers": 2}, r"model_cfg\.text_cfg\.layers is 2, expected 1 .*same towers"),
+        ("dark", {"mean": 0.1}, r"preprocess_cfg\.mean is \[0\.1, .*expected \[0\.5, .*preprocessing"),
     ):
         model = save_model(tmp_path / folder, expert_job(1), **changes)  # type: ignore[arg-type]
         with pytest.raises(ModeclipError, match=message):
@@ -287,10 +286,14 @@ def test_another_architecture_or_preprocessing_is_refused(bundle: Path, tmp_path
 
 def test_an_expert_of_elsewhere_is_refused_unless_forced(bundle: Path, tmp_path: Path) -> None:
     for folder, job, message in (
-        ("seed", expert_job(1, start_digest="f00d"), r"continues from another model \(f00d\) than the bundle's seed"),
-        ("clustering", expert_job(1, last_step=7, catalog_fingerprint="others"), r"another clustering \(others\)"),
-        ("rows", expert_job(2, last_step=7), r"trained on the rows of expert 2, not 1"),
-        ("nobody", None, r"no job\.json says which seed and clustering"),
+        ("seed", expert_job(1, start_digest="f00d"), r"another model \(f00d\).*bundle's seed.*give --force"),
+        (
+            "clustering",
+            expert_job(1, last_step=7, catalog_fingerprint="others"),
+            r"another clustering \(others\).*give --force",
+        ),
+        ("rows", expert_job(2, last_step=7), "rows of expert 2, not 1.*give --force"),
+        ("nobody", None, r"no job\.json.*seed and clustering.*give --force"),
     ):
         model = save_model(tmp_path / folder, job)
         with pytest.raises(ModeclipError, match=message):
@@ -307,23 +310,29 @@ def test_an_expert_of_elsewhere_is_refused_unless_forced(bundle: Path, tmp_path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "mode.json cannot be read (list indices"),
-        ("{", "mode.json cannot be read (Expecting property name"),
-        ('{"format_version": "new", "sha256": {}}', "mode.json cannot be read (invalid literal"),
-        ('{"format_version": 1, "sha256": [1]}', "mode.json cannot be read ("),
-        ('{"format_version": 1, "sha256": {}, "encoder": "x"}', "mode.json lacks rule, temperature, templates, "),
+        ("[]", r"mode\.json cannot be read.*list indices.*get the bundle again"),
+        ("{", r"mode\.json cannot be read.*Expecting property name.*get the bundle again"),
+        (
+            '{"format_version": "new", "sha256": {}}',
+            r"mode\.json cannot be read.*invalid literal.*get the bundle again",
+        ),
+        ('{"format_version": 1, "sha256": [1]}', r"mode\.json cannot be read.*get the bundle again"),
+        (
+            '{"format_version": 1, "sha256": {}, "encoder": "x"}',
+            r"mode\.json lacks rule, temperature, templates, .*get the bundle again",
+        ),
     ],
 )
 def test_a_damaged_manifest_is_one_line(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "mode.json").write_text(content)
-    with pytest.raises(ModeclipError, match=re.escape(message)):
+    with pytest.raises(ModeclipError, match=message):
         load_bundle(tmp_path)
 
 
 def test_bundle_or_expert_that_is_not_there(bundle: Path, models: Path, tmp_path: Path) -> None:
     with pytest.raises(ModeclipError, match="0 to 2, got 3"):
         replace_expert(bundle, 3, models / "expert-3")
-    with pytest.raises(ModeclipError, match=r"is no bundle on this machine: mode\.json is missing"):
+    with pytest.raises(ModeclipError, match=r"no bundle.*mode\.json is missing.*give a bundle's folder"):
         replace_expert(tmp_path / "nowhere", 0, models / "expert-0")
 
 

@@ -141,7 +141,7 @@ def test_damaged_newest(tmp_path: Path, damage: str) -> None:
         path.write_bytes(b"")
     else:
         save_file({"x": torch.zeros(1)}, path)
-    message = r"checkpoint \S+step-000000002.safetensors is damaged \(.*\); delete it and run again: the one before"
+    message = r"step-000000002\.safetensors is damaged.*delete it.*the one before"
     for digest in (None, "d"):
         with pytest.raises(ModeclipError, match=message):
             load_checkpoint(tmp_path, digest)
@@ -304,7 +304,7 @@ def test_tower_that_was_locked(trained: Path, tmp_path: Path, parameters: list[t
     optimizer = torch.load(trained / "epoch_2.pt", weights_only=True)["optimizer"]
     optimizer["param_groups"][1]["params"].pop()
     path = changed(trained, tmp_path / "x.pt", optimizer=optimizer)
-    with pytest.raises(ModeclipError, match=r"groups of 64 and 33 parameters, expected 64 and 34 .* NAME@"):
+    with pytest.raises(ModeclipError, match=r"64 and 33 parameters.*64 and 34.*NAME@"):
         load_open_clip_train(path, parameters)
 
 
@@ -312,7 +312,7 @@ def test_optimizer_with_another_order(trained: Path, tmp_path: Path, parameters:
     optimizer = torch.load(trained / "epoch_2.pt", weights_only=True)["optimizer"]
     optimizer["param_groups"][1]["params"].reverse()
     path = changed(trained, tmp_path / "x.pt", optimizer=optimizer)
-    with pytest.raises(ModeclipError, match=r"its optimizer's state of \S+ is not AdamW's of shape"):
+    with pytest.raises(ModeclipError, match=r"optimizer's state of \S+ .*not AdamW's.*NAME@"):
         load_open_clip_train(path, parameters)
 
 
@@ -323,9 +323,9 @@ def test_wrong_model(trained: Path, tmp_path: Path, parameters: list[tuple[str, 
     weights["extra"] = torch.zeros(1)
     weights["logit_scale"] = torch.zeros(2, 2)
     torch.save(weights, tmp_path / "x.pt")
-    with pytest.raises(ModeclipError, match=r"missing: positional_embedding; unexpected: extra; other shape: logit_sc"):
+    with pytest.raises(ModeclipError, match=r"missing: positional_embedding.*unexpected: extra.*shape: logit_scale"):
         check_weights(tmp_path / "x.pt", shapes)
-    with pytest.raises(ModeclipError, match=r"x\.pt is of another model .*missing: positional_embedding"):
+    with pytest.raises(ModeclipError, match=r"x\.pt .*another model.*missing: positional_embedding.*set train\.model"):
         load_open_clip_train(tmp_path / "x.pt", parameters)
     ours = replace(make_checkpoint(1), model=weights)
     with pytest.raises(ModeclipError, match=r"other shape: logit_scale \(2, 2\) instead of \(\)"):
@@ -351,7 +351,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         "harmful.pt": "holds more than tensors and numbers",
         "harmful2.pt": "holds more than tensors and numbers",
         "list.pt": "expected a dictionary, got list",
-        "other.pt": "expected a checkpoint of open_clip_train or a dictionary of weights",
+        "other.pt": "expected .*open_clip_train.*weights, got another",
         "cut.pt": r"is damaged \(",
     }.items():
         with pytest.raises(ModeclipError, match=message) as raised:

@@ -170,9 +170,7 @@ def test_patch_dropout_is_of_training_only() -> None:
 
 
 def test_patch_dropout_of_a_tower_without_patches() -> None:
-    with pytest.raises(
-        ModeclipError, match=r"model RN50: its image tower has no patches; set train\.augment\.patch_drop"
-    ):
+    with pytest.raises(ModeclipError, match=r"RN50.*no patches.*set train\.augment\.patch_dropout to 0"):
         load_clip("RN50", patch_dropout=0.5)
 
 
@@ -220,11 +218,11 @@ def test_weights_of_a_file(tmp_path: Path) -> None:
     [
         ("ViT-B-33", "unknown model 'ViT-B-33'"),
         ("bundle/expert-1", "unknown model 'bundle/expert-1'.*the path of a model folder"),  # as it was written
-        ("ViT-B-32@no_such", "unknown pretrained tag of ViT-B-32 'no_such'; nearest: "),
+        ("ViT-B-32@no_such", "tag of ViT-B-32 'no_such'.*nearest: "),
         ("ViT-B/32@no_such", "unknown pretrained tag of ViT-B-32 'no_such'"),
-        ("ViT-B-32@openai", "trained with QuickGELU, ViT-B-32 has not; write ViT-B-32-quickgelu@openai"),
+        ("ViT-B-32@openai", "QuickGELU, ViT-B-32 has not.*write ViT-B-32-quickgelu@openai"),
         ("ViT-B-32-quickgelu@laion2B-s34B-b79K", "unknown pretrained tag of ViT-B-32-quickgelu"),
-        ("modeclip-icon@/no/such/file.pt", "there is no file /no/such/file.pt; correct the path"),
+        ("modeclip-icon@/no/such/file.pt", r"no file /no/such/file\.pt.*correct the path"),
         ("local-dir:/no/such/folder", "open_clip_config.json is missing"),
     ],
 )
@@ -238,7 +236,7 @@ def test_settings_without_weights_are_no_model(tmp_path: Path) -> None:
     """open_clip would start such a model at random, and a random model can be evaluated like any other."""
     save_clip(load_clip("modeclip-icon"), tmp_path)
     (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "open_clip_pytorch_model.txt")
-    with pytest.raises(ModeclipError, match=r"open_clip_model\.safetensors is missing; expected a folder as open_clip"):
+    with pytest.raises(ModeclipError, match=r"open_clip_model\.safetensors is missing.*folder as open_clip"):
         load_clip(tmp_path)
 
 
@@ -339,7 +337,9 @@ def other_tokenizer(clip: Clip, _: Path) -> Clip:
 )
 def test_export_that_is_another_model(change: Any, parts: str, tmp_path: Path) -> None:
     clip = change(load_clip("modeclip-icon"), tmp_path)
-    with pytest.raises(ModeclipError, match=rf"open_clip loads another model from this folder .*{parts}") as raised:
+    with pytest.raises(
+        ModeclipError, match=rf"open_clip loads another model.*{parts}.*open_clip_config\.json"
+    ) as raised:
         save_clip(clip, tmp_path / "model")
     assert "\n" not in str(raised.value)
 

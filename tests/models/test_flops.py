@@ -60,5 +60,5 @@ def test_a_pretrained_tag_is_not_loaded() -> None:
 
 @pytest.mark.parametrize("length", [1, 25])
 def test_a_caption_that_no_model_reads_is_one_line(length: int) -> None:
-    with pytest.raises(ModeclipError, match=f"caption length: expected 2 to 24 tokens for modeclip-icon, got {length}"):
+    with pytest.raises(ModeclipError, match=f"length: .*2 to 24 .*modeclip-icon, got {length}$"):
         count_flops("modeclip-icon", length)

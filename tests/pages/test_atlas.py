@@ -106,16 +106,16 @@ def test_parts_can_be_left_out(catalog: Catalog, result: ClusterResult) -> None:
 
 
 def test_more_clusters_than_sampled_rows(catalog: Catalog, result: ClusterResult) -> None:
-    with pytest.raises(ModeclipError, match=r"num_samples: expected at least 151, .*got 150 rows; raise it"):
+    with pytest.raises(ModeclipError, match=r"num_samples: .*at least 151.*got 150 rows.*raise it"):
         diagnose(catalog, result, CONFIG, DiagnoseConfig(fine=(151,)))
-    with pytest.raises(ModeclipError, match=r"num_samples: expected at least 10, .*got 9 rows"):
+    with pytest.raises(ModeclipError, match=r"num_samples: .*at least 10.*got 9 rows.*raise it"):
         diagnose(catalog, result, CONFIG, DiagnoseConfig(num_seeds=2, num_samples=9))
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"stability": null, "negatives": {}, "experts": [], "fine": []}'])
 def test_damaged_diagnostics(content: str, tmp_path: Path) -> None:
     (tmp_path / "diagnostics.json").write_text(content)
-    with pytest.raises(ModeclipError, match=r"^diagnostics '.*diagnostics.json' cannot be read \(.*\): diagnose again"):
+    with pytest.raises(ModeclipError, match=r"diagnostics\.json' cannot be read.*diagnose again"):
         Diagnostics.load(tmp_path)
 
 

@@ -471,7 +471,7 @@ def test_failure_leaves_the_old_page(run: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_mistakes_are_said_in_one_line(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModeclipError, match=r"no results\.json in .*: expected a finished run folder; `modeclip run`"):
+    with pytest.raises(ModeclipError, match=r"no results\.json in .*finished run.*`modeclip run`"):
         write_report(tmp_path / "nowhere")
     with (run / "models" / "seed" / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 1, "samp')

@@ -124,7 +124,7 @@ def test_order_and_subset(catalog: Catalog, tmp_path: Path) -> None:
     assert experts(replace(only, order="range")) == ["seed", "expert-0", "expert-1", "expert-2"]
     few = ExpertsConfig(only=(2, 0), controls=("random",))
     assert experts(few) == ["seed", "expert-0", "expert-2"]
-    with pytest.raises(ModeclipError, match=r"experts\.only: there is no expert 3; expected .* 0 to 2"):
+    with pytest.raises(ModeclipError, match=r"experts\.only.*no expert 3.*0 to 2"):
         experts(ExpertsConfig(only=(1, 3)))
 
 
@@ -132,7 +132,7 @@ def test_a_finished_job_as_the_seed(tmp_path: Path) -> None:
     """The experts go on at its step and at its place of the schedule, which may differ from this config's."""
     given = replace(plan(tmp_path, ExpertsConfig())["seed"], name="given", folder=str(tmp_path / "given"), last_step=99)
     given.save()
-    with pytest.raises(ModeclipError, match=r"experts\.start: the job in .*given is not finished; train it first"):
+    with pytest.raises(ModeclipError, match=r"experts\.start.*given is not finished.*modeclip train .*given/job\.json"):
         plan(tmp_path, ExpertsConfig(start=given.folder))
     mark_done(given)
     jobs = plan(tmp_path, ExpertsConfig(start=given.folder))
@@ -144,13 +144,13 @@ def test_a_finished_job_as_the_seed(tmp_path: Path) -> None:
     assert seed_model(tmp_path, TRAIN, ExpertsConfig(start=given.folder)) == Path(given.folder)
     other = replace(given, config=replace(TRAIN, model="ViT-B-32"))
     mark_done(other)
-    with pytest.raises(ModeclipError, match=r"given is a ViT-B-32, train\.model is modeclip-icon; give the same model"):
+    with pytest.raises(ModeclipError, match=r"given is a ViT-B-32.*train\.model is modeclip-icon.*same model"):
         plan(tmp_path, ExpertsConfig(start=given.folder))
 
 
 def test_a_checkpoint_and_a_pretrained_model_as_the_seed(tmp_path: Path) -> None:
     file = tmp_path / "epoch_27.pt"
-    with pytest.raises(ModeclipError, match=r"epoch_27\.pt: no such file; expected a checkpoint of open_clip_train"):
+    with pytest.raises(ModeclipError, match=r"epoch_27\.pt: no such file.*open_clip_train"):
         plan(tmp_path, ExpertsConfig(start=str(file)))
     file.write_bytes(b"weights")
     job = plan(tmp_path, ExpertsConfig(start=str(file)))["expert-0"]
@@ -197,7 +197,7 @@ def test_a_branch_lies_beside_the_seed(tmp_path: Path) -> None:
 
 def test_settings_out_of_range() -> None:
     assert len(asdict(ExpertsConfig())) <= 12
-    with pytest.raises(ModeclipError, match=r"experts\.out_of_cluster_fraction must lie in \[0, 1\], got 2"):
+    with pytest.raises(ModeclipError, match=r"experts\.out_of_cluster_fraction.*\[0, 1\], got 2"):
         ExpertsConfig(out_of_cluster_fraction=2.0)
     for name in ("jobs", "threads_per_job", "processes_per_job"):
         with pytest.raises(ModeclipError, match=rf"experts\.{name}: expected 1 or more, got 0"):

@@ -64,9 +64,9 @@ def test_job_files_without_roles_are_read(jobs: dict[str, TrainJob], tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 1}, "train.batch_size must be at least 2"),
-        ({"seed_parts": 32}, "train.seed_parts must lie in 1 to 31"),
-        ({"samples": 100}, "train.samples must be at least batch_size"),
+        ({"batch_size": 1}, r"train\.batch_size.*at least 2"),
+        ({"seed_parts": 32}, r"train\.seed_parts.*1 to 31"),
+        ({"samples": 100}, r"train\.samples.*at least batch_size"),
         ({"total_parts": 0}, "train.total_parts: expected 2 or more, got 0"),
         ({"learning_rate": -1.0}, "train.learning_rate: expected a finite number above 0, got -1.0"),
         ({"learning_rate": float("nan")}, "train.learning_rate: expected a finite number above 0, got nan"),
@@ -75,22 +75,22 @@ def test_job_files_without_roles_are_read(jobs: dict[str, TrainJob], tmp_path: P
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ModeclipError, match=message.replace(".", r"\.")):
+    with pytest.raises(ModeclipError, match=message):
         TrainConfig(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "fp8"}, "train.engine.precision must be auto, 32-true, bf16-mixed or 16-mixed, got 'fp8'"),
-        ({"save_every": "soon"}, "train.engine.save_every must be a number with s, min, h, steps or epochs"),
-        ({"save_every": "0.5epochs"}, "train.engine.save_every must be a whole number of epochs"),
-        ({"keep_checkpoints": 0}, "train.engine.keep_checkpoints: expected 1 or more, got 0"),
-        ({"report_to": ("mail",)}, "unknown place in train.engine.report_to"),
+        ({"precision": "fp8"}, r"train\.engine\.precision.*auto, 32-true, bf16-mixed or 16-mixed.*got 'fp8'"),
+        ({"save_every": "soon"}, r"train\.engine\.save_every.*number with s, min, h.*got 'soon'"),
+        ({"save_every": "0.5epochs"}, r"train\.engine\.save_every.*whole number of epochs.*got '0\.5epochs'"),
+        ({"keep_checkpoints": 0}, r"train\.engine\.keep_checkpoints: expected 1 or more, got 0"),
+        ({"report_to": ("mail",)}, r"place in train\.engine\.report_to.*'mail'.*known: tensorboard"),
     ],
 )
 def test_engine_settings_out_of_range(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ModeclipError, match=message.replace(".", r"\.")):
+    with pytest.raises(ModeclipError, match=message):
         EngineConfig(**settings)  # type: ignore[arg-type]
 
 
@@ -104,11 +104,9 @@ def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     checkpoint.write_bytes(b"weights")
     prepare(job)
     longer = replace(job, config=replace(config, batch_size=16, samples=16 * 32), last_step=99, where={"expert": 1})
-    with pytest.raises(ModeclipError) as caught:
+    changed = r"batch_size was 8, now 16.*samples was 256, now 512.*where\.expert was None, now 1"
+    with pytest.raises(ModeclipError, match=f"{changed}.*--resume never"):
         prepare(longer)
-    text = str(caught.value)
-    assert "batch_size was 8, now 16, samples was 256, now 512, where.expert was None, now 1; give the same" in text
-    assert "--resume never to train anew" in text
     assert changes(job, replace(job, last_step=99)) == ["last_step was 2, now 99"]
     assert checkpoint.exists()
     prepare(longer, "never")

@@ -83,9 +83,7 @@ def test_a_job_that_is_killed_takes_only_those_that_need_it(catalog: Path, tmp_p
 
     thread, done = threading.Thread(target=kill), list[str]()
     thread.start()
-    message = (
-        r"2 of 3 models are missing \(killed, needs\); the first: killed: training ended early: killed by signal 9"
-    )
+    message = r"2 of 3 models .*\(killed, needs\).*first: killed.*signal 9.*run again"
     with pytest.raises(ModeclipError, match=message):
         run_jobs([needs, killed, other], 2, on_done=lambda job: done.append(job.name))
     thread.join()
@@ -242,5 +240,5 @@ def test_ray_repeats_a_job_whose_worker_died(catalog: Path, tmp_path: Path) -> N
     run_jobs([alone], 1)
     assert support.weights_of(alone.folder) == support.weights_of(seed.folder)
     too_wide = replace(make_job(catalog, tmp_path / "wide"), threads=3)
-    with pytest.raises(ModeclipError, match=r"wide needs 3 CPU, .* has 2 in all; lower experts"):
+    with pytest.raises(ModeclipError, match=r"wide needs 3 CPU.*has 2 .*lower experts"):
         run_jobs([too_wide], 1, ray=True)

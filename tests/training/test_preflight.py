@@ -73,8 +73,8 @@ def test_precision_that_needs_a_gpu(job: TrainJob, catalog: Catalog) -> None:
     ("model", "message"),
     [
         ("ViT-B-33", "unknown model 'ViT-B-33'; known: modeclip-icon"),
-        ("ViT-B-32@laion3b", "unknown pretrained tag of ViT-B-32 'laion3b'; nearest: laion"),
-        ("ViT-B-32@openai", "these weights were trained with QuickGELU, .* write ViT-B-32-quickgelu@openai"),
+        ("ViT-B-32@laion3b", "tag of ViT-B-32 'laion3b'.*nearest: laion"),
+        ("ViT-B-32@openai", "trained with QuickGELU.*write ViT-B-32-quickgelu@openai"),
         ("modeclip-icon@weights.pt", "there is no file weights.pt"),
     ],
 )
@@ -83,12 +83,16 @@ def test_model(job: TrainJob, catalog: Catalog, model: str, message: str) -> Non
 
 
 def test_columns(job: TrainJob, catalog: Catalog) -> None:
-    refused(replace(job, where={"expert": 1}), catalog, "unknown column .* expert-1 selects its rows by, 'expert'; kno")
+    refused(replace(job, where={"expert": 1}), catalog, "column .*expert-1 .*'expert'.*known: key")
     refused(replace(job, mask="good"), catalog, "'good'; known: key, caption")
 
 
 def test_start_that_is_missing(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
-    refused(replace(job, start_from=str(tmp_path / "seed")), catalog, r"start_from \S+seed does not exist; train that")
+    refused(
+        replace(job, start_from=str(tmp_path / "seed")),
+        catalog,
+        r"start_from \S+seed does not exist.*train that model first",
+    )
     (tmp_path / "seed").mkdir()
     refused(replace(job, start_from=str(tmp_path / "seed")), catalog, "holds no checkpoint of the job that this one")
     refused(replace(job, start_from=str(tmp_path / "x.pt")), catalog, r"x\.pt does not exist")
@@ -102,9 +106,7 @@ def test_start_of_another_model(job: TrainJob, catalog: Catalog, tmp_path: Path)
     for start in (tmp_path / "seed", tmp_path / "epoch_3.pt"):
         good = replace(job, start_from=str(start))
         preflight(good, catalog, np.arange(200), 1)
-        refused(
-            changed(good, loss="siglip"), catalog, r"is of another model than train\.model: missing: logit_bias; set"
-        )
+        refused(changed(good, loss="siglip"), catalog, r"another model.*missing: logit_bias.*set train\.model")
         refused(
             changed(good, model="ViT-B-32"),
             catalog,
@@ -139,7 +141,9 @@ def test_empty_captions(job: TrainJob, icons: Path, tmp_path: Path) -> None:
     table = table.set_column(table.schema.get_field_index("caption"), "caption", [captions])
     lance.write_dataset(table, tmp_path / "catalog.lance", schema=catalog.dataset.schema)
     key = catalog.read(["key"], np.array([5]))["key"][0]
-    refused(job, Catalog.open(tmp_path / "catalog.lance"), rf"2 of 200 captions looked at are empty \({key}, ")
+    refused(
+        job, Catalog.open(tmp_path / "catalog.lance"), rf"2 of 200 captions .*empty \({key}, .*leave these pairs out"
+    )
 
 
 def test_images_that_do_not_decode(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
@@ -154,12 +158,12 @@ def test_images_that_do_not_decode(job: TrainJob, catalog: Catalog, tmp_path: Pa
     preflight(job, own, np.arange(len(own)), 1)
     (source / "00.png").unlink()
     (source / "39.png").write_bytes((source / "39.png").read_bytes()[:60])
-    refused(job, own, r"2 of 32 images looked at cannot be read \(\S*00\S*, \S*39\S*\); the first: .* missing", 40)
+    refused(job, own, r"2 of 32 images .*cannot be read \(\S*00\S*, \S*39\S*\).*missing.*bring the file back", 40)
 
 
 def test_disk_too_small_for_the_checkpoints(job: TrainJob, catalog: Catalog) -> None:
     many = changed(job, {"keep_checkpoints": 10**9})
-    refused(many, catalog, r"checkpoints need \S+ GB in \S+expert-1, .*; .*keep_checkpoints")
+    refused(many, catalog, r"checkpoints need \S+ GB in \S+expert-1.*keep_checkpoints")
 
 
 def test_pairs_are_looked_at_only_in_part(job: TrainJob, catalog: Catalog) -> None:

@@ -186,7 +186,7 @@ def test_finished_job_is_not_trained_again(catalog: Path, tmp_path: Path) -> Non
 
 def test_batch_larger_than_the_selection(catalog: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, samples=10**6, batch_size=4096)
-    with pytest.raises(ModeclipError, match=r"pairs are fewer than one batch of 4,096; set train\.batch_size"):
+    with pytest.raises(ModeclipError, match=r"pairs .*fewer.*4,096.*set train\.batch_size"):
         train(make_job(catalog, tmp_path / "job", config=config))
 
 
@@ -199,7 +199,7 @@ def test_loss_that_is_not_finite(catalog: Path, tmp_path: Path) -> None:
     """The step is the one at fault, also when the losses are looked at later; its batch is named, nothing is saved."""
     engine = EngineConfig(precision="32-true", log_every=7)
     job = make_job(catalog, tmp_path / "job", config=replace(CONFIG, learning_rate=1e30, engine=engine))
-    with pytest.raises(ModeclipError, match=r"the loss is nan at step 2; its batch begins with .*train\.learning_rate"):
+    with pytest.raises(ModeclipError, match=r"loss is nan at step 2.*batch begins with .*lower train\.learning_rate"):
         train(job)
     failed = json.loads((tmp_path / "job" / FAILED_BATCH_FILE).read_text())
     opened = Catalog.open(catalog)
@@ -211,7 +211,7 @@ def test_loss_that_is_not_finite(catalog: Path, tmp_path: Path) -> None:
 def test_damaged_checkpoint(catalog: Path, tmp_path: Path) -> None:
     (tmp_path / "job" / "checkpoints").mkdir(parents=True)
     (tmp_path / "job" / "checkpoints" / "step-000000005.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(ModeclipError, match=r"step-000000005\.safetensors is damaged .*; delete it and run again"):
+    with pytest.raises(ModeclipError, match=r"step-000000005\.safetensors is damaged.*delete it and run again"):
         train(make_job(catalog, tmp_path / "job"))
 
 

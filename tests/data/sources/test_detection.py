@@ -84,11 +84,11 @@ def test_the_kind_of_a_source_is_seen_from_what_is_there(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "'nowhere' does not exist: expected the word icons, .* or .csv"),
+        ("nowhere", r"'nowhere' does not exist.*icons.*\.csv"),
         ("nowhere.csv", "none of 1 table file exists .*correct"),
-        ("a.tar::b.csv", "'a.tar::b.csv' joins .*: expected the word icons"),
+        ("a.tar::b.csv", r"'a\.tar::b\.csv' joins .*icons.*\.csv"),
         ("nowhere://bucket/0/", "unknown kind: expected s3://"),
-        ("pyproject.toml", "'pyproject.toml' is a file of another kind: expected"),
+        ("pyproject.toml", r"'pyproject\.toml'.*another kind.*icons.*\.csv"),
     ],
 )
 def test_what_is_no_source_says_what_is_one(source, message, monkeypatch: pytest.MonkeyPatch):
@@ -173,7 +173,7 @@ def test_images_without_a_usable_caption_are_skipped_by_cause(tmp_path: Path):
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path):
     write(tmp_path, {"1.tif": b"", "2.tif": b"", "1.txt": b"", "x/readme": b""})
-    with pytest.raises(ModeclipError, match=r"no image: .*png.*, found \.tif \(2\), .*; set data\.image_keys"):
+    with pytest.raises(ModeclipError, match=r"no image.*png.*found \.tif \(2\).*set data\.image_keys"):
         read(tmp_path)
     assert len(read(tmp_path, image_keys="tif")) == 2
     empty = tmp_path / "empty"
@@ -207,7 +207,7 @@ def test_a_task_folder_gives_its_sub_folders_as_classes(tmp_path: Path):
     assert (stray.key, stray.cause) == ("pets/stray.png", NO_CAPTION)
     assert (cat.key, cat.caption, cat.group) == ("pets/cat/deep/2.png", "cat", "pets")
     assert (dog.key, dog.caption) == ("pets/dog/1.png", "dog")
-    with pytest.raises(ModeclipError, match=r"task 'none': folder '.*none' does not exist; data\.tasks expects"):
+    with pytest.raises(ModeclipError, match=r"task 'none'.*none' does not exist.*data\.tasks.*FOLDER"):
         open_task(config, str(tmp_path / "none"))
 
 

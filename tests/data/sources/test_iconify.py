@@ -145,7 +145,7 @@ def test_tasks_and_excluded_sets_are_not_trained_on(package: Path):
     assert [part.name for part in open_source(config).parts] == ["iconify:round@2.2.1"]
     (part,) = open_task(config, "wide").parts
     assert [item.caption for item in part.read()][:2] == ["icon 1", "icon 10"]
-    with pytest.raises(ModeclipError, match=r"icon set 'wide' is in data\.train_sets and held out or excluded"):
+    with pytest.raises(ModeclipError, match=r"'wide'.*data\.train_sets.*held out.*drop one"):
         open_source(config_of(package, train_sets=("wide",), tasks=("wide",)))
     with pytest.raises(ModeclipError, match="unknown icon set 'rund'; known: other, round, wide"):
         open_source(config_of(package, exclude_sets=("rund",)))
@@ -229,7 +229,5 @@ def test_npm_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_folder_that_is_not_the_package_says_so(tmp_path: Path):
-    with pytest.raises(
-        ModeclipError, match=r"is not the unpacked npm package @iconify/json: expected collections\.json"
-    ):
+    with pytest.raises(ModeclipError, match=r"not the unpacked .*@iconify/json.*collections\.json"):
         open_source(config_of(tmp_path))

@@ -17,16 +17,16 @@ from modeclip.errors import ModeclipError
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_keys": " ; "}, r"data\.image_keys: expected suffixes such as 'a;b', got ' ; '"),
+        ({"image_keys": " ; "}, r"data\.image_keys.*such as 'a;b', got ' ; '"),
         ({"caption_keys": ""}, r"data\.caption_keys: expected suffixes"),
-        ({"holdout_fraction": 1.0}, r"data\.holdout_fraction: expected a number in \[0, 1\), got 1\.0"),
-        ({"max_skipped_fraction": 1.5}, r"data\.max_skipped_fraction: expected a number in \[0, 1\], got 1\.5"),
+        ({"holdout_fraction": 1.0}, r"data\.holdout_fraction.*\[0, 1\), got 1\.0"),
+        ({"max_skipped_fraction": 1.5}, r"data\.max_skipped_fraction.*\[0, 1\], got 1\.5"),
         ({"image_size": 0}, r"data\.image_size: expected 1 or more, got 0"),
-        ({"separator": "tab"}, r"data\.separator: expected one character, got 'tab'"),
+        ({"separator": "tab"}, r"data\.separator.*one character.*got 'tab'"),
         ({"workers": 0}, r"data\.workers: expected 1 or more, got 0"),
-        ({"class_template": "a photo"}, r"data\.class_template: expected one \{\} for the class, got 'a photo'"),
+        ({"class_template": "a photo"}, r"data\.class_template.*\{\}.*got 'a photo'"),
         ({"caption_field": " "}, r"data\.caption_field: expected a name, got ' '"),
-        ({"tasks": ("a",), "holdout_fraction": 0.1}, r"data\.tasks and data\.holdout_fraction exclude each other"),
+        ({"tasks": ("a",), "holdout_fraction": 0.1}, r"data\.tasks and data\.holdout_fraction.*drop one"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
@@ -46,7 +46,7 @@ def test_flat_options_find_their_groups_and_come_back():
     assert config.options(FileOptions) is config.files
     assert config.flat() == DataConfig(source="x").flat() | flat
     assert DataConfig.from_flat(config.flat()) == config
-    with pytest.raises(ModeclipError, match=r"unknown field 'data\.sauce'; known: source, image_column"):
+    with pytest.raises(ModeclipError, match=r"field 'data\.sauce'.*known: source, image_column"):
         DataConfig.from_flat({"source": "x", "sauce": 1})
 
 

@@ -102,7 +102,7 @@ def test_folders_in_an_object_store_are_read(bucket: str):
 def test_what_cannot_be_reached_is_said_in_one_line(bucket: str):
     with pytest.raises(ModeclipError, match=r"holds no image"):
         read(f"{bucket}/nothing/")
-    with pytest.raises(ModeclipError, match=r"none of 2 shards exists \(first: s3://.*/x0\.tar\)"):
+    with pytest.raises(ModeclipError, match=r"none of 2 shards.*s3://.*/x0\.tar.*correct the names"):
         read(f"{bucket}/x{{0,1}}.tar")
     with pytest.raises(ModeclipError) as caught:
         read("s3://no-such-bucket/{0,1}.tar")

@@ -130,9 +130,9 @@ def test_a_shard_that_is_missing_is_skipped_unless_all_are(tmp_path: Path):
     assert skipped == [Skipped(f"{tmp_path}/{n}.tar", MISSING_SHARD, "no such file") for n in (1, 2)]
     (tmp_path / "0.tar").unlink()
     assert [item.cause for item in source.parts[0].read()] == [MISSING_SHARD]  # it vanished after it was listed
-    with pytest.raises(ModeclipError, match=r"none of 3 shards exists \(first: .*/0\.tar\); correct the names"):
+    with pytest.raises(ModeclipError, match=r"none of 3 shards.*/0\.tar.*correct the names"):
         read(f"{tmp_path}/{{0..2}}.tar")
-    with pytest.raises(ModeclipError, match=r"none of 0 shards exists \(first: none named\)"):
+    with pytest.raises(ModeclipError, match=r"none of 0 shards.*none named.*correct the names"):
         read("::")
 
 
@@ -141,11 +141,11 @@ def test_a_shard_that_is_missing_is_skipped_unless_all_are(tmp_path: Path):
     [
         (
             {"0.jpg": b"i", "0.cls": b"3"},
-            "no caption: .*txt or json, found jpg, cls; set data.caption_keys",
+            r"no caption.*txt or json.*found jpg, cls.*set data\.caption_keys",
         ),
         (
             {"0.input.jpg": b"i", "0.txt": b"t"},
-            "no image: .*jpg or png, found input.jpg, txt; set data.image_keys",
+            r"no image.*jpg or png.*found input\.jpg, txt.*set data\.image_keys",
         ),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_shard_without_captions_or_images_is_an_error(tmp_path: Path, members,
 
 def test_an_empty_shard_is_no_problem_unless_all_are(tmp_path: Path):
     write_tar(tmp_path / "0.tar", {})
-    with pytest.raises(ModeclipError, match=r"none of 1 shard can be read \(no member in any of them\)"):
+    with pytest.raises(ModeclipError, match=r"none of 1 shard .*no member"):
         read(tmp_path)
     write_tar(tmp_path / "1.tar", {"a.jpg": b"i", "a.txt": b"t"})
     assert [s.key for s in read(tmp_path)] == ["1/a"]
@@ -204,7 +204,7 @@ def test_an_image_that_is_cut_off_is_no_pair(tmp_path: Path):
 @pytest.mark.parametrize("content", [b"", b"no tar" * 300, b"\0" * 100])
 def test_a_shard_that_is_damaged_from_its_start_is_an_error_where_it_is_the_only_one(tmp_path: Path, content):
     (tmp_path / "0.tar").write_bytes(content)
-    with pytest.raises(ModeclipError, match=r"none of 1 shard can be read \(the last: .* byte 0"):
+    with pytest.raises(ModeclipError, match=r"none of 1 shard .*byte 0"):
         read(tmp_path)
     write_tar(tmp_path / "1.tar", {"a.jpg": b"i", "a.txt": b"t"})
     assert [getattr(item, "cause", item.key) for item in read(tmp_path)] == [DAMAGED_SHARD, "1/a"]

@@ -74,12 +74,12 @@ def test_columns_and_separator_can_be_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("url,title\n", "no image column 'filepath'; .* url, title; set data.image_column"),
-        ("filepath,about\n", "no caption column 'title'; .* filepath, about; set data.caption_column"),
+        ("url,title\n", r"no image column 'filepath'.*url, title.*set data\.image_column"),
+        ("filepath,about\n", r"no caption column 'title'.*filepath, about.*set data\.caption_column"),
         ("", "empty: expected a header"),
         (
             "filepath,title\nhttps://x/1.jpg,a",
-            "'filepath' holds addresses such as 'https://x/1.jpg': download .* img2dataset",
+            r"'filepath' holds addresses.*https://x/1\.jpg.*download.*img2dataset",
         ),
         ("URL,TEXT\nu,t", "column 'URL', download .* img2dataset"),
     ],
@@ -142,7 +142,7 @@ def test_several_tables_are_one_source(tmp_path: Path):
     assert [s.path for s in (first, third)] == [f"{tmp_path}/a/1.png", f"{tmp_path}/b/1.png"]
     assert (missing.key, missing.cause) == (f"{tmp_path}/a/2.csv", MISSING_TABLE)
     assert [s.key for s in read(tmp_path / "a")] == ["1.png", "2.png"]
-    with pytest.raises(ModeclipError, match=r"none of 2 table files exists \(first: .*x0\.csv\)"):
+    with pytest.raises(ModeclipError, match=r"none of 2 table files.*x0\.csv.*correct the names"):
         read(f"{tmp_path}/x{{0,1}}.csv")
 
 
@@ -262,9 +262,13 @@ def test_a_damaged_parquet_file_is_skipped_after_what_can_be_read(tmp_path: Path
             {},
             "'image' holds addresses .*: download",
         ),
-        ({"image": [b"i"]}, {}, "no caption column 'title'; .*; set data.caption_column"),
-        ({"image": [b"i"], "text": ["c"]}, {"image_column": "pic"}, "no image column 'pic'; its columns are image"),
-        ({"image": [1.5], "text": ["c"]}, {}, "'image' holds double, expected bytes, paths"),
+        ({"image": [b"i"]}, {}, r"no caption column 'title'.*set data\.caption_column"),
+        (
+            {"image": [b"i"], "text": ["c"]},
+            {"image_column": "pic"},
+            r"no image column 'pic'.*image, text.*set data\.image_column",
+        ),
+        ({"image": [1.5], "text": ["c"]}, {}, "'image' holds double.*bytes, paths"),
         ({"image": [b"i"], "text": [7]}, {}, "'text' holds int64, expected text"),
     ],
 )
@@ -276,7 +280,7 @@ def test_parquet_files_without_the_columns_say_what_to_do(tmp_path: Path, column
 
 def test_parquet_files_of_which_none_can_be_read_are_an_error(tmp_path: Path):
     write(tmp_path, {"0.parquet": b"no", "1.parquet": b"neither"})
-    with pytest.raises(ModeclipError, match=r"0\.parquet' cannot be read \(.*\), nor can any other of 2 files"):
+    with pytest.raises(ModeclipError, match=r"0\.parquet' cannot be read.*of 2 files"):
         read(tmp_path)
 
 
@@ -334,7 +338,7 @@ def test_of_several_splits_train_is_read(tmp_path: Path, faces):
     assert shades([item for part in source.parts for item in part.read()]) == list(range(30))
     assert shades(read(tmp_path / "s" / "test")) == list(range(30, 40))
     (tmp_path / "s" / "test" / "state.json").write_text("{}")
-    with pytest.raises(ModeclipError, match=r"is no whole Hugging Face dataset \(KeyError"):
+    with pytest.raises(ModeclipError, match=r"no whole Hugging Face dataset.*KeyError.*save_to_disk"):
         read(tmp_path / "s" / "test")
 
 

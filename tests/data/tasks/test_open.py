@@ -67,12 +67,12 @@ def test_a_training_split_may_lack_classes_and_lie_elsewhere(folder, tmp_path):
     for spec, words in [
         (f"{tmp_path}/more", "expected NAME=PATH"),
         (f"plants={tmp_path}/more", "no task 'plants'; tasks: animals"),
-        (f"animals={tmp_path}/none", "'animals': .* does not exist"),
+        (f"animals={tmp_path}/none", "'animals'.*does not exist.*correct the path"),
     ]:
         with pytest.raises(ModeclipError, match=words):
             load_tasks([str(folder)], train_specs=[spec])
     save(tmp_path / "more" / "fish" / "1.png", 7)
-    with pytest.raises(ModeclipError, match="has class 'fish', which the test split lacks"):
+    with pytest.raises(ModeclipError, match=r"training split.*'fish'.*test split lacks.*remove it"):
         load_tasks([str(folder)], train_specs=[f"animals={tmp_path}/more"])
 
 
@@ -83,7 +83,7 @@ def test_classnames_beside_the_folders_are_theirs_in_order(folder):
     assert task.classnames == ("a dog", "a newt", "a tabby_cat")
     assert task.templates == ("I see {c}.", "here is {c}")
     (folder / "classnames.txt").write_text("a dog\n")
-    with pytest.raises(ModeclipError, match="has 1 lines, expected one for each of 3 folders"):
+    with pytest.raises(ModeclipError, match=r"classnames\.txt' has 1 lines.*3 folders"):
         load_tasks([str(folder)])
 
 
@@ -103,13 +103,13 @@ def test_classes_of_one_name_are_told_of(folder, capsys):
 def test_an_empty_class_is_named(folder):
     (folder / "test" / "axolotl").mkdir()
     (folder / "test" / "axolotl" / "notes.txt").write_text("none yet")
-    with pytest.raises(ModeclipError, match=r"axolotl' holds no image .*: fill or remove it"):
+    with pytest.raises(ModeclipError, match=r"axolotl' holds no image.*fill or remove"):
         load_tasks([str(folder)])
 
 
 def test_an_empty_folder_says_what_is_expected(tmp_path):
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ModeclipError, match=r"'nothing': folder .* has no sub-folders: expected"):
+    with pytest.raises(ModeclipError, match=r"'nothing'.*no sub-folders.*folder for each class"):
         load_tasks([str(tmp_path / "nothing")])
 
 
@@ -122,7 +122,7 @@ def test_folders_that_are_one_class_are_named(tmp_path):
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"")
-    with pytest.raises(ModeclipError, match=r"x.zip' can hold no task: expected .parquet, .csv"):
+    with pytest.raises(ModeclipError, match=r"x\.zip' can hold no task.*\.parquet, \.csv"):
         load_tasks([str(tmp_path / "x.zip")])
 
 
@@ -135,17 +135,17 @@ def test_names_are_given_or_those_of_the_folders(folder):
 
 
 def test_two_tasks_of_one_name_are_refused(folder):
-    with pytest.raises(ModeclipError, match=r"'animals' is given twice .*another name \(NAME=PATH\)"):
+    with pytest.raises(ModeclipError, match=r"'animals'.*twice.*NAME=PATH"):
         load_tasks([str(folder), str(folder)])
 
 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("food102", r"no published task 'food102'; nearest: food101, \S+, \S+; all 44: docs/evaluation.md$"),
-        ("no/such/folder", r"no such folder or file, and no published task 'no/such/folder'; nearest: "),
-        ("birds=no/such", r"task 'birds': '.*no/such' does not exist"),
-        ("pets=no/such", r"task 'pets': '.*no/such' does not exist; expected data of Oxford-IIIT Pets"),
+        ("food102", r"task 'food102'.*nearest: food101, \S+, \S+;.*docs/evaluation\.md$"),
+        ("no/such/folder", r"no such folder.*'no/such/folder'.*nearest: .*docs/evaluation\.md"),
+        ("birds=no/such", "task 'birds'.*no/such' does not exist.*correct the path"),
+        ("pets=no/such", "task 'pets'.*no/such' does not exist.*Oxford-IIIT Pets"),
     ],
 )
 def test_what_is_not_there_is_named(spec, words):
@@ -154,7 +154,7 @@ def test_what_is_not_there_is_named(spec, words):
 
 
 def test_folders_of_classes_have_no_captions(folder):
-    with pytest.raises(ModeclipError, match="holds classification without captions; leave out 'retrieval:'"):
+    with pytest.raises(ModeclipError, match=r"without captions.*leave out 'retrieval:'"):
         load_tasks([f"retrieval:{folder}"])
 
 
@@ -175,7 +175,7 @@ def test_tasks_in_an_object_store_are_read_in_place(folder):
 
 
 def test_selections_are_of_catalogs_only(folder):
-    with pytest.raises(ModeclipError, match=r"#group=x selects rows of a catalog, but '.*animals' is none"):
+    with pytest.raises(ModeclipError, match=r"#group=x.*catalog.*animals' is none"):
         load_tasks([f"{folder}#group=x"])
 
 
@@ -207,7 +207,7 @@ def test_prompts_come_from_a_file_by_task(folder, tmp_path):
         (None, "template file .* does not exist"),
         ("{", "is not JSON"),
         ("[]", "expected prompts by name of a task"),
-        ('{"animals": {"dog": ["x"]}}', r"prompts.json, animals' has no prompts for class 'newt' \(2 such classes\)"),
+        ('{"animals": {"dog": ["x"]}}', r"prompts\.json, animals'.*no prompts.*'newt' \(2 such"),
         ('{"animals": ["x"]}', "animals: template 'x' has no"),
     ],
 )
@@ -279,11 +279,11 @@ def test_tasks_of_a_catalog_can_be_asked_for_captions(catalogs):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("{}/catalog.lance", r"holds no tasks: select rows with .*#column=value"),
-        ("mine={}/tasks.lance", r"holds 2 tasks: leave out the name, or select one, such as mine=.*#task=large"),
+        ("{}/catalog.lance", "holds no tasks.*#column=value.*or write retrieval:"),
+        ("mine={}/tasks.lance", "holds 2 tasks.*leave out the name.*mine=.*#task=large"),
         ("{}/tasks.lance#task=medium", r"no row of .* has task=medium"),
         ("{}/tasks.lance#colour=red", r"unknown column of .* 'colour'"),
-        ("{}/tasks.lance#width=wide", r"column 'width' holds int32, which 'wide' is not"),
+        ("{}/tasks.lance#width=wide", "'width' holds int32.*'wide'"),
     ],
 )
 def test_selections_that_find_nothing_are_one_line(catalogs, spec, words):

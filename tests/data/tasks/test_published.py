@@ -161,7 +161,7 @@ def test_imagenet_in_any_order_of_folders(tmp_path):
 
 def test_imagenet_needs_the_words_of_open_clip(tmp_path):
     save_classes(tmp_path / "imagenet", list(wordnet_ids()))
-    with pytest.raises(ModeclipError, match=r"'imagenet' needs ImageNet's class names .*: pass imagenet="):
+    with pytest.raises(ModeclipError, match=r"'imagenet' needs .*class names.*pass imagenet="):
         load_tasks(["imagenet"], root=str(tmp_path))
 
 
@@ -174,7 +174,7 @@ def test_folders_that_are_no_wordnet_ids_are_named(tmp_path):
 
 def test_too_few_classes_are_not_the_published_task(tmp_path):
     save_classes(tmp_path / "imagenet-r", list(wordnet_ids()[:3]))
-    words = r"ImageNet-R has 200 classes, found 3 \('n01440764', .*give them another name \(NAME=PATH\)"
+    words = "ImageNet-R has 200 .*found 3 .*n01440764.*another name.*NAME=PATH"
     with pytest.raises(ModeclipError, match=words):
         load_tasks(["imagenet-r"], root=str(tmp_path), imagenet=imagenet_words)
     (task,) = load_tasks([f"mine={tmp_path}/imagenet-r"])
@@ -254,7 +254,7 @@ def test_missing_data_say_what_to_put_where(tmp_path, name):
 
 def test_a_group_names_all_that_is_missing(tmp_path):
     save_classes(tmp_path / "stl10", ["airplane"])
-    words = "25 of 26 tasks of 'tasks26' have no data: imagenet, food101"
+    words = "25 of 26 tasks.*'tasks26'.*no data.*imagenet, food101.*put .*folder for each"
     with pytest.raises(ModeclipError, match=words):
         load_tasks(["tasks26"], root=str(tmp_path))
 
@@ -305,7 +305,7 @@ def test_hateful_memes_as_they_are_published(tmp_path):
 
 def test_data_of_another_kind_are_refused(tmp_path):
     save_classes(tmp_path / "flickr30k", ["cat", "dog"])
-    with pytest.raises(ModeclipError, match=r"Flickr30k.* is retrieval, but .* holds classification"):
+    with pytest.raises(ModeclipError, match=r"Flickr30k.* is retrieval, but .* holds classification.*put .*json"):
         load_tasks(["flickr30k"], root=str(tmp_path))
 
 

@@ -177,17 +177,17 @@ def damage(root: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("no number of shards", r"nshards.txt' is missing: expected the number of shards"),
+        ("no number of shards", r"nshards\.txt' is missing.*number of shards"),
         ("odd number of shards", r"nshards.txt' says 'three'"),
         ("missing shard", r"1.tar' is missing \(1 of 3 shards\)"),
         ("torn shard", r"1.tar' cannot be read: .*download it again"),
-        ("label", r"label 2 of image 's0000002' is out of range: expected 0 to 1 for 2 class names"),
+        ("label", "label 2 of image 's0000002'.*expected 0 to 1 for 2"),
         ("blank line", r"classnames.txt': line 2 is blank"),
         ("not UTF-8", r"classnames.txt' is not UTF-8"),
         ("empty file", r"classnames.txt' is empty"),
         ("no names", r"labels are numbers.*classnames.txt beside"),
         ("prompt", r"template 'a photo' has no \{\}"),
-        ("type", r"unknown type in .*'captioning'; known: classification, multilabel, retrieval"),
+        ("type", "type in .*'captioning'.*known: classification, multilabel, retrieval"),
     ],
 )
 def test_a_damaged_set_is_one_line(sets, kind, words):
@@ -221,8 +221,8 @@ def npy(*values: float) -> bytes:
     ("kind", "members", "words"),
     [
         ("", [("a.png", encoded()), ("a.cls", b"cat")], r"label of 'a' is b'cat', expected a number"),
-        ("", [("a.png", encoded())], r"sample 'a' of .* has no .cls"),
-        ("", [("a.cls", b"0")], r"sample 'a' of .* has no .webp or .png or .jpg or .jpeg"),
+        ("", [("a.png", encoded())], r"sample 'a' of .*no \.cls.*add it or remove"),
+        ("", [("a.cls", b"0")], r"sample 'a' of .*no \.webp or \.png.*add it or remove"),
         ("", [("a.png", encoded()), ("a.cls", b"0"), ("a.png", encoded())], r"has a.png twice"),
         ("", [("a.png", encoded()), ("a.cls", b"0"), ("a.cls", b"0")], r"has a.cls twice"),
         ("", [], r"hold no sample"),
@@ -274,7 +274,7 @@ def test_prompts_of_each_class_come_from_json(tmp_path):
     assert task.prompts == (("it purrs", "a cat"), ("it barks",))
     for content, words in [
         ('{"cat": ["x"]}', "has no prompts for class 'dog'"),
-        ('{"cat": ["x"], "dog": [3]}', "prompts of class 'dog' are not a list of texts"),
+        ('{"cat": ["x"], "dog": [3]}', "prompts of class 'dog'.*not a list"),
         ("3", "expected a list of prompts"),
         ("{", "is not JSON"),
     ]:

@@ -90,14 +90,14 @@ def test_numbers_are_told_by_classnames(tmp_path):
     assert task.classnames == ("cat", "dog", "newt")
     assert task.labels.tolist() == [1, 0]
     (tmp_path / "t.csv").write_text("image,label\nx.png,1\ny.png,3\n")
-    with pytest.raises(ModeclipError, match=r"label 3 of image 'y\.png' is out of range: expected 0 to 2"):
+    with pytest.raises(ModeclipError, match=r"label 3 of image 'y\.png'.*expected 0 to 2 for 3"):
         load(tmp_path / "t.csv")
 
 
 def test_a_column_tells_training_from_testing(tmp_path):
     save_images(tmp_path, "x.png", "y.png", "z.png")
     (tmp_path / "t.csv").write_text("image,label,split\nx.png,cat,test\ny.png,dog,train\nz.png,cat,train\n")
-    with pytest.raises(ModeclipError, match=r"training split has class 'dog', which the test split lacks"):
+    with pytest.raises(ModeclipError, match=r"training split.*'dog'.*test split lacks.*remove it"):
         load(tmp_path / "t.csv", train=True)
     (tmp_path / "t.csv").write_text("image,label,split\nx.png,cat,test\ny.png,dog,test\nz.png,dog,train\n")
     task = load(tmp_path / "t.csv", train=True)
@@ -112,14 +112,14 @@ def test_a_column_tells_training_from_testing(tmp_path):
     [
         ("", "has no rows"),
         ("image,label\n", "has no rows"),
-        ("picture,label\nx.png,cat\n", r"has no column filepath.*its columns are picture, label"),
-        ("image,kind\nx.png,cat\n", r"has no column label or caption; its columns are image, kind"),
+        ("picture,label\nx.png,cat\n", "no column filepath.*picture, label.*rename one"),
+        ("image,kind\nx.png,cat\n", "no column label or caption.*image, kind.*rename one"),
         ("image,label\nx.png,\n", r"column 'label' of row 1 is empty"),
         ("image,label\nx.png,a\n,b\n", r"column 'image' of row 2 is empty"),
         ("image,label\nx.png,a,b\n", r"row 1 has more cells than the header"),
         ("image,label\nx.png\n", r"column 'label' of row 1 is empty"),
         ('image,label\n"x.png,a\n', r"cannot be read"),
-        ("image,label\nq.png,a\n", r"image 'q.png' is neither in .* nor in its sub-folders \(1 of 1"),
+        ("image,label\nq.png,a\n", r"image 'q\.png'.*1 of 1 images are missing.*put the images"),
         ("image,label\nhttps://host/x.png,a\n", r"holds addresses.*img2dataset"),
         ("image,caption\nx.png,a\nx.png,\n", r"column 'caption' of row 2 is empty"),
     ],
@@ -190,7 +190,7 @@ def test_lists_of_labels_are_several_classes_an_image(tmp_path):
 def test_numbers_in_lists_of_labels_must_be_in_range(tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     path = table(tmp_path / "t.parquet", image=[encoded(1)], label=[[0, 2]])
-    with pytest.raises(ModeclipError, match=r"labels \[0, 2\] of image '0' are out of range: expected 0 to 1"):
+    with pytest.raises(ModeclipError, match=r"labels \[0, 2\] of image '0'.*expected 0 to 1$"):
         load(path)
 
 
@@ -206,13 +206,13 @@ def test_lists_of_captions_and_equal_images_are_told_apart(tmp_path):
 
 def test_an_image_without_caption_is_named(tmp_path):
     path = table(tmp_path / "t.parquet", image=[encoded(1), encoded(2)], caption=[["a"], [""]], key=["k1", "k2"])
-    with pytest.raises(ModeclipError, match=r"image 'k2' has no caption \(1 such images\)"):
+    with pytest.raises(ModeclipError, match=r"'k2' has no caption \(1 such.*give it one or remove"):
         load(path)
 
 
 def test_a_damaged_image_in_a_table_is_named(tmp_path):
     task = load(table(tmp_path / "t.parquet", image=[encoded(1), b"torn"], label=["a", "b"], key=["k1", "k2"]))
-    with pytest.raises(ModeclipError, match=r"task 't': image 'k2': image does not decode"):
+    with pytest.raises(ModeclipError, match=r"'t'.*'k2'.*does not decode.*replace it"):
         task.images.read(np.arange(2))
 
 
@@ -275,7 +275,7 @@ def test_sugarcrepe(tmp_path):
     assert task.texts == ("right", "wrong", "yes", "no")
     assert task.instance_of_image.tolist() == [0, 1]
     assert task.instance_of_text.tolist() == [0, 0, 1, 1]
-    with pytest.raises(ModeclipError, match=r"6 of 7 tasks of 'sugarcrepe' have no data.*put .*val2017"):
+    with pytest.raises(ModeclipError, match=r"6 of 7 tasks.*'sugarcrepe'.*no data.*put .*val2017"):
         load_tasks(["sugarcrepe"], root=str(tmp_path))
     entries["7"]["negative_caption"] = " "
     (folder / "swap_att.json").write_text(json.dumps(entries))

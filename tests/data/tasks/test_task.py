@@ -91,7 +91,11 @@ def test_byte_ranges_are_read_and_an_early_end_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "image file is missing"), (b"", "is empty"), (b"\x89PNG\r\n\x1a\n torn", "does not decode")],
+    [
+        (None, "is missing; replace"),
+        (b"", "is empty: replace"),
+        (b"\x89PNG\r\n\x1a\n torn", "does not decode; replace"),
+    ],
 )
 def test_a_damaged_image_is_named_with_its_cause(tmp_path, content, words):
     images = some_images(tmp_path)
@@ -112,7 +116,7 @@ def test_a_missing_image_stops_the_hash(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"labels": np.array([0, 1, 2])}, r"label 2 of image '2.png' is out of range: expected 0 to 1 for 2 class"),
+        ({"labels": np.array([0, 1, 2])}, r"label 2 of image '2\.png'.*expected 0 to 1 for 2"),
         ({"labels": np.array([0, -1, 1])}, r"label -1 of image '1.png' is out of range"),
         ({"labels": np.array([0, 1])}, r"3 images of 2 classes have labels of shape \(2,\)"),
         ({"labels": np.zeros((3, 5), bool)}, r"labels of shape \(3, 5\)"),

@@ -217,10 +217,11 @@ def _timm_folder(name: str, model: str) -> Path:
     pretrained = timm.models.get_pretrained_cfg(model)
     hub_id = getattr(pretrained, "hf_hub_id", None)
     full = model if "." in model else f"{model}.{getattr(pretrained, 'tag', '')}".rstrip(".")
-    cached = cached_folder(f"{hub_id}{full}" if str(hub_id).endswith("/") else str(hub_id)) if hub_id else None
+    of_hub = f"{hub_id}{full}" if str(hub_id).endswith("/") else hub_id  # some ids of timm lack the model's name
+    cached = cached_folder(of_hub) if of_hub else None
     if cached is None:
         raise ModeclipError(
             f"encoder {name!r}: its pretrained weights are not in the local cache; give timm:FOLDER with a copy of the "
-            f"hub's {hub_id or 'model '}{full}"
+            f"hub's {of_hub or f'model {full}'}"
         )
     return cached
