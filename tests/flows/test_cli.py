@@ -244,6 +244,50 @@ def test_a_reader_that_has_seen_enough_is_no_error(words: tuple[str, ...], tmp_p
     assert (done.returncode, done.stderr) == (PIPE_CLOSED, "")
 
 
+@pytest.fixture(scope="module")
+def foreign_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog whose captions are not in ASCII."""
+    folder = tmp_path_factory.mktemp("foreign")
+    write_pairs(folder / "pairs", [plain_png(grey) for grey in range(3)], ["猫", "café", "猫"])
+    main(["index", str(folder / "pairs"), "--out", str(folder / "catalog")])
+    return folder / "catalog"
+
+
+def test_output_that_is_not_utf8_shows_escapes(foreign_catalog: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+
+    def check(*words: str) -> str:
+        command = [sys.executable, "-m", "modeclip", "check", str(foreign_catalog), "--out", str(tmp_path), *words]
+        done = subprocess.run(command, capture_output=True, check=True, env=environment)
+        return done.stdout.decode("ascii")
+
+    assert "'\\u732b', 2 times" in check()
+    first = [finding["first"] for finding in json.loads(check("--json"))["findings"]]
+    assert any("'猫', 2 times" in place for place in first)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_changes_nothing(closed: str, foreign_catalog: Path, tmp_path: Path) -> None:
+    command = f'"$0" -m modeclip check "$1" --out "$2" {closed}'
+    subprocess.run(["sh", "-c", command, sys.executable, str(foreign_catalog), str(tmp_path)], check=True)
+    assert "猫" in (tmp_path / "check.html").read_text(encoding="utf-8")
+
+
+def test_output_to_a_full_disk_is_one_line(foreign_catalog: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "modeclip", "check", str(foreign_catalog), "--out", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert subprocess.run(command, stderr=full, stdout=subprocess.PIPE, check=False).returncode == 2
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("modeclip: error: no space left")
+    assert "Traceback" not in done.stderr
+
+
+def test_arguments_that_are_not_utf8_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["route", "x", "--classes", "caf\udce9,dog"], ["index", "x", "--out", "o\udce9"], ["\udce9"]):
+        assert re.search(r"\\udce9.*: expected UTF-8", fails(capsys, *words))
+
+
 def test_ctrl_c_during_an_import(tmp_path: Path) -> None:
     """The process ends at once, with one line; a package that the command line imports presses the key."""
     (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")

@@ -270,3 +270,10 @@ def test_paths_count_from_the_recipe(small_run: Path, tmp_path: Path) -> None:
     assert recipe.data.source == f"{tmp_path}/a.tar::/b.tar"
     assert recipe.data.tasks == (f"birds={tmp_path}/tests/birds", f"flowers={tmp_path}/flowers")
     assert recipe.train.model == f"{tmp_path}/models/seed"
+
+
+def test_everybody_may_read_a_run_who_may_read_new_files(small_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    permissions = (tmp_path / "new").stat().st_mode & 0o777
+    private = [path for path in small_run.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != permissions]
+    assert not private

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from modeclip.clustering.kmeans import kmeans
 from modeclip.errors import ModeclipError
+from modeclip.system.files import replacing
 
 CLUSTERING_FILE = "clustering.safetensors"
 FORMAT = "modeclip.clustering"
@@ -81,9 +82,8 @@ class Clustering:
         path = Path(folder) / CLUSTERING_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={FORMAT: FORMAT_VERSION})  # one entry: the order of two is random
-        part.replace(path)
+        with replacing(path) as part:
+            save_file(tensors, part, metadata={FORMAT: FORMAT_VERSION})  # one entry: the order of two is random
 
     @classmethod
     def load(cls, folder: Path | str) -> Clustering:

@@ -10,13 +10,14 @@ import ast
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.resources import files
 
 import tyro
 
 from modeclip.errors import ModeclipError, in_one_line
-from modeclip.system.console import console
+from modeclip.system.console import console, open_streams
 from modeclip.system.options import call
 
 PIPE_CLOSED = 128 + 13
@@ -51,21 +52,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what the ``modeclip`` command calls."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    open_streams()
     try:
         try:
+            _check_words(words)
             _run(words)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is still ours to handle
     except ModeclipError as error:
         _fail(str(error))
     except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         raise SystemExit(PIPE_CLOSED) from None
     except OSError as error:
+        _drop_output()
         _fail(in_one_line(error))
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to continue")
         raise SystemExit(130) from None
+
+
+def _check_words(words: Sequence[str]) -> None:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            shown = word.encode(errors="backslashreplace").decode()
+            raise ModeclipError(
+                f"argument '{shown}': expected UTF-8, got {word[error.start]!a} at position {error.start};"
+                " set the terminal to UTF-8, or rename the file"
+            ) from None
+
+
+def _drop_output() -> None:
+    """Send what standard output still holds nowhere: Python would write it at its end, and fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: Sequence[str]) -> None:
@@ -106,5 +130,6 @@ def _stand_in(summary: str) -> Callable[[], None]:
 
 
 def _fail(message: str) -> None:
-    print(f"modeclip: error: {message}", file=sys.stderr)
+    with suppress(OSError):  # a full disk, where standard error goes to a file
+        print(f"modeclip: error: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log, progress
-from modeclip.system.files import writing
+from modeclip.system.files import replacing, writing
 
 UID_DTYPE = np.dtype("<u8,<u8")
 DIGITS = 32
@@ -89,10 +89,8 @@ def write_uids(path: Path | str, uids: Uids | Sequence[str]) -> None:
     """
     path = Path(path)
     array = uids if isinstance(uids, np.ndarray) and _is_pairs(uids.dtype) else parse_uids(list(uids))
-    temporary = path.with_name(path.name + ".part")
-    with writing(path), temporary.open("wb") as file:
+    with writing(path), replacing(path) as part, part.open("wb") as file:
         np.save(file, _sort(array.astype(UID_DTYPE, copy=False)))
-    temporary.replace(path)
 
 
 def parse_uids(texts: Sequence[str]) -> Uids:

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import Interval, Outcome, PairedTest, paired_interval, paired_test
-from modeclip.system.files import write_atomically, writing
+from modeclip.system.files import replacing, write_atomically, writing
 from modeclip.system.paths import RunPaths
 
 RESULTS_FILE = "results.jsonl"
@@ -332,9 +332,8 @@ def _write_predictions(path: Path, result: Result, record: Mapping[str, Any]) ->
         columns["image"] = outcome.image
     table = pa.table(columns | dict(outcome.extra))
     table = table.replace_schema_metadata({OURS: json.dumps(record, allow_nan=False)})
-    part = path.with_name(path.name + ".part")
-    pq.write_table(table, part, compression="zstd")
-    part.replace(path)
+    with replacing(path) as part:
+        pq.write_table(table, part, compression="zstd")
 
 
 def _read(path: Path) -> Predictions:

@@ -49,7 +49,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.rules import DEFAULT_RULE, DEFAULT_TEMPERATURE, RULES
 from modeclip.models.clip import CONFIG_FILE, PARITY_FILE, WEIGHTS_FILE
 from modeclip.models.pool import ModelRef
-from modeclip.system.files import hash_file, hash_files, versions
+from modeclip.system.files import hash_file, hash_files, replacing, versions
 from modeclip.system.paths import RunPaths
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
@@ -392,7 +392,8 @@ def save_centres(
     if fine_quantiles is not None:
         tensors["quantile_levels"] = np.array(fine_quantiles.levels)
         tensors["fine_quantiles"] = np.ascontiguousarray(fine_quantiles.distances)
-    save_file(tensors, path)
+    with replacing(path) as part:
+        save_file(tensors, part)
 
 
 def _find(source: str | Path) -> Path:

@@ -17,7 +17,6 @@ Source: the layout of ``.pt`` files and the order of the parameters in their opt
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeclip.errors import ModeclipError
-from modeclip.system.files import hash_file, writing
+from modeclip.system.files import hash_file, replacing, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -261,25 +260,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         storage = value.untyped_storage().data_ptr()
         apart[name] = value.clone() if storage in seen else value
         seen.add(storage)
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            save_file(apart, part, metadata=dict(metadata or {}))
-            _flush(part)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        part.replace(path)
-        _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with writing(path), replacing(path) as part:
+        save_file(apart, part, metadata=dict(metadata or {}))
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 from jaxtyping import Float
@@ -76,9 +77,7 @@ class FeatureCache:
     @contextmanager
     def writer(self, key: str, num_rows: int) -> Iterator[Callable[[Any, Float[np.ndarray, "n D"]], None]]:
         """Yield ``write(rows, vectors)``; the file appears at the end unless an error was raised."""
-        handle, name = tempfile.mkstemp(prefix=f"{key}.", suffix=".part", dir=self.folder)
-        os.close(handle)
-        part = Path(name)
+        part = self.folder / f"{key}.{uuid4().hex}.part"  # several processes may write the same file
         maps: list[np.memmap[Any, Any]] = []
 
         def write(rows: Any, vectors: Float[np.ndarray, "n D"]) -> None:

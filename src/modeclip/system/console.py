@@ -6,7 +6,9 @@ terminal a bar is live; in a log file each finished bar leaves one line.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,24 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
+
+
+def open_streams() -> None:
+    """Make standard output and error such that printing cannot fail for the text's sake.
+
+    What their encoding lacks is written as backslash escapes. One that is closed goes nowhere; its descriptor is
+    taken, so that no file of ours gets its number and with it what some library prints.
+    """
+    for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class RateColumn(ProgressColumn):
@@ -97,7 +117,8 @@ def log(text: str) -> None:
 
 def print_json(content: Any) -> None:
     """Print a result for machines on standard output."""
-    json.dump(content, sys.stdout, indent=1, ensure_ascii=False)
+    is_utf8 = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    json.dump(content, sys.stdout, indent=1, ensure_ascii=not is_utf8)
     print()
 
 

@@ -39,7 +39,7 @@ from modeclip.models.encoders.hub import (
     unit_rows,
 )
 from modeclip.system.devices import choose_device
-from modeclip.system.files import hash_folder, write_atomically
+from modeclip.system.files import hash_folder, replacing, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -310,9 +310,8 @@ def fit_tfidf(captions: Iterable[str], folder: Path, *, dimension: int = DIMENSI
     weights = {kind: counter.idf_.astype(np.float32) for kind, counter in zip(COUNTERS, counters, strict=True)}
     weights["axes"] = np.ascontiguousarray(svd.components_.T, np.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{WEIGHTS_FILE}.part"
-    save_file(weights, part)
-    part.replace(folder / WEIGHTS_FILE)
+    with replacing(folder / WEIGHTS_FILE) as part:
+        save_file(weights, part)
     write_atomically(folder / TERMS_FILE, json.dumps({"format_version": FORMAT_VERSION, **terms}) + "\n")
 
 
