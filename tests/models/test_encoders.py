@@ -147,7 +147,7 @@ def test_vectors_say_what_texts_mean(minilm):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vector_is_the_same_whatever_it_is_encoded_with(kind, name_of):
-    encoder = load_any_encoder(name_of[kind], batch_size=8)
+    encoder = load_any_encoder(name_of[kind], batch_size=8, trust_encoder=True)
     captions = [
         *TEXTS,
         *(f"{word} {shape} {'very ' * (number % 7)}big" for number, word in enumerate(WORDS) for shape in SHAPES),
@@ -171,7 +171,7 @@ def test_a_vector_is_the_same_whatever_it_is_encoded_with(kind, name_of):
 def test_the_number_of_threads_changes_no_bit(kind, name_of):
     import torch
 
-    encoder = load_encoder(name_of[kind])
+    encoder = load_encoder(name_of[kind], trust_encoder=True)
     one = encoder.encode([*TEXTS, *WORDS])
     threads = torch.get_num_threads()
     try:
@@ -595,9 +595,9 @@ def own_module(tmp_path_factory):
 
 
 def test_own_encoders():
-    vectors = load_encoder(f"{OWN_MODULE}:LetterCounts").encode(["aab", "z"])
+    vectors = load_encoder(f"{OWN_MODULE}:LetterCounts", trust_encoder=True).encode(["aab", "z"])
     np.testing.assert_allclose(vectors[:, [0, 1, 25]], [[2 / 5**0.5, 1 / 5**0.5, 0], [0, 0, 1]], atol=1e-6)
-    pair = load_any_encoder(f"{OWN_MODULE}:Sizes")
+    pair = load_any_encoder(f"{OWN_MODULE}:Sizes", trust_encoder=True)
     np.testing.assert_allclose(pair.encode_pairs(["abc"], [b"abcd"]), [[0.6, 0.8]], atol=1e-6)
 
 
@@ -613,8 +613,21 @@ def test_own_encoders():
 def test_own_encoders_that_do_not_work_are_said(attribute, message):
     name = f"{OWN_MODULE}:{attribute}"
     with pytest.raises(ModeclipError, match=f"^encoder '{name}': {message}") as caught:
-        load_encoder(name).encode(["a"])
+        load_encoder(name, trust_encoder=True).encode(["a"])
     assert "\n" not in str(caught.value)
+
+
+def test_own_encoders_run_only_where_the_user_named_them(tmp_path, monkeypatch):
+    (tmp_path / "marks_itself.py").write_text("open('mark', 'w').close()\ndef encoder():\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for load in (load_encoder, load_any_encoder):
+        with pytest.raises(ModeclipError, match=r"marks_itself:encoder.*Python code.*--encoder"):
+            load("marks_itself:encoder")
+    assert not (tmp_path / "mark").exists()
+    with pytest.raises(ModeclipError, match="expected an object with dimension"):
+        load_encoder("marks_itself:encoder", trust_encoder=True)
+    assert (tmp_path / "mark").exists(), "the test would not notice that code runs"
 
 
 @pytest.mark.parametrize("kind", ["tfidf", "model2vec", "timm", "clip", "clip-image"])
@@ -672,7 +685,7 @@ def test_tfidf_must_be_fitted():
 
 def test_the_fingerprint_is_that_of_the_model(name_of, tmp_path):
     for kind in ("simcse", "tfidf", "model2vec", "clip", "timm"):
-        first, again = (load_any_encoder(name_of[kind]).fingerprint for _ in range(2))
+        first, again = (load_any_encoder(name_of[kind], trust_encoder=True).fingerprint for _ in range(2))
         assert first == again
         assert len(first) == 64
     save_clip(load_clip("modeclip-icon", seed=4), tmp_path / "clip")

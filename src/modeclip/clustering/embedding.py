@@ -246,7 +246,7 @@ def _fitted(catalog: Catalog, config: EmbedConfig) -> str:
 @lru_cache(maxsize=1)
 def _encoder(name: str, batch_size: int) -> Encoder | PairEncoder:
     """Return this process's encoder, which is loaded at its first use."""
-    return load_any_encoder(name, batch_size=batch_size)
+    return load_any_encoder(name, batch_size=batch_size, trust_encoder=True)  # the user's settings name it
 
 
 @lru_cache(maxsize=1)

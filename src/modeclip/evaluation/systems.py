@@ -350,12 +350,12 @@ def run_systems(
         models: The seed, which stands in for missing experts, and any others. A control with a model missing is left
             out.
         clusters: Fine centres and whose they are.
-        encoder: Encoder that the captions were clustered with.
+        encoder: Encoder that the captions were clustered with, which the user's recipe names.
         config: Rule, temperature and templates of the bundle; its rule decides which mixture is the default.
         cache: Where the vectors of class names are kept.
         one_step: Centres of OneStep-n, by which it is routed too; None: it is only averaged.
     """
-    names = CachedEncoder(encoder, clusters.fine_centers.shape[1], cache)
+    names = CachedEncoder(encoder, clusters.fine_centers.shape[1], cache, trust_encoder=True)
     ordered = sorted(
         models, key=lambda model: (model.role != "seed", model.role in {"expert", "prior"}, len(model.name))
     )

@@ -192,10 +192,12 @@ class ClusterRouter:
 
         Args:
             clusters: An opened bundle, or the clustering that a bundle would be made of.
-            encoder: The encoder that the clusters were made with, or its name; None: the one that the bundle names.
+            encoder: The encoder that the clusters were made with, or its name, which the user gave; None: the one that
+                the bundle names, which may not be Python code.
         """
         self.clusters = clusters
         self.bundle = clusters if isinstance(clusters, Bundle) else None
+        self._trusted = encoder is not None
         if encoder is None:
             if self.bundle is None:
                 raise ModeclipError("ClusterRouter: a clustering does not name its encoder; give one")
@@ -205,7 +207,9 @@ class ClusterRouter:
     @cached_property
     def encoder(self) -> Encoder | PairEncoder:
         """The encoder of names or pictures."""
-        return load_any_encoder(self._given) if isinstance(self._given, str) else self._given
+        if not isinstance(self._given, str):
+            return self._given
+        return load_any_encoder(self._given, trust_encoder=self._trusted)
 
     @property
     def encoder_name(self) -> str:

@@ -57,8 +57,8 @@ SHOWN_TEXTS = 20_000
 class CachedEncoder:
     """An encoder of texts (`encoders.Encoder`) that is loaded only for texts that are not in the cache."""
 
-    def __init__(self, name: str, dimension: int, cache: FeatureCache) -> None:
-        self.name, self.dimension, self._cache = name, dimension, cache
+    def __init__(self, name: str, dimension: int, cache: FeatureCache, *, trust_encoder: bool = False) -> None:
+        self.name, self.dimension, self._cache, self._trusted = name, dimension, cache, trust_encoder
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """Return a float32 vector of norm 1 for each text, in the order of the texts."""
@@ -75,7 +75,7 @@ class CachedEncoder:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return load_encoder(self.name)
+        return load_encoder(self.name, trust_encoder=self._trusted)
 
     @cached_property
     def _identity(self) -> dict[str, str] | None:

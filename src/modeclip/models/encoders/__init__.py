@@ -103,18 +103,20 @@ class PairEncoder(Protocol):
         ...
 
 
-def load_encoder(name: str, *, batch_size: int = BATCH_SIZE) -> Encoder:
+def load_encoder(name: str, *, batch_size: int = BATCH_SIZE, trust_encoder: bool = False) -> Encoder:
     """Load an encoder of texts on the GPU if there is one, else on the CPU.
 
     Args:
         name: One of the names at the top of this module. A folder is preferred to a hub id.
         batch_size: Texts in every forward pass.
+        trust_encoder: Import and call ``MODULE:ATTRIBUTE``. Only for a name that the user gave; one that was read from
+            a bundle or a catalog would run whatever their maker chose.
 
     Raises:
         ModeclipError: The name is unknown; its package, folder or download is missing; it is not
-            the kind of model that its name says; or it encodes images.
+            the kind of model that its name says; its settings are refused; or it encodes images.
     """
-    encoder = load_any_encoder(name, batch_size=batch_size)
+    encoder = load_any_encoder(name, batch_size=batch_size, trust_encoder=trust_encoder)
     if not isinstance(encoder, Encoder):
         raise ModeclipError(
             f"encoder {name!r} encodes {_WHAT[encoder.encodes]}, class names have no such vectors: route with clusters "
@@ -123,7 +125,7 @@ def load_encoder(name: str, *, batch_size: int = BATCH_SIZE) -> Encoder:
     return encoder
 
 
-def load_any_encoder(name: str, *, batch_size: int = BATCH_SIZE) -> Encoder | PairEncoder:
+def load_any_encoder(name: str, *, batch_size: int = BATCH_SIZE, trust_encoder: bool = False) -> Encoder | PairEncoder:
     """Load an encoder of texts, images or pairs; arguments and errors as for `load_encoder`."""
     check_encoder(name)
     if name == "auto":
@@ -140,6 +142,11 @@ def load_any_encoder(name: str, *, batch_size: int = BATCH_SIZE) -> Encoder | Pa
     if prefix in PREFIXES and rest:
         return _load_prefixed(name, prefix, rest, batch_size)
     if OWN.fullmatch(name):
+        if not trust_encoder:
+            raise ModeclipError(
+                f"encoder {name!r} is Python code of yours, or of whoever made this bundle or catalog, and does not run "
+                f"because a file names it; if you trust it, give --encoder {name} (in Python: trust_encoder=True)"
+            )
         return _load_own(name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
