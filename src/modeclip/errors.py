@@ -2,6 +2,7 @@
 
     ValueError
      └── ModeclipError      something the user gave cannot work; the message is one line
+          └── DamagedError  a file is not as it was written; the message names it and what makes it anew
 
 A message says what is wrong, where, what was expected, what was found, and what to do. The command line prints
 it behind ``modeclip: error:`` and exits with code 2. Anything else that escapes is a defect of modeclip.
@@ -28,6 +29,10 @@ ADVICE = {
 
 class ModeclipError(ValueError):
     """What the user asked for cannot be done; the message is one line that says why and what to do."""
+
+
+class DamagedError(ModeclipError):
+    """A file is missing, cut, changed or of another shape than what was written there."""
 
 
 def unknown(kind: str, got: str, known: Iterable[str], listed: str = "") -> ModeclipError:

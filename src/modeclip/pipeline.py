@@ -54,7 +54,7 @@ from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.system.console import log
 from modeclip.system.devices import PeakMemory, return_memory
-from modeclip.system.files import only_process, versions, write_atomically, writing
+from modeclip.system.files import only_process, versions, write_atomically, write_json, writing
 from modeclip.system.paths import RunPaths
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, seed_model
@@ -383,7 +383,7 @@ class RunFolder(RunPaths):
             cache.remove_unused()
         else:
             results |= {"tasks": [], "chance": {}, "models": [], "routing": {}}
-        write_atomically(self.results, json.dumps(results, indent=1) + "\n")
+        write_json(self.results, results)
         return results
 
     def _trained_models(self) -> list[TrainedModel]:
@@ -523,7 +523,7 @@ class _Stages:
         seconds = time.monotonic() - started
         content = {"name": name, "digest": digest, "seconds": round(seconds, 2), "detail": detail}
         content["peak_memory_gb"] = round(peak.gb, 3)
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
+        write_json(path, content, indent=2)
         return_memory()
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
 

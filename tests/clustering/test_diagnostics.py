@@ -316,3 +316,21 @@ def test_nothing_looked_into() -> None:
 
 def test_spread_of_one_pair_is_none() -> None:
     assert Stability(pairs=(SeedPair(seeds=(0, 1), fine=0.5, experts=0.25),)).experts == (0.25, 0.0)
+
+
+def test_batches_whose_negatives_are_all_false_have_no_mean_cosine(tmp_path: Path) -> None:
+    """Two clusters of equal captions each: in a batch of one, no negative is left to be hard."""
+    x = np.repeat(np.eye(2, dtype=np.float32), 4, axis=0)
+    label = np.repeat([0, 1], 4)
+    report = measure_negatives(lambda rows: x[rows], label, label, label[:, None], batch_size=8, num_batches=3)
+    random, expert, fine = report.kinds
+    assert random.cosine is not None
+    assert random.cosine.mean == 0.0
+    assert expert.cosine is None
+    assert fine.cosine is None
+    assert "nan" not in report.verdict
+    assert "mean cosine" not in report.verdict
+    found = Diagnostics(negatives=report)
+    found.save(tmp_path)
+    assert Diagnostics.load(tmp_path) == found
+    assert found.tables()[0][2][1][-1] == ""

@@ -44,7 +44,7 @@ from modeclip.evaluation.intervals import Interval, average, bootstrap_interval,
 from modeclip.mixture.bundle import MANIFEST_FILE, SEED, load_bundle
 from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import log, progress
-from modeclip.system.files import hash_file, only_process, write_atomically, writing
+from modeclip.system.files import hash_file, only_process, write_json, writing
 from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
 from modeclip.training.trainer import train
 
@@ -237,7 +237,7 @@ def finetune(
         clip = load_clip(seed)
         interpolate_into(clip, seed, out / "best", result.alpha)
         save_clip(clip, out)
-        write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")
+        write_json(out / RESULT_FILE, asdict(result))
     return result
 
 
@@ -283,7 +283,7 @@ class _Notes:
 
     def save(self) -> None:
         content = {"digest": self.digest, "checks": self.checks, "found": self.found}
-        write_atomically(self.path, json.dumps(content) + "\n")
+        write_json(self.path, content, indent=None)
 
 
 @dataclass

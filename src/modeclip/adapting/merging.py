@@ -31,7 +31,7 @@ from modeclip.evaluation.intervals import Outcome, average
 from modeclip.mixture.bundle import MANIFEST_FILE, SEED, check_files, load_bundle
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import progress
-from modeclip.system.files import write_atomically, writing
+from modeclip.system.files import write_json, writing
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ def merge(
             score=average(found) if found else None,
             accuracy=_accuracy(found),
         )
-        write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
+        write_json(out / RESULT_FILE, asdict(result), indent=2)
     return result
 
 

@@ -34,7 +34,7 @@ from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeR
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError, check_least
 from modeclip.system.console import log, progress
-from modeclip.system.files import write_atomically
+from modeclip.system.files import write_json
 
 DIAGNOSTICS_FILE = "diagnostics.json"
 
@@ -217,7 +217,7 @@ class Diagnostics:
         content = asdict(self)
         if self.negatives:
             content["negatives"]["verdict"] = self.negatives.verdict
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        write_json(path, content)
 
     @classmethod
     def load(cls, folder: Path | str) -> Diagnostics:
@@ -407,7 +407,7 @@ def _negatives_row(kind: Negatives) -> list[str]:
         f"{100 * kind.false.mean:.3g}",
         f"{100 * max(low, 0):.3g} to {100 * high:.3g}",
         f"{kind.false_per_pair.mean:.2f}",
-        f"{kind.cosine.mean:.3f}",
+        f"{kind.cosine.mean:.3f}" if kind.cosine else "",
     ]
 
 

@@ -36,7 +36,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
 from modeclip.errors import ModeclipError, check_least
 from modeclip.system.console import progress
-from modeclip.system.files import write_atomically
+from modeclip.system.files import write_json
 
 CARDS_FILE = "cards.json"
 CONFIG_FILE = "config.json"
@@ -144,9 +144,9 @@ class ClusterResult:
             "imbalance": self.imbalance,
             "objective": self.objective,
         }
-        write_atomically(Path(folder) / CARDS_FILE, json.dumps(cards, indent=1, ensure_ascii=False) + "\n")
+        write_json(Path(folder) / CARDS_FILE, cards, ensure_ascii=False)
         if self.config is not None:
-            write_atomically(Path(folder) / CONFIG_FILE, json.dumps(asdict(self.config), indent=1) + "\n")
+            write_json(Path(folder) / CONFIG_FILE, asdict(self.config))
 
     @classmethod
     def load(cls, folder: Path | str) -> ClusterResult:

@@ -76,8 +76,9 @@ class Negatives:
     """Share of negatives that are identical or near-duplicates, in [0, 1]."""
     false_per_pair: Estimate
     """How many such negatives a pair meets in its batch."""
-    cosine: Estimate
-    """Mean cosine of the other negatives' captions with the positive's; the higher it is, the harder they are."""
+    cosine: Estimate | None
+    """Mean cosine of the other negatives' captions with the positive's; the higher it is, the harder they are. None
+    where all negatives are false."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +110,17 @@ class NegativeReport:
             more = "fewer"
         else:
             more = "no clear difference"
-        if expert.cosine.exceeds(random.cosine):
-            harder = "harder"
-        else:
-            harder = "easier" if random.cosine.exceeds(expert.cosine) else "about as hard"
+        parts = [f"{_percent(random.false)}: {more}"]
+        if expert.cosine and random.cosine:
+            harder = "about as hard"
+            if expert.cosine.exceeds(random.cosine):
+                harder = "harder"
+            elif random.cosine.exceeds(expert.cosine):
+                harder = "easier"
+            parts.append(
+                f"the other negatives are {harder} in an expert's batch, mean cosine {expert.cosine.mean:.3f} against"
+                f" {random.cosine.mean:.3f}"
+            )
         apart = (
             f"{100 * self.apart:.1f} % of the false negatives of random batches join two experts and cannot meet in a "
             "batch of one"
@@ -122,8 +130,7 @@ class NegativeReport:
         return (
             f"In batches of {self.batch_size:,} pairs of one expert, {_percent(expert.false)} of the negatives are "
             f"false (identical caption, or cosine {self.threshold:g} or more), in random batches "
-            f"{_percent(random.false)}: {more}; the other negatives are {harder} in an expert's batch, mean cosine "
-            f"{expert.cosine.mean:.3f} against {random.cosine.mean:.3f}; {apart}."
+            f"{'; '.join([*parts, apart])}."
         )
 
 
@@ -196,7 +203,7 @@ def measure_negatives(
                 identical=identical_share(caption_ids, usable),
                 false=_estimate(false),
                 false_per_pair=_estimate(false_per_pair),
-                cosine=_estimate(cosine[~np.isnan(cosine)]),
+                cosine=None if np.isnan(cosine).all() else _estimate(cosine[~np.isnan(cosine)]),
             )
         )
     return NegativeReport(
@@ -253,5 +260,5 @@ def _false_pairs(
 
 def _estimate(values: Float[np.ndarray, " n"]) -> Estimate:
     if len(values) < 2:
-        return Estimate(mean=float(values[0]) if len(values) else math.nan, standard_error=0.0)
+        return Estimate(mean=float(values[0]), standard_error=0.0)
     return Estimate(mean=float(values.mean()), standard_error=float(values.std(ddof=1) / math.sqrt(len(values))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -176,12 +175,12 @@ def scaling(
     """Fit error = A * compute^(-b) to results of several sizes and budgets, a law for each family, with intervals."""
     from modeclip.evaluation.scaling import fit_scaling, read_points
     from modeclip.pages.scaling_page import RESULT_FILE, write_scaling
-    from modeclip.system.files import write_atomically
+    from modeclip.system.files import write_json
 
     result = fit_scaling(read_points(results), config)
     pages = write_scaling(result, out, what) if out is not None else ()
     if out is not None:
-        write_atomically(out / RESULT_FILE, json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
+        write_json(out / RESULT_FILE, asdict(result))
     if as_json:
         print_json(asdict(result))
         return

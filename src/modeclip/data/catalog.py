@@ -36,7 +36,7 @@ from modeclip.data.storage import (
     write_column_file,
 )
 from modeclip.errors import ModeclipError, unknown
-from modeclip.system.files import writing
+from modeclip.system.files import to_json, writing
 from modeclip.system.paths import is_url, join
 
 PAIR_COLUMNS = {
@@ -325,7 +325,7 @@ class Catalog:
         """
         if fixed := sorted(PAIR_COLUMNS.keys() & schema.names):
             raise ValueError(f"columns of the pairs themselves cannot be replaced: {fixed}")
-        metadata = {FACTS: json.dumps(dict(facts))}
+        metadata = {FACTS: to_json(dict(facts))}
         described = pa.schema([field.with_nullable(True).with_metadata(metadata) for field in schema])
         self._dataset = show_columns(self._dataset, described, files)
 

@@ -43,7 +43,7 @@ from modeclip.data.storage import (
 )
 from modeclip.errors import ModeclipError
 from modeclip.system.console import Advance, log, progress
-from modeclip.system.files import writing
+from modeclip.system.files import to_json, writing
 from modeclip.system.paths import join
 
 TASKS = "tasks.lance"
@@ -222,8 +222,8 @@ class _Indexing:
                 f" {sum(count for _, count in held.files):,} held out, skipped: {self.skips}"
             )
         self.sources |= {name: state for note in self.notes for name, state, is_there in note["units"] if is_there}
-        metadata = {SOURCES: json.dumps(self.sources), SETTINGS: self.settings}
-        metadata[SKIPPED] = json.dumps(dict(self.skips.causes))
+        metadata = {SOURCES: to_json(self.sources), SETTINGS: self.settings}
+        metadata[SKIPPED] = to_json(dict(self.skips.causes))
         if held.files:
             held.commit(metadata, self.replace)
         pairs.commit(metadata, self.replace)

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from modeclip.system.files import only_process, write_atomically
+from modeclip.system.files import only_process, to_json, write_atomically
 from modeclip.system.paths import is_url, join
 
 STORAGE_VERSION: Final = "2.1"
@@ -64,7 +64,7 @@ class Ledger:
 
     def add(self, part: str, content: Any) -> None:
         """Note that a part is finished; a reader sees the whole note or none."""
-        path, text = f"{self._folder}/{part}.json", json.dumps(content)
+        path, text = f"{self._folder}/{part}.json", to_json(content)
         if self._is_local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(path), text)

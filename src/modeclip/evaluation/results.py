@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import Interval, Outcome, PairedTest, paired_interval, paired_test
-from modeclip.system.files import replacing, write_atomically, writing
+from modeclip.system.files import replacing, to_json, write_atomically, write_json, writing
 from modeclip.system.paths import RunPaths
 
 RESULTS_FILE = "results.jsonl"
@@ -161,8 +161,8 @@ def write_results(folder: Path, results: Sequence[Result]) -> Path:
         record = _record(result)
         with writing(folder):
             _write_predictions(folder / PREDICTIONS_FOLDER / f"{name}.parquet", result, record)
-            write_atomically(folder / f"{name}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-    lines = [json.dumps(record, allow_nan=False) + "\n" for record in read_results(folder)]
+            write_json(folder / f"{name}.json", record)
+    lines = [to_json(record) + "\n" for record in read_results(folder)]
     path = folder / RESULTS_FILE
     with writing(path):
         write_atomically(path, "".join(lines))
@@ -331,7 +331,7 @@ def _write_predictions(path: Path, result: Result, record: Mapping[str, Any]) ->
     if outcome.image is not None:
         columns["image"] = outcome.image
     table = pa.table(columns | dict(outcome.extra))
-    table = table.replace_schema_metadata({OURS: json.dumps(record, allow_nan=False)})
+    table = table.replace_schema_metadata({OURS: to_json(record)})
     with replacing(path) as part:
         pq.write_table(table, part, compression="zstd")
 

@@ -49,7 +49,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.rules import DEFAULT_RULE, DEFAULT_TEMPERATURE, RULES
 from modeclip.models.clip import CONFIG_FILE, PARITY_FILE, WEIGHTS_FILE
 from modeclip.models.pool import ModelRef
-from modeclip.system.files import hash_file, hash_files, replacing, versions
+from modeclip.system.files import hash_file, hash_files, replacing, versions, write_json
 from modeclip.system.paths import RunPaths
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
@@ -344,7 +344,7 @@ def save_bundle(
         shutil.copytree(encoder.removeprefix(FITTED), part / ENCODER_FOLDER)
         encoder = FITTED + ENCODER_FOLDER
     save_centres(part / CENTRES_FILE, fine_centers, expert_of_fine, fine_quantiles)
-    (part / CLUSTERS_FILE).write_text(json.dumps(cards["fine"]) + "\n", encoding="utf-8")
+    write_json(part / CLUSTERS_FILE, cards["fine"], indent=None)
     experts = [
         Expert(
             name=(name := job_name("expert", card["index"])),
@@ -362,7 +362,7 @@ def save_bundle(
         "files": {"centres": CENTRES_FILE, "clusters": CLUSTERS_FILE},
         "sha256": hash_files(part, sorted(part.rglob("*"))),
     }
-    (part / MANIFEST_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(part / MANIFEST_FILE, content, indent=2)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -42,7 +42,7 @@ from modeclip.mixture.bundle import (
     save_centres,
 )
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
-from modeclip.system.files import hash_files, only_process, write_atomically, writing
+from modeclip.system.files import hash_files, only_process, write_json, writing
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
 _OURS = re.compile(r"(expert-\d+|centres|clusters)-edit\d+(\..+)?|expert-\d+\.part")
@@ -100,7 +100,7 @@ def add_expert(
             dict(card) | {"index": first + i, "expert": index, "experts": [index]}
             for i, card in enumerate(clusters.cards)
         ]
-        write_atomically(folder / files["clusters"], json.dumps(bundle.clusters + cards) + "\n")
+        write_json(folder / files["clusters"], bundle.clusters + cards, indent=None)
         expert = Expert(name=job_name("expert", index), folder=place, size=size, keywords=clusters.keywords)
         return _commit(bundle, (*bundle.experts, expert), entry, {place, *files.values()}, files)
 
@@ -273,7 +273,7 @@ def _commit(
     manifest["sha256"] = kept | hash_files(
         path, [f for a in added for f in (sorted(a.iterdir()) if a.is_dir() else [a])]
     )
-    write_atomically(path / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+    write_json(path / MANIFEST_FILE, manifest, indent=2)
     named = {file.partition("/")[0] for file in manifest["sha256"]}
     for leftover in path.iterdir():
         if leftover.name in dropped or (_OURS.fullmatch(leftover.name) and leftover.name not in named):

@@ -40,7 +40,7 @@ from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quant
 from modeclip.mixture.bundle import SEED, Bundle, check_files, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
 from modeclip.models.checkpoints import find_checkpoint
-from modeclip.system.files import only_process, write_atomically, writing
+from modeclip.system.files import only_process, write_json, writing
 from modeclip.system.paths import RunPaths
 from modeclip.training.jobs import Role, TrainConfig, TrainJob, TrainResult, job_name, learning_rate_at
 from modeclip.training.launching import run_jobs
@@ -212,7 +212,7 @@ def extend(
             plan = {"action": "new" if job.mask else "continue", "expert": job.index}
             plan |= {"bundle": str(bundle.resolve()), "clustering": opened.clustering, "pairs": catalog.fingerprint}
             job.save()
-            write_atomically(out / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+            write_json(out / PLAN_FILE, plan, indent=2)
         _check_plan(plan, bundle, catalog, out, action)
         job = TrainJob.load(out / job_name("expert", plan["expert"]) / "job.json")
         if not any(edit["job"] == job.digest for edit in opened.edits):

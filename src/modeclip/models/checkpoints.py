@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeclip.errors import ModeclipError
-from modeclip.system.files import hash_file, replacing, writing
+from modeclip.system.files import hash_file, replacing, to_json, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors = {f"model.{name}": value for name, value in checkpoint.model.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
     about = {"step": checkpoint.step, "digest": checkpoint.digest, "facts": checkpoint.facts}
-    write_tensors(path, tensors, {_ABOUT: json.dumps(about)})
+    write_tensors(path, tensors, {_ABOUT: to_json(about)})
     kept = [file for file in checkpoint_files(folder) if _step_of(file) <= checkpoint.step][:keep]
     for file in checkpoint_files(folder):
         if file not in kept:

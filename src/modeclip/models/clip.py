@@ -29,7 +29,7 @@ import numpy as np
 from modeclip.errors import ModeclipError, unknown
 from modeclip.models.checkpoints import numbers_allowed, write_tensors
 from modeclip.system.devices import choose_precision
-from modeclip.system.files import write_atomically
+from modeclip.system.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +197,7 @@ def save_clip(clip: Clip, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARITY_FILE).unlink(missing_ok=True)
     write_tensors(folder / WEIGHTS_FILE, clip.model.state_dict())
-    write_atomically(folder / CONFIG_FILE, json.dumps(clip.config, indent=2) + "\n")
+    write_json(folder / CONFIG_FILE, clip.config, indent=2)
     if hasattr(clip.tokenizer, "save_pretrained"):  # Hugging Face's; open_clip looks for it in the folder
         clip.tokenizer.save_pretrained(str(folder))
     write_parity(clip, folder)
@@ -253,7 +253,7 @@ def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
         parity[tower] = {"max_abs": _largest(here, there), "min_cosine": cosine}
     parity |= {"tolerance": tolerance, "precision": kind, "device": str(ours.device)}
     parity["versions"] = {name: version(name) for name in ("modeclip", "open_clip_torch", "torch")}
-    write_atomically(folder / PARITY_FILE, json.dumps(parity, indent=2) + "\n")
+    write_json(folder / PARITY_FILE, parity, indent=2)
     _refuse_difference(parity, folder)
     return parity
 

@@ -7,7 +7,6 @@ terminal a bar is live; in a log file each finished bar leaves one line.
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import time
@@ -29,6 +28,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from modeclip.system.files import to_json
 
 console = Console(stderr=True, highlight=False)
 
@@ -118,8 +119,7 @@ def log(text: str) -> None:
 def print_json(content: Any) -> None:
     """Print a result for machines on standard output."""
     is_utf8 = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    json.dump(content, sys.stdout, indent=1, ensure_ascii=not is_utf8)
-    print()
+    print(to_json(content, indent=1, ensure_ascii=not is_utf8))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

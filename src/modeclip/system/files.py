@@ -1,18 +1,38 @@
-"""What every stage does with files: replace them as a whole, hash them, report a full disk, lock a folder."""
+"""What every stage does with files: replace them as a whole, read and write JSON, note what they are, lock a folder.
+
+A `FileNote` is what a record keeps of a file: its size, its time and its SHA-256. A file whose size and time are as
+they were noted is taken for whole, which costs a stat; any other is hashed (0.6 s for 1 GB on one core).
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
-from modeclip.errors import ModeclipError
+from modeclip.errors import DamagedError, ModeclipError
+
+T = TypeVar("T")
+
+
+class FileNote(TypedDict):
+    """What a record keeps of a file."""
+
+    size: int
+    """Its bytes."""
+    time: int
+    """When it was last written, in nanoseconds since 1970."""
+    sha256: str
+    """Its SHA-256, as hexadecimal digits."""
 
 
 @contextmanager
@@ -42,6 +62,71 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
+
+
+def to_json(content: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """Return a result as JSON. What is not a finite number becomes null, because JSON knows neither NaN nor Infinity.
+
+    Examples:
+        >>> to_json({"mean": float("nan"), "counts": [1, 2.5]})
+        '{"mean": null, "counts": [1, 2.5]}'
+    """
+    try:
+        return json.dumps(content, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {_finite(name): _finite(value) for name, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 1, ensure_ascii: bool = True) -> None:
+    """Replace a file as a whole by a result as JSON."""
+    write_atomically(path, to_json(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")
+
+
+def read_json(path: Path, shape: type[T], remedy: str) -> T:
+    """Read a file of JSON, and check that it has the shape that we wrote.
+
+    Args:
+        path: The file.
+        shape: A dataclass, a TypedDict, or a type such as ``dict[str, Any]``. Fields that it does not know are left
+            out, since a later version may have written them.
+        remedy: What to do if the file is damaged.
+
+    Raises:
+        DamagedError: It is missing, cannot be read, is no JSON, or has another shape.
+    """
+    try:
+        return parse_json(path.read_bytes(), shape)
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()}); {remedy}") from None
+    except ValueError as error:
+        raise DamagedError(f"{path}: damaged ({error}); {remedy}") from None
+
+
+def parse_json(text: bytes | str, shape: type[T]) -> T:
+    """Return JSON as a shape, as `read_json` does for a file.
+
+    Raises:
+        ValueError: It is no JSON or has another shape; the message says where.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(shape).validate_json(text, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    place = ".".join(map(str, problem["loc"]))
+    got = "" if problem["type"] in ("missing", "json_invalid") else f", got {str(problem['input'])[:60]!r}"
+    raise ValueError(f"{place}: {problem['msg']}{got}".removeprefix(": "))
 
 
 @contextmanager
@@ -93,6 +178,49 @@ def hash_folder(folder: Path) -> str:
     """Return one SHA-256 over the names and contents of all files in a folder, as hexadecimal digits."""
     lines = [f"{name} {digest}" for name, digest in hash_files(folder, sorted(folder.rglob("*"))).items()]
     return sha256("\n".join(lines).encode()).hexdigest()
+
+
+def note_files(root: Path, paths: Iterable[Path], known: Mapping[str, FileNote] | None = None) -> dict[str, FileNote]:
+    """Return what a record keeps of each path that is a file, by its name relative to a folder.
+
+    Args:
+        root: The folder.
+        paths: Files in it; others are left out.
+        known: Earlier notes. A file that has the size and time that were noted is not hashed again.
+    """
+    notes: dict[str, FileNote] = {}
+    for path in paths:
+        if path.is_file():
+            name, found = path.relative_to(root).as_posix(), path.stat()
+            before = (known or {}).get(name)
+            if before and (before["size"], before["time"]) == (found.st_size, found.st_mtime_ns):
+                notes[name] = before
+            else:
+                notes[name] = FileNote(size=found.st_size, time=found.st_mtime_ns, sha256=hash_file(path))
+    return notes
+
+
+def find_damage(path: Path, note: FileNote, *, deep: bool = False) -> str:
+    """Say what is wrong with a file, "" if it is as it was noted.
+
+    Args:
+        path: The file.
+        note: What a record keeps of it.
+        deep: Hash it even if it has the size and time that were noted.
+    """
+    try:
+        found = path.stat()
+        if not path.is_file():
+            return "not a file"
+        if found.st_size != note["size"]:
+            return f"{found.st_size:,} bytes instead of {note['size']:,}"
+        if (deep or found.st_mtime_ns != note["time"]) and hash_file(path) != note["sha256"]:
+            return "its bytes are not those that were written"
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return ""
 
 
 def versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 
 from modeclip.errors import ModeclipError, check_above_zero, check_least, unknown
 from modeclip.models.checkpoints import checkpoint_files
-from modeclip.system.files import write_atomically
+from modeclip.system.files import write_json
 from modeclip.training.objectives import OBJECTIVES
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -282,7 +282,7 @@ class TrainJob:
         """Write the job into its folder and return the file's path."""
         path = Path(self.folder) / JOB_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_json(path, asdict(self), indent=2)
         return path
 
     @classmethod

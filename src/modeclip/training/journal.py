@@ -20,7 +20,7 @@ from typing import Any
 
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
-from modeclip.system.files import write_atomically
+from modeclip.system.files import to_json, write_atomically
 from modeclip.training.jobs import LOG_FILE
 
 PROJECT = "modeclip"
@@ -70,7 +70,7 @@ class Journal:
         values["data_wait"] = round(self._waited / seconds, 4)
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
         step = int(values.pop("step"))
         for place in self._places:
             place.write(step, {f"train/{key}": value for key, value in values.items()})

@@ -22,7 +22,6 @@ logit scale at most 100).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
@@ -50,7 +49,7 @@ from modeclip.models.checkpoints import (
 from modeclip.models.clip import Clip, fast_attention, load_clip, save_clip
 from modeclip.system.console import progress
 from modeclip.system.devices import choose_precision, keep_freed_memory
-from modeclip.system.files import only_process, write_atomically, writing
+from modeclip.system.files import only_process, write_json, writing
 from modeclip.training.batches import DecodedSample, Feed, batch_rows, job_rows
 from modeclip.training.distributed import World, leave_processes, place_like, whole
 from modeclip.training.jobs import DONE_FILE, TrainJob, TrainResult
@@ -117,7 +116,7 @@ def train(
         model = learner.whole_model()
         if world.is_first:
             save_clip(model, folder)
-            write_atomically(folder / DONE_FILE, json.dumps(asdict(result), indent=2) + "\n")
+            write_json(folder / DONE_FILE, asdict(result), indent=2)
     return result
 
 
@@ -358,7 +357,7 @@ class _Learner:
         keys = Catalog.open(job.catalog).read(["key"], rows)["key"].tolist()
         path = Path(job.folder) / FAILED_BATCH_FILE
         if self.world.is_first:
-            write_atomically(path, json.dumps({"step": step, "loss": str(loss), "keys": keys}, indent=1) + "\n")
+            write_json(path, {"step": step, "loss": str(loss), "keys": keys})
         raise ModeclipError(
             f"{job.name}: the loss is {loss} at step {step}; its batch begins with {', '.join(keys[:3])} (all keys: "
             f"{path}); lower train.learning_rate (now {config.learning_rate:g}), set train.clip_grad_norm, or set "

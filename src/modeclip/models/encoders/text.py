@@ -39,7 +39,7 @@ from modeclip.models.encoders.hub import (
     unit_rows,
 )
 from modeclip.system.devices import choose_device
-from modeclip.system.files import hash_folder, replacing, write_atomically
+from modeclip.system.files import hash_folder, replacing, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -312,7 +312,7 @@ def fit_tfidf(captions: Iterable[str], folder: Path, *, dimension: int = DIMENSI
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS_FILE) as part:
         save_file(weights, part)
-    write_atomically(folder / TERMS_FILE, json.dumps({"format_version": FORMAT_VERSION, **terms}) + "\n")
+    write_json(folder / TERMS_FILE, {"format_version": FORMAT_VERSION, **terms}, indent=None)
 
 
 class Model2VecEncoder:
