@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int, Shaped
 from PIL import Image
 
-from modeclip.data.images import ChangedError, cause_of, decode_image, hash_image, hash_parts
+from modeclip.data.images import ChangedError, Exif, as_stored, cause_of, decode_image, hash_image, hash_parts
 from modeclip.data.samples import Sample
 from modeclip.data.storage import (
     NEW,
@@ -61,6 +62,8 @@ IMAGE_COLUMNS = ("key", "image", "path", "offset", "size", "digest")
 FORMAT = "modeclip.format"
 FORMAT_VERSION = "2"
 FINGERPRINT = "modeclip.fingerprint"
+SETTINGS = "modeclip.settings"
+"""Metadata of a catalog: what decided how its source was read, as JSON."""
 FACTS = b"modeclip.facts"
 """Key in the metadata of a column that a stage added; the value is JSON."""
 
@@ -139,6 +142,14 @@ class Catalog:
         or referred to. Columns that stages add do not change it.
         """
         return self.metadata[FINGERPRINT]
+
+    @cached_property
+    def exif(self) -> Exif:
+        """Whether its images are turned upright as their EXIF data say.
+
+        A catalog that does not say so was made when they were not turned.
+        """
+        return "apply" if json.loads(self.metadata.get(SETTINGS, "{}")).get("exif") == "apply" else "ignore"
 
     def facts(self, column: str) -> dict[str, Any] | None:
         """Return what the stage that added a column recorded about it; None for a column of the pairs.
@@ -236,16 +247,21 @@ class Catalog:
         return np.concatenate(found)
 
     def images(self, rows: Int[np.ndarray, " n"]) -> list[Image.Image]:
-        """Read and decode images to RGB, in the order of ``rows``.
+        """Read and decode images to RGB, in the order of ``rows``, turned as the property ``exif`` says.
 
         Raises:
             ModeclipError: A file is missing or has changed since it was indexed.
         """
-        return self._each_image(rows, decode_image)
+        exif = self.exif
+        return self._each_image(rows, lambda data: decode_image(data, exif))
 
     def encoded_images(self, rows: Int[np.ndarray, " n"]) -> list[bytes]:
-        """Read images as they are stored, in the order of ``rows``; errors as for ``images``."""
-        return self._each_image(rows, lambda data: data)
+        """Read encoded images in the order of ``rows``; errors as for ``images``.
+
+        They are as stored, but whoever decodes them shall see what ``images`` returns: where orientations are ignored,
+        an image that states one comes without it, as a PNG.
+        """
+        return self._each_image(rows, (lambda data: data) if self.exif == "apply" else as_stored)
 
     def digests(self, rows: Int[np.ndarray, " n"]) -> list[bytes | None]:
         """Return the hash of each encoded image, or None where it was not recorded and the image is in no local file.

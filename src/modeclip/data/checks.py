@@ -30,7 +30,7 @@ from jaxtyping import Bool, Int
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.images import examine_all, strict_pillow
-from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE
+from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE, UNSCALABLE
 from modeclip.errors import check_least
 from modeclip.system.console import progress
 from modeclip.system.paths import file_size
@@ -71,6 +71,7 @@ KINDS = {
     EMPTY: (ERROR, "restore the image, or index again"),
     UNREADABLE: (ERROR, "check the permissions and the disk"),
     UNDECODABLE: (ERROR, "restore the image, or index again, which leaves it out"),
+    UNSCALABLE: (ERROR, "save it with 8 bits, or index again, which leaves it out"),
     BOMB: (ERROR, "index again, which leaves it out, or make the image smaller"),
     CHANGED: (ERROR, "the file was overwritten: index again"),
     NOT_FINITE: (ERROR, "embed again"),
@@ -418,7 +419,7 @@ def _decode_images(catalog: Catalog, config: CheckConfig, found: Findings, find_
     with strict_pillow(), progress("check images", total, "images") as advance:
         blocks = catalog.samples(rows, extra=("width", "height"))
         numbers = range(total) if rows is None else rows.tolist()
-        for row, seen in zip(numbers, examine_all(blocks, config.threads), strict=True):
+        for row, seen in zip(numbers, examine_all(blocks, config.threads, catalog.exif), strict=True):
             advance(1)
             sample, what, detail = seen.sample, seen.cause, seen.detail
             sides = sample.extra["width"], sample.extra["height"]

@@ -10,6 +10,7 @@ pages (8 MiB per column), and 8 to 16 bytes per pair to count the distinct capti
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,10 +27,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
+from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, SETTINGS, Catalog
 from modeclip.data.images import Examined, examine, map_in_order, strict_pillow
 from modeclip.data.samples import HARMLESS, MISSING_SHARD, MISSING_TABLE, NOT_UTF8, Sample, Skipped
 from modeclip.data.sources import DataConfig, DataSource, SourcePart, open_source, open_task, split_task
+from modeclip.data.sources.options import LATER
 from modeclip.data.storage import (
     FileWriter,
     Ledger,
@@ -48,8 +50,8 @@ from modeclip.system.paths import join
 
 TASKS = "tasks.lance"
 HOLDOUT = "holdout"
-SOURCES, SETTINGS, SKIPPED = "modeclip.sources", "modeclip.settings", "modeclip.skipped"
-"""Metadata of a catalog: its parts with their states, what decided how they were read, and causes with counts."""
+SOURCES, SKIPPED = "modeclip.sources", "modeclip.skipped"
+"""Metadata of a catalog: its parts with their states, and causes with counts."""
 
 ROWS_PER_NOTE = 1 << 15
 """Number of rows after which the parts read so far are noted down as finished."""
@@ -155,13 +157,17 @@ class _Indexing:
     """
 
     def __init__(self, config: DataConfig, source: DataSource, paths: tuple[str, str], replace: bool) -> None:
-        self.config, self.source, self.replace = config, source, replace
+        self.source, self.replace = source, replace
         self.paths = paths
         old = [Catalog.open(path) if exists(path) and not replace else None for path in paths]
         self.ledger = Ledger(self.paths[0], "index")
         self.old = old[0]
+        turned = {"exif": config.exif}
+        if self.old and "exif" not in json.loads(self.old.metadata[SETTINGS]):
+            config, turned = dataclasses.replace(config, exif="ignore"), {}  # as whoever made it did
+        self.config = config
         settings = {name: value for name, value in config.flat().items() if name not in NOT_SETTINGS}
-        self.settings = json.dumps({"kind": source.kind} | settings, sort_keys=True)
+        self.settings = json.dumps({"kind": source.kind} | settings | turned, sort_keys=True)
         self.sources: dict[str, str] = json.loads(self.old.metadata[SOURCES]) if self.old else {}
         self.skips = Skips(config, json.loads(self.old.metadata[SKIPPED]) if self.old else {})
         self.parts = self._wanted()
@@ -235,10 +241,11 @@ class _Indexing:
         """Return the parts that have to be read: new ones, and those that may have grown."""
         if self.old and self.old.metadata[SETTINGS] != self.settings:
             was, now = json.loads(self.old.metadata[SETTINGS]), json.loads(self.settings)
-            name = next(name for name in now if was.get(name) != now[name])
+            was, now = LATER | was, LATER | now
+            name = next(name for name in {**now, **was} if was.get(name) != now.get(name))
             raise ModeclipError(
-                f"catalog {self.paths[0]!r} was indexed with {name} {was.get(name)!r}, not {now[name]!r}: give the same"
-                " settings to add to it, or another --out, or --replace"
+                f"catalog {self.paths[0]!r} was indexed with {name} {was.get(name)!r}, not {now.get(name)!r}: give the"
+                " same settings to add to it, or another --out, or --replace"
             )
         for part in self.source.parts:
             if part.state and self.sources.get(part.name, part.state) != part.state:
@@ -305,7 +312,7 @@ def _index_tasks(
             advance.expect(position / len(tasks))
     writer.finish()
     if writer.files:
-        writer.commit({}, replace=True)
+        writer.commit({SETTINGS: json.dumps({"exif": config.exif})}, replace=True)
 
 
 def _task_sizes(path: str) -> dict[str, tuple[int, int]]:
@@ -372,7 +379,7 @@ def _check(sample: Sample, config: DataConfig) -> Examined | Skipped:
         return Skipped(ascii(sample.key), NOT_UTF8, f"{error.reason} in {error.object!a}")
     if not config.check_images and not config.copy_images and sample.image is None:
         return Examined(sample)
-    seen = examine(sample, keep=config.copy_images)
+    seen = examine(sample, keep=config.copy_images, exif=config.exif)
     return Skipped(sample.key, seen.cause, seen.detail or sample.path or "") if seen.cause else seen
 
 

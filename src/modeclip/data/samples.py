@@ -16,6 +16,12 @@ from modeclip.system.paths import read_bytes
 NO_CAPTION = "no caption"
 EMPTY_CAPTION = "caption is empty"
 NO_IMAGE = "no image"
+OTHER_SPLIT = "belongs to another split (data.split)"
+OTHER_COLUMN = "image is named in another column (data.image_column)"
+NOT_READ = "image format is not read (data.image_keys)"
+BROKEN_LINK = "link leads nowhere"
+LOOP = "link leads in a ring"
+UNLISTED = "folder cannot be read"
 NOT_UTF8 = "text is not UTF-8"
 NOT_JSON = "caption file is not JSON"
 MISSING = "image file is missing"
@@ -24,6 +30,7 @@ EMPTY = "image is empty (0 bytes)"
 UNDECODABLE = "image does not decode"
 CHANGED = "image has changed"
 SHORT_FILE = "image file is shorter than recorded"
+UNSCALABLE = "image has grey values that cannot be scaled"
 BOMB = "image has too many pixels (decompression bomb)"
 NOT_DOWNLOADED = "image was not downloaded (img2dataset)"
 UNRENDERED = "icon does not render"
@@ -35,7 +42,7 @@ MISSING_SHARD = "tar shard is missing"
 DAMAGED_TABLE = "table file is damaged"
 MISSING_TABLE = "table file is missing"
 
-HARMLESS = frozenset({DUPLICATE, NOT_DOWNLOADED})
+HARMLESS = frozenset({DUPLICATE, NOT_DOWNLOADED, OTHER_SPLIT, OTHER_COLUMN, NOT_READ, LOOP})
 """Causes that do not mean that the data are damaged."""
 
 

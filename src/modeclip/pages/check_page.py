@@ -66,7 +66,7 @@ def read_tiles(catalog: Catalog, rows: Int[np.ndarray, " n"]) -> list[Tile]:
             picture = None
             try:
                 data = pair.read()
-                picture, cause = (decode_image(data), "") if data else (None, EMPTY)
+                picture, cause = (decode_image(data, catalog.exif), "") if data else (None, EMPTY)
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
                 cause = cause_of(error)
             tiles.append(Tile(row=row, key=pair.key, caption=pair.caption, image=picture, cause=cause))

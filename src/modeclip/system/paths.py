@@ -13,12 +13,13 @@ import itertools
 import os
 import re
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modeclip.errors import ModeclipError
 
@@ -96,9 +97,69 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def home(path: str) -> str:
+    """Return a path whose first part may be ``~`` or ``~name``, for the home of a user; others stay as they are.
+
+    What is really called ``~`` can be given as ``./~``.
+
+    Raises:
+        ModeclipError: No user of this machine has that name.
+    """
+    if not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)  # noqa: PTH111 (a Path would drop the slash at the end)
+    if found == path and not os.path.lexists(path):
+        raise ModeclipError(
+            f"path {path!r}: no user has the name {path[1:].partition('/')[0]!r}; write ./{path} for a file of this"
+            " name"
+        )
+    return found
+
+
 def absolute(path: str) -> str:
-    """Return a path that does not depend on the working folder; addresses stay as they are."""
-    return path if is_url(path) else str(Path(path).resolve())
+    """Return a path that does not depend on the working folder; addresses stay as they are, ``~`` is the home folder.
+
+    A path that does not exist, but does with its letters in another Unicode form, is that one.
+    """
+    if is_url(path):
+        return path
+    found = str(Path(home(path)).resolve())
+    return other_form(found) or found
+
+
+def other_form(path: str) -> str | None:
+    """Return the existing path that differs only in the Unicode form of its letters, such as NFC for NFD.
+
+    Returns None for a path that exists, for an address, and where nothing or more than one thing fits.
+    """
+    if path.isascii() or is_url(path) or os.path.lexists(path):
+        return None
+    pure = Path(path)
+    parent_of = str(pure.parent)
+    if not os.path.isdir(parent_of):  # noqa: PTH112
+        if (parent_of := other_form(parent_of) or "") == "":
+            return None
+        if os.path.lexists(join(parent_of, pure.name)):
+            return join(parent_of, pure.name)
+    wanted = normal_form(pure.name)
+    fits = [name for name in os.listdir(parent_of) if normal_form(name) == wanted]  # noqa: PTH208
+    return join(parent_of, fits[0]) if len(fits) == 1 else None
+
+
+def normal_form(name: str) -> str:
+    """Return a name in the one Unicode form in which names are compared, NFC."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def form_of(name: str) -> str:
+    """Return how the letters of a name are written: NFC, NFD, or neither.
+
+    Examples:
+        >>> form_of("caf\u00e9"), form_of("cafe\u0301")
+        ('NFC', 'NFD')
+    """
+    forms: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
+    return next((form for form in forms if unicodedata.is_normalized(form, name)), "no normal form")
 
 
 def join(folder: str, name: str) -> str:
@@ -229,45 +290,116 @@ def is_folder(path: str) -> bool:
 
 def list_folder(folder: str) -> tuple[list[str], list[str]]:
     """Return the names of a folder's sub-folders and of its files, each sorted, without hidden ones."""
-    for _, folders, files in _walk(folder):
-        return sorted(folders), sorted(name for name in files if not name.startswith("."))
-    return [], []
+    found = next(walk(folder), None)
+    return (found.folders, found.files) if found else ([], [])
 
 
-def walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (folder relative to the root, sorted names of its files) for a folder and its sub-folders.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folder:
+    """What one folder of a tree holds, without names that begin with a dot."""
 
-    Names that begin with a dot are left out. Links to folders are not followed, because they may form a ring.
+    path: str
+    """Path relative to the root of the tree; "" for the root itself."""
+    folders: list[str]
+    """Names of the sub-folders that can be entered, sorted; links to folders are among them."""
+    files: list[str]
+    """Names of the files, sorted; links to files are among them."""
+    loops: list[str] = field(default_factory=list)
+    """Names of links that would lead round in a ring."""
+    broken: list[str] = field(default_factory=list)
+    """Names of links that lead nowhere."""
+    unreadable: str = ""
+    """Why the folder cannot be listed."""
+
+
+def walk(root: str) -> Iterator[Folder]:
+    """Yield a folder and all folders below it, each before those in it, sorted by name.
+
+    Links are followed wherever they lead. What is reached by two paths is there twice, under two names. A link is a
+    loop, and not followed, if it leads to a folder above it; a link inside a linked folder also if that folder was
+    seen before, because links that lead to each other would multiply.
     """
-    for folder, _, names in _walk(root):
-        yield folder, sorted(name for name in names if not name.startswith("."))
-
-
-def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
     if is_url(root):
-        store = filesystem(root)
-        base = store._strip_protocol(root).rstrip("/")
-        with reaching(root):
-            store.invalidate_cache()
-            steps = store.walk(base)
-            for folder, folders, names in steps:
-                _sort_visible(folders)
-                yield folder.rstrip("/")[len(base) :].strip("/"), list(folders), [name for name in names if name]
-    else:
-        for folder, folders, files in os.walk(root):
+        yield from _walk_store(root)
+        return
+    seen = set[tuple[int, int]]()
+    waiting: list[tuple[str, frozenset[tuple[int, int]], bool]] = [("", frozenset(), False)]
+    while waiting:
+        relative, above, is_linked = waiting.pop()
+        place = join(root, relative) if relative else root
+        found = Folder(path=relative, folders=[], files=[])
+        try:
+            here = _identity(place)
+            seen.add(here)
+            above |= {here}
+            with os.scandir(place) as entries:
+                visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+            below = []
+            for entry in visible:
+                is_link = entry.is_symlink()
+                if not _leads_to_folder(entry):
+                    kept = _files_or_broken(entry, found) if is_link else found.files
+                    kept.append(entry.name)
+                    continue
+                identity = _identity(entry.path) if is_link or is_linked else (-1, -1)
+                if identity in above or (is_link and is_linked and identity in seen):
+                    found.loops.append(entry.name)
+                    continue
+                found.folders.append(entry.name)
+                below.append((f"{relative}/{entry.name}" if relative else entry.name, above, is_linked or is_link))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            yield Folder(path=relative, folders=[], files=[], unreadable=error.strerror or str(error))
+            continue
+        yield found
+        waiting += reversed(below)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.stat(path)  # noqa: PTH116 (a Path would cost more than the call)
+    return found.st_dev, found.st_ino
+
+
+def _files_or_broken(entry: os.DirEntry[str], found: Folder) -> list[str]:
+    """Return the list of a folder that a link belongs to that leads to no folder."""
+    try:
+        os.stat(entry.path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return found.broken
+    except OSError:  # it leads to itself
+        return found.loops
+    return found.files
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _walk_store(root: str) -> Iterator[Folder]:
+    store = filesystem(root)
+    base = store._strip_protocol(root).rstrip("/")
+    with reaching(root):
+        store.invalidate_cache()
+        for folder, folders, names in store.walk(base):
             _sort_visible(folders)
-            relative = os.path.relpath(folder, root)
-            yield "" if relative == "." else relative, list(folders), files
+            files = sorted(name for name in names if name and not name.startswith("."))
+            path = folder.rstrip("/")[len(base) :].strip("/")
+            yield Folder(path=path, folders=list(folders), files=files)
 
 
 def _sort_visible(folders: Any) -> None:
-    """Sort in place the folders that are still to be walked; fsspec passes a dictionary, os.walk a list."""
+    """Sort in place the folders that fsspec is still to walk: a dictionary, or a list."""
+    kept = sorted(name for name in folders if not name.startswith("."))
     if isinstance(folders, dict):
-        kept = {name: folders[name] for name in sorted(folders) if not name.startswith(".")}
+        told = {name: folders[name] for name in kept}
         folders.clear()
-        folders.update(kept)
+        folders.update(told)
     else:
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = kept
 
 
 def tree_states(root: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -278,7 +410,7 @@ def tree_states(root: str, suffixes: tuple[str, ...]) -> list[str]:
             store.invalidate_cache()
             found = store.find(root, detail=True)
         return [f"{path} {_state_of(found[path])}" for path in sorted(found) if path.lower().endswith(suffixes)]
-    paths = (join(join(root, folder), name) for folder, names in walk(root) for name in names)
+    paths = (join(join(root, folder.path), name) for folder in walk(root) for name in folder.files)
     return [f"{path} {state(path)}" for path in sorted(paths) if path.lower().endswith(suffixes)]
 
 

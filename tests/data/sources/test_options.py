@@ -9,7 +9,7 @@ from hashlib import sha256
 import pytest
 
 from modeclip.data.sources.captions import FileOptions
-from modeclip.data.sources.options import GROUPS, DataConfig
+from modeclip.data.sources.options import GROUPS, LATER, DataConfig
 from modeclip.data.sources.tables import TableOptions
 from modeclip.errors import ModeclipError
 
@@ -55,7 +55,7 @@ def test_no_option_has_the_name_of_another_and_no_group_is_large():
     groups = [[each.name for each in fields(group)] for group in GROUPS.values()]
     assert max(map(len, (names, *groups))) <= 12
     every = [*names, *(name for group in groups for name in group)]
-    assert len(set(every)) == len(every) == len(DataConfig(source="x").flat())
+    assert len(set(every)) == len(every) == len(DataConfig(source="x").flat()) + len(LATER)
 
 
 def test_the_flat_options_of_a_run_keep_their_digest():

@@ -38,6 +38,7 @@ KINDS = (
     iconify.ICONIFY,
     tables.HUGGINGFACE,
     shards.SHARDS,
+    folders.IMAGEFOLDER,
     folders.IMG2DATASET,
     tables.PARQUET,
     folders.FOLDER,
@@ -103,7 +104,7 @@ def source_state(config: DataConfig, source: DataSource) -> list[str]:
     if source.versions:
         return list(source.versions)
     options, found = config.options(FileOptions), []
-    suffixes = _dotted((*options.image_suffixes, *options.caption_suffixes, "parquet"))
+    suffixes = _dotted((*options.image_suffixes, *options.caption_suffixes, "parquet", "jsonl", "csv"))
     for part in source.parts:
         found += [f"{part.name} {part.state}"] if part.state else tree_states(part.name, suffixes)
     for task in config.tasks:

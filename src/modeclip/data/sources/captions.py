@@ -16,14 +16,19 @@ from modeclip.data.prompts import PLACE, fill
 from modeclip.data.samples import EMPTY_CAPTION, NO_CAPTION, NOT_JSON, NOT_UTF8, Sample, Skipped
 from modeclip.errors import ModeclipError
 
+COMMON_KEYS = "jpg;jpeg;png;webp;gif;bmp"
+"""The default of ``data.image_keys``, by which catalogs know how they were made; so it does not grow."""
+RARE_SUFFIXES = ("tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jfif", "avif", "jp2")
+"""Suffixes of images that come behind the default ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
     """How images and captions are found in folders and shards, and how captions are read."""
 
-    image_keys: str = "jpg;jpeg;png;webp;gif;bmp"
-    """Folders and shards: suffixes of images; the first one that is found counts. In shards a suffix is everything
-    after the first dot of a member's name."""
+    image_keys: str = COMMON_KEYS
+    """Folders and shards: suffixes of images; the first one that is found counts. The default includes tif, tiff, ppm,
+    pgm, pbm, pnm, jfif, avif and jp2. In shards a suffix is everything after the first dot of a member's name."""
     caption_keys: str = "txt;json"
     """Folders and shards: suffixes of captions; the first one that is found counts."""
     caption_field: str = "caption"
@@ -48,7 +53,7 @@ class FileOptions:
     @cached_property
     def image_suffixes(self) -> tuple[str, ...]:
         """Suffixes of images, in lower case and without dots."""
-        return split_keys(self.image_keys)
+        return split_keys(self.image_keys) + (RARE_SUFFIXES if self.image_keys == COMMON_KEYS else ())
 
     @cached_property
     def caption_suffixes(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from modeclip.data.images import EXIF, Exif
 from modeclip.data.sources.captions import FileOptions
 from modeclip.data.sources.iconify import IconifyOptions
 from modeclip.data.sources.icons import IconOptions
@@ -46,6 +47,11 @@ class DataConfig:
     check_images: bool = True
     """Decode every image once, so that damaged ones are left out and counted. Without it images in files are not
     opened: that saves the time to read them, but sizes are 0, hashes are missing and damage shows later."""
+    exif: Exif = "apply"
+    """Turn images upright as their EXIF data say (apply), or leave them as their pixels are stored (ignore), which is
+    what open_clip and CLIP_benchmark do."""
+    split: str = "train"
+    """Folders: which split is read where sub-folders are called train, val, test and the like; `all` reads all."""
     holdout_fraction: float = 0.0
     """Own data without tasks: share of the pairs that is never trained on and becomes the one task `holdout` (class =
     caption), chosen by a hash of the key; in [0, 1)."""
@@ -55,6 +61,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.source.strip():
             raise ModeclipError(f"data.source: expected a name, got {self.source!r}")
+        if self.exif not in EXIF:
+            raise unknown("data.exif", self.exif, EXIF)
+        if not self.split.strip():
+            raise ModeclipError(f"data.split: expected the name of a split, or all, got {self.split!r}")
         if not 0 <= self.holdout_fraction < 1:
             raise ModeclipError(f"data.holdout_fraction: expected a number in [0, 1), got {self.holdout_fraction}")
         if not 0 <= self.max_skipped_fraction <= 1:
@@ -69,11 +79,15 @@ class DataConfig:
         return next(value for value in vars(self).values() if isinstance(value, group))
 
     def flat(self) -> dict[str, Any]:
-        """Return all options by their flat names, as recipes and command lines have them."""
+        """Return all options by their flat names, as recipes and command lines have them.
+
+        Those of `LATER` are left out where they have their defaults, so that runs and catalogs that were made before
+        there were such options are still known by the same.
+        """
         found: dict[str, Any] = {}
         for name, value in asdict(self).items():
             found |= value if name in GROUPS else {name: value}
-        return found
+        return {name: value for name, value in found.items() if name not in LATER or LATER[name] != value}
 
     @classmethod
     def from_flat(cls, options: Mapping[str, Any]) -> DataConfig:
@@ -93,7 +107,7 @@ class DataConfig:
             ModeclipError: A name is unknown.
         """
         group_of = {each.name: name for name, group in GROUPS.items() for each in fields(group)}
-        known = _DEFAULTS.flat()
+        known = [*_DEFAULTS.flat(), *LATER]
         found: dict[str, Any] = {}
         for name, value in options.items():
             if name not in known:
@@ -103,6 +117,8 @@ class DataConfig:
         return found
 
 
+LATER = {"exif": "apply", "split": "train"}
+"""Options that earlier versions did not have, with their defaults."""
 _DEFAULTS = DataConfig(source="any")
 GROUPS: dict[str, type[Any]] = {name: type(value) for name, value in vars(_DEFAULTS).items() if is_dataclass(value)}
 """The class of each group of options, by its field of ``DataConfig``."""

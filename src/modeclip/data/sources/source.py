@@ -12,13 +12,15 @@ shard can be read) is a ``ModeclipError``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
 
 from modeclip.data.samples import Sample, Skipped
+from modeclip.errors import ModeclipError
 
 Options = TypeVar("Options")
 
@@ -35,6 +37,11 @@ class SourceConfig(Protocol):
     @property
     def tasks(self) -> tuple[str, ...]:
         """What is held out, as the user names it."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """The split that is read where a source has several, or "all"."""
         ...
 
     def options(self, group: type[Options]) -> Options:
@@ -107,6 +114,105 @@ class SourceKind:
         """Say whether a user names this kind by its word."""
         word, colon, _ = source.partition(":")
         return bool(self.word) and word == self.word and (self.takes_folder or not colon)
+
+
+# ---------------------------------------------------------------- splits
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLIT_NAMES = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("val", "valid", "validation", "dev"),
+    TEST: ("test", "testing", "eval", "evaluation"),
+}
+"""The names by which splits go, in any case."""
+ALL_SPLITS = "all"
+OTHER = "other"
+"""The split of what lies beside splits and is none."""
+_SPLIT = re.compile(
+    r"(?P<name>" + "|".join(name for names in SPLIT_NAMES.values() for name in names) + r")"
+    r"(?:[-_ ]?(?:set|split|images?|\d+))?",
+    re.IGNORECASE,
+)
+
+
+def split_of(name: str) -> str:
+    """Return the split that a folder's name stands for, or "".
+
+    Examples:
+        >>> split_of("Train"), split_of("val2017"), split_of("dev"), split_of("testament")
+        ('train', 'validation', 'validation', '')
+    """
+    found = _SPLIT.fullmatch(name)
+    return next(split for split, names in SPLIT_NAMES.items() if found["name"].lower() in names) if found else ""
+
+
+def splits_among(names: Iterable[str], is_filled: Callable[[str], bool] = lambda _: True) -> dict[str, str]:
+    """Return the split of each name, or nothing if they are other things that only have names like splits.
+
+    They are splits if all that is filled has the name of one, or if a split for training and another kind are there;
+    what lies beside them is then the split `OTHER`. So a class "test" among others is a class.
+
+    Args:
+        names: Names of all folders in one place, or names of files without what follows the split's name.
+        is_filled: Tells whether there is anything in a folder that bears no split's name.
+
+    Examples:
+        >>> splits_among(["train", "test"]), splits_among(["train", "bus", "car"])
+        ({'train': 'train', 'test': 'test'}, {})
+    """
+    names = list(names)
+    found = {name: split for name in names if (split := split_of(name))}
+    kinds = set(found.values())
+    others = [name for name in names if name not in found]
+    if TRAIN in kinds and len(kinds) > 1:
+        return found | dict.fromkeys(others, OTHER)
+    return {} if any(is_filled(name) for name in others) else found
+
+
+def is_chosen(name: str, split: str, chosen: str) -> bool:
+    """Say whether a split is the one that a user chose.
+
+    Args:
+        name: Name of its folder.
+        split: What ``splits_among`` makes of the name.
+        chosen: The user's word: a usual name of a split, the name of the folder itself, or `ALL_SPLITS`.
+
+    Examples:
+        >>> is_chosen("Valid", "validation", "val"), is_chosen("val2017", "validation", "val2014")
+        (True, False)
+    """
+    known = {each: kind for kind, names in SPLIT_NAMES.items() for each in (kind, *names)}
+    if chosen.lower() == ALL_SPLITS:
+        return True
+    return name.casefold() == chosen.casefold() or known.get(chosen.lower()) == split
+
+
+def split_files(files: list[str], chosen: str) -> tuple[list[str], list[str]]:
+    """Return those of the files in one folder that belong to the chosen split, and the others.
+
+    A file's split stands at the start of its name, as in ``train-00000-of-00004.parquet`` or ``test.csv``.
+
+    Raises:
+        ModeclipError: None of their splits is the chosen one.
+    """
+    starts = {file: re.split(r"[-_.]", file, maxsplit=1)[0] for file in files}
+    found = splits_among(starts.values())
+    if not found:
+        return files, []
+    kept = [file for file in files if is_chosen(starts[file], found[starts[file]], chosen)]
+    if not kept:
+        raise missing_split(chosen, sorted({start for start, split in found.items() if split != OTHER}))
+    return kept, [file for file in files if file not in kept]
+
+
+def missing_split(chosen: str, found: Iterable[str]) -> ModeclipError:
+    """Make the error for a split that is not there."""
+    return ModeclipError(
+        f"data.split {chosen!r} is not there; its splits are {', '.join(found)}: set data.split to one"
+    )
+
+
+# ---------------------------------------------------------------- words
 
 
 def count(number: int, noun: str) -> str:

@@ -136,7 +136,7 @@ def read_image_folder(name: str, root: str, folder: str) -> Found:
     for label, each in enumerate(folders):
         own = [
             join(join(each, below) if below else each, file)
-            for below, files in walk(join(folder, each))
+            for below, files in ((found.path, found.files) for found in walk(join(folder, each)))
             for file in files
             if file.lower().endswith(FILE_SUFFIXES)
         ]
