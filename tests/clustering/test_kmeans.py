@@ -62,6 +62,19 @@ def test_rows_left_when_rounds_run_out_are_placed(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(np.bincount(assign_balanced(x, centers, 10)), 10)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1.5])
+def test_equal_rows_that_fit_no_centre_need_few_rounds(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balancing, "MAX_ROUNDS", 300)
+    copies = [200, 90, 60, *[1] * 50]
+    x, centers = np.repeat(grouped_rows(len(copies), 8, 0), copies, axis=0), grouped_rows(80, 8, 1)
+    x = x[np.random.default_rng(2).permutation(len(x))]
+    capacity = math.ceil(ratio * len(x) / len(centers))
+    assignment = assign_balanced(x, centers, capacity)
+    cost = float(squared_distances_of(x, centers)[np.arange(len(x)), assignment].sum())
+    assert np.bincount(assignment).max() <= capacity
+    assert cost <= 1.003 * cheapest(x, centers, capacity)
+
+
 def test_one_centre_takes_all() -> None:
     np.testing.assert_array_equal(assign_balanced(grouped_rows(5, 3, 0), grouped_rows(1, 3, 1), 5), 0)
 

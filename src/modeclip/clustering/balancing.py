@@ -4,7 +4,8 @@ Method: this is a transportation problem, solved by an auction. Every row withou
 cheapest for it (squared distance + price). A full centre keeps its highest bids, the lowest of them becomes its price,
 and the rows that lost bid again. The prices also give a lower bound on the cost of every possible assignment (linear
 programming duality), so each solution comes with how far from optimal it can be at most; auctions are repeated with
-smaller steps of the bids until that is below ``MAX_GAP``. A row only looks at the few centres that are cheapest for
+smaller steps of the bids until that is below ``MAX_GAP``. Equal rows that are more than a centre may have bid together
+(`_Crowd`). A row only looks at the few centres that are cheapest for
 it, and at all of them again when prices have outgrown that list.
 
 While centres still move no such proof is needed: `adjust` only moves the prices that rows choose at.
@@ -18,6 +19,8 @@ flow reaches the same objective to within ``MAX_GAP`` at many times the price: `
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -42,7 +45,47 @@ MAX_AUCTIONS = 4
 """Auctions, each with a smaller step, after which the best solution so far is taken."""
 MAX_ROUNDS = 10_000
 """Most rounds of all auctions of an assignment together; then the rows that are left are placed greedily. This happens
-where many more rows are equal than fit, which outbid each other one step at a time."""
+where many rows are nearly equal, which outbid each other one step at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Crowd:
+    """Equal rows that are more than fit at one centre, and bid together.
+
+    Alone, each would outbid an equal at another centre by one step, who would then do the same: as many rounds as
+    there are equals, to raise their prices by one step.
+    """
+
+    rows: Int[np.ndarray, " n"]
+    costs: Float[np.ndarray, " M"]
+
+    def bid(
+        self,
+        waiting: Int[np.ndarray, " n"],
+        holders: Int[np.ndarray, "M capacity"],
+        held: Float[np.ndarray, "M capacity"],
+        step: float,
+    ) -> Int[np.ndarray, " lost"]:
+        """Give the cheapest places to those who wait; return the rows that lost them.
+
+        All places of the crowd are worth to it what the next one costs, so it bids that much and a step for each.
+        """
+        own = np.isin(holders, self.rows)
+        cost = np.where(own, np.inf, self.costs[:, None] + np.maximum(held, 0)).ravel()
+        cheapest = np.argpartition(cost, min(len(waiting), cost.size - 1))
+        center, place = np.divmod(cheapest[: len(waiting)], holders.shape[1])
+        lost = holders[center, place]
+        holders[center, place], own[center, place] = waiting, True
+        next_cost = cost[cheapest[len(waiting) :]].min(initial=np.inf)
+        if next_cost == np.inf:  # all places are the crowd's now
+            next_cost = cost[cheapest[: len(waiting)]].max()
+        lines = np.flatnonzero(own.any(1))
+        worth = np.maximum(held[lines], next_cost + step - self.costs[lines, None])
+        bids = np.where(own[lines], worth, held[lines])
+        order = np.argsort(-bids, axis=1, kind="stable")
+        held[lines] = np.take_along_axis(bids, order, axis=1)
+        holders[lines] = np.take_along_axis(holders[lines], order, axis=1)
+        return lost[lost >= 0]
 
 
 class _Offers:
@@ -52,13 +95,19 @@ class _Offers:
     matter; the other rows look at all centres again (`refresh`).
     """
 
-    def __init__(self, x: Float[np.ndarray, "N D"], centers: Float[np.ndarray, "M D"], device: str) -> None:
+    def __init__(
+        self, x: Float[np.ndarray, "N D"], centers: Float[np.ndarray, "M D"], capacity: int, device: str
+    ) -> None:
         self.x, self.scorer = x, Scorer(centers, device)
         self.num_centers, self.width = len(centers), min(CANDIDATES, len(centers))
         self.center = np.empty((len(x), self.width), np.int64)
         self.cost = np.empty((len(x), self.width), np.float32)
         self.bound = np.empty(len(x))
         self.refresh(np.arange(len(x)), np.zeros(self.num_centers))
+        self.crowds = [_Crowd(rows, self.costs(int(rows[0]))) for rows in _equal_rows(x, capacity)]
+        self.crowd_of_row = np.full(len(x), -1)
+        for number, crowd in enumerate(self.crowds):
+            self.crowd_of_row[crowd.rows] = number
 
     def refresh(self, rows: Int[np.ndarray, " B"], prices: Float[np.ndarray, " M"]) -> None:
         """Look at all centres again for some rows, and keep the cheapest ones at these prices."""
@@ -106,7 +155,9 @@ class _Offers:
         total = 0.0
         for block in blocks(len(self.x), ROWS_IN_MEMORY):
             cheapest = (self.cost[block] + prices[self.center[block]]).min(1)
-            total += float(np.minimum(cheapest, self.bound[block]).sum())
+            total += float(np.minimum(cheapest, self.bound[block])[self.crowd_of_row[block] < 0].sum())
+        for crowd in self.crowds:  # which has seen all centres
+            total += len(crowd.rows) * float((crowd.costs + prices).min())
         return total - capacity * float(prices.sum())
 
 
@@ -131,7 +182,7 @@ def assign_balanced(
     assert capacity * len(centers) >= len(x), "no assignment can respect the capacity"
     if len(centers) == 1:
         return np.zeros(len(x), np.int64)
-    offers = _Offers(x, centers, device)
+    offers = _Offers(x, centers, capacity, device)
     step = offers.first_step()
     best, best_cost, bound, rounds_left = np.empty(0, np.int64), np.inf, -np.inf, MAX_ROUNDS
     for _ in range(MAX_AUCTIONS):
@@ -207,6 +258,10 @@ def _auction(
     rounds = 0
     while waiting.size and rounds < max_rounds:
         rounds += 1
+        crowded = waiting[:0]
+        if offers.crowds:
+            waiting, crowded = _bid_together(offers, waiting, holders, held, step)
+            prices = np.maximum(held[:, -1], 0)
         choice, first, second = offers.best_two(waiting, prices)
         bids = prices[choice] + (second - first) + step
         order = np.lexsort((-bids, choice))
@@ -215,7 +270,7 @@ def _auction(
         rank = np.arange(len(choice)) - np.repeat(start, counts)
         heard = rank < capacity  # lower bids at the same centre cannot win
         line, column = np.repeat(np.arange(len(hit)), counts)[heard], rank[heard]
-        offered = np.full((len(hit), column.max() + 1), -1)
+        offered = np.full((len(hit), column.max(initial=0) + 1), -1)
         offered_bids = np.full(offered.shape, -np.inf)
         offered[line, column], offered_bids[line, column] = waiting[heard], bids[heard]
         rows = np.concatenate([holders[hit], offered], axis=1)
@@ -226,11 +281,38 @@ def _auction(
         holders[hit], held[hit] = rows[:, :capacity], rows_bids[:, :capacity]
         prices[hit] = np.maximum(rows_bids[:, capacity - 1], 0)  # -inf while there is room
         lost = rows[:, capacity:]
-        waiting = np.concatenate([waiting[~heard], lost[lost >= 0]])
+        waiting = np.concatenate([waiting[~heard], lost[lost >= 0], crowded])
     assignment = np.full(len(offers.x), num_centers)
     center, place = np.nonzero(holders >= 0)
     assignment[holders[center, place]] = center
     return assignment, prices, rounds
+
+
+def _bid_together(
+    offers: _Offers,
+    waiting: Int[np.ndarray, " n"],
+    holders: Int[np.ndarray, "M capacity"],
+    held: Float[np.ndarray, "M capacity"],
+    step: float,
+) -> tuple[Int[np.ndarray, " alone"], Int[np.ndarray, " crowded"]]:
+    """Let each crowd of which rows wait bid once; return who waits then: rows that bid alone, and rows of crowds."""
+    crowd = offers.crowd_of_row[waiting]
+    left = [waiting[crowd < 0]]
+    for number in np.unique(crowd[crowd >= 0]).tolist():
+        left.append(offers.crowds[number].bid(waiting[crowd == number], holders, held, step))
+    waiting = np.concatenate(left)
+    is_crowded = offers.crowd_of_row[waiting] >= 0
+    return waiting[~is_crowded], waiting[is_crowded]
+
+
+def _equal_rows(x: Float[np.ndarray, "N D"], capacity: int) -> list[Int[np.ndarray, " n"]]:
+    """Return the rows of each value that more than ``capacity`` rows have, equal by a hash of 64 bits."""
+    factors = np.random.default_rng(0).integers(0, 1 << 64, x.shape[1], dtype=np.uint64) | np.uint64(1)
+    hashes = np.empty(len(x), np.uint64)
+    for block in blocks(len(x), ROWS_IN_MEMORY):
+        hashes[block] = (x[block].view(np.uint32) * factors).sum(1, dtype=np.uint64)
+    _, group, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    return [np.flatnonzero(group == value) for value in np.flatnonzero(counts > capacity)]
 
 
 def _fill(offers: _Offers, assignment: Int[np.ndarray, " N"], capacity: int) -> None:
