@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int, Shaped
 from PIL import Image
 
+from modeclip.data.checksums import FileDamage, find_damaged
 from modeclip.data.images import ChangedError, Exif, as_stored, cause_of, decode_image, hash_image, hash_parts
 from modeclip.data.samples import Sample
 from modeclip.data.storage import (
@@ -32,13 +34,14 @@ from modeclip.data.storage import (
     OLD,
     add_files,
     only_writer,
+    open_dataset,
     remove_files,
     show_columns,
     write_column_file,
 )
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import DamagedError, ModeclipError, unknown
 from modeclip.system.files import to_json, writing
-from modeclip.system.paths import is_url, join
+from modeclip.system.paths import is_url, join, parent
 
 PAIR_COLUMNS = {
     "key": pa.string(),
@@ -67,36 +70,48 @@ SETTINGS = "modeclip.settings"
 FACTS = b"modeclip.facts"
 """Key in the metadata of a column that a stage added; the value is JSON."""
 
+COMMANDS = {
+    "caption_embedding": "embed",
+    "fine_cluster": "cluster",
+    "fine_distance": "cluster",
+    "expert": "cluster",
+    "kept": "uids --keep FILE",
+}
+"""The command that makes a column, for those that a single command makes."""
+
 T = TypeVar("T")
 
 
 class Catalog:
     """A catalog of image-caption pairs. Threads may share it; a forked process may not use it."""
 
-    def __init__(self, dataset: Any, path: str) -> None:
+    def __init__(self, dataset: Any, path: str, damage: Iterable[FileDamage] = ()) -> None:
         self._dataset = dataset
+        self._damaged = {column: f"{found['file']}: {found['what']}" for found in damage for column in found["columns"]}
         self.path = path
         """Its folder, or its address in an object store."""
 
     @classmethod
-    def open(cls, path: Path | str) -> Catalog:
+    def open(cls, path: Path | str, *, verify: bool = True) -> Catalog:
         """Open a catalog that ``index`` wrote.
 
         Args:
             path: The folder that indexing wrote to, or ``catalog.lance`` in it; or an address in an object store.
+            verify: Look whether the files of a local catalog are as they were written. A damaged one makes an error
+                when a column that it holds is read.
 
         Raises:
             ModeclipError: There is no catalog at this path, it is unfinished, or it has another format.
         """
-        import lance
-
         given = path = str(path)
         if not path.rstrip("/").endswith(".lance") and not Path(path, "_versions").is_dir():
             path = join(path, CATALOG)
         if not is_url(path) and not Path(path).is_dir():
             raise ModeclipError(f"no catalog at {given!r}: make one with modeclip index, or correct the path")
         try:
-            dataset = lance.dataset(path)
+            dataset = open_dataset(path)
+        except DamagedError:
+            raise
         except (OSError, ValueError) as error:
             if not is_url(path) and (Path(path) / "data").is_dir():
                 raise ModeclipError(
@@ -108,7 +123,7 @@ class Catalog:
             raise ModeclipError(
                 f"catalog {path!r} has format {version}, expected {FORMAT_VERSION}: write it again with modeclip index"
             )
-        return cls(dataset, path)
+        return cls(dataset, path, find_damaged(dataset) if verify and not is_url(path) else ())
 
     @property
     def dataset(self) -> Any:
@@ -154,12 +169,19 @@ class Catalog:
     def facts(self, column: str) -> dict[str, Any] | None:
         """Return what the stage that added a column recorded about it; None for a column of the pairs.
 
+        What is recorded of a damaged column has the entry ``damaged`` too, so that it is not taken for what a stage
+        would make.
+
         Raises:
             ModeclipError: There is no such column.
         """
-        self._require([column])
+        if column not in self.columns:
+            raise unknown(f"column of {self.path!r}", column, self.columns)
         facts = (self._dataset.schema.field(column).metadata or {}).get(FACTS)
-        return None if facts is None else dict(json.loads(facts))
+        if facts is None:
+            return None
+        damage = {"damaged": self._damaged[column]} if column in self._damaged else {}
+        return dict(json.loads(facts)) | damage
 
     def read(
         self, columns: Sequence[str], rows: Int[np.ndarray, " n"] | None = None
@@ -183,7 +205,8 @@ class Catalog:
     def read_fragment(self, columns: Sequence[str], fragment: int) -> dict[str, Shaped[np.ndarray, "n *_"]]:
         """Read columns of one of Lance's fragments, given by its number."""
         self._require(columns)
-        table = self._dataset.get_fragment(fragment).to_table(columns=list(columns))
+        with self._reading(columns):
+            table = self._dataset.get_fragment(fragment).to_table(columns=list(columns))
         return {name: self._to_numpy(name, table[name].combine_chunks()) for name in columns}
 
     def batches(
@@ -191,7 +214,7 @@ class Catalog:
     ) -> Iterator[dict[str, Shaped[np.ndarray, "n *_"]]]:
         """Yield columns in blocks of rows, in order, each as ``read`` returns them."""
         self._require(columns)
-        for batch in self._dataset.to_batches(columns=list(columns), batch_size=batch_size):
+        for batch in self._batches(columns, batch_size):
             yield {name: self._to_numpy(name, batch[name]) for name in columns}
 
     def samples(
@@ -238,7 +261,7 @@ class Catalog:
         types = self._dataset.schema
         wanted = {name: _to_scalar(name, value, types.field(name).type) for name, value in equals.items()}
         found, start = [np.empty(0, np.int64)], 0
-        for batch in self._dataset.to_batches(columns=names or ["offset"]):
+        for batch in self._batches(names or ["offset"]):
             chosen = np.ones(batch.num_rows, bool) if mask is None else mask[start : start + batch.num_rows].copy()
             for name in names:
                 chosen &= _equal(batch[name], wanted[name])
@@ -344,6 +367,7 @@ class Catalog:
         metadata = {FACTS: to_json(dict(facts))}
         described = pa.schema([field.with_nullable(True).with_metadata(metadata) for field in schema])
         self._dataset = show_columns(self._dataset, described, files)
+        self._damaged = {name: what for name, what in self._damaged.items() if name not in schema.names}
 
     def add_files(self, files: Mapping[int, str]) -> None:
         """Fill existing columns in the fragments that lack values for them; the argument is as for ``show``."""
@@ -352,17 +376,46 @@ class Catalog:
     def _table(self, columns: Sequence[str], rows: Int[np.ndarray, " n"] | None) -> pa.Table:
         self._require(columns)
         if rows is None:
-            return self._dataset.to_table(columns=list(columns))
+            with self._reading(columns):
+                return self._dataset.to_table(columns=list(columns))
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise ModeclipError(
                 f"catalog {self.path!r} has rows 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}"
             )
-        return self._dataset.take(rows.tolist(), columns=list(columns))
+        with self._reading(columns):
+            return self._dataset.take(rows.tolist(), columns=list(columns))
+
+    def _batches(self, columns: Sequence[str], batch_size: int | None = None) -> Iterator[pa.RecordBatch]:
+        batches = iter(self._dataset.to_batches(columns=list(columns), batch_size=batch_size))
+        while True:
+            with self._reading(columns):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def _reading(self, columns: Sequence[str]) -> Iterator[None]:
+        """Turn what Lance says of a damaged file into one line."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if "LanceError" not in str(error) and "Invalid user input" not in str(error):
+                raise
+            reason = " ".join(str(error).split(", /")[0].split())
+            raise DamagedError(
+                f"catalog {self.path!r} cannot be read ({', '.join(columns)}: {reason}); modeclip check {self.path}"
+                " --deep says which file is damaged and what makes it anew"
+            ) from error
 
     def _require(self, columns: Iterable[str]) -> None:
         for name in columns:
             if name not in self.columns:
                 raise unknown(f"column of {self.path!r}", name, self.columns)
+            if name in self._damaged:
+                raise DamagedError(
+                    f"{self.path}/{self._damaged[name]}; it holds the column {name}: {remedy_of(name, self.path)}"
+                )
 
     def _to_numpy(self, name: str, column: pa.Array) -> Shaped[np.ndarray, "n *_"]:
         if column.null_count and self.facts(name) is not None:
@@ -371,6 +424,15 @@ class Catalog:
                 " run its stage again (modeclip embed, modeclip cluster), which computes only what is missing"
             )
         return to_numpy(column)
+
+
+def remedy_of(column: str, path: str) -> str:
+    """Say which command makes a damaged column anew."""
+    if column in COMMANDS:
+        return f"give modeclip {COMMANDS[column]} {path}, which makes it anew"
+    if column in PAIR_COLUMNS:
+        return f"give modeclip index again, with --out {parent(path)} and --replace"
+    return "give the command that made it again (a column of the source: modeclip index --replace)"
 
 
 def to_numpy(column: pa.Array) -> Shaped[np.ndarray, "n *_"]:

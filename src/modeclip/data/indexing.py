@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from typing_extensions import TypedDict
 
 from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, SETTINGS, Catalog
 from modeclip.data.images import Examined, examine, map_in_order, strict_pillow
@@ -150,6 +151,21 @@ def _task_names(config: DataConfig, source: DataSource) -> list[str]:
     return names
 
 
+class IndexNote(TypedDict):
+    """What the ledger keeps of some parts of a source that were read."""
+
+    plan: str
+    """Hash of what decides the work."""
+    units: list[list[Any]]
+    """Name and state of each part, and whether it is there."""
+    files: list[list[list[Any]]]
+    """(name, rows) of the data files, of pairs and of held-out pairs."""
+    fingerprints: list[str]
+    """Fingerprint of both catalogs after these rows."""
+    skipped: dict[str, int]
+    """What was skipped, by cause."""
+
+
 class _Indexing:
     """Reads the parts of a source that a catalog does not have yet, notes down what is finished, and commits it all.
 
@@ -160,7 +176,7 @@ class _Indexing:
         self.source, self.replace = source, replace
         self.paths = paths
         old = [Catalog.open(path) if exists(path) and not replace else None for path in paths]
-        self.ledger = Ledger(self.paths[0], "index")
+        self.ledger = Ledger(self.paths[0], "index", IndexNote)
         self.old = old[0]
         turned = {"exif": config.exif}
         if self.old and "exif" not in json.loads(self.old.metadata[SETTINGS]):
@@ -201,13 +217,13 @@ class _Indexing:
                     read.append([part.name, part.state, is_there])
                     num_waiting = sum(writer.num_waiting for writer in self.writers)
                     if num_waiting >= ROWS_PER_NOTE or position == len(self.parts):
-                        note = {
-                            "plan": self.plan,
-                            "units": read,
-                            "files": [writer.finish() for writer in self.writers],
-                            "fingerprints": [writer.fingerprint for writer in self.writers],
-                            "skipped": dict(self.skips.causes - before),
-                        }
+                        note = IndexNote(
+                            plan=self.plan,
+                            units=read,
+                            files=[writer.finish() for writer in self.writers],
+                            fingerprints=[writer.fingerprint for writer in self.writers],
+                            skipped=dict(self.skips.causes - before),
+                        )
                         if all(state for _, state, _ in read):  # a folder may be another when it is read again
                             self.ledger.add(f"{len(self.notes):06d}", note)
                         self.notes.append(note)
@@ -255,7 +271,7 @@ class _Indexing:
                 )
         return [part for part in self.source.parts if not part.state or part.name not in self.sources]
 
-    def _resume(self) -> list[dict[str, Any]]:
+    def _resume(self) -> list[IndexNote]:
         """Return the notes of an earlier run of the same work; notes and files of other work are removed."""
         notes = [note for _, note in sorted(self.ledger.parts().items())]
         read = [part[:2] for note in notes for part in note["units"]]

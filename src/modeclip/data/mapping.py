@@ -90,7 +90,7 @@ def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = F
         log(f"{description}: nothing to do, all {len(catalog):,} {work.unit} are done")
         return 0
     with writing(catalog.path), only_writer(catalog.path):
-        ledger = Ledger(catalog.path, "-".join(("map", *work.outputs)))
+        ledger = Ledger(catalog.path, "-".join(("map", *work.outputs)), tuple[str, str])
         task = _Task(catalog.path, work, NEW if is_new else "", ledger, _plan(catalog, work, todo))
         done = task.finished()
         with progress(description, sum(sizes[part] for part in todo), work.unit) as advance:
@@ -122,15 +122,15 @@ class _Task:
     work: Work
     prefix: str
     """Prefix of the names of the columns in the files."""
-    ledger: Ledger
+    ledger: Ledger[tuple[str, str]]
     plan: str
 
     def __call__(self, part: int) -> int:
         """Compute one fragment, write its file and note that it is finished."""
-        catalog = Catalog.open(self.path)
+        catalog = Catalog.open(self.path, verify=False)  # whoever planned the map has looked at all files
         blocks = [self.work(block) for block in _blocks(catalog, part, self.work.inputs)]
         table = to_table({name: np.concatenate([block[name] for block in blocks]) for name in self.work.outputs})
-        self.ledger.add(f"{part:06d}", [self.plan, write_column_file(self.path, table, self.prefix)])
+        self.ledger.add(f"{part:06d}", (self.plan, write_column_file(self.path, table, self.prefix)))
         return part
 
     def finished(self) -> dict[int, str]:

@@ -11,19 +11,24 @@ Price: no data are written twice; a commit reads the footer of each new file.
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from types import GenericAlias
+from typing import Any, Final, Generic, TypeVar
 
 import pyarrow as pa
 
-from modeclip.system.files import only_process, to_json, write_atomically
+from modeclip.data.checksums import SIDE_FOLDER, note_commit, restore_manifest
+from modeclip.errors import DamagedError
+from modeclip.system.console import log
+from modeclip.system.files import only_process, parse_json, to_json, write_atomically
 from modeclip.system.paths import is_url, join
+
+T = TypeVar("T")
 
 STORAGE_VERSION: Final = "2.1"
 ROWS_PER_FRAGMENT = 1 << 16
@@ -31,8 +36,6 @@ ROWS_PER_FRAGMENT = 1 << 16
 ROWS_PER_WRITE = 8192
 NEW, OLD = "_modeclip_new_", "_modeclip_old_"
 """Prefixes of columns that a commit is about to show, and of those that it has just replaced."""
-SIDE_FOLDER = "_modeclip"
-"""Folder inside a dataset that holds ledgers and the lock; Lance leaves it alone."""
 KEEP_VERSIONS = timedelta(hours=1)
 """How long replaced data stay on disk for processes that are still reading them."""
 
@@ -53,16 +56,16 @@ def only_writer(uri: str) -> Iterator[None]:
         yield
 
 
-class Ledger:
-    """Notes which parts of a piece of work on a dataset are finished, each with some JSON about it."""
+class Ledger(Generic[T]):
+    """Notes which parts of a piece of work on a dataset are finished, each with a note of a given shape."""
 
-    def __init__(self, uri: str, name: str) -> None:
+    def __init__(self, uri: str, name: str, shape: type[T] | GenericAlias) -> None:
         from fsspec.core import url_to_fs
 
         self._files, self._folder = url_to_fs(join(uri, f"{SIDE_FOLDER}/{name}"))
-        self._is_local = not is_url(uri)
+        self._is_local, self._shape = not is_url(uri), shape
 
-    def add(self, part: str, content: Any) -> None:
+    def add(self, part: str, content: T) -> None:
         """Note that a part is finished; a reader sees the whole note or none."""
         path, text = f"{self._folder}/{part}.json", to_json(content)
         if self._is_local:
@@ -71,13 +74,19 @@ class Ledger:
         else:
             self._files.pipe_file(path, text.encode())
 
-    def parts(self) -> dict[str, Any]:
-        """Return the notes by the names of the finished parts, sorted."""
+    def parts(self) -> dict[str, T]:
+        """Return the notes by the names of the finished parts, sorted; a part whose note is damaged is not finished."""
         self._files.invalidate_cache()
         if not self._files.exists(self._folder):
             return {}
         paths = sorted(path for path in self._files.ls(self._folder, detail=False) if path.endswith(".json"))
-        return {Path(path).stem: json.loads(self._files.cat_file(path)) for path in paths}
+        found = {}
+        for path in paths:
+            try:
+                found[Path(path).stem] = parse_json(self._files.cat_file(path), self._shape)
+            except (OSError, ValueError) as error:
+                log(f"{path}: damaged ({error}); this part is done again")
+        return found
 
     def clear(self) -> None:
         """Remove all notes."""
@@ -164,12 +173,35 @@ def remove_dataset(uri: str) -> None:
         store.rm(folder, recursive=True)
 
 
-def exists(uri: str) -> bool:
-    """Say whether there is a dataset with a commit."""
+def open_dataset(uri: str) -> Any:
+    """Open a Lance dataset; a damaged manifest of a local one is put back from its copy first.
+
+    Raises:
+        DamagedError: It has commits, but the newest of them cannot be read.
+        OSError: There is no dataset.
+        ValueError: There is no dataset.
+    """
     import lance
 
+    restore_manifest(uri)
     try:
-        lance.dataset(uri)
+        return lance.dataset(uri)
+    except (OSError, ValueError) as error:
+        manifests = [] if is_url(uri) else sorted(Path(uri, "_versions").glob("*.manifest"))
+        if not manifests:
+            raise
+        raise DamagedError(
+            f"{manifests[0]}: the newest manifest of catalog {uri!r} is damaged and has no copy"
+            f" ({str(error).split(', /')[0]}); make the catalog anew with modeclip index --replace"
+        ) from error
+
+
+def exists(uri: str) -> bool:
+    """Say whether there is a dataset with a commit, whole or damaged."""
+    try:
+        open_dataset(uri)
+    except DamagedError:
+        return True
     except (OSError, ValueError):
         return False
     return True
@@ -177,11 +209,13 @@ def exists(uri: str) -> bool:
 
 def remove_files(uri: str, names: Iterable[str]) -> None:
     """Remove data files that exist and belong to no commit; leave the others."""
-    import lance
     from fsspec.core import url_to_fs
 
     store, folder = url_to_fs(join(uri, "data"))
-    committed = _files_of(lance.dataset(uri)) if exists(uri) else set()
+    try:
+        committed = _files_of(open_dataset(uri)) if exists(uri) else set()
+    except DamagedError:  # nobody can say what belongs to it
+        return
     for name in set(names) - committed:
         with suppress(FileNotFoundError):
             store.rm_file(f"{folder}/{name}")
@@ -210,8 +244,30 @@ def create(uri: str, schema: pa.Schema, files: Sequence[Sequence[Any]]) -> None:
         )
         for position, (name, num_rows) in enumerate(files)
     ]
+    _remove_broken(uri)
     dataset = lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, fragments))
-    dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
+    _finish(dataset, has_replaced=True)
+
+
+def _remove_broken(uri: str) -> None:
+    """Remove the versions of a local dataset whose newest one cannot be read, which Lance would build upon."""
+    try:
+        if exists(uri):
+            open_dataset(uri)
+    except DamagedError as error:
+        log(f"{error}: it is replaced")
+        for name in ("_versions", "_transactions"):
+            shutil.rmtree(Path(uri, name), ignore_errors=True)
+
+
+def _finish(dataset: Any, *, has_replaced: bool) -> None:
+    """Note the files of a dataset after a commit; after one that replaced some, clean up what nobody reads any more."""
+    if has_replaced:
+        try:
+            dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
+        except (OSError, ValueError) as error:  # a damaged manifest of an older version
+            log(f"{dataset.uri}: older versions were left on the disk ({str(error).split(', /')[0]})")
+    note_commit(dataset)
 
 
 def append(uri: str, files: Sequence[Sequence[Any]], metadata: Mapping[str, str]) -> None:
@@ -219,7 +275,7 @@ def append(uri: str, files: Sequence[Sequence[Any]], metadata: Mapping[str, str]
     import lance
     from lance.fragment import DataFile, FragmentMetadata
 
-    dataset = lance.dataset(uri)
+    dataset = open_dataset(uri)
     known = _files_of(dataset)
     fragments = [
         FragmentMetadata(0, [DataFile.create(dataset, name)], num_rows) for name, num_rows in files if name not in known
@@ -228,6 +284,7 @@ def append(uri: str, files: Sequence[Sequence[Any]], metadata: Mapping[str, str]
         operation = lance.LanceOperation.Append(fragments)
         dataset = lance.LanceDataset.commit(uri, operation, read_version=dataset.version)
     dataset.update_schema_metadata(dict(metadata), replace=True)
+    _finish(dataset, has_replaced=False)
 
 
 def _files_of(dataset: Any) -> set[str]:
@@ -244,7 +301,7 @@ def show_columns(dataset: Any, schema: pa.Schema, files: Mapping[int, str]) -> A
     """
     remove_hidden(dataset)
     dataset.add_columns(pa.schema([field.with_name(NEW + field.name) for field in schema]))
-    dataset = add_files(dataset, files)
+    dataset = _merge_files(dataset, files)
     old = [name for name in schema.names if name in dataset.schema.names]
     # One commit swaps all names, so that a reader sees the old columns or the new ones.
     dataset.alter_columns(
@@ -253,12 +310,18 @@ def show_columns(dataset: Any, schema: pa.Schema, files: Mapping[int, str]) -> A
     )
     if old:
         dataset.drop_columns([OLD + name for name in old])
-        dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
+    _finish(dataset, has_replaced=bool(old))
     return dataset
 
 
 def add_files(dataset: Any, files: Mapping[int, str]) -> Any:
     """Commit a further file for some fragments, with values of columns that exist already; return the dataset."""
+    dataset = _merge_files(dataset, files)
+    _finish(dataset, has_replaced=False)
+    return dataset
+
+
+def _merge_files(dataset: Any, files: Mapping[int, str]) -> Any:
     import lance
     from lance.fragment import DataFile, FragmentMetadata
 

@@ -17,7 +17,10 @@ from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from types import GenericAlias
+from typing import Any, TypeVar
+
+from typing_extensions import TypedDict
 
 from modeclip.errors import DamagedError, ModeclipError
 
@@ -90,7 +93,7 @@ def write_json(path: Path, content: Any, *, indent: int | None = 1, ensure_ascii
     write_atomically(path, to_json(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")
 
 
-def read_json(path: Path, shape: type[T], remedy: str) -> T:
+def read_json(path: Path, shape: type[T] | GenericAlias, remedy: str) -> T:
     """Read a file of JSON, and check that it has the shape that we wrote.
 
     Args:
@@ -112,7 +115,7 @@ def read_json(path: Path, shape: type[T], remedy: str) -> T:
         raise DamagedError(f"{path}: damaged ({error}); {remedy}") from None
 
 
-def parse_json(text: bytes | str, shape: type[T]) -> T:
+def parse_json(text: bytes | str, shape: type[T] | GenericAlias) -> T:
     """Return JSON as a shape, as `read_json` does for a file.
 
     Raises:
@@ -121,7 +124,8 @@ def parse_json(text: bytes | str, shape: type[T]) -> T:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(shape).validate_json(text, strict=True)
+        adapter: TypeAdapter[T] = TypeAdapter(shape)  # type: ignore[arg-type]
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
     place = ".".join(map(str, problem["loc"]))
