@@ -72,7 +72,7 @@ def main() -> None:
     from modeclip.data.sources import DataConfig
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
-    width, height = load_clip(arguments.model).image_size
+    width, height = load_clip(arguments.model, seed=0).image_size
     print(f"{datetime.now(UTC).date()}, {platform.machine()}, {device}, torch {torch.__version__}, {arguments.model}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clip = load_clip("modeclip-icon")
+    clip = load_clip("modeclip-icon", seed=0)
     optimizer = torch.optim.AdamW(clip.model.parameters(), lr=1e-3, fused=True)
     images, tokens = torch.randn(BATCH, 3, 32, 32), clip.tokens([f"arrow left circle {i}" for i in range(BATCH)])
 

@@ -128,6 +128,16 @@ def make_job(catalog: Catalog | Path | str, folder: Path, config: TrainConfig, *
     return replace(job, **changes)  # type: ignore[arg-type]
 
 
+def with_weights(name: str, folder: Path, seed: int = 0) -> str:
+    """Write random weights of a model to a file, and return the specification that names both."""
+    from modeclip.models.checkpoints import write_tensors
+    from modeclip.models.clip import load_clip
+
+    path = folder / f"{name}-{seed}.safetensors"
+    write_tensors(path, load_clip(name, seed=seed).model.state_dict())
+    return f"{name}@{path}"
+
+
 def mark_done(job: TrainJob) -> None:
     """Leave the record of a finished job, without its model."""
     job.save()

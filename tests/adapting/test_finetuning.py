@@ -34,6 +34,7 @@ from modeclip.evaluation.intervals import bootstrap_interval
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import EngineConfig, TrainJob
+from support import with_weights
 
 CONFIG = FinetuneConfig(
     epochs=4,
@@ -74,10 +75,16 @@ def catalog(folder: Path) -> Catalog:
 
 
 @pytest.fixture(scope="module")
-def tuned(folder: Path, catalog: Catalog) -> FinetuneResult:
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The random start of everything here."""
+    return with_weights("modeclip-icon", tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def tuned(model: str, folder: Path, catalog: Catalog) -> FinetuneResult:
     """One fine-tuning with general tasks, from a random start."""
     tasks = str(folder / "icons" / "tasks.lance")
-    return finetune("modeclip-icon", catalog, CONFIG, out=folder / "tuned", tasks=tasks)
+    return finetune(model, catalog, CONFIG, out=folder / "tuned", tasks=tasks)
 
 
 def answers(folder: Path, catalog: Catalog, rows: np.ndarray, classnames: tuple[str, ...]) -> np.ndarray:
@@ -177,12 +184,12 @@ def test_result_file_holds_the_table(tuned: FinetuneResult) -> None:
     assert content["table"][0]["after"]["mean"] == tuned.table[0].after.mean
 
 
-def test_same_call_again_is_done(tuned: FinetuneResult, catalog: Catalog, folder: Path) -> None:
-    model = Path(tuned.folder) / "open_clip_model.safetensors"
-    before = model.stat().st_mtime_ns
+def test_same_call_again_is_done(model: str, tuned: FinetuneResult, catalog: Catalog, folder: Path) -> None:
+    weights = Path(tuned.folder) / "open_clip_model.safetensors"
+    before = weights.stat().st_mtime_ns
     tasks = str(folder / "icons" / "tasks.lance")
-    assert finetune("modeclip-icon", catalog, CONFIG, out=tuned.folder, tasks=tasks) == tuned
-    assert model.stat().st_mtime_ns == before
+    assert finetune(model, catalog, CONFIG, out=tuned.folder, tasks=tasks) == tuned
+    assert weights.stat().st_mtime_ns == before
 
 
 @given(
@@ -205,10 +212,10 @@ def test_choice_follows_the_rule(numbers: list[tuple[int, int]], tolerance: floa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("patience", "num_checks"), [(2, 3), (9, 6)])
-def test_early_stop_stops(catalog: Catalog, tmp_path: Path, patience: int, num_checks: int) -> None:
+def test_early_stop_stops(model: str, catalog: Catalog, tmp_path: Path, patience: int, num_checks: int) -> None:
     """A rate that changes nothing: the first check stays the best, and training ends ``patience`` checks later."""
     config = replace(CONFIG, learning_rate=1e-12, epochs=2, checks=6, patience=patience, alphas=1)
-    result = finetune("modeclip-icon", catalog, config, out=tmp_path / "tuned")
+    result = finetune(model, catalog, config, out=tmp_path / "tuned")
     every = result.planned_steps // 6
     assert len(result.checks) >= num_checks
     assert result.best_step == every
@@ -225,12 +232,12 @@ import sys
 from modeclip.data.catalog import Catalog
 from modeclip.adapting.finetuning import finetune
 from test_finetuning import CONFIG
-finetune("modeclip-icon", Catalog.open(sys.argv[1]), CONFIG, out=sys.argv[2], tasks=sys.argv[3])
+finetune(sys.argv[4], Catalog.open(sys.argv[1]), CONFIG, out=sys.argv[2], tasks=sys.argv[3])
 """
 
 
-def start(catalog: Catalog, out: Path, tasks: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT, catalog.path, str(out), str(tasks)]
+def start(model: str, catalog: Catalog, out: Path, tasks: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, catalog.path, str(out), str(tasks), model]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -238,12 +245,12 @@ def start(catalog: Catalog, out: Path, tasks: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_killed_twice_and_run_again_gives_the_same(
-    tuned: FinetuneResult, catalog: Catalog, folder: Path, tmp_path: Path
+    model: str, tuned: FinetuneResult, catalog: Catalog, folder: Path, tmp_path: Path
 ) -> None:
     """Killed in training, and between two alphas."""
     tasks, out = folder / "icons" / "tasks.lance", tmp_path / "tuned"
     for word in ('"checks": [[', '"found": {"0.0"'):
-        process, deadline = start(catalog, out, tasks), time.monotonic() + 240
+        process, deadline = start(model, catalog, out, tasks), time.monotonic() + 240
         while not ((out / "notes.json").is_file() and word in (out / "notes.json").read_text()):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -251,7 +258,7 @@ def test_killed_twice_and_run_again_gives_the_same(
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
     assert not (out / "finetune.json").exists()
-    result = finetune("modeclip-icon", catalog, CONFIG, out=out, tasks=str(tasks))
+    result = finetune(model, catalog, CONFIG, out=out, tasks=str(tasks))
     ours, theirs = (
         {name: value for name, value in asdict(each).items() if name not in {"folder", "digest"}}
         for each in (result, tuned)
@@ -286,7 +293,9 @@ def test_commands_print_tables_and_json(
         run(*words, "--epochs", 0)
 
 
-def test_requests_that_cannot_work(tuned: FinetuneResult, catalog: Catalog, folder: Path, tmp_path: Path) -> None:
+def test_requests_that_cannot_work(
+    model: str, tuned: FinetuneResult, catalog: Catalog, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "photos" / "one").mkdir(parents=True)
     for number in range(2):
         picture = Image.new("RGB", (32, 32), (80 * number, 0, 0))
@@ -294,13 +303,15 @@ def test_requests_that_cannot_work(tuned: FinetuneResult, catalog: Catalog, fold
     index(DataConfig(source=str(tmp_path / "photos")), tmp_path / "small")
     small, out = Catalog.open(tmp_path / "small"), tmp_path / "out"
     with pytest.raises(ModeclipError, match=r"1 classes.*at least 2"):
-        finetune("modeclip-icon", small, replace(CONFIG, holdout="class"), out=out)
+        finetune(model, small, replace(CONFIG, holdout="class"), out=out)
     with pytest.raises(ModeclipError, match=r"1 pairs with 1 captions.*at least 2.*add data or hold out less"):
-        finetune("modeclip-icon", small, CONFIG, out=out)
+        finetune(model, small, CONFIG, out=out)
     with pytest.raises(ModeclipError, match="unknown model 'nothing'"):
         finetune("nothing", catalog, CONFIG, out=out)
+    with pytest.raises(ModeclipError, match="modeclip-icon names no weights.*modeclip-icon@TAG"):
+        finetune("modeclip-icon", catalog, CONFIG, out=out)
     with pytest.raises(ModeclipError, match="holds no tasks"):
-        finetune("modeclip-icon", catalog, CONFIG, out=out, tasks=str(folder / "catalog"))
+        finetune(model, catalog, CONFIG, out=out, tasks=str(folder / "catalog"))
     with pytest.raises(ModeclipError, match="is also the folder to write to"):
         finetune(tuned.folder, catalog, CONFIG, out=tuned.folder)
     assert not out.exists()

@@ -25,6 +25,7 @@ from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import save_bundle
 from modeclip.models.clip import load_clip, save_clip
+from support import with_weights
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -141,7 +142,9 @@ def test_average_is_what_open_clip_loads(models: list[Path], tmp_path: Path, tas
 
 def test_specification_that_is_no_folder(models: list[Path], tmp_path: Path) -> None:
     """A name is built first: here the seed's own random start, so the average lies half way to the expert."""
-    merge(["modeclip-icon", models[1]], MergeConfig(), out=tmp_path / "merged")
+    merge([with_weights("modeclip-icon", tmp_path), models[1]], MergeConfig(), out=tmp_path / "merged")
+    with pytest.raises(ModeclipError, match="modeclip-icon names no weights"):
+        merge(["modeclip-icon", models[1]], MergeConfig(), out=tmp_path / "refused")
     half = interpolate(*models[:2], 0.5).model.state_dict()
     got = weights(tmp_path / "merged")
     assert all(torch.equal(got[name], half[name]) for name in got)

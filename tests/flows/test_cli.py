@@ -210,7 +210,7 @@ def test_a_place_that_cannot_be_written_to(
     (tmp_path / "task" / "cat" / "1.png").write_bytes(b"never opened")
     given: dict[str, list[object]] = {
         "scaling": [tmp_path / "results.jsonl", "--num-resamples", 9],
-        "evaluate": ["modeclip-icon", "--tasks", tmp_path / "task"],
+        "evaluate": ["modeclip-icon", "--random-weights", "--tasks", tmp_path / "task"],
     }
     line = fails(capsys, command, *given[command], option, tmp_path / place)
     assert re.search(f"{tmp_path / place}.*{message}$", line)
@@ -334,7 +334,14 @@ def test_mistakes_in_other_arguments(
         ("evaluate", "", *on_task): "model '' is empty.*give a bundle",
         ("evaluate", "x=", *on_task): "model 'x' is empty.*give a ",
         ("evaluate", "/", *on_task): r"open_clip_config\.json is missing",
-        ("evaluate", "modeclip-icon", "--tasks", f"{'t' * 240}={tmp_path}/task", *on_task[2:]): "shorter names",
+        (
+            "evaluate",
+            "modeclip-icon",
+            "--random-weights",
+            "--tasks",
+            f"{'t' * 240}={tmp_path}/task",
+            *on_task[2:],
+        ): "shorter names",
         ("evaluate", tmp_path / "model", *on_task): r"no JSON \(Expecting",
         ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch_size: expected 1 .*got 0",
         ("report", tmp_path): r"no results\.json in",

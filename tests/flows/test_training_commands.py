@@ -24,7 +24,7 @@ from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
-from support import weights_of
+from support import weights_of, with_weights
 
 pytestmark = pytest.mark.usefixtures("trains_here")
 SETTINGS = ("--samples", "512", "--batch-size", "16", "--precision", "32-true", "--log-every", "1")
@@ -242,7 +242,9 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_as_the_start_stands_in_for_missing_experts(clustered: Path, tmp_path: Path) -> None:
     """Fine-tuning: the start is exported, the expert has a schedule of its own, the bundle has both."""
     copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
-    run(train_experts, copy, *SETTINGS, "--start", "modeclip-icon", "--only", "0", "--jobs", "1")
+    run(
+        train_experts, copy, *SETTINGS, "--start", with_weights("modeclip-icon", tmp_path), "--only", "0", "--jobs", "1"
+    )
     job = TrainJob.load(copy / "models" / "expert-0" / "job.json")
     assert (job.first_step, job.first_share, job.last_share, job.start_from) == (0, 0.0, 1.0, None)
     assert [expert.folder for expert in load_bundle(copy / "bundle").experts] == ["expert-0", "seed"]

@@ -28,7 +28,7 @@ WEIGHTS = "open_clip_model.safetensors"
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one model, as a bundle has it."""
     folder = tmp_path_factory.mktemp("bundle")
-    save_clip(load_clip("modeclip-icon"), folder / "expert-0")
+    save_clip(load_clip("modeclip-icon", seed=0), folder / "expert-0")
     return folder
 
 
@@ -50,7 +50,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Load small stand-ins, and yield the specifications in the order of the loads."""
     loads: list[str] = []
 
-    def load(spec: str) -> Any:
+    def load(spec: str, *, seed: int | None) -> Any:
         loads.append(spec)
         return pool_module.Clip(model=FakeModel(), config={}, tokenizer=None, preprocess=None)
 
@@ -156,5 +156,5 @@ def test_settings_of_a_model_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ModeclipError, match=r"open_clip_config\.json is missing; get the model again"):
         ModelRef.of_bundle("x", tmp_path, "expert-0", {})
     (tmp_path / "open_clip_config.json").write_text("[1]")
-    with pytest.raises(ModeclipError, match="holds no JSON object"):
+    with pytest.raises(ModeclipError, match="expected an object of settings"):
         ModelRef.of("x", tmp_path)

@@ -22,7 +22,7 @@ CONFIG = TrainConfig(model="modeclip-icon-xxxs", samples=32 * 32, batch_size=32)
 
 
 def make_feed(catalog: Path, config: TrainConfig, **changes: object) -> Feed:
-    clip = load_clip(config.model)
+    clip = load_clip(config.model, seed=0)
     settings = {"rows": torch.arange(300), "tokenizer": clip.tokenizer, "preprocess": clip.preprocess}
     settings |= {"catalog": str(catalog), "config": config, "image_size": clip.image_size}
     settings |= {"caption_ids": config.mask_same_captions}

@@ -15,7 +15,7 @@ from modeclip.errors import ModeclipError
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob
-from support import mark_done
+from support import mark_done, with_weights
 
 TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
 
@@ -160,20 +160,24 @@ def test_a_checkpoint_and_a_pretrained_model_as_the_seed(tmp_path: Path) -> None
     file.write_bytes(b"others")
     assert plan(tmp_path, ExpertsConfig(start=str(file)))["expert-0"].digest != job.digest
 
-    tuned = plan(tmp_path, ExpertsConfig(start="ViT-B-32"))["expert-0"]
-    assert (tuned.config.model, tuned.start_from, tuned.first_step, parts(tuned)) == ("ViT-B-32", None, 0, 5)
+    pretrained = "ViT-B-32@laion2b_s34b_b79k"
+    tuned = plan(tmp_path, ExpertsConfig(start=pretrained))["expert-0"]
+    assert (tuned.config.model, tuned.start_from, tuned.first_step, parts(tuned)) == (pretrained, None, 0, 5)
     assert tuned.learning_rate(0) == 0  # a warm-up of its own
     assert tuned.learning_rate(tuned.last_step) == pytest.approx(0)
     with pytest.raises(ModeclipError, match="unknown model 'nonsense'"):
         plan(tmp_path, ExpertsConfig(start="nonsense"))
+    with pytest.raises(ModeclipError, match="model ViT-B-32 names no weights"):
+        plan(tmp_path, ExpertsConfig(start="ViT-B-32"))
 
 
 def test_a_pretrained_seed_is_exported_to_stand_in(tmp_path: Path) -> None:
-    folder = seed_model(tmp_path, TRAIN, ExpertsConfig(start="modeclip-icon-xxxs"))
+    start = with_weights("modeclip-icon-xxxs", tmp_path)
+    folder = seed_model(tmp_path, TRAIN, ExpertsConfig(start=start))
     assert folder == tmp_path / "seed"
     assert {path.name for path in folder.iterdir()} >= {"open_clip_config.json", "open_clip_model.safetensors"}
     before = (folder / "open_clip_model.safetensors").stat().st_mtime_ns
-    assert seed_model(tmp_path, TRAIN, ExpertsConfig(start="modeclip-icon-xxxs")) == folder
+    assert seed_model(tmp_path, TRAIN, ExpertsConfig(start=start)) == folder
     assert (folder / "open_clip_model.safetensors").stat().st_mtime_ns == before
 
 

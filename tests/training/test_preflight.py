@@ -99,7 +99,7 @@ def test_start_that_is_missing(job: TrainJob, catalog: Catalog, tmp_path: Path) 
 
 
 def test_start_of_another_model(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
-    model = load_clip("modeclip-icon").model.state_dict()
+    model = load_clip("modeclip-icon", seed=0).model.state_dict()
     seed = Checkpoint(step=3, digest="seed", model=model, optimizer={}, facts={})
     save_checkpoint(tmp_path / "seed", seed, keep=1)
     torch.save({"state_dict": model}, tmp_path / "epoch_3.pt")
@@ -119,7 +119,7 @@ def test_start_of_another_model(job: TrainJob, catalog: Catalog, tmp_path: Path)
 
 def test_own_checkpoint_makes_the_start_needless(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
     job = replace(job, start_from=str(tmp_path / "gone"))
-    model = load_clip("modeclip-icon").model.state_dict()
+    model = load_clip("modeclip-icon", seed=0).model.state_dict()
     own = Checkpoint(step=3, digest=job.digest, model=model, optimizer={}, facts={})
     path = save_checkpoint(Path(job.folder), own, keep=1)
     preflight(job, catalog, np.arange(200), 1)
@@ -128,7 +128,7 @@ def test_own_checkpoint_makes_the_start_needless(job: TrainJob, catalog: Catalog
 
 
 def test_model_folder_of_ours_is_a_model(job: TrainJob, catalog: Catalog, tmp_path: Path) -> None:
-    save_clip(load_clip("modeclip-icon", logit_start=Sigmoid.logit_start), tmp_path / "model")
+    save_clip(load_clip("modeclip-icon", seed=0, logit_start=Sigmoid.logit_start), tmp_path / "model")
     preflight(changed(job, model=str(tmp_path / "model"), loss="siglip"), catalog, np.arange(200), 1)
 
 

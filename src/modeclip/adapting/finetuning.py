@@ -245,7 +245,7 @@ def check_start(model: str) -> None:
     """Raise unless a model can be started from, as far as can be told without loading it.
 
     Raises:
-        ModeclipError: It is unknown, or a bundle, of which one expert has to be chosen.
+        ModeclipError: It is unknown or has no weights, or it is a bundle, of which one expert has to be chosen.
     """
     path = Path(model)
     is_bundle = (path / MANIFEST_FILE).is_file()
@@ -254,7 +254,7 @@ def check_start(model: str) -> None:
         folders = ", ".join(dict.fromkeys([SEED, *(expert.folder for expert in load_bundle(bundle).experts)]))
         problem = f"{model} is a bundle" if is_bundle else f"bundle {bundle} has no model {path.name!r}"
         raise ModeclipError(f"finetune: {problem}; give a model in it, {bundle}/NAME: {folders}")
-    check_model(model)
+    check_model(model, random_weights=False)
 
 
 # ---------------------------------------------------------------- training, and what it leaves behind

@@ -239,13 +239,13 @@ def list_models(models: Sequence[str | Path]) -> tuple[list[tuple[str, str]], li
     A bundle stands for its finished experts.
 
     Raises:
-        ModeclipError: A model is unknown, a folder holds no model, or a model is given twice.
+        ModeclipError: A model is unknown or has no weights, a folder holds no model, or a model is given twice.
     """
     named: list[tuple[str, str]] = []
     left_out: list[str] = []
     for model in map(str, models):
         if not (Path(model) / MANIFEST_FILE).is_file():
-            check_model(model)
+            check_model(model, random_weights=False)
             named.append((model, model))
             continue
         bundle = load_bundle(model)

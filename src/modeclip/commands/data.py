@@ -83,7 +83,7 @@ def _tokenizer() -> Callable[..., Any]:
     """Return CLIP's tokenizer, which nearly every open_clip model uses."""
     from modeclip.models.clip import load_clip
 
-    return load_clip("modeclip-icon").tokenizer  # type: ignore[no-any-return]
+    return load_clip("modeclip-icon", seed=0).tokenizer  # type: ignore[no-any-return]
 
 
 def uids(

@@ -75,6 +75,9 @@ def evaluate(
             help="Show the best single expert of each mixture and its oracle, which the labels choose; all experts run."
         ),
     ] = False,
+    random_weights: Annotated[
+        bool, arg(help="Evaluate a model that names no weights (ViT-B-32) with random ones, which is refused else.")
+    ] = False,
     cache: Annotated[
         Path | None, arg(help="Folder where features are kept; default: features in the folder of the results.")
     ] = None,
@@ -105,6 +108,7 @@ def evaluate(
         max_experts=max_experts,
         max_memory=to_bytes(max_memory),
         bounds=bounds,
+        random_weights=random_weights,
     )
     names = [system.name for system in systems]
     check_names(names, [task.name for task in loaded], PROBE if config.probe else "")

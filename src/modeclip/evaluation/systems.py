@@ -151,6 +151,7 @@ def open_systems(
     max_experts: int | None = None,
     max_memory: int | None = None,
     bounds: bool = False,
+    random_weights: bool = False,
 ) -> list[System]:
     """Open what is to be evaluated; names are the shortest ends of the specifications that differ.
 
@@ -164,6 +165,7 @@ def open_systems(
         max_memory: Bytes that the weights of these experts may take; None: any number.
         bounds: Whether the best single expert and the oracle of each mixture are systems too. Then all finished
             experts of the bundle are evaluated.
+        random_weights: Whether a name without weights is evaluated with random ones; else it is an error.
 
     Raises:
         ModeclipError: A model, expert or rule is unknown, two systems have the same name, or bounds are wanted and no
@@ -186,7 +188,8 @@ def open_systems(
             raise ModeclipError(f"evaluate: model {name!r} is empty; give a bundle, a model folder or NAME@TAG")
         place, _, member = spec.partition("#")
         if not member and not _is_bundle(place):
-            systems.append(System(name=name, models=(ModelRef.of(name, spec),)))
+            ref = ModelRef.of(name, spec, seed=0 if random_weights else None)
+            systems.append(System(name=name, models=(ref,)))
             continue
         bundle = bundles[place] = bundles.get(place) or load_bundle(place)
         if member:

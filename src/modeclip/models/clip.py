@@ -4,6 +4,10 @@ A model is named as open_clip users name it: ``ViT-B-32`` (random weights), ``Vi
 tag or a checkpoint file), ``hf-hub:org/name``, ``local-dir:/path`` or just the path of such a folder. What is saved is
 such a folder (``open_clip_config.json`` + ``open_clip_model.safetensors``), which open_clip loads without modeclip.
 
+A folder or a Hub repository is opened only after `modeclip.models.settings` has seen every file that a library would
+follow; nothing in it runs as code. Weights are safetensors, or files of PyTorch that are read with
+``weights_only=True``. What names no weights is refused, unless a seed for random ones is given.
+
 Captions are cut to the longest of their batch before the text tower sees them. In a causal tower no position sees a
 later one, and the features are read at the end-of-text token, so the padding behind it changes nothing: the result is
 the same to rounding, for a fraction of the work (icon names use 4 to 12 of 77 positions).
@@ -17,7 +21,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -28,6 +32,14 @@ import numpy as np
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.models.checkpoints import numbers_allowed, write_tensors
+from modeclip.models.settings import (
+    CLIP_CONFIG,
+    HUB_ID,
+    check_clip_folder,
+    check_links,
+    check_tokenizer_folder,
+    check_transformer_folder,
+)
 from modeclip.system.devices import choose_precision
 from modeclip.system.files import write_json
 
@@ -36,7 +48,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-CONFIG_FILE = "open_clip_config.json"
+CONFIG_FILE = CLIP_CONFIG
 WEIGHTS_FILE = "open_clip_model.safetensors"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # of the files that open_clip takes from a model folder
 PARITY_FILE = "parity.json"
@@ -101,38 +113,42 @@ class Clip:
 
 
 def load_clip(
-    spec: str | Path, *, seed: int = 0, patch_dropout: float = 0.0, logit_start: LogitStart | None = None
+    spec: str | Path, *, seed: int | None = None, patch_dropout: float = 0.0, logit_start: LogitStart | None = None
 ) -> Clip:
     """Build a CLIP on the CPU from a model specification (see the top of this file).
 
     Args:
         spec: Name, ``name@tag``, ``name@file``, ``hf-hub:``, ``local-dir:`` or the path of a model folder.
-        seed: Seed of the random weights, where the specification names no others.
+        seed: Seed of the random weights, where the specification names no others; None: such a specification is
+            refused.
         patch_dropout: Share of the patches that the image tower leaves out in training, in [0, 1).
         logit_start: Gives the model a bias beside its scale; where it has none yet, both start with these values.
 
     Raises:
-        ModeclipError: The name or tag is unknown, the folder is no model, the weights need another activation than
-            the name gives them, or the image tower has no patches to leave out.
+        ModeclipError: The name or tag is unknown, the folder is no model or its settings are refused, it has no
+            weights, they need another activation than the name gives them, or the image tower has no patches to leave
+            out.
     """
     import open_clip
     import torch
 
     open_clip.add_model_config(_OWN_CONFIGS)
-    check_model(str(spec))
+    check_model(str(spec), random_weights=seed is not None)
     name, tag = _resolve(str(spec))
     if tag and not Path(tag).is_file():
         _check_tag(name, tag)
     start = _start_words(logit_start)
     with _quiet(), _loading(str(spec)), torch.random.fork_rng(devices=[]), numbers_allowed():
-        torch.manual_seed(seed)
+        place = _fetch(name)
+        tower = _text_tower(place, weights=not tag and not place.startswith("local-dir:"))
+        torch.manual_seed(seed or 0)
         model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=tag, force_patch_dropout=patch_dropout, **start
+            place, pretrained=tag, force_patch_dropout=patch_dropout, weights_only=True, **tower, **start
         )
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = _load_tokenizer(name, place)
     if patch_dropout and not any("PatchDropout" in type(module).__name__ for module in model.visual.modules()):
         raise ModeclipError(f"model {spec}: its image tower has no patches; set train.augment.patch_dropout to 0")
-    config = _config_of(name, model)
+    config = _config_of(place, model)
     if start:
         config["model_cfg"] |= start
         if not model.logit_bias.any():  # open_clip's stand-in where weights carry none
@@ -157,8 +173,13 @@ def model_shapes(spec: str, *, logit_start: LogitStart | None = None) -> dict[st
     if tag and not Path(tag).is_file():
         _check_tag(name, tag)
     start = _start_words(logit_start)
-    with _quiet(), _loading(spec), torch.device("meta"):
-        model = open_clip.create_model(name, load_weights=False, device="meta", pretrained_text=False, **start)
+    with _quiet(), _loading(spec):
+        place = _fetch(name)
+        tower = _text_tower(place, weights=False)
+        with torch.device("meta"):
+            model = open_clip.create_model(
+                place, load_weights=False, device="meta", pretrained_text=False, **tower, **start
+            )
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
@@ -167,13 +188,20 @@ def _start_words(start: LogitStart | None) -> dict[str, float]:
     return {} if start is None else {"init_logit_scale": start.log_scale, "init_logit_bias": start.bias}
 
 
-def check_model(spec: str) -> None:
+def check_model(spec: str, *, random_weights: bool = True) -> None:
     """Check a model specification as far as possible without importing open_clip.
 
+    Args:
+        spec: As for `load_clip`.
+        random_weights: Let a name stand alone, as training does; a model that is used needs weights.
+
     Raises:
-        ModeclipError: The name is unknown, or the folder is no model.
+        ModeclipError: The name is unknown, names no weights where they are needed, or the folder is no model or has
+            settings that are refused.
     """
     name, tag = _resolve(spec)
+    if name.startswith("hf-hub:") and not HUB_ID.fullmatch(name.removeprefix("hf-hub:")):
+        raise ModeclipError(f"model {spec}: expected hf-hub:ORG/NAME")
     if tag and "." in Path(tag).name and not Path(tag).is_file():
         raise ModeclipError(f"model {spec}: there is no file {tag}; correct the path, or name a pretrained tag")
     if name.startswith("local-dir:"):
@@ -186,6 +214,11 @@ def check_model(spec: str) -> None:
         if name not in known.union(own):
             few = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "any other of open_clip.list_models()"]
             raise unknown("model", spec.partition("@")[0], [*own, *few, "the path of a model folder"])
+        if not tag and not random_weights:
+            raise ModeclipError(
+                f"model {spec} names no weights, so they would be random; write {spec}@TAG, {spec}@FILE or the path of "
+                "a model folder (modeclip evaluate --random-weights evaluates it all the same)"
+            )
 
 
 def save_clip(clip: Clip, folder: Path) -> None:
@@ -219,6 +252,7 @@ def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
     import torch
     from PIL import Image
 
+    check_clip_folder(folder)  # its tokenizer came from a folder or the Hub
     with _quiet(), torch.random.fork_rng(devices=[]):
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -235,7 +269,7 @@ def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
     clip.model.eval()
     model.to(ours.device).eval()
     try:
-        with torch.inference_mode():
+        with without_gradients():
             inputs = {"encode_image": images.to(ours), "encode_text": tokens.to(ours.device)}
             features = [
                 [getattr(tower, method)(value, normalize=True).float() for method, value in inputs.items()]
@@ -326,14 +360,30 @@ def imagenet_words() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @contextmanager
 def computing(clip: Clip, precision: str) -> Iterator[torch.device]:
-    """Run a model without gradients in a precision of `PRECISIONS`, and yield its device."""
+    """Run a model without gradients in a precision of `PRECISIONS`, and yield its device.
+
+    The casts of the weights are kept until the end of the context, so a context around many batches casts once.
+    """
     import torch
 
     device = next(clip.model.parameters()).device
     kind = PRECISIONS[precision]
     low = torch.autocast(device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
-    with torch.inference_mode(), fast_attention(device, precision), low:
+    with without_gradients(), fast_attention(device, precision), low:
         yield device
+
+
+def without_gradients() -> AbstractContextManager[None]:
+    """Return the context in which every tower runs that is not trained.
+
+    It is ``torch.no_grad``: under ``torch.inference_mode`` autocast keeps no cast weights on a CPU, casts each of them
+    at each use, and takes 2 to 3 times as long (``benchmarks/evaluate.py --gradients`` prints by how much). Without
+    autocast the two differ by less than the noise.
+    """
+    import torch
+
+    context: AbstractContextManager[None] = torch.no_grad()
+    return context
 
 
 @contextmanager
@@ -362,6 +412,80 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     return name.replace("/", "-"), tag or None
 
 
+def _fetch(name: str) -> str:
+    """Return a model's name for open_clip; what is on the Hub is downloaded and checked, and becomes a folder.
+
+    Raises:
+        ModeclipError: Its settings are refused.
+    """
+    if not name.startswith("hf-hub:"):
+        return name
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    hub_id = name.removeprefix("hf-hub:")
+    folder = Path(download_pretrained_from_hf(hub_id, filename=CONFIG_FILE)).parent
+    check_clip_folder(folder)
+    download_pretrained_from_hf(hub_id)
+    _check_folder(folder)
+    return f"local-dir:{folder}"
+
+
+def _text_settings(place: str) -> dict[str, Any]:
+    """Return open_clip's settings of the text tower of a built-in name or a folder, which has been checked."""
+    import open_clip
+
+    settings: dict[str, Any] = open_clip.get_model_config(place)["text_cfg"]
+    return settings
+
+
+def _text_tower(place: str, *, weights: bool) -> dict[str, Any]:
+    """Return what open_clip gets to build a text tower of transformers from files that have been checked.
+
+    Args:
+        place: Name or folder of the model.
+        weights: Load the weights that the text tower has on the Hub, for a new model.
+    """
+    settings = _text_settings(place)
+    if not settings.get("hf_model_name"):
+        return {}
+    patterns = ["*.json", *(["*.safetensors", "*.bin"] if weights else [])]
+    folder = _download(settings["hf_model_name"], patterns)
+    check_transformer_folder(folder)
+    return {"text_cfg": settings | {"hf_model_name": str(folder), "hf_model_pretrained": weights}}
+
+
+def _load_tokenizer(name: str, place: str) -> Any:
+    """Return a model's tokenizer: open_clip's own, or one of transformers from files that have been checked."""
+    import open_clip
+
+    settings = _text_settings(place)
+    source = settings.get("hf_tokenizer_name")
+    if not source:
+        return open_clip.get_tokenizer(place)
+    # As open_clip does: a folder's tokenizer lies in it, and a repository's where its settings say.
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+    else:
+        folder = _download(source, ["*.json", "*.txt", "*.model", "*.tiktoken"])
+        check_links(folder)
+    check_tokenizer_folder(folder)
+    return open_clip.tokenizer.HFTokenizer(
+        str(folder),
+        context_length=settings.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+        tokenizer_mode=settings.get("tokenizer_mode"),
+        **(settings.get("tokenizer_kwargs") or {}),
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    """Return the folder of a Hub repository in the local cache, with the files of some patterns."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, allow_patterns=patterns))
+
+
 def _causal_tower(model: Any) -> tuple[Any, str, int | None]:
     """Return the text tower, its pooling and its end-of-text id; the tower is None if no cut would be exact."""
     import open_clip
@@ -383,6 +507,8 @@ def _loading(spec: str) -> Iterator[None]:
     """Turn whatever open_clip raises for a model that it cannot load into one line."""
     try:
         yield
+    except ModeclipError:
+        raise
     except Exception as error:  # damaged files alone raise nearly anything
         raise ModeclipError(f"model {spec}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
@@ -424,11 +550,12 @@ def _refuse_difference(parity: dict[str, Any], folder: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that a folder has settings and weights; without, open_clip would start a model at random."""
+    """Check a folder's settings, and that it has weights; without, open_clip would start a model at random."""
     has_weights = any(path.suffix in WEIGHTS_SUFFIXES for path in folder.glob("*"))
     for file, is_there in ((CONFIG_FILE, (folder / CONFIG_FILE).is_file()), (WEIGHTS_FILE, has_weights)):
         if not is_there:
             raise ModeclipError(f"model folder {folder}: {file} is missing; expected a folder as open_clip saves it")
+    check_clip_folder(folder)
 
 
 def _config_of(name: str, model: Any) -> dict[str, Any]:

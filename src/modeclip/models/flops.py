@@ -61,7 +61,7 @@ def count_flops(spec: str | Path, caption_length: int | None = None) -> Flops:
     from torch.utils.flop_counter import FlopCounterMode
 
     name = str(spec) if Path(spec).exists() else str(spec).partition("@")[0]
-    clip = load_clip(name)
+    clip = load_clip(name, seed=0)  # what its weights are costs nothing
     tokens = torch.zeros_like(clip.tokens([""]))
     context = tokens.shape[1]
     length = context if caption_length is None else caption_length

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, load_clip
+from modeclip.models.settings import check_clip_folder
 from modeclip.system.devices import choose_device, free_memory
 from modeclip.system.files import hash_file, hash_files
 
@@ -51,21 +52,28 @@ class ModelRef:
     """Hash of its preprocessing settings."""
     num_bytes: int = 0
     """Bytes that its weights take once they are loaded."""
+    seed: int | None = None
+    """Seed of its random weights; None: its specification must name weights."""
     file_hashes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """SHA-256 that each file of its folder must have, by file name; checked when it is loaded. Empty: nothing is."""
 
     @classmethod
-    def of(cls, name: str, spec: str | Path) -> ModelRef:
+    def of(cls, name: str, spec: str | Path, *, seed: int | None = None) -> ModelRef:
         """Refer to a model folder, or to anything else that ``load_clip`` takes.
 
         The files of a folder are hashed as they are now. Any other model is loaded once to hash it, but not run.
 
+        Args:
+            name: Name that people read.
+            spec: Which model.
+            seed: Seed of random weights where the specification names none; None: that is an error.
+
         Raises:
-            ModeclipError: The folder's settings are damaged, or the model cannot be loaded.
+            ModeclipError: The folder's settings are damaged or refused, or the model cannot be loaded.
         """
         folder = Path(str(spec).removeprefix("local-dir:"))
         if not (folder / CONFIG_FILE).is_file():
-            return cls.of_clip(name, spec, load_clip(spec))
+            return replace(cls.of_clip(name, spec, load_clip(spec, seed=seed)), seed=seed)
         parts = sorted(path for path in folder.iterdir() if _is_part(path.name))
         return cls._of_files(name, spec, folder, hash_files(folder, parts))
 
@@ -91,25 +99,19 @@ class ModelRef:
             hashes: SHA-256 of the bundle's files by their path in the bundle, as its manifest states them.
 
         Raises:
-            ModeclipError: The model's settings are missing or damaged.
+            ModeclipError: The model's settings are missing, damaged or refused, or its weights are no safetensors.
         """
         start = f"{folder}/"
         own = {path.removeprefix(start): digest for path, digest in hashes.items() if path.startswith(start)}
         own = {file: digest for file, digest in own.items() if _is_part(file)}
-        return replace(cls._of_files(name, bundle / folder, bundle / folder, own), file_hashes=own)
+        ref = cls._of_files(name, bundle / folder, bundle / folder, own)
+        if not (bundle / folder / WEIGHTS_FILE).is_file():
+            raise ModeclipError(f"model {name}: {bundle / folder / WEIGHTS_FILE} is missing; get the bundle again")
+        return replace(ref, file_hashes=own)
 
     @classmethod
     def _of_files(cls, name: str, spec: str | Path, folder: Path, hashes: Mapping[str, str]) -> ModelRef:
-        try:
-            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} is missing; get the model again") from None
-        except ValueError as error:
-            raise ModeclipError(
-                f"model folder {folder}: {CONFIG_FILE} is no JSON ({error}); get the model again"
-            ) from None
-        if not isinstance(config, dict):
-            raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} holds no JSON object; get the model again")
+        config = check_clip_folder(folder)
         return cls(
             name=name,
             spec=spec,
@@ -199,7 +201,7 @@ class ModelPool:
                 self._make_room(missing, set(keys.values()), where)
             for ref in missing:
                 self._check_files(ref)
-                clip = load_clip(ref.spec)
+                clip = load_clip(ref.spec, seed=ref.seed)
                 clip.model.eval().to(device=where, dtype=dtype)
                 size = sum(value.numel() * value.element_size() for value in clip.model.state_dict().values())
                 self._clips[keys[ref.digest]] = clip, size

@@ -189,7 +189,7 @@ def _given(rest: TrainJob, experts: ExpertsConfig) -> TrainJob:
             raise ModeclipError(f"experts.start: {path}: no such file; expected a checkpoint of open_clip_train")
         return replace(rest, start_from=str(path.resolve()), start_digest=hash_file(path))
     if not (path / JOB_FILE).is_file():
-        check_model(start)
+        check_model(start, random_weights=False)
         fresh = replace(rest, config=replace(rest.config, model=start), start_from=None, start_digest="")
         return replace(fresh, first_step=0, last_step=num_steps, first_share=0.0)
     seed = TrainJob.load(path / JOB_FILE)
@@ -226,7 +226,7 @@ def seed_model(folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Path
         return own if start is None else Path(start)
     if not own.is_dir():
         spec = f"{train.model.partition('@')[0]}@{start}" if start.endswith(".pt") else start
-        save_clip(load_clip(spec, seed=train.seed), own)
+        save_clip(load_clip(spec), own)
     return own
 
 

@@ -282,7 +282,7 @@ class _Learner:
         """Return the model with all of its weights in this process; every process must ask."""
         if not self.is_sharded:
             return self.clip
-        model = load_clip(self.job.config.model, logit_start=self.objective.logit_start)
+        model = load_clip(self.job.config.model, seed=0, logit_start=self.objective.logit_start)
         model.model.load_state_dict({name: whole(value) for name, value in self.clip.model.state_dict().items()})
         return model
 

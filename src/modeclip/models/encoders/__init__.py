@@ -144,7 +144,7 @@ def load_any_encoder(name: str, *, batch_size: int = BATCH_SIZE, trust_encoder: 
     if OWN.fullmatch(name):
         if not trust_encoder:
             raise ModeclipError(
-                f"encoder {name!r} is Python code of yours, or of whoever made this bundle or catalog, and does not run "
+                f"encoder {name!r} is Python code of yours, or of whoever made this bundle or catalog, and is not run "
                 f"because a file names it; if you trust it, give --encoder {name} (in Python: trust_encoder=True)"
             )
         return _load_own(name)
@@ -158,12 +158,13 @@ def check_encoder(name: str) -> None:
     """Check that a name can be that of an encoder, before anything is loaded.
 
     Raises:
-        ModeclipError: It is none of the forms at the top of this module, or names an unknown CLIP.
+        ModeclipError: It is none of the forms at the top of this module, or names a CLIP that is unknown or has no
+            weights.
     """
     prefix, _, rest = name.partition(":")
     if prefix in PREFIXES and rest:
         if prefix.startswith("clip"):
-            check_model(str(Path(rest).expanduser()) if rest.startswith("~") else rest)
+            check_model(str(Path(rest).expanduser()) if rest.startswith("~") else rest, random_weights=False)
         return
     is_known = name in ("auto", "minilm", "simcse", "tfidf") or OWN.fullmatch(name)
     if not is_known and "/" not in name and not Path(name).is_dir():

@@ -34,6 +34,7 @@ from modeclip.models.encoders.hub import (
     need,
     unit_rows,
 )
+from modeclip.models.settings import check_timm_folder
 from modeclip.system.devices import choose_device
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class TimmEncoder:
     def __init__(self, name: str, model: str, batch_size: int) -> None:
         need("timm", name, "timm")
         folder = _timm_folder(name, model)
+        check_timm_folder(folder)
         with loading(name, folder):
             timm: Any = import_module("timm")  # parts of it are not typed
             self._model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)

@@ -38,6 +38,7 @@ from modeclip.models.encoders.hub import (
     need,
     unit_rows,
 )
+from modeclip.models.settings import check_links, check_sentence_folder, check_static_folder, check_transformer_folder
 from modeclip.system.devices import choose_device
 from modeclip.system.files import hash_folder, replacing, write_json
 
@@ -90,6 +91,7 @@ class SentenceEncoder:
                 f"encoder {name!r}: expected a sentence-transformers model, got a folder without "
                 f"modules.json: {folder}; a copy of SimCSE is named simcse:FOLDER"
             )
+        check_sentence_folder(folder)
         with loading(name, folder, with_transformers=False):
             from modeclip.models.encoders.bert import load_sentence_bert
 
@@ -104,7 +106,11 @@ class SentenceEncoder:
 
                 # What the folder lacks is an error, and not looked for on the hub.
                 whole: Any = (
-                    SentenceTransformer(str(folder), device=str(choose_device()), local_files_only=True).float().eval()
+                    SentenceTransformer(
+                        str(folder), device=str(choose_device()), local_files_only=True, trust_remote_code=False
+                    )
+                    .float()
+                    .eval()
                 )
             self.model, *self._rest = whole
             prompt = whole.prompts.get(whole.default_prompt_name) if whole.default_prompt_name else None
@@ -152,11 +158,13 @@ class PoolerEncoder:
     encodes = "text"
 
     def __init__(self, name: str, folder: Path, batch_size: int) -> None:
+        check_transformer_folder(folder)
         with loading(name, folder):
             from transformers import AutoModel, AutoTokenizer
 
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            only: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **only)
+            model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **only)
         # transformers gives weights that the file lacks random values, and an encoder no meaning.
         if getattr(model, "pooler", None) is None or report["missing_keys"]:
             raise ModeclipError(
@@ -247,6 +255,7 @@ class TfidfEncoder:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
+        check_links(folder)
         try:
             terms = json.loads((folder / TERMS_FILE).read_text(encoding="utf-8"))
             weights = load_file(folder / WEIGHTS_FILE)
@@ -324,6 +333,7 @@ class Model2VecEncoder:
         need("model2vec", name, '"modeclip[model2vec]"')
         is_id = source.count("/") == 1 and not source.startswith((".", "~", "/")) and not Path(source).is_dir()
         self._folder = hub_folder(name, source, "model2vec:FOLDER") if is_id else local_folder(source)
+        check_static_folder(self._folder)
         with loading(name, self._folder):
             from model2vec import StaticModel
 
