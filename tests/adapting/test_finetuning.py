@@ -308,7 +308,7 @@ def test_requests_that_cannot_work(
         finetune(model, small, CONFIG, out=out)
     with pytest.raises(ModeclipError, match="unknown model 'nothing'"):
         finetune("nothing", catalog, CONFIG, out=out)
-    with pytest.raises(ModeclipError, match="modeclip-icon names no weights.*modeclip-icon@TAG"):
+    with pytest.raises(ModeclipError, match=r"modeclip-icon names no weights.*modeclip-icon@TAG"):
         finetune("modeclip-icon", catalog, CONFIG, out=out)
     with pytest.raises(ModeclipError, match="holds no tasks"):
         finetune(model, catalog, CONFIG, out=out, tasks=str(folder / "catalog"))

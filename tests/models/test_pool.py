@@ -51,6 +51,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     loads: list[str] = []
 
     def load(spec: str, *, seed: int | None) -> Any:
+        assert seed is None
         loads.append(spec)
         return pool_module.Clip(model=FakeModel(), config={}, tokenizer=None, preprocess=None)
 
