@@ -229,7 +229,7 @@ def test_computes_that_no_logarithm_tells_apart_are_one() -> None:
 
 
 def test_a_seed_below_zero_is_refused() -> None:
-    with pytest.raises(ModeclipError, match="scaling: seed: expected 0 or more, got -1"):
+    with pytest.raises(ModeclipError, match=r"scaling\.seed: expected 0 or more, got -1"):
         ScalingConfig(seed=-1)
 
 

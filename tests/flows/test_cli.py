@@ -96,7 +96,78 @@ def test_an_unknown_command_is_told_the_known_ones(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as stop:
         main(["clustre"])
     assert stop.value.code == 2
-    assert "train-experts" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search("unknown command 'clustre'; nearest: cluster, .*modeclip --help", line)
+
+
+WORDS_THAT_DO_NOT_FIT = {
+    "cluster x --expert 4": r"unknown option '--expert'; nearest: --experts, .*modeclip cluster --help",
+    "cluster x --expert=4": r"unknown option '--expert'; nearest: --experts, ",
+    "status a b": "unexpected 'b'.*modeclip status --help",
+    "finetune a": "missing CATALOG and --out",
+    "finetune a b --out c --holdout imag": "--holdout 'imag'; known: image, class, group",
+    "finetune a b --out c --epochs many": "--epochs: expected a whole number, got 'many'",
+    "finetune a b --out c --epochs=1.5": "--epochs: expected a whole number, got '1.5'",
+    "uids a --expert none": "--expert: expected a whole number or None, got 'none'",
+    "train a --learning-rate": "--learning-rate: expected a number, got none",
+    "train a --micro-batch most": r"--micro-batch: expected a whole number or .*auto.*'most'",
+    "--verbose": "unknown option '--verbose'; known: --help, --version",
+}
+
+
+@pytest.mark.parametrize("words", WORDS_THAT_DO_NOT_FIT)
+def test_words_that_fit_no_option_are_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(WORDS_THAT_DO_NOT_FIT[words], line), line
+
+
+SETTINGS_OF_COMMANDS = {
+    "train x --batch-size 1": "--batch-size must be at least 2",
+    "train x --seed-parts 99": r"--seed-parts must lie in 1 to 31 \(--total-parts - 1\)",
+    "train x --save-every often": "--save-every must be",
+    "cluster x --experts 0": "--experts: expected 1 or more",
+    "cluster x --fine 2 --experts 4": "--experts: expected at most --fine, which is 2",
+    "index x --holdout-fraction 2": "--holdout-fraction: expected",
+    "evaluate x --tasks y --batch-size 0": "--batch-size: expected",
+    "evaluate x --tasks y --probe-c 0": "--probe-c: expected",
+    "finetune x y --out z --tolerance 2": "--tolerance",
+    "finetune x y --out z --holdout-fraction 1": "--holdout-fraction",
+    "merge x y --out z --batch-size 0": "--batch-size",
+    "scaling x --num-resamples 0": "--num-resamples",
+}
+
+
+@pytest.mark.parametrize("words", SETTINGS_OF_COMMANDS)
+def test_a_command_calls_its_settings_by_its_options(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.search(SETTINGS_OF_COMMANDS[words], fails(capsys, *words.split()))
+
+
+def test_a_field_of_a_recipe_keeps_its_name_in_a_path_and_in_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "'train.samples'" in fails(capsys, "train", "train.samples")
+    assert "/data.tasks" in fails(capsys, "train", tmp_path / "data.tasks")
+    recipe = write_recipe(tmp_path, "data: {source: icons}\ntrain: {batch_size: 1}")
+    assert "train.batch_size must" in fails(capsys, "run", recipe, "--out", tmp_path / "run")
+
+
+def test_the_version_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert re.fullmatch(r"modeclip \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_one_of_several_processes_prints_the_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "nowhere"])
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_classify_prints_table_and_json(

@@ -39,7 +39,7 @@ from modeclip.adapting.validation import (
 )
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, check_above_zero, check_least
 from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
 from modeclip.mixture.bundle import MANIFEST_FILE, SEED, load_bundle
 from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
@@ -99,15 +99,16 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges that ``TrainConfig`` does not check."""
-        for name in ("epochs", "checks", "patience", "alphas"):
-            if getattr(self, name) < 1:
-                raise ModeclipError(f"finetune: {name} must be at least 1, got {getattr(self, name)}")
+        check_least("finetune", self, epochs=1, batch_size=2, checks=1, patience=1, alphas=1, threads=0, seed=0)
+        check_above_zero("finetune", self, "learning_rate")
         if not 0 < self.holdout_fraction < 1:
-            raise ModeclipError(f"finetune: holdout_fraction must lie in (0, 1), got {self.holdout_fraction}")
+            raise ModeclipError(f"finetune.holdout_fraction must lie in (0, 1), got {self.holdout_fraction}")
         if not 0 <= self.tolerance <= 1:
-            raise ModeclipError(f"finetune: tolerance must lie in [0, 1], got {self.tolerance}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ModeclipError(f"finetune: learning_rate must be above 0 and finite, got {self.learning_rate}")
+            raise ModeclipError(f"finetune.tolerance must lie in [0, 1], got {self.tolerance}")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ModeclipError(f"finetune.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ModeclipError(f"finetune.weight_decay must be 0 or more and finite, got {self.weight_decay}")
         check_templates(self.templates, "finetune")
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modeclip.adapting.validation import Examiner, open_tasks
 from modeclip.data.prompts import check_templates
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, check_least
 from modeclip.evaluation.intervals import Outcome, average
 from modeclip.mixture.bundle import MANIFEST_FILE, SEED, check_files, load_bundle
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
@@ -62,11 +62,10 @@ class MergeConfig:
             raise ModeclipError("merge: greedy chooses the models by itself; drop --weights, or --how greedy")
         if any(not 0 <= weight < math.inf for weight in self.weights) or (self.weights and not any(self.weights)):
             raise ModeclipError(
-                f"merge: weights must be at least 0, one of them above, got {' '.join(map(str, self.weights))}"
+                f"merge.weights must be at least 0, one of them above, got {' '.join(map(str, self.weights))}"
             )
         check_templates(self.templates, "merge")
-        if self.batch_size < 1:
-            raise ModeclipError(f"merge: batch size must be at least 1, got {self.batch_size}")
+        check_least("merge", self, batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The command line: a command parses its words, calls one function and prints what that returns.
 
-A user's mistake is one line on standard error and exit code 2. Results go to standard output, as a table or with
-``--json``; progress goes to standard error. Only the module of the command that was asked for is imported.
+A user's mistake is one line on standard error and exit code 2; of several processes on a machine, one prints it.
+Results go to standard output, as a table or with ``--json``; progress goes to standard error. Only the module of the
+command that was asked for is imported.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import version
 from importlib.resources import files
 
 import tyro
 
-from modeclip.errors import ModeclipError, in_one_line
-from modeclip.system.console import console, open_streams
+from modeclip.errors import ModeclipError, in_one_line, unknown
+from modeclip.system.console import log, open_streams, printable
 from modeclip.system.options import call
 
 PIPE_CLOSED = 128 + 13
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _drop_output()
         _fail(in_one_line(error))
     except KeyboardInterrupt:
-        console.print("stopped; run the same command again to continue")
+        log("stopped; run the same command again to continue")
         raise SystemExit(130) from None
 
 
@@ -97,12 +99,20 @@ def _run(words: Sequence[str]) -> None:
     if name in COMMANDS:
         call(load_command(name), words[1:], prog=f"modeclip {name}")
         return
+    if words and words[0] == "--version":
+        print(f"modeclip {version('modeclip')}")
+        return
+    if words and not words[0].startswith("-"):
+        raise unknown("command", words[0], COMMANDS, "modeclip --help")
+    if words and not name.startswith("--tyro-") and words[0] not in {"-h", "--help"}:
+        raise unknown("option", words[0], ["--help", "--version"])
     if name.startswith("--tyro-"):  # the completion of a shell, which knows the options of every command
         commands = {name: load_command(name) for name in COMMANDS}
     else:
         commands = {name: _stand_in(summary) for name, summary in read_summaries().items()}
-    description = "CLIP data experts: cluster, train, route, evaluate."
-    tyro.extras.subcommand_cli_from_dict(commands, prog="modeclip", description=description, args=words)
+    description = "CLIP data experts: cluster, train, route, evaluate. --version prints the version."
+    shown = words or ["--help"]
+    tyro.extras.subcommand_cli_from_dict(commands, prog="modeclip", description=description, args=shown)
 
 
 def load_command(name: str) -> Callable[..., None]:
@@ -130,6 +140,7 @@ def _stand_in(summary: str) -> Callable[[], None]:
 
 
 def _fail(message: str) -> None:
-    with suppress(OSError):  # a full disk, where standard error goes to a file
-        print(f"modeclip: error: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":  # the others have met the same
+        with suppress(OSError):  # a full disk, where standard error goes to a file
+            print(f"modeclip: error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)

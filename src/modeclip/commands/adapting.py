@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from modeclip.adapting.finetuning import FinetuneConfig
 from modeclip.adapting.merging import MergeConfig
 from modeclip.evaluation.intervals import Interval
-from modeclip.system.console import print_json, print_table
+from modeclip.system.console import print_json, print_lines, print_table
 from modeclip.system.options import AsJson, CatalogPath
 
 Model = Positional[
@@ -49,7 +49,7 @@ def finetune(
     ]
     title = f"alpha {result.alpha:g}, {result.num_train:,} pairs, {result.steps:,} of {result.planned_steps:,} steps"
     print_table(title, ["accuracy in %", "images", "before", "tuned", "after", "change"], rows)
-    print(f"model: {result.folder}\npage: {page}")
+    print_lines(f"model: {result.folder}", f"page: {page}")
 
 
 def merge(
@@ -74,8 +74,8 @@ def merge(
     rows.append(("average", "", _score(result.score), ""))
     print_table(f"{result.how} average", ["model", "weight", "accuracy in %", "with those before"], rows)
     for name in result.left_out:
-        print(f"left out, its seed stands in for it: {name}")
-    print(f"model: {result.folder}")
+        print_lines(f"left out, its seed stands in for it: {name}")
+    print_lines(f"model: {result.folder}")
 
 
 def _score(score: float | None) -> str:

@@ -19,7 +19,7 @@ from modeclip.clustering.fitting import ClusterConfig
 from modeclip.data.checks import CheckConfig
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
-from modeclip.system.console import print_json, print_table
+from modeclip.system.console import print_json, print_lines, print_table
 from modeclip.system.options import AsJson, CatalogPath, Ray
 from modeclip.system.paths import RunPaths
 
@@ -71,9 +71,9 @@ def check(
         if result.findings:
             print_table(title, columns, [list(row) for row in result.rows()])
         else:
-            print(f"{title}: no problems found")
+            print_lines(f"{title}: no problems found")
         for page in pages:
-            print(page)
+            print_lines(page)
     if result.has_errors:
         raise SystemExit(1)
 
@@ -137,7 +137,7 @@ def embed(
     if as_json:
         print_json(asdict(result))
     else:
-        print(
+        print_lines(
             f"{catalog}: {result.num_captions:,} captions as {result.dimension} numbers by {result.encoder}; "
             f"{result.num_distinct:,} went through it"
         )
@@ -181,5 +181,5 @@ def cluster(
     for table in found.tables():
         print_table(*table)
     if found.negatives:
-        print(found.negatives.verdict)
-    print(f"clustering: {out}\natlas: {page}")
+        print_lines(found.negatives.verdict)
+    print_lines(f"clustering: {out}", f"atlas: {page}")

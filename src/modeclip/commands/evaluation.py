@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.evaluate import EvaluateConfig
 from modeclip.evaluation.scaling import ScalingConfig
-from modeclip.system.console import print_json, print_table
+from modeclip.system.console import print_json, print_lines, print_table
 from modeclip.system.options import AsJson, MaxMemory, to_bytes
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def evaluate(
     shown = [result for result in results if result.system not in unseen]
     for kind in dict.fromkeys(result.kind for result in shown):
         _print_kind(kind, [result for result in shown if result.kind == kind], means)
-    print(f"results: {out}")
+    print_lines(f"results: {out}")
 
 
 def compare(
@@ -165,7 +165,7 @@ def compare(
     columns = ["task", "metric", found.first, found.second, "difference", "95 %", "only first, second", "McNemar p"]
     print_table("in %; difference with its bootstrap interval over the same samples of each task", columns, rows)
     if found.left_out:
-        print(f"only in one of them: {', '.join(found.left_out)}")
+        print_lines(f"only in one of them: {', '.join(found.left_out)}")
 
 
 def scaling(
@@ -190,7 +190,7 @@ def scaling(
         return
     print_table(*_law_table(result))
     for page in pages:
-        print(page)
+        print_lines(page)
 
 
 def _print_kind(kind: str, results: Sequence[Result], means: Sequence[Average]) -> None:

@@ -13,7 +13,7 @@ from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig
 from modeclip.mixture.extending import ExtendConfig
 from modeclip.mixture.rules import RULES, Mix
-from modeclip.system.console import console, print_json, print_table
+from modeclip.system.console import busy, print_json, print_lines, print_table
 from modeclip.system.options import AsJson, CatalogPath, MaxMemory, Ray, to_bytes
 
 BundlePath = Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]]
@@ -53,7 +53,7 @@ def route(
         check_picture(picture)
     names = read_classes(classes) if classes is not None else []
     pictures = [open_picture(path) for path in images]
-    with console.status("loading the encoder"):
+    with busy("loading the encoder"):
         from modeclip.mixture.mode import MoDE
 
         mode = MoDE.load(bundle, max_experts=max_experts, max_memory=to_bytes(max_memory))
@@ -95,7 +95,7 @@ def route(
     title = f"rule {asked.rule}, temperature {asked.temperature:g}, entropy {found.entropy:.3f} nats"
     print_table(title, ["class", "nearest fine cluster", "distance", "its expert", *found.members], rows)
     if picture is not None:
-        print(picture)
+        print_lines(picture)
 
 
 def classify(
@@ -124,7 +124,7 @@ def classify(
             "classify: no picture given; give image files: modeclip classify BUNDLE PICTURE... --classes CLASSES"
         )
     images = [open_picture(path) for path in pictures]
-    with console.status("loading the encoder and the experts"):
+    with busy("loading the encoder and the experts"):
         from modeclip.mixture.mode import MoDE
 
         mode = MoDE.load(bundle, max_experts=max_experts, max_memory=to_bytes(max_memory))
@@ -171,9 +171,11 @@ def assign(
     print_table(f"{pairs}: {result.num_pairs:,} pairs, by chance {result.chance:g} novel", ASSIGNED, result.rows())
     for proposal in result.proposals:
         action = "train a new expert" if proposal.action == "new" else f"continue expert-{proposal.expert}"
-        print(f"worth doing: {action} on {proposal.num_pairs:,} pairs ({proposal.reason})")
+        print_lines(f"worth doing: {action} on {proposal.num_pairs:,} pairs ({proposal.reason})")
     if not result.proposals:
-        print("nothing is worth training: too few pairs lie inside the clusters of an expert, and too few are novel")
+        print_lines(
+            "nothing is worth training: too few pairs lie inside the clusters of an expert, and too few are novel"
+        )
 
 
 def extend(
@@ -208,7 +210,7 @@ def extend(
         print_json(asdict(result))
         return
     done = "added" if result.action == "new" else "continued"
-    print(f"{bundle}: expert-{result.expert} {done} on {result.num_pairs:,} pairs, {result.samples:,} samples")
+    print_lines(f"{bundle}: expert-{result.expert} {done} on {result.num_pairs:,} pairs, {result.samples:,} samples")
 
 
 def bundle(
@@ -245,10 +247,10 @@ def bundle(
     )
     print_table(title, ["expert", "model", "pairs", "fine clusters", "key words"], rows)
     made = [f"{name} {job}" for name, job in opened.lineage.get("jobs", {}).items()]
-    print(f"made from jobs: {', '.join(made) or 'unknown'}")
+    print_lines(f"made from jobs: {', '.join(made) or 'unknown'}")
     for edit in opened.edits:
         pairs = f"{edit['pairs']:,} pairs" if "pairs" in edit else "an unknown number of pairs"
-        print(
+        print_lines(
             f"{edit['date']}  {edit['action']} {edit['expert']}: job {edit['job'] or 'none'}, {pairs}"
             f" of {edit.get('catalog', 'an unnamed catalog')}{', forced' if edit['forced'] else ''}"
         )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from modeclip.system.console import log, print_json, print_table
+from modeclip.system.console import log, print_json, print_lines, print_table
 from modeclip.system.options import AsJson
 from modeclip.system.paths import RunPaths
 
@@ -39,7 +39,7 @@ def run(
         print_json(result.results)
         return
     _print_results(result.results)
-    print(f"bundle: {result.bundle}\nreport: {result.report}")
+    print_lines(f"bundle: {result.bundle}", f"report: {result.report}")
 
 
 def report(
@@ -49,7 +49,7 @@ def report(
     """Write the report of a run again."""
     from modeclip.pages.run_report import write_report
 
-    print(write_report(folder, out))
+    print_lines(write_report(folder, out))
 
 
 def _print_results(results: dict[str, Any]) -> None:

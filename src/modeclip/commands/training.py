@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import RoutingConfig
-from modeclip.system.console import console, log, print_json, print_table
+from modeclip.system.console import console, log, print_json, print_lines, print_table
 from modeclip.system.options import AsJson
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
@@ -76,7 +76,7 @@ def train(
     if as_json:
         print_json(asdict(result) | {"folder": job.folder})
     else:
-        print(f"{job.folder}: {result.samples:,} samples of {result.rows:,} pairs in {result.seconds:.0f} s")
+        print_lines(f"{job.folder}: {result.samples:,} samples of {result.rows:,} pairs in {result.seconds:.0f} s")
 
 
 def train_experts(
@@ -117,7 +117,7 @@ def train_experts(
     missing = [job for job in jobs if TrainResult.read(job) is None]
     if commands:
         lines = commands_for(missing, experts.processes_per_job)
-        print_json(lines) if as_json else print("\n".join(lines))
+        print_json(lines) if as_json else print_lines(*lines)
         return
     content = _plan(missing, folder.catalog, experts, quiet=as_json, stop=plan)
     if plan:
@@ -129,8 +129,8 @@ def train_experts(
         print_json({"plan": content, "models": [job.folder for job in jobs], "bundle": bundle and str(bundle)})
         return
     for job in jobs:
-        print(f"{job.name}: {job.folder}")
-    print(f"bundle: {bundle}" if bundle else "no bundle yet: no expert of the clusters is trained")
+        print_lines(f"{job.name}: {job.folder}")
+    print_lines(f"bundle: {bundle}" if bundle else "no bundle yet: no expert of the clusters is trained")
 
 
 def status(

@@ -27,7 +27,7 @@ from jaxtyping import Float
 
 from modeclip.data.prompts import check_templates
 from modeclip.data.tasks.task import Images, Task
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError, check_above_zero, unknown
 from modeclip.evaluation.intervals import (
     CONFIDENCE,
     NUM_RESAMPLES,
@@ -90,7 +90,8 @@ class EvaluateConfig:
         if self.mix not in MIXES:
             raise unknown("mix", self.mix, MIXES)
         if self.batch_size < 1:
-            raise ModeclipError(f"batch_size: expected 1 image or more, got {self.batch_size}")
+            raise ModeclipError(f"evaluate.batch_size: expected 1 image or more, got {self.batch_size}")
+        check_above_zero("evaluate", self, "probe_c")
         resolve_precision(self.precision)
         _ = self.probe_config
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError, check_least, unknown
 from modeclip.evaluation.intervals import Interval
 
 LARGEST_LOG = 700.0
@@ -56,12 +56,9 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         if self.points not in ("frontier", "all"):
             raise unknown("choice of points", self.points, ["frontier", "all"])
-        if self.num_resamples < 1:
-            raise ModeclipError(f"scaling: num_resamples: expected 1 or more, got {self.num_resamples}")
-        if self.seed < 0:
-            raise ModeclipError(f"scaling: seed: expected 0 or more, got {self.seed}")
+        check_least("scaling", self, num_resamples=1, seed=0)
         if not 0 < self.confidence < 1:
-            raise ModeclipError(f"scaling: confidence: expected a number between 0 and 1, got {self.confidence}")
+            raise ModeclipError(f"scaling.confidence: expected a number between 0 and 1, got {self.confidence}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,19 @@
 
 Everything goes to standard error, so that standard output carries only results (``--json`` stays parseable). On a
 terminal a bar is live; in a log file each finished bar leaves one line.
+
+Captions, class names, keys and paths are text of strangers. Whatever is printed comes by `printable` here: a control
+character could move the cursor, hide text or change a terminal's title, and a bidirectional one shows letters in
+another order than they have. None of it is read as rich's markup.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +37,24 @@ from rich.text import Text
 
 from modeclip.system.files import to_json
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+PIPE_WIDTH = 160
+"""Columns of a table that is not printed on a terminal, unless COLUMNS says otherwise."""
+NAME_SHARE = 0.4
+"""Share of the width that the first column of a table may take."""
+HEADER_WIDTH = 14
+"""Columns from which a heading of a table of numbers is broken into lines."""
+_HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    r"""Return text as it may be printed: one line, in which characters that would act on a terminal are written out.
+
+    Examples:
+        >>> printable("cat\x1b[31m\rdog\u202e")
+        'cat\\x1b[31m\\rdog\\u202e'
+    """
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def open_streams() -> None:
@@ -61,10 +84,18 @@ class RateColumn(ProgressColumn):
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "")
 
 
+class DescriptionColumn(ProgressColumn):
+    """What is being done."""
+
+    def render(self, task: Task) -> Text:
+        """Return the description of a task as text."""
+        return Text(f"{printable(task.description):<22}")
+
+
 def make_progress() -> Progress:
     """Return a display of bars with count, rate, and time elapsed and left; its tasks need a field ``unit``."""
     return Progress(
-        TextColumn("{task.description:<22}"),
+        DescriptionColumn(),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         RateColumn(),
@@ -111,23 +142,98 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Advance
         log(f"{description}: {advance.done:,} {unit} in {seconds:.1f} s ({advance.done / max(seconds, 1e-9):,.0f}/s)")
 
 
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Show on a terminal that something is going on whose end is not known."""
+    with console.status(Text(printable(text))):
+        yield
+
+
 def log(text: str) -> None:
     """Print one line for a person to read."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(printable(text), soft_wrap=True)
+
+
+def print_lines(*lines: object) -> None:
+    """Print results for a person on standard output, a line each."""
+    for line in lines:
+        print(printable(line))
 
 
 def print_json(content: Any) -> None:
     """Print a result for machines on standard output."""
     is_utf8 = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    print(to_json(content, indent=1, ensure_ascii=not is_utf8))
+    text = to_json(content, indent=1, ensure_ascii=not is_utf8)
+    print("\n".join(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", line) for line in text.split("\n")))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output: the first column left-aligned, the others right-aligned."""
-    table = Table(title=title, title_justify="left")
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right", no_wrap=position == 0)
-    for row in rows:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 160
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, in_parts: bool = False
+) -> None:
+    """Print a table on standard output: the first column left-aligned, the others right-aligned.
+
+    Args:
+        title: What the table shows.
+        columns: Heading of each column; a line break in it is kept.
+        rows: A text for each column.
+        in_parts: Continue below, under the first column again, with the columns that there is no room for; else cells
+            are wrapped.
+    """
+    printer = Console(file=sys.stdout, width=_width(), highlight=False, markup=False, emoji=False)
+    heads = [_heading(column, in_parts and bool(position)) for position, column in enumerate(columns)]
+    cells = [[Text(printable(cell)) for cell in row] for row in rows]
+    name_width = max(cell.cell_len for cell in [heads[0], *(row[0] for row in cells)])
+    if in_parts:
+        name_width = min(name_width, max(8, int(NAME_SHARE * printer.width)))
+    for part in _parts(heads, cells, printer.width - name_width - 4) if in_parts else [range(1, len(columns))]:
+        table = Table(title=Text(printable(title)), title_justify="left")
+        table.add_column(heads[0], overflow="fold", no_wrap=not in_parts, max_width=name_width)
+        for position in part:
+            table.add_column(heads[position], justify="right", no_wrap=in_parts)
+        for row in cells:
+            table.add_row(row[0], *(row[position] for position in part))
+        printer.print(table)
+        title = "continued"
+
+
+def _width() -> int | None:
+    """Return the columns of a table; None: those of the terminal, which COLUMNS may also say."""
+    said = os.environ.get("COLUMNS", "")
+    return None if sys.stdout.isatty() or (said.isdigit() and int(said)) else PIPE_WIDTH
+
+
+def _heading(text: str, broken: bool) -> Text:
+    """Return a heading; a long one may be broken into lines."""
+    lines = text.split("\n")
+    if broken:
+        lines = [part for line in lines for part in _broken(line)]
+    return Text("\n".join(map(printable, lines)))
+
+
+def _broken(line: str) -> list[str]:
+    """Break a line that is too long for a heading, behind the marks that join words where there are any.
+
+    Examples:
+        >>> _broken("sugarcrepe/replace_attribute")
+        ['sugarcrepe/', 'replace_', 'attribute']
+    """
+    lines = [""]
+    for piece in re.findall(r".+?(?:[-_/.:@# ]|$)", line):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > HEADER_WIDTH:
+            lines.append("")
+        lines[-1] += piece
+    return [part for whole in lines for part in textwrap.wrap(whole, HEADER_WIDTH)]
+
+
+def _parts(heads: Sequence[Text], cells: Sequence[Sequence[Text]], room: int) -> list[range]:
+    """Divide the columns behind the first one into ranges that fit beside it; lines take three letters of each."""
+    parts: list[range] = []
+    start, used = 1, 0
+    for position in range(1, len(heads)):
+        lines = [*heads[position].split("\n"), *(row[position] for row in cells)]
+        width = max(line.cell_len for line in lines) + 3
+        if used and used + width > room:
+            parts.append(range(start, position))
+            start, used = position, 0
+        used += width
+    return [*parts, range(start, len(heads))]

@@ -1,23 +1,26 @@
 """What the commands share: options that several of them have, and how a command is called with the words it was given.
 
 A command is a function whose parameters are its options. A parameter may be a whole config: each of its fields is an
-option then, with the string under the field as its help. What a config refuses is raised as it is, so that the
-command line can print it in one line.
+option then, with the string under the field as its help. What a config refuses, and words that fit no option, are
+raised in one line, in which a setting has the name that it has on this command line.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from dataclasses import is_dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, unknown
 
 AsJson = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
 CatalogPath = Positional[
@@ -29,8 +32,16 @@ Ray = Annotated[
 MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into this many GB (10^9 bytes).")]
 
 
+STAGES = "assign|bundle|check|cluster|data|diagnose|embed|evaluate|experts|extend|finetune|merge|scaling|train"
+"""What stands before the name of a field in messages, as in a recipe: ``train.samples``."""
+KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path", "{None}": "None"}
+"""What the words of tyro's help mean."""
+_FIELD = re.compile(rf"(?<![\w./'\"-])(?:(?:{STAGES})\.(?:\w+\.)*(\w+)|([a-z]+_[a-z_]+))(?![\w/'\"=])(?!\.\w)")
+"""A field of a recipe, or a name that only a field has; quoted and in paths it is something of the user's."""
+
+
 class _RefusedError(Exception):
-    """Carries what a config refused past tyro, which prints the ValueError of a config in a box of several lines."""
+    """Carries what was refused past tyro, which prints a ValueError and its own findings in boxes of several lines."""
 
     def __init__(self, reason: ModeclipError) -> None:
         super().__init__(str(reason))
@@ -46,15 +57,129 @@ def call(command: Callable[..., Any], words: Sequence[str], prog: str | None = N
         prog: What the help calls the command.
 
     Raises:
-        ModeclipError: A config refuses a value, or the command fails.
-        SystemExit: The words ask for help (code 0), or do not fit the command (code 2); something was printed then.
+        ModeclipError: The words do not fit the command, a config refuses a value, or the command fails.
+        SystemExit: The words ask for help, which was printed.
     """
-    registry = ConstructorRegistry()
-    registry.struct_rule(_ConfigRule())
+    parser = _Parser(command, words, prog or command.__name__)
     try:
-        return tyro.cli(command, args=words, prog=prog, registry=registry)
+        with _reporting(parser.refuse):
+            return parser.run(words)
     except _RefusedError as refused:
-        raise refused.reason from None
+        raise ModeclipError(parser.in_flags(str(refused.reason))) from None
+    except ModeclipError as error:
+        text = parser.in_flags(str(error))
+        if text == str(error):
+            raise
+        raise ModeclipError(text) from error
+
+
+class _Parser:
+    """What tyro makes of a command, and in what words its mistakes are reported."""
+
+    def __init__(self, command: Callable[..., Any], words: Sequence[str], prog: str) -> None:
+        self.command, self.words, self.prog = command, words, prog
+
+    def run(self, words: Sequence[str]) -> Any:
+        """Parse words and call the command."""
+        registry = ConstructorRegistry()
+        registry.struct_rule(_ConfigRule())
+        return tyro.cli(self.command, args=words, prog=self.prog, registry=registry)
+
+    @functools.cached_property
+    def help(self) -> str:
+        """The help of the command."""
+        text = io.StringIO()
+        with redirect_stdout(text), suppress(SystemExit):
+            self.run(["--help"])
+        return re.sub(r"\x1b\[[\d;]*m", "", text.getvalue())
+
+    @functools.cached_property
+    def options(self) -> list[str]:
+        """The options of the command."""
+        lines = re.findall(r"^\W*?(-{1,2}\w.*)$", self.help, re.MULTILINE)
+        return [option for line in lines for option in re.findall(r"(?:^|(?<=, ))--[\w-]+", line)]
+
+    @functools.cached_property
+    def flags(self) -> dict[str, str]:
+        """The option of each field of the command's configs, and of each other parameter."""
+        return {name: flag for name, flag in _flags_of(self.command) if flag in self.options}
+
+    def in_flags(self, text: str) -> str:
+        """Return a message in which the fields of recipes are called by the options of this command, if it has them.
+
+        A name in a message is not taken for a field where it is part of a path.
+        """
+        if not _FIELD.search(text):
+            return text
+        return _FIELD.sub(lambda found: self.flags.get(found[1] or found[2], found[0]), text)
+
+    def refuse(self, event: Any) -> None:
+        """Raise what is wrong with the words; ``event`` is one of tyro's, of which there may be new kinds."""
+        tokens = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None)
+        argument = getattr(event, "argument", None)
+        if tokens:
+            problem = self._unknown(tokens)
+        elif missing := getattr(event, "missing_arguments", None):
+            problem = (
+                f"{self.prog}: missing {' and '.join(_name_of(one.arg) for one in missing)}; see {self.prog} --help"
+            )
+        elif choices := getattr(event, "choices", None):
+            problem = str(unknown(f"value of {_name_of(argument)}", event.value, choices))
+        elif argument is not None:
+            problem = f"{_name_of(argument)}: expected {_kind_of(argument)}, got {self._value_of(argument)}"
+        else:
+            problem = (
+                f"{self.prog}: {getattr(event, 'message', '') or 'these words do not fit'}; see {self.prog} --help"
+            )
+        raise _RefusedError(ModeclipError(" ".join(problem.split())))
+
+    def _unknown(self, tokens: Sequence[str]) -> str:
+        """Say which word is none of the command's."""
+        options = [token.partition("=")[0] for token in tokens if token.startswith("-")]
+        if not options:
+            return f"{self.prog}: unexpected {tokens[0]!r}; an option stands before its value: see {self.prog} --help"
+        return str(unknown("option", options[0], self.options, f"{self.prog} --help"))
+
+    def _value_of(self, argument: Any) -> str:
+        """Return what was given for an option, as far as the words tell."""
+        flags = argument.lowered.name_or_flags
+        for place, word in enumerate(self.words):
+            name, equals, value = word.partition("=")
+            if name in flags:
+                values = [value] if equals else self.words[place + 1 : place + 2]
+                return repr(values[0]) if values and values[0] not in self.options else "none"
+        return f"one of {' '.join(self.words)!r}"
+
+
+def _reporting(refuse: Callable[[Any], None]) -> AbstractContextManager[None]:
+    """Have tyro call a function before it prints what is wrong; the hook is young, and without it there are boxes."""
+    hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", None)
+    return nullcontext() if hook is None else hook(refuse)
+
+
+def _flags_of(owner: Callable[..., Any]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the option of each parameter of a command, or each field of a config, and of those in it."""
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _flags_of(kind)
+        else:
+            own = next((mark.name for mark in marks if getattr(mark, "name", None)), None)
+            yield name, f"--{own or name.replace('_', '-')}"
+
+
+def _name_of(argument: Any) -> str:
+    """Return what the user calls an argument of tyro's."""
+    if argument.is_positional():
+        return str(argument.field.intern_name).rpartition(".")[2].upper()
+    return str(next(flag for flag in argument.lowered.name_or_flags if flag.startswith("--")))
+
+
+def _kind_of(argument: Any) -> str:
+    """Return what values an argument of tyro's takes."""
+    kinds = str(argument.lowered.metavar).split("|")
+    kinds = [*(kind for kind in kinds if kind != "{None}"), *(kind for kind in kinds if kind == "{None}")]
+    return " or ".join(KINDS.get(kind, kind) for kind in kinds)
 
 
 def to_bytes(gigabytes: float | None) -> int | None:

@@ -22,7 +22,7 @@ from typing import Any
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import WEIGHTS_FILE
-from modeclip.system.console import console
+from modeclip.system.console import busy
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import LOG_FILE, TrainJob
 from modeclip.training.launching import start_job, trouble_of
@@ -148,7 +148,7 @@ def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, proces
         if left:
             kind = _kind(job)
             if kind not in measured:
-                with console.status(f"measuring a few steps of {job.name}"):
+                with busy(f"measuring a few steps of {job.name}"):
                     measured[kind] = measure(job, processes)
             known = measured[kind]
         kept = job.config.engine.keep_checkpoints + 1

@@ -23,10 +23,11 @@ from typing import Any, Literal
 
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import checkpoint_files
-from modeclip.system.console import console
+from modeclip.system.console import console, printable
 from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, LOG_FILE, TrainJob, TrainResult
 
 LOG_TAIL_BYTES = 1 << 14
@@ -162,13 +163,13 @@ def is_locked(folder: Path) -> bool:
 
 def board_table(rows: Iterable[JobStatus], title: str) -> Table:
     """Return the table that `watch` shows."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for name in COLUMNS:
         left = name in {"model", "state", "note"}
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "note", overflow="fold")
     for row in rows:
-        cells = row.cells()
-        table.add_row(cells[0], f"[{COLOURS[row.state]}]{cells[1]}[/]", *cells[2:-1], cells[-1].replace("[", r"\["))
+        name, state, *cells = map(printable, row.cells())
+        table.add_row(name, Text(state, style=COLOURS[row.state]), *cells)
     return table
 
 
