@@ -360,6 +360,14 @@ def test_whole_numbers_are_clustered() -> None:
     assert kmeans([[0], [1], [9]], 2).sizes.tolist() in ([1, 2], [2, 1])
 
 
+@pytest.mark.parametrize("factor", [2.0**55, 2.0**-35])
+def test_size_of_the_numbers_does_not_matter(factor: float) -> None:
+    x = grouped_rows(100, 6, 0)
+    found, expected = kmeans(x * np.float32(factor), 7, max_size_ratio=1.1), kmeans(x, 7, max_size_ratio=1.1)
+    np.testing.assert_array_equal(found.assignment, expected.assignment)
+    assert found.objective == pytest.approx(factor**2 * expected.objective, rel=1e-5)
+
+
 # mistakes
 
 
@@ -377,6 +385,11 @@ def test_whole_numbers_are_clustered() -> None:
         ({"num_clusters": 2, "num_iterations": -1}, "num_iterations must be 0 or more, got -1"),
         ({"num_clusters": 2, "start": "first"}, "start must be one of k-means\\+\\+, random, got 'first'"),
         ({"num_clusters": 2, "x": rows_with_nan()}, "x has NaN.*2 of 10 rows.*row 3.*remove"),
+        (
+            {"num_clusters": 2, "x": grouped_rows(10, 4, 0) * np.float32(1e19)},
+            "numbers up to about 1e17, got .e.19: divide",
+        ),
+        ({"num_clusters": 2, "x": grouped_rows(10, 4, 0) * np.float32(1e-25)}, "numbers above about 1e-12.*multiply"),
         ({"num_clusters": 1, "x": []}, "x: expected a matrix"),
         ({"num_clusters": 1, "x": "rows"}, "x: expected an array of numbers, got str"),
     ],

@@ -53,6 +53,8 @@ SAMPLED_FRACTION = 0.6
 """Share of the iterations that work on samples, where there are rows enough."""
 SUMMED_ROWS = 1 << 14
 """Rows that are summed up in float32; as many as there are centres, if that is more."""
+LARGEST_SQUARES, SMALLEST_SQUARES = 2.0**120, 2.0**-80
+"""Range of the sum of the squares of a block of rows: beyond it squared distances overflow, or lose their digits."""
 MIN_IMPROVEMENT = 1e-4
 """Lloyd stops when an iteration lowers the objective by less than this fraction."""
 EXACT_ITERATIONS = 1
@@ -114,7 +116,8 @@ def kmeans(
         on_iteration: Called after each update of the centres, for a progress bar.
 
     Raises:
-        ModeclipError: ``x`` is not a matrix of finite numbers, or an argument is out of its range.
+        ModeclipError: ``x`` is not a matrix of finite numbers, their squares are too large or too small for float32, or
+            an argument is out of its range.
 
     Examples:
         >>> x = np.array([[0.0], [0.1], [5.0], [5.1]], dtype=np.float32)
@@ -123,6 +126,7 @@ def kmeans(
         ([2, 2], 0.0025)
     """
     rows = as_rows("x", x)
+    _check_squares(rows)
     capacity = _capacity(len(rows), num_clusters, max_size_ratio)
     if num_iterations < 0:
         raise ModeclipError(f"num_iterations must be 0 or more, got {num_iterations}")
@@ -154,6 +158,20 @@ def kmeans(
         objective=objective,
         sizes=np.bincount(assignment, minlength=num_clusters),
     )
+
+
+def _check_squares(x: Float[np.ndarray, "N D"]) -> None:
+    """Raise if float32, in which distances are computed, cannot hold the squares of the numbers."""
+    with np.errstate(over="ignore"):
+        squares = [float(np.vdot(x[block], x[block])) for block in _parts(x)]
+    if not max(squares) <= LARGEST_SQUARES:
+        raise ModeclipError(
+            f"x: expected numbers up to about 1e17, got {np.abs(x).max():.0e}: divide all rows by one number"
+        )
+    if sum(squares) < SMALLEST_SQUARES and x.any():
+        raise ModeclipError(
+            f"x: expected numbers above about 1e-12, got at most {np.abs(x).max():.0e}: multiply all rows by one number"
+        )
 
 
 def _capacity(num_rows: int, num_clusters: int, max_size_ratio: float | None) -> int:
