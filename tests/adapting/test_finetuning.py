@@ -28,7 +28,7 @@ from modeclip.commands.adapting import merge as merge_command
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
-from modeclip.data.tasks.task import catalog_tasks
+from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import bootstrap_interval
 from modeclip.system.options import call
@@ -120,6 +120,47 @@ def test_no_image_is_on_both_sides(catalog: Catalog, unit: str, seed: int) -> No
         assert split.num_duplicates == {True: 1, False: 0}[spoiled] + (
             captions[split.held_out][0] == "a photo of a sort 1."
         )
+
+
+def test_near_duplicates_and_columns_are_held_out_together(tmp_path: Path) -> None:
+    """Twelve smooth pictures, each also at half its size, of three sites; the first site has copies of all."""
+    draw = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    lines = ["filepath,title,site"]
+    for number in range(12):
+        picture = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+            (96, 96), Image.Resampling.BICUBIC
+        )
+        for kind, site in (("plain", f"site {number % 3}"), ("half", f"site {number % 3}"), ("again", "site 0")):
+            name = f"{kind}-{number}.png"
+            (picture.resize((48, 48)) if kind == "half" else picture).save(tmp_path / "data" / name)
+            lines.append(f"{name},caption {number % 4},{site}")
+    (tmp_path / "data" / "pairs.csv").write_text("\n".join(lines) + "\n")
+    index(DataConfig(source=str(tmp_path / "data" / "pairs.csv")), tmp_path / "out")
+    catalog = Catalog.open(tmp_path / "out")
+    columns = catalog.read(["key", "site", "digest"])
+    numbers = np.array([int(key.rpartition("-")[2].partition(".")[0]) for key in columns["key"]])
+    apart = split_rows(catalog, "image", 0.3, 0)
+    assert set(numbers[apart.train]) & set(numbers[apart.held_out]), "bytes do not know a picture at half its size"
+    split = split_rows(catalog, "similar", 0.3, 0)
+    assert not set(numbers[split.train]) & set(numbers[split.held_out])
+    assert len(split.train) + len(split.held_out) == 36
+    split = split_rows(catalog, "group=site", 0.3, 2)
+    held = set(columns["site"][split.held_out])
+    assert len(held) == 1
+    assert held == set(columns["site"]) - set(columns["site"][split.train]) or split.num_duplicates
+    assert not set(columns["digest"][split.train]) & set(columns["digest"][split.held_out])
+    with pytest.raises(ModeclipError, match=r"unknown column.*'sight'"):
+        split_rows(catalog, "group=sight", 0.3, 0)
+    general = Task(
+        name="general",
+        kind="classification",
+        images=CatalogImages(catalog=catalog, rows=np.flatnonzero(numbers == 0)),
+        classnames=("a", "b"),
+        labels=np.zeros(3, np.int64),
+    )
+    split = split_rows(catalog, "image", 0.3, 0, tasks=[general])
+    assert 0 not in numbers[split.train], "what a general task shows is not trained on"
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=80), st.floats(0.01, 0.99), st.integers(0, 2**31))

@@ -138,7 +138,7 @@ def test_icons_are_trained_on_and_held_out(tmp_path: Path):
         assert second.read(["key"])["key"].tolist() == first.read(["key"])["key"].tolist()
 
 
-def test_a_share_of_the_pairs_is_held_out_by_their_keys(tmp_path: Path, icons):
+def test_a_share_of_the_images_is_held_out(tmp_path: Path, icons):
     def held(samples: list[Sample], name: str) -> set[str]:
         source = write_folder(tmp_path / name, samples)
         result = index(DataConfig(source=str(source), holdout_fraction=0.3), tmp_path / f"{name} out")

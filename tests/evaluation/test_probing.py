@@ -163,3 +163,20 @@ def test_features_of_other_sizes_are_not_added() -> None:
 def test_settings_are_checked(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ModeclipError, match=message):
         ProbeConfig(**fields)
+
+
+def test_copies_of_an_image_are_held_out_together_and_no_class_is_left_without() -> None:
+    labels = np.repeat(np.arange(6), 20)
+    draw = np.random.default_rng(5)
+    images = [bytes([number]) for number in draw.integers(0, 60, len(labels))]
+    images[100:] = [images[0]] * 20  # a class whose images are all copies of one that another class has too
+    for seed in range(20):
+        chosen = hold_out(labels, 0.3, seed, images)
+        held, kept = (
+            {image for image, is_held in zip(images, side, strict=True) if is_held} for side in (chosen, ~chosen)
+        )
+        assert not held & kept
+        assert set(labels[~chosen]) == set(range(6))
+        assert 0.1 < chosen.mean() < 0.5
+    apart = [bytes([number]) for number in range(len(labels))]
+    np.testing.assert_array_equal(hold_out(labels, 0.3, 1, apart), hold_out(labels, 0.3, 1))

@@ -30,8 +30,8 @@ from jaxtyping import Bool
 
 from modeclip.adapting.merging import as_folder, interpolate_into
 from modeclip.adapting.validation import (
+    HOLDOUT_UNITS,
     Examiner,
-    HoldoutUnit,
     Split,
     open_tasks,
     own_task,
@@ -39,6 +39,7 @@ from modeclip.adapting.validation import (
 )
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
+from modeclip.data.sources.options import parse_holdout
 from modeclip.errors import ModeclipError, check_above_zero, check_least
 from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
 from modeclip.mixture.bundle import MANIFEST_FILE, SEED, load_bundle
@@ -73,9 +74,11 @@ class FinetuneConfig:
     """Share of the steps in which the rate rises, in [0, 1), so that AdamW's averages settle before it is high."""
     weight_decay: float = 0.1
     """AdamW's decay of matrices: half of pre-training's, since there are few steps and the start is worth keeping."""
-    holdout: HoldoutUnit = "image"
-    """What is held out: images at random, the same share of each class; whole classes (distinct captions), which shows
-    what it does for names never seen; or whole groups (folders, shards), for another source, camera or site."""
+    holdout: str = "image"
+    """What is held out. `image`: images at random with their copies, the same share of each class. `similar`: the same,
+    but with near-duplicates (64-bit dHashes at most 3 bits apart, and chains of them). `class`: whole classes (distinct
+    captions), which shows what it does for names never seen. `group` or `group=COLUMN`: whole groups (folders, shards,
+    or equal values in a column), for another source, camera or site."""
     holdout_fraction: float = 0.2
     """Share of the images, classes or groups that is held out, in (0, 1)."""
     checks: int = 20
@@ -109,6 +112,7 @@ class FinetuneConfig:
             raise ModeclipError(f"finetune.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
         if not 0 <= self.weight_decay < math.inf:
             raise ModeclipError(f"finetune.weight_decay must be 0 or more and finite, got {self.weight_decay}")
+        parse_holdout(self.holdout, HOLDOUT_UNITS, "finetune: holdout")
         check_templates(self.templates, "finetune")
 
 
@@ -159,7 +163,7 @@ class FinetuneResult:
     num_held_out: int
     """Pairs held out."""
     num_duplicates: int
-    """Pairs left out because their image is held out."""
+    """Pairs left out because their image is held out or in a general task."""
     num_classes: int
     """Distinct captions of the whole own set, from which the class of a held-out image is chosen."""
     batch_size: int
@@ -214,8 +218,9 @@ def finetune(
     """
     out = Path(out)
     check_start(str(model))
-    split = split_rows(catalog, config.holdout, config.holdout_fraction, config.seed)
     general = open_tasks(tasks, config.templates, 256) if tasks else None
+    asked = general.tasks if general else ()
+    split = split_rows(catalog, config.holdout, config.holdout_fraction, config.seed, tasks=asked)
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out), writing(out):
         seed = as_folder(str(model), out / "seed")

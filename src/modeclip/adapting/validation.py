@@ -5,8 +5,9 @@ normalises the pictures of its tasks once, as far as they fit into ``CACHE_BYTES
 `modeclip.evaluation.evaluate.answer` that compares finished models.
 
 `split_rows` divides an own set into rows to train on and rows to be judged by, so that no image is on both sides.
-Copies of an image (equal ``digest``) stay together. Where a class or a group is held out that shares an image with
-another one, that image is left out of training. Images that were scaled or encoded anew are not recognised as copies.
+Copies of an image (equal bytes) and all of its captions stay together. Where a class or a group is held out that shares
+an image with another one, that image is left out of training, and so is one that a general task shows. Images that were
+scaled or encoded anew are recognised as copies by ``similar`` alone (`modeclip.data.holdout`).
 
 Source: CLIP (arXiv 2103.00020, Sec. 3.1): the class whose text has the highest cosine with the image.
 Price: one pass of the image tower over all images and one of the text tower over all class names, each time.
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from modeclip.data.catalog import Catalog
+from modeclip.data.holdout import dhash, group_similar, identify
+from modeclip.data.sources.options import parse_holdout
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.evaluate import answer
@@ -38,7 +41,10 @@ CACHE_BYTES = 1 << 30
 HOLDOUT_STREAM = 7_000_001
 """Key of the random stream that draws what is held out, far from those of training."""
 
-HoldoutUnit = Literal["image", "class", "group"]
+HOLDOUT_UNITS = ("image", "similar", "class", "group")
+"""What may be held out."""
+IMAGES_AT_ONCE = 256
+"""Images that are decoded at a time for their dHashes."""
 
 
 class Examiner:
@@ -117,30 +123,42 @@ class Split:
     held_out: Int[np.ndarray, " m"]
     """Rows that are classified and never trained on, ascending."""
     num_duplicates: int
-    """How many rows are neither, because their image is the same as one held out."""
+    """How many rows are neither, because their image is the same as one held out or in a task."""
 
 
-def split_rows(catalog: Catalog, unit: HoldoutUnit, fraction: float, seed: int) -> Split:
+def split_rows(catalog: Catalog, holdout: str, fraction: float, seed: int, *, tasks: Sequence[Task] = ()) -> Split:
     """Choose which rows of an own set are held out. The same catalog and arguments give the same choice.
 
     Args:
         catalog: The own set.
-        unit: What is held out as a whole: images (the same share of each class), classes (distinct captions), groups.
+        holdout: What is held out as a whole: ``image`` (the same share of each class), ``similar`` (images with their
+            near-duplicates), ``class`` (distinct captions), ``group`` or ``group=COLUMN``.
         fraction: Share of the units that is held out, in (0, 1).
         seed: Seed of the draw.
+        tasks: General tasks, whose images are not trained on.
 
     Raises:
-        ModeclipError: The set is too small to be split, or what is left has a single caption.
+        ModeclipError: The set is too small to be split, what is left has a single caption, or there is no such column.
     """
-    columns = catalog.read(["key", "caption", "digest", "group"])
-    images, labels = _identify(columns["digest"], columns["key"]), _number(columns["caption"])
-    units = {"image": images, "class": labels, "group": _number(columns["group"])}[unit]
+    unit, column = parse_holdout(holdout, HOLDOUT_UNITS, "finetune: holdout")
+    labels = _number(catalog.read(["caption"])["caption"])
+    known_by = identities(catalog)
+    images = _number(known_by)
+    if unit == "class":
+        units = labels
+    elif unit == "group":
+        values = zip(catalog.read([column])[column], known_by, strict=True)  # without a value, an image counts alone
+        units = _number([f"of {value}" if value not in (None, "") else f"by {own.hex()}" for value, own in values])
+    else:
+        units = images if unit == "image" else _similar(catalog, images)
     if (count := len(np.unique(units))) < 2:
-        words = {"image": "images", "class": "classes", "group": "groups"}[unit]
+        words = {"image": "images", "similar": "groups of similar images", "class": "classes", "group": "groups"}[unit]
         raise ModeclipError(f"finetune: {catalog.path} has {count} {words}, expected at least 2 to hold one out")
-    strata = labels if unit == "image" else np.zeros_like(labels)
+    strata = labels if unit in ("image", "similar") else np.zeros_like(labels)
     held_out = draw_units(units, strata, fraction, seed)
-    copies = np.isin(images, images[held_out]) & ~held_out
+    general = {digest for task in tasks for digest in task.images.digests()}
+    is_elsewhere = np.array([identity in general for identity in known_by])
+    copies = (np.isin(images, images[held_out]) | is_elsewhere) & ~held_out
     train = np.flatnonzero(~held_out & ~copies)
     if len(train) < 2 or len(np.unique(labels[train])) < 2:
         raise ModeclipError(
@@ -191,14 +209,27 @@ def own_task(catalog: Catalog, split: Split) -> Task:
     )
 
 
-def _number(values: np.ndarray) -> Int[np.ndarray, " N"]:
-    """Return the number of each row's value among the distinct ones."""
-    return np.unique(np.array([str(value) for value in values]), return_inverse=True)[1]
+def identities(catalog: Catalog) -> list[bytes]:
+    """Return what the image of each row is known by: the hash of its bytes or, in an object store, where it lies."""
+    columns = catalog.read(["digest", "path", "offset"])
+    digests = columns["digest"]
+    if len(unknown := np.flatnonzero([digest is None for digest in digests])):
+        digests[unknown] = catalog.digests(unknown)
+    return identify(digests.tolist(), columns["path"].tolist(), columns["offset"].tolist())
 
 
-def _identify(digests: np.ndarray, keys: np.ndarray) -> Int[np.ndarray, " N"]:
-    """Return a number for each row that is equal for equal images; a row without a hash is known by its key."""
-    names: list[Any] = [
-        digest.hex() if digest is not None else f"key {key}" for digest, key in zip(digests, keys, strict=True)
+def _similar(catalog: Catalog, images: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """Return a number for each row that is equal for near-duplicates; each image is decoded once."""
+    _, first, inverse = np.unique(images, return_index=True, return_inverse=True)
+    hashes = [
+        dhash(picture)
+        for start in range(0, len(first), IMAGES_AT_ONCE)
+        for picture in catalog.images(first[start : start + IMAGES_AT_ONCE])
     ]
-    return _number(np.array(names))
+    return group_similar(np.array(hashes, np.uint64))[inverse]
+
+
+def _number(values: Sequence[object] | np.ndarray) -> Int[np.ndarray, " N"]:
+    """Return the number of each row's value among the distinct ones."""
+    number_of = {value: number for number, value in enumerate(sorted(set(values)))}
+    return np.array([number_of[value] for value in values], np.int64)

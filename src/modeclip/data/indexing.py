@@ -14,14 +14,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,17 @@ import pyarrow as pa
 from typing_extensions import TypedDict
 
 from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, SETTINGS, Catalog
+from modeclip.data.holdout import DHASH, HOLDOUT, Sides
 from modeclip.data.images import Examined, examine, map_in_order, strict_pillow
-from modeclip.data.samples import HARMLESS, MISSING_SHARD, MISSING_TABLE, NOT_UTF8, Sample, Skipped
+from modeclip.data.samples import (
+    COPY_OF_TRAINED,
+    HARMLESS,
+    MISSING_SHARD,
+    MISSING_TABLE,
+    NOT_UTF8,
+    Sample,
+    Skipped,
+)
 from modeclip.data.sources import DataConfig, DataSource, SourcePart, open_source, open_task, split_task
 from modeclip.data.sources.options import LATER
 from modeclip.data.storage import (
@@ -39,6 +48,7 @@ from modeclip.data.storage import (
     append,
     create,
     exists,
+    files_where,
     only_writer,
     remove_dataset,
     remove_files,
@@ -50,9 +60,10 @@ from modeclip.system.files import to_json, writing
 from modeclip.system.paths import join
 
 TASKS = "tasks.lance"
-HOLDOUT = "holdout"
 SOURCES, SKIPPED = "modeclip.sources", "modeclip.skipped"
 """Metadata of a catalog: its parts with their states, and causes with counts."""
+HELD_FINGERPRINT = "modeclip.held_fingerprint"
+"""Metadata of the tasks: the fingerprint of the rows of `HOLDOUT` alone."""
 
 ROWS_PER_NOTE = 1 << 15
 """Number of rows after which the parts read so far are noted down as finished."""
@@ -109,15 +120,16 @@ def index(
     paths = join(out, CATALOG), join(out, TASKS)
     try:
         with writing(out), only_writer(paths[0]), strict_pillow():
-            work = _Indexing(config, source, paths, replace)
+            work = _Indexing(config, source, tasks, paths, replace)
             work.read_parts()
             catalog, num_added = work.commit()
-            captions = Distinct()
-            for batch in catalog.batches(["caption"], 1 << 16):
+            captions, images = Distinct(), Distinct()
+            for batch in catalog.batches(["caption", "digest"], 1 << 16):
                 captions.add_all(batch["caption"])
+                images.add_all(digest.hex() for digest in batch["digest"] if tasks and digest is not None)
             if tasks:
-                _index_tasks(config, tasks, paths[1], captions if source.draws_images else None, work.skips)
-            elif replace and not config.holdout_fraction:
+                work.index_tasks(tasks, captions, images)
+            elif replace and not work.num_held:
                 remove_dataset(paths[1])
     finally:
         for path in paths:
@@ -142,11 +154,12 @@ def index(
 
 def _task_names(config: DataConfig, source: DataSource) -> list[str]:
     """Return the names of the tasks that are held out, all different."""
-    if config.holdout_fraction:
-        return [HOLDOUT]
-    names = list(config.tasks) if source.draws_images else [split_task(task)[0] for task in config.tasks]
+    names = [HOLDOUT] if config.holdout_fraction else []
+    names += list(config.tasks) if source.draws_images else [split_task(task)[0] for task in config.tasks]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
+        if config.holdout_fraction and repeated[0] == HOLDOUT:
+            raise ModeclipError(f"data.tasks: {HOLDOUT!r} is the task of data.holdout_fraction: give NAME=FOLDER")
         raise ModeclipError(f"data.tasks has {repeated[0]!r} twice: give one of them NAME=FOLDER")
     return names
 
@@ -172,7 +185,14 @@ class _Indexing:
     A note is an entry of the ledger: the parts that it covers, and the data files that hold their rows.
     """
 
-    def __init__(self, config: DataConfig, source: DataSource, paths: tuple[str, str], replace: bool) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        source: DataSource,
+        tasks: Sequence[tuple[str, DataSource]],
+        paths: tuple[str, str],
+        replace: bool,
+    ) -> None:
         self.source, self.replace = source, replace
         self.paths = paths
         old = [Catalog.open(path) if exists(path) and not replace else None for path in paths]
@@ -183,7 +203,8 @@ class _Indexing:
             config, turned = dataclasses.replace(config, exif="ignore"), {}  # as whoever made it did
         self.config = config
         settings = {name: value for name, value in config.flat().items() if name not in NOT_SETTINGS}
-        self.settings = json.dumps({"kind": source.kind} | settings | turned, sort_keys=True)
+        divided = {"holdout": config.holdout} if config.holdout_fraction else {}  # by images, not by keys as once
+        self.settings = json.dumps({"kind": source.kind} | settings | turned | divided, sort_keys=True)
         self.sources: dict[str, str] = json.loads(self.old.metadata[SOURCES]) if self.old else {}
         self.skips = Skips(config, json.loads(self.old.metadata[SKIPPED]) if self.old else {})
         self.parts = self._wanted()
@@ -191,13 +212,23 @@ class _Indexing:
         if any(part.name in self.sources for part in self.parts):
             known = Distinct()
             for catalog in filter(None, old):
-                for batch in catalog.batches(["key"], 1 << 16):
-                    known.add_all(batch["key"])
-        self.writers = [
-            CatalogWriter(path, _schema(source, catalog, is_task), catalog.fingerprint if catalog else "", known)
-            for path, catalog, is_task in zip(self.paths, old, (False, True), strict=True)
+                columns = [name for name in ("key", "task") if name in catalog.columns]
+                for batch in catalog.batches(columns, 1 << 16):
+                    known.add_all(batch["key"][batch["task"] == HOLDOUT] if "task" in batch else batch["key"])
+        new = dataclasses.replace(source, parts=tuple(self.parts))
+        # Of sets that are drawn, tasks give way to what is trained on, since it chooses their classes too.
+        kept = [] if source.draws_images and config.holdout != "similar" else [task for _, task in tasks]
+        self.sides = Sides(config, new, kept, *old)
+        self.schemas = [
+            _schema(config, source, each, is_task) for each, is_task in zip(old, (False, True), strict=True)
         ]
-        self.plan = hashlib.blake2b(json.dumps([self.settings, self.sources, replace]).encode()).hexdigest()[:32]
+        starts = [each.metadata.get(HELD_FINGERPRINT, each.fingerprint) if each else "" for each in old]
+        self.writers = [
+            CatalogWriter(path, schema, start, known)
+            for path, schema, start in zip(self.paths, self.schemas, starts, strict=True)
+        ]
+        plan = [self.settings, self.sources, replace, self.sides.identity]
+        self.plan = hashlib.blake2b(json.dumps(plan).encode()).hexdigest()[:32]
         self.notes = self._resume()
 
     def read_parts(self) -> None:
@@ -234,6 +265,11 @@ class _Indexing:
                 raise
         self.skips.stop_if_too_many()
 
+    @property
+    def num_held(self) -> int:
+        """Number of pairs that this run holds out of the source."""
+        return sum(count for _, count in self.writers[1].files)
+
     def commit(self) -> tuple[Catalog, int]:
         """Make all rows visible, and return the catalog and the number of pairs that are new in it."""
         pairs, held = self.writers
@@ -257,12 +293,18 @@ class _Indexing:
         """Return the parts that have to be read: new ones, and those that may have grown."""
         if self.old and self.old.metadata[SETTINGS] != self.settings:
             was, now = json.loads(self.old.metadata[SETTINGS]), json.loads(self.settings)
-            was, now = LATER | was, LATER | now
-            name = next(name for name in {**now, **was} if was.get(name) != now.get(name))
-            raise ModeclipError(
-                f"catalog {self.paths[0]!r} was indexed with {name} {was.get(name)!r}, not {now.get(name)!r}: give the"
-                " same settings to add to it, or another --out, or --replace"
-            )
+            if "holdout" not in was and was.get("holdout_fraction"):
+                raise ModeclipError(
+                    f"catalog {self.paths[0]!r} was divided by names and not by images, so copies may be on"
+                    " both sides: give --replace, or another --out"
+                )
+            was, now = LATER | {"exif": "ignore"} | was, LATER | now
+            for name in {**now, **was}:
+                if was.get(name) != now.get(name):
+                    raise ModeclipError(
+                        f"catalog {self.paths[0]!r} was indexed with {name} {was.get(name)!r}, not {now.get(name)!r}:"
+                        " give the same settings to add to it, or another --out, or --replace"
+                    )
         for part in self.source.parts:
             if part.state and self.sources.get(part.name, part.state) != part.state:
                 raise ModeclipError(
@@ -297,38 +339,44 @@ class _Indexing:
                     log(f"{item.cause}: {item.key} {item.detail}")
                     is_there = item.cause not in (MISSING_SHARD, MISSING_TABLE)
                 continue
-            held_out = _is_held_out(item.sample.key, self.config.holdout_fraction)
-            self.writers[held_out].add(item, HOLDOUT if held_out else "")
+            side = self.sides.side(item)
+            if side not in ("", HOLDOUT):
+                self.skips.add(Skipped(item.sample.key, side, item.sample.path or ""))
+                continue
+            self.writers[side == HOLDOUT].add(item, side, {DHASH: self.sides.dhash_of(item)})
         return is_there
 
+    def index_tasks(self, tasks: Sequence[tuple[str, DataSource]], captions: Distinct, images: Distinct) -> None:
+        """Write the rows of the tasks into the catalog of what is held out, in the place of older ones.
 
-def _index_tasks(
-    config: DataConfig, tasks: list[tuple[str, DataSource]], path: str, classes: Distinct | None, skips: Skips
-) -> None:
-    """Write the catalog of held-out tasks; it replaces an older one.
-
-    Args:
-        config: How images are checked.
-        tasks: Name and source of each task.
-        path: The catalog.
-        classes: Names that classes may have; by default any.
-        skips: Counts what is skipped.
-    """
-    writer = CatalogWriter(path, _schema(tasks[0][1], None, is_task=True), "", None)
-    with progress("index tasks", None, "pairs") as advance:
-        for position, (name, source) in enumerate(tasks, 1):
-            for part in source.parts:
-                for item in check_all(part.read(), config, source.draws_images):
-                    advance(1)
-                    skips.num_seen += 1
-                    if isinstance(item, Skipped):
-                        skips.add(item)
-                    elif classes is None or item.sample.caption in classes:
-                        writer.add(item, name)
-            advance.expect(position / len(tasks))
-    writer.finish()
-    if writer.files:
-        writer.commit({SETTINGS: json.dumps({"exif": config.exif})}, replace=True)
+        Args:
+            tasks: Name and source of each task.
+            captions: Those that are trained on: of sets that are drawn, classes have no other names.
+            images: Digests, as hexadecimal digits, of what is trained on, which no task shows.
+        """
+        path, start, is_divided = self.paths[1], self.writers[1].fingerprint, self.config.holdout_fraction > 0
+        held = files_where(path, "task", HOLDOUT) if is_divided and exists(path) else []
+        writer = CatalogWriter(path, self.schemas[1], start if is_divided else "", None)
+        with progress("index tasks", None, "pairs") as advance:
+            for position, (name, source) in enumerate(tasks, 1):
+                for part in source.parts:
+                    for item in check_all(part.read(), self.config, source.draws_images):
+                        advance(1)
+                        self.skips.num_seen += 1
+                        if isinstance(item, Skipped):
+                            self.skips.add(item)
+                        elif source.draws_images and item.sample.caption not in captions:
+                            continue
+                        elif self.sides.is_trained_on(item) or (item.digest and item.digest.hex() in images):
+                            self.skips.add(Skipped(item.sample.key, COPY_OF_TRAINED, f"in task {name}"))
+                        else:
+                            writer.add(item, name)
+                advance.expect(position / len(tasks))
+        writer.finish()
+        if writer.files:
+            writer.files[:0] = held
+            more = {HELD_FINGERPRINT: start} if is_divided else {}
+            writer.commit({SETTINGS: json.dumps({"exif": self.config.exif})} | more, replace=True)
 
 
 def _task_sizes(path: str) -> dict[str, tuple[int, int]]:
@@ -344,15 +392,11 @@ def _task_sizes(path: str) -> dict[str, tuple[int, int]]:
     return {task: (len(captions[task]), count) for task, count in sizes.items()}
 
 
-def _is_held_out(key: str, fraction: float) -> bool:
-    image = re.sub(r"#\d+$", "", key)  # all captions of an image go the same way
-    digest = hashlib.blake2b(image.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2**64
-
-
-def _schema(source: DataSource, old: Catalog | None, is_task: bool) -> pa.Schema:
+def _schema(config: DataConfig, source: DataSource, old: Catalog | None, is_task: bool) -> pa.Schema:
     """Return the columns that indexing writes: those of every pair, and the further ones of the source."""
     pairs = [pa.field(name, kind) for name, kind in PAIR_COLUMNS.items() if is_task or name != "task"]
+    if config.holdout == "similar":
+        pairs.append(pa.field(DHASH, pa.binary(8)))
     further = [field for field in source.extra if field.name not in PAIR_COLUMNS and not is_task]
     if old is not None:
         new = [field.name for field in further if field.name not in old.columns]
@@ -393,7 +437,7 @@ def _check(sample: Sample, config: DataConfig) -> Examined | Skipped:
         "".join((sample.key, sample.caption, sample.path or "")).encode()
     except UnicodeEncodeError as error:
         return Skipped(ascii(sample.key), NOT_UTF8, f"{error.reason} in {error.object!a}")
-    if not config.check_images and not config.copy_images and sample.image is None:
+    if not config.check_images and not config.copy_images and sample.image is None and not config.holdout_fraction:
         return Examined(sample)
     seen = examine(sample, keep=config.copy_images, exif=config.exif)
     return Skipped(sample.key, seen.cause, seen.detail or sample.path or "") if seen.cause else seen
@@ -463,8 +507,8 @@ class CatalogWriter:
         self._table: list[dict[str, object]] = []
         self._table_bytes = 0
 
-    def add(self, checked: Examined, task: str = "") -> None:
-        """Append a row, unless its key is known already."""
+    def add(self, checked: Examined, task: str = "", more: Mapping[str, object] = MappingProxyType({})) -> None:
+        """Append a row, unless its key is known already; ``more`` are values of further columns."""
         sample = checked.sample
         if self._known is not None and sample.key in self._known:
             return
@@ -485,7 +529,7 @@ class CatalogWriter:
                 "group": sample.group,
                 "task": task,
             }
-            | {name: sample.extra.get(name) for name in self._further}
+            | {name: more[name] if name in more else sample.extra.get(name) for name in self._further}
         )
         self.num_waiting += 1
         self._table_bytes += len(checked.image or b"")

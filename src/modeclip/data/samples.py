@@ -36,13 +36,17 @@ NOT_DOWNLOADED = "image was not downloaded (img2dataset)"
 UNRENDERED = "icon does not render"
 BLANK = "icon is blank"
 DUPLICATE = "duplicate (same set, name and pixels)"
+COPY_OF_HELD_OUT = "image is held out (a copy of it)"
+COPY_OF_TRAINED = "image is trained on (a copy of it)"
 DAMAGED_SHARD = "tar shard is damaged"
 COMPRESSED_SHARD = "tar shard is compressed"
 MISSING_SHARD = "tar shard is missing"
 DAMAGED_TABLE = "table file is damaged"
 MISSING_TABLE = "table file is missing"
 
-HARMLESS = frozenset({DUPLICATE, NOT_DOWNLOADED, OTHER_SPLIT, OTHER_COLUMN, NOT_READ, LOOP})
+HARMLESS = frozenset(
+    {DUPLICATE, NOT_DOWNLOADED, OTHER_SPLIT, OTHER_COLUMN, NOT_READ, LOOP, COPY_OF_HELD_OUT, COPY_OF_TRAINED}
+)
 """Causes that do not mean that the data are damaged."""
 
 

@@ -287,6 +287,17 @@ def append(uri: str, files: Sequence[Sequence[Any]], metadata: Mapping[str, str]
     _finish(dataset, has_replaced=False)
 
 
+def files_where(uri: str, column: str, value: str) -> list[list[Any]]:
+    """Return (name, number of rows) of the data files in whose first row a column has some value, in order."""
+    import lance
+
+    return [
+        [fragment.data_files()[0].path, fragment.physical_rows]
+        for fragment in lance.dataset(uri).get_fragments()
+        if fragment.take([0], columns=[column])[column].to_pylist() == [value]
+    ]
+
+
 def _files_of(dataset: Any) -> set[str]:
     return {str(file.path) for fragment in dataset.get_fragments() for file in fragment.data_files()}
 

@@ -278,6 +278,7 @@ class _Question:
             np.asarray(self.task.labels),
             config,
             metric=self.task.metric,
+            images=self.train.images.digests(),
         )
         facts = asdict(config) | {"C": found.C, "converged": found.converged, "num_train": found.num_train}
         facts |= {"sweep": [asdict(trial) for trial in found.sweep], "train_images": self.train.images.digest}

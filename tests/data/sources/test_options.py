@@ -26,7 +26,6 @@ from modeclip.errors import ModeclipError
         ({"workers": 0}, r"data\.workers: expected 1 or more, got 0"),
         ({"class_template": "a photo"}, r"data\.class_template.*\{\}.*got 'a photo'"),
         ({"caption_field": " "}, r"data\.caption_field: expected a name, got ' '"),
-        ({"tasks": ("a",), "holdout_fraction": 0.1}, r"data\.tasks and data\.holdout_fraction.*drop one"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

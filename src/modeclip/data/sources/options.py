@@ -7,7 +7,7 @@ groups, ``DataConfig.flat`` does the reverse.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any
 
@@ -20,6 +20,9 @@ from modeclip.data.sources.icons import IconOptions
 from modeclip.data.sources.source import Options
 from modeclip.data.sources.tables import TableOptions
 from modeclip.errors import ModeclipError, unknown
+
+HOLDOUT_UNITS = ("image", "similar", "group")
+"""What ``holdout`` may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,8 @@ class DataConfig:
     """Further options of iconify's sets."""
     tasks: tuple[str, ...] = ()
     """Held out as zero-shot tasks. Icons: names of sets. Own data: folders that hold a sub-folder of images for each
-    class, written FOLDER or NAME=FOLDER."""
+    class, written FOLDER or NAME=FOLDER. Pairs whose image is in a task are left out of training and counted; of icon
+    sets, the task is left without an image that is trained on."""
     check_images: bool = True
     """Decode every image once, so that damaged ones are left out and counted. Without it images in files are not
     opened: that saves the time to read them, but sizes are 0, hashes are missing and damage shows later."""
@@ -53,8 +57,16 @@ class DataConfig:
     split: str = "train"
     """Folders: which split is read where sub-folders are called train, val, test and the like; `all` reads all."""
     holdout_fraction: float = 0.0
-    """Own data without tasks: share of the pairs that is never trained on and becomes the one task `holdout` (class =
-    caption), chosen by a hash of the key; in [0, 1)."""
+    """Share of the images, or of the groups, that is never trained on and becomes a task `holdout` (class = caption),
+    beside ``tasks`` if there are any; in [0, 1)."""
+    holdout: str = "image"
+    """What is held out as a whole. `image`: all pairs whose image has the same bytes. `similar`: also near-duplicates,
+    images whose 64-bit dHashes differ in at most 3 bits, and chains of them. `group=COLUMN`: all pairs with the same
+    value in a column, such as a site or an artist (`group` alone: folder or shard); other pairs with an image of theirs
+    are left out."""
+    holdout_seed: int = 0
+    """Which images or groups are drawn, 0 or more. With the same seed and fraction the same image always falls on the
+    same side, whatever else the source holds."""
     max_skipped_fraction: float = 0.05
     """Stop with an error when more than this share of the pairs cannot be used; in [0, 1]."""
 
@@ -71,8 +83,9 @@ class DataConfig:
             raise ModeclipError(
                 f"data.max_skipped_fraction: expected a number in [0, 1], got {self.max_skipped_fraction}"
             )
-        if self.tasks and self.holdout_fraction:
-            raise ModeclipError("data.tasks and data.holdout_fraction exclude each other: drop one")
+        if not 0 <= self.holdout_seed < 2**63:
+            raise ModeclipError(f"data.holdout_seed: expected 0 or more (below 2^63), got {self.holdout_seed}")
+        parse_holdout(self.holdout, HOLDOUT_UNITS, "data.holdout")
 
     def options(self, group: type[Options]) -> Options:
         """Return the options of one group, such as ``TableOptions``."""
@@ -117,8 +130,31 @@ class DataConfig:
         return found
 
 
-LATER = {"exif": "apply", "split": "train"}
+LATER = {"exif": "apply", "split": "train", "holdout": "image", "holdout_seed": 0}
 """Options that earlier versions did not have, with their defaults."""
+
+
+def parse_holdout(text: str, units: Sequence[str], field: str) -> tuple[str, str]:
+    """Return the unit that a holdout names, and for ``group`` and ``group=NAME`` the column of the groups.
+
+    Args:
+        text: One of the units, or ``group=NAME``.
+        units: Units that are known here.
+        field: Name of the setting, for the message.
+
+    Raises:
+        ModeclipError: It names no unit.
+
+    Examples:
+        >>> parse_holdout("image", ["image", "group"], "holdout"), parse_holdout("group=site", ["group"], "holdout")
+        (('image', ''), ('group', 'site'))
+    """
+    unit, equals, column = text.partition("=")
+    if unit not in units or (equals and (unit != "group" or not column)):
+        raise ModeclipError(f"{field}: expected {', '.join(units)} or group=COLUMN, got {text!r}")
+    return unit, column or ("group" if unit == "group" else "")
+
+
 _DEFAULTS = DataConfig(source="any")
 GROUPS: dict[str, type[Any]] = {name: type(value) for name, value in vars(_DEFAULTS).items() if is_dataclass(value)}
 """The class of each group of options, by its field of ``DataConfig``."""

@@ -36,6 +36,9 @@ class Images(Protocol):
     def digest(self) -> str:
         """Hash of the encoded bytes of all images in their order (hexadecimal); equal images give equal hashes."""
 
+    def digests(self) -> list[bytes]:
+        """Return what each image is known by: equal for equal encoded bytes."""
+
     def __len__(self) -> int:
         """Return the number of images, N."""
 
@@ -158,10 +161,12 @@ class CatalogImages:
     """Hash of the encoded bytes of all images in their order."""
 
     def __post_init__(self) -> None:
-        content = sha256()
-        for row, digest in zip(self.rows.tolist(), self.catalog.digests(self.rows), strict=True):
-            content.update(digest if digest is not None else f"{self.catalog.fingerprint} {row}".encode())
-        object.__setattr__(self, "digest", content.hexdigest())
+        object.__setattr__(self, "digest", sha256(b"".join(self.digests())).hexdigest())
+
+    def digests(self) -> list[bytes]:
+        """Return the hash of each image's bytes or, where it is not known, a text that no other row has."""
+        found = zip(self.rows.tolist(), self.catalog.digests(self.rows), strict=True)
+        return [digest if digest is not None else f"{self.catalog.fingerprint} {row}".encode() for row, digest in found]
 
     def __len__(self) -> int:
         return len(self.rows)
