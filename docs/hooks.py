@@ -1,19 +1,22 @@
 """What the documentation takes from the code, so that one fact stands in one place.
 
-Eight marks in a Markdown page are replaced when the site is built:
+Comments in a Markdown page mark blocks that this file fills in, up to a comment ``end``. They are filled in the
+repository (``python docs/hooks.py``, or ``make format``), so that the pages can be read as they lie there; a test
+compares them with the code:
 
-* a comment ``config: ClusterConfig`` becomes a table of that dataclass: field, type,
-  default, and the string that stands under the field;
-* a comment ``help: cluster`` becomes what ``modeclip cluster --help`` prints (``help: modeclip``
-  is the list of commands);
-* a comment ``block: README.md result table`` becomes what stands in that file between the comments
-  ``result table: begin`` and ``result table: end``;
-* a comment ``file: PATH`` becomes that file as a code block;
-* a comment ``files: PACKAGE`` becomes a table of that package's files with the first line of their docstrings;
-* a comment ``api: PACKAGE`` becomes the documentation of all its modules, in the order of their imports;
-* comments ``walk: TITLE`` with a line ``MODULE | what happens there`` for every step become numbered lists, and a
-  comment ``house`` the picture of all packages and files with these walks on it;
-* a fenced block ``math``, or code in dollar signs, becomes MathML: no script, no network.
+* ``config: ClusterConfig`` is a table of that dataclass: field, type, default, and the string that stands under the
+  field;
+* ``help: cluster`` is what ``modeclip cluster --help`` prints (``help: modeclip`` is the list of commands);
+* ``block: README.md result table`` is what stands in that file between the comments ``result table: begin`` and
+  ``result table: end``;
+* ``file: PATH`` is that file as a code block;
+* ``files: PACKAGE`` is a table of that package's files with the first line of their docstrings;
+* ``api: PACKAGE`` is a table of what each of its files offers, in the order of their imports; in the site the whole
+  documentation of the modules takes its place;
+* ``walk: TITLE`` with a line ``MODULE | what happens there`` for every step is a numbered list, and ``house`` the
+  picture of all packages and files with these walks on it.
+
+When the site is built a fenced block ``math``, or code in dollar signs, becomes MathML: no script, no network.
 """
 
 from __future__ import annotations
@@ -21,20 +24,20 @@ from __future__ import annotations
 import ast
 import os
 import re
-import subprocess
-import sys
 import textwrap
 import tomllib
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[1]
 HELP_COLUMNS = 84  # what fits the page
-RUN_COMMAND = "import sys; sys.argv[0] = 'modeclip'; from modeclip.commands import main; main()"
 
 
 def find_class(name: str) -> ast.ClassDef:
@@ -103,28 +106,28 @@ def config_table(name: str) -> str:
 @cache
 def command_help(command: str) -> str:
     """Return what ``modeclip COMMAND --help`` prints, as a fenced block."""
+    from modeclip.commands import main
+
     words = [] if command == "modeclip" else command.split()
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_COMMAND, *words, "--help"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": str(HELP_COLUMNS), "NO_COLOR": "1", "TERM": "dumb"},
-    )
-    if done.returncode != 0:
-        raise PluginError(f"modeclip {command} --help failed:\n{done.stderr[-2000:]}")
-    lines = done.stdout.strip().splitlines()
+    surroundings = {"COLUMNS": str(HELP_COLUMNS), "NO_COLOR": "1", "TERM": "dumb"}
+    with patch.dict(os.environ, surroundings), redirect_stdout(StringIO()) as printed:
+        try:
+            main([*words, "--help"])
+        except SystemExit as stop:
+            if stop.code:
+                raise PluginError(f"modeclip {command} --help failed") from None
+    lines = printed.getvalue().strip().splitlines()
     text = "\n".join(textwrap.fill(line, HELP_COLUMNS) if line[:1].isalpha() else line for line in lines)
     return f"```text\n{text}\n```"
 
 
 def shared_block(file_name: str, title: str) -> str:
-    """Return the text between two comments ``TITLE: begin`` and ``TITLE: end`` of a file."""
+    """Return the text between two comments ``TITLE: begin`` and ``TITLE: end`` of a file, without comments in it."""
     text = (ROOT / file_name).read_text(encoding="utf-8")
     found = re.search(rf"<!-- {title}: begin -->\n(.*?)<!-- {title}: end -->", text, re.DOTALL)
     if found is None:
         raise PluginError(f"{file_name} has no block {title!r} between begin and end comments")
-    return found[1].strip()
+    return re.sub(r"<!-- .*? -->\n", "", found[1]).strip()
 
 
 def file_block(file_name: str) -> str:
@@ -198,11 +201,51 @@ def place_of(module: Module) -> str:
     return str(module.path.relative_to(ROOT / "src" / "modeclip"))
 
 
+def documented(package: str) -> list[Module]:
+    """Return the modules that the API page of a package documents."""
+    return members(package) if modules()[package].path.name == "__init__.py" else [modules()[package]]
+
+
+def api_tables(package: str) -> str:
+    """Return what each module of a package offers: a heading, its purpose, a table of public classes and functions."""
+    parts = []
+    for module in documented(package):
+        parts.append(f"## `{module.name}`\n\n{escape(module.summary)}")
+        rows = []
+        for node in ast.parse(module.path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                rows.append(f"| `{signature_of(node)}` | {escape(first_sentence(node))} |")
+        if rows:
+            parts.append("\n".join(["| name | what it is |", "|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def signature_of(node: ast.ClassDef | ast.FunctionDef) -> str:
+    """Return a class's name, or how a function is called: its parameters without their types."""
+    if isinstance(node, ast.ClassDef):
+        return node.name
+    taken = node.args
+    names = [argument.arg for argument in [*taken.posonlyargs, *taken.args]]
+    names += [f"*{taken.vararg.arg}"] if taken.vararg else ["*"] if taken.kwonlyargs else []
+    names += [argument.arg for argument in taken.kwonlyargs]
+    names += [f"**{taken.kwarg.arg}"] if taken.kwarg else []
+    return f"{node.name}({', '.join(names)})"
+
+
+def first_sentence(node: ast.ClassDef | ast.FunctionDef) -> str:
+    """Return the first line of a docstring."""
+    return (ast.get_docstring(node) or "").partition("\n")[0]
+
+
+def escape(text: str) -> str:
+    """Return a docstring's line for a table of Markdown."""
+    return text.replace("``", "`").replace("|", "\\|")
+
+
 def api_of(package: str) -> str:
     """Return the marks by which mkdocstrings documents the modules of a package."""
     options = "    options: { show_root_heading: false, show_root_toc_entry: false }"
-    named = members(package) if modules()[package].path.name == "__init__.py" else [modules()[package]]
-    return "\n\n".join(f"## `{m.name}`\n\n::: modeclip.{m.name}\n{options}" for m in named)
+    return "\n\n".join(f"## `{m.name}`\n\n::: modeclip.{m.name}\n{options}" for m in documented(package))
 
 
 def read_walks(markdown: str) -> dict[str, list[tuple[Module, str]]]:
@@ -226,6 +269,12 @@ def walk_list(steps: list[tuple[Module, str]]) -> str:
 
 ROOM, ROW, MARGIN, TITLE_WIDTH, HOUSE_WIDTH = 6, 24, 12, 104, 980
 """Pixels: between rooms, height of a row of rooms, around a floor, left of it for its name, of the whole."""
+HOUSE_LABEL = "The packages of modeclip, a floor each, with a room for each file; dots are the steps of the walks"
+HOUSE_STYLE = (
+    "text{font:11px sans-serif;fill:#1f2430}.name{font-weight:700;font-size:13px}.floor{fill:#e8eaf0}"
+    ".room{fill:#fff;stroke:#c3c8d4}.step{fill:#fff;text-anchor:middle;font-weight:700;font-size:9px}"
+    "@media (prefers-color-scheme: dark){text{fill:#e6e9f0}.floor{fill:#2a2f3a}.room{fill:#1b1f27;stroke:#4a5160}}"
+)
 WALK_COLORS = ("#c2410c", "#1d4ed8", "#15803d")
 
 
@@ -266,11 +315,9 @@ def draw_house(walks: dict[str, list[tuple[Module, str]]]) -> str:
         shapes.append(f'<circle cx="20" cy="{y + 12:.0f}" r="7.5" fill="{WALK_COLORS[index]}"/>')
         shapes.append(f'<text x="34" y="{y + 16:.0f}">{title}</text>')
         y += 22
-    label = "The packages of modeclip, a floor each, with a room for each file; dots are the steps of the walks"
     return (
-        f'<svg class="house" viewBox="0 0 {HOUSE_WIDTH} {y + 8:.0f}" role="img" aria-label="{label}">'
-        + "".join(shapes)
-        + "</svg>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {HOUSE_WIDTH} {y + 8:.0f}" role="img"'
+        f' aria-label="{HOUSE_LABEL}"><style>{HOUSE_STYLE}</style>' + "\n".join(shapes) + "</svg>"
     )
 
 
@@ -287,15 +334,62 @@ def render_formulas(markdown: str) -> str:
     return re.sub(r"\$`([^`\n]+)`\$", inline, markdown)
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replace the marks of one page (called by MkDocs)."""
-    markdown = re.sub(r"<!-- config: (\w+) -->", lambda found: config_table(found[1]), markdown)
-    markdown = re.sub(r"<!-- file: (\S+) -->", lambda found: file_block(found[1]), markdown)
-    markdown = re.sub(r"<!-- help: ([\w -]+?) -->", lambda found: command_help(found[1]), markdown)
-    markdown = re.sub(r"<!-- block: (\S+) ([\w ]+?) -->", lambda found: shared_block(found[1], found[2]), markdown)
+MARK = re.compile(
+    r"(?P<mark><!-- (?P<kind>config|help|block|file|files|api|walk|house)(?::[ ]?(?P<words>[^\n]*?))?"
+    r"(?:\n(?P<lines>[^<]*?))?[ ]?-->\n)(?:(?:(?!<!-- ).)*?<!-- end -->\n)?",
+    re.DOTALL,
+)
+
+
+def fill(markdown: str) -> str:
+    """Return a page with all its blocks filled in anew."""
     walks = read_walks(markdown)
-    markdown = markdown.replace("<!-- house -->", draw_house(walks) if "<!-- house -->" in markdown else "")
-    markdown = re.sub(r"<!-- walk: (.+?)\n.*?-->", lambda found: walk_list(walks[found[1]]), markdown, flags=re.DOTALL)
-    markdown = re.sub(r"<!-- files: ([\w.]+) -->", lambda found: file_table(found[1]), markdown)
-    markdown = re.sub(r"<!-- api: ([\w.]+) -->", lambda found: api_of(found[1]), markdown)
+
+    def made(found: re.Match[str]) -> str:
+        kind, words = found["kind"], found["words"] or ""
+        match kind:
+            case "config":
+                text = config_table(words)
+            case "help":
+                text = command_help(words)
+            case "block":
+                text = shared_block(*words.split(" ", 1))
+            case "file":
+                text = file_block(words)
+            case "files":
+                text = file_table(words)
+            case "api":
+                text = api_tables(words)
+            case "walk":
+                text = walk_list(walks[words])
+            case _:
+                text = f"![{HOUSE_LABEL}](assets/house.svg)"
+        return f"{found['mark']}\n{text}\n\n<!-- end -->\n"
+
+    return MARK.sub(made, markdown)
+
+
+def stale_files() -> dict[Path, str]:
+    """Return the files of the documentation that do not say what the code says, with what they should say."""
+    found = {}
+    for path in sorted(ROOT.glob("docs/**/*.md")):
+        text = path.read_text(encoding="utf-8")
+        if (filled := fill(text)) != text:
+            found[path] = filled
+        if "<!-- house -->" in text:
+            picture, drawn = path.parent / "assets" / "house.svg", draw_house(read_walks(text)) + "\n"
+            if not picture.exists() or picture.read_text(encoding="utf-8") != drawn:
+                found[picture] = drawn
+    return found
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Put the whole documentation of modules in the place of its tables, and render formulas (called by MkDocs)."""
+    markdown = MARK.sub(lambda found: api_of(found["words"]) + "\n" if found["kind"] == "api" else found[0], markdown)
     return render_formulas(markdown)
+
+
+if __name__ == "__main__":
+    for path, text in stale_files().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"filled in: {path.relative_to(ROOT)}")

@@ -107,6 +107,14 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+def test_pages_say_what_the_code_says() -> None:
+    done = run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, 'docs'); import hooks; print(*hooks.stale_files())"]
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split(), "fill them in: python docs/hooks.py, or make format"
+
+
 def test_routing_table_of_the_method_page_is_what_route_computes() -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     table = text.split("<!-- table: routing -->")[1]
