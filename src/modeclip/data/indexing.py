@@ -34,6 +34,7 @@ from modeclip.data.images import Examined, examine, map_in_order, strict_pillow
 from modeclip.data.samples import (
     COPY_OF_TRAINED,
     HARMLESS,
+    MISSING,
     MISSING_SHARD,
     MISSING_TABLE,
     NOT_UTF8,
@@ -57,7 +58,7 @@ from modeclip.data.storage import (
 from modeclip.errors import ModeclipError
 from modeclip.system.console import Advance, log, progress
 from modeclip.system.files import to_json, writing
-from modeclip.system.paths import join
+from modeclip.system.paths import form_of, join, other_form, other_spelling
 
 TASKS = "tasks.lance"
 SOURCES, SKIPPED = "modeclip.sources", "modeclip.skipped"
@@ -298,7 +299,7 @@ class _Indexing:
                     f"catalog {self.paths[0]!r} was divided by names and not by images, so copies may be on"
                     " both sides: give --replace, or another --out"
                 )
-            was, now = LATER | {"exif": "ignore"} | was, LATER | now
+            was, now = LATER | was, LATER | now
             for name in {**now, **was}:
                 if was.get(name) != now.get(name):
                     raise ModeclipError(
@@ -329,7 +330,7 @@ class _Indexing:
 
     def _read_part(self, part: SourcePart, advance: Advance) -> bool:
         """Write the rows of one part; return False if the part does not exist."""
-        is_there = True
+        is_there, respelled = True, list[tuple[str, str]]()
         for item in check_all(part.read(), self.config, self.source.draws_images):
             advance(1)
             self.skips.num_seen += 1
@@ -339,11 +340,19 @@ class _Indexing:
                     log(f"{item.cause}: {item.key} {item.detail}")
                     is_there = item.cause not in (MISSING_SHARD, MISSING_TABLE)
                 continue
+            if item.detail:
+                respelled.append((item.detail, item.sample.path or ""))
             side = self.sides.side(item)
             if side not in ("", HOLDOUT):
                 self.skips.add(Skipped(item.sample.key, side, item.sample.path or ""))
                 continue
             self.writers[side == HOLDOUT].add(item, side, {DHASH: self.sides.dhash_of(item)})
+        if respelled:
+            detail, path = respelled[0]
+            log(
+                f"{part.name}: {len(respelled):,} images are spelled another way than they are named there; the first,"
+                f" {detail!r} ({form_of(detail)}), was found as {path!r} ({form_of(path)})"
+            )
         return is_there
 
     def index_tasks(self, tasks: Sequence[tuple[str, DataSource]], captions: Distinct, images: Distinct) -> None:
@@ -438,8 +447,14 @@ def _check(sample: Sample, config: DataConfig) -> Examined | Skipped:
     except UnicodeEncodeError as error:
         return Skipped(ascii(sample.key), NOT_UTF8, f"{error.reason} in {error.object!a}")
     if not config.check_images and not config.copy_images and sample.image is None and not config.holdout_fraction:
+        found = other_form(sample.path or "")
+        if found:
+            return Examined(dataclasses.replace(sample, path=found), detail=sample.path or "")
         return Examined(sample)
     seen = examine(sample, keep=config.copy_images, exif=config.exif)
+    if seen.cause == MISSING and sample.path and (found := other_spelling(sample.path)):
+        seen = examine(dataclasses.replace(sample, path=found), keep=config.copy_images, exif=config.exif)
+        seen = seen if seen.cause else dataclasses.replace(seen, detail=sample.path)
     return Skipped(sample.key, seen.cause, seen.detail or sample.path or "") if seen.cause else seen
 
 

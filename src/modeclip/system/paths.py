@@ -15,9 +15,10 @@ import re
 import threading
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,16 +135,48 @@ def other_form(path: str) -> str | None:
     """
     if path.isascii() or is_url(path) or os.path.lexists(path):
         return None
+    return _spelled(path, normal_form)
+
+
+def other_spelling(path: str) -> str | None:
+    """Return the existing path that differs only in Unicode forms, or in the case of its suffix, as ``other_form``."""
+    if is_url(path) or os.path.lexists(path):
+        return None
+    return _spelled(path, plain_name)
+
+
+def _spelled(path: str, plain: Callable[[str], str]) -> str | None:
     pure = Path(path)
-    parent_of = str(pure.parent)
-    if not os.path.isdir(parent_of):  # noqa: PTH112
-        if (parent_of := other_form(parent_of) or "") == "":
+    folder = str(pure.parent)
+    if not os.path.isdir(folder):  # noqa: PTH112
+        found = other_form(folder)
+        if found is None:
             return None
-        if os.path.lexists(join(parent_of, pure.name)):
-            return join(parent_of, pure.name)
-    wanted = normal_form(pure.name)
-    fits = [name for name in os.listdir(parent_of) if normal_form(name) == wanted]  # noqa: PTH208
-    return join(parent_of, fits[0]) if len(fits) == 1 else None
+        folder = found
+        if os.path.lexists(join(folder, pure.name)):
+            return join(folder, pure.name)
+    fits = _names_of(folder, os.stat(folder).st_mtime_ns, plain).get(plain(pure.name), [])  # noqa: PTH116
+    return join(folder, fits[0]) if len(fits) == 1 else None
+
+
+@lru_cache(maxsize=16)
+def _names_of(folder: str, changed: int, plain: Callable[[str], str]) -> dict[str, list[str]]:
+    """Return the names in a folder by their plain forms; ``changed`` is part of what is remembered."""
+    found: dict[str, list[str]] = {}
+    for name in os.listdir(folder):  # noqa: PTH208
+        found.setdefault(plain(name), []).append(name)
+    return found
+
+
+def plain_name(name: str) -> str:
+    """Return a name in the one form in which names are compared: Unicode NFC, its suffix in lower case.
+
+    Examples:
+        >>> plain_name("IMG_1.Final.JPG")
+        'IMG_1.Final.jpg'
+    """
+    stem, dot, suffix = name.rpartition(".")
+    return normal_form(f"{stem}{dot}{suffix.lower()}" if dot else name)
 
 
 def normal_form(name: str) -> str:

@@ -93,6 +93,7 @@ from modeclip.system.paths import (
     normal_form,
     open_file,
     parent,
+    plain_name,
     read_bytes,
     state,
     walk,
@@ -131,16 +132,16 @@ class Place:
 
     @property
     def label(self) -> str:
-        """The folder that is the class of its images; "" if it lies in none."""
+        """The folder that is the class of its images, in Unicode form NFC; "" if it lies in none."""
         parts = self.folder.path.split("/") if self.folder.path else []
         if not self.split:
-            return parts[0] if parts else ""
+            return normal_form(parts[0]) if parts else ""
         depth = len(self.split_folder.split("/"))
         above, below = parts[: depth - 1], parts[depth:]
         if len(below) > 1 and below[0].lower() in CONTAINERS:
             below = below[1:]
         candidates = below[:1] or above[-1:]
-        return next((name for name in candidates if name.lower() not in CONTAINERS), "")
+        return normal_form(next((name for name in candidates if name.lower() not in CONTAINERS), ""))
 
 
 def walk_places(root: str, suffixes: Sequence[str]) -> Iterator[Place]:
@@ -315,8 +316,8 @@ class Metadata:
                     continue
                 path = self._path(folder, file.strip())
                 self._rows.setdefault(path, []).append(Row(table=table, number=number, values=values))
-                self._alike.setdefault(_alike(path), path)
-                self._others.update(_alike(self._path(folder, str(values[c]))) for c in others if values[c])
+                self._alike.setdefault(plain_name(path), path)
+                self._others.update(plain_name(self._path(folder, str(values[c]))) for c in others if values[c])
 
     def _path(self, folder: str, file: str) -> str:
         """Return a file's path below the root; one outside of it begins with ".." or is absolute."""
@@ -345,13 +346,13 @@ class Metadata:
     def rows(self, path: str) -> list[Row]:
         """Return the rows that name an image, by its path below the root; the exact name wins."""
         found = self._rows.get(path)
-        if found is None and (alike := self._alike.get(_alike(path))) is not None:
+        if found is None and (alike := self._alike.get(plain_name(path))) is not None:
             found = self._rows[alike]
         return found or []
 
     def is_other(self, path: str) -> bool:
         """Say whether an image is named in a column that is not read."""
-        return _alike(path) in self._others
+        return plain_name(path) in self._others
 
     def unused(self) -> Iterator[tuple[str, list[Row]]]:
         """Yield the images whose rows were not asked for."""
@@ -385,12 +386,6 @@ def file_columns(columns: Sequence[str], image_column: str) -> list[str]:
     found = [name for name in columns if name in (FILE_NAME, image_column) or name.endswith(f"_{FILE_NAME}")]
     order = (image_column, FILE_NAME, f"image_{FILE_NAME}")
     return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
-
-
-def _alike(path: str) -> str:
-    """Return a path in the one form in which names are compared: NFC, with its suffix in lower case."""
-    stem, dot, suffix = path.rpartition(".")
-    return normal_form(f"{stem}{dot}{suffix.lower()}")
 
 
 def _table_rows(table: str) -> Iterator[dict[str, Any] | str]:

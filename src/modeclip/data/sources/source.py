@@ -13,7 +13,7 @@ shard can be read) is a ``ModeclipError``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -167,6 +167,23 @@ def splits_among(names: Iterable[str], is_filled: Callable[[str], bool] = lambda
     if TRAIN in kinds and len(kinds) > 1:
         return found | dict.fromkeys(others, OTHER)
     return {} if any(is_filled(name) for name in others) else found
+
+
+def preferred_split(names: Iterable[str], kinds: Sequence[str]) -> str | None:
+    """Return the name of the split that is wanted most: by its kind, then by the order of `SPLIT_NAMES`.
+
+    Examples:
+        >>> preferred_split(["train", "dev", "Val", "extra"], (TEST, VALIDATION))
+        'Val'
+    """
+    order = [name for kind in kinds for name in SPLIT_NAMES[kind]]
+    own = [name for name in names if split_of(name) in kinds]
+
+    def rank(name: str) -> tuple[int, int, str]:
+        exact = order.index(name.lower()) if name.lower() in order else len(order)
+        return kinds.index(split_of(name)), exact, name
+
+    return min(own, key=rank, default=None)
 
 
 def is_chosen(name: str, split: str, chosen: str) -> bool:

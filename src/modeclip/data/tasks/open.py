@@ -26,14 +26,14 @@ from jaxtyping import Int
 from modeclip.data.catalog import CATALOG, Catalog
 from modeclip.data.indexing import TASKS
 from modeclip.data.prompts import check_templates
+from modeclip.data.sources.source import TRAIN, count, preferred_split, split_of
 from modeclip.data.tasks.annotations import read_annotations
 from modeclip.data.tasks.layouts import (
-    TEST_FOLDERS,
-    TRAIN_FOLDER,
+    ASKED,
     Found,
     parse_templates,
-    place_of_test,
     read_image_folder,
+    split_folders,
     with_train,
 )
 from modeclip.data.tasks.published import (
@@ -49,13 +49,15 @@ from modeclip.data.tasks.published import (
     unknown_task,
 )
 from modeclip.data.tasks.shards import has_shards, read_webdataset
-from modeclip.data.tasks.tables import SUFFIXES, read_table
+from modeclip.data.tasks.tables import SUFFIXES, find_metadata, read_metadata, read_table
 from modeclip.data.tasks.task import Task, catalog_classification, catalog_retrieval, catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
 from modeclip.system.paths import absolute, is_folder, is_url, join, list_folder, parent, state
 
 RETRIEVAL = "retrieval:"
+HUB_SUFFIXES = (".parquet",)
+"""Suffixes of the tables that the folder of a configuration holds on Hugging Face's Hub."""
 SPEC = re.compile(r"(?:(?P<name>[^=/#:]+)=)?(?P<path>[^#]+)(?:#(?P<where>.+))?", re.DOTALL)
 
 
@@ -174,7 +176,7 @@ def _exists(path: str) -> bool:
 
 def _name_of(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.stem in TEST_FOLDERS:  # the folder around it has the task's name
+    if split_of(pure.stem) in ASKED:  # the folder around it has the task's name
         pure = pure.parent
     name = pure.name.removesuffix(pure.suffix) if pure.suffix.lower() in (*SUFFIXES, ".json", ".lance") else pure.name
     return name.removeprefix("wds_")
@@ -210,46 +212,85 @@ def _read(spec: TaskSpec, train: bool) -> dict[str, Found]:
         raise ModeclipError(
             f"task {name!r}: {path!r} can hold no task: expected {', '.join(SUFFIXES)} or .json, a catalog, or a folder"
         )
-    test = place_of_test(path)
-    root = parent(path) if test == path and PurePosixPath(path).name in TEST_FOLDERS else path
-    train_folder = join(root, TRAIN_FOLDER)
-    has_train = train and is_folder(train_folder)
-    if has_shards(test):
-        parts = {"test": read_webdataset(name, root, test)}
-        if has_train and has_shards(train_folder):
+    test, train_folder = split_folders(path)
+    root = path
+    if test is None and split_of(PurePosixPath(path).name) in ASKED:  # the user names the folder of a split
+        root, train_folder = parent(path), split_folders(parent(path))[1]
+    place = test or path
+    if has_shards(place):
+        parts = {"test": read_webdataset(name, root, place)}
+        if train and train_folder and has_shards(train_folder):
             parts["train"] = read_webdataset(name, root, train_folder)
         return parts
-    if files := _tables(path, "test", any_name=test == path):
-        parts = read_table(name, files, spec.retrieval)
-        if train and "train" not in parts and (more := _tables(path, TRAIN_FOLDER)):
-            parts["train"] = read_table(name, more)["test"]
+    if tables := find_metadata(path):
+        return read_metadata(name, path, tables, spec.retrieval)
+    if (files := _tables(path)) and (test is None or preferred_split(files, ASKED)):
+        asked, told = preferred_split(files, ASKED), preferred_split(files, (TRAIN,))
+        chosen = asked if asked is not None else "" if "" in files else told
+        parts = read_table(name, _one_table(files[chosen or ""]), spec.retrieval)
+        left = [
+            f"{split} ({count(len(own), 'file')})" for split, own in sorted(files.items()) if split not in ("", chosen)
+        ]
+        if left:
+            log(f"task {name!r}: reads {chosen or 'what is in no split'}; leaves out {', '.join(left)}")
+        if train and "train" not in parts and told is not None and told != chosen:
+            parts["train"] = read_table(name, _one_table(files[told]))["test"]
         return parts
-    if test == path and len(found := [file for file in list_folder(path)[1] if file.endswith(".json")]) == 1:
+    if test is None and len(found := [file for file in list_folder(path)[1] if file.lower().endswith(".json")]) == 1:
         return {"test": read_annotations(name, join(path, found[0]))}
-    parts = {"test": read_image_folder(name, root, test)}
-    if has_train and test != root:
-        parts["train"] = read_image_folder(name, root, train_folder)
+    parts = read_image_folder(name, root, path)
+    if train and "train" not in parts and train_folder and root != path:
+        parts["train"] = read_image_folder(name, root, train_folder)["test"]
     return parts
 
 
-def _tables(folder: str, split: str, any_name: bool = False) -> list[str]:
-    """Return the tables of a split in a folder, or in its sub-folder data/ as Hugging Face has them.
+def _tables(folder: str) -> dict[str, list[str]]:
+    """Return the tables of each split in a folder, "" for those of none.
 
-    Args:
-        folder: The folder.
-        split: What their names begin with.
-        any_name: Whether tables with other names will do, except those for training.
+    They lie in the folder itself, or as on Hugging Face's Hub in ``data/`` or in the folder of the one configuration;
+    their split is the start of their names, or a folder around them.
+
+    Raises:
+        ModeclipError: There are several configurations.
     """
-    for place in (folder, join(folder, "data")):
-        names = [name for name in list_folder(place)[1] if name.lower().endswith(SUFFIXES)]
-        own = [name for name in names if name.lower().startswith(split)]
-        others = [name for name in names if not name.lower().startswith(TRAIN_FOLDER)]
-        chosen = own or (others if any_name else [])
-        if len(chosen) > 1 and not all(name.lower().endswith(".parquet") for name in chosen):
-            raise ModeclipError(f"{place!r} holds several tables ({', '.join(chosen[:4])}): name one of them")
-        if chosen:
-            return [join(place, name) for name in chosen]
-    return []
+    below = list_folder(folder)[0]
+    if found := _tables_in(folder) or _tables_in(join(folder, "data")):
+        return found
+    others = {
+        each: own for each in below if not split_of(each) and (own := _tables_in(join(folder, each), HUB_SUFFIXES))
+    }
+    if len(others) > 1:
+        chosen = others.get("default")
+        if chosen is None:
+            raise ModeclipError(
+                f"{folder!r} holds several sets of tables ({', '.join(list(others)[:6])}): name one of these folders"
+            )
+        return chosen
+    return next(iter(others.values()), {})
+
+
+def _tables_in(folder: str, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, list[str]]:
+    folders, files = list_folder(folder)
+    found: dict[str, list[str]] = {}
+    for name in files:
+        if name.lower().endswith(suffixes):
+            start = re.split(r"[-_.]", name, maxsplit=1)[0]
+            found.setdefault(start if split_of(start) else "", []).append(join(folder, name))
+    if found:
+        return found
+    for name in folders:
+        if split_of(name):
+            tables = [each for each in list_folder(join(folder, name))[1] if each.lower().endswith(suffixes)]
+            found |= {name: [join(join(folder, name), each) for each in tables]} if tables else {}
+    return found
+
+
+def _one_table(files: list[str]) -> list[str]:
+    """Return the files of one table: several only if they are Parquet."""
+    if len(files) > 1 and not all(name.lower().endswith(".parquet") for name in files):
+        names = ", ".join(name.rpartition("/")[2] for name in files[:4])
+        raise ModeclipError(f"{parent(files[0])!r} holds several tables ({names}): name one of them")
+    return files
 
 
 def _finish(found: Found, spec: TaskSpec, imagenet: ImageNetWords | None) -> Task:

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
+from modeclip.data.sources.folders import Metadata, is_metadata, metadata_table, walk_places
+from modeclip.data.sources.source import TRAIN, count, preferred_split
 from modeclip.data.sources.tables import (
     IMAGE_COLUMN,
     IMAGE_COLUMNS,
@@ -32,10 +36,11 @@ from modeclip.data.sources.tables import (
     refuse_addresses,
 )
 from modeclip.data.tasks.images import EncodedImages, FileImages, TableImages
-from modeclip.data.tasks.layouts import CLASSNAMES, TEST_FOLDERS, TRAIN_FOLDER, Found, read_lines, read_templates
+from modeclip.data.tasks.layouts import ASKED, CLASSNAMES, FILE_SUFFIXES, Found, read_lines, read_templates
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
-from modeclip.system.paths import is_url, join, list_folder, parent, read_bytes, state
+from modeclip.system.console import log
+from modeclip.system.paths import is_url, join, list_folder, parent, read_bytes, state, walk
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 IMAGES = (IMAGE_COLUMN, *IMAGE_COLUMNS, "filename", "file", "img")
@@ -89,13 +94,82 @@ def read_table(name: str, files: Sequence[str], retrieval: bool = False) -> dict
     if SPLIT not in table.values:
         return {"test": _task_of(name, table, every, retrieval)}
     splits = np.array([str(value) for value in table.values[SPLIT]])
-    test = next((split for split in TEST_FOLDERS if split in splits), None)
+    test = preferred_split(set(splits.tolist()), ASKED)
     if test is None:
         return {"test": _task_of(name, table, every, retrieval)}
-    parts = {"test": test} | ({"train": TRAIN_FOLDER} if TRAIN_FOLDER in splits else {})
+    train = preferred_split(set(splits.tolist()), (TRAIN,))
+    parts = {"test": test} | ({"train": train} if train is not None else {})
     return {
         part: _task_of(name, table, np.flatnonzero(splits == split), retrieval and part == "test")
         for part, split in parts.items()
+    }
+
+
+def find_metadata(folder: str) -> list[str]:
+    """Return the metadata tables of Hugging Face's imagefolder in a folder and below, as paths relative to it."""
+    found = []
+    for each in walk(folder):
+        if (table := metadata_table(each.files)) and is_metadata(join(join(folder, each.path), table)):
+            found.append(join(each.path, table))
+    return found
+
+
+def read_metadata(name: str, folder: str, tables: Sequence[str], retrieval: bool) -> dict[str, Found]:
+    """Read the task whose labels or captions metadata tables give, as "test", and as "train" if there is such a split.
+
+    Args:
+        name: Name of the task.
+        folder: The folder of the images.
+        tables: Paths of the tables, relative to it.
+        retrieval: Whether to ask for captions even if there are labels.
+
+    Raises:
+        ModeclipError: A row cannot be read, its image is missing, or there are neither labels nor captions.
+    """
+    metadata = Metadata(folder, tables)
+    if metadata.problems:
+        first = metadata.problems[0]
+        raise ModeclipError(f"task {name!r}: {first.key}: {first.cause} ({first.detail}); correct it")
+    splits, unnamed, files = dict[str, str](), Counter[str](), list[tuple[str, str]]()
+    for place in walk_places(folder, tuple(suffix[1:] for suffix in FILE_SUFFIXES)):
+        for file in place.folder.files:
+            if not file.lower().endswith(FILE_SUFFIXES):
+                continue
+            path = join(place.folder.path, file)
+            split = PurePosixPath(place.split_folder).name
+            if rows := metadata.rows(path):
+                files.append((path, split))
+                for row in rows:
+                    row.used = True
+                    splits.setdefault(path, str(row.values.get(SPLIT) or split))
+            else:
+                unnamed[split] += 1
+    if missing := [path for path, _ in metadata.unused()]:
+        raise ModeclipError(
+            f"task {name!r}: image {missing[0]!r}, which {tables[0]!r} names, is not there ({len(missing):,} such"
+            " rows): put it there or remove the row"
+        )
+    records = [row.values | {IMAGE_COLUMN: path} for path, _ in files for row in metadata.rows(path)]
+    of_row = [splits[path] for path, _ in files for _ in metadata.rows(path)]
+    columns = list(dict.fromkeys(column for record in records for column in record))
+    table = TaskTable(
+        path=join(folder, PurePosixPath(tables[0]).name),
+        values={column: [record.get(column) for record in records] for column in columns},
+    )
+    if not len(table):
+        raise ModeclipError(f"task {name!r}: {join(folder, tables[0])!r} names no image")
+    asked, train = preferred_split(set(of_row), ASKED), preferred_split(set(of_row), (TRAIN,))
+    if asked is None:
+        asked = "" if "" in of_row else train or of_row[0]
+    left = Counter(split for split in of_row if split != asked)
+    told = [f"{split or 'no split'} ({count(number, 'row')})" for split, number in sorted(left.items())]
+    told += [f"{count(sum(unnamed.values()), 'image')} that no row names"] if unnamed else []
+    if told:
+        log(f"task {name!r}: reads {asked or tables[0]}; leaves out {', '.join(told)}")
+    chosen = {"test": asked} | ({"train": train} if train is not None and train != asked else {})
+    return {
+        part: _task_of(name, table, np.flatnonzero(np.array(of_row) == split), retrieval and part == "test")
+        for part, split in chosen.items()
     }
 
 
