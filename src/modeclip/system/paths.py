@@ -161,7 +161,8 @@ def _spelled(path: str, plain: Callable[[str], str]) -> str | None:
 
 @lru_cache(maxsize=16)
 def _names_of(folder: str, changed: int, plain: Callable[[str], str]) -> dict[str, list[str]]:
-    """Return the names in a folder by their plain forms; ``changed`` is part of what is remembered."""
+    """Return the names in a folder by their plain forms; when it was changed is part of what is remembered."""
+    del changed
     found: dict[str, list[str]] = {}
     for name in os.listdir(folder):  # noqa: PTH208
         found.setdefault(plain(name), []).append(name)

@@ -256,9 +256,8 @@ def _tables(folder: str) -> dict[str, list[str]]:
     below = list_folder(folder)[0]
     if found := _tables_in(folder) or _tables_in(join(folder, "data")):
         return found
-    others = {
-        each: own for each in below if not split_of(each) and (own := _tables_in(join(folder, each), HUB_SUFFIXES))
-    }
+    others = {each: _tables_in(join(folder, each), HUB_SUFFIXES) for each in below if not split_of(each)}
+    others = {each: tables for each, tables in others.items() if tables}
     if len(others) > 1:
         chosen = others.get("default")
         if chosen is None:
