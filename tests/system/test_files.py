@@ -1,9 +1,14 @@
-"""Hashes of files and folders: every name and every byte counts, and nothing else."""
+"""Hashes of files and folders: every name and every byte counts, and nothing else; locks that say who holds them."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,12 +17,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from modeclip.errors import DamagedError
+from modeclip.errors import DamagedError, ModeclipError
 from modeclip.system.files import (
     find_damage,
     hash_files,
     hash_folder,
+    holder_of,
     note_files,
+    only_process,
     read_json,
     replacing,
     to_json,
@@ -137,3 +144,88 @@ def test_a_noted_file_is_whole_until_a_byte_of_it_changes(tmp_path: Path) -> Non
     assert find_damage(path, note) == "missing"
     path.mkdir()
     assert find_damage(path, note) == "not a file"
+
+
+def write_holder(folder: Path, silence: float, **changes: object) -> None:
+    """Leave the lock of a process of another machine, whose last sign of life is so many seconds old."""
+    holder = {"process": 7, "machine": "far", "boot": "b", "since": "2026-01-01 10:00:00+00:00"} | changes
+    (folder / "lock").write_text(json.dumps(holder))
+    then = time.time() - silence
+    os.utime(folder / "lock", (then, then))
+
+
+def test_a_lock_tells_who_holds_it_and_is_free_afterwards(tmp_path: Path) -> None:
+    assert holder_of(tmp_path) is None
+    with only_process(tmp_path):
+        holder = holder_of(tmp_path)
+        assert holder is not None
+        assert (holder.process, holder.is_elsewhere) == (os.getpid(), False)
+        with pytest.raises(ModeclipError, match=rf"process {os.getpid()} of .+, since 20.+, is at work.*wait for it"):
+            only_process(tmp_path).__enter__()
+        assert holder_of(tmp_path) == holder
+    assert holder_of(tmp_path) is None
+    with only_process(tmp_path):
+        pass
+
+
+def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time; from pathlib import Path; from modeclip.system.files import only_process\n"
+        "lock = only_process(Path(sys.argv[1])); lock.__enter__()\n"
+        "child = os.fork()\n"
+        "if not child: os.close(1); time.sleep(600)\n"
+        "print(child, flush=True); os._exit(0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], stdout=subprocess.PIPE, check=True
+    )
+    child = int(done.stdout)
+    try:
+        os.kill(child, 0)
+        assert holder_of(tmp_path) is None
+        with only_process(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_process_of_another_machine_is_believed_while_it_shows_life(tmp_path: Path) -> None:
+    """Its lock may be invisible here; and a file system may keep the lock of a machine that is gone."""
+    write_holder(tmp_path, 60)
+    holder = holder_of(tmp_path)
+    assert holder is not None
+    assert holder.is_elsewhere
+    with pytest.raises(ModeclipError, match="process 7 of far, since 2026-01-01 10:00:00"):
+        only_process(tmp_path).__enter__()
+    write_holder(tmp_path, 300)
+    assert holder_of(tmp_path) is None
+    with only_process(tmp_path):
+        pass
+    write_holder(tmp_path, 300)
+    with (tmp_path / "lock").open("rb") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        assert holder_of(tmp_path) is None
+        with only_process(tmp_path, patience_seconds=60.0):
+            found = holder_of(tmp_path)
+            assert found is not None
+            assert found.process == os.getpid()
+
+
+def test_a_process_at_work_shows_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeclip.system.files.HEARTBEAT_SECONDS", 0.01)
+    with only_process(tmp_path):
+        os.utime(tmp_path / "lock", (0, 0))
+        deadline = time.monotonic() + 60
+        while (tmp_path / "lock").stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": 3}', b"\xff"])
+def test_a_lock_that_does_not_tell_is_held_by_another_process(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "lock").write_bytes(content)
+    assert holder_of(tmp_path) is None
+    with (tmp_path / "lock").open("rb") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        assert str(holder_of(tmp_path)) == "another process"
+    with only_process(tmp_path):
+        pass

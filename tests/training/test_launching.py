@@ -18,7 +18,7 @@ import pytest
 
 import support
 from modeclip.errors import ModeclipError
-from modeclip.system.files import only_process
+from modeclip.system.files import holder_of
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import commands_for, run_jobs
 from modeclip.training.status import job_status
@@ -137,23 +137,42 @@ def test_commands_do_what_the_processes_do(catalog: Path, tmp_path: Path, monkey
     )
 
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from modeclip.system.files import only_process
+with only_process(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
 @pytest.mark.slow
-def test_a_job_that_another_process_trains_is_waited_for(catalog: Path, tmp_path: Path) -> None:
+def test_a_job_that_another_process_trains_is_waited_for_until_that_one_is_dead(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = make_job(catalog, tmp_path / "job", 1)
     job.save()
-    entered, leave = threading.Event(), threading.Event()
+    lines = list[str]()
+    monkeypatch.setattr("modeclip.training.launching.log", lines.append)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, job.folder], stdout=subprocess.PIPE)
+    assert holder.stdout
+    assert holder.stdout.readline() == b"held\n"
 
-    def hold() -> None:
-        with only_process(tmp_path / "job"):
-            entered.set()
-            leave.wait(60)
+    def kill_when_it_is_waited_for() -> None:
+        while not lines:
+            time.sleep(0.05)
+        holder.kill()
 
-    holder = threading.Thread(target=hold)
-    holder.start()
-    entered.wait(60)
-    threading.Timer(1.0, leave.set).start()
+    killer = threading.Thread(target=kill_when_it_is_waited_for)
+    killer.start()
     assert run_jobs([job], 1)["job"].samples == 8
-    holder.join()
+    killer.join()
+    holder.wait()
+    holder.stdout.close()
+    told = rf"job: process {holder.pid} of .+, since 20.+ is training it, at step 0 of 1 \(0.0 %\); waiting until"
+    assert re.match(told, lines[0])
+    assert not [line for line in lines[1:] if "is training it" in line]
 
 
 LAUNCHER = """
@@ -171,20 +190,118 @@ def launch(job: TrainJob, processes: int) -> subprocess.Popen[bytes]:
     )
 
 
+def wait_for_processes(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 180
+    while len(processes_of(folder)) < count:
+        assert time.monotonic() < deadline, processes_of(folder)
+        time.sleep(0.005)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_no_process_outlives_the_one_that_started_it(catalog: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "moment"), [(2, "at its start"), (2, "while it trains"), (1, "while it is stopped")]
+)
+def test_no_process_outlives_the_one_that_started_it(
+    catalog: Path, tmp_path: Path, processes: int, moment: str
+) -> None:
+    """A process that is stopped, as one that is stuck, cannot look for its parent; it ends nevertheless."""
     job = make_job(catalog, tmp_path / "job", FOREVER)
     launcher = launch(job, processes)
     try:
-        wait_until_it_trains(job)
+        if moment == "at its start":
+            wait_for_processes(tmp_path, 1)
+        else:
+            wait_until_it_trains(job)
+        if moment == "while it is stopped":
+            for process in processes_of(tmp_path):
+                os.kill(process, signal.SIGSTOP)
     finally:
         launcher.kill()
         launcher.wait()
     wait_until_all_are_gone(tmp_path)
+    while holder_of(tmp_path / "job"):  # the last files of a process are closed after its name is gone
+        os.sched_yield()
     status = job_status(job)
-    assert (status.state, status.note) == ("stopped", "")
-    assert status.step > 0
+    assert (status.state, status.note) == ("waiting" if moment == "at its start" else "stopped", "")
+    assert {path.name for path in (tmp_path / "job").iterdir()} <= {"job.json", "lock", "log.jsonl", "checkpoints"}
+    if moment == "while it is stopped":
+        assert run_jobs([replace(job, last_step=2)], 1)["job"].samples == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_caller_that_is_asked_to_end_has_its_jobs_save(catalog: Path, tmp_path: Path, ending: signal.Signals) -> None:
+    config = replace(CONFIG, engine=replace(CONFIG.engine, save_every="10h"))
+    job = replace(make_job(catalog, tmp_path / "job", FOREVER), config=config)
+    launcher = launch(job, 1)
+    try:
+        deadline = time.monotonic() + 180
+        while not job_status(job).step:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        launcher.send_signal(ending)
+        code = launcher.wait(180)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert code == 128 + ending
+    assert not processes_of(tmp_path)
+    assert job_status(job).checkpoint_age_seconds is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["torchrun", "rank"])
+def test_a_group_ends_as_a_whole(catalog: Path, tmp_path: Path, victim: str) -> None:
+    job = make_job(catalog, tmp_path / "job", FOREVER)
+
+    def kill() -> None:
+        wait_until_it_trains(job)
+        agent, *ranks = sorted(processes_of(tmp_path))
+        assert len(ranks) == 2
+        os.kill(agent if victim == "torchrun" else ranks[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(ModeclipError, match=r"job: training ended early: .*run again to continue"):
+        run_jobs([job], 1, processes=2)
+    thread.join()
+    wait_until_all_are_gone(tmp_path)
+
+
+@pytest.mark.slow
+def test_workers_that_read_pictures_end_with_the_trainer(catalog: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, engine=replace(CONFIG.engine, workers=2))
+    job = replace(make_job(catalog, tmp_path / "job", FOREVER), config=config)
+    launcher = launch(job, 1)
+    try:
+        wait_until_it_trains(job)
+        [trainer] = set(processes_of(tmp_path)) - {launcher.pid}
+        group = [process for process in processes() if session_of(process) == trainer]
+        assert len(group) >= 4  # the trainer, the server that forks, and two workers
+    finally:
+        launcher.kill()
+        launcher.wait()
+    deadline = time.monotonic() + 90
+    while left := [process for process in group if process in processes()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def processes() -> set[int]:
+    """Processes that are alive; the dead whom nobody has asked for yet do not count."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if path.read_text().rpartition(")")[2].split()[0] != "Z":
+                found.add(int(path.parent.name))
+    return found
+
+
+def session_of(process: int) -> int:
+    try:
+        return os.getsid(process)
+    except ProcessLookupError:
+        return -1
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from modeclip.errors import ModeclipError
+from modeclip.system.files import only_process
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, role_of
-from modeclip.training.status import JobStatus, board_table, is_locked, job_status, read_log, status, watch
+from modeclip.training.status import JobStatus, board_table, job_status, read_log, status, watch
 from modeclip.training.trainer import train
 from support import make_job, mark_done
 
@@ -80,8 +81,10 @@ def test_a_lock_that_is_held_means_running(tmp_path: Path) -> None:
         row = job_status(job)
         assert (row.state, row.step) == ("running", 150)
         assert row.seconds_left == pytest.approx((300 - 150) * 16 / 320)
-    assert not is_locked(tmp_path / "job")
-    assert not is_locked(tmp_path)
+        assert row.note == "by another process"
+    with only_process(tmp_path / "job"):
+        assert job_status(job).note.startswith(f"by process {os.getpid()} of ")
+    assert job_status(job).state == "stopped"
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"step": 99', b"\x00\x00", b'{"step": "x"}\n', b"[1]\n", b"\xff\xfe\n"])

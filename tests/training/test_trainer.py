@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,9 +24,10 @@ from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import Clip, load_clip
 from modeclip.system.files import only_process
+from modeclip.system.processes import PARENT_VARIABLE
 from modeclip.training.batches import Feed, batch_rows, job_rows
 from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, learning_rate_at
-from modeclip.training.trainer import FAILED_BATCH_FILE, PARENT_VARIABLE, train
+from modeclip.training.trainer import FAILED_BATCH_FILE, train
 
 CONFIG = TrainConfig(
     model="modeclip-icon-xxs",
@@ -157,22 +159,41 @@ def test_sigterm_saves_before_it_ends(catalog: Path, tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_job_ends_when_its_parent_is_gone(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PARENT_VARIABLE, str(os.getpid()))  # nobody is its own parent
-    with pytest.raises(SystemExit) as ended:
-        train(make_job(catalog, tmp_path / "job"))
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert str(newest(tmp_path / "job")).endswith("step-000000001.safetensors")
-
-
 def test_second_process_in_the_same_folder_gives_up(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeclip.training.trainer.LOCK_PATIENCE_SECONDS", 0.0)
     job = make_job(catalog, tmp_path / "job")
     (tmp_path / "job").mkdir()
-    with only_process(tmp_path / "job"), pytest.raises(ModeclipError, match="another process is at work"):
+    with (
+        only_process(tmp_path / "job"),
+        pytest.raises(ModeclipError, match=f"process {os.getpid()} of .*, since .* is at work"),
+    ):
         train(job)
+
+
+@pytest.mark.parametrize("by_whom", ["the other", "this one"])
+def test_a_job_of_several_waits_for_the_process_that_was_quicker_to_begin(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_whom: str
+) -> None:
+    monkeypatch.setenv(PARENT_VARIABLE, "1")
+    monkeypatch.setattr("modeclip.training.trainer.LOCK_PATIENCE_SECONDS", 0.0)
+    job = make_job(catalog, tmp_path / "job", last_step=1)
+    (tmp_path / "job").mkdir()
+    is_held = threading.Event()
+
+    def hold() -> None:
+        with only_process(tmp_path / "job"):
+            is_held.set()
+            time.sleep(1)
+            if by_whom == "the other":
+                support.mark_done(job)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    is_held.wait()
+    assert train(job).samples == (1 if by_whom == "the other" else 32)
+    other.join()
 
 
 def test_finished_job_is_not_trained_again(catalog: Path, tmp_path: Path) -> None:

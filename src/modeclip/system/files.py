@@ -11,14 +11,18 @@ import fcntl
 import json
 import math
 import os
+import platform
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from typing_extensions import TypedDict
 
@@ -36,6 +40,14 @@ class FileNote(TypedDict):
     """When it was last written, in nanoseconds since 1970."""
     sha256: str
     """Its SHA-256, as hexadecimal digits."""
+
+
+LOCK_FILE = "lock"
+"""File of a folder that the process at work in it has locked; it says which one that is."""
+HEARTBEAT_SECONDS = 10.0
+"""Time between two signs of life of the process at work in a folder, which other machines see."""
+SILENCE_SECONDS = 120.0
+"""Time without a sign of life after which a process of another machine counts as dead."""
 
 
 @contextmanager
@@ -232,9 +244,69 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("modeclip", "torch", "open_clip_torch", "numpy", "pylance")}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that is at work in a folder, as the folder's lock tells."""
+
+    process: int | None = None
+    """Its id; None where an earlier version holds the lock, which does not tell."""
+    machine: str = ""
+    """Name of its machine."""
+    boot: str = ""
+    """What tells this run of the machine from others."""
+    since: str = ""
+    """When it began, as date and time."""
+
+    @classmethod
+    def here(cls) -> Holder:
+        """Return this process."""
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        except OSError:  # not Linux
+            boot = ""
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        return cls(process=os.getpid(), machine=platform.node(), boot=boot, since=since)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it works on another machine, whose locks may not be seen here."""
+        own = Holder.here()
+        return self.process is not None and (self.machine, self.boot) != (own.machine, own.boot)
+
+    def __str__(self) -> str:
+        if self.process is None:
+            return "another process"
+        return f"process {self.process} of {self.machine or 'this machine'}, since {self.since},"
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Return the process that is at work in a folder, or None. Asking holds the lock for a moment only.
+
+    A process of this machine holds the lock until it ends, however that happens. One of another machine counts as dead
+    after ``SILENCE_SECONDS`` without a sign of life, whatever the shared file system says of its lock; this needs
+    clocks that agree to a minute.
+    """
+    try:
+        with (folder / LOCK_FILE).open("rb") as file:
+            is_locked = not _lock(file, fcntl.LOCK_SH)
+            content, silence = file.read(), time.time() - os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return None
+    try:
+        holder = Holder(**json.loads(content))
+    except (ValueError, TypeError):  # empty, or half-written a moment ago
+        holder = Holder()
+    if holder.is_elsewhere:
+        return holder if silence < SILENCE_SECONDS else None
+    return holder if is_locked else None
+
+
 @contextmanager
 def only_process(folder: Path, patience_seconds: float = 0.0) -> Iterator[None]:
     """Hold a folder's lock, which the system frees when the process ends, however that happens.
+
+    The lock belongs to this process alone: a child that it forks or starts does not keep it. `holder_of` tells others
+    who holds it.
 
     Args:
         folder: An existing folder.
@@ -244,15 +316,72 @@ def only_process(folder: Path, patience_seconds: float = 0.0) -> Iterator[None]:
         ModeclipError: Another process still holds it.
     """
     deadline = time.monotonic() + patience_seconds
-    with (folder / "lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ModeclipError(
-                        f"{folder}: another process is at work in this folder; wait for it, stop it, or choose another"
-                    ) from None
-                time.sleep(0.2)
+    while (file := _take_lock(folder)) is None:
+        if time.monotonic() >= deadline:
+            raise ModeclipError(
+                f"{folder}: {holder_of(folder) or 'another process'} is at work in this folder; wait for it, stop it, "
+                "or choose another"
+            )
+        time.sleep(0.2)
+    is_over = threading.Event()
+    pulse = threading.Thread(target=_show_life, args=(file.fileno(), is_over), daemon=True)
+    _held.add(file.fileno())
+    try:
+        pulse.start()
         yield
+    finally:
+        is_over.set()
+        pulse.join()
+        _held.discard(file.fileno())
+        file.truncate(0)
+        file.close()
+
+
+def _take_lock(folder: Path) -> BinaryIO | None:
+    """Take a folder's lock and say in it who holds it; return its open file, or None if another process has it."""
+    path, holder = folder / LOCK_FILE, holder_of(folder)
+    if holder is not None and holder.is_elsewhere:
+        return None
+    file = path.open("a+b")
+    if not _lock(file, fcntl.LOCK_EX):
+        file.close()
+        if holder is None and holder_of(folder) is None:  # the file system keeps the lock of a machine that is gone
+            path.unlink(missing_ok=True)
+        return None
+    file.truncate(0)
+    file.write(json.dumps(asdict(Holder.here())).encode())
+    file.flush()
+    try:
+        is_same = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        is_same = False
+    if is_same:
+        return file
+    file.close()  # the lock of a file that is not there any more is worth nothing
+    return None
+
+
+def _lock(file: BinaryIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _show_life(handle: int, is_over: threading.Event) -> None:
+    while not is_over.wait(HEARTBEAT_SECONDS):
+        with suppress(OSError):
+            os.utime(handle)
+
+
+def _leave_locks() -> None:
+    """Let go of the locks that a forked process has inherited."""
+    for handle in _held:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, handle, inheritable=False)
+        os.close(nothing)
+
+
+_held: set[int] = set()
+os.register_at_fork(after_in_child=_leave_locks)

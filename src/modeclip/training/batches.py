@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from PIL.Image import Image, Resampling
 
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
+from modeclip.system.processes import end_with_parent
 from modeclip.training.jobs import AugmentConfig, TrainConfig, TrainJob
 from modeclip.training.objectives.objective import CAPTION_IDS, TrainingBatch
 
@@ -356,7 +358,7 @@ class Feed:
             num_workers=workers,
             prefetch_factor=PREFETCH_PIECES,
             multiprocessing_context="forkserver",
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
         )
         yield from map(_checked, loader)
 
@@ -401,9 +403,11 @@ class _Pieces:
             return error
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    """Make a worker compute in one thread and end with the server that forked it, which ends with the trainer."""
     import torch
 
+    end_with_parent(os.getppid())
     torch.set_num_threads(1)
 
 

@@ -25,7 +25,7 @@ from modeclip.models.clip import WEIGHTS_FILE
 from modeclip.system.console import busy
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import LOG_FILE, TrainJob
-from modeclip.training.launching import start_job, trouble_of
+from modeclip.training.launching import start_job
 from modeclip.training.status import in_words, job_status
 
 MEASURED_STEPS = 10
@@ -242,12 +242,12 @@ def _kind(job: TrainJob) -> str:
 
 def _train(job: TrainJob, processes: int) -> None:
     """Train a job in a process of its own and wait for it."""
-    process = start_job(job, processes)
+    started = start_job(job, processes)
     try:
-        trouble = trouble_of(job, process.wait())
+        trouble = started.end()
     except BaseException:
-        process.terminate()
-        process.wait()
+        started.process.terminate()
+        started.process.wait()
         raise
     if trouble:
         raise ModeclipError(trouble)

@@ -36,8 +36,8 @@ MEMBER_ROLES: tuple[Role, ...] = ("expert", "random", "full", "one-step")
 """Roles of which a run has one model for each expert; their jobs have an index."""
 JOB_FILE, LOG_FILE, DONE_FILE = "job.json", "log.jsonl", "done.json"
 """Files of a job's folder: what to do, a line of numbers every few steps, and the record that is written last."""
-OUTPUT_FILE, ERRORS_FILE = "output.txt", "errors.txt"
-"""What a job's process prints. It becomes ``errors.txt`` when the job fails and is removed otherwise."""
+ERRORS_FILE = "errors.txt"
+"""What a job's process has printed, kept only when the job fails."""
 UNHASHED_FIELDS = frozenset({"folder", "start_from", "catalog", "role", "index"})
 """Fields of a job that do not decide its result and so are not part of its digest."""
 CONSEQUENCES = ("first_step", "last_step", "first_share", "last_share", "start_digest")

@@ -1,8 +1,12 @@
 """Run training jobs: in processes of this machine, under torchrun, on Ray, or by commands for other machines.
 
 Each job is a process of its own with its own folder, or a group of processes under torchrun. It starts when the job
-that it continues from is done. When a job fails, only the jobs that need it fail too. Every process saves a checkpoint
-and ends when the process that started it is gone, for whatever reason; the same call then does what is missing.
+that it continues from is done. When a job fails, only the jobs that need it fail too.
+
+No process outlives the one that started it. A caller that is asked to end (Ctrl-C, SIGTERM, a closed terminal) has its
+jobs save a checkpoint first. When it is killed, so are they (`modeclip.system.processes`), those under torchrun too;
+then the same call goes on from their last checkpoints. A job that another process trains, on this machine or on another
+one, is waited for until it is done or that process is gone.
 
 Price: a process for each job, which imports torch anew (two seconds), and a look at the jobs' files five times a
 second.
@@ -16,25 +20,31 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 from modeclip.errors import ModeclipError
 from modeclip.system.console import console, log, make_progress
-from modeclip.system.files import write_atomically
-from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, OUTPUT_FILE, TrainJob, TrainResult
-from modeclip.training.status import is_locked, job_status
-from modeclip.training.trainer import PARENT_VARIABLE
+from modeclip.system.files import Holder, holder_of, write_atomically
+from modeclip.system.processes import PARENT_VARIABLE, start_tied, tied
+from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, TrainJob, TrainResult
+from modeclip.training.status import in_words, job_status
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60.0
 """Time that a process has to save a checkpoint when it is asked to end."""
+REPORT_SECONDS = 60.0
+"""Time between two lines about a job that is waited for because another process trains it."""
 MAX_RETRIES = 3
 """How often Ray repeats a job whose worker died, so that a job which kills its workers is given up."""
+TRAINER = "modeclip.training.trainer"
+"""Module that trains the job of a file when it is run as a program."""
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a job that was asked to end and has saved a checkpoint."""
 
@@ -115,7 +125,7 @@ class _Schedule:
         self.stop_on_failure, self.on_done = stop_on_failure, on_done
         self.failures: dict[str, str] = {}
         self.running: dict[str, TrainJob] = {}
-        self.elsewhere: set[str] = set()
+        self.elsewhere: dict[str, tuple[Holder, float]] = {}
 
     def run(self, waiting: list[TrainJob]) -> dict[str, str]:
         """Run jobs to their end and return a line about each that failed or could not start."""
@@ -124,7 +134,7 @@ class _Schedule:
                 job.name: bars.add_task(f"train {job.name}", total=_samples(job), unit="samples", start=False)
                 for job in waiting
             }
-            try:
+            with _ending_in_order(self.runner.stop):
                 while not (self.failures and self.stop_on_failure):
                     ready = [job for job in waiting if self._is_ready(job)]
                     if not (self.running or ready):
@@ -134,12 +144,10 @@ class _Schedule:
                             waiting.remove(job)
                             bars.start_task(tasks[job.name])
                     time.sleep(POLL_SECONDS)
-                    for name, job in self.running.items():
-                        bars.update(tasks[name], completed=round(job_status(job).share * _samples(job)))
+                    for job in [*self.running.values(), *(job for job in waiting if job.name in self.elsewhere)]:
+                        bars.update(tasks[job.name], completed=round(job_status(job).share * _samples(job)))
                     for name, trouble in self.runner.ended().items():
                         self._end(self.running.pop(name), trouble)
-            finally:
-                self.runner.stop()
         for job in self.running.values():
             self.failures[job.name] = f"{job.name}: stopped, since another failed; run again to continue"
         for job in waiting:
@@ -150,10 +158,8 @@ class _Schedule:
 
     def _begin(self, job: TrainJob) -> bool:
         """Start a job if there is room for it and no other process trains it; return whether it no longer waits."""
-        if is_locked(Path(job.folder)):
-            if job.name not in self.elsewhere:
-                self.elsewhere.add(job.name)
-                log(f"{job.name}: another process is training it; waiting")
+        if (holder := holder_of(Path(job.folder))) is not None:
+            self._tell_of(job, holder)
         elif TrainResult.read(job) is not None:  # the other process has done it
             self._end(job, "")
             return True
@@ -162,6 +168,18 @@ class _Schedule:
             self.runner.start(job)
             return True
         return False
+
+    def _tell_of(self, job: TrainJob, holder: Holder) -> None:
+        """Say which process trains a job that is waited for, and how far it is, now and then."""
+        known, told_at = self.elsewhere.get(job.name, (None, 0.0))
+        if known != holder or time.monotonic() - told_at > REPORT_SECONDS:
+            self.elsewhere[job.name] = holder, time.monotonic()
+            found = job_status(job)
+            left = "" if found.seconds_left is None else f", {in_words(found.seconds_left)} left"
+            log(
+                f"{job.name}: {holder} is training it, at step {found.step:,} of {found.last_step:,} "
+                f"({100 * found.share:.1f} %{left}); waiting until it is done or that process ends"
+            )
 
     def _needed(self, job: TrainJob) -> str | None:
         """Return the name of the job that this one continues, if it is one of those that are trained here."""
@@ -178,10 +196,32 @@ class _Schedule:
             log(self.failures[job.name])
             return
         self.results[job.name] = result
+        (Path(job.folder) / ERRORS_FILE).unlink(missing_ok=True)
         if not console.is_terminal:
             log(f"train {job.name}: {result.samples:,} samples in {result.seconds:.0f} s")
         if self.on_done is not None:
             self.on_done(job)
+
+
+@contextmanager
+def _ending_in_order(stop: Callable[[], object]) -> Iterator[None]:
+    """Call ``stop`` at the end, also where this process is asked to end by a signal that would end it at once."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [] if threading.current_thread() is not threading.main_thread() else [signal.SIGTERM, signal.SIGHUP]
+    changed = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, leave)
+    try:
+        try:
+            yield
+        finally:
+            stop()
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Here:
@@ -189,30 +229,27 @@ class _Here:
 
     def __init__(self, workers: int, processes: int) -> None:
         self.workers, self.processes = workers, processes
-        self.running: dict[str, tuple[TrainJob, subprocess.Popen[str]]] = {}
+        self.running: dict[str, JobProcess] = {}
 
     def is_free(self) -> bool:
         return len(self.running) < self.workers
 
     def start(self, job: TrainJob) -> None:
-        self.running[job.name] = (job, start_job(job, self.processes))
+        self.running[job.name] = start_job(job, self.processes)
 
     def ended(self) -> dict[str, str]:
-        over = {name: pair for name, pair in self.running.items() if pair[1].poll() is not None}
-        for name in over:
-            del self.running[name]
-        return {name: trouble_of(job, int(process.returncode)) for name, (job, process) in over.items()}
+        over = [name for name, started in self.running.items() if started.process.poll() is not None]
+        return {name: self.running.pop(name).end() for name in over}
 
     def stop(self) -> None:
-        for _, process in self.running.values():
-            process.terminate()
-        for job, process in self.running.values():
+        for started in self.running.values():
+            started.process.terminate()
+        for started in self.running.values():
             try:
-                process.wait(timeout=PATIENCE_SECONDS)
+                started.process.wait(timeout=PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            trouble_of(job, int(process.returncode))
+                started.process.kill()
+            started.end()
 
 
 class _OnRay:
@@ -270,14 +307,14 @@ class _OnRay:
 
 def _train_on_ray(job: TrainJob, processes: int) -> str:
     """Train a job in a Ray task; return what went wrong, or raise where another attempt may succeed."""
-    process = start_job(job, processes)
+    started = start_job(job, processes)
     try:
-        code = process.wait()
+        code = started.process.wait()
     except BaseException:
-        process.terminate()
-        process.wait(PATIENCE_SECONDS)
+        started.process.terminate()
+        started.process.wait(PATIENCE_SECONDS)
         raise
-    trouble = trouble_of(job, code)
+    trouble = started.end()
     if code < 0 or code == STOPPED:
         raise ChildProcessError(trouble or f"{job.name}: training was stopped; run again to continue")
     return trouble
@@ -296,7 +333,8 @@ def commands_for(jobs: Sequence[TrainJob], processes: int = 1) -> list[str]:
     names = {job.folder: job.name for job in jobs}
     lines = []
     for job in sorted(jobs, key=lambda job: job.start_from in names):
-        words = ["python", *_words(_placed(job), processes)]
+        words = ["python", *(["-m", "torch.distributed.run", *_torchrun(processes)] if processes > 1 else [])]
+        words += ["-m", TRAINER, str(_placed(job).save())]
         needed = names.get(job.start_from or "")
         lines.append(shlex.join(words) + (f"  # after {needed}" if needed else ""))
     return lines
@@ -310,52 +348,55 @@ def _summary(failures: dict[str, str], count: int) -> str:
     return f"{len(failures)} of {count} models are missing ({', '.join(failures)}); the first: {first}"
 
 
-def start_job(job: TrainJob, processes: int = 1) -> subprocess.Popen[str]:
-    """Start the process of a job in a session of its own, where a Ctrl-C does not reach it.
+@dataclass(frozen=True, kw_only=True)
+class JobProcess:
+    """The process that trains a job, or the one that has started several for it."""
+
+    job: TrainJob
+    """What it trains."""
+    process: subprocess.Popen[bytes]
+    """The process itself."""
+    output: IO[bytes]
+    """What it prints, in a file without a name, so that nothing stays behind when this process is killed."""
+
+    def end(self) -> str:
+        """Wait for its end and return what went wrong, or an empty line; ``errors.txt`` keeps all that it printed."""
+        code, job, path = self.process.wait(), self.job, Path(self.job.folder) / ERRORS_FILE
+        with self.output as output:
+            output.seek(0)
+            lines = output.read().decode(errors="replace").strip().splitlines()
+        assert self.process.stdin is not None, "it was opened as a pipe"
+        self.process.stdin.close()
+        if code == 0 and TrainResult.read(job) is not None:
+            return ""
+        if code in (STOPPED, -signal.SIGTERM):  # the latter if it had not begun yet
+            return f"{job.name}: training was stopped; run again to continue"
+        if code < 0 or not lines:
+            lines.append(f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+        write_atomically(path, "\n".join(lines) + "\n")
+        if code == 2:
+            return lines[-1]
+        return f"{job.name}: training ended early: {lines[-1]} (more in {path}); run again to continue"
+
+
+def start_job(job: TrainJob, processes: int = 1) -> JobProcess:
+    """Start the process of a job; it ends when this one does.
 
     Args:
         job: What to train; its file is written.
         processes: Number of processes that train it together under torchrun.
     """
-    environment = os.environ | {PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(job.threads)}
-    words = _words(job, processes)
+    module, words = TRAINER, [str(job.save())]
     if processes > 1:
-        words = ["-m", "modeclip.training.launching", *words[2:]]
+        module, words = __name__, [*_torchrun(processes), *tied(module, *words)]
     (Path(job.folder) / ERRORS_FILE).unlink(missing_ok=True)
-    with (Path(job.folder) / OUTPUT_FILE).open("w", encoding="utf-8") as output:
-        return subprocess.Popen(
-            [sys.executable, *words], env=environment, stderr=output, stdout=output, text=True, start_new_session=True
-        )
+    output = tempfile.TemporaryFile(dir=job.folder)  # noqa: SIM115 (it is read when the process has ended)
+    process = start_tied(module, words, {"OMP_NUM_THREADS": str(job.threads)}, output)
+    return JobProcess(job=job, process=process, output=output)
 
 
-def trouble_of(job: TrainJob, code: int) -> str:
-    """Return what went wrong in a process that has ended, or an empty line; ``errors.txt`` keeps all that it printed.
-
-    Args:
-        job: Job that the process trained.
-        code: Exit code of the process.
-    """
-    output, path = Path(job.folder) / OUTPUT_FILE, Path(job.folder) / ERRORS_FILE
-    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
-    output.unlink(missing_ok=True)
-    if code == 0 and TrainResult.read(job) is not None:
-        return ""
-    if code in (STOPPED, -signal.SIGTERM):  # the latter if it had not begun yet
-        return f"{job.name}: training was stopped; run again to continue"
-    if code < 0 or not lines:
-        lines.append(f"killed by signal {-code}" if code < 0 else f"exit code {code}")
-    write_atomically(path, "\n".join(lines) + "\n")
-    if code == 2:
-        return lines[-1]
-    return f"{job.name}: training ended early: {lines[-1]} (more in {path}); run again to continue"
-
-
-def _words(job: TrainJob, processes: int) -> list[str]:
-    """Write the job file and return the arguments of Python that train it."""
-    train = ["-m", "modeclip.training.trainer", str(job.save())]
-    if processes == 1:
-        return train
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *train]
+def _torchrun(processes: int) -> list[str]:
+    return ["--standalone", "--nproc_per_node", str(processes)]
 
 
 def _samples(job: TrainJob) -> int:
@@ -373,21 +414,13 @@ def _placed(job: TrainJob) -> TrainJob:
 
 
 def main(words: Sequence[str]) -> None:
-    """Run torchrun in this process, quietly, until it ends or the process that started this one is gone."""
+    """Run torchrun in this process, quietly, until it ends."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    parent = int(os.environ[PARENT_VARIABLE])
-    os.environ[PARENT_VARIABLE] = str(os.getpid())  # its workers look for this process
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # its workers are tied to this process
     logging.disable(logging.CRITICAL)  # what the workers say is what counts
-
-    def end_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         torchrun(list(words))
     except ChildFailedError as error:

@@ -9,7 +9,6 @@ Price: a few small reads for each model, among them the last 16 kB of its log.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from rich.text import Text
 from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.console import console, printable
+from modeclip.system.files import holder_of
 from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, LOG_FILE, TrainJob, TrainResult
 
 LOG_TAIL_BYTES = 1 << 14
@@ -72,7 +72,7 @@ class JobStatus:
     checkpoint_age_seconds: float | None
     """Age of the newest checkpoint; None if there is none."""
     note: str = ""
-    """Last line of the error that ended a failed job."""
+    """Last line of the error that ended a failed job; which process trains one that runs."""
 
     def cells(self) -> tuple[str, ...]:
         """Return the status as words for the columns of a table."""
@@ -114,7 +114,8 @@ def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
     step = min(max(step, job.first_step), job.last_step)
     ages = [time.time() - moment for path in checkpoint_files(folder) if (moment := _modified(path)) is not None]
     note = _last_words(folder)
-    state = _state(folder, result is not None, bool(lines or ages), bool(note))
+    holder = None if result is not None else holder_of(folder)
+    state = _state(result is not None, holder is not None, bool(lines or ages), bool(note))
     speeds = [line["samples_per_second"] for line in lines[-SPEED_LINES:] if "samples_per_second" in line]
     speed = statistics.median(speeds) if speeds else None
     left = (job.last_step - step) * job.config.batch_size
@@ -128,7 +129,7 @@ def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
         loss=float(lines[-1]["loss"]) if lines and "loss" in lines[-1] else None,
         seconds_left=left / speed if speed and state == "running" else None,
         checkpoint_age_seconds=max(0.0, min(ages)) if ages else None,
-        note=note if state == "failed" else "",
+        note=note if state == "failed" else f"by {holder}".rstrip(",") if holder is not None else "",
     )
 
 
@@ -147,18 +148,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             line = json.loads(piece)
             lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
     return lines
-
-
-def is_locked(folder: Path) -> bool:
-    """Return whether a process is at work in a folder. Asking holds the lock for a moment only."""
-    try:
-        with (folder / "lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def board_table(rows: Iterable[JobStatus], title: str) -> Table:
@@ -208,10 +197,10 @@ def in_words(seconds: float) -> str:
     return f"{int(hours)} h {int(minutes % 60)} min" if days < 1 else f"{int(days)} d {int(hours % 24)} h"
 
 
-def _state(folder: Path, is_done: bool, is_begun: bool, has_errors: bool) -> State:
+def _state(is_done: bool, is_running: bool, is_begun: bool, has_errors: bool) -> State:
     if is_done:
         return "finished"
-    if is_locked(folder):
+    if is_running:
         return "running"
     if has_errors:
         return "failed"

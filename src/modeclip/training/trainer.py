@@ -50,6 +50,7 @@ from modeclip.models.clip import Clip, fast_attention, load_clip, save_clip
 from modeclip.system.console import progress
 from modeclip.system.devices import choose_precision, keep_freed_memory
 from modeclip.system.files import only_process, write_json, writing
+from modeclip.system.processes import PARENT_VARIABLE, end_with_parent
 from modeclip.training.batches import DecodedSample, Feed, batch_rows, job_rows
 from modeclip.training.distributed import World, leave_processes, place_like, whole
 from modeclip.training.jobs import DONE_FILE, TrainJob, TrainResult
@@ -63,9 +64,9 @@ if TYPE_CHECKING:
     from modeclip.training.objectives.objective import TrainingBatch
 
 LOCK_PATIENCE_SECONDS = 30.0
-"""How long to wait for another process in the folder: one whose parent was killed a moment ago is about to end."""
-PARENT_VARIABLE = "MODECLIP_PARENT"
-"""Environment variable with the id of the process that started the job; the job stops when that process is gone."""
+"""How long to wait for another process in the folder. Whoever runs several jobs waits until that one has ended."""
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Environment variable that torchrun sets for the processes that it starts."""
 FAILED_BATCH_FILE = "failed-batch.json"
 """File of a job's folder that names the pairs of the batch whose loss was not finite."""
 Visit = Callable[[Clip, int], bool]
@@ -95,11 +96,17 @@ def train(
     folder, started = Path(job.folder), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     world = World.of_environment()
+    if TORCHRUN_VARIABLE in os.environ:  # so that no rank waits for others when torchrun itself was killed
+        end_with_parent(os.getppid())
     if world.size > 1 and visit is not None:
         raise ModeclipError(
             f"{job.name}: only one process can visit a model while it trains; start it without torchrun"
         )
-    with only_process(folder, LOCK_PATIENCE_SECONDS) if world.is_first else nullcontext():
+    patience = math.inf if PARENT_VARIABLE in os.environ else LOCK_PATIENCE_SECONDS
+    with only_process(folder, patience) if world.is_first else nullcontext():
+        finished = TrainResult.read(job) if world.size == 1 else None
+        if finished is not None:  # by the process that this one has waited for
+            return finished
         torch.set_num_threads(job.threads)
         keep_freed_memory()
         catalog = Catalog.open(job.catalog)
@@ -125,8 +132,9 @@ def _follow_schedule(
 ) -> None:
     """Take the steps from the learner's present one to the job's last one, with a log, checkpoints and visits."""
     job, config, world = learner.job, learner.job.config, learner.world
-    parent = os.environ.get(PARENT_VARIABLE)
-    has_bar = world.is_first and parent is None  # who starts several jobs shows all of them side by side
+    has_bar = (
+        world.is_first and PARENT_VARIABLE not in os.environ
+    )  # who starts several jobs shows all of them side by side
     journal = None
     if world.is_first:
         journal = Journal(Path(job.folder), learner.step, config.engine.report_to, job.name, asdict(job))
@@ -134,7 +142,7 @@ def _follow_schedule(
     with (
         fast_attention(learner.fabric.device, choose_precision(config.engine.precision)),
         progress(f"train {job.name}", left, "samples") if has_bar else nullcontext() as advance,
-        _Pauses(learner, parent) as pauses,
+        _Pauses(learner) as pauses,
     ):
         for batch, waited in learner.feed(kept).batches(range(learner.step, job.last_step)):
             looks = (learner.step + 1) % config.engine.log_every == 0 or learner.step + 1 == job.last_step
@@ -374,15 +382,12 @@ class _Learner:
 
 
 class _Pauses:
-    """Saves the learner when a checkpoint is due, and ends the job when it is asked to.
+    """Saves the learner when a checkpoint is due, and before it ends the job where SIGTERM asks for that."""
 
-    A job is asked to end by SIGTERM, or by the end of the process that started it. It saves before it ends.
-    """
-
-    def __init__(self, learner: _Learner, parent: str | None) -> None:
+    def __init__(self, learner: _Learner) -> None:
         number, unit = learner.job.config.engine.save_interval()
         steps_per_pass = len(learner.rows) // learner.job.config.batch_size
-        self._learner, self._parent = learner, None if parent is None else int(parent)
+        self._learner = learner
         self._seconds = number if unit == "seconds" else math.inf
         self._steps = {"steps": int(number), "epochs": int(number) * steps_per_pass}.get(unit, 0)
         self._saved_at = time.monotonic()
@@ -398,7 +403,6 @@ class _Pauses:
 
     def take(self) -> None:
         """Save if it is time to, and leave if one of the processes was asked to end."""
-        self._is_asked |= self._parent is not None and os.getppid() != self._parent
         must_end, must_save = self._agree(self._is_asked, self._is_due())
         if must_end or must_save:
             self.save()
