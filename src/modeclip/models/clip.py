@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ def load_clip(
             place, pretrained=tag, force_patch_dropout=patch_dropout, weights_only=True, **tower, **start
         )
         tokenizer = _load_tokenizer(name, place)
+    _check_vocabulary(str(spec), model, tokenizer)
     if patch_dropout and not any("PatchDropout" in type(module).__name__ for module in model.visual.modules()):
         raise ModeclipError(f"model {spec}: its image tower has no patches; set train.augment.patch_dropout to 0")
     config = _config_of(place, model)
@@ -479,6 +481,17 @@ def _load_tokenizer(name: str, place: str) -> Any:
     )
 
 
+def _check_vocabulary(spec: str, model: Any, tokenizer: Any) -> None:
+    """Raise unless a model has an embedding for the tokens that begin and end every text."""
+    table = getattr(getattr(model, "text", model), "token_embedding", None)
+    largest = int(tokenizer([""]).max())
+    if table is not None and largest >= table.num_embeddings:
+        raise ModeclipError(
+            f"model {spec}: its tokenizer gives token {largest:,}, but it has {table.num_embeddings:,} embeddings "
+            f"(text_cfg.vocab_size); its {CONFIG_FILE} and its tokenizer are of different models"
+        )
+
+
 def _download(hub_id: str, patterns: list[str]) -> Path:
     """Return the folder of a Hub repository in the local cache, with the files of some patterns."""
     from huggingface_hub import snapshot_download
@@ -509,6 +522,11 @@ def _loading(spec: str) -> Iterator[None]:
         yield
     except ModeclipError:
         raise
+    except pickle.UnpicklingError as error:  # its own words advise to run what is in the file
+        raise ModeclipError(
+            f"model {spec}: cannot be loaded: its weights are damaged, or hold more than tensors and numbers, which is "
+            "never loaded; get them as safetensors"
+        ) from error
     except Exception as error:  # damaged files alone raise nearly anything
         raise ModeclipError(f"model {spec}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
