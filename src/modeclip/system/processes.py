@@ -11,6 +11,7 @@ Rejected: looking for the parent between two steps, since a process that waits f
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import runpy
 import signal
@@ -75,6 +76,21 @@ def end_with_input() -> None:
         _end()
 
     threading.Thread(target=read, daemon=True).start()
+
+
+def end_with_owner() -> None:
+    """Kill this process of Python's multiprocessing when the one that asked for it ends.
+
+    Under a fork server that one is not its parent, and the server stays as long as one of its children does.
+    """
+    owner = multiprocessing.parent_process()
+    assert owner is not None, "it was started by multiprocessing"
+
+    def wait() -> None:
+        owner.join()
+        _end()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _end() -> None:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,7 @@ from PIL.Image import Image, Resampling
 
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.system.processes import end_with_parent
+from modeclip.system.processes import end_with_owner
 from modeclip.training.jobs import AugmentConfig, TrainConfig, TrainJob
 from modeclip.training.objectives.objective import CAPTION_IDS, TrainingBatch
 
@@ -404,10 +403,10 @@ class _Pieces:
 
 
 def _start_worker(_: int) -> None:
-    """Make a worker compute in one thread and end with the server that forked it, which ends with the trainer."""
+    """Make a worker compute in one thread and end with the trainer."""
     import torch
 
-    end_with_parent(os.getppid())
+    end_with_owner()
     torch.set_num_threads(1)
 
 
