@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, in_one_line
 from modeclip.evaluation.evaluate import EvaluateConfig
 from modeclip.evaluation.scaling import ScalingConfig
-from modeclip.system.console import print_json, print_lines, print_table
+from modeclip.system.console import log, print_json, print_lines, print_table
 from modeclip.system.options import AsJson, MaxMemory, to_bytes
 
 if TYPE_CHECKING:
     from modeclip.evaluation.evaluate import Average
-    from modeclip.evaluation.intervals import Interval, PairedTest
+    from modeclip.evaluation.intervals import Interval, Outcome, PairedTest
     from modeclip.evaluation.results import Result
     from modeclip.evaluation.scaling import ScalingResult
 
@@ -88,9 +88,9 @@ def evaluate(
 ) -> None:
     """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
     from modeclip.data.tasks.open import load_tasks
-    from modeclip.evaluation.evaluate import PROBE, averages
+    from modeclip.evaluation.evaluate import averages
     from modeclip.evaluation.evaluate import evaluate as run_evaluate
-    from modeclip.evaluation.results import check_names, read_results, write_results
+    from modeclip.evaluation.results import read_results, write_results
     from modeclip.evaluation.systems import open_systems
     from modeclip.models.clip import imagenet_words
     from modeclip.models.feature_cache import FeatureCache
@@ -110,9 +110,19 @@ def evaluate(
         bounds=bounds,
         random_weights=random_weights,
     )
-    names = [system.name for system in systems]
-    check_names(names, [task.name for task in loaded], PROBE if config.probe else "")
-    results = run_evaluate(systems, loaded, config, kept, done=lambda found: write_results(out, found))
+    problems: list[str] = []
+
+    def keep(found: list[Result]) -> None:
+        try:
+            write_results(out, found)
+        except (ModeclipError, OSError) as error:
+            fail(in_one_line(error) if isinstance(error, OSError) else str(error))
+
+    def fail(problem: str) -> None:
+        log(problem)
+        problems.append(problem)
+
+    results = run_evaluate(systems, loaded, config, kept, done=keep, failed=fail)
     means = averages(results)
     if as_json:
         records = [
@@ -121,13 +131,17 @@ def evaluate(
             | dict(result.provenance)
             for result in results
         ]
-        print_json({"results": records, "averages": [asdict(mean) for mean in means], "folder": str(out)})
-        return
-    unseen = {system.name for system in systems if not system.is_given}
-    shown = [result for result in results if result.system not in unseen]
-    for kind in dict.fromkeys(result.kind for result in shown):
-        _print_kind(kind, [result for result in shown if result.kind == kind], means)
-    print_lines(f"results: {out}")
+        content = {"results": records, "averages": [asdict(mean) for mean in means], "folder": str(out)}
+        print_json(content | {"failed": problems})
+    else:
+        hidden = {system.name for system in systems if not system.is_given}
+        _print_results([result for result in results if result.system not in hidden], means)
+        print_lines(f"results: {out}")
+    if problems:
+        raise ModeclipError(
+            f"evaluate: not all results are there ({len(problems)} problems, named above); the others are in {out}; mend "
+            "what is named and give the same command again"
+        )
 
 
 def compare(
@@ -193,31 +207,52 @@ def scaling(
         print_lines(page)
 
 
-def _print_kind(kind: str, results: Sequence[Result], means: Sequence[Average]) -> None:
-    """Print a table of one kind of tasks: a row for each task and metric, a column for each model."""
-    systems = list(dict.fromkeys(result.system for result in results))
-    of_place = {(result.task.name, result.system): result.outcome for result in results}
-    rows: list[tuple[str, ...]] = []
-    for task in dict.fromkeys(result.task.name for result in results):
-        outcomes = [of_place[task, system] for system in systems]
-        single = kind in {"classification", "linear_probe"}
-        for metric in [outcomes[0].main] if single else outcomes[0].metrics:
-            scores = (f"{100 * outcome.metrics[metric]:.1f}" for outcome in outcomes)
-            rows.append((task, metric, *scores))
-    for group in dict.fromkeys(mean.group for mean in means if mean.kind == kind):
+def _print_results(results: Sequence[Result], means: Sequence[Average]) -> None:
+    """Print a table for each kind and group of tasks."""
+    for kind, group in dict.fromkeys((result.kind, result.task.group) for result in results):
+        own = [result for result in results if (result.kind, result.task.group) == (kind, group)]
         of_system = {mean.system: mean for mean in means if (mean.kind, mean.group) == (kind, group)}
-        chosen = [of_system[system] for system in systems]
-        label = f"average of {group or 'tasks'} ({len(chosen[0].tasks)})"
-        rows.append((label, "", *(f"{100 * mean.score.mean:.1f}" for mean in chosen)))
-        rows.append(("", "95 %", *(_percent(mean.score) for mean in chosen)))
-        if len(systems) > 1:
-            rows.append((f"  minus {systems[0]}", "", *(_points(mean.versus_first) for mean in chosen)))
-            rows.append(("", "95 %", *(_percent(mean.versus_first) for mean in chosen)))
-        if any(mean.test for mean in chosen):
-            tests = (f"{mean.test.p_value:.2g}" if mean.test else "" for mean in chosen)
-            rows.append(("", "McNemar p", *tests))
-    title = f"{kind.replace('_', ' ')} in % (95 %: bootstrap over the samples of each task)"
-    print_table(title, ["task", "metric", *systems], rows)
+        systems = dict.fromkeys(result.system for result in own)
+        print_table(*_result_table(own, [of_system[system] for system in systems]), in_parts=True)
+
+
+def _result_table(results: Sequence[Result], means: Sequence[Average]) -> tuple[str, list[str], list[list[str]]]:
+    """Return title, columns and rows for tasks of one kind and group: a row for each model of ``means``."""
+    kind, group = results[0].kind, results[0].task.group
+    of_place = {(result.system, result.task.name): result.outcome for result in results}
+    metrics: dict[str, list[str]] = {}
+    for result in results:
+        single = kind in {"classification", "linear_probe"}
+        metrics[result.task.name] = [result.outcome.main] if single else list(result.outcome.metrics)
+    several = len({metric for of_task in metrics.values() for metric in of_task}) > 1
+    averages = {
+        f"average of {len(metrics)}": [f"{100 * mean.score.mean:.1f}" for mean in means],
+        "95 %": [_percent(mean.score) for mean in means],
+        f"minus {means[0].system}": [_points(mean.versus_first) for mean in means],
+        "its 95 %": [_percent(mean.versus_first) for mean in means],
+        "McNemar p": [f"{mean.test.p_value:.2g}" if mean.test else "" for mean in means],
+    }
+    if len(metrics) == 1 and not several:  # the average is the task's own column
+        del averages["average of 1"]
+    scores = {
+        f"{task}\n{metric}" if several else task: [_score(of_place.get((mean.system, task)), metric) for mean in means]
+        for task, of_task in metrics.items()
+        for metric in of_task
+    }
+    shown = {name: cells for name, cells in averages.items() if any(cells)}
+    columns = (scores | shown) if len(metrics) == 1 else (shown | scores)
+    incomplete = [mean for mean in means if len(mean.tasks) < len(metrics)]
+    what = kind.replace("_", " ") + (f", {group}" if group else "")
+    title = (
+        f"{what} in %, {'' if several else f'{next(iter(metrics.values()))[0]}, '}95 % by a bootstrap over the samples"
+    )
+    title += f"; {len(incomplete)} models lack tasks and have another average" if incomplete else ""
+    rows = [[mean.system, *row] for mean, row in zip(means, zip(*columns.values(), strict=True), strict=True)]
+    return title, ["model", *columns], rows
+
+
+def _score(outcome: Outcome | None, metric: str) -> str:
+    return "" if outcome is None else f"{100 * outcome.metrics[metric]:.1f}"
 
 
 def _percent(interval: Interval | None) -> str:

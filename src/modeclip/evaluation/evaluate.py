@@ -27,7 +27,7 @@ from jaxtyping import Float
 
 from modeclip.data.prompts import check_templates
 from modeclip.data.tasks.task import Images, Task
-from modeclip.errors import ModeclipError, check_above_zero, unknown
+from modeclip.errors import ModeclipError, check_above_zero, in_one_line, unknown
 from modeclip.evaluation.intervals import (
     CONFIDENCE,
     NUM_RESAMPLES,
@@ -56,6 +56,8 @@ from modeclip.system.console import progress
 from modeclip.system.devices import choose_device
 from modeclip.system.files import versions
 
+FAULTS = (ModeclipError, OSError, ArithmeticError, RuntimeError, ValueError)
+"""What a model, its files or a task's images may raise; anything else is a defect of ours."""
 PROBE = "linear_probe"
 """Kind of a result that was fitted to the training images of its task."""
 
@@ -122,6 +124,7 @@ def evaluate(
     cache: FeatureCache | None = None,
     *,
     done: Callable[[list[Result]], object] | None = None,
+    failed: Callable[[str], object] | None = None,
 ) -> list[Result]:
     """Put tasks to systems.
 
@@ -131,25 +134,27 @@ def evaluate(
         config: How they are asked.
         cache: Where vectors are kept, those of `open_systems` if it had one; None: nowhere.
         done: Called with the results of each task as soon as they are there, and last with those that labels chose.
+        failed: Called with a line about each result that cannot be had (which task, which model, why); the others are
+            made all the same. None: the first of these lines is raised.
 
     Returns:
         A result for each task and system, task by task, and with ``config.probe`` one more where a task has training
         images; then the results that labels chose.
 
     Raises:
-        ModeclipError: Two tasks or systems have the same name, a model or an image cannot be read, or a class has no
-            training image for its probe.
+        ModeclipError: Two tasks or systems have the same name, or a class has no training image for its probe; without
+            ``failed`` also where a model or an image cannot be read, or a model's vectors are not finite.
     """
     for kind, names in (("tasks", [task.name for task in tasks]), ("models", [system.name for system in systems])):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ModeclipError(f"evaluate: two {kind} have the name {twice[0]!r}; give one of them another")
-    config, cache = config or EvaluateConfig(), cache or FeatureCache()
+    config, cache, failed = config or EvaluateConfig(), cache or FeatureCache(), failed or _raise
     templates = config.templates or next((s.templates for s in systems if s.templates), ("{}",))
     answering = [system for system in systems if not system.chosen_among]
     questions = []
     with progress("route", len(tasks), "tasks") as advance:
         for task in tasks:
-            questions.append(_Question.of(task, answering, templates, config, cache))
+            questions.append(_Question.of(task, answering, templates, config, cache, failed))
             advance(1)
     total = sum(
         len(images) * len(missing_images(refs, images, cache, precision=config.precision))
@@ -159,13 +164,17 @@ def evaluate(
     results: list[Result] = []
     with progress("evaluate", total, "images x models") as advance:
         for question in questions:
-            results += (found := question.results(cache, advance))
-            if done is not None:
+            results += (found := question.results(cache, advance, failed))
+            if found and done is not None:
                 done(found)
     chosen = [result for system in systems if system.chosen_among for result in _choose(system, results)]
     if chosen and done is not None:
         done(chosen)
     return [*results, *chosen]
+
+
+def _raise(problem: str) -> None:
+    raise ModeclipError(problem)
 
 
 def answer(task: Task, similarity: Similarity, to_images: Similarity | None = None) -> Outcome:
@@ -207,12 +216,19 @@ class _Question:
         templates: Sequence[str],
         config: EvaluateConfig,
         cache: FeatureCache,
+        failed: Callable[[str], object],
     ) -> _Question:
         """Route a task for all systems, and check that a probe knows all of its classes."""
+        weights: dict[str, Weights] = {}
+        for system in systems:
+            try:
+                weights[system.name] = system.weigh(task, cache)
+            except FAULTS as error:
+                failed(f"task {task.name!r}, model {system.name!r}: {_cause(error)}")
         question = cls(
             task=task,
-            systems=systems,
-            weights={system.name: system.weigh(task, cache) for system in systems},
+            systems=[system for system in systems if system.name in weights],
+            weights=weights,
             prompts=task.prompts_of(templates) if task.kind == "classification" else (),
             config=config,
         )
@@ -237,27 +253,56 @@ class _Question:
         passes = [(self.task.images, self._models(everyone=self.train is not None))]
         return passes if self.train is None else [*passes, (self.train.images, self._models(everyone=True))]
 
-    def results(self, cache: FeatureCache, advance: Callable[[int], None]) -> list[Result]:
-        """Answer the task by every system."""
-        config, task, refs = self.config, self.task, self._models(everyone=False)
-        how: dict[str, Any] = {"device": config.device, "precision": config.precision}
-        seen = [
-            _by_digest(models, image_features(models, of, cache, batch_size=config.batch_size, advance=advance, **how))
-            for of, models in self.passes()
-        ]
+    def results(
+        self, cache: FeatureCache, advance: Callable[[int], None], failed: Callable[[str], object]
+    ) -> list[Result]:
+        """Answer the task by every system; what cannot be had is told to ``failed``."""
+        task, refs = self.task, self._models(everyone=False)
+        how: dict[str, Any] = {"device": self.config.device, "precision": self.config.precision}
+        faults: dict[str, str] = {}
+        seen = []
+        for images, models in self.passes():
+            seen.append(
+                _encode(
+                    models,
+                    lambda some, of=images: image_features(
+                        some, of, cache, batch_size=self.config.batch_size, advance=advance, **how
+                    ),
+                    "images",
+                    faults,
+                )
+            )
+        sound = [ref for ref in refs if ref.digest not in faults]
         if task.kind == "classification":
-            texts = _by_digest(refs, prompt_features(refs, self.prompts, cache, **how))
+            texts = _encode(sound, lambda some: prompt_features(some, self.prompts, cache, **how), "prompts", faults)
         else:
-            texts = _by_digest(refs, text_features(refs, task.texts, cache, **how))
+            texts = _encode(sound, lambda some: text_features(some, task.texts, cache, **how), "texts", faults)
+        if len(faults) == len(refs) > 1 and len(same := set(faults.values())) == 1:
+            failed(f"task {task.name!r}: {same.pop()}")
+            return []
         results = []
         for system in self.systems:
+            where = f"task {task.name!r}, model {system.name!r}"
             try:
+                self._check(system, faults, everyone=False)
                 results.append(self._result(system, task.kind, self._answer(system, seen[0], texts), {}))
+            except FAULTS as error:
+                failed(f"{where}: {_cause(error)}")
+                continue
+            try:
                 if len(seen) > 1:
+                    self._check(system, faults, everyone=True)
                     results.append(self._probe(system, seen[1], seen[0]))
-            except ModeclipError as error:
-                raise ModeclipError(f"task {task.name!r}, model {system.name!r}: {error}") from error
+            except FAULTS as error:
+                failed(f"{where}, linear probe: {_cause(error)}")
         return results
+
+    def _check(self, system: System, faults: Mapping[str, str], *, everyone: bool) -> None:
+        """Raise if a model that a system needs could not be asked."""
+        for place, ref in enumerate(system.models):
+            if ref.digest in faults and (everyone or self.weights[system.name].uses(place)):
+                member = f"{ref.name}: " if len(system.models) > 1 else ""
+                raise ModeclipError(f"{member}{faults[ref.digest]}")
 
     def _answer(self, system: System, images: Features, texts: Features) -> Outcome:
         weights = self.weights[system.name]
@@ -357,8 +402,37 @@ def _similarity(
     )
 
 
-def _by_digest(refs: Sequence[ModelRef], features: Sequence[Float[np.ndarray, "_ _"]]) -> dict[str, np.ndarray]:
-    return {ref.digest: vectors for ref, vectors in zip(refs, features, strict=True)}
+def _encode(
+    refs: Sequence[ModelRef],
+    encode: Callable[[Sequence[ModelRef]], Sequence[Float[np.ndarray, "_ _"]]],
+    what: str,
+    faults: dict[str, str],
+) -> dict[str, np.ndarray]:
+    """Return the vectors of each model by its digest; why those of a model cannot be used goes into ``faults``."""
+    found: dict[str, np.ndarray] = {}
+    try:
+        found = {ref.digest: vectors for ref, vectors in zip(refs, encode(refs), strict=True)}
+    except FAULTS as error:
+        if len(refs) == 1:
+            faults.setdefault(refs[0].digest, _cause(error))
+        else:  # one of them is to blame, or what they look at
+            for ref in refs:
+                found |= _encode([ref], encode, what, faults)
+        return found
+    for ref in refs:
+        finite = np.isfinite(found[ref.digest].sum(axis=1))
+        if not finite.all():
+            faults[ref.digest] = (
+                f"{np.count_nonzero(~finite):,} of {len(finite):,} vectors of its {what} are not finite, first that of "
+                f"{what[:-1]} {finite.argmin()}: its weights are damaged, or its training diverged"
+            )
+    return found
+
+
+def _cause(error: Exception) -> str:
+    """Return what went wrong in one line."""
+    words = in_one_line(error) if isinstance(error, OSError) else " ".join(str(error).split())
+    return words if isinstance(error, ModeclipError | OSError) else f"{type(error).__name__}: {words}"
 
 
 def _choose(system: System, results: Sequence[Result]) -> list[Result]:
@@ -369,7 +443,12 @@ def _choose(system: System, results: Sequence[Result]) -> list[Result]:
         for result in results:
             if result.kind == kind and result.system in of_name:
                 of_name[result.system][result.task.name] = result
-        outcomes = {name: {task: one.outcome for task, one in own.items()} for name, own in of_name.items()}
+        answered = set.intersection(*(set(own) for own in of_name.values()))  # by all of them
+        outcomes = {
+            name: {task: one.outcome for task, one in own.items() if task in answered} for name, own in of_name.items()
+        }
+        if not answered:
+            continue
         best, best_of_task = choose_by_labels(outcomes)
         for task, best_here in best_of_task.items():
             chosen = of_name[best_here if system.per_task else best][task]
@@ -396,7 +475,8 @@ class Average:
     score: Interval
     """The mean, with a bootstrap over the samples of each task."""
     versus_first: Interval | None
-    """How much better than the first system, on the same samples; None for the first one itself."""
+    """How much better than the first system, on the same samples; None for the first one itself, and where one of the
+    two lacks a task."""
     test: PairedTest | None
     """McNemar's test against it; None also where a metric does not count right and wrong samples."""
 
@@ -409,7 +489,7 @@ def averages(results: Sequence[Result]) -> list[Average]:
         of_system = _outcomes(chosen)
         first = next(iter(of_system.values()))
         for system, outcomes in of_system.items():
-            is_first = outcomes is first
+            alone = outcomes is first or outcomes.keys() != first.keys()
             found.append(
                 Average(
                     system=system,
@@ -417,8 +497,8 @@ def averages(results: Sequence[Result]) -> list[Average]:
                     group=group,
                     tasks=tuple(outcomes),
                     score=bootstrap_interval(outcomes),
-                    versus_first=None if is_first else paired_interval(outcomes, first),
-                    test=None if is_first or not _counts(outcomes, first) else paired_test(outcomes, first),
+                    versus_first=None if alone else paired_interval(outcomes, first),
+                    test=None if alone or not _counts(outcomes, first) else paired_test(outcomes, first),
                 )
             )
     return found

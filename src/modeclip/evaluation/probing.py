@@ -17,6 +17,7 @@ images with 512 numbers in 100 classes take 15 s on one core. A torch L-BFGS was
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -92,7 +93,7 @@ class ProbeTrial:
     @property
     def merit(self) -> tuple[float, float]:
         """What values of C are compared by: more images right, and among equals a smaller loss."""
-        return self.accuracy, -self.loss
+        return self.accuracy, -self.loss if math.isfinite(self.loss) else -math.inf
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -246,8 +247,7 @@ def _search(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, conf
         smaller = [old for old in found if old < exponent]
         start = found[max(smaller)][1] if smaller else None
         model, iterations, converged = _fit(part, known, 10.0**exponent, config.max_iterations, start)
-        with np.errstate(divide="ignore"):  # a class that is ruled out has a chance of 0
-            chances = model.predict_log_proba(others)
+        chances = _log_chances(model, others)
         found[exponent] = (
             ProbeTrial(
                 C=10.0**exponent,
@@ -291,6 +291,20 @@ def _fit(
         model.fit(features, labels)
     stopped = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
     return model, int(model.n_iter_[0]), not stopped
+
+
+def _log_chances(model: Any, features: np.ndarray) -> Float[np.ndarray, "N L"]:
+    """Return the log-probability of each class, finite also where a class is ruled out.
+
+    scikit-learn takes the logarithm of a probability that is 0 by then.
+    """
+    from scipy.special import log_softmax
+
+    scores = features.astype(np.float64) @ model.coef_.T.astype(np.float64) + model.intercept_
+    if scores.shape[1] == 1:  # of two classes it keeps the difference
+        scores = np.column_stack([np.zeros(len(scores)), scores])
+    logs: np.ndarray = log_softmax(scores, axis=1)
+    return logs
 
 
 def _parameters(model: Any, num_classes: int) -> tuple[Float[np.ndarray, "L D"], Float[np.ndarray, " L"]]:

@@ -5,9 +5,11 @@
       results.jsonl                      all such files of the folder, CLIP_benchmark's own too, one to a line
       predictions/SYSTEM--TASK.parquet   one row for each sample: key, label, prediction, rank, hit
 
-Characters that a file name cannot have are written as in web addresses (``a/b`` is ``a%2Fb``); the names themselves are
-in the files. A later evaluation into the same folder replaces the results of its systems and tasks and keeps the rest.
-A run has such a folder, ``results``, which is meant where the run itself is given.
+In file names letters, digits and ``. _ + = , @ -`` stay as they are, and each run of other characters is ``_``: the model
+``runs/a b#expert-0`` is ``runs_a_b_expert-0``. Where two names would be one, or a name is too long, the start of a hash
+follows. The names themselves are in the files. A later evaluation into the same folder replaces the results of its
+systems and tasks, however they are named, and keeps the rest. A run has such a folder, ``results``, which is meant where
+the run itself is given.
 
 Source: CLIP_benchmark 1.6 for the fields ``dataset``, ``model``, ``pretrained``, ``task``, ``metrics``, ``language``.
 Price: about 10 bytes a sample where keys are numbers; comparing two models on 50,000 samples takes under a second.
@@ -17,19 +19,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from modeclip.data.tasks.task import Task
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, in_one_line, unknown
 from modeclip.evaluation.intervals import Interval, Outcome, PairedTest, paired_interval, paired_test
 from modeclip.system.files import replacing, to_json, write_atomically, write_json, writing
 from modeclip.system.paths import RunPaths
@@ -44,8 +47,8 @@ TASK_OF_KIND = {
     "selection": "image_caption_selection",
 }
 """CLIP_benchmark's name for each kind of task; any other kind (``linear_probe``) keeps its own name."""
-MAX_FILE_NAME = 255
-"""Longest file name on Linux and macOS, in bytes."""
+MAX_NAME = 200
+"""Longest name of a file without its ending, in bytes; Linux and macOS take 255."""
 _NAMES = ("model", "pretrained", "dataset", "task")
 _COLUMNS = ("key", "label", "prediction", "rank", "hit", "weight", "image")
 
@@ -122,27 +125,6 @@ class Comparison:
     """Tasks that only one of them was asked."""
 
 
-def check_names(systems: Sequence[str], tasks: Sequence[str], kind: str = "") -> None:
-    """Raise for a name that is too long to be a file's, before any work is done for it.
-
-    Args:
-        systems: Names of the systems that will answer.
-        tasks: Names of the tasks that they will be asked.
-        kind: Another kind of results, such as ``linear_probe``, if there will be any.
-
-    Raises:
-        ModeclipError: A file of results would have too long a name.
-    """
-    for system in systems:
-        for task in tasks:
-            length = len(f"{_file_name(system, task, kind)}.parquet.part")
-            if length > MAX_FILE_NAME:
-                raise ModeclipError(
-                    f"results: model {system!r:.60} and task {task!r:.60} make a file name of {length} letters, more "
-                    f"than {MAX_FILE_NAME}; give them shorter names (NAME=MODEL, NAME=PATH)"
-                )
-
-
 def write_results(folder: Path, results: Sequence[Result]) -> Path:
     """Write results into a folder beside those that it holds.
 
@@ -150,22 +132,38 @@ def write_results(folder: Path, results: Sequence[Result]) -> Path:
         The file that lists all of them.
 
     Raises:
-        ModeclipError: Two results are of the same system and task, or the disk is full.
+        ModeclipError: Two results are of the same system and task, or one cannot be written; the others are there.
     """
-    names = [_file_name(result.system, result.task.name, result.kind) for result in results]
-    for name in names:
-        if names.count(name) > 1:
-            raise ModeclipError(f"results: two results would be written to {name}.json; give the systems other names")
     (folder / PREDICTIONS_FOLDER).mkdir(parents=True, exist_ok=True)
-    for name, result in zip(names, results, strict=True):
+    names = {identity: path.stem for path, record in _records(folder) if (identity := _identity(record)) is not None}
+    written: set[tuple[str, ...]] = set()
+    problems: list[str] = []
+    for result in results:
         record = _record(result)
-        with writing(folder):
-            _write_predictions(folder / PREDICTIONS_FOLDER / f"{name}.parquet", result, record)
-            write_json(folder / f"{name}.json", record)
+        identity, what = _identity(record), f"model {result.system!r}, task {result.task.name!r} ({result.kind})"
+        assert identity is not None
+        if identity in written:
+            raise ModeclipError(f"results: two results of {what}; give the models other names")
+        written.add(identity)
+        before = names.pop(identity, None)
+        name = names[identity] = _file_name(identity, names.values())
+        try:
+            with writing(folder):
+                _write_predictions(folder / PREDICTIONS_FOLDER / f"{name}.parquet", result, record)
+                write_json(folder / f"{name}.json", record)
+        except (ModeclipError, OSError, ValueError, pa.ArrowException) as error:
+            cause = in_one_line(error) if isinstance(error, OSError) else " ".join(str(error).split())
+            problems.append(f"{what} cannot be written: {cause}")
+            continue
+        if before not in (None, name):  # an older version named it otherwise
+            (folder / f"{before}.json").unlink(missing_ok=True)
+            (folder / PREDICTIONS_FOLDER / f"{before}.parquet").unlink(missing_ok=True)
     lines = [to_json(record) + "\n" for record in read_results(folder)]
     path = folder / RESULTS_FILE
     with writing(path):
         write_atomically(path, "".join(lines))
+    if problems:
+        raise ModeclipError(f"results: {'; '.join(problems)}")
     return path
 
 
@@ -178,14 +176,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ModeclipError: A JSON file cannot be read.
     """
-    records = []
-    for path in sorted(path for path in folder.glob("*.json") if path.is_file()):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModeclipError(f"{path}: cannot be read ({error}); delete it and evaluate again") from None
-        if _is_result(content):
-            records.append(content | {"metrics": _metrics(content["metrics"])})
+    records = [record | {"metrics": _metrics(record["metrics"])} for _, record in _records(folder)]
     return sorted(records, key=lambda record: [record[name] for name in _NAMES])
 
 
@@ -221,7 +212,8 @@ def compare(
         ModeclipError: A folder has several systems and none is named, the systems share no task, or a task was asked
             with other images, class names or labels.
     """
-    one, other = _of_system(first, first_system), _of_system(second, second_system)
+    one = _of_system(first, first_system, "--first-system")
+    other = _of_system(second, second_system, "--second-system")
     shared = sorted(one.keys() & other.keys())
     if not shared:
         raise ModeclipError(
@@ -259,23 +251,53 @@ def _compare(first: Predictions, second: Predictions) -> TaskComparison:
     )
 
 
-def _of_system(folder: Path, system: str | None) -> dict[str, Predictions]:
+def _of_system(folder: Path, system: str | None, option: str) -> dict[str, Predictions]:
     """Return what a system did by task; without a name the only one is meant, or the one that is marked as default."""
     found = read_predictions(folder)
     systems = sorted({predictions.system for predictions in found})
     if system is None and len(systems) > 1:
         marked = {predictions.system for predictions in found if predictions.record[OURS].get("default")}
         if len(marked) != 1:
-            raise ModeclipError(f"compare: {folder} has several systems; name one of {', '.join(systems)}")
+            raise ModeclipError(f"compare: {folder} has several models; give {option} with one of {', '.join(systems)}")
         (system,) = marked
     if system is not None and system not in systems:
-        raise ModeclipError(f"compare: {folder} has no system {system!r}; it has {', '.join(systems)}")
+        raise unknown(f"model of {folder}, {option}", system, systems)
     return {predictions.task: predictions for predictions in found if system in (None, predictions.system)}
 
 
-def _file_name(system: str, task: str, kind: str) -> str:
-    further = (kind,) if kind and kind not in TASK_OF_KIND else ()
-    return "--".join(quote(part, safe=" #+,=@") for part in (system, task, *further))
+def _records(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the results in a folder with their files."""
+    for path in sorted(path for path in folder.glob("*.json") if path.is_file()):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ModeclipError(f"{path}: cannot be read ({error}); delete it and evaluate again") from None
+        if _is_result(content):
+            yield path, content
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return model, task and kind of a result of ours; None of one that CLIP_benchmark wrote."""
+    own = record.get(OURS)
+    kind = own.get("kind") if isinstance(own, dict) else None
+    return (record["model"], record["dataset"], kind) if isinstance(kind, str) else None
+
+
+def _file_name(identity: Sequence[str], taken: Collection[str]) -> str:
+    """Return the name of a result's files, which no other result of the folder has.
+
+    Examples:
+        >>> _file_name(("runs/a b#expert-0", "birds", "classification"), [])
+        'runs_a_b_expert-0--birds'
+    """
+    *parts, kind = identity
+    parts += [] if kind in TASK_OF_KIND else [kind]
+    name = "--".join(re.sub(r"[^\w.+=,@-]+", "_", part) for part in parts)
+    name = re.sub(r"^[.-]+", "_", name)
+    if len(name.encode()) <= MAX_NAME and name.casefold() not in {other.casefold() for other in taken}:
+        return name
+    short = name.encode()[: MAX_NAME - 9].decode(errors="ignore")
+    return f"{short}-{sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
 
 
 def _record(result: Result) -> dict[str, Any]:
