@@ -180,3 +180,26 @@ def test_copies_of_an_image_are_held_out_together_and_no_class_is_left_without()
         assert 0.1 < chosen.mean() < 0.5
     apart = [bytes([number]) for number in range(len(labels))]
     np.testing.assert_array_equal(hold_out(labels, 0.3, 1, apart), hold_out(labels, 0.3, 1))
+
+
+def test_a_class_that_is_ruled_out_has_a_finite_loss() -> None:
+    """Separable classes and the largest C: scores differ by more than exp can show."""
+    rows = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0)
+    labels = np.repeat([0, 1], 10)
+    labels[[4, 14]] = 1, 0  # held-out images of the other class, or the fit would be right about all
+    for classes in (2, 3):
+        features = np.vstack([rows, np.full((10, 2), -1, np.float32)]) if classes == 3 else rows
+        answers = np.concatenate([labels, np.full(10, 2)]) if classes == 3 else labels
+        probe = linear_probe([1000 * features], answers, [features], answers)
+        assert all(np.isfinite(trial.loss) for trial in probe.sweep)
+
+
+def test_the_chances_are_those_of_scikit_learn_and_exact_far_out() -> None:
+    for classes in (2, 3):
+        rows, labels = make(7, 90, classes)
+        model = LogisticRegression(C=3.0, max_iter=1000).fit(rows, labels)
+        np.testing.assert_allclose(np.exp(probing._log_chances(model, rows)), model.predict_proba(rows), atol=1e-6)
+        model.coef_ *= 1e6
+        logs = probing._log_chances(model, rows)
+        assert np.isfinite(logs).all()
+        assert logs.min() < -1e4

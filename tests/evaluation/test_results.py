@@ -18,9 +18,10 @@ from PIL.Image import Image
 from modeclip.commands.evaluation import compare as run_command
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
+from modeclip.evaluation.evaluate import averages
 from modeclip.evaluation.intervals import paired_interval, paired_test
 from modeclip.evaluation.metrics import score_classes, select_captions
-from modeclip.evaluation.results import Result, check_names, compare, read_predictions, read_results, write_results
+from modeclip.evaluation.results import Result, compare, read_predictions, read_results, write_results
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
 from support import unit_rows
@@ -114,7 +115,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path) -> None:
     assert (birds["model"], birds["pretrained"], birds["language"]) == ("B/32 = small", "eq6", "en")
     assert birds["modeclip"]["seed"] == 3
     assert birds["modeclip"]["main"] == "mean_per_class_recall"
-    assert (tmp_path / "B%2F32 = small--birds%2Fof a feather.json").is_file()
+    assert (tmp_path / "B_32_=_small--birds_of_a_feather.json").is_file()
 
 
 def test_a_later_evaluation_replaces_its_own_and_keeps_the_rest(tmp_path: Path) -> None:
@@ -234,17 +235,61 @@ def test_json_of_others_is_left_alone(tmp_path: Path) -> None:
     assert read_results(tmp_path) == [ours | {"metrics": {"acc1": None}}]
 
 
-def test_a_name_too_long_for_a_file_is_refused_before_the_work() -> None:
-    check_names(["model"], ["t" * 200], "linear_probe")
-    for task in ("t" * 240, "\N{SNOWMAN}" * 30):
-        with pytest.raises(ModeclipError, match=r"2\d\d letters.*255.*shorter names"):
-            check_names(["model"], ["pets", task])
+NAMES = [
+    ("runs/a b#expert-0", "runs_a_b_expert-0--pets"),
+    ("ViT-B-32@laion2b_s34b", "ViT-B-32@laion2b_s34b--pets"),
+    ("größe", "größe--pets"),
+    ("../../etc/passwd", "_.._etc_passwd--pets"),
+    ("-rf", "_rf--pets"),
+    ("a\x1b[31m\u202eb\n%2Fc", "a_31m_b_2Fc--pets"),
+]
+
+
+@pytest.mark.parametrize(("system", "name"), NAMES)
+def test_names_of_files_need_no_quotes(tmp_path: Path, system: str, name: str) -> None:
+    write_results(tmp_path, [classified(classification(), system)])
+    assert {path.name for path in tmp_path.rglob("*.*")} == {f"{name}.json", f"{name}.parquet", "results.jsonl"}
+    assert [found.system for found in read_predictions(tmp_path)] == [system]
+
+
+def test_names_that_would_be_one_and_names_too_long_stay_apart(tmp_path: Path) -> None:
+    systems = ["a b", "a/b", "A_B", "a_b", "x" * 300, "x" * 299 + "y", "雪" * 150]
+    task = classification()
+    write_results(tmp_path, [classified(task, system) for system in systems])
+    names = {path.name for path in tmp_path.glob("*.json")}
+    assert len(names) == len(systems)
+    assert "a_b--pets.json" in names
+    for system in systems:  # each keeps its file
+        write_results(tmp_path, [classified(task, system)])
+    assert {path.name for path in tmp_path.glob("*.json")} == names
+    assert {found.system for found in read_predictions(tmp_path)} == set(systems)
+
+
+def test_results_under_the_names_of_older_versions_are_read_and_replaced(tmp_path: Path) -> None:
+    result = classified(classification("my birds"), "a/b")
+    write_results(tmp_path, [result])
+    for folder, ending in ((tmp_path, "json"), (tmp_path / "predictions", "parquet")):
+        (folder / f"a_b--my_birds.{ending}").rename(folder / f"a%2Fb--my birds.{ending}")
+    assert [found.system for found in read_predictions(tmp_path)] == ["a/b"]
+    assert [record["model"] for record in read_results(tmp_path)] == ["a/b"]
+    write_results(tmp_path, [result])
+    assert {path.stem for path in tmp_path.rglob("*--*")} == {"a_b--my_birds"}
+
+
+def test_a_result_that_cannot_be_written_loses_no_other(tmp_path: Path) -> None:
+    task = classification()
+    (tmp_path / "two--pets.json").mkdir()
+    results = [classified(task, system) for system in ("one", "two", "three")]
+    with pytest.raises(ModeclipError, match="model 'two', task 'pets'.*cannot be written"):
+        write_results(tmp_path, results)
+    assert [record["model"] for record in read_results(tmp_path)] == ["one", "three"]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (["one", "two"], ["one"], "a has several systems.*one of one, two"),
+        (["one", "two"], ["one"], "a has several models.*--first-system with one of one, two"),
         ([], ["one"], "a: no predictions.*`modeclip evaluate --out`"),
         (["damaged"], ["one"], "cannot be read as predictions.*delete it"),
         (["foreign"], ["one"], "cannot be read as predictions.*delete it"),
@@ -274,10 +319,34 @@ def test_what_cannot_be_compared_is_said(
 def test_a_system_that_is_not_there_and_two_results_of_one_name_are_said(tmp_path: Path) -> None:
     task = classification()
     write_results(tmp_path, [classified(task, "one")])
-    with pytest.raises(ModeclipError, match=re.escape("has no system 'two'; it has one")):
-        compare(tmp_path, tmp_path, first_system="two")
-    with pytest.raises(ModeclipError, match=re.escape("would be written to one--pets.json")):
+    for option in ("first_system", "second_system"):
+        with pytest.raises(ModeclipError, match=f"--{option.replace('_', '-')} 'two'; known: one"):
+            compare(tmp_path, tmp_path, **{option: "two"})
+    with pytest.raises(ModeclipError, match="two results of model 'one', task 'pets'"):
         write_results(tmp_path, [classified(task, "one"), classified(task, "one")])
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ModeclipError, match=re.escape("broken.json: cannot be read")):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize("num_models", [1, 6, 10])
+@pytest.mark.parametrize("num_tasks", [1, 4, 40])
+def test_models_are_rows_that_read_well_at_80_columns(
+    num_models: int, num_tasks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from modeclip.commands.evaluation import _print_results
+
+    monkeypatch.setenv("COLUMNS", "80")
+    systems = [f"pairs/bundle#expert-{number}" for number in range(num_models)]
+    tasks = [classification(f"vtab/dataset_{number}") for number in range(num_tasks)]
+    results = [classified(task, system) for task in tasks for system in systems]
+    _print_results(results, averages(results))
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in out
+    rows = [line for line in lines if line.startswith("│")]
+    assert [row.split()[1] for row in rows[:num_models]] == systems
+    assert len(rows) % num_models == 0
+    cells = [cell for row in rows for cell in row.split("│")[2:-1]]
+    assert sum(bool(re.fullmatch(r" *\d+\.\d *", cell)) for cell in cells) >= num_models * num_tasks

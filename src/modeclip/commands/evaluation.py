@@ -139,8 +139,8 @@ def evaluate(
         print_lines(f"results: {out}")
     if problems:
         raise ModeclipError(
-            f"evaluate: not all results are there ({len(problems)} problems, named above); the others are in {out}; mend "
-            "what is named and give the same command again"
+            f"evaluate: {len(problems)} problems, named above; all other results are in {out}; mend what is named and "
+            "give the same command again"
         )
 
 
@@ -177,7 +177,9 @@ def compare(
     label = f"average of tasks ({len(rows)})"
     rows.append((label, "", *(f"{100 * mean:.1f}" for mean in means), *_cells(found.difference, found.test)))
     columns = ["task", "metric", found.first, found.second, "difference", "95 %", "only first, second", "McNemar p"]
-    print_table("in %; difference with its bootstrap interval over the same samples of each task", columns, rows)
+    print_table(
+        "in %; difference with its bootstrap interval over the same samples of each task", columns, rows, in_parts=True
+    )
     if found.left_out:
         print_lines(f"only in one of them: {', '.join(found.left_out)}")
 
@@ -228,7 +230,7 @@ def _result_table(results: Sequence[Result], means: Sequence[Average]) -> tuple[
     averages = {
         f"average of {len(metrics)}": [f"{100 * mean.score.mean:.1f}" for mean in means],
         "95 %": [_percent(mean.score) for mean in means],
-        f"minus {means[0].system}": [_points(mean.versus_first) for mean in means],
+        "minus first": [_points(mean.versus_first) for mean in means],
         "its 95 %": [_percent(mean.versus_first) for mean in means],
         "McNemar p": [f"{mean.test.p_value:.2g}" if mean.test else "" for mean in means],
     }

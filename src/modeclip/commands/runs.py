@@ -77,4 +77,4 @@ def _print_results(results: dict[str, Any]) -> None:
         f"{results['name']}: zero-shot accuracy in % on held-out tasks, seed {results['seed']} (95 %: bootstrap over "
         "the images; *: default rule; best single and oracle look at the labels)"
     )
-    print_table(title, ["model", "samples", "average", "95 %", *tasks, "entropy"], rows)
+    print_table(title, ["model", "samples", "average", "95 %", *tasks, "entropy"], rows, in_parts=True)

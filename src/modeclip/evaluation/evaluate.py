@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,16 +263,10 @@ class _Question:
         faults: dict[str, str] = {}
         seen = []
         for images, models in self.passes():
-            seen.append(
-                _encode(
-                    models,
-                    lambda some, of=images: image_features(
-                        some, of, cache, batch_size=self.config.batch_size, advance=advance, **how
-                    ),
-                    "images",
-                    faults,
-                )
+            encode = partial(
+                image_features, images=images, cache=cache, batch_size=self.config.batch_size, advance=advance, **how
             )
+            seen.append(_encode(models, encode, "images", faults))
         sound = [ref for ref in refs if ref.digest not in faults]
         if task.kind == "classification":
             texts = _encode(sound, lambda some: prompt_features(some, self.prompts, cache, **how), "prompts", faults)

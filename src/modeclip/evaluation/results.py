@@ -5,11 +5,11 @@
       results.jsonl                      all such files of the folder, CLIP_benchmark's own too, one to a line
       predictions/SYSTEM--TASK.parquet   one row for each sample: key, label, prediction, rank, hit
 
-In file names letters, digits and ``. _ + = , @ -`` stay as they are, and each run of other characters is ``_``: the model
-``runs/a b#expert-0`` is ``runs_a_b_expert-0``. Where two names would be one, or a name is too long, the start of a hash
-follows. The names themselves are in the files. A later evaluation into the same folder replaces the results of its
-systems and tasks, however they are named, and keeps the rest. A run has such a folder, ``results``, which is meant where
-the run itself is given.
+In file names letters, digits and ``. _ + = , @ -`` stay as they are, and each run of other characters is ``_``: the
+model ``runs/a b#expert-0`` is ``runs_a_b_expert-0``. Where two names would be one, or one is too long, the start of a
+hash follows. The names themselves are in the files. A later evaluation into the same folder replaces the results of its
+systems and tasks, however these are named, and keeps the rest. A run has such a folder, ``results``, which is meant
+where the run itself is given.
 
 Source: CLIP_benchmark 1.6 for the fields ``dataset``, ``model``, ``pretrained``, ``task``, ``metrics``, ``language``.
 Price: about 10 bytes a sample where keys are numbers; comparing two models on 50,000 samples takes under a second.
