@@ -44,17 +44,27 @@ from modeclip.data.samples import (
     Skipped,
 )
 from modeclip.data.sources.captions import FileOptions, samples_of
-from modeclip.data.sources.source import DataSource, SourceConfig, SourceKind, SourcePart, count, describe
+from modeclip.data.sources.source import (
+    ALL_SPLITS,
+    DataSource,
+    SourceConfig,
+    SourceKind,
+    SourcePart,
+    chosen_files,
+    count,
+    describe,
+    files_by_split,
+)
 from modeclip.data.sources.tables import DamagedTable, read_sidecar, sidecar_columns
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import (
     expand,
     file_size,
     folders_below,
+    home,
     is_folder,
     is_url,
-    join,
-    list_folder,
+    other_spelling,
     read_bytes,
     states,
 )
@@ -81,11 +91,16 @@ class _Pair:
     """Place of its suffix, contents."""
 
 
-def list_shards(source: str) -> list[str]:
-    """Return the shards that a source names, in its order; those of a folder are sorted by name."""
-    if "::" not in source and is_folder(source):
+def list_shards(source: str, split: str = ALL_SPLITS) -> list[str]:
+    """Return the shards that a source names, in its order; those of a folder are sorted by name.
+
+    Args:
+        source: A folder, or names with braces.
+        split: The split that is read where the names of a folder's shards begin with those of splits.
+    """
+    if "::" not in source and is_folder(home(source)):
         (folder,) = expand(source)
-        return [join(folder, name) for name in list_folder(folder)[1] if name.endswith(".tar")]
+        return chosen_files(files_by_split(folder, (".tar",), hub=False), split)
     return expand(source)
 
 
@@ -95,7 +110,7 @@ def open_shards(config: SourceConfig) -> DataSource:
     Raises:
         ModeclipError: No shard can be read, or the first one has no member with the suffixes that are looked for.
     """
-    options, shards = config.options(FileOptions), list_shards(config.source)
+    options, shards = config.options(FileOptions), list_shards(config.source, config.split)
     found = states(shards)
     if not any(found):
         raise ModeclipError(
@@ -143,6 +158,7 @@ def read_shard(shard: str, group: str, options: FileOptions, extra: pa.Schema) -
     except DamagedTable as error:
         columns = {}
         yield Skipped(_sidecar(shard), DAMAGED_TABLE, str(error))
+    num_called = Counter(name.rpartition("/")[2] for name in pairs) if columns else Counter[str]()
     for name, pair in pairs.items():
         key = f"{group}/{name}"
         if pair.image is None:
@@ -155,7 +171,8 @@ def read_shard(shard: str, group: str, options: FileOptions, extra: pa.Schema) -
                 yield captions
             else:
                 _, offset, size = pair.image
-                more = columns.get(name.rpartition("/")[2], {}) if columns else {}
+                short = name.rpartition("/")[2]
+                more = columns.get(name) or (columns.get(short, {}) if num_called[short] == 1 else {})
                 yield from samples_of(captions, key, path=shard, offset=offset, size=size, group=group, extra=more)
     if problem is not None:
         yield problem
@@ -239,7 +256,8 @@ def _kind_of(data: bytes, field: str) -> str:
 
 
 def _sidecar(shard: str) -> str:
-    return f"{shard.removesuffix('.tar')}.parquet"
+    path = f"{shard[:-4] if shard.lower().endswith('.tar') else shard}.parquet"
+    return other_spelling(path) or path
 
 
 # ---------------------------------------------------------------- tar files
@@ -376,5 +394,5 @@ SHARDS = SourceKind(
     expected="tar shards (data/{000..009}.tar, a.tar::b.tar, a folder of .tar files)",
     open=open_shards,
     fits_file=lambda name: re.search(r"\.(tar|tgz|tar\.\w+)$", name.lower()) is not None,
-    fits_folder=lambda _, folder: any(name.endswith(".tar") for name in folder.files),
+    fits_folder=lambda _, folder: any(name.lower().endswith(".tar") for name in folder.files),
 )

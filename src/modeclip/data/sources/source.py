@@ -13,7 +13,7 @@ shard can be read) is a ``ModeclipError``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -21,6 +21,8 @@ import pyarrow as pa
 
 from modeclip.data.samples import Sample, Skipped
 from modeclip.errors import ModeclipError
+from modeclip.system.console import log
+from modeclip.system.paths import join, list_folder
 
 Options = TypeVar("Options")
 
@@ -126,6 +128,8 @@ SPLIT_NAMES = {
 }
 """The names by which splits go, in any case."""
 ALL_SPLITS = "all"
+MAX_CONFIGURATIONS = 64
+"""Sub-folders of a folder in which tables are looked for."""
 OTHER = "other"
 """The split of what lies beside splits and is none."""
 _SPLIT = re.compile(
@@ -204,22 +208,60 @@ def is_chosen(name: str, split: str, chosen: str) -> bool:
     return name.casefold() == chosen.casefold() or known.get(chosen.lower()) == split
 
 
-def split_files(files: list[str], chosen: str) -> tuple[list[str], list[str]]:
-    """Return those of the files in one folder that belong to the chosen split, and the others.
+def files_by_split(folder: str, suffixes: tuple[str, ...], *, hub: bool = True) -> dict[str, list[str]]:
+    """Return the files of a folder that have one of the suffixes, by the names of their splits, "" for none.
 
-    A file's split stands at the start of its name, as in ``train-00000-of-00004.parquet`` or ``test.csv``.
+    A file's split stands at the start of its name, as in ``train-00000-of-00004.parquet``. A folder without such files
+    may have them as on Hugging Face's Hub: in ``data/`` or in the folder of its one configuration, where they may also
+    lie in folders of splits.
+
+    Args:
+        folder: The folder.
+        suffixes: Suffixes in lower case, with dots.
+        hub: Whether to look for the Hub's layout.
 
     Raises:
-        ModeclipError: None of their splits is the chosen one.
+        ModeclipError: There are several configurations, none of which is called "default".
     """
-    starts = {file: re.split(r"[-_.]", file, maxsplit=1)[0] for file in files}
-    found = splits_among(starts.values())
-    if not found:
-        return files, []
-    kept = [file for file in files if is_chosen(starts[file], found[starts[file]], chosen)]
-    if not kept:
-        raise missing_split(chosen, sorted({start for start, split in found.items() if split != OTHER}))
-    return kept, [file for file in files if file not in kept]
+    folders, files = list_folder(folder)
+    found: dict[str, list[str]] = {}
+    for name in files:
+        if name.lower().endswith(suffixes):
+            start = re.split(r"[-_.]", name, maxsplit=1)[0]
+            found.setdefault(start if split_of(start) else "", []).append(join(folder, name))
+    for name in [] if found else folders:
+        if split_of(name):
+            place = join(folder, name)
+            tables = [join(place, each) for each in list_folder(place)[1] if each.lower().endswith(suffixes)]
+            found |= {name: tables} if tables else {}
+    if found or not hub:
+        return found
+    if "data" in folders and (found := files_by_split(join(folder, "data"), suffixes, hub=False)):
+        return found
+    others = [name for name in folders if not split_of(name)][:MAX_CONFIGURATIONS]
+    configurations = {name: files_by_split(join(folder, name), suffixes, hub=False) for name in others}
+    configurations = {name: own for name, own in configurations.items() if own}
+    if len(configurations) > 1 and "default" not in configurations:
+        names = ", ".join(list(configurations)[:6])
+        raise ModeclipError(f"{folder!r} holds several configurations ({names}): name the folder of one of them")
+    return configurations.get("default") or next(iter(configurations.values()), {})
+
+
+def chosen_files(found: Mapping[str, list[str]], chosen: str) -> list[str]:
+    """Return the files of the chosen split and those of none, and log which are left out.
+
+    Raises:
+        ModeclipError: There are only files of other splits.
+    """
+    names = {name for name in found if not name or is_chosen(name, split_of(name), chosen)}
+    kept = [file for name in names for file in found[name]]
+    if found and not kept:
+        raise missing_split(chosen, sorted(found))
+    left = {name: files for name, files in sorted(found.items()) if name not in names}
+    if left:
+        told = ", ".join(f"{name} ({count(len(files), 'file')})" for name, files in left.items())
+        log(f"data.split is {chosen}; left out: {told}")
+    return sorted(kept)
 
 
 def missing_split(chosen: str, found: Iterable[str]) -> ModeclipError:

@@ -40,11 +40,28 @@ from modeclip.data.samples import (
     Skipped,
 )
 from modeclip.data.sources.captions import FileOptions, clean_captions
-from modeclip.data.sources.source import DataSource, Listing, SourceConfig, SourceKind, SourcePart, count, describe
+from modeclip.data.sources.source import (
+    MAX_CONFIGURATIONS,
+    TRAIN,
+    DataSource,
+    Listing,
+    SourceConfig,
+    SourceKind,
+    SourcePart,
+    chosen_files,
+    count,
+    describe,
+    files_by_split,
+    is_chosen,
+    missing_split,
+    split_of,
+)
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import (
+    absolute,
     expand,
     folders_below,
+    home,
     is_folder,
     is_url,
     join,
@@ -281,12 +298,15 @@ def _extras_of(batch: pa.RecordBatch, extra: pa.Schema) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- table files that a source names
 
 
-def list_tables(source: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files that a source names: those of a folder that have one of the suffixes, or names with braces."""
-    if "::" not in source and is_folder(source):
-        (folder,) = expand(source)
-        return [join(folder, name) for name in list_folder(folder)[1] if name.lower().endswith(suffixes)]
-    return expand(source)
+def list_tables(config: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files that a source names: those of a folder that have one of the suffixes, or names with braces.
+
+    Of the splits in a folder only the chosen one counts.
+    """
+    if "::" not in config.source and is_folder(home(config.source)):
+        (folder,) = expand(config.source)
+        return chosen_files(files_by_split(folder, suffixes, hub=suffixes == (".parquet",)), config.split)
+    return expand(config.source)
 
 
 def _states(source: str, files: list[str]) -> list[str]:
@@ -309,7 +329,7 @@ def open_csv(config: SourceConfig) -> DataSource:
     Raises:
         ModeclipError: None of the files exists, or the first lacks a column.
     """
-    options, files = config.options(TableOptions), list_tables(config.source, CSV_SUFFIXES)
+    options, files = config.options(TableOptions), list_tables(config, CSV_SUFFIXES)
     found = _states(config.source, files)
     first = next(file for file, state in zip(files, found, strict=True) if state)
     rows = _rows_of(first, options)
@@ -492,7 +512,7 @@ def open_parquet(config: SourceConfig) -> DataSource:
     Raises:
         ModeclipError: None of the files can be read, or the first that can be lacks a column.
     """
-    return _open_arrow(config, list_tables(config.source, (".parquet",)), "Parquet file", "parquet", {})
+    return _open_arrow(config, list_tables(config, (".parquet",)), "Parquet file", "parquet", {})
 
 
 def open_huggingface(config: SourceConfig) -> DataSource:
@@ -507,7 +527,10 @@ def open_huggingface(config: SourceConfig) -> DataSource:
     try:
         if "dataset_dict.json" in list_folder(folder)[1]:
             splits = json.loads(read_bytes(join(folder, "dataset_dict.json")))["splits"]
-            kept = ["train"] if "train" in splits else splits
+            kept = [name for name in splits if is_chosen(name, split_of(name), config.split)]
+            if not kept and config.split != TRAIN:
+                raise missing_split(config.split, splits)
+            kept = kept or splits
             folders = [join(folder, name) for name in kept]
             split = f", {' and '.join(kept)} of {', '.join(splits)}"
         files = [
@@ -704,6 +727,19 @@ def _is_dataset(_: SourceConfig, folder: Listing) -> bool:
     return "dataset_dict.json" in folder.files or {"state.json", "dataset_info.json"} <= set(folder.files)
 
 
+def _holds_parquet(config: SourceConfig, folder: Listing) -> bool:
+    """Say whether a folder has Parquet files, or has them as on Hugging Face's Hub and nothing else."""
+    if any(name.lower().endswith(".parquet") for name in folder.files):
+        return True
+    others = (".tar", *CSV_SUFFIXES, *(f".{suffix}" for suffix in config.options(FileOptions).image_suffixes))
+    if any(name.lower().endswith(others) for name in folder.files) or len(folder.folders) > MAX_CONFIGURATIONS:
+        return False
+    try:
+        return bool(files_by_split(absolute(config.source), (".parquet",)))
+    except ModeclipError:  # several configurations: opening says so
+        return True
+
+
 HUGGINGFACE = SourceKind(
     name="huggingface",
     expected="a Hugging Face dataset on disk",
@@ -715,7 +751,7 @@ PARQUET = SourceKind(
     expected=".parquet files",
     open=open_parquet,
     fits_file=lambda name: name.lower().endswith(".parquet"),
-    fits_folder=lambda _, folder: any(name.endswith(".parquet") for name in folder.files),
+    fits_folder=_holds_parquet,
 )
 CSV = SourceKind(
     name="table",

@@ -26,7 +26,7 @@ from jaxtyping import Int
 from modeclip.data.catalog import CATALOG, Catalog
 from modeclip.data.indexing import TASKS
 from modeclip.data.prompts import check_templates
-from modeclip.data.sources.source import TRAIN, count, preferred_split, split_of
+from modeclip.data.sources.source import TRAIN, count, files_by_split, preferred_split, split_of
 from modeclip.data.tasks.annotations import read_annotations
 from modeclip.data.tasks.layouts import (
     ASKED,
@@ -245,43 +245,11 @@ def _read(spec: TaskSpec, train: bool) -> dict[str, Found]:
 
 
 def _tables(folder: str) -> dict[str, list[str]]:
-    """Return the tables of each split in a folder, "" for those of none.
-
-    They lie in the folder itself, or as on Hugging Face's Hub in ``data/`` or in the folder of the one configuration;
-    their split is the start of their names, or a folder around them.
-
-    Raises:
-        ModeclipError: There are several configurations.
-    """
-    below = list_folder(folder)[0]
-    if found := _tables_in(folder) or _tables_in(join(folder, "data")):
-        return found
-    others = {each: _tables_in(join(folder, each), HUB_SUFFIXES) for each in below if not split_of(each)}
-    others = {each: tables for each, tables in others.items() if tables}
-    if len(others) > 1:
-        chosen = others.get("default")
-        if chosen is None:
-            raise ModeclipError(
-                f"{folder!r} holds several sets of tables ({', '.join(list(others)[:6])}): name one of these folders"
-            )
-        return chosen
-    return next(iter(others.values()), {})
-
-
-def _tables_in(folder: str, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, list[str]]:
-    folders, files = list_folder(folder)
-    found: dict[str, list[str]] = {}
-    for name in files:
-        if name.lower().endswith(suffixes):
-            start = re.split(r"[-_.]", name, maxsplit=1)[0]
-            found.setdefault(start if split_of(start) else "", []).append(join(folder, name))
-    if found:
-        return found
-    for name in folders:
-        if split_of(name):
-            tables = [each for each in list_folder(join(folder, name))[1] if each.lower().endswith(suffixes)]
-            found |= {name: [join(join(folder, name), each) for each in tables]} if tables else {}
-    return found
+    """Return the tables in a folder by the names of their splits, "" for those of none; Parquet also as on the Hub."""
+    found = files_by_split(folder, SUFFIXES, hub=False)
+    if not found and "data" in list_folder(folder)[0]:
+        found = files_by_split(join(folder, "data"), SUFFIXES, hub=False)
+    return found or files_by_split(folder, HUB_SUFFIXES)
 
 
 def _one_table(files: list[str]) -> list[str]:
