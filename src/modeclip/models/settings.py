@@ -222,14 +222,14 @@ _CLIP: _Rules = {
 
 TOKENIZERS = _words("""
         Albert Bart Barthez Bert BigBird Blenderbot Camembert CLIP Cohere Deberta DebertaV2 DistilBert Electra
-        FNet Funnel Gemma GPT2 GPTNeoX Herbert LED Llama Longformer LXMERT M2M100 MBart MBart50 MobileBert MPNet
+        FNet Funnel Gemma GPT2 GPTNeoX Herbert LED Llama Longformer Lxmert M2M100 MBart MBart50 MobileBert MPNet
         MT5 Nllb Pegasus PreTrained Qwen2 RemBert Roberta Siglip Siglip2 SqueezeBert T5 XLMRoberta XLNet
         """)
 """Tokenizers of transformers that read a vocabulary and nothing else, without ``Tokenizer`` and ``TokenizerFast``."""
 MODEL_TYPES = _words("""
         albert bart bert big_bird camembert clip clip_text_model convbert deberta deberta-v2 distilbert electra
         ernie eurobert fnet funnel gemma gemma2 gemma3_text gpt2 gpt_neox gte ibert jina_embeddings_v3 led llama
-        longformer luke m2m_100 mbart megatron-bert mistral mobilebert modernbert mpnet mt5 nezha nomic_bert
+        longformer luke m2m_100 mbart megatron-bert mistral mobilebert modernbert mpnet mt5 nomic_bert
         nystromformer opt pegasus phi3 qwen2 qwen3 reformer rembert roberta roberta-prelayernorm roformer siglip
         siglip2 siglip2_text_model siglip_text_model siglip_vision_model clip_vision_model siglip2_vision_model
         smollm3 splinter squeezebert t5 t5gemma xlm-roberta xlm-roberta-xl xlnet xmod
