@@ -48,9 +48,10 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.evaluation.evaluate import EvaluateConfig, RecipeEvaluateConfig, evaluate, run_table
 from modeclip.evaluation.results import write_results
 from modeclip.evaluation.systems import TrainedModel, run_systems
-from modeclip.mixture.bundle import EDITS, MANIFEST_FILE, RoutingConfig, assemble_bundle, encoder_of, is_bundled
+from modeclip.mixture.bundle import EDITS, RoutingConfig, assemble_bundle, encoder_of, is_bundled
+from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.models.clip import check_model
-from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES
+from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES, check_trusted
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.system.console import log
 from modeclip.system.devices import PeakMemory, return_memory
@@ -178,6 +179,8 @@ class RunFolder(RunPaths):
     """Rule and templates that the bundle keeps."""
     clustered_by: ClusterConfig | None = None
     """Settings of the clustering, for a folder of an earlier version, which does not tell them."""
+    encoder: str | None = None
+    """Name of the catalog's encoder by whoever opens the folder, which is needed if it is Python code."""
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -257,7 +260,7 @@ class RunFolder(RunPaths):
             ModeclipError: A file cannot be read, or the captions were not embedded by an encoder of texts.
         """
         names = [name for source in classes for name in read_classes(source)]
-        prior = select_for_classes(self.catalog, self.clustering, names, name=name_of(classes), count=nearest)
+        prior = select_for_classes(self.catalog, self.clustering, names, name=name_of(classes), count=nearest, encoder=self.encoder)
         mark_prior(self.catalog, prior)
         models = self.models.resolve()
         parting = part(Path(self.catalog.path), self.fingerprint, models, self.training, self.experts)
@@ -369,13 +372,15 @@ class RunFolder(RunPaths):
         if self.tasks_path.exists():
             one_step, cache = self.clusters / ONE_STEP_FOLDER, FeatureCache(self.features)
             tasks = catalog_tasks(Catalog.open(self.tasks_path))
+            encoder = encoder_of(self.catalog)
             systems = run_systems(
                 self._trained_models(),
                 self.clustering,
-                encoder_of(self.catalog),
+                encoder,
                 self.routing,
                 cache,
                 one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
+                trust_encoder=encoder == self.encoder,
             )
             config = EvaluateConfig(batch_size=batch_size)
             found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(self.answers, part))
@@ -444,16 +449,18 @@ def single_job(
     return replace(job, first_step=0, first_share=0.0, start_from=None, start_digest="")
 
 
-def run(recipe: Recipe, out: Path) -> RunResult:
+def run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunResult:
     """Run the stages of a recipe that are missing or stale.
 
     Args:
         recipe: What to do.
         out: The run's folder, which is made if it does not exist.
+        trust_encoder: Import and call what the recipe names as its encoder, if that is Python code.
 
     Raises:
         ModeclipError: A stage cannot do its work, or another process is running in the folder.
     """
+    check_trusted(recipe.embed.encoder, trust_encoder)
     check_model(recipe.train.model)  # at once, not after an hour of embedding
     if recipe.embed.encoder.partition(":")[0] in IMAGE_PREFIXES:
         raise ModeclipError(
@@ -467,6 +474,7 @@ def run(recipe: Recipe, out: Path) -> RunResult:
         experts=recipe.experts,
         routing=recipe.evaluate,
         clustered_by=recipe.cluster,
+        encoder=recipe.embed.encoder,
     )
     with only_process(out), writing(out):
         write_atomically(folder.recipe, yaml.safe_dump(recipe.plain(), sort_keys=False))

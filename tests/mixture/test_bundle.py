@@ -198,10 +198,13 @@ from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
 from modeclip.clustering.novelty import FineQuantiles
 folder, model = Path(sys.argv[1]), Path(sys.argv[2])
-new = NewClusters(fine_centers=np.full((2, 8), 0.35, np.float32), cards=({"size": 1, "nearest_captions": []},) * 2,
-                  keywords=(), fine_quantiles=FineQuantiles(levels=(0.5, 0.99), distances=np.ones((8, 2), np.float32)))
 def edit(folder):
     if sys.argv[3] == "add":
+        all_fine = len(load_bundle(folder).fine_centers) + 2
+        quantiles = FineQuantiles(levels=(0.5, 0.99), distances=np.ones((all_fine, 2), np.float32))
+        cards = ({"size": 1, "nearest_captions": []},) * 2
+        new = NewClusters(fine_centers=np.full((2, 8), 0.35, np.float32), cards=cards, keywords=(),
+                          fine_quantiles=quantiles)
         add_expert(folder, model, new, force=True)
     else:
         replace_expert(folder, 0, model, force=True)
@@ -310,16 +313,20 @@ def test_an_expert_of_elsewhere_is_refused_unless_forced(bundle: Path, tmp_path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", r"mode\.json cannot be read.*list indices.*get the bundle again"),
+        ("[]", r"mode\.json cannot be read.*expected an object, got list.*get the bundle again"),
         ("{", r"mode\.json cannot be read.*Expecting property name.*get the bundle again"),
         (
             '{"format_version": "new", "sha256": {}}',
-            r"mode\.json cannot be read.*invalid literal.*get the bundle again",
+            r"mode\.json format_version: expected a whole number.*got 'new'.*get the bundle again",
         ),
-        ('{"format_version": 1, "sha256": [1]}', r"mode\.json cannot be read.*get the bundle again"),
+        (
+            '{"format_version": 1, "encoder": "x", "rule": "top1", "temperature": 1, "templates": ["{}"], '
+            '"experts": [], "lineage": {}, "sha256": [1]}',
+            r"mode\.json sha256: .*an object, got list.*get the bundle again",
+        ),
         (
             '{"format_version": 1, "sha256": {}, "encoder": "x"}',
-            r"mode\.json lacks rule, temperature, templates, .*get the bundle again",
+            r"mode\.json rule: is missing; get the bundle again",
         ),
     ],
 )

@@ -42,7 +42,8 @@ from modeclip.data.prompts import check_templates
 from modeclip.data.sources.options import parse_holdout
 from modeclip.errors import ModeclipError, check_above_zero, check_least
 from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
-from modeclip.mixture.bundle import MANIFEST_FILE, SEED, load_bundle
+from modeclip.mixture.bundle import load_bundle
+from modeclip.mixture.manifest import MANIFEST_FILE, SEED
 from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, write_json, writing

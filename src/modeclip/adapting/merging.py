@@ -28,7 +28,8 @@ from modeclip.adapting.validation import Examiner, open_tasks
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError, check_least
 from modeclip.evaluation.intervals import Outcome, average
-from modeclip.mixture.bundle import MANIFEST_FILE, SEED, check_files, load_bundle
+from modeclip.mixture.bundle import check_files, load_bundle
+from modeclip.mixture.manifest import MANIFEST_FILE, SEED
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import progress
 from modeclip.system.files import write_json, writing

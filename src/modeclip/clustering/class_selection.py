@@ -62,7 +62,13 @@ class PriorSelection:
 
 
 def select_for_classes(
-    catalog: Catalog, clustering: Clustering, classnames: Sequence[str], *, name: str, count: int = 1
+    catalog: Catalog,
+    clustering: Clustering,
+    classnames: Sequence[str],
+    *,
+    name: str,
+    count: int = 1,
+    encoder: str | None = None,
 ) -> PriorSelection:
     """Return the fine clusters nearest to class names.
 
@@ -72,6 +78,7 @@ def select_for_classes(
         classnames: Class names of one task or of several.
         name: Name of the selection, of letters, digits and ``_``.
         count: Fine clusters for each class name, 1 or more.
+        encoder: Name of the catalog's encoder by whoever asks, which is needed if it is Python code.
 
     Raises:
         ModeclipError: There are no class names or too few fine clusters, or the encoder of the captions does not embed
@@ -89,7 +96,8 @@ def select_for_classes(
         raise ModeclipError(
             f"catalog {catalog.path!r} does not say which encoder made {COLUMN}: embed its captions again"
         )
-    vectors = load_encoder(str(facts["encoder"])).encode(names)
+    own = str(facts["encoder"])
+    vectors = load_encoder(own, trust_encoder=own == encoder).encode(names)
     nearest = nearest_centers(vectors, clustering.fine_centers, count)[0]
     return PriorSelection(name=name, classnames=names, nearest=nearest, clustering=clustering.digest)
 

@@ -223,8 +223,9 @@ def bundle(
     as_json: AsJson = False,
 ) -> None:
     """Show what a bundle consists of and where it came from; replace or fill in experts."""
-    from modeclip.mixture.bundle import SEED, check_files, load_bundle
+    from modeclip.mixture.bundle import check_files, load_bundle
     from modeclip.mixture.bundle_edits import replace_expert
+    from modeclip.mixture.manifest import SEED
 
     for text in put:
         number, folder = _parse_put(text)

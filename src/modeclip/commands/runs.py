@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import webbrowser
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from modeclip.system.console import log, print_json, print_lines, print_table
-from modeclip.system.options import AsJson
+from modeclip.system.options import AsJson, UserEncoder
 from modeclip.system.paths import RunPaths
 
 
@@ -28,13 +29,16 @@ def run(
     recipe: Positional[Annotated[Path, arg(help="Recipe (YAML); docs/own-data.md has every field.")]],
     out: Annotated[Path | None, arg(help="Folder of the run; default: runs/NAME.")] = None,
     *,
+    encoder: UserEncoder = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the stages of a recipe that are not done yet; a killed run continues where it was."""
     from modeclip import pipeline
 
     loaded = pipeline.load_recipe(recipe)
-    result = pipeline.run(loaded, out or Path("runs") / loaded.name)
+    if encoder is not None:
+        loaded = replace(loaded, embed=replace(loaded.embed, encoder=encoder))
+    result = pipeline.run(loaded, out or Path("runs") / loaded.name, trust_encoder=encoder is not None)
     if as_json:
         print_json(result.results)
         return

@@ -34,7 +34,8 @@ from jaxtyping import Float
 from modeclip.clustering.clusters import Clustering
 from modeclip.data.tasks.task import Images, Task
 from modeclip.errors import ModeclipError, unknown
-from modeclip.mixture.bundle import MANIFEST_FILE, SEED, Bundle, RoutingConfig, hash_clusters, load_bundle
+from modeclip.mixture.bundle import Bundle, RoutingConfig, hash_clusters, load_bundle
+from modeclip.mixture.manifest import MANIFEST_FILE, SEED
 from modeclip.mixture.mode import MoDE
 from modeclip.mixture.router import ClusterRouter, Router, RouteRequest
 from modeclip.mixture.rules import RULES
@@ -152,6 +153,8 @@ def open_systems(
     max_memory: int | None = None,
     bounds: bool = False,
     random_weights: bool = False,
+    encoder: str | None = None,
+    trust_encoder: bool = False,
 ) -> list[System]:
     """Open what is to be evaluated; names are the shortest ends of the specifications that differ.
 
@@ -166,6 +169,8 @@ def open_systems(
         bounds: Whether the best single expert and the oracle of each mixture are systems too. Then all finished
             experts of the bundle are evaluated.
         random_weights: Whether a name without weights is evaluated with random ones; else it is an error.
+        encoder: Encoder of all bundles, as for `load_bundle`.
+        trust_encoder: As for `load_bundle`.
 
     Raises:
         ModeclipError: A model, expert or rule is unknown, two systems have the same name, or bounds are wanted and no
@@ -191,7 +196,8 @@ def open_systems(
             ref = ModelRef.of(name, spec, seed=0 if random_weights else None)
             systems.append(System(name=name, models=(ref,)))
             continue
-        bundle = bundles[place] = bundles.get(place) or load_bundle(place)
+        bundle = bundles.get(place) or load_bundle(place, encoder=encoder, trust_encoder=trust_encoder)
+        bundles[place] = bundle
         if member:
             systems.append(_open_member(name, bundle, member))
             continue
@@ -242,7 +248,7 @@ def make_bounds(experts: Sequence[str], *, prefix: str = "", samples: int | None
 
 
 def _open_member(name: str, bundle: Bundle, member: str) -> System:
-    folders = {SEED: SEED} | {expert.name: expert.folder for expert in bundle.experts}
+    folders = {SEED: SEED} | {expert.name: expert.folder for expert in (*bundle.experts, *bundle.class_experts)}
     if member not in folders:
         raise unknown(f"expert of {bundle.path}", member, folders)
     kind = "seed" if member == SEED else "expert"
@@ -255,7 +261,10 @@ def _router_of(bundle: Bundle, cache: FeatureCache) -> ClusterRouter:
     router = ClusterRouter(bundle)
     if router.per_image:
         return router
-    return ClusterRouter(bundle, CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache))
+    names = CachedEncoder(
+        bundle.encoder, bundle.fine_centers.shape[1], cache, trust_encoder=bundle.trust_encoder
+    )
+    return ClusterRouter(bundle, names)
 
 
 def _is_bundle(place: str) -> bool:
@@ -346,6 +355,7 @@ def run_systems(
     cache: FeatureCache,
     *,
     one_step: Clustering | None = None,
+    trust_encoder: bool = False,
 ) -> list[System]:
     """Return the systems of a run's table, in its order: single models, bounds, the mixture under every rule, controls.
 
@@ -353,12 +363,13 @@ def run_systems(
         models: The seed, which stands in for missing experts, and any others. A control with a model missing is left
             out.
         clusters: Fine centres and whose they are.
-        encoder: Encoder that the captions were clustered with, which the user's recipe names.
+        encoder: Encoder that the captions were clustered with.
         config: Rule, temperature and templates of the bundle; its rule decides which mixture is the default.
         cache: Where the vectors of class names are kept.
         one_step: Centres of OneStep-n, by which it is routed too; None: it is only averaged.
+        trust_encoder: Whether the user named the encoder, so that it may be Python code.
     """
-    names = CachedEncoder(encoder, clusters.fine_centers.shape[1], cache, trust_encoder=True)
+    names = CachedEncoder(encoder, clusters.fine_centers.shape[1], cache, trust_encoder=trust_encoder)
     ordered = sorted(
         models, key=lambda model: (model.role != "seed", model.role in {"expert", "prior"}, len(model.name))
     )

@@ -27,7 +27,7 @@ from modeclip.data.mapping import Work, map_columns
 from modeclip.data.storage import missing_fragments
 from modeclip.errors import ModeclipError, check_least
 from modeclip.mixture.bundle import Bundle
-from modeclip.models.encoders import load_any_encoder
+from modeclip.models.encoders import check_trusted, load_any_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def assign(
     """
     quantiles = quantiles_of(bundle, fitted_on)
     if not _is_assigned(catalog, _facts(catalog, bundle, quantiles, config)):
-        embed(catalog, _embed_config(catalog, bundle.encoder), ray=ray)
+        embed(catalog, _embed_config(catalog, bundle), ray=ray)
         facts = _facts(catalog, bundle, quantiles, config)
         work = NoveltyWork(bundle=bundle, quantiles=quantiles, novel_beyond=config.novel_beyond, facts=facts)
         map_columns(catalog, work, "assign captions", ray=ray)
@@ -257,13 +257,16 @@ def _is_assigned(catalog: Catalog, facts: dict[str, Any]) -> bool:
     return known and not missing_fragments(catalog.dataset, names)
 
 
-def _embed_config(catalog: Catalog, name: str) -> EmbedConfig:
-    """Return settings to embed a catalog with an encoder: those of its embeddings if that encoder made them."""
+def _embed_config(catalog: Catalog, bundle: Bundle) -> EmbedConfig:
+    """Return settings to embed a catalog with a bundle's encoder: those of its embeddings if that made them."""
+    name = bundle.encoder
+    check_trusted(name, bundle.trust_encoder)
     facts = catalog.facts(COLUMN) if COLUMN in catalog.columns else None
     if facts is None or facts["encoder"] == name:
         return EmbedConfig(encoder=name, batch_size=facts["batch_size"]) if facts else EmbedConfig(encoder=name)
-    encoder = load_any_encoder(name)
+    encoder = load_any_encoder(name, trust_encoder=bundle.trust_encoder)
     same = facts["dimension"] == encoder.dimension and facts["fingerprint"] == str(getattr(encoder, "fingerprint", ""))
     if same and (facts["fingerprint"] or facts["encoder"] == encoder.name):
+        check_trusted(facts["encoder"], trust_encoder=False)  # the bundle's is another name
         return EmbedConfig(encoder=facts["encoder"], batch_size=facts["batch_size"])
     return EmbedConfig(encoder=name)

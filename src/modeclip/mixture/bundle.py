@@ -5,7 +5,7 @@
       centres.safetensors     fine_centers (M, D) float32, expert_of_fine (M,) int64; quantile_levels (Q,) float64 and
                               fine_quantiles (M, Q) float32 of the captions' distances, which tell later what is novel
       clusters.json           size, key words and example captions of every fine cluster
-      seed/  expert-0/ ...    plain open_clip model folders
+      seed/  expert-0/ ...    plain open_clip model folders; expert-pets/ if one was trained for class names
       encoder/                only where the encoder was fitted to the captions
 
 The seed model stands in for an expert that is not trained yet, so a bundle works from the first finished expert on, and
@@ -19,7 +19,8 @@ Opening a bundle checks the hashes of everything but the models. A model is chec
 (`modeclip.models.pool`), or by `check_files`, which reads the whole bundle.
 
 Source: MoDE (arXiv 2404.16030) Sec. 3.2 to 3.4 for what a system consists of; the format is ours. Bundles of format 1,
-which have no quantiles and no other names for centres and clusters, are still read.
+which have no quantiles and no other names for centres and clusters, are still read. `modeclip.mixture.manifest` says
+what mode.json may hold; an encoder that is Python code (``MODULE:ATTRIBUTE``) runs only if the user names it too.
 Price: opening reads megabytes whatever the size of the models. Assembling copies and hashes the models, about a second
 a gigabyte.
 """
@@ -29,7 +30,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -46,24 +47,34 @@ from modeclip.clustering.novelty import FineQuantiles, fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError, unknown
+from modeclip.mixture.manifest import (
+    CENTRES_FILE,
+    CLUSTERS_FILE,
+    ENCODER_FOLDER,
+    FITTED,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    SEED,
+    SUFFIXES,
+    Expert,
+    Manifest,
+    read_manifest,
+)
 from modeclip.mixture.rules import DEFAULT_RULE, DEFAULT_TEMPERATURE, RULES
 from modeclip.models.clip import CONFIG_FILE, PARITY_FILE, WEIGHTS_FILE
 from modeclip.models.pool import ModelRef
-from modeclip.system.files import hash_file, hash_files, replacing, versions, write_json
+from modeclip.system.console import log
+from modeclip.system.files import hash_file, hash_files, read_json, replacing, versions, write_json
 from modeclip.system.paths import RunPaths
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
-FORMAT_VERSION = 2
-MANIFEST_FILE = "mode.json"
-MANIFEST_FIELDS = ("encoder", "rule", "temperature", "templates", "experts", "lineage")
-CENTRES_FILE = "centres.safetensors"
-CLUSTERS_FILE = "clusters.json"
-SEED = job_name("seed")
-"""Folder of the seed in a bundle; it stands in for every expert that is missing."""
 EDITS = "edits"
 """Field of the lineage that lists what was added or replaced since the bundle was made, oldest first."""
-FITTED, ENCODER_FOLDER = "tfidf:", "encoder"
-"""Start of the name of an encoder that was fitted to the captions, and the folder of a bundle that carries it."""
+CENTRES = {"expert_of_fine": "I64", "fine_centers": "F32"}
+"""Arrays of the file with the centres, and their types."""
+QUANTILES = {"fine_quantiles": "F32", "quantile_levels": "F64"}
+"""Those that bundles of format 1 do not have."""
+_AGAIN = "get the bundle again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +107,6 @@ class RoutingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expert:
-    """One data expert as the manifest lists it."""
-
-    name: str
-    """Its name: ``expert-0``, ``expert-1``..."""
-    folder: str
-    """Folder of the model that runs for it in the bundle: its own, or ``seed`` while it is missing."""
-    size: int
-    """Number of pairs in its cluster."""
-    keywords: tuple[str, ...] = ()
-    """Words that its captions use more often than those of the other experts."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """An opened bundle: everything but the models' weights, which are loaded when they are needed."""
 
@@ -129,6 +126,10 @@ class Bundle:
     """What it was made from: recipe, digests of the jobs, versions, later edits."""
     fine_quantiles: FineQuantiles | None = None
     """How far from their centre the captions of each fine cluster lie; None in a bundle of format 1."""
+    class_experts: tuple[Expert, ...] = ()
+    """Experts that were trained for class names; no cluster is theirs, so they are chosen by name (`choose`)."""
+    trust_encoder: bool = False
+    """Whether an encoder that is Python code may run: the user named it, or said so."""
     manifest: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Content of ``mode.json``."""
 
@@ -140,8 +141,20 @@ class Bundle:
     @cached_property
     def clusters(self) -> list[dict[str, Any]]:
         """Card of each fine cluster: ``size``, ``keywords``, ``nearest_captions``..."""
-        content: list[dict[str, Any]] = json.loads((self.path / self.clusters_file).read_text(encoding="utf-8"))
-        return content
+        cards: list[dict[str, Any]] = read_json(self.path / self.clusters_file, list, _AGAIN)
+        for index, card in enumerate(cards):
+            captions = card.get("nearest_captions") if isinstance(card, dict) else None
+            if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+                raise ModeclipError(
+                    f"bundle {self.path}: {self.clusters_file} has no nearest_captions, a list of texts, for cluster "
+                    f"{index}; {_AGAIN}"
+                )
+        if len(cards) != len(self.fine_centers):
+            raise ModeclipError(
+                f"bundle {self.path}: {self.clusters_file} has {len(cards):,} cards, expected one for each of "
+                f"{len(self.fine_centers):,} fine clusters; {_AGAIN}"
+            )
+        return cards
 
     @property
     def centres_file(self) -> str:
@@ -172,6 +185,20 @@ class Bundle:
         """Refer to the model in one of the bundle's folders, such as ``seed``, under the folder's or another name."""
         return ModelRef.of_bundle(name or folder, self.path, folder, self.manifest["sha256"])
 
+    def choose(self, name: str) -> Bundle:
+        """Return the bundle as one that has a single expert, which so has all weight for every task.
+
+        Args:
+            name: Of an expert of the clusters, or of one that was trained for class names.
+
+        Raises:
+            ModeclipError: There is no such expert.
+        """
+        experts = {expert.name: expert for expert in (*self.experts, *self.class_experts)}
+        if name not in experts:
+            raise unknown(f"expert of {self.path}", name, experts)
+        return replace(self, experts=(experts[name],), expert_of_fine=np.zeros_like(self.expert_of_fine))
+
     def model_folder(self, expert: int) -> Path:
         """Return the open_clip folder that runs for an expert."""
         return self.path / self.experts[expert].folder
@@ -195,39 +222,43 @@ def hash_clusters(fine_centers: Float[np.ndarray, "M D"], expert_of_fine: Int[np
     return digest.hexdigest()[:16]
 
 
-def load_bundle(source: str | Path) -> Bundle:
+def load_bundle(source: str | Path, *, encoder: str | None = None, trust_encoder: bool = False) -> Bundle:
     """Open a bundle from a folder, or from the Hugging Face Hub by its id (``org/name``), without reading its models.
 
-    Raises:
-        ModeclipError: It is not there, is no bundle, is of a newer format, a file is missing, or one other than a
-            model's differs from its hash.
-    """
-    from safetensors.numpy import load_file
+    Args:
+        source: Folder or id.
+        encoder: Name of the encoder, from whoever opens the bundle: it takes the place of the one that the bundle
+            names, and may be Python code (``MODULE:ATTRIBUTE``). None: the one that the bundle names.
+        trust_encoder: Import and call what the bundle names as its encoder, if that is Python code.
 
+    Raises:
+        ModeclipError: It is not there, is no bundle, is of a newer format, says what it may not say, a file is missing,
+            or one other than a model's differs from its hash.
+    """
     path = _find(source)
-    manifest, experts = _read_manifest(path)
-    folders = {SEED, *(expert.folder for expert in experts)}
-    small = [name for name in manifest["sha256"] if PurePosixPath(name).parts[0] not in folders]
-    _check_hashes(path, manifest["sha256"], small)
-    centres, encoder = load_file(path / manifest.get("files", {}).get("centres", CENTRES_FILE)), manifest["encoder"]
-    levels = tuple(centres.get("quantile_levels", np.empty(0)).tolist())
-    try:
-        routing = RoutingConfig(
-            rule=manifest["rule"], temperature=manifest["temperature"], templates=tuple(manifest["templates"])
-        )
-    except ModeclipError as error:
-        raise ModeclipError(f"bundle {path}: {error}; upgrade modeclip, or get the bundle again") from None
-    return Bundle(
+    manifest, content = read_manifest(path)
+    folders = {SEED, *(expert.folder for expert in manifest.all_experts)}
+    small = [name for name in manifest.sha256 if PurePosixPath(name).parts[0] not in folders]
+    _check_hashes(path, manifest.sha256, small)
+    named = manifest.encoder
+    if encoder is not None and encoder != named:
+        log(f"bundle {path}: was made with the encoder {named}; {encoder} is used in its place, as you say")
+    centres = _read_centres(path, manifest)
+    bundle = Bundle(
         path=path,
-        encoder=f"{FITTED}{path / ENCODER_FOLDER}" if encoder == FITTED + ENCODER_FOLDER else encoder,
-        routing=routing,
+        encoder=encoder or (f"{FITTED}{path / ENCODER_FOLDER}" if named == FITTED + ENCODER_FOLDER else named),
+        routing=RoutingConfig(rule=manifest.rule, temperature=manifest.temperature, templates=manifest.templates),
         fine_centers=centres["fine_centers"],
         expert_of_fine=centres["expert_of_fine"],
-        experts=experts,
-        lineage=manifest["lineage"],
-        fine_quantiles=FineQuantiles(levels=levels, distances=centres["fine_quantiles"]) if levels else None,
-        manifest=manifest,
+        experts=manifest.experts,
+        class_experts=manifest.class_experts,
+        lineage=content["lineage"],
+        fine_quantiles=_quantiles(centres),
+        trust_encoder=trust_encoder or encoder is not None,
+        manifest=content,
     )
+    _ = bundle.clusters  # an error now if they are not those of the centres
+    return bundle
 
 
 def check_files(bundle: Bundle) -> None:
@@ -406,38 +437,53 @@ def _find(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source)))
+        return Path(snapshot_download(str(source), allow_patterns=[f"*{end}" for end in SUFFIXES]))
     except Exception as error:  # the Hub client raises many kinds; each of them means that the bundle is out of reach
         reason = " ".join(str(error).split())[:200]
         raise ModeclipError(f"bundle {source}: no such folder, and the Hub has no answer ({reason})") from error
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], tuple[Expert, ...]]:
-    """Return the content of a bundle's manifest, whose paths all lie in the bundle, and the experts that it lists."""
-    again = "get the bundle again"
+def _read_centres(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Return the arrays of a bundle's centres, which fit each other and the experts."""
+    from safetensors import SafetensorError, safe_open
+
+    file, num_experts = manifest.files.centres, len(manifest.experts)
+
+    def error(problem: str) -> ModeclipError:
+        return ModeclipError(f"bundle {path}: {file} {problem}; {_AGAIN}")
+
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        version, names = int(manifest["format_version"]), list(dict(manifest["sha256"]))
-    except FileNotFoundError:
-        raise ModeclipError(f"{path} is no bundle: {MANIFEST_FILE} is missing; `modeclip run` makes one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModeclipError(f"bundle {path}: {MANIFEST_FILE} cannot be read ({error}); {again}") from None
-    if version > FORMAT_VERSION:
-        raise ModeclipError(
-            f"bundle {path}: format {version} is newer than this modeclip reads ({FORMAT_VERSION}); upgrade modeclip"
-        )
-    if missing := [name for name in MANIFEST_FIELDS if name not in manifest]:
-        raise ModeclipError(f"bundle {path}: {MANIFEST_FILE} lacks {', '.join(missing)}; {again}")
-    try:
-        experts = tuple(Expert(**entry | {"keywords": tuple(entry["keywords"])}) for entry in manifest["experts"])
-        names += [*manifest.get("files", {}).values(), *(expert.folder for expert in experts)]
-        places = [PurePosixPath(name) for name in names]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModeclipError(f"bundle {path}: {MANIFEST_FILE} cannot be read ({error}); {again}") from None
-    for name, place in zip(names, places, strict=True):
-        if place.is_absolute() or ".." in place.parts or not place.parts:
-            raise ModeclipError(f"bundle {path}: {MANIFEST_FILE} names {name!r}, which is not in the bundle; {again}")
-    return manifest, experts
+        with safe_open(path / file, "numpy") as opened:
+            types = {name: opened.get_slice(name).get_dtype() for name in sorted(opened.keys())}
+            if types not in ({**CENTRES, **QUANTILES}, CENTRES):
+                found = ", ".join(f"{name[:40]!r} {kind}" for name, kind in list(types.items())[:6])
+                raise error(
+                    f"holds {found or 'nothing'}, expected {', '.join(CENTRES)} and maybe {', '.join(QUANTILES)}"
+                )
+            arrays = {name: opened.get_tensor(name) for name in types}
+    except (SafetensorError, OSError, MemoryError) as problem:
+        raise error(f"cannot be read ({' '.join(str(problem).split())[:200]})") from None
+    centers, owners = arrays["fine_centers"], arrays["expert_of_fine"]
+    if centers.ndim != 2 or 0 in centers.shape or not np.isfinite(centers).all():
+        raise error(f"has centres of shape {centers.shape}, expected a matrix of finite numbers")
+    if owners.shape != centers.shape[:1] or not ((owners >= 0) & (owners < num_experts)).all():
+        raise error(f"expected an expert of 0 to {num_experts - 1} for each of {len(centers):,} fine clusters")
+    if QUANTILES.keys() <= arrays.keys():
+        levels, distances = arrays["quantile_levels"], arrays["fine_quantiles"]
+        if levels.ndim != 1 or distances.shape != (len(centers), len(levels)) or not len(levels):
+            raise error(
+                f"has quantiles of shape {distances.shape}, expected some for each of {len(centers):,} clusters"
+            )
+        inside = (levels > 0).all() and (levels < 1).all() and (np.diff(levels) > 0).all()
+        if not inside or not np.isfinite(distances).all() or (np.diff(distances, prepend=0.0) < 0).any():
+            raise error("has quantiles that do not ascend")
+    return arrays
+
+
+def _quantiles(centres: Mapping[str, np.ndarray]) -> FineQuantiles | None:
+    if "fine_quantiles" not in centres:
+        return None
+    return FineQuantiles(levels=tuple(centres["quantile_levels"].tolist()), distances=centres["fine_quantiles"])
 
 
 def _check_hashes(path: Path, hashes: Mapping[str, str], names: Collection[str]) -> None:

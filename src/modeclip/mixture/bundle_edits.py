@@ -31,16 +31,13 @@ from modeclip.clustering.novelty import FineQuantiles
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import (
     EDITS,
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    SEED,
     Bundle,
-    Expert,
     check_files,
     copy_model,
     load_bundle,
     save_centres,
 )
+from modeclip.mixture.manifest import FORMAT_VERSION, MANIFEST_FILE, SEED, Expert
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
 from modeclip.system.files import hash_files, only_process, write_json, writing
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
@@ -86,7 +83,15 @@ def add_expert(
         check_files(bundle)
         index, number = bundle.num_experts, len(bundle.edits) + 1
         entry = _entry(bundle, index, model, "add", note, force)
-        size = sum(int(card["size"]) for card in clusters.cards)
+        size, num_fine = (
+            sum(int(card["size"]) for card in clusters.cards),
+            len(bundle.fine_centers) + len(clusters.cards),
+        )
+        if clusters.fine_quantiles is not None and len(clusters.fine_quantiles.distances) != num_fine:
+            raise ModeclipError(
+                f"bundle {folder}: expected quantiles of all {num_fine} fine clusters, the new ones last, got those of "
+                f"{len(clusters.fine_quantiles.distances)}"
+            )
         place = _place_model(bundle, index, model)
         files = {"centres": f"centres-edit{number}.safetensors", "clusters": f"clusters-edit{number}.json"}
         save_centres(

@@ -37,8 +37,9 @@ from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError, check_above_zero, check_least
 from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quantiles_of
-from modeclip.mixture.bundle import SEED, Bundle, check_files, load_bundle
+from modeclip.mixture.bundle import Bundle, check_files, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
+from modeclip.mixture.manifest import SEED
 from modeclip.models.checkpoints import find_checkpoint
 from modeclip.system.files import only_process, write_json, writing
 from modeclip.system.paths import RunPaths
@@ -183,6 +184,8 @@ def extend(
     thresholds: AssignConfig | None = None,
     config: ExtendConfig | None = None,
     fitted_on: Catalog | None = None,
+    encoder: str | None = None,
+    trust_encoder: bool = False,
 ) -> ExtendResult:
     """Assign new pairs, train the expert that is worth it, and put it into the bundle.
 
@@ -196,6 +199,8 @@ def extend(
         thresholds: Thresholds of `assign`.
         config: Budget and start.
         fitted_on: The catalog that the bundle was made from; only for a bundle that has no quantiles.
+        encoder: Encoder of the new captions, as for `load_bundle`.
+        trust_encoder: As for `load_bundle`.
 
     Raises:
         ModeclipError: Nothing or more than one thing is proposed, or ``out`` belongs to another extension.
@@ -203,7 +208,7 @@ def extend(
     config, thresholds = config or ExtendConfig(), thresholds or AssignConfig()
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out), writing(out):
-        opened = load_bundle(bundle)
+        opened = load_bundle(bundle, encoder=encoder, trust_encoder=trust_encoder)
         check_files(opened)  # now, not after the training
         plan = _read_plan(out)
         if plan is None:

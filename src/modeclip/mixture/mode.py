@@ -22,6 +22,7 @@ from jaxtyping import Float
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import Bundle, load_bundle
 from modeclip.mixture.router import ClusterRouter, Route, Router, RouteRequest
+from modeclip.models.encoders import Encoder, PairEncoder
 from modeclip.models.pool import ModelPool
 
 if TYPE_CHECKING:
@@ -69,18 +70,35 @@ class MoDE:
         self.pool = ModelPool(max_models=max_experts) if pool is None else pool  # an empty pool is false
 
     @classmethod
-    def load(cls, source: str | Path, *, max_experts: int | None = None, max_memory: int | None = None) -> MoDE:
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        max_experts: int | None = None,
+        max_memory: int | None = None,
+        encoder: str | Encoder | PairEncoder | None = None,
+        trust_encoder: bool = False,
+        expert: str | None = None,
+    ) -> MoDE:
         """Open a bundle: a folder, or the id of one on the Hugging Face Hub.
 
         Args:
             source: Folder or id.
+            encoder: Encoder, or its name, that takes the place of the one that the bundle names. It may be Python code.
+            trust_encoder: Import and call what the bundle names as its encoder, if that is Python code.
+            expert: Name of the one expert that answers everything, such as one that was trained for class names; None:
+                all experts, as the router weighs them.
             max_experts: How many experts a task may use, and how many are in memory at a time; None: all of them.
             max_memory: Bytes that the weights of these experts may take; None: any number.
 
         Raises:
             ModeclipError: There is no bundle there, a file is missing or differs from its hash, or no expert fits.
         """
-        return cls(load_bundle(source), max_experts=max_experts, max_memory=max_memory)
+        name = encoder if isinstance(encoder, str) else None
+        bundle = load_bundle(source, encoder=name, trust_encoder=trust_encoder)
+        bundle = bundle if expert is None else bundle.choose(expert)
+        router = None if encoder is None or name is not None else ClusterRouter(bundle, encoder)
+        return cls(bundle, router=router, max_experts=max_experts, max_memory=max_memory)
 
     @property
     def per_image(self) -> bool:

@@ -193,11 +193,11 @@ class ClusterRouter:
         Args:
             clusters: An opened bundle, or the clustering that a bundle would be made of.
             encoder: The encoder that the clusters were made with, or its name, which the user gave; None: the one that
-                the bundle names, which may not be Python code.
+                the bundle names, which is Python code only if whoever opened the bundle trusts it.
         """
         self.clusters = clusters
         self.bundle = clusters if isinstance(clusters, Bundle) else None
-        self._trusted = encoder is not None
+        self._trusted = encoder is not None or (self.bundle is not None and self.bundle.trust_encoder)
         if encoder is None:
             if self.bundle is None:
                 raise ModeclipError("ClusterRouter: a clustering does not name its encoder; give one")
@@ -207,9 +207,15 @@ class ClusterRouter:
     @cached_property
     def encoder(self) -> Encoder | PairEncoder:
         """The encoder of names or pictures."""
-        if not isinstance(self._given, str):
-            return self._given
-        return load_any_encoder(self._given, trust_encoder=self._trusted)
+        given, expected = self._given, self.clusters.fine_centers.shape[1]
+        encoder = load_any_encoder(given, trust_encoder=self._trusted) if isinstance(given, str) else given
+        if encoder.dimension != expected:
+            place = "" if self.bundle is None else f"bundle {self.bundle.path}: "
+            raise ModeclipError(
+                f"{place}its centres have {expected:,} dimensions, the encoder {encoder.name} has "
+                f"{encoder.dimension:,}; give the encoder that embedded the captions, or get the bundle again"
+            )
+        return encoder
 
     @property
     def encoder_name(self) -> str:

@@ -29,6 +29,14 @@ CatalogPath = Positional[
 Ray = Annotated[
     bool, arg(help="Work on the Ray cluster of RAY_ADDRESS, one that runs on this machine, or a new one on it.")
 ]
+UserEncoder = Annotated[
+    str | None,
+    arg(
+        name="encoder",
+        help="Encoder of the captions, in place of the one that the file names; one that is Python code "
+        "(MODULE:ATTRIBUTE) runs only if it is named here.",
+    ),
+]
 MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into this many GB (10^9 bytes).")]
 
 

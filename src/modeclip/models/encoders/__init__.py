@@ -142,16 +142,26 @@ def load_any_encoder(name: str, *, batch_size: int = BATCH_SIZE, trust_encoder: 
     if prefix in PREFIXES and rest:
         return _load_prefixed(name, prefix, rest, batch_size)
     if OWN.fullmatch(name):
-        if not trust_encoder:
-            raise ModeclipError(
-                f"encoder {name!r} is Python code of yours, or of whoever made this bundle or catalog, and is not run "
-                f"because a file names it; if you trust it, give --encoder {name} (in Python: trust_encoder=True)"
-            )
+        check_trusted(name, trust_encoder)
         return _load_own(name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = hub_folder(name, name) if HUB_ID.fullmatch(name) else local_folder(name)
     return SentenceEncoder(name, folder, batch_size)
+
+
+def check_trusted(name: str, trust_encoder: bool) -> None:
+    """Raise for an encoder that is Python code and that nobody but a file has named.
+
+    Raises:
+        ModeclipError: It is ``MODULE:ATTRIBUTE``, and not trusted.
+    """
+    prefix, _, rest = name.partition(":")
+    if OWN.fullmatch(name) and not (prefix in PREFIXES and rest) and not trust_encoder:
+        raise ModeclipError(
+            f"encoder {name!r} is Python code of yours, or of whoever made this file, and does not run because a file "
+            f"names it; if you trust it, give --encoder {name} (in Python: trust_encoder=True)"
+        )
 
 
 def check_encoder(name: str) -> None:
