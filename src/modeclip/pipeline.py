@@ -260,7 +260,9 @@ class RunFolder(RunPaths):
             ModeclipError: A file cannot be read, or the captions were not embedded by an encoder of texts.
         """
         names = [name for source in classes for name in read_classes(source)]
-        prior = select_for_classes(self.catalog, self.clustering, names, name=name_of(classes), count=nearest, encoder=self.encoder)
+        prior = select_for_classes(
+            self.catalog, self.clustering, names, name=name_of(classes), count=nearest, encoder=self.encoder
+        )
         mark_prior(self.catalog, prior)
         models = self.models.resolve()
         parting = part(Path(self.catalog.path), self.fingerprint, models, self.training, self.experts)

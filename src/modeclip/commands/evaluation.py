@@ -13,7 +13,7 @@ from modeclip.errors import ModeclipError, in_one_line
 from modeclip.evaluation.evaluate import EvaluateConfig
 from modeclip.evaluation.scaling import ScalingConfig
 from modeclip.system.console import log, print_json, print_lines, print_table
-from modeclip.system.options import AsJson, MaxMemory, to_bytes
+from modeclip.system.options import AsJson, MaxMemory, UserEncoder, to_bytes
 
 if TYPE_CHECKING:
     from modeclip.evaluation.evaluate import Average
@@ -78,6 +78,7 @@ def evaluate(
     random_weights: Annotated[
         bool, arg(help="Evaluate a model that names no weights (ViT-B-32) with random ones, which is refused else.")
     ] = False,
+    encoder: UserEncoder = None,
     cache: Annotated[
         Path | None, arg(help="Folder where features are kept; default: features in the folder of the results.")
     ] = None,
@@ -109,6 +110,7 @@ def evaluate(
         max_memory=to_bytes(max_memory),
         bounds=bounds,
         random_weights=random_weights,
+        encoder=encoder,
     )
     problems: list[str] = []
 

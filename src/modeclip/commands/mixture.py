@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -14,12 +14,18 @@ from modeclip.mixture.assigning import AssignConfig
 from modeclip.mixture.extending import ExtendConfig
 from modeclip.mixture.rules import RULES, Mix
 from modeclip.system.console import busy, print_json, print_lines, print_table
-from modeclip.system.options import AsJson, CatalogPath, MaxMemory, Ray, to_bytes
+from modeclip.system.options import AsJson, CatalogPath, MaxMemory, Ray, UserEncoder, to_bytes
+
+if TYPE_CHECKING:
+    from modeclip.mixture.mode import MoDE
 
 BundlePath = Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]]
 Rule = Annotated[str | None, arg(help=f"Routing rule, one of {', '.join(RULES)}; default: the bundle's.")]
 Temperature = Annotated[float | None, arg(help="Temperature of the rule; default: the bundle's, or the rule's own.")]
 MaxExperts = Annotated[int | None, arg(help="Use at most this many experts, those with the most weight; default: all.")]
+OneExpert = Annotated[
+    str | None, arg(help="Ask this expert alone, such as one that train-experts --for-classes trained (expert-NAME).")
+]
 CLASSES = "A file with one class name on each line, or the names with commas: 'cat,dog'."
 BundleFolder = Positional[Annotated[Path, arg(help="Folder of the bundle.")]]
 FittedOn = Annotated[
@@ -41,6 +47,8 @@ def route(
     images: Annotated[tuple[Path, ...], arg(help="Route image files, where the clusters are of images.")] = (),
     max_experts: MaxExperts = None,
     max_memory: MaxMemory = None,
+    expert: OneExpert = None,
+    encoder: UserEncoder = None,
     picture: Annotated[Path | None, arg(help="Draw the explanation to this file, .svg or .png.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -54,9 +62,7 @@ def route(
     names = read_classes(classes) if classes is not None else []
     pictures = [open_picture(path) for path in images]
     with busy("loading the encoder"):
-        from modeclip.mixture.mode import MoDE
-
-        mode = MoDE.load(bundle, max_experts=max_experts, max_memory=to_bytes(max_memory))
+        mode = _open_mixture(bundle, max_experts, max_memory, expert, encoder)
         if images:
             request = mode.request(rule=rule, temperature=temperature)
             found = mode.router.route_images(pictures, request, [str(path) for path in images])
@@ -110,6 +116,8 @@ def classify(
     temperature: Temperature = None,
     max_experts: MaxExperts = None,
     max_memory: MaxMemory = None,
+    expert: OneExpert = None,
+    encoder: UserEncoder = None,
     mix: Annotated[
         Mix, arg(help="What is weighted and summed: the experts' cosines or log-probabilities.")
     ] = "cosines",
@@ -125,9 +133,7 @@ def classify(
         )
     images = [open_picture(path) for path in pictures]
     with busy("loading the encoder and the experts"):
-        from modeclip.mixture.mode import MoDE
-
-        mode = MoDE.load(bundle, max_experts=max_experts, max_memory=to_bytes(max_memory))
+        mode = _open_mixture(bundle, max_experts, max_memory, expert, encoder)
         task = mode.task(
             names,
             templates=template or None,
@@ -155,6 +161,7 @@ def assign(
     *,
     thresholds: OmitArgPrefixes[AssignConfig],
     fitted_on: FittedOn = None,
+    encoder: UserEncoder = None,
     ray: Ray = False,
     as_json: AsJson = False,
 ) -> None:
@@ -164,7 +171,7 @@ def assign(
     from modeclip.mixture.bundle import load_bundle
 
     opened, fitted = Catalog.open(pairs), Catalog.open(fitted_on) if fitted_on else None
-    result = run_assign(opened, load_bundle(bundle), thresholds, fitted_on=fitted, ray=ray)
+    result = run_assign(opened, load_bundle(bundle, encoder=encoder), thresholds, fitted_on=fitted, ray=ray)
     if as_json:
         print_json(result.to_json())
         return
@@ -188,6 +195,7 @@ def extend(
     thresholds: OmitArgPrefixes[AssignConfig],
     training: OmitArgPrefixes[ExtendConfig],
     fitted_on: FittedOn = None,
+    encoder: UserEncoder = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue an expert of a bundle on new pairs, or add a new one for them; the others stay as they are."""
@@ -205,6 +213,7 @@ def extend(
         thresholds=thresholds,
         config=training,
         fitted_on=Catalog.open(fitted_on) if fitted_on else None,
+        encoder=encoder,
     )
     if as_json:
         print_json(asdict(result))
@@ -255,6 +264,14 @@ def bundle(
             f"{edit['date']}  {edit['action']} {edit['expert']}: job {edit['job'] or 'none'}, {pairs}"
             f" of {edit.get('catalog', 'an unnamed catalog')}{', forced' if edit['forced'] else ''}"
         )
+
+
+def _open_mixture(
+    bundle: Path, max_experts: int | None, max_memory: float | None, expert: str | None, encoder: str | None
+) -> MoDE:
+    from modeclip.mixture.mode import MoDE
+
+    return MoDE.load(bundle, max_experts=max_experts, max_memory=to_bytes(max_memory), expert=expert, encoder=encoder)
 
 
 def _parse_put(text: str) -> tuple[int, Path]:

@@ -13,7 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import RoutingConfig
 from modeclip.system.console import console, log, print_json, print_lines, print_table
-from modeclip.system.options import AsJson
+from modeclip.system.options import AsJson, UserEncoder
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 
@@ -89,6 +89,7 @@ def train_experts(
     nearest: Annotated[int, arg(help="Fine clusters that each class name takes.")] = 1,
     resume: Annotated[str, arg(help=f"{RESUME}.")] = "latest",
     *,
+    encoder: UserEncoder = None,
     routing: Annotated[OmitArgPrefixes[RoutingConfig], arg(name="bundle")],
     plan: Annotated[bool, arg(help="Say what the training costs, and stop.")] = False,
     commands: Annotated[
@@ -107,7 +108,7 @@ def train_experts(
 
     if resume not in {"latest", "never"}:
         raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
-    folder = RunFolder(folder=run.resolve(), training=training, experts=experts, routing=routing)
+    folder = RunFolder(folder=run.resolve(), training=training, experts=experts, routing=routing, encoder=encoder)
     if not for_classes:
         folder.add_controls()
     jobs = folder.jobs_for_classes(for_classes, nearest) if for_classes else folder.jobs

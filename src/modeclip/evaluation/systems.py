@@ -261,9 +261,7 @@ def _router_of(bundle: Bundle, cache: FeatureCache) -> ClusterRouter:
     router = ClusterRouter(bundle)
     if router.per_image:
         return router
-    names = CachedEncoder(
-        bundle.encoder, bundle.fine_centers.shape[1], cache, trust_encoder=bundle.trust_encoder
-    )
+    names = CachedEncoder(bundle.encoder, bundle.fine_centers.shape[1], cache, trust_encoder=bundle.trust_encoder)
     return ClusterRouter(bundle, names)
 
 

@@ -202,13 +202,18 @@ class ClusterRouter:
             if self.bundle is None:
                 raise ModeclipError("ClusterRouter: a clustering does not name its encoder; give one")
             encoder = self.bundle.encoder
-        self._given = encoder
+        self._given = encoder if isinstance(encoder, str) else self._fitting(encoder)
 
     @cached_property
     def encoder(self) -> Encoder | PairEncoder:
         """The encoder of names or pictures."""
-        given, expected = self._given, self.clusters.fine_centers.shape[1]
-        encoder = load_any_encoder(given, trust_encoder=self._trusted) if isinstance(given, str) else given
+        if not isinstance(self._given, str):
+            return self._given
+        return self._fitting(load_any_encoder(self._given, trust_encoder=self._trusted))
+
+    def _fitting(self, encoder: Encoder | PairEncoder) -> Encoder | PairEncoder:
+        """Return an encoder if its vectors have the dimensions of the centres, else raise."""
+        expected = self.clusters.fine_centers.shape[1]
         if encoder.dimension != expected:
             place = "" if self.bundle is None else f"bundle {self.bundle.path}: "
             raise ModeclipError(
