@@ -34,6 +34,7 @@ from modeclip.data.checks import (
     NOT_UNIT,
     SHORT_CAPTION,
     UNPRINTABLE,
+    ZERO,
     CheckConfig,
     CheckResult,
     HistogramCounter,
@@ -308,11 +309,12 @@ def test_embeddings_that_are_no_unit_vectors_are_errors(tmp_path: Path, icons):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     catalog.add_columns({"caption_embedding": vectors.astype(np.float16)})
     assert check(catalog).findings == ()
-    vectors[3, 2], vectors[4, 0], vectors[5] = np.nan, np.inf, 0
+    vectors[3, 2], vectors[4, 0], vectors[5], vectors[6] = np.nan, np.inf, 0, vectors[6] * 2
     catalog.add_columns({"caption_embedding": vectors.astype(np.float16)})
     result = check(catalog)
-    assert counts(result) == {NOT_FINITE: 2, NOT_UNIT: 1}
-    assert result.findings[1].first == "row 5, key '005.png': length 0"
+    assert counts(result) == {NOT_FINITE: 2, NOT_UNIT: 1, ZERO: 1}
+    assert result.findings[1].first == "row 6, key '006.png': length 2"
+    assert result.findings[2].first == "row 5, key '005.png': length 0"
 
 
 @pytest.mark.parametrize("name", ["decode_samples", "context_length", "short_characters", "threads"])

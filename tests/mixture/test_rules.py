@@ -8,7 +8,7 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from modeclip.clustering import distances
@@ -303,6 +303,26 @@ def test_each_row_gets_what_it_would_get_alone(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("each", [False, True])
+def test_a_vector_of_zeros_says_nothing(rule, each):
+    """It gets each expert's share of the centres, and the other classes are routed as without it."""
+    classes, centers, expert_of_fine = crowded_task(6, num_classes=7)
+    prior = np.bincount(expert_of_fine, minlength=4) / len(expert_of_fine)
+    given = {"num_experts": 4, "rule": rule, "each": each}
+    alone = route(np.zeros((1, classes.shape[1])), centers, expert_of_fine, **given).weights
+    np.testing.assert_allclose(alone.ravel(), [0.25] * 4 if rule == "uniform" else prior)
+    with_it = route(np.vstack([classes, np.zeros(classes.shape[1])]), centers, expert_of_fine, **given).weights
+    without = route(classes, centers, expert_of_fine, **given).weights
+    if with_it.ndim == 2:
+        np.testing.assert_array_equal(with_it[:7], without)
+        np.testing.assert_allclose(with_it[7], alone.ravel())
+    elif rule == "share":
+        np.testing.assert_allclose(with_it, (7 * without + prior) / 8)
+    else:
+        np.testing.assert_array_equal(with_it, without)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("max_experts", [1, 2, 3, 9])
 def test_budget_keeps_the_experts_with_most_weight(rule, max_experts):
     classes, centers, expert_of_fine = crowded_task(6, num_classes=7)
@@ -438,6 +458,7 @@ def test_the_order_of_the_classes_does_not_matter(task, rule, random):
 @settings(max_examples=80, deadline=None)
 def test_a_center_far_from_every_class_changes_nothing(task, rule):
     classes, centers, expert_of_fine, num_experts = task
+    assume(classes.any(axis=1).all())  # a vector of zeros says nothing, wherever the centres are
     far = np.full((2, centers.shape[1]), 1000.0)
     crowd = (np.concatenate([centers, far]), np.append(expert_of_fine, [0, num_experts - 1]))
     np.testing.assert_allclose(
@@ -449,6 +470,7 @@ def test_a_center_far_from_every_class_changes_nothing(task, rule):
 @settings(max_examples=80, deadline=None)
 def test_doubling_a_center_changes_nothing_where_only_the_nearest_counts(task, rule):
     classes, centers, expert_of_fine, num_experts = task
+    assume(classes.any(axis=1).all())  # a vector of zeros says nothing, wherever the centres are
     twice = (np.concatenate([centers, centers]), np.tile(expert_of_fine, 2))
     routing, doubled = weigh(task, rule), weigh((classes, *twice, num_experts), rule)
     np.testing.assert_array_equal(doubled.nearest_fine, routing.nearest_fine)
@@ -459,6 +481,7 @@ def test_doubling_a_center_changes_nothing_where_only_the_nearest_counts(task, r
 @settings(max_examples=40, deadline=None)
 def test_moving_everything_changes_no_weight(task, rule):
     classes, centers, *rest = task
+    assume(classes.any(axis=1).all() and (classes + 0.25).any(axis=1).all())  # a vector of zeros says nothing
     moved = weigh((classes + 0.25, centers + 0.25, *rest), rule).weights  # exact on the grid
     np.testing.assert_allclose(moved, weigh(task, rule).weights, atol=1e-9)
 

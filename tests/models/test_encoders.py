@@ -509,7 +509,7 @@ def test_model2vec_is_the_mean_of_token_vectors(name_of):
     peer = model.encode(TEXTS[:4])
     expected = peer / np.linalg.norm(peer, axis=1, keepdims=True)
     np.testing.assert_allclose(load_encoder(name).encode(TEXTS[:4]), expected, atol=1e-6)
-    np.testing.assert_array_equal(load_encoder(name).encode([""]), np.eye(6, dtype=np.float32)[:1])
+    np.testing.assert_array_equal(load_encoder(name).encode([""]), np.zeros((1, 6)))
 
 
 def test_clip_vectors_are_those_of_open_clip(name_of):
@@ -574,6 +574,10 @@ class Sizes:
     def encode_pairs(self, captions, images):
         return np.array([[len(c), len(i)] for c, i in zip(captions, images)])
 
+class Unknown(LetterCounts):
+    def encode(self, texts):
+        return [[float("nan" if text == "bad" else 0)] * 26 for text in texts]
+
 class TooFew(LetterCounts):
     dimension = 25
 
@@ -599,6 +603,14 @@ def test_own_encoders():
     np.testing.assert_allclose(vectors[:, [0, 1, 25]], [[2 / 5**0.5, 1 / 5**0.5, 0], [0, 0, 1]], atol=1e-6)
     pair = load_any_encoder(f"{OWN_MODULE}:Sizes", trust_encoder=True)
     np.testing.assert_allclose(pair.encode_pairs(["abc"], [b"abcd"]), [[0.6, 0.8]], atol=1e-6)
+
+
+def test_a_text_without_a_known_word_is_zero_and_what_is_not_finite_is_named():
+    letters = load_encoder(f"{OWN_MODULE}:LetterCounts", trust_encoder=True)
+    np.testing.assert_array_equal(letters.encode(["123", "z"]), [[0] * 26, [0] * 25 + [1]])
+    unknown = load_encoder(f"{OWN_MODULE}:Unknown", trust_encoder=True)
+    with pytest.raises(ModeclipError, match=r"vectors of 1 of 2 texts have NaN or infinity, first that of 'bad';"):
+        unknown.encode(["good", "bad"])
 
 
 @pytest.mark.parametrize(

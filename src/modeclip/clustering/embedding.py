@@ -75,6 +75,10 @@ class EmbedResult:
     """Captions, or pairs, that went through the encoder for this: each caption once, as far as the cache reaches.
     None on Ray, where they are not counted."""
 
+    num_zero: int | None
+    """Rows computed now of whose captions the encoder knows nothing: their embedding is zero, near to nothing. None on
+    Ray."""
+
     dimension: int
     """D, the length of an embedding."""
 
@@ -115,10 +119,13 @@ class EmbedWork(Work):
         """Embed the captions, or pairs of captions and encoded images, of a block."""
         encoder, cache = _encoder(self.facts["encoder"], self.facts["batch_size"]), self.cache
         if isinstance(encoder, Encoder):
-            return {COLUMN: cache.encode(encoder, block["caption"])}
-        images = block["image"].tolist()
-        cache.num_encoded += len(images)
-        return {COLUMN: encoder.encode_pairs(block["caption"].tolist(), images).astype(np.float16)}
+            vectors = cache.encode(encoder, block["caption"])
+        else:
+            images = block["image"].tolist()
+            cache.num_encoded += len(images)
+            vectors = encoder.encode_pairs(block["caption"].tolist(), images).astype(np.float16)
+        cache.num_zero += int((~vectors.any(axis=1)).sum())
+        return {COLUMN: vectors}
 
 
 @dataclass
@@ -129,6 +136,8 @@ class CaptionCache:
     """Captions whose vectors are kept."""
     num_encoded: int = 0
     """Captions, or pairs, that have gone through the encoder so far."""
+    num_zero: int = 0
+    """Rows whose vector is zero."""
     _rows: dict[str, bytes] = field(default_factory=dict)
 
     def encode(self, encoder: Encoder, captions: Shaped[np.ndarray, " n"]) -> Float16[np.ndarray, "n D"]:
@@ -177,6 +186,7 @@ def embed(catalog: Catalog, config: EmbedConfig, *, ray: bool = False) -> EmbedR
             num_captions=len(catalog),
             num_computed=num_computed,
             num_distinct=None if ray else work.cache.num_encoded,
+            num_zero=None if ray else work.cache.num_zero,
             dimension=encoder.dimension,
             encoder=encoder.name,
         )

@@ -138,8 +138,9 @@ def embed(
         print_json(asdict(result))
     else:
         print_lines(
-            f"{catalog}: {result.num_captions:,} captions as {result.dimension} numbers by {result.encoder}; "
-            f"{result.num_distinct:,} went through it"
+            f"{catalog}: {result.num_captions:,} captions as {result.dimension} numbers by {result.encoder}"
+            + ("" if result.num_distinct is None else f"; {result.num_distinct:,} went through it")
+            + (f"; {result.num_zero:,} are zero, since it knows none of their words" if result.num_zero else "")
         )
 
 

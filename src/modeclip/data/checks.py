@@ -64,6 +64,7 @@ UNPRINTABLE = "caption has unprintable characters"
 MOJIBAKE = "caption was decoded wrongly (mojibake)"
 NOT_FINITE = "caption embedding is not finite"
 NOT_UNIT = "caption embedding does not have length 1"
+ZERO = "caption embedding is zero: the encoder knows nothing of it"
 
 KINDS = {
     MISSING: (ERROR, "restore the file, or index again"),
@@ -77,6 +78,7 @@ KINDS = {
     NOT_FINITE: (ERROR, "embed again"),
     NOT_UNIT: (ERROR, "embed again with unit vectors"),
     DUPLICATE_KEYS: (WARNING, "give each pair its own key: id lists cannot tell these apart"),
+    ZERO: (WARNING, "choose an encoder that knows these words; such pairs are equally far from every cluster"),
     FREQUENT_CAPTION: (WARNING, "balance or filter: equal captions are false negatives of each other"),
     EMPTY_CAPTION: (WARNING, "index again: pairs without a caption are left out"),
     LONG_CAPTION: (WARNING, "put what matters first, or choose a model with a longer context"),
@@ -451,8 +453,9 @@ def _look_at_embeddings(catalog: Catalog, found: Findings) -> None:
             vectors = np.asarray(block["caption_embedding"], np.float32)
             norms = np.linalg.norm(vectors, axis=1)  # NaN and infinity spread
             finite = np.isfinite(norms)
-            odd = finite & (np.abs(np.where(finite, norms, 1) - 1) > UNIT_TOLERANCE)
-            for what, mask in ((NOT_FINITE, ~finite), (NOT_UNIT, odd)):
+            zero = norms == 0
+            odd = finite & ~zero & (np.abs(np.where(finite, norms, 1) - 1) > UNIT_TOLERANCE)
+            for what, mask in ((NOT_FINITE, ~finite), (NOT_UNIT, odd), (ZERO, zero)):
                 found.add_rows(what, mask, total, CheckedBlock(start, block["key"]), partial(_length, norms))
             start += len(norms)
             advance(len(norms))

@@ -115,7 +115,9 @@ def route(
     Arrays may be lists, numpy arrays of any number type, or torch tensors.
 
     Args:
-        class_embeddings: (L, D) unit vectors, one a class, by the encoder that embedded the captions.
+        class_embeddings: (L, D) unit vectors, one a class, by the encoder that embedded the captions. A vector of
+            zeros says nothing: that class gets the prior, each expert's share of the fine clusters, and has no part in
+            the sums of the rules for whole tasks.
         fine_centers: (M, D) centres of the fine clusters of the captions.
         expert_of_fine: (M,) integers: which expert, 0 to K - 1, each fine cluster belongs to.
         num_experts: Number of experts, K.
@@ -152,8 +154,11 @@ def route(
     _check(classes, centers, owners, num_experts, temperature)
     if max_experts is not None and max_experts < 1:
         raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
+    says = classes.any(axis=1)
+    prior = np.bincount(owners, minlength=num_experts) / len(owners)
     if rule in {"share", "per_class"}:
         weights, nearest_fine, distance = _share(classes, centers, np.eye(num_experts)[owners], temperature)
+        weights[~says] = prior
         if rule == "share" and not each:
             weights = weights.mean(axis=0)
     else:
@@ -164,7 +169,12 @@ def route(
             expert_of_class = expert_of_coarse[nearest_coarse]
         else:
             expert_of_class, near = owners[nearest_fine].astype(np.int64), distance
-        weights = _task_weights(rule, near, expert_of_class, num_experts, temperature, each)
+        counted = np.ones_like(says) if each or rule == "uniform" else says
+        weights = prior
+        if counted.any():
+            weights = _task_weights(rule, near[counted], expert_of_class[counted], num_experts, temperature, each)
+        if each and rule != "uniform":
+            weights[~says] = prior
     if max_experts is not None:
         weights = keep_best(weights, max_experts)
     return Routing(weights=weights, nearest_fine=nearest_fine, distance=distance, entropy=entropy(weights))

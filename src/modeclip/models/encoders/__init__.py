@@ -35,7 +35,7 @@ from jaxtyping import Float
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.models.clip import check_model
-from modeclip.models.encoders.hub import cached_folder, first_line, hub_folder, local_folder, unit_rows
+from modeclip.models.encoders.hub import cached_folder, check_vectors, first_line, hub_folder, local_folder, unit_rows
 from modeclip.models.encoders.images import ClipBothEncoder, ClipImageEncoder, ClipTextEncoder, TimmEncoder
 from modeclip.models.encoders.text import Model2VecEncoder, PoolerEncoder, SentenceEncoder, TfidfEncoder
 from modeclip.system.console import log
@@ -81,7 +81,7 @@ class Encoder(Protocol):
     """D, the length of a vector."""
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each text, in the order of the texts."""
+        """Return a float32 vector of norm 1 for each text, in the order of the texts; zeros where it says nothing."""
         ...
 
 
@@ -207,7 +207,7 @@ class OwnEncoder:
         """Return a float32 vector of norm 1 for each text, in the order of the texts."""
         if not texts:
             return np.empty((0, self.dimension), np.float32)
-        return _checked(self._own.encode(list(texts)), len(texts), self)
+        return _checked(self._own.encode(list(texts)), texts, self)
 
 
 class OwnPairEncoder:
@@ -221,7 +221,7 @@ class OwnPairEncoder:
         """Return a float32 vector of norm 1 for each caption with its encoded image."""
         if not captions:
             return np.empty((0, self.dimension), np.float32)
-        return _checked(self._own.encode_pairs(list(captions), list(images)), len(captions), self)
+        return _checked(self._own.encode_pairs(list(captions), list(images)), captions, self)
 
 
 def _load_prefixed(name: str, prefix: str, rest: str, batch_size: int) -> Encoder | PairEncoder:
@@ -261,15 +261,15 @@ def _load_own(name: str) -> Encoder | PairEncoder:
     )
 
 
-def _checked(vectors: Any, count: int, encoder: OwnEncoder | OwnPairEncoder) -> Float[np.ndarray, "N D"]:
+def _checked(vectors: Any, texts: Sequence[str], encoder: OwnEncoder | OwnPairEncoder) -> Float[np.ndarray, "N D"]:
     """Return a user's vectors as unit rows."""
     array = np.asarray(vectors)
-    if array.shape != (count, encoder.dimension) or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+    if array.shape != (len(texts), encoder.dimension) or array.dtype.kind not in "fiu":
         raise ModeclipError(
-            f"encoder {encoder.name!r}: expected {count} x {encoder.dimension} finite numbers, got "
-            f"{array.dtype} of shape {array.shape}"
+            f"encoder {encoder.name!r}: expected {len(texts)} x {encoder.dimension} numbers, got {array.dtype} of "
+            f"shape {array.shape}"
         )
-    return unit_rows(array.astype(np.float32))
+    return unit_rows(check_vectors(encoder.name, array.astype(np.float32), texts))
 
 
 def _minilm_folder() -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from hashlib import sha256
@@ -39,12 +39,27 @@ OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "openvino/*")
 
 
 def unit_rows(x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Return float32 rows of norm 1; a row of zeros (a text without any known word) becomes the first axis."""
+    """Return float32 rows of norm 1; a row of zeros (a text without any known word) has no direction and stays."""
     x = np.array(x, np.float32)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
-    x[norm[:, 0] == 0, :1] = 1.0
     norm[norm == 0] = 1.0
     return np.asarray(x / norm, np.float32)
+
+
+def check_vectors(name: str, vectors: Float[np.ndarray, "N D"], texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+    """Return the vectors that an encoder made of texts, or of pairs with these captions.
+
+    Raises:
+        ModeclipError: One of them has NaN or infinity; it names the first text.
+    """
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        text = texts[bad[0]]
+        raise ModeclipError(
+            f"encoder {name!r}: its vectors of {bad.size:,} of {len(vectors):,} texts have NaN or infinity, first that "
+            f"of {text if len(text) <= 60 else text[:57] + '...'!r}; its weights are damaged or its precision too low"
+        )
+    return vectors
 
 
 def in_batches(

@@ -26,6 +26,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.models.clip import Clip, encode_image, encode_text, load_clip
 from modeclip.models.encoders.hub import (
     cached_folder,
+    check_vectors,
     hash_weights,
     in_batches,
     in_bfloat16,
@@ -63,7 +64,7 @@ class ClipTextEncoder:
         """Return a float32 vector of norm 1 for each text, in the order of the texts."""
         if not texts:
             return np.empty((0, self.dimension), np.float32)
-        return self._encode(texts, self._model, self.batch_size)
+        return check_vectors(self.name, self._encode(texts, self._model, self.batch_size), texts)
 
     def _encode(self, texts: Sequence[str], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         parts = []
@@ -97,11 +98,10 @@ class ClipImageEncoder:
         self.dimension = int(self._encode(_probe_images()[:1], self._model, 1).shape[1])
 
     def encode_pairs(self, captions: Sequence[str], images: Sequence[bytes]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each encoded image; captions are ignored."""
-        del captions
+        """Return a float32 vector of norm 1 for each encoded image; captions only name what fails."""
         if not images:
             return np.empty((0, self.dimension), np.float32)
-        return self._encode(images, self._model, self.batch_size)
+        return check_vectors(self.name, self._encode(images, self._model, self.batch_size), captions)
 
     def _encode(self, images: Sequence[bytes], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         dtype = next(model.visual.parameters()).dtype
@@ -150,11 +150,10 @@ class TimmEncoder:
         self.dimension = int(self._encode(_probe_images()[:1], self._model, 1).shape[1])
 
     def encode_pairs(self, captions: Sequence[str], images: Sequence[bytes]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each encoded image; captions are ignored."""
-        del captions
+        """Return a float32 vector of norm 1 for each encoded image; captions only name what fails."""
         if not images:
             return np.empty((0, self.dimension), np.float32)
-        return self._encode(images, self._model, self.batch_size)
+        return check_vectors(self.name, self._encode(images, self._model, self.batch_size), captions)
 
     def _encode(self, images: Sequence[bytes], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         import torch

@@ -29,6 +29,7 @@ from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders.hub import (
+    check_vectors,
     first_line,
     hub_folder,
     in_batches,
@@ -131,12 +132,13 @@ class SentenceEncoder:
         return hash_folder(self._folder)
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each text, in the order of the texts."""
+        """Return a float32 vector of norm 1 for each text, or of zeros where it knows no word of it."""
         if not texts:
             return np.empty((0, self.dimension), np.float32)
         if self._by_length:
-            return self._encode(texts, self.model, self.batch_size)
-        return unit_rows(self._whole.encode(list(texts), batch_size=self.batch_size, show_progress_bar=False))
+            return check_vectors(self.name, self._encode(texts, self.model, self.batch_size), texts)
+        found = self._whole.encode(list(texts), batch_size=self.batch_size, show_progress_bar=False)
+        return check_vectors(self.name, unit_rows(found), texts)
 
     def _encode(self, texts: Sequence[str], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         def forward(features: dict[str, Any]) -> Tensor:
@@ -183,10 +185,10 @@ class PoolerEncoder:
         return hash_folder(self._folder)
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each text, in the order of the texts."""
+        """Return a float32 vector of norm 1 for each text, or of zeros where it knows no word of it."""
         if not texts:
             return np.empty((0, self.dimension), np.float32)
-        return self._encode(texts, self.model, self.batch_size)
+        return check_vectors(self.name, self._encode(texts, self.model, self.batch_size), texts)
 
     def _encode(self, texts: Sequence[str], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
         def forward(features: dict[str, Any]) -> Tensor:
@@ -279,12 +281,12 @@ class TfidfEncoder:
         return hash_folder(self._folder)
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each text, in the order of the texts."""
+        """Return a float32 vector of norm 1 for each text, or of zeros where it knows no word of it."""
         vectors = np.empty((len(texts), self.dimension), np.float32)
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             counts = _count(self._counters, texts[start : start + TEXTS_AT_ONCE])
             vectors[start : start + TEXTS_AT_ONCE] = unit_rows(counts @ self._axes)
-        return vectors
+        return check_vectors(self.name, vectors, texts)
 
 
 def fit_tfidf(captions: Iterable[str], folder: Path, *, dimension: int = DIMENSION, seed: int = 0) -> None:
@@ -346,10 +348,10 @@ class Model2VecEncoder:
         return hash_folder(self._folder)
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-        """Return a float32 vector of norm 1 for each text, in the order of the texts."""
+        """Return a float32 vector of norm 1 for each text, or of zeros where it knows no word of it."""
         if not texts:
             return np.empty((0, self.dimension), np.float32)
-        return unit_rows(self.model.encode(list(texts), use_multiprocessing=False))
+        return check_vectors(self.name, unit_rows(self.model.encode(list(texts), use_multiprocessing=False)), texts)
 
 
 def _counter(kind: str, terms: list[str] | None = None, idf: Float[np.ndarray, " V"] | None = None) -> Any:
