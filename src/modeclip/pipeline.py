@@ -3,10 +3,11 @@
     index -> embed -> cluster -> controls -> train -> bundle -> evaluate -> report
 
 ``modeclip run`` does these stages for a recipe; the single commands work on the same folder through the same
-`RunFolder`. Each stage of a recipe leaves a record in ``stages/`` with the digest of everything that decided its
-result: its own settings, the digests of the stages before it, the state of the source. The same command again runs only
-the stages whose digest has changed or whose output is gone. The stage ``controls`` exists only where the recipe asks
-for controls that need a column of their own.
+`RunFolder`. Each stage of a recipe leaves a record in ``stages/`` with two hashes: one of everything that decided its
+result (its own settings, the digests of the stages before it, the state of the source), and one of what it made (rows
+and columns of the catalog, files). The same command again runs only the stages whose inputs have changed, or whose output is gone
+or is another one, as after an earlier recipe, another one that was interrupted, and the earlier one again. The stage
+``controls`` exists only where the recipe asks for controls that need a column of their own.
 
 A run that is killed at any moment continues with the same numbers, because no stage leaves anything half-written that a
 later run would take for whole. One model by itself is planned by `single_job`.
@@ -34,28 +35,29 @@ import yaml
 from jaxtyping import Int
 
 from modeclip.clustering.class_selection import mark_prior, name_of, select_for_classes
-from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.clusters import CLUSTERING_FILE, Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER, add_controls
-from modeclip.clustering.embedding import EmbedConfig, embed
-from modeclip.clustering.fitting import ClusterConfig, cluster, read_config
+from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
+from modeclip.clustering.fitting import CARDS_FILE, ClusterConfig, cluster, read_config
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.prompts import read_classes
 from modeclip.data.sources import DataConfig, DataSource, open_source, relative_to, source_state
 from modeclip.data.sources.options import GROUPS
+from modeclip.data.storage import missing_fragments
 from modeclip.data.tasks.task import catalog_tasks
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import DamagedError, ModeclipError, unknown
 from modeclip.evaluation.evaluate import EvaluateConfig, RecipeEvaluateConfig, evaluate, run_table
 from modeclip.evaluation.results import write_results
 from modeclip.evaluation.systems import TrainedModel, run_systems
 from modeclip.mixture.bundle import EDITS, RoutingConfig, assemble_bundle, encoder_of, is_bundled
 from modeclip.mixture.manifest import MANIFEST_FILE
-from modeclip.models.clip import check_model
+from modeclip.models.clip import WEIGHTS_FILE, check_model
 from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES, check_trusted
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.system.console import log
 from modeclip.system.devices import PeakMemory, return_memory
-from modeclip.system.files import only_process, versions, write_atomically, write_json, writing
+from modeclip.system.files import hash_file, only_process, read_json, versions, write_atomically, write_json, writing
 from modeclip.system.paths import RunPaths
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, seed_model
@@ -64,6 +66,8 @@ from modeclip.training.launching import run_jobs
 
 STAGE_FORMAT = 2
 """Part of every stage's digest; raise it when a stage starts to produce something else from the same settings."""
+EDITED = "edited"
+"""State of a bundle that a user has changed since it was made: it stays as it is."""
 LOCK_PATIENCE_SECONDS = 600.0
 """How long to wait for another process that writes the bundle of the same folder."""
 
@@ -496,43 +500,58 @@ class _Stages:
         recipe, folder = self.recipe, self.folder
         source = open_source(recipe.data)
         state = [recipe.data.flat() | {"workers": 1}, source_state(recipe.data, source)]
-        self.stage("index", partial(self.index, source), state, folder.catalog_path)
-        self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], folder.catalog_path)
-        self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], folder.clusters)
+        if recipe.data.holdout_fraction:
+            state.append("divided by images")  # by keys in earlier versions
+        made = _Made(folder)
+        self.stage("index", partial(self.index, source), state, made.rows)
+        self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], partial(made.columns, COLUMN))
+        files = [folder.clusters / name for name in (CLUSTERING_FILE, CARDS_FILE)]
+        clusters = partial(made.columns, "fine_cluster", "expert", files=files)
+        self.stage("cluster", self.cluster, [asdict(recipe.cluster), self.digests["embed"]], clusters)
         self.controls_stage()
         training = [asdict(recipe.train), asdict(recipe.experts), folder.fingerprint]
-        self.stage("train", self.train, training, Path(folder.jobs[0].folder) / "done.json")
+        self.stage("train", self.train, training, made.models)
         bundle = [asdict(recipe.evaluate), self.digests["train"]]
-        self.stage("bundle", self.bundle, bundle, folder.bundle / MANIFEST_FILE)
-        self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], folder.results)
-        self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], folder.report)
+        self.stage("bundle", self.bundle, bundle, made.bundle)
+        self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], made.results)
+        self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], made.report)
 
     def controls_stage(self) -> None:
         """Do the stage of the controls' columns; without any, leave no record of an earlier one."""
         if controls := self.folder.split_controls:
-            clusters = self.folder.clusters
-            output = clusters / ONE_STEP_FOLDER if "one-step" in controls else clusters
-            self.stage("controls", self.controls, [controls, self.digests["cluster"]], output)
+            files = [self.folder.clusters / ONE_STEP_FOLDER / CLUSTERING_FILE] if "one-step" in controls else []
+            made = partial(_Made(self.folder).columns, *map(CONTROL_COLUMNS.__getitem__, controls), files=files)
+            self.stage("controls", self.controls, [controls, self.digests["cluster"]], made)
         else:
             (self.folder.stages / "controls.json").unlink(missing_ok=True)
 
-    def stage(self, name: str, work: Callable[[], str], inputs: list[Any], output: Path) -> None:
-        """Do a stage unless its record says that it was done from the same inputs."""
-        text = json.dumps([STAGE_FORMAT, name, _plain(inputs)], sort_keys=True)
-        self.digests[name] = digest = sha256(text.encode()).hexdigest()[:16]
+    def stage(self, name: str, work: Callable[[], str], inputs: list[Any], made: Callable[[], str | None]) -> None:
+        """Do a stage unless its record says that it was done from the same inputs, and what it made is still there.
+
+        Args:
+            name: Name of the stage.
+            work: Does it and returns a line about it.
+            inputs: What decides its result.
+            made: Returns a hash of what it has made; None where something is missing.
+        """
+        self.digests[name] = digest = _hash([STAGE_FORMAT, name, _plain(inputs)])
         path = self.folder.stages / f"{name}.json"
-        record = _read_json(path)
-        if record is not None and record["digest"] == digest and output.exists():
-            log(f"{name:<9} done: {record['detail']}")
-            return
+        record = _read_json(path) or {}
+        if record.get("digest") == digest and (state := made()) is not None:
+            if "made" not in record:  # an earlier version wrote it
+                write_json(path, record := record | {"made": state}, indent=2)
+            if state in (record["made"], EDITED):
+                log(f"{name:<9} done: {record.get('detail', '')}")
+                return
         path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
+        if name != "index":  # whatever an interrupted index leaves is known by its rows; other stages have side files
+            path.unlink(missing_ok=True)
         started = time.monotonic()
         with PeakMemory() as peak:
             detail = work()
         seconds = time.monotonic() - started
         content = {"name": name, "digest": digest, "seconds": round(seconds, 2), "detail": detail}
-        content["peak_memory_gb"] = round(peak.gb, 3)
+        content |= {"peak_memory_gb": round(peak.gb, 3), "made": made()}
         write_json(path, content, indent=2)
         return_memory()
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
@@ -587,13 +606,67 @@ class _Stages:
         return str(write_report(self.folder.folder))
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What the stages have made, each as a hash; None where it is not there or cannot be read."""
+
+    run: RunFolder
+
+    def rows(self) -> str | None:
+        """Return the state of the pairs: those that are trained on, and those that are held out."""
+        catalogs = [_open(self.run.catalog_path), _open(self.run.tasks_path)]
+        if catalogs[0] is None or (catalogs[1] is None and self.run.tasks_path.exists()):
+            return None
+        return _hash([catalog and catalog.fingerprint for catalog in catalogs])
+
+    def columns(self, *names: str, files: Sequence[Path] = ()) -> str | None:
+        """Return the state of columns, which rows they belong to and what made them, and of files beside them."""
+        catalog = _open(self.run.catalog_path)
+        if catalog is None or not set(names) <= set(catalog.columns) or missing_fragments(catalog.dataset, names):
+            return None
+        if not all(path.is_file() for path in files):
+            return None
+        return _hash([catalog.fingerprint, [catalog.facts(name) for name in names], list(map(hash_file, files))])
+
+    def models(self) -> str | None:
+        """Return the state of the models: what each was trained from."""
+        jobs = self.run.jobs
+        done = [TrainResult.read(job) is not None and (Path(job.folder) / WEIGHTS_FILE).is_file() for job in jobs]
+        return _hash({job.name: job.digest for job in jobs}) if all(done) else None
+
+    def bundle(self) -> str | None:
+        """Return the state of the bundle: which models are in it, or that a user has changed it since."""
+        lineage = (_read_json(self.run.bundle / MANIFEST_FILE) or {}).get("lineage")
+        if not isinstance(lineage, dict):
+            return None
+        return EDITED if lineage.get(EDITS) else _hash([lineage.get("jobs"), lineage.get("stages")])
+
+    def results(self) -> str | None:
+        """Return the state of the table of results."""
+        return hash_file(self.run.results)[:16] if self.run.results.is_file() else None
+
+    def report(self) -> str | None:
+        """Return whether there is a page; whoever writes it again writes the same."""
+        return "there" if self.run.report.is_file() else None
+
+
+def _open(path: Path) -> Catalog | None:
+    try:
+        return Catalog.open(path)
+    except ModeclipError:
+        return None
+
+
+def _hash(content: Any) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return what a file holds, None where it is missing or damaged: then it is made anew."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        return read_json(path, dict[str, Any], "")
+    except DamagedError:
         return None
-    return content
 
 
 def _folder_beside(recipe: Path, value: str) -> str:

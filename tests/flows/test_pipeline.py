@@ -13,7 +13,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from modeclip import pipeline
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
 from modeclip.mixture.mode import MoDE
 from modeclip.pipeline import load_recipe, parse_recipe, run
-from support import can_mount, weights_of
+from support import WEIGHTS, can_mount, encode_picture, noise_picture, weights_of, write_pairs
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 STAGES = ("index", "embed", "cluster", "train", "bundle", "evaluate", "report")  # without controls
@@ -277,3 +281,125 @@ def test_everybody_may_read_a_run_who_may_read_new_files(small_run: Path, tmp_pa
     permissions = (tmp_path / "new").stat().st_mode & 0o777
     private = [path for path in small_run.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != permissions]
     assert not private
+
+
+# ---------------------------------------------------------------- to another recipe and back
+
+RECIPE_A = {
+    "name": "a",
+    "embed": {"encoder": "tfidf", "dimension": 16},
+    "cluster": {"num_fine": 6, "num_experts": 2},
+    "train": {"samples": 64, "batch_size": 16, "total_parts": 4, "seed_parts": 2},
+    "experts": {"dense": False, "dense_total": False, "controls": ["random"]},
+}
+OTHERS = {
+    "index": {"data": {"holdout_fraction": 0.4}},
+    "embed": {"embed": {"encoder": "tfidf", "dimension": 8}},
+    "cluster": {"cluster": {"num_fine": 5, "num_experts": 2}},
+    "controls": {"cluster": {"num_fine": 6, "num_experts": 2, "seed": 1}},
+    "train": {"train": RECIPE_A["train"] | {"seed": 1}},
+    "bundle": {"evaluate": {"rule": "uniform"}},
+    "evaluate": {"evaluate": {"rule": "share"}},
+}
+"""A recipe that differs from the first one in a setting of each stage."""
+
+
+@pytest.fixture(scope="module")
+def pair_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = [" ".join(pair) for pair in product(("big", "small", "long", "round"), ("cat", "tree", "boat", "star"))]
+    pictures = [encode_picture(noise_picture(seed)) for seed in range(64)]
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "data", pictures, words * 4)
+
+
+def recipe_of(folder: Path, changes: dict[str, dict[str, object]]) -> pipeline.Recipe:
+    data = {"source": str(folder), "holdout_fraction": 0.2} | changes.get("data", {})
+    return parse_recipe(RECIPE_A | changes | {"data": data})
+
+
+def everything(run: Path) -> dict[str, object]:
+    """What a run is known by: pairs, held-out pairs, columns, clusters, weights, the bundle's models, results."""
+    catalog, tasks = Catalog.open(run), Catalog.open(run / "tasks.lance")
+    columns = ("key", "caption_embedding", "fine_cluster", "expert", "random_expert")
+    bundle = json.loads((run / "bundle" / "mode.json").read_text())
+    results = json.loads((run / "results.json").read_text())
+    return {
+        "pairs": {name: values.tolist() for name, values in catalog.read(columns).items()},
+        "held out": tasks.read(["key", "caption"])["key"].tolist(),
+        "clusters": (run / "clusters" / "clustering.safetensors").read_bytes(),
+        "models": {path.parent.name: path.read_bytes() for path in sorted((run / "models").glob(f"*/{WEIGHTS}"))},
+        "bundle": [bundle["rule"], bundle["lineage"]["jobs"], bundle["lineage"]["stages"]],
+        "results": [results["tasks"], results["models"], results["routing"]],
+    }
+
+
+@pytest.fixture(scope="module")
+def clean(pair_folder: Path, tmp_path_factory: pytest.TempPathFactory, trains_here: None) -> Path:  # noqa: ARG001
+    out = tmp_path_factory.mktemp("clean") / "run"
+    run(recipe_of(pair_folder, {}), out)
+    return out
+
+
+def interrupt(patch: pytest.MonkeyPatch, stage: str, moment: str) -> None:
+    """Let a run be interrupted as it begins a stage, when it shows what it made, or before it is noted."""
+    work = getattr(pipeline._Stages, stage)
+
+    def stop(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    def work_and_stop(*words: object) -> None:
+        work(*words)
+        raise KeyboardInterrupt
+
+    if moment == "between":
+        patch.setattr("modeclip.data.catalog.show_columns", stop)
+        patch.setattr("modeclip.data.indexing.create", stop)
+        patch.setattr(pipeline, "run_jobs", stop)
+        patch.setattr(pipeline, "assemble_bundle", stop)
+    else:
+        patch.setattr(pipeline._Stages, stage, stop if moment == "begin" else work_and_stop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "moment"),
+    [*product(("index", "embed", "cluster"), ("begin", "between", "end")), *product(list(OTHERS)[3:], ["between"])],
+)
+def test_back_to_an_earlier_recipe_after_another_one_was_interrupted(
+    pair_folder: Path, clean: Path, tmp_path: Path, stage: str, moment: str
+) -> None:
+    out = shutil.copytree(clean, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, stage, moment)
+        if (stage, moment) == ("evaluate", "between"):
+            patch.setattr(pipeline, "write_json", partial(stop_at_results, write=pipeline.write_json))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_of(pair_folder, OTHERS[stage]), out)
+    run(recipe_of(pair_folder, {}), out)
+    assert everything(out) == everything(clean)
+
+
+def stop_at_results(path: Path, *words: object, write: Callable[..., None], **options: object) -> None:
+    if path.name == "results.json":
+        raise KeyboardInterrupt
+    write(path, *words, **options)
+
+
+def test_a_run_of_another_process_that_took_columns_away_is_noticed(
+    pair_folder: Path, clean: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Columns go and come by single commands too; records without a state, of an earlier version, count as before."""
+    out = shutil.copytree(clean, tmp_path / "run")
+    for path in (out / "stages").glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record.pop("made")
+        path.write_text(json.dumps(record))
+    capfd.readouterr()
+    run(recipe_of(pair_folder, {}), out)
+    assert capfd.readouterr().err.count(" done: ") == 8, "an old folder is finished"
+    index(recipe_of(pair_folder, {}).data, out, replace=True)
+    run(recipe_of(pair_folder, {}), out)
+    said = capfd.readouterr().err
+    assert "index     done: " in said
+    assert "embed     done: " not in said
+    assert "cluster   done: " not in said
+    assert everything(out) == everything(clean)
