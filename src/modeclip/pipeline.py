@@ -3,11 +3,11 @@
     index -> embed -> cluster -> controls -> train -> bundle -> evaluate -> report
 
 ``modeclip run`` does these stages for a recipe; the single commands work on the same folder through the same
-`RunFolder`. Each stage of a recipe leaves a record in ``stages/`` with two hashes: one of everything that decided its
-result (its own settings, the digests of the stages before it, the state of the source), and one of what it made (rows
-and columns of the catalog, files). The same command again runs only the stages whose inputs have changed, or whose output is gone
-or is another one, as after an earlier recipe, another one that was interrupted, and the earlier one again. The stage
-``controls`` exists only where the recipe asks for controls that need a column of their own.
+`RunFolder`. Each stage of a recipe leaves a record in ``stages/`` with two hashes. One is of everything that decided
+its result: its own settings, the digests of the stages before it, the state of the source. The other is of what it
+made: rows and columns of the catalog, files. The same command again runs only the stages whose inputs have changed, or
+whose output is gone or is another one, as after an earlier recipe, another that was interrupted, and the earlier one
+again. The stage ``controls`` exists only where the recipe asks for controls that need a column of their own.
 
 A run that is killed at any moment continues with the same numbers, because no stage leaves anything half-written that a
 later run would take for whole. One model by itself is planned by `single_job`.
