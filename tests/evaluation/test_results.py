@@ -283,7 +283,7 @@ def test_a_result_that_cannot_be_written_loses_no_other(tmp_path: Path) -> None:
     task = classification()
     (tmp_path / "two--pets.json").mkdir()
     results = [classified(task, system) for system in ("one", "two", "three")]
-    with pytest.raises(ModeclipError, match="model 'two', task 'pets'.*cannot be written"):
+    with pytest.raises(ModeclipError, match=r"model 'two', task 'pets'.*cannot be written"):
         write_results(tmp_path, results)
     assert [record["model"] for record in read_results(tmp_path)] == ["one", "three"]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
