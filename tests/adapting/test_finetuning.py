@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeclip.adapting.finetuning import AlphaPoint, FinetuneConfig, FinetuneResult, choose_alpha, finetune
+from modeclip.adapting.finetuning import AlphaPoint, FinetuneConfig, FinetuneResult, choose_alpha, finetune, warnings_of
 from modeclip.adapting.merging import interpolate
-from modeclip.adapting.validation import draw_units, own_task, split_rows
+from modeclip.adapting.validation import Split, draw_units, own_task, split_rows
 from modeclip.commands.adapting import finetune as finetune_command
 from modeclip.commands.adapting import merge as merge_command
 from modeclip.data.catalog import Catalog
@@ -373,3 +374,76 @@ def test_requests_that_cannot_work(
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ModeclipError, match=message):
         FinetuneConfig(**settings)  # type: ignore[arg-type]
+
+
+class Counted:
+    """Images that are only counted."""
+
+    digest = "images"
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def keys(self) -> list[str]:
+        return [str(number) for number in range(self.count)]
+
+    def digests(self) -> list[bytes]:
+        return [key.encode() for key in self.keys()]
+
+    def read(self, rows: np.ndarray) -> list[Image.Image]:
+        raise AssertionError(f"no image is needed, asked for {rows}")
+
+
+@pytest.mark.parametrize(
+    ("num_train", "num_held_out", "num_copies", "num_classes", "answers", "steps", "words"),
+    [
+        (800, 200, 0, 10, 10, 100, []),
+        (628, 157, 0, 674, 100, 100, ["674 different captions for 785 pairs, 1.2 a class"]),
+        (90, 10, 0, 10, 5, 100, ["only 10 images are held out.* 10 percentage points"]),
+        (800, 200, 0, 2, 1, 100, ["held-out images are of one class, 'c0'"]),
+        (500, 200, 300, 10, 10, 100, ["300 of 1,000 pairs are not trained on"]),
+        (800, 200, 0, 10, 10, 6, ["6 steps are all.*--epochs"]),
+    ],
+)
+def test_what_makes_a_result_worth_less_is_said(
+    num_train: int, num_held_out: int, num_copies: int, num_classes: int, answers: int, steps: int, words: list[str]
+) -> None:
+    split = Split(train=np.arange(num_train), held_out=num_train + np.arange(num_held_out), num_duplicates=num_copies)
+    task = Task(
+        name="own set",
+        kind="classification",
+        images=Counted(num_held_out),
+        classnames=tuple(f"c{number}" for number in range(num_classes)),
+        labels=np.arange(num_held_out) % answers,
+    )
+    found = warnings_of(split, task, steps)
+    assert len(found) == len(words)
+    for warning, word in zip(found, words, strict=True):
+        assert re.search(word, warning)
+
+
+def test_a_start_that_comes_out_unchanged_is_a_warning(
+    model: str, catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate at which nothing changes: the start is the best of the line."""
+    settings = replace(CONFIG, epochs=1, learning_rate=1e-12, checks=1, alphas=1)
+    out = tmp_path / "tuned"
+    finetune_command(model, catalog.path, settings, out=out)
+    shown = capsys.readouterr()
+    content = json.loads((out / "finetune.json").read_text())
+    assert content["alpha"] == 0
+    [warning] = [warning for warning in content["warnings"] if "alpha 0" in warning]
+    assert re.search("is the start itself, unchanged: no model on the line is better .* held-out images", warning)
+    assert f"finetune: warning: {warning}" in shown.err
+    assert warning in " ".join((out / "finetune.html").read_text().split())
+    assert any("images are held out" in text for text in content["warnings"])
+    finetune_command(model, catalog.path, settings, out=out)
+    assert f"finetune: warning: {warning}" in capsys.readouterr().err
+    del content["warnings"]  # as an older version wrote it
+    (out / "finetune.json").write_text(json.dumps(content))
+    read = FinetuneResult.read(out, content["digest"])
+    assert read is not None
+    assert read.warnings == ()

@@ -16,8 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modeclip.adapting.finetuning import check_start
-from modeclip.adapting.merging import MergeConfig, average_into, greedy_soup, interpolate, merge
+from modeclip.adapting.merging import (
+    Ancestry,
+    MergeConfig,
+    average_into,
+    check_seeds,
+    find_model,
+    greedy_soup,
+    interpolate,
+    merge,
+)
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
@@ -25,7 +33,8 @@ from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import save_bundle
 from modeclip.models.clip import load_clip, save_clip
-from support import with_weights
+from modeclip.training.jobs import TrainConfig
+from support import make_job, weights_of, with_weights
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -205,10 +214,23 @@ def test_bundle_stands_for_its_finished_experts(models: list[Path], tmp_path: Pa
     result = merge([tmp_path / "bundle"], MergeConfig(), out=tmp_path / "merged")
     assert result.left_out == (f"{tmp_path}/bundle/expert-1",)
     assert [Path(candidate.name).name for candidate in result.candidates] == ["expert-0", "expert-2"]
-    with pytest.raises(ModeclipError, match=r"is a bundle.*give .*/NAME: seed, expert-0, expert-2"):
-        check_start(str(tmp_path / "bundle"))
-    with pytest.raises(ModeclipError, match=r"has no model 'expert-9'; give .*/bundle/NAME: seed, expert-0, expert-2"):
-        check_start(str(tmp_path / "bundle" / "expert-9"))
+    bundle = tmp_path / "bundle"
+    with pytest.raises(ModeclipError, match=r"is a bundle.*give .*#NAME: seed, expert-0, expert-1, expert-2"):
+        find_model(str(bundle), "finetune")
+    for end in ("/expert-9", "#expert-9"):
+        with pytest.raises(ModeclipError, match=r"has no model 'expert-9'; give .*/bundle#NAME: seed, expert-0, "):
+            find_model(f"{bundle}{end}", "finetune")
+    assert find_model(f"{bundle}#expert-2", "finetune") == find_model(f"{bundle}/expert-2", "finetune")
+    assert find_model(f"{bundle}#seed", "finetune") == f"{bundle}/seed"
+    result = merge([f"{bundle}#expert-0", f"{bundle}/expert-2"], MergeConfig(), out=tmp_path / "members")
+    assert weights_of(tmp_path / "members") == weights_of(tmp_path / "merged")
+    assert result.same_seed is True
+    weights_file = bundle / "expert-2" / WEIGHTS
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"x")
+    for end in ("/expert-2", "#expert-2"):
+        with pytest.raises(ModeclipError, match=r"differ from their hash in mode\.json, first expert-2/"):
+            find_model(f"{bundle}{end}", "finetune")
+    find_model(f"{bundle}#expert-0", "finetune")  # only its own files are read
     merge([models[1], models[3]], MergeConfig(), out=tmp_path / "plain")
     assert (tmp_path / "merged" / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
 
@@ -288,3 +310,68 @@ def test_requests_that_cannot_work(models: list[Path], tmp_path: Path, tasks: st
     with pytest.raises(ModeclipError, match=r"damaged.*open_clip_model\.safetensors.*get it again"):
         merge([models[0], damaged], MergeConfig(), out=out)
     assert not out.exists()
+
+
+def trained(source: Path, folder: Path, **changes: object) -> Path:
+    """Write a model folder with the job that trained it; return it."""
+    shutil.copytree(source, folder)
+    make_job("catalog.lance", folder, TrainConfig(model="modeclip-icon"), **changes).save()
+    return folder
+
+
+def continued(source: Path, folder: Path, start: Path) -> Path:
+    """Write the model of a job that continues another."""
+    from modeclip.training.jobs import TrainJob
+
+    digest = TrainJob.load(start / "job.json").digest
+    return trained(source, folder, start_from=str(start), start_digest=digest, where={"expert": len(folder.name)})
+
+
+def test_models_of_different_seeds_are_refused(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = trained(models[0], tmp_path / "seed")
+    other = trained(models[1], tmp_path / "other", catalog_fingerprint="another")
+    experts = [continued(models[2], tmp_path / "a", seed), continued(models[3], tmp_path / "bb", seed)]
+    stranger = continued(models[1], tmp_path / "ccc", other)
+    assert merge(experts, MergeConfig(), out=tmp_path / "one").same_seed is True
+    assert merge([seed, experts[0]], MergeConfig(), out=tmp_path / "two").same_seed is True
+    with pytest.raises(ModeclipError, match=r"a and .*ccc come from different seeds.*--different-seeds"):
+        merge([experts[0], stranger], MergeConfig(), out=tmp_path / "three")
+    assert not (tmp_path / "three").exists()
+    forced = merge([experts[0], stranger], MergeConfig(different_seeds=True), out=tmp_path / "three")
+    assert forced.same_seed is False
+    assert "warning" in capsys.readouterr().err
+    # What was made of them comes from the same seeds.
+    assert check_seeds([("merged", str(tmp_path / "one")), ("b", str(experts[1]))]) is True
+    with pytest.raises(ModeclipError, match="different seeds"):
+        check_seeds([("merged", str(tmp_path / "one")), ("c", str(stranger))])
+    tuned = tmp_path / "tuned"
+    shutil.copytree(models[2], tuned)
+    (tuned / "finetune.json").write_text(json.dumps({"model": str(experts[0])}))
+    assert check_seeds([("tuned", str(tuned)), ("b", str(experts[1]))]) is True
+    with pytest.raises(ModeclipError, match="different seeds"):
+        check_seeds([("tuned", str(tuned)), ("c", str(stranger))])
+
+
+def test_where_nothing_tells_of_the_seed_a_line_says_so(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = merge(models[1:3], MergeConfig(), out=tmp_path / "out")
+    assert result.same_seed is None
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["same_seed"] is None
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "not known" in line]
+    assert "expert-0" in line
+    assert "expert-1" in line
+    for name, content in (("finetune.json", "[]"), ("merge.json", '{"candidates": 3}'), ("finetune.json", "{")):
+        folder = tmp_path / f"{len(content)}-{name}"
+        shutil.copytree(models[1], folder)
+        (folder / name).write_text(content)
+        assert not Ancestry.of(str(folder)).is_whole
+
+
+def test_published_weights_are_seeds_of_their_own() -> None:
+    one, two = "ViT-B-32@openai", "ViT-B-32@laion2b_s34b_b79k"
+    with pytest.raises(ModeclipError, match="different seeds"):
+        check_seeds([(one, one), (two, two)])
+    assert check_seeds([(one, one), ("again", one)]) is True

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from modeclip.adapting.merging import as_folder, interpolate_into
+from modeclip.adapting.merging import FINETUNE_FILE, as_folder, find_model, interpolate_into
 from modeclip.adapting.validation import (
     HOLDOUT_UNITS,
     Examiner,
@@ -40,21 +40,23 @@ from modeclip.adapting.validation import (
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
 from modeclip.data.sources.options import parse_holdout
+from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError, check_above_zero, check_least
 from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
-from modeclip.mixture.bundle import load_bundle
-from modeclip.mixture.manifest import MANIFEST_FILE, SEED
-from modeclip.models.clip import WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
+from modeclip.models.clip import WEIGHTS_FILE, Clip, load_clip, save_clip
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, write_json, writing
 from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
 from modeclip.training.trainer import train
 
-RESULT_FILE, NOTES_FILE = "finetune.json", "notes.json"
+RESULT_FILE, NOTES_FILE = FINETUNE_FILE, "notes.json"
 FORMAT = 1
 """Raised when the same settings start to give something else."""
 GRADIENT_NORM = 1.0
 """Largest norm of a gradient: the first batches of a foreign set are far from what the model knows."""
+FEW_PAIRS, FEW_IMAGES, FEW_STEPS, MANY_COPIES = 5, 50, 10, 0.1
+"""What is warned of: fewer pairs a class or steps than this, fewer held-out images (one of 50 is 2 points of accuracy),
+and a larger share of pairs that are left out as copies of held-out images."""
 
 Correct = Mapping[str, Bool[np.ndarray, " _"]]
 """Whether each image of a task is classified correctly, by task."""
@@ -183,6 +185,8 @@ class FinetuneResult:
     """Accuracies on the line from alpha 0 to 1."""
     table: tuple[TableRow, ...]
     """Before and after: the own set, the mean over the general tasks, and each general task."""
+    warnings: tuple[str, ...] = ()
+    """What makes the result worth less than it looks, a sentence each."""
 
     @classmethod
     def read(cls, folder: Path, digest: str) -> FinetuneResult | None:
@@ -218,29 +222,34 @@ def finetune(
         ModeclipError: The model or the tasks are not there, or the set is too small.
     """
     out = Path(out)
-    check_start(str(model))
+    start = find_model(str(model), "finetune")
     general = open_tasks(tasks, config.templates, 256) if tasks else None
     asked = general.tasks if general else ()
     split = split_rows(catalog, config.holdout, config.holdout_fraction, config.seed, tasks=asked)
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out), writing(out):
-        seed = as_folder(str(model), out / "seed")
+        seed = as_folder(start, out / "seed")
         if seed.resolve() == out.resolve():
             raise ModeclipError(f"finetune: {model} is also the folder to write to; choose another --out")
         job = _make_job(seed, catalog, split, config, out / "train")
         digest = _digest(job, config, tasks)
         if done := FinetuneResult.read(out, digest):
             log(f"finetune: {out} is done")
+            _warn(done.warnings)
             return done
         notes = _Notes.open(out / NOTES_FILE, digest)
-        own = Examiner([own_task(catalog, split)])
+        task = own_task(catalog, split)
+        warnings = warnings_of(split, task, job.last_step)
+        _warn(warnings)
+        own = Examiner([task])
         job.save()
         watch = _Watch(job, notes, own, out / "best", config.patience)
         visit_every = max(1, job.last_step // config.checks)
         train(job, visit_every=visit_every, visit=watch)
         examiners = [own, *([general] if general else [])]
         found = _sweep(seed, out / "best", [i / config.alphas for i in range(config.alphas + 1)], examiners, notes)
-        result = _make_result(str(model), job, split, config, notes, found, out, digest)
+        result = _make_result(str(model), job, split, config, notes, found, out, digest, warnings)
+        _warn(result.warnings[len(warnings) :])
         clip = load_clip(seed)
         interpolate_into(clip, seed, out / "best", result.alpha)
         save_clip(clip, out)
@@ -248,20 +257,47 @@ def finetune(
     return result
 
 
-def check_start(model: str) -> None:
-    """Raise unless a model can be started from, as far as can be told without loading it.
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        log(f"finetune: warning: {warning}")
 
-    Raises:
-        ModeclipError: It is unknown or has no weights, or it is a bundle, of which one expert has to be chosen.
+
+def warnings_of(split: Split, task: Task, steps: int) -> list[str]:
+    """Return what makes a fine-tuning on an own set worth less than it looks, known before it starts.
+
+    Args:
+        split: What is trained on and what is held out.
+        task: The own set: all its captions, and the labels of the held-out images.
+        steps: Steps of the schedule.
     """
-    path = Path(model)
-    is_bundle = (path / MANIFEST_FILE).is_file()
-    if is_bundle or ((path.parent / MANIFEST_FILE).is_file() and not path.is_dir()):
-        bundle = path if is_bundle else path.parent
-        folders = ", ".join(dict.fromkeys([SEED, *(expert.folder for expert in load_bundle(bundle).experts)]))
-        problem = f"{model} is a bundle" if is_bundle else f"bundle {bundle} has no model {path.name!r}"
-        raise ModeclipError(f"finetune: {problem}; give a model in it, {bundle}/NAME: {folders}")
-    check_model(model, random_weights=False)
+    num_classes, num_held_out = len(task.classnames), len(split.held_out)
+    num_pairs = len(split.train) + num_held_out + split.num_duplicates
+    found = []
+    if num_pairs < FEW_PAIRS * num_classes:
+        found.append(
+            f"{num_classes:,} different captions for {num_pairs:,} pairs, {num_pairs / num_classes:.1f} a class: every "
+            "caption counts as a class of its own; give class names as captions if the set has classes"
+        )
+    if num_held_out < FEW_IMAGES:
+        found.append(
+            f"only {num_held_out:,} images are held out, so one image is {100 / num_held_out:.0f} percentage points of "
+            "the accuracy that chooses step and alpha; hold out more, or have more data"
+        )
+    assert task.labels is not None
+    answers = np.unique(task.labels)
+    if len(answers) == 1:
+        found.append(
+            f"all held-out images are of one class, {task.classnames[int(answers[0])]!r}, so a model that always "
+            "says it is right"
+        )
+    if split.num_duplicates > MANY_COPIES * num_pairs:
+        found.append(
+            f"{split.num_duplicates:,} of {num_pairs:,} pairs are not trained on, since their image is held out or in "
+            "a task; remove the copies from the set"
+        )
+    if steps < FEW_STEPS:
+        found.append(f"{steps} steps are all the training that {len(split.train):,} pairs give; give more --epochs")
+    return found
 
 
 # ---------------------------------------------------------------- training, and what it leaves behind
@@ -416,12 +452,23 @@ def _make_result(
     found: Mapping[float, Correct],
     out: Path,
     digest: str,
+    warnings: Sequence[str],
 ) -> FinetuneResult:
     own, *general = next(iter(found.values()))
     curve = curve_of(found)
     chosen = choose_alpha(curve, config.tolerance)
     lines = {own: [own]} | ({"general tasks": general} if len(general) > 1 else {}) | {task: [task] for task in general}
     captions = Catalog.open(job.catalog).read(["caption"])["caption"]
+    if chosen.alpha == 0:
+        best = max(point.own for point in curve)
+        reason = (
+            f"no model on the line is better than the start on the {len(split.held_out):,} held-out images "
+            f"({100 * best:.1f} %)"
+            if best <= curve[0].own
+            else f"what is better on the own set (up to {100 * best:.1f} % against {100 * curve[0].own:.1f} %) loses "
+            f"more than {100 * config.tolerance:g} points on the general tasks"
+        )
+        warnings = [*warnings, f"alpha 0 was chosen, so {out} is the start itself, unchanged: {reason}"]
     return FinetuneResult(
         folder=str(out),
         model=model,
@@ -438,6 +485,7 @@ def _make_result(
         tolerance=config.tolerance,
         checks=tuple(notes.checks),
         curve=curve,
+        warnings=tuple(warnings),
         table=tuple(table_row(name, tasks, found, chosen.alpha) for name, tasks in lines.items()),
     )
 

@@ -3,7 +3,9 @@
 There are uniform and weighted averages, the greedy soup (models by falling held-out score; each is kept if the average
 with it scores no worse than the average without it), and the line between a seed and a model tuned from it (WiSE-FT).
 Averaging works for models that continued from one seed, as data experts do: their weights lie in one valley of the
-loss. Models of different random starts have the same shapes too, but their average is worth nothing.
+loss. Models of different random starts have the same shapes too, but their average is worth nothing. What lies beside a
+model (``job.json`` of its training, the manifest of its bundle, ``finetune.json``, ``merge.json``) tells where it comes
+from; models that have no ancestor in common are refused, and where nothing tells, a line says so.
 
 Sums are float64, one tensor at a time, so memory does not grow with the number of models. Every float is averaged,
 also the logit scale (its logarithm, as it is stored) and the running statistics of batch norms. Other tensors (position
@@ -28,17 +30,20 @@ from modeclip.adapting.validation import Examiner, open_tasks
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError, check_least
 from modeclip.evaluation.intervals import Outcome, average
-from modeclip.mixture.bundle import check_files, load_bundle
+from modeclip.mixture.bundle import Bundle, check_files, load_bundle
 from modeclip.mixture.manifest import MANIFEST_FILE, SEED
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
-from modeclip.system.console import progress
-from modeclip.system.files import write_json, writing
+from modeclip.system.console import log, progress
+from modeclip.system.files import hash_file, read_json, write_json, writing
+from modeclip.training.jobs import JOB_FILE, TrainJob
 
 if TYPE_CHECKING:
     import torch
 
 RESULT_FILE = "merge.json"
-"""Folder of a bundle that runs for experts that are not finished."""
+"""What an average leaves beside its weights."""
+FINETUNE_FILE = "finetune.json"
+"""What a fine-tuning leaves beside its weights."""
 _COUNTER = ".num_batches_tracked"  # batch norms use it only if they have no momentum, as in no CLIP
 _START = ("init_logit_scale", "init_logit_bias")  # settings of a random start, which the weights replace
 
@@ -56,6 +61,8 @@ class MergeConfig:
     """Prompts for class names of the tasks, {} where the name goes."""
     batch_size: int = 256
     """Images encoded at a time."""
+    different_seeds: bool = False
+    """Average models of different seeds too, whose average is as good as random weights."""
 
     def __post_init__(self) -> None:
         """Check the weights and the templates."""
@@ -101,6 +108,8 @@ class MergeResult:
     """Mean accuracy of the averaged model over the tasks; None without tasks."""
     accuracy: Mapping[str, float]
     """Accuracy of the averaged model on each task."""
+    same_seed: bool | None = None
+    """Whether all of them come from one seed; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +137,13 @@ def merge(
             have chosen the models are no fair test of the average, so report it on others.
 
     Raises:
-        ModeclipError: There are fewer than two models, they differ in architecture, or greedy has no tasks.
+        ModeclipError: There are fewer than two models, they differ in architecture or come from different seeds, or
+            greedy has no tasks.
     """
     out = Path(out)
     named, left_out = list_models(models)
     _check_request(named, left_out, config, out, tasks)
+    same_seed = check_seeds(named, different=config.different_seeds)
     with ExitStack() as stack:
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modeclip-merge-")))
         folders = [as_folder(spec, room / str(index)) for index, (_, spec) in enumerate(named)]
@@ -152,6 +163,7 @@ def merge(
             left_out=tuple(left_out),
             score=average(found) if found else None,
             accuracy=_accuracy(found),
+            same_seed=same_seed,
         )
         write_json(out / RESULT_FILE, asdict(result), indent=2)
     return result
@@ -245,8 +257,7 @@ def list_models(models: Sequence[str | Path]) -> tuple[list[tuple[str, str]], li
     left_out: list[str] = []
     for model in map(str, models):
         if not (Path(model) / MANIFEST_FILE).is_file():
-            check_model(model, random_weights=False)
-            named.append((model, model))
+            named.append((model, find_model(model, "merge")))
             continue
         bundle = load_bundle(model)
         check_files(bundle)
@@ -260,6 +271,137 @@ def list_models(models: Sequence[str | Path]) -> tuple[list[tuple[str, str]], li
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ModeclipError(f"merge: {twice} is given twice; give it more weight with --weights instead")
     return named, left_out
+
+
+def find_model(model: str, command: str) -> str:
+    """Return the specification of one model: ``BUNDLE#expert-1`` and ``BUNDLE/expert-1`` are folders of the bundle.
+
+    The files of a model in a bundle are compared with their hashes.
+
+    Args:
+        model: What was given.
+        command: Who asks, for messages.
+
+    Raises:
+        ModeclipError: It is unknown, or a bundle, of which one expert has to be chosen, or its files are damaged.
+    """
+    path, place, member = Path(model), Path(model), ""
+    if not path.exists() and "#" in model:
+        whole, _, member = model.rpartition("#")
+        place = Path(whole)
+    elif not (path / MANIFEST_FILE).is_file() and path.name and (path.parent / MANIFEST_FILE).is_file():
+        place, member = path.parent, path.name
+    if not member and not (place / MANIFEST_FILE).is_file():
+        check_model(model, random_weights=False)
+        return model
+    bundle = load_bundle(place)
+    folders = {SEED: SEED} | {expert.name: expert.folder for expert in bundle.experts}
+    if member not in folders:
+        problem = f"bundle {place} has no model {member!r}" if member else f"{model} is a bundle"
+        raise ModeclipError(f"{command}: {problem}; give a model in it, {place}#NAME: {', '.join(folders)}")
+    if folders[member] != member:
+        log(f"{model}: this expert is not trained; the seed, which stands in for it, is taken")
+    check_files(bundle, folders[member])
+    return str(bundle.path / folders[member])
+
+
+# ---------------------------------------------------------------- where models come from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestry:
+    """What a model comes from, as far as the files beside it tell."""
+
+    known: frozenset[str] = frozenset()
+    """Digests of jobs, hashes of weights and names of published weights, the model's own among them."""
+    is_whole: bool = False
+    """Whether they reach back to a random start or to published weights."""
+
+    @classmethod
+    def of(cls, spec: str) -> Ancestry:
+        """Read the ancestry of a model."""
+        folder = Path(spec.removeprefix("local-dir:"))
+        if not folder.is_dir():
+            is_published = "@" in spec or spec.startswith("hf-hub:")
+            return cls(known=frozenset({spec}), is_whole=True) if is_published else cls()
+        if (folder.parent / MANIFEST_FILE).is_file():
+            return cls._in_bundle(load_bundle(folder.parent), folder.name)
+        own = cls(known=frozenset({hash_file(folder / WEIGHTS_FILE)})) if (folder / WEIGHTS_FILE).is_file() else cls()
+        if (folder / JOB_FILE).is_file():
+            return own.after(cls._of_job(TrainJob.load(folder / JOB_FILE)))
+        try:
+            if (folder / FINETUNE_FILE).is_file():
+                return own.after(cls.of(_spec_of(read_json(folder / FINETUNE_FILE, dict, "")["model"])))
+            if (folder / RESULT_FILE).is_file():
+                parts = read_json(folder / RESULT_FILE, dict, "")["candidates"]
+                return own.after(*(cls.of(_spec_of(part["name"])) for part in parts if part["weight"]))
+        except (ModeclipError, KeyError, TypeError):  # it tells nothing then
+            pass
+        return own
+
+    def after(self, *parents: Ancestry) -> Ancestry:
+        """Return the ancestry of a model that was made from others."""
+        known = self.known.union(*(parent.known for parent in parents))
+        return Ancestry(known=known, is_whole=all(parent.is_whole for parent in parents))
+
+    @classmethod
+    def _of_job(cls, job: TrainJob) -> Ancestry:
+        """Return the ancestry of what a job makes."""
+        if job.start_from is not None:
+            return cls(known=frozenset({job.digest, job.start_digest})).after(cls.of(job.start_from))
+        start = job.config.model
+        has_weights = Path(start).is_dir() or "@" in start or start.startswith("hf-hub:")
+        return cls(known=frozenset({job.digest})).after(cls.of(start) if has_weights else cls(is_whole=True))
+
+    @classmethod
+    def _in_bundle(cls, bundle: Bundle, folder: str) -> Ancestry:
+        """Return the ancestry of a model in a bundle; all of them continued its seed, unless one was forced in."""
+        own = {bundle.weights_hash(folder), bundle.job_digest(folder)}
+        if any(edit.get("forced") for edit in bundle.edits if edit.get("expert") == folder):
+            return cls(known=frozenset(filter(None, own)))
+        recipe = bundle.lineage.get("recipe")
+        start = str((recipe.get("train") or {}).get("model", "")) if isinstance(recipe, dict) else ""
+        published = {start} if "@" in start or start.startswith("hf-hub:") else set()
+        own |= {bundle.weights_hash(SEED), bundle.job_digest(SEED)} | published
+        return cls(known=frozenset(filter(None, own)), is_whole=True)
+
+
+def _spec_of(model: str) -> str:
+    """Return a model's folder in a bundle for ``BUNDLE#expert-1``, else what was given."""
+    return model if Path(model).exists() else "/".join(model.rsplit("#", 1))
+
+
+def check_seeds(models: Sequence[tuple[str, str]], *, different: bool = False) -> bool | None:
+    """Return whether models come from one seed, None if that is not known, which a line says then.
+
+    Args:
+        models: Name and specification of each model.
+        different: Whether different seeds are no error.
+
+    Raises:
+        ModeclipError: Two of them come from different seeds.
+    """
+    (first, spec), *others = models
+    one = Ancestry.of(spec)
+    unknown: list[str] = []
+    apart: list[str] = []
+    for name, other in others:
+        two = Ancestry.of(other)
+        if not one.known & two.known:
+            (apart if one.is_whole and two.is_whole else unknown).append(name)
+    if apart and not different:
+        raise ModeclipError(
+            f"merge: {first} and {apart[0]} come from different seeds, and the average of such models is worth "
+            "nothing; give models that continued one seed, or --different-seeds to average them anyway"
+        )
+    if apart:
+        log(f"merge: warning: {first} and {apart[0]} come from different seeds; their average is worth nothing")
+    elif unknown:
+        log(
+            f"merge: warning: it is not known whether {first} and {unknown[0]} come from one seed: no job.json, "
+            "mode.json, finetune.json or merge.json beside them tells; the average of different seeds is worth nothing"
+        )
+    return False if apart else None if unknown else True
 
 
 def as_folder(spec: str, folder: Path) -> Path:

@@ -15,10 +15,13 @@ from modeclip.system.console import print_json, print_lines, print_table
 from modeclip.system.options import AsJson, CatalogPath
 
 Model = Positional[
-    Annotated[str, arg(help="Model to start from: a model folder, an expert in a bundle, NAME, NAME@TAG or hf-hub:...")]
+    Annotated[str, arg(help="Model to start from: a model folder, BUNDLE#expert-1, NAME@TAG or hf-hub:...")]
 ]
 Models = Positional[
-    Annotated[tuple[str, ...], arg(metavar="SOURCE...", help="Models; a bundle stands for its finished experts.")]
+    Annotated[
+        tuple[str, ...],
+        arg(metavar="SOURCE...", help="Models, BUNDLE#expert-1; a bundle stands for its finished experts."),
+    ]
 ]
 Tasks = Annotated[str | None, arg(help="Catalog of zero-shot tasks, such as tasks.lance of a run.")]
 Out = Annotated[Path, arg(help="Folder of the new model.")]
