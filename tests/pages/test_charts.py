@@ -66,12 +66,10 @@ def test_map_labels_do_not_cover_each_other() -> None:
 
 def test_principal_plane_against_the_covariance() -> None:
     x = np.random.default_rng(0).normal(size=(50, 5)) * [5, 1, 3, 0.5, 0.1]
-    plane, share = principal_plane(x.astype(np.float32))
+    plane = principal_plane(x.astype(np.float32))
     values = np.sort(np.linalg.eigvalsh(np.cov(x.T)))[::-1]
     np.testing.assert_allclose(plane.var(axis=0, ddof=1), values[:2], rtol=1e-4)
-    assert share == pytest.approx(values[:2].sum() / values.sum(), rel=1e-5)
-    assert principal_plane(np.ones((3, 2), np.float32))[1] == 1.0
-    assert principal_plane(np.ones((1, 1), np.float32))[0].tolist() == [[0, 0]]
+    assert principal_plane(np.ones((1, 1), np.float32)).tolist() == [[0, 0]]
 
 
 def test_trials_are_placed_in_the_frame_and_in_order() -> None:

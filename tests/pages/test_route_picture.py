@@ -11,7 +11,8 @@ from PIL import Image
 
 from modeclip import MoDE
 from modeclip.mixture.router import ClusterRouter, Route
-from modeclip.pages.route_picture import MAX_DRAWN, Box, Words, draw_route, expert_colors, write_picture
+from modeclip.pages.html import expert_tones
+from modeclip.pages.route_picture import MAX_DRAWN, Box, Words, draw_route, write_picture
 
 CLASSES = ["heart", "arrow left", "bell <b> & co", "book"]
 
@@ -49,7 +50,7 @@ def test_picture_shows_every_class_once_inside_the_page(mode: MoDE, count: int) 
 
 def test_bars_are_as_long_as_the_weights(mode: MoDE) -> None:
     found = many(mode, 5)
-    colors = expert_colors(2)
+    colors = [light for light, _ in expert_tones(2)]
     bars = [
         part for part in draw_route(found).parts if isinstance(part, Box) and part.width > 11.5 and part.height < 14
     ]
@@ -70,7 +71,7 @@ def test_picture_files_hold_the_names_and_open(tmp_path: Path, mode: MoDE) -> No
     with Image.open(png) as image:
         assert image.size == (2 * int(root.get("width", "0")), round(2 * float(root.get("height", "0"))))
         pixels = np.asarray(image)
-    for color in expert_colors(2):
+    for color, _ in expert_tones(2):
         wanted = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
         assert (pixels == wanted).all(axis=2).sum() > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["route.png", "route.svg"]

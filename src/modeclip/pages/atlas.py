@@ -1,11 +1,11 @@
 """The atlas of a clustering: its experts and fine clusters in pictures and captions, and what its choices are worth.
 
-The map shows the fine centres on their two main directions (PCA). Unlike the t-SNE of a run's report it keeps straight
-distances, but it shows only a share of the variance, which the page states. Pictures are added until their budget is
-spent: some for each expert first, then one for each fine cluster, largest first, then a second one, and so on.
+The map is that of a run's report: fine centres that are neighbours stay neighbours (t-SNE). Pictures are added until
+their budget is spent: some for each expert first, then one for each fine cluster, largest first, then a second one,
+and so on.
 
-Price: a few seconds for 1024 clusters, nearly all of it for reading pictures. The page weighs as much as the budget
-for pictures plus about a megabyte for 1024 clusters.
+Price: some seconds for 1024 clusters, for their places on the map and for reading pictures. The page weighs as much as
+the budget for pictures plus about a megabyte for 1024 clusters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from modeclip.clustering.diagnostics import Diagnostics
 from modeclip.clustering.fitting import ClusterResult
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.pages.charts import draw_histogram, draw_map, draw_trials, principal_plane
+from modeclip.pages.charts import draw_histogram, draw_map, draw_trials, neighbour_plane
 from modeclip.pages.html import embed_picture, write_page
 
 Json = dict[str, Any]
@@ -78,9 +78,9 @@ def write_atlas(
 
 
 def build_map(result: ClusterResult) -> Json:
-    """Place all fine clusters on the plane of their two main directions."""
+    """Place all fine clusters on a plane on which neighbours stay neighbours."""
     shown = sorted(result.fine, key=lambda card: (-card.size, card.index))
-    plane, share = principal_plane(result.clustering.fine_centers[[card.index for card in shown]])
+    plane = neighbour_plane(result.clustering.fine_centers[[card.index for card in shown]])
     clusters = [
         {
             "index": card.index,
@@ -94,7 +94,6 @@ def build_map(result: ClusterResult) -> Json:
     ]
     return {
         **draw_map(clusters, plane, smallest=2.0),
-        "share": share,
         "experts": result.experts,
         "imbalance": result.imbalance,
         "objective": result.objective,

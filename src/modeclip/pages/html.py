@@ -32,6 +32,11 @@ PALETTE = (
     *(("#c8501a", "#ff8a5c"), ("#3b9fdb", "#97d5fa"), ("#9c9000", "#e3d84f"), ("#75675a", "#b9a796")),
 )
 """Colours of experts and families on light and on dark ground, which colour-blind people tell apart (Okabe and Ito)."""
+_DARK = {
+    **{PAPER: "#0f1115", INK: "#e8eaef", SOFT: "#9ba4b3", RULE: "#2a2f39", WARN: "#ff9a7d", "#ffffff": "#171a20"},
+    **dict(PALETTE),
+}
+"""What the colours of a picture that stands alone become on dark ground."""
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL_PIXELS = 96
 SMALL_PIXELS = 64
@@ -76,7 +81,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["palette"] = PALETTE
+    environment.globals |= {"expert_tones": expert_tones, "dark_style": dark_style}
     environment.filters |= {
         "compute": format_compute,
         "count": format_count,
@@ -104,6 +109,39 @@ def _environment() -> Environment:
 def _digest(script: str) -> str:
     """Return the hash by which a content security policy names a script."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+# ---------------------------------------------------------------- colours
+
+
+def expert_tones(count: int) -> list[tuple[str, str]]:
+    """Return the colour of each expert on light and on dark ground; every page and picture has these.
+
+    After eight experts the colours come again lighter, then darker, then lighter still.
+
+    Examples:
+        >>> expert_tones(1)
+        [('#0072b2', '#4ea9e6')]
+        >>> len(set(expert_tones(32)))
+        32
+    """
+    rounds = ((255, 0.0), (255, 0.35), (0, 0.35), (255, 0.6))
+
+    def mix(color: str, ground: int, share: float) -> str:
+        parts = (int(color[place : place + 2], 16) for place in (1, 3, 5))
+        return "#" + "".join(f"{round(part + (ground - part) * share):02x}" for part in parts)
+
+    return [
+        (mix(light, *rounds[k // 8 % 4]), mix(dark, *rounds[k // 8 % 4]))
+        for k, (light, dark) in ((k, PALETTE[k % 8]) for k in range(count))
+    ]
+
+
+def dark_style(num_experts: int = 0) -> str:
+    """Return the style by which a picture that stands alone, as SVG, is dark where its reader prefers dark pages."""
+    pairs = _DARK | dict(expert_tones(num_experts))
+    rules = (f'[fill="{light}"]{{fill:{dark}}}[stroke="{light}"]{{stroke:{dark}}}' for light, dark in pairs.items())
+    return f"<style>@media (prefers-color-scheme: dark){{{''.join(rules)}}}</style>"
 
 
 # ---------------------------------------------------------------- pictures

@@ -9,7 +9,6 @@ Price: milliseconds for a hundred classes.
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +21,7 @@ import numpy as np
 from modeclip.errors import ModeclipError
 from modeclip.mixture.explain import ClassReason
 from modeclip.mixture.router import Route
-from modeclip.pages.html import INK, PAPER, RULE, SOFT, encode_png
+from modeclip.pages.html import INK, PAPER, RULE, SOFT, dark_style, encode_png, expert_tones
 from modeclip.system.files import write_atomically, writing
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ class RoutePicture:
     width: float
     height: float
     parts: tuple[Box | Words, ...]
+    num_experts: int
 
 
 def write_picture(route: Route, path: Path) -> None:
@@ -99,7 +99,7 @@ def check_picture(path: Path) -> None:
 
 def draw_route(route: Route) -> RoutePicture:
     """Lay out the picture of a route: title, experts with their key words, then the classes."""
-    reasons, colors = route.explain(), expert_colors(len(route.members))
+    reasons, colors = route.explain(), [light for light, _ in expert_tones(len(route.members))]
     shares = route.class_weights
     mean = shares.mean(axis=0)
     order = np.arange(len(reasons))
@@ -141,7 +141,7 @@ def draw_route(route: Route) -> RoutePicture:
             left = EDGE + (place // rows) * (_LINE_WIDTH + GAP)
             parts += _one_line(reasons[index], route.members, colors, left, y + (place % rows) * LINE)
         height = y + rows * LINE
-    return RoutePicture(width=width, height=height + EDGE, parts=tuple(parts))
+    return RoutePicture(width=width, height=height + EDGE, parts=tuple(parts), num_experts=len(route.members))
 
 
 def to_svg(picture: RoutePicture) -> str:
@@ -150,6 +150,7 @@ def to_svg(picture: RoutePicture) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{picture.width:g}" '
         f'height="{picture.height:g}" font-family="Helvetica, Arial, sans-serif" font-size="{FONT}">',
+        dark_style(picture.num_experts),
         f'<rect width="100%" height="100%" fill="{PAPER}"/>',
     ]
     for part in picture.parts:
@@ -178,20 +179,6 @@ def to_png(picture: RoutePicture) -> bytes:
             stroke = 0.5 if part.bold else 0
             pencil.text((x, y), part.text, fill=part.color, font=font, anchor="lm", stroke_width=stroke)
     return encode_png(image)
-
-
-def expert_colors(count: int) -> list[str]:
-    """Return a colour for each expert. Hues are spread evenly, and neighbours differ in lightness too.
-
-    Examples:
-        >>> len(set(expert_colors(32)))
-        32
-    """
-    colors = []
-    for index in range(count):
-        red, green, blue = colorsys.hls_to_rgb((0.58 + index * 0.618034) % 1, (0.42, 0.56, 0.66)[index % 3], 0.55)
-        colors.append(f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}")
-    return colors
 
 
 _LINE_WIDTH = NAME + CLUSTER + BAR + 110
