@@ -60,7 +60,7 @@ from modeclip.system.devices import PeakMemory, return_memory
 from modeclip.system.files import hash_file, only_process, read_json, versions, write_atomically, write_json, writing
 from modeclip.system.paths import RunPaths
 from modeclip.training.batches import job_rows
-from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, seed_model
+from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, reuse_models, seed_model
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import run_jobs
 
@@ -245,7 +245,7 @@ class RunFolder(RunPaths):
             ModeclipError: The settings fit neither the clustering nor each other, or the catalog lacks the column of a
             control (`add_controls`).
         """
-        return pin_jobs(self._plan(self.experts), self.catalog)
+        return self._plan(self.experts)
 
     @cached_property
     def members(self) -> list[TrainJob]:
@@ -272,7 +272,7 @@ class RunFolder(RunPaths):
         parting = part(Path(self.catalog.path), self.fingerprint, models, self.training, self.experts)
         expert = parting.branch("prior", name=f"expert-{prior.name}")
         expert = replace(expert, mask=prior.column, catalog_fingerprint=f"{self.fingerprint}-{prior.digest}")
-        return [expert] if parting.seed is None else [parting.seed, expert]
+        return pin_jobs([expert] if parting.seed is None else [parting.seed, expert], self.catalog)
 
     def train(
         self, jobs: Sequence[TrainJob], *, ray: bool = False, stop_on_failure: bool = False, bundle: bool = False
@@ -299,6 +299,7 @@ class RunFolder(RunPaths):
                 except (ModeclipError, OSError) as error:  # no reason to stop the other experts; it is tried again
                     log(f"bundle: {error}")
 
+        self.reuse_models(jobs)
         return run_jobs(
             jobs,
             self.experts.jobs,
@@ -307,6 +308,13 @@ class RunFolder(RunPaths):
             stop_on_failure=stop_on_failure,
             on_done=refresh,
         )
+
+    def reuse_models(self, jobs: Sequence[TrainJob]) -> None:
+        """Bring finished models to the jobs that they fit, where clusters have got other numbers; say which."""
+        if self.models.is_dir():
+            with only_process(self.models, LOCK_PATIENCE_SECONDS):
+                for words in reuse_models(jobs):
+                    log(f"the same pairs as before: {words}")
 
     def refresh_bundle(self) -> Path | None:
         """Write the bundle of the experts that are done, unless it is up to date or was edited since.
@@ -325,6 +333,7 @@ class RunFolder(RunPaths):
                 )
             elif (
                 lineage.get("jobs") != {job.name: job.digest for job in done}
+                or lineage.get("catalog_fingerprint") != self.members[0].catalog_fingerprint
                 or "experts" not in lineage.get("recipe", {})  # an earlier version wrote it
             ):
                 self.write_bundle()
@@ -406,7 +415,7 @@ class RunFolder(RunPaths):
         return models
 
     def _plan(self, experts: ExpertsConfig) -> list[TrainJob]:
-        return plan_jobs(
+        jobs = plan_jobs(
             Path(self.catalog.path),
             self.fingerprint,
             self.models.resolve(),
@@ -415,6 +424,7 @@ class RunFolder(RunPaths):
             experts,
             ranges=self.clustering.range_of_expert,
         )
+        return pin_jobs(jobs, self.catalog)
 
 
 def single_job(
@@ -450,9 +460,9 @@ def single_job(
     experts = ExpertsConfig(start=start, threads_per_job=threads)
     parting = part(Path(catalog.path), fingerprint, folder.parent, train, experts)
     job = replace(parting.branch("single", name=folder.name), where=where, mask=mask)
-    if parting.seed is None:
-        return job
-    return replace(job, first_step=0, first_share=0.0, start_from=None, start_digest="")
+    if parting.seed is not None:
+        job = replace(job, first_step=0, first_share=0.0, start_from=None, start_digest="")
+    return pin_jobs([job], catalog)[0]
 
 
 def run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunResult:

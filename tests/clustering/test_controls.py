@@ -162,7 +162,7 @@ def test_bundle_works_from_the_seed_on(small_run: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         path = assemble_bundle(run, [jobs[0], *jobs[1:count]])
         bundles.append([expert.folder for expert in load_bundle(path).experts])
-    stale = replace(jobs[2], out_of_cluster_fraction=0.5)
+    stale = replace(jobs[2], threads=7)
     bundles.append([expert.folder for expert in load_bundle(assemble_bundle(run, [*jobs[:2], stale])).experts])
     assert bundles == [["seed", "seed"], ["expert-0", "seed"], ["expert-0", "seed"]]
     assert load_bundle(run / "bundle").fine_quantiles is not None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,18 @@ from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.training.batches import job_rows
-from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, plan_jobs, seed_model
-from modeclip.training.jobs import TrainConfig, TrainJob
+from modeclip.training.experts import (
+    ExpertsConfig,
+    fingerprint_of,
+    hash_pairs,
+    part,
+    pin_jobs,
+    plan_jobs,
+    reuse_models,
+    seed_model,
+)
+from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
+from modeclip.training.status import status
 from support import mark_done, with_weights
 
 TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
@@ -190,6 +203,115 @@ def test_fingerprint_follows_pairs_clusters_and_weights(catalog: Catalog, tmp_pa
     found.add(fingerprint_of(catalog, first, str(tmp_path)))
     assert len(found) == 4
     assert fingerprint_of(Catalog.open(catalog.path), first, "ViT-B-32") in found
+
+
+def split(catalog: Catalog, sizes: list[int]) -> None:
+    """Give the rows to experts, in their order, by a clustering of its own."""
+    experts = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    catalog.add_columns({"expert": experts}, facts={"clustering": f"{sizes}"})
+
+
+def planned(catalog: Catalog, models: Path, num_experts: int, fingerprint: str = "0123456789abcdef") -> list[TrainJob]:
+    path, config = Path(catalog.path), ExpertsConfig(dense_total=False)
+    return pin_jobs(plan_jobs(path, fingerprint, models, num_experts, TRAIN, config), catalog)
+
+
+def finish(jobs: list[TrainJob]) -> None:
+    for job in jobs:
+        mark_done(job)
+        (Path(job.folder) / "weights").write_text(job.name)
+
+
+def of_index(jobs: list[TrainJob]) -> dict[str, bool]:
+    return {job.name: TrainResult.read(job) is not None for job in jobs}
+
+
+class TestOtherClusters:
+    """A model is known by its pairs: what the clusters around them are does not matter."""
+
+    @pytest.fixture
+    def catalog(self, icons_catalog: Path, tmp_path: Path) -> Catalog:
+        catalog = Catalog.open(shutil.copytree(icons_catalog, tmp_path / "catalog.lance"))
+        self.rest = len(catalog) - 300
+        split(catalog, [100, 80, 120, self.rest])
+        return catalog
+
+    def test_seed_dense_and_experts_of_the_same_pairs_are_kept(self, catalog: Catalog, tmp_path: Path) -> None:
+        """Experts 1 and 2 are joined: 0 stays, 3 becomes 2, and the joined one is missing."""
+        models = tmp_path / "models"
+        before = planned(catalog, models, 4)
+        finish(before)
+        split(catalog, [100, 200, self.rest])
+        after = planned(catalog, models, 3, "other clusters")
+        assert of_index(after) == {
+            "seed": True, "dense": True, "expert-0": True, "expert-1": False, "expert-2": False
+        }  # fmt: skip
+        assert reuse_models(after) == ["expert-2 was expert-3"]
+        assert of_index(after) | {"expert-1": True} == dict.fromkeys(of_index(after), True)
+        kept = {folder.name: (folder / "weights").read_text() for folder in models.iterdir()}
+        assert kept == {
+            "seed": "seed", "dense": "dense", "expert-0": "expert-0", "expert-1": "expert-1", "expert-2": "expert-3",
+            "expert-3": "expert-2",
+        }  # fmt: skip
+        assert TrainJob.load(models / "expert-2" / "job.json") == after[-1]
+        assert reuse_models(after) == []
+        split(catalog, [100, 80, 120, self.rest])
+        again = planned(catalog, models, 4)
+        assert reuse_models(again) == ["expert-2 was expert-3", "expert-3 was expert-2"]
+        assert all(of_index(again).values())
+
+    def test_status_tells_which_no_longer_fit(self, catalog: Catalog, tmp_path: Path) -> None:
+        models = tmp_path / "models"
+        finish(planned(catalog, models, 4))
+        assert {row.state for row in status(tmp_path)} == {"finished"}
+        split(catalog, [100, 200, self.rest])
+        rows = {row.name: (row.state, row.note) for row in status(tmp_path)}
+        gone = ("stale", "its pairs have changed")
+        assert rows == {
+            "seed": ("finished", ""), "dense": ("finished", ""), "expert-0": ("finished", ""),
+            "expert-1": gone, "expert-2": gone, "expert-3": gone,
+        }  # fmt: skip
+        seed = TrainJob.load(models / "seed" / "job.json")
+        mark_done(replace(seed, threads=3))
+        assert {row.note for row in status(models) if row.name in {"dense", "expert-0"}} == {
+            "the seed that it continues has changed"
+        }
+
+    def test_models_of_an_earlier_version_are_finished_until_the_clusters_change(
+        self, catalog: Catalog, tmp_path: Path
+    ) -> None:
+        clustering = f"{[100, 80, 120, self.rest]}"
+        fingerprint = sha256(f"{catalog.fingerprint}-{clustering}".encode()).hexdigest()[:16]
+        path, models = Path(catalog.path), tmp_path / "models"
+        old = plan_jobs(path, fingerprint, models, 4, TRAIN, ExpertsConfig(dense_total=False))
+        finish(old)
+        for job in old:
+            content = json.loads((Path(job.folder) / "job.json").read_text())
+            del content["pairs"]
+            (Path(job.folder) / "job.json").write_text(json.dumps(content))
+        assert planned(catalog, models, 4, fingerprint) == old
+        assert {row.state for row in status(tmp_path)} == {"finished"}
+        mark_done(replace(old[0], threads=2))  # begun by another job: its key is the new one
+        assert planned(catalog, models, 4, fingerprint)[0].pairs
+        finish(old)
+        split(catalog, [100, 200, self.rest])
+        assert {row.state for row in status(tmp_path)} == {"stale"}
+
+    def test_every_pair_counts_and_its_place(self, catalog: Catalog, tmp_path: Path) -> None:
+        job = replace(planned(catalog, tmp_path, 4)[-1], where={"expert": 0})
+        first = hash_pairs(job, catalog)
+        assert first == hash_pairs(replace(job, name="x", folder="y"), catalog)
+        marked = np.zeros(len(catalog), bool)
+        marked[:100] = True
+        catalog.add_columns({"same": marked, "less": np.roll(marked, 1)})
+        assert hash_pairs(replace(job, where={}, mask="same"), catalog) == first
+        others = [
+            hash_pairs(replace(job, where={}, mask="less"), catalog),
+            hash_pairs(replace(job, where={"expert": 1}), catalog),
+            hash_pairs(replace(job, out_of_cluster_fraction=0.1), catalog),
+            hash_pairs(replace(job, where={}), catalog),
+        ]
+        assert len({first, *others}) == 5
 
 
 def test_a_branch_lies_beside_the_seed(tmp_path: Path) -> None:

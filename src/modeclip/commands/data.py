@@ -169,8 +169,9 @@ def cluster(
     found = diagnose(opened, result, config, diagnosis)
     found.save(out)
     page = write_atlas(opened, result, out / "atlas.html", found)
+    stale = _stale_models(Path(opened.path).parent)
     if as_json:
-        content = {"experts": [asdict(card) for card in result.experts], "imbalance": result.imbalance}
+        content = {"experts": [asdict(card) for card in result.experts], "imbalance": result.imbalance, "stale": stale}
         print_json(content | {"objective": result.objective, "diagnostics": asdict(found), "folder": str(out)})
         return
     rows = [
@@ -183,4 +184,19 @@ def cluster(
         print_table(*table)
     if found.negatives:
         print_lines(found.negatives.verdict)
+    if stale:
+        models = ", ".join(f"{name} ({why})" for name, why in stale.items())
+        print_lines(
+            f"stale models: {models}; modeclip train-experts --resume stale trains these anew and keeps the others"
+        )
     print_lines(f"clustering: {out}", f"atlas: {page}")
+
+
+def _stale_models(run: Path) -> dict[str, str]:
+    """Return why finished models of a catalog's run no longer fit it, by name."""
+    from modeclip.training.status import status
+
+    models = RunPaths(folder=run).models
+    if not any(models.glob("*/job.json")):
+        return {}
+    return {row.name: row.note for row in status(models) if row.state == "stale"}

@@ -87,7 +87,9 @@ def train_experts(
         tuple[str, ...], arg(help="Files of class names: one expert for the fine clusters nearest to them.")
     ] = (),
     nearest: Annotated[int, arg(help="Fine clusters that each class name takes.")] = 1,
-    resume: Annotated[str, arg(help=f"{RESUME}.")] = "latest",
+    resume: Annotated[
+        str, arg(help=f"{RESUME}; stale: train anew what no longer fits its pairs or settings.")
+    ] = "latest",
     *,
     encoder: UserEncoder = None,
     routing: Annotated[OmitArgPrefixes[RoutingConfig], arg(name="bundle")],
@@ -106,13 +108,16 @@ def train_experts(
     from modeclip.training.jobs import prepare
     from modeclip.training.launching import commands_for
 
-    if resume not in {"latest", "never"}:
-        raise ModeclipError(f"train-experts: --resume is latest or never, got {resume!r}; --start names a trained seed")
+    if resume not in {"latest", "stale", "never"}:
+        raise ModeclipError(
+            f"train-experts: --resume is latest, stale or never, got {resume!r}; --start names a trained seed"
+        )
     folder = RunFolder(folder=run.resolve(), training=training, experts=experts, routing=routing, encoder=encoder)
     if not for_classes:
         folder.add_controls()
     jobs = folder.jobs_for_classes(for_classes, nearest) if for_classes else folder.jobs
-    if not (plan and resume == "never"):
+    folder.reuse_models(jobs)
+    if not (plan and resume != "latest"):
         for job in jobs:
             prepare(job, resume)
     missing = [job for job in jobs if TrainResult.read(job) is None]

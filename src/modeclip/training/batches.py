@@ -66,18 +66,26 @@ _ORDERS = tuple(permutations(range(4)))  # torchvision's ColorJitter applies its
 _ASPECT = 4 / 3  # the width of a crop to its height lies between 1 / this and this
 
 
-def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
-    """Return the catalog rows that a job trains on, ascending.
-
-    Raises:
-        ModeclipError: They are fewer than one batch.
-    """
+def select_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
+    """Return the catalog rows that a job asks for, ascending, be they enough or not."""
+    if not (job.where or job.mask):
+        return np.arange(len(catalog))
     rows = catalog.select(mask=job.mask, **job.where)
     if job.out_of_cluster_fraction > 0 and job.where:
         others = np.setdiff1d(catalog.select(mask=job.mask), rows)
         draw = np.random.Generator(np.random.Philox(key=[job.config.seed, 1_000_003 + sum(job.where.values())]))
         count = round(job.out_of_cluster_fraction * len(others))
         rows = np.sort(np.concatenate([rows, draw.choice(others, count, replace=False)]))
+    return rows
+
+
+def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
+    """Return the catalog rows that a job trains on, ascending.
+
+    Raises:
+        ModeclipError: They are fewer than one batch.
+    """
+    rows = select_rows(job, catalog)
     if not len(rows):
         chosen = [f"{column} {value}" for column, value in job.where.items()] + (
             [f"mask {job.mask}"] if job.mask else []

@@ -16,6 +16,7 @@ the samples of other clusters; here that is an option, and 0 as in the paper.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -30,9 +31,15 @@ from modeclip.clustering.controls import CONTROL_COLUMNS
 from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError, check_least
+from modeclip.models.checkpoints import checkpoint_files
 from modeclip.models.clip import check_model, load_clip, save_clip
-from modeclip.system.files import hash_file
-from modeclip.training.jobs import JOB_FILE, Role, TrainConfig, TrainJob, TrainResult, job_name
+from modeclip.system.files import hash_file, holder_of
+from modeclip.training.batches import select_rows
+from modeclip.training.jobs import DONE_FILE, JOB_FILE, Role, TrainConfig, TrainJob, TrainResult, job_name
+from modeclip.training.objectives import make_objective
+
+ROWS_AT_ONCE = 1 << 16
+"""Rows whose keys and captions are in memory while they are hashed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,9 +245,11 @@ def fingerprint_of(catalog: Catalog, clustering: Clustering | None, model: str) 
         clustering: Clustering that gives pairs to experts; None where no expert is trained.
         model: Model specification.
     """
-    start = Path(model.removeprefix("local-dir:"))
-    weights = [hash_file(file) for file in sorted(start.glob("open_clip*")) if file.is_file()]
-    parts = [catalog.fingerprint, *([] if clustering is None else [clustering.digest]), *weights]
+    parts = [catalog.fingerprint, *([] if clustering is None else [clustering.digest]), *_weights(model)]
+    return _join(parts)
+
+
+def _join(parts: Sequence[str]) -> str:
     return sha256("-".join(parts).encode()).hexdigest()[:16]
 
 
@@ -258,18 +267,130 @@ def _order(
 
 
 def pin_jobs(jobs: Sequence[TrainJob], catalog: Catalog) -> list[TrainJob]:
-    """Return the jobs with each control's job tied to the column that selects its rows.
+    """Return planned jobs, each known by the pairs that it trains on, what else it reads of them, and its start.
 
-    The fingerprint of every other job already says how its rows are selected. A control's job also carries a hash of
-    how its column was made, so that it is trained again when that column is made in another way.
+    So a model stays what it is when the clusters change around its pairs, or get other numbers. A job that an earlier
+    version has begun or finished keeps the digest that it had there: the fingerprint of catalog and clustering, and for
+    a control a hash of how its column was made, say that nothing has changed.
+
+    Args:
+        jobs: As `plan_jobs` returns them, in any order.
+        catalog: Their catalog.
     """
-    pinned = []
-    for job in jobs:
+    pinned, digests = list(jobs), dict[str, str]()
+    for place in sorted(range(len(jobs)), key=lambda place: jobs[place].start_from is not None):  # the seed first
+        job = jobs[place]
         for column in sorted(job.where.keys() & set(CONTROL_COLUMNS.values())):
             made_by = sha256(json.dumps(catalog.facts(column), sort_keys=True).encode()).hexdigest()[:16]
             job = replace(job, catalog_fingerprint=f"{job.catalog_fingerprint}-{made_by}")
-        pinned.append(job)
+        job = replace(job, start_digest=digests.get(job.start_from or "", job.start_digest))
+        pinned[place] = job if _is_begun(job) else replace(job, pairs=hash_pairs(job, catalog))
+        digests[job.folder] = pinned[place].digest
     return pinned
+
+
+def hash_pairs(job: TrainJob, catalog: Catalog) -> str:
+    """Return a hash of what a job reads: its pairs in their order, columns for its objective, and start weights.
+
+    Where the job takes all pairs, the catalog's fingerprint stands for them. Else keys, captions and the hashes of the
+    images are read: about a second for a million pairs.
+    """
+    rows, content = select_rows(job, catalog), sha256()
+    if len(rows) == len(catalog):
+        content.update(catalog.fingerprint.encode())
+    else:
+        for column in ("key", "caption", "digest"):
+            sizes = sha256()
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                values = catalog.read([column], rows[start : start + ROWS_AT_ONCE])[column].tolist()
+                texts = [value.encode() if isinstance(value, str) else value or b"" for value in values]
+                sizes.update(np.array([len(text) for text in texts], np.int64).tobytes())
+                content.update(b"".join(texts))
+            content.update(sizes.digest())
+    for column in make_objective(job.config).columns:
+        content.update(column.encode() + catalog.read([column], rows)[column].tobytes())
+    content.update(catalog.exif.encode())
+    content.update("".join(_weights(job.config.model)).encode())
+    return content.hexdigest()[:16]
+
+
+def _is_begun(job: TrainJob) -> bool:
+    """Tell whether a job's folder holds that very job, finished or with a checkpoint."""
+    folder = Path(job.folder)
+    try:
+        before = TrainJob.load(folder / JOB_FILE)
+    except ModeclipError:  # missing or damaged
+        return False
+    is_used = (folder / DONE_FILE).is_file() or bool(checkpoint_files(folder))
+    return is_used and before.digest == job.digest
+
+
+def _weights(model: str) -> list[str]:
+    """Return the hashes of a start model's files, if it is a folder."""
+    start = Path(model.removeprefix("local-dir:"))
+    return [hash_file(file) for file in sorted(start.glob("open_clip*")) if file.is_file()]
+
+
+def reuse_models(jobs: Sequence[TrainJob]) -> list[str]:
+    """Bring finished models to the folders of the jobs that they fit, where clusters have got other numbers.
+
+    Whatever was in such a folder goes where the model came from.
+
+    Args:
+        jobs: Planned and pinned, of one folder of models.
+
+    Returns:
+        A few words about each model that was moved.
+    """
+    missing = {job.digest: job for job in jobs if job.pairs and TrainResult.read(job) is None}
+    in_place = {Path(job.folder) for job in jobs} - {Path(job.folder) for job in missing.values()}
+    found: dict[str, Path] = {}
+    for place in {Path(job.folder).parent for job in missing.values()}:
+        for path in sorted(place.glob(f"*/{DONE_FILE}")):
+            digest = _read_digest(path)
+            if digest in missing and path.parent not in in_place and holder_of(path.parent) is None:
+                found.setdefault(digest, path.parent)
+    targets = {digest: Path(missing[digest].folder) for digest in found}
+    if any(holder_of(target) for target in targets.values()):
+        return []
+    aside = {digest: source.rename(source.with_name(f"reused-{digest}")) for digest, source in found.items()}
+    free = [source for source in found.values() if source not in targets.values()]
+    taken = [target for target in targets.values() if target.exists()]
+    for target, place in zip(taken, free, strict=False):  # as many places are free, or more
+        target.rename(place)
+    for digest, target in targets.items():
+        aside[digest].rename(target)
+        missing[digest].save()
+    return [f"{targets[digest].name} was {found[digest].name}" for digest in missing if digest in found]
+
+
+def why_stale(job: TrainJob, catalog: Catalog) -> str:
+    """Return why a finished model no longer fits the catalog, in a few words; empty if it fits, or if nobody can tell.
+
+    Args:
+        job: As its file says.
+        catalog: Present state of the catalog that it was trained on.
+    """
+    facts = (catalog.facts("expert") if "expert" in catalog.columns else None) or {}
+    clusterings = [[], [str(facts["clustering"])]] if "clustering" in facts else [[]]
+    known = [_join([catalog.fingerprint, *clustering, *_weights(job.config.model)]) for clustering in clusterings]
+    made_from = job.catalog_fingerprint.partition("-")[0]
+    if made_from in known and job.mask is None and job.where.keys() <= {"expert"}:
+        return ""
+    if not job.pairs:
+        is_known = made_from in known or not re.fullmatch("[0-9a-f]{16}", made_from)  # else another stage planned it
+        return "" if is_known else "the catalog or its clusters have changed"
+    try:
+        return "" if hash_pairs(job, catalog) == job.pairs else "its pairs have changed"
+    except ModeclipError:
+        return "the columns that choose its pairs are gone"
+
+
+def _read_digest(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _dense_controls(parting: Parting, mixture_steps: int, experts: ExpertsConfig) -> list[TrainJob]:

@@ -40,7 +40,11 @@ ERRORS_FILE = "errors.txt"
 """What a job's process has printed, kept only when the job fails."""
 UNHASHED_FIELDS = frozenset({"folder", "start_from", "catalog", "role", "index"})
 """Fields of a job that do not decide its result and so are not part of its digest."""
-CONSEQUENCES = ("first_step", "last_step", "first_share", "last_share", "start_digest")
+SELECTING_FIELDS = frozenset({"name", "catalog_fingerprint", "where", "mask", "out_of_cluster_fraction"})
+"""Fields that say how a job's pairs are found. Where the pairs themselves are known, they decide nothing more."""
+CONSEQUENCES = (
+    "first_step", "last_step", "first_share", "last_share", "start_digest", "pairs", "catalog_fingerprint"
+)  # fmt: skip
 """Fields that follow from other settings. They are named as a difference only where those are the same."""
 
 
@@ -237,7 +241,7 @@ class TrainJob:
     catalog: str
     """Path of the catalog."""
     catalog_fingerprint: str
-    """Hash of the catalog's pairs and of their clustering: when either changes, the job is stale."""
+    """Hash of the catalog's pairs and of their clustering when the job was planned."""
     config: TrainConfig
     """Model, optimizer and batches."""
     first_step: int
@@ -259,6 +263,10 @@ class TrainJob:
     """Column of booleans that marks the rows which may be used. None: all of them."""
     out_of_cluster_fraction: float = 0.0
     """Share of the rows outside ``where`` that the model sees too, in [0, 1]."""
+    pairs: str = ""
+    """Hash of the pairs that it trains on and of what else it reads (`modeclip.training.experts.pin_jobs`): the job is
+    stale when they change, and not when the clustering changes around them. Empty in jobs of earlier versions, which
+    ``catalog_fingerprint`` makes stale."""
     threads: int = 1
     """Threads that compute. Another number sums in another order, so it is part of the digest."""
 
@@ -269,7 +277,8 @@ class TrainJob:
 
     def deciding(self) -> dict[str, Any]:
         """Return the fields that decide the result."""
-        content = {key: value for key, value in asdict(self).items() if key not in UNHASHED_FIELDS}
+        without = UNHASHED_FIELDS | (SELECTING_FIELDS if self.pairs else {"pairs"})
+        content = {key: value for key, value in asdict(self).items() if key not in without}
         content["config"]["engine"] = {"precision": self.config.engine.precision}
         return content
 
@@ -348,28 +357,29 @@ def prepare(job: TrainJob, resume: str = "latest") -> None:
 
     Args:
         job: What is to be trained.
-        resume: ``latest`` lets the job continue from its own checkpoints; ``never`` removes what is in the folder.
+        resume: ``latest`` lets the job continue from its own checkpoints; ``never`` removes what is in the folder;
+            ``stale`` removes what another job has trained.
 
     Raises:
         ModeclipError: The folder holds what another job has trained.
     """
     folder = Path(job.folder)
-    if resume == "never":
+    before = TrainJob.load(folder / JOB_FILE) if resume != "never" and (folder / JOB_FILE).is_file() else None
+    differs = before is not None and before.digest != job.digest
+    if resume == "never" or (resume == "stale" and differs):
         for path in (*checkpoint_files(folder), folder / LOG_FILE, folder / DONE_FILE, folder / ERRORS_FILE):
             path.unlink(missing_ok=True)
-    elif (folder / JOB_FILE).is_file():
-        before = TrainJob.load(folder / JOB_FILE)
-        is_used = bool(checkpoint_files(folder)) or (folder / DONE_FILE).is_file()
-        if is_used and before.digest != job.digest:
-            raise ModeclipError(
-                f"{folder} holds a model that was trained with other settings: {', '.join(changes(before, job))}; "
-                "give the same settings, or --resume never to train anew, or another folder"
-            )
+    elif before is not None and differs and (checkpoint_files(folder) or (folder / DONE_FILE).is_file()):
+        raise ModeclipError(
+            f"{folder} holds a model that was trained with other settings: {', '.join(changes(before, job))}; "
+            "give the same settings, or --resume never to train anew (train-experts: --resume stale keeps what still "
+            "fits), or another folder"
+        )
 
 
 def changes(before: TrainJob, job: TrainJob) -> list[str]:
     """Return the differences between two jobs that decide the result, a few words each."""
-    old, new = _flat(before.deciding()), _flat(job.deciding())
+    old, new = (_flat(one.deciding() | {"where": one.where, "mask": one.mask}) for one in (before, job))
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     causes = [name for name in different if name not in CONSEQUENCES] or different
     return [f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in causes]

@@ -24,10 +24,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.console import console, printable
 from modeclip.system.files import holder_of
+from modeclip.system.paths import RunPaths
+from modeclip.training.experts import why_stale
 from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, LOG_FILE, TrainJob, TrainResult
 
 LOG_TAIL_BYTES = 1 << 14
@@ -37,9 +40,10 @@ REFRESH_SECONDS = 1.0
 GAP_SECONDS = 60.0
 """How long to watch on for another job to start when none runs."""
 
-State = Literal["finished", "running", "waiting", "stopped", "failed"]
+State = Literal["finished", "stale", "running", "waiting", "stopped", "failed"]
 COLOURS: dict[State, str] = {
     "finished": "green",
+    "stale": "magenta",
     "running": "cyan",
     "waiting": "dim",
     "stopped": "yellow",
@@ -56,7 +60,7 @@ class JobStatus:
     """Name of the model."""
     state: State
     """What the job is doing. A ``stopped`` one was ended by a signal or with its machine; the same command continues
-    it."""
+    it. A ``stale`` one is finished, but the catalog has other pairs for it now, or another model is its start."""
     step: int
     """Step of the schedule that the log has reached."""
     last_step: int
@@ -72,7 +76,8 @@ class JobStatus:
     checkpoint_age_seconds: float | None
     """Age of the newest checkpoint; None if there is none."""
     note: str = ""
-    """Last line of the error that ended a failed job; which process trains one that runs."""
+    """Last line of the error that ended a failed job; which process trains one that runs; why a finished one is stale.
+    """
 
     def cells(self) -> tuple[str, ...]:
         """Return the status as words for the columns of a table."""
@@ -102,7 +107,29 @@ def status(folder: Path) -> tuple[JobStatus, ...]:
     if not paths:
         raise ModeclipError(f"{folder}: no job.json in it or in its models; give the folder of a run that is training")
     jobs = sorted(((TrainJob.load(path), path.parent) for path in paths), key=_place)
-    return tuple(job_status(job, place) for job, place in jobs)
+    rows, fits = [], dict[Path, str]()
+    for job, place in jobs:
+        row = job_status(job, place)
+        if row.state == "finished":
+            start = place.with_name(Path(job.start_from).name) if job.start_from else place
+            fits[place] = job.digest
+            why = why_stale(job, catalog) if (catalog := _catalog_of(job, place)) is not None else ""
+            if not why and start != place and (start / JOB_FILE).is_file() and fits.get(start) != job.start_digest:
+                why = f"the {start.name} that it continues has changed"
+            if why:
+                row = replace(row, state="stale", note=why)
+                del fits[place]
+        rows.append(row)
+    return tuple(rows)
+
+
+def _catalog_of(job: TrainJob, place: Path) -> Catalog | None:
+    """Return the catalog of the run in which a job's folder lies now, or that of the job, if it can be opened."""
+    own = RunPaths(folder=place.absolute().parent.parent).catalog_path
+    try:
+        return Catalog.open(own if own.is_dir() else job.catalog)
+    except ModeclipError:
+        return None
 
 
 def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
