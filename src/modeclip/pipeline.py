@@ -39,6 +39,7 @@ from modeclip.clustering.clusters import CLUSTERING_FILE, Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER, add_controls
 from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
 from modeclip.clustering.fitting import CARDS_FILE, ClusterConfig, cluster, read_config
+from modeclip.clustering.novelty import fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.prompts import read_classes
@@ -396,6 +397,7 @@ class RunFolder(RunPaths):
                 cache,
                 one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
                 trust_encoder=encoder == self.encoder,
+                quantiles=fitted_quantiles(self.catalog, self.clustering.num_fine),
             )
             config = EvaluateConfig(batch_size=batch_size)
             found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(self.answers, part))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,12 +13,16 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from modeclip.data.prompts import read_classes
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig
+from modeclip.mixture.explain import flag, warning
 from modeclip.mixture.extending import ExtendConfig
 from modeclip.mixture.rules import RULES, Mix
-from modeclip.system.console import busy, print_json, print_lines, print_table
+from modeclip.system.console import busy, log, print_json, print_lines, print_table
 from modeclip.system.options import AsJson, CatalogPath, MaxMemory, Ray, UserEncoder, to_bytes
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from modeclip.mixture.explain import ClassReason
     from modeclip.mixture.mode import MoDE
 
 BundlePath = Positional[Annotated[Path, arg(help="Bundle folder, or the id of one on the Hub.")]]
@@ -32,6 +38,8 @@ FittedOn = Annotated[
     str | None,
     arg(name="catalog", help="The clustered catalog that the bundle was made from; for bundles without quantiles."),
 ]
+PICTURES_AT_ONCE = 64
+"""Pictures that are in memory at a time."""
 ASSIGNED = ["expert", "its pairs", "new pairs", "novel", "share"]
 
 
@@ -44,7 +52,9 @@ def route(
     explain: Annotated[bool, arg(help="Show the three nearest fine clusters of each class instead of one.")] = False,
     template: Annotated[tuple[str, ...], arg(help="Route by prompts ({} or {c} for the name) instead of names.")] = (),
     each: Annotated[bool, arg(help="Route every text by itself, as queries for images are routed.")] = False,
-    images: Annotated[tuple[Path, ...], arg(help="Route image files, where the clusters are of images.")] = (),
+    images: Annotated[
+        tuple[Path, ...], arg(help="Route image files, or all in folders, where the clusters are of images.")
+    ] = (),
     max_experts: MaxExperts = None,
     max_memory: MaxMemory = None,
     expert: OneExpert = None,
@@ -60,12 +70,14 @@ def route(
 
         check_picture(picture)
     names = read_classes(classes) if classes is not None else []
-    pictures = [open_picture(path) for path in images]
+    read = [(path, found) for path, found in read_pictures(find_pictures(images)) if not isinstance(found, str)]
+    if images and not read:
+        raise ModeclipError("route: none of the pictures can be read; give other image files")
     with busy("loading the encoder"):
         mode = _open_mixture(bundle, max_experts, max_memory, expert, encoder)
         if images:
             request = mode.request(rule=rule, temperature=temperature)
-            found = mode.router.route_images(pictures, request, [str(path) for path in images])
+            found = mode.router.route_images([one for _, one in read], request, [str(path) for path, _ in read])
         else:
             found = mode.route(names, templates=template or None, rule=rule, temperature=temperature, each=each)
     if picture is not None:
@@ -80,6 +92,7 @@ def route(
             "entropy": found.entropy,
             "experts": list(found.members),
             "weights": mean,
+            **flag(found.domain),
             "classes": [asdict(reason) for reason in reasons],
         }
         print_json(content)
@@ -90,23 +103,30 @@ def route(
             "" if place else reason.name,
             ", ".join(cluster.captions[:3]),
             f"{cluster.distance:.2f}",
+            "" if place or reason.quantile is None else f"{reason.quantile:.1%}{' !' if reason.out_of_domain else ''}",
             found.members[cluster.expert],
             *(none if place else (f"{weight:.3f}" for weight in reason.weights)),
         )
         for reason in reasons
         for place, cluster in enumerate(reason.clusters if explain else reason.clusters[:1])
     ]
-    rows.append(("all classes", "", "", "", *(f"{weight:.3f}" for weight in mean)))
+    rows.append(("all classes", "", "", "", "", *(f"{weight:.3f}" for weight in mean)))
     asked = found.request
     title = f"rule {asked.rule}, temperature {asked.temperature:g}, entropy {found.entropy:.3f} nats"
-    print_table(title, ["class", "nearest fine cluster", "distance", "its expert", *found.members], rows)
+    print_table(
+        title, ["class", "nearest fine cluster", "distance", "nearer captions", "its expert", *found.members], rows
+    )
+    if words := warning(found.classnames, found.domain):
+        log(words)
     if picture is not None:
         print_lines(picture)
 
 
 def classify(
     bundle: BundlePath,
-    pictures: Positional[Annotated[tuple[Path, ...], arg(help="Image files.")]],
+    pictures: Positional[
+        Annotated[tuple[Path, ...], arg(help="Image files, or folders with image files at any depth.")]
+    ],
     classes: Annotated[str, arg(help=CLASSES)],
     rule: Rule = None,
     top: Annotated[int, arg(help="Classes shown for each picture.")] = 5,
@@ -123,7 +143,10 @@ def classify(
     ] = "cosines",
     as_json: AsJson = False,
 ) -> None:
-    """Name the class of each picture, by the experts that the class names are routed to."""
+    """Name the class of each picture, by the experts that the class names are routed to.
+
+    Pictures that cannot be read are named and counted, and the others answered; the exit code is 2 if there are none.
+    """
     if top < 1:
         raise ModeclipError(f"--top: expected 1 class or more, got {top}")
     names = read_classes(classes)
@@ -131,7 +154,7 @@ def classify(
         raise ModeclipError(
             "classify: no picture given; give image files: modeclip classify BUNDLE PICTURE... --classes CLASSES"
         )
-    images = [open_picture(path) for path in pictures]
+    paths = find_pictures(pictures)
     with busy("loading the encoder and the experts"):
         mode = _open_mixture(bundle, max_experts, max_memory, expert, encoder)
         task = mode.task(
@@ -141,18 +164,33 @@ def classify(
             rule=rule,
             temperature=temperature,
         )
-        predictions = task.classify(images, mix)
-    best = [list(zip(p.classnames, p.probabilities, strict=True))[:top] for p in predictions]
+    domain = task.route.domain
+    flags = {} if task.route.per_image else {reason.name: reason for reason in task.explain()}
+    if words := warning(names, domain):
+        log(words)
+    records: list[dict[str, Any]] = []
+    reading = read_pictures(paths)
+    while part := list(islice(reading, PICTURES_AT_ONCE)):
+        answers = iter(task.classify([found for _, found in part if not isinstance(found, str)], mix))
+        for path, found in part:
+            if isinstance(found, str):
+                records.append({"picture": str(path), "error": found})
+                continue
+            answer = next(answers)
+            best = list(zip(answer.classnames, answer.probabilities, strict=True))[:top]
+            shown = [{"name": name, "probability": share} | _flag_of(flags.get(name)) for name, share in best]
+            records.append({"picture": str(path), **flag(domain), "classes": shown})
+            if not as_json:
+                print_table(str(path), ["class", "probability"], [(name, f"{share:.3f}") for name, share in best])
     if as_json:
-        print_json(
-            [
-                {"picture": str(path), "classes": [{"name": name, "probability": share} for name, share in shown]}
-                for path, shown in zip(pictures, best, strict=True)
-            ]
+        print_json(records)
+    bad = [record for record in records if "error" in record]
+    if len(bad) == len(records):
+        raise ModeclipError(
+            bad[0]["error"] if len(bad) == 1 else f"classify: none of {len(bad):,} pictures can be read"
         )
-        return
-    for path, shown in zip(pictures, best, strict=True):
-        print_table(str(path), ["class", "probability"], [(name, f"{share:.3f}") for name, share in shown])
+    if bad:
+        log(f"classify: {len(bad):,} of {len(records):,} pictures cannot be read; the others are named above")
 
 
 def assign(
@@ -216,10 +254,13 @@ def extend(
         encoder=encoder,
     )
     if as_json:
-        print_json(asdict(result))
+        print_json(asdict(result) | {"passes": result.passes})
         return
     done = "added" if result.action == "new" else "continued"
-    print_lines(f"{bundle}: expert-{result.expert} {done} on {result.num_pairs:,} pairs, {result.samples:,} samples")
+    print_lines(
+        f"{bundle}: expert-{result.expert} {done} on {result.num_pairs:,} pairs, {result.samples:,} samples, "
+        f"{result.passes:,.1f} passes over them"
+    )
 
 
 def bundle(
@@ -283,6 +324,57 @@ def _parse_put(text: str) -> tuple[int, Path]:
     if not folder or role != "expert" or index is None:
         raise ModeclipError(f"--put {text}: expected an expert and a folder, such as expert-2=models/expert-2")
     return index, Path(folder)
+
+
+def _flag_of(reason: ClassReason | None) -> dict[str, object]:
+    """Return the flag of one class as JSON, with what it rests on."""
+    if reason is None:
+        return {"out_of_domain": None, "distance": None, "quantile": None}
+    return {"out_of_domain": reason.out_of_domain, "distance": reason.distance, "quantile": reason.quantile}
+
+
+def find_pictures(places: Sequence[Path]) -> list[Path]:
+    """Return image files: those given, and those in the folders given and in folders below, sorted by folder.
+
+    Files of a folder that are no pictures by their names are counted in a note.
+
+    Raises:
+        ModeclipError: A folder holds no picture.
+    """
+    from modeclip.data.tasks.layouts import FILE_SUFFIXES
+    from modeclip.system.paths import walk
+
+    found: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            found.append(place)
+            continue
+        own: list[Path] = []
+        others = 0
+        for folder in walk(str(place)):
+            below = place / folder.path
+            if folder.unreadable:
+                log(f"{below}: {folder.unreadable.lower()}; its pictures are left out")
+            names = [*folder.files, *folder.broken]
+            own += [below / name for name in names if name.lower().endswith(FILE_SUFFIXES)]
+            others += sum(not name.lower().endswith(FILE_SUFFIXES) for name in names)
+        if not own:
+            raise ModeclipError(f"folder {place}: holds no picture ({', '.join(FILE_SUFFIXES)}); give another folder")
+        if others:
+            log(f"{place}: files that are no pictures by their names, left out: {others:,}")
+        found += own
+    return found
+
+
+def read_pictures(paths: Iterable[Path]) -> Iterator[tuple[Path, Image | str]]:
+    """Yield each file with its picture, or with what is wrong with it, which is also said in a line."""
+    for path in paths:
+        try:
+            picture: Image | str = open_picture(path)
+        except ModeclipError as error:
+            picture = str(error)
+            log(picture)
+        yield path, picture
 
 
 def open_picture(path: Path) -> Any:

@@ -33,9 +33,34 @@ def check_templates(templates: Sequence[str], where: str) -> None:
         Traceback (most recent call last):
         modeclip.errors.ModeclipError: templates: template 'a photo' has no {} (or {c}) where the class name goes
     """
+    check_texts(templates, where)
     for template in templates:
         if not PLACE.search(template):
             raise ModeclipError(f"{where}: template {template!r} has no {{}} (or {{c}}) where the class name goes")
+
+
+def check_texts(texts: Sequence[str], where: str) -> None:
+    r"""Check that texts are such as a file of text can hold.
+
+    Args:
+        texts: Class names, queries or captions.
+        where: What they come from, with which the message begins.
+
+    Raises:
+        ModeclipError: One is no text, holds a NUL byte, or half of a character, as words that are not UTF-8 do.
+
+    Examples:
+        >>> check_texts(["caf\udce9"], "classes")
+        Traceback (most recent call last):
+        modeclip.errors.ModeclipError: classes: 'caf\udce9' is not UTF-8 text; write it anew
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise ModeclipError(f"{where}: expected texts, got {type(text).__name__}; give a list of texts")
+        if "\0" in text:
+            raise ModeclipError(f"{where}: {text[:40]!r} holds a NUL byte; save the file as UTF-8 text")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ModeclipError(f"{where}: {text[:40]!r} is not UTF-8 text; write it anew")
 
 
 def fill(template: str, name: str) -> str:
@@ -72,6 +97,7 @@ def read_classes(text: str) -> list[str]:
         raise ModeclipError(
             f"classes {text!r}: there are no class names; give a file with one on each line, or 'cat,dog'"
         )
+    check_texts(names, f"classes {path}" if is_file(path) else "classes")
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         some = ", ".join(map(repr, twice[:3])) + (", ..." if len(twice) > 3 else "")
         log(f"classes: more than one class is called {some}; nothing can tell them apart")
@@ -82,5 +108,5 @@ def is_file(path: Path) -> bool:
     """Tell whether a path is a file; a text that is too long for a path is none."""
     try:
         return path.is_file()
-    except OSError:  # a list of names that is too long for the name of a file
+    except (OSError, ValueError):  # a list of names that is too long for the name of a file, or holds a NUL byte
         return False

@@ -47,6 +47,7 @@ from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
 from modeclip.evaluation.systems import BEST_SINGLE, ORACLE, System, Weights
 from modeclip.mixture.bundle import RoutingConfig
+from modeclip.mixture.explain import flag
 from modeclip.mixture.router import ClusterRouter
 from modeclip.mixture.rules import MIXES, Mix, entropy, route
 from modeclip.models.clip import logit_scale_of, resolve_precision
@@ -359,7 +360,8 @@ class _Question:
         mean = weights.reshape(-1, weights.shape[-1]).mean(axis=0).tolist()
         shares = dict(zip((ref.name for ref in system.models), mean, strict=True))
         mix = self.config.mix if self.task.kind == "classification" else "cosines"
-        return system.facts() | {"mix": mix, "weights": shares, "entropy": entropy(weights)}
+        facts = system.facts() | {"mix": mix, "weights": shares, "entropy": entropy(weights)}
+        return facts | (flag(self.weights[system.name].domain) if system.router is not None else {})
 
     def _models(self, *, everyone: bool) -> list[ModelRef]:
         """Return the models that some system needs, each once."""
@@ -589,6 +591,7 @@ def _explained(system: System, task: Task) -> dict[str, Any]:
         "rule": system.request.rule,
         "weights": found.class_weights.mean(axis=0).tolist(),
         "entropy": found.entropy,
+        **flag(found.domain),
         "classes": [
             {"name": name, "nearest_fine": int(fine), "distance": float(distance), "weights": weights.tolist()}
             for name, fine, distance, weights in rows

@@ -32,9 +32,11 @@ import numpy as np
 from jaxtyping import Float
 
 from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.novelty import FineQuantiles
 from modeclip.data.tasks.task import Images, Task
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import Bundle, RoutingConfig, hash_clusters, load_bundle
+from modeclip.mixture.explain import Domain
 from modeclip.mixture.manifest import MANIFEST_FILE, SEED
 from modeclip.mixture.mode import MoDE
 from modeclip.mixture.router import ClusterRouter, Router, RouteRequest
@@ -63,6 +65,8 @@ class Weights:
     """Whether the rows are of images."""
     queries: Float[np.ndarray, "T K"] | None = None
     """Retrieval: a row for each text that searches an image, where these differ from ``values``."""
+    domain: Domain | None = None
+    """Whether the task's names or texts lie where the router's captions lie; None where that is not known."""
 
     def uses(self, model: int) -> bool:
         """Whether a model has weight anywhere."""
@@ -109,11 +113,13 @@ class System:
         if self.router.per_image:
             return Weights(values=self._weigh_images(task.images, cache), per_image=True)
         texts = task.classnames if task.kind == "classification" else task.texts
-        together = self.router.route(texts, replace(self.request, each=task.kind == "selection")).weights
+        found = self.router.route(texts, replace(self.request, each=task.kind == "selection"))
+        together = found.weights
         if task.kind != "retrieval":
-            return Weights(values=together)
+            return Weights(values=together, domain=found.domain)
         queries = self.router.route(texts, replace(self.request, each=True)).weights
-        return Weights(values=together, queries=None if np.array_equal(queries, together) else queries)
+        alike = np.array_equal(queries, together)
+        return Weights(values=together, queries=None if alike else queries, domain=found.domain)
 
     def _weigh_images(self, images: Images, cache: FeatureCache) -> Float[np.ndarray, "N K"]:
         assert self.request is not None
@@ -354,6 +360,7 @@ def run_systems(
     *,
     one_step: Clustering | None = None,
     trust_encoder: bool = False,
+    quantiles: FineQuantiles | None = None,
 ) -> list[System]:
     """Return the systems of a run's table, in its order: single models, bounds, the mixture under every rule, controls.
 
@@ -366,6 +373,7 @@ def run_systems(
         cache: Where the vectors of class names are kept.
         one_step: Centres of OneStep-n, by which it is routed too; None: it is only averaged.
         trust_encoder: Whether the user named the encoder, so that it may be Python code.
+        quantiles: How far from their centre the captions of each fine cluster lie; None: not known.
     """
     names = CachedEncoder(encoder, clusters.fine_centers.shape[1], cache, trust_encoder=trust_encoder)
     ordered = sorted(
@@ -382,7 +390,9 @@ def run_systems(
         return System(
             name=f"{name}@{rule}",
             models=tuple(replace(ref_of[m.name], name=job_name(role, k)) for k, m in enumerate(members)),
-            router=None if clusters is None else ClusterRouter(clusters, names),
+            router=None
+            if clusters is None
+            else ClusterRouter(clusters, names, quantiles if kind == "mixture" else None),
             request=RouteRequest(rule=rule, temperature=config.temperature_of(rule)),
             kind=kind,
             samples=count_samples(members, models),

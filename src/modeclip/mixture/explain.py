@@ -1,5 +1,11 @@
 """Why a task is routed as it is: the fine clusters that lie nearest to each of its classes, and whose those are.
 
+A router has an answer to everything, also to what no expert has ever seen. `Domain` tells: a text is out of the
+bundle's domain if it lies farther from its nearest fine centre than `FAR` of the captions of that cluster, by the
+quantiles that the bundle keeps (`modeclip.clustering.novelty`). So a few of a hundred captions of the very same source
+are called so. A task is out of domain if a quarter of its names are, and more than one of them if it has several.
+
+Source: ours.
 Price: the distances of the class names to all centres once more; the cards of the clusters are read from the bundle.
 """
 
@@ -9,13 +15,87 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from modeclip.clustering.distances import nearest_centers
+from modeclip.clustering.novelty import FineQuantiles
 from modeclip.mixture.bundle import Bundle
 
 NEAREST_SHOWN = 3
 """How many fine clusters a class is explained by."""
+FAR = 0.95
+"""Share of a cluster's captions beyond whose distance a text is out of domain."""
+OUT_FRACTION = 0.25
+"""Share of a task's names that are out of domain where the task is."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Domain:
+    """Whether names lie where the captions of a bundle lie."""
+
+    distance: Float[np.ndarray, " L"]
+    """Euclidean distance of each name to its nearest fine centre."""
+    quantile: Float[np.ndarray, " L"]
+    """Share of that cluster's captions that lie nearer to it: 0 at the centre, 1 beyond all of them."""
+    out: Bool[np.ndarray, " L"]
+    """Whether each name is out of domain."""
+
+    @classmethod
+    def of(
+        cls, nearest_fine: Int[np.ndarray, " L"], distance: Float[np.ndarray, " L"], quantiles: FineQuantiles | None
+    ) -> Domain | None:
+        """Compare distances with the quantiles of a bundle; None where it has none that reach to `FAR`.
+
+        Examples:
+            >>> known = FineQuantiles(levels=(0.5, 0.95), distances=np.array([[0.4, 0.8]], np.float32))
+            >>> Domain.of(np.zeros(3, int), np.array([0.2, 0.7, 0.9]), known).out.tolist()
+            [False, False, True]
+        """
+        if quantiles is None or not quantiles.levels[0] <= FAR <= quantiles.levels[-1]:
+            return None
+        share, _ = quantiles.novelty(nearest_fine, distance)
+        return cls(distance=distance, quantile=share, out=distance > quantiles.threshold(FAR)[nearest_fine])
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the names together, as one task, are out of domain."""
+        number, total = int(self.out.sum()), len(self.out)
+        return number >= max(OUT_FRACTION * total, min(2, total))
+
+    def to_json(self) -> dict[str, float | int]:
+        """Return what the flag of the task rests on: mean distance, mean quantile, names that are out of domain."""
+        return {
+            "distance": float(self.distance.mean()),
+            "quantile": float(self.quantile.mean()),
+            "names_out": int(self.out.sum()),
+            "names": len(self.out),
+        }
+
+
+def flag(domain: Domain | None) -> dict[str, object]:
+    """Return the flag of a task as JSON, with what it rests on; null where a bundle has no quantiles."""
+    return {
+        "out_of_domain": None if domain is None else domain.is_out,
+        "domain": None if domain is None else domain.to_json(),
+    }
+
+
+def warning(names: Sequence[str], domain: Domain | None) -> str:
+    """Say which names are out of domain, in one line; nothing if none is, or it is not known.
+
+    Args:
+        names: Name of each class.
+        domain: Where they lie.
+    """
+    if domain is None or not domain.out.any():
+        return ""
+    far = [name for name, out in zip(names, domain.out.tolist(), strict=True) if out]
+    some = ", ".join(map(repr, far[:3])) + (", ..." if len(far) > 3 else "")
+    start = "out of domain: " if domain.is_out else ""
+    return (
+        f"{start}{len(far):,} of {len(names):,} names lie farther from their nearest cluster than {FAR:.0%} of its "
+        f"captions, so the router can only guess: {some}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +122,12 @@ class ClassReason:
     """Weight of each expert for this class. All classes have the same, unless each is weighed by itself."""
     clusters: tuple[NearCluster, ...]
     """The nearest fine clusters, nearest first; none where the router does not look at clusters."""
+    out_of_domain: bool | None = None
+    """Whether it lies farther from the nearest than `FAR` of its captions; None where the bundle has no quantiles."""
+    distance: float | None = None
+    """Its distance to the nearest centre."""
+    quantile: float | None = None
+    """Share of that cluster's captions that lie nearer to the centre."""
 
 
 def explain(
@@ -49,6 +135,7 @@ def explain(
     weights: Float[np.ndarray, "L K"],
     embeddings: Float[np.ndarray, "L D"],
     bundle: Bundle,
+    domain: Domain | None = None,
 ) -> list[ClassReason]:
     """Name the fine clusters nearest to each class, with their captions and their experts.
 
@@ -57,10 +144,14 @@ def explain(
         weights: Weight of each expert for each class.
         embeddings: Vector of each class by the bundle's encoder; of an image, the image's half of a pair's vector.
         bundle: The bundle with the clusters and their cards.
+        domain: Where the classes lie, if it is known.
     """
     centers = bundle.fine_centers[:, -embeddings.shape[1] :]
     nearest, distance = nearest_centers(embeddings, centers, NEAREST_SHOWN)
     experts, cards = bundle.expert_of_fine.tolist(), bundle.clusters
+    facts = [(None, None, None)] * len(names)
+    if domain is not None:
+        facts = list(zip(domain.out.tolist(), domain.distance.tolist(), domain.quantile.tolist(), strict=True))
     return [
         ClassReason(
             name=name,
@@ -69,6 +160,11 @@ def explain(
                 NearCluster(index=s, distance=gap, expert=experts[s], captions=tuple(cards[s]["nearest_captions"]))
                 for s, gap in zip(near, gaps, strict=True)
             ),
+            out_of_domain=out,
+            distance=far,
+            quantile=share,
         )
-        for name, own, near, gaps in zip(names, weights.tolist(), nearest.tolist(), distance.tolist(), strict=True)
+        for name, own, near, gaps, (out, far, share) in zip(
+            names, weights.tolist(), nearest.tolist(), distance.tolist(), facts, strict=True
+        )
     ]

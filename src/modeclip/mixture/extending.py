@@ -41,6 +41,7 @@ from modeclip.mixture.bundle import Bundle, check_files, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
 from modeclip.mixture.manifest import SEED
 from modeclip.models.checkpoints import find_checkpoint
+from modeclip.system.console import log
 from modeclip.system.files import only_process, write_json, writing
 from modeclip.system.paths import RunPaths
 from modeclip.training.jobs import Role, TrainConfig, TrainJob, TrainResult, job_name, learning_rate_at
@@ -49,6 +50,8 @@ from modeclip.training.launching import run_jobs
 PLAN_FILE = "extend.json"
 FIT_SAMPLES = 2_000_000
 """Most novel captions that the new fine centres are fitted on; as many as `ClusterConfig` takes."""
+MANY_PASSES, MANY_TIMES = 10, 4
+"""Passes over the new pairs from which on a warning is given, if they are also that many times the usual ones."""
 MAX_SIZE_RATIO = 1.5
 """Largest size of a new fine cluster in the fit, as a multiple of the mean; the same as that of `ClusterConfig`."""
 
@@ -94,6 +97,11 @@ class ExtendResult:
     """Folder of its job."""
     bundle: str
     """Folder of the bundle that it is in now."""
+
+    @property
+    def passes(self) -> float:
+        """How often it saw each pair."""
+        return self.samples / max(self.num_pairs, 1)
 
 
 def continue_job(bundle: Bundle, expert: int, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
@@ -221,6 +229,8 @@ def extend(
         _check_plan(plan, bundle, catalog, out, action)
         job = TrainJob.load(out / job_name("expert", plan["expert"]) / "job.json")
         if not any(edit["job"] == job.digest for edit in opened.edits):
+            for line in describe(opened, job, catalog):
+                log(line)
             _train_and_put(opened, job, plan, catalog, thresholds, config, fitted_on)
     result = TrainResult.read(job)
     assert result is not None, "a job whose expert is in the bundle is finished"
@@ -232,6 +242,36 @@ def extend(
         folder=job.folder,
         bundle=str(bundle),
     )
+
+
+def describe(bundle: Bundle, job: TrainJob, catalog: Catalog) -> list[str]:
+    """Say what a job will do, and how often it will see each pair; a second line warns if that is very often.
+
+    It is very often if it is more than `MANY_PASSES`, and more than `MANY_TIMES` as often as the experts of the bundle
+    saw their own pairs.
+
+    Args:
+        bundle: The bundle that the model will be put into.
+        job: Of `continue_job` or `new_expert_job`.
+        catalog: The new pairs, assigned to the bundle.
+    """
+    pairs = len(catalog.select(mask=job.mask, **dict(job.where)))
+    samples = (job.last_step - job.first_step) * job.config.batch_size
+    passes = samples / max(pairs, 1)
+    sizes = sum(expert.size for expert in bundle.experts)
+    usual = _expert_samples(bundle, job.config) * bundle.num_experts / max(sizes, 1)
+    lines = [
+        f"plan: {job.name}, {'new' if job.mask else 'continued'}: {samples:,} samples of {pairs:,} pairs, "
+        f"{passes:,.1f} passes over them (the bundle's experts: {usual:,.1f})"
+    ]
+    if passes > max(MANY_PASSES, MANY_TIMES * usual):
+        fewer = max(job.config.batch_size, round(MANY_TIMES * usual * pairs))
+        lines.append(
+            f"warning: {passes:,.0f} passes over {pairs:,} pairs are more than {MANY_PASSES} and more than {MANY_TIMES}"
+            f" times those of the bundle's experts: {job.name} will know its pairs by heart; give more pairs, or"
+            f" --samples {fewer}"
+        )
+    return lines
 
 
 def _decide(

@@ -34,7 +34,7 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.explain import ClassReason
 from modeclip.mixture.router import Route
 from modeclip.mixture.rules import MIXES, reweigh
-from modeclip.models.clip import Clip, encode_image, encode_text, logit_scale_of
+from modeclip.models.clip import Clip, encode_image, encode_text, logit_scale_of, without_gradients
 from modeclip.models.features import class_features
 from modeclip.models.pool import ModelPool
 
@@ -168,13 +168,13 @@ class RoutedClip(nn.Module):
         scale = self.logit_scale.exp() * len(self.active) ** 0.5
         return self.encode_image(image, normalize=True), self.encode_text(text, normalize=True), scale
 
-    @torch.inference_mode()
     def classifier(self, normalize: bool = False) -> Tensor:
-        """Return the text vector of each class over all templates: (L, D * active experts)."""
+        """Return the text vector of each class over all templates, without a gradient: (L, D * active experts)."""
         weights = None if self.route.per_image else self.route.class_weights
-        return self._on_text_side(self._class_vectors(), weights, normalize)
+        with torch.inference_mode(False), without_gradients():
+            return self._on_text_side(self._class_vectors(), weights, normalize)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def classify(self, images: Tensor | Sequence[Image], mix: str = "cosines") -> list[Prediction]:
         """Name the class of each picture.
 

@@ -26,9 +26,11 @@ import numpy as np
 from jaxtyping import Float
 
 from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.novelty import FineQuantiles
+from modeclip.data.prompts import check_texts
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import Bundle, RoutingConfig
-from modeclip.mixture.explain import ClassReason, explain
+from modeclip.mixture.explain import ClassReason, Domain, explain
 from modeclip.mixture.rules import RULES, embed_classes, entropy, keep_best, route
 from modeclip.models.encoders import IMAGE_PREFIXES, OWN, PREFIXES, Encoder, PairEncoder, load_any_encoder
 
@@ -129,6 +131,8 @@ class Route:
     """Bundle with the experts; None where only a clustering is known, so that no model can be run."""
     embeddings: Float[np.ndarray, "L D"] | None = field(default=None, repr=False)
     """Vectors that were compared with the centres; None where the router does not look at clusters."""
+    domain: Domain | None = field(default=None, repr=False)
+    """Whether the names lie where the captions of the bundle lie; None where that is not known."""
 
     @property
     def per_image(self) -> bool:
@@ -172,7 +176,7 @@ class Route:
         if self.bundle is None or self.embeddings is None:
             rows = zip(self.classnames, self.class_weights.tolist(), strict=True)
             return [ClassReason(name=name, weights=tuple(own), clusters=()) for name, own in rows]
-        return explain(self.classnames, self.class_weights, self.embeddings, self.bundle)
+        return explain(self.classnames, self.class_weights, self.embeddings, self.bundle, self.domain)
 
     def weigh_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B K"]:
         """Weigh the experts for texts that are not among the classes, each text by itself and without a budget."""
@@ -187,16 +191,24 @@ class Route:
 class ClusterRouter:
     """Weighs the experts by where names or pictures fall among the cluster centres."""
 
-    def __init__(self, clusters: Bundle | Clustering, encoder: str | Encoder | PairEncoder | None = None) -> None:
+    def __init__(
+        self,
+        clusters: Bundle | Clustering,
+        encoder: str | Encoder | PairEncoder | None = None,
+        quantiles: FineQuantiles | None = None,
+    ) -> None:
         """Keep the centres; the encoder is loaded when something is embedded.
 
         Args:
             clusters: An opened bundle, or the clustering that a bundle would be made of.
             encoder: The encoder that the clusters were made with, or its name, which the user gave; None: the one that
                 the bundle names, which is Python code only if whoever opened the bundle trusts it.
+            quantiles: How far from their centre the captions of each fine cluster lie; None: as the bundle says, if
+                it does.
         """
         self.clusters = clusters
         self.bundle = clusters if isinstance(clusters, Bundle) else None
+        self._quantiles = self.bundle.fine_quantiles if quantiles is None and self.bundle is not None else quantiles
         self._trusted = encoder is not None or (self.bundle is not None and self.bundle.trust_encoder)
         if encoder is None:
             if self.bundle is None:
@@ -243,6 +255,7 @@ class ClusterRouter:
         """
         if isinstance(names, str):  # each letter would be a class
             raise ModeclipError(f"a task needs a list of class names, got the text {names!r}; write [{names!r}]")
+        check_texts(names, "class names")
         if not names:
             raise ModeclipError("a task needs at least one class name, got none")
         if self.per_image:
@@ -267,6 +280,7 @@ class ClusterRouter:
             request: How they are to be routed.
         """
         clusters, per_image = self.clusters, self.per_image
+        is_whole = vectors.shape[-1] == clusters.fine_centers.shape[-1]  # half of a pair has distances of its own
         found = route(
             vectors,
             clusters.fine_centers[:, -vectors.shape[1] :] if per_image else clusters.fine_centers,
@@ -287,6 +301,7 @@ class ClusterRouter:
             router=self,
             bundle=self.bundle,
             embeddings=vectors,
+            domain=Domain.of(found.nearest_fine, found.distance, self._quantiles) if is_whole else None,
         )
 
     def embed_images(self, pictures: Sequence[Image]) -> Float[np.ndarray, "N D"]:

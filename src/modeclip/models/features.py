@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from modeclip.data.prompts import fill
 from modeclip.data.tasks.task import Images
 from modeclip.errors import ModeclipError
-from modeclip.models.clip import Clip, computing, encode_image, encode_text, resolve_precision
+from modeclip.models.clip import Clip, computing, encode_image, encode_text, resolve_precision, without_gradients
 from modeclip.models.encoders import MINILM_PACKAGE, OWN, PREFIXES, SIMCSE_ID, Encoder, load_encoder
 from modeclip.models.encoders.hub import cached_folder
 from modeclip.models.feature_cache import FeatureCache, hash_texts
@@ -210,7 +210,7 @@ def class_features(clip: Clip, classnames: Sequence[str], templates: Sequence[st
 
     device = next(clip.model.parameters()).device
     total = torch.zeros(())
-    with torch.inference_mode():
+    with torch.inference_mode(False), without_gradients():  # a gradient of images may pass through the result
         for template in templates:
             prompts = [fill(template, name) for name in classnames]
             batches = [prompts[start : start + PROMPT_BATCH] for start in range(0, len(prompts), PROMPT_BATCH)]
