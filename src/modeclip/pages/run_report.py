@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
+from modeclip.mixture.explain import flag
 from modeclip.pages.charts import Axis, draw_curves, draw_map, neighbour_plane
 from modeclip.pages.html import embed_picture, family_of, is_control, write_page
 from modeclip.system.paths import RunPaths
@@ -232,6 +233,7 @@ def build_tasks(results: Json, atlas: Json | None) -> list[Json]:
                 shares[cards[fine]["expert"]] += count / len(classes)
         tasks.append(
             {
+                **flag(None),  # a run of an earlier version does not tell
                 **task,
                 **routing,
                 "shares": shares.tolist() if cards else [],
