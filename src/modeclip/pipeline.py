@@ -116,6 +116,24 @@ def demo_recipe() -> Path:
     return Path(str(files("modeclip") / "recipes" / "demo.yaml"))
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: of the two values one would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping of a node."""
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value == "<<":  # merged keys may be overridden, which is their purpose
+                continue
+            if isinstance(key.value, str) and key.value in seen:
+                raise ModeclipError(
+                    f"line {line}: {key.value!r} stands twice, first in line {seen[key.value]}; remove one of the two"
+                )
+            seen[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; paths in it are relative to its folder.
 
@@ -124,9 +142,11 @@ def load_recipe(path: Path) -> Recipe:
             its range.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except FileNotFoundError:
         raise ModeclipError(f"recipe {path}: no such file; correct the path") from None
+    except ModeclipError as error:
+        raise ModeclipError(f"recipe {path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModeclipError(
             f"recipe {path}: no valid YAML ({' '.join(str(error).split())}); correct that line"

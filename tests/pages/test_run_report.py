@@ -436,7 +436,7 @@ def test_run_without_tasks_shows_how_it_was_made(run: Path) -> None:
 
 
 def test_smallest_run(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "results.json").write_text('{"tasks": [], "models": []}', encoding="utf-8")
     page = parse_page(write_report(tmp_path, tmp_path / "new" / "page.html"))
     assert len(page.all("p", class_="absent")) == 6
     assert page.one("h1").text == tmp_path.name
@@ -477,6 +477,7 @@ def test_mistakes_are_said_in_one_line(run: Path, tmp_path: Path) -> None:
         file.write('{"step": 1, "samp')
     with pytest.raises(ModeclipError, match=r"log\.jsonl line 401 is not a training record"):
         write_report(run)
-    (run / "results.json").write_text("[1", encoding="utf-8")
-    with pytest.raises(ModeclipError, match=r"results\.json is not a modeclip result"):
-        write_report(run)
+    for content in ("[1", "{}", "[]", "3", "null", '{"tasks": []}', '{"tasks": 1, "models": []}', "[" * 100_000):
+        (run / "results.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ModeclipError, match=r"results\.json is not a modeclip result.*`modeclip run` again"):
+            write_report(run)

@@ -11,7 +11,8 @@ the same embedding, hence the same cluster, and are never separated.
 
 Method: a batch is drawn without repeats from a group of rows, and the group with a chance in proportion to its rows.
 Every batch gives one value of each quantity; their mean and standard error are reported. The share of identical
-captions is not estimated but counted, from how often each caption occurs in each group.
+captions is not estimated but counted, from how often each caption occurs in each group; what batches estimate is the
+share of near-duplicates that are not identical, and the false negatives are the sum of the two.
 
 Source: ours. The paper (MoDE, arXiv 2404.16030) argues with false negatives but does not count them.
 
@@ -51,11 +52,14 @@ class Estimate:
     """Mean of the batches' values."""
     standard_error: float
     """Standard deviation of the values divided by the root of their number; 0 for a single batch."""
+    counted: float = 0.0
+    """Part of the mean that was counted and not estimated, so that the mean cannot be below it."""
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the mean (normal approximation)."""
-        return self.mean - Z_95 * self.standard_error, self.mean + Z_95 * self.standard_error
+        low, high = self.mean - Z_95 * self.standard_error, self.mean + Z_95 * self.standard_error
+        return max(low, self.counted) if self.counted else low, high
 
     def exceeds(self, other: Estimate) -> bool:
         """Tell whether this mean is larger by more than 1.96 standard errors of the difference."""
@@ -73,7 +77,7 @@ class Negatives:
     identical: float
     """Share of negatives with exactly the positive's caption, in [0, 1]; counted, not estimated."""
     false: Estimate
-    """Share of negatives that are identical or near-duplicates, in [0, 1]."""
+    """Share of negatives that are identical (counted) or near-duplicates (estimated), in [0, 1]."""
     false_per_pair: Estimate
     """How many such negatives a pair meets in its batch."""
     cosine: Estimate | None
@@ -189,20 +193,24 @@ def measure_negatives(
         values = []
         for chosen in random.choice(len(usable), num_batches, p=sizes / sizes.sum()):
             rows = random.choice(usable[chosen], min(batch_size, sizes[chosen]), replace=False)
-            first, second, cosine = _false_pairs(read(rows), caption_ids[rows], threshold)
-            values.append((len(rows), len(first) / (len(rows) * (len(rows) - 1)), len(first) / len(rows), cosine))
+            captions = caption_ids[rows]
+            first, second, cosine = _false_pairs(read(rows), captions, threshold)
+            near = int((captions[first] != captions[second]).sum())
+            values.append((len(rows), near / (len(rows) * (len(rows) - 1)), near / len(rows), cosine))
             if kind == "random":
                 shared = (experts[rows[first], :, None] == experts[rows[second], None, :]).any((1, 2))
                 num_false += len(first)
                 num_apart += int((~shared).sum())
-        length, false, false_per_pair, cosine = np.array(values).T
+        length, near_share, near_per_pair, cosine = np.array(values).T
+        identical = identical_share(caption_ids, usable)
+        identical_per_pair = identical_share(caption_ids, usable, batch_size=batch_size)
         kinds.append(
             Negatives(
                 kind=kind,
                 mean_batch_size=float(length.mean()),
-                identical=identical_share(caption_ids, usable),
-                false=_estimate(false),
-                false_per_pair=_estimate(false_per_pair),
+                identical=identical,
+                false=_estimate(near_share, identical),
+                false_per_pair=_estimate(near_per_pair, identical_per_pair),
                 cosine=None if np.isnan(cosine).all() else _estimate(cosine[~np.isnan(cosine)]),
             )
         )
@@ -217,12 +225,16 @@ def measure_negatives(
     )
 
 
-def identical_share(caption_ids: Int[np.ndarray, " N"], groups: Sequence[Int[np.ndarray, " _"]]) -> float:
+def identical_share(
+    caption_ids: Int[np.ndarray, " N"], groups: Sequence[Int[np.ndarray, " _"]], *, batch_size: int | None = None
+) -> float:
     """Return the exact chance that a pair and a negative of its batch have the same caption.
 
     Args:
         caption_ids: A number for each row, the same for equal captions.
         groups: Groups of two rows or more that batches are drawn from, each with a chance in proportion to its rows.
+        batch_size: Return how many such negatives a pair meets in a batch of so many rows (or all rows of a smaller
+            group) instead.
 
     Examples:
         Two of three rows are equal, which makes one of the three pairs of rows:
@@ -234,7 +246,8 @@ def identical_share(caption_ids: Int[np.ndarray, " N"], groups: Sequence[Int[np.
     share = 0.0
     for rows in groups:
         counts = np.unique(caption_ids[rows], return_counts=True)[1].astype(np.float64)
-        share += len(rows) / total * float((counts * (counts - 1)).sum()) / (len(rows) * (len(rows) - 1))
+        met = 1 if batch_size is None else min(batch_size, len(rows)) - 1
+        share += met * len(rows) / total * float((counts * (counts - 1)).sum()) / (len(rows) * (len(rows) - 1))
     return share
 
 
@@ -258,7 +271,7 @@ def _false_pairs(
     return first, second, total / count if count else math.nan
 
 
-def _estimate(values: Float[np.ndarray, " n"]) -> Estimate:
-    if len(values) < 2:
-        return Estimate(mean=float(values[0]), standard_error=0.0)
-    return Estimate(mean=float(values.mean()), standard_error=float(values.std(ddof=1) / math.sqrt(len(values))))
+def _estimate(values: Float[np.ndarray, " n"], counted: float = 0.0) -> Estimate:
+    """Return the mean of what batches gave and what was counted beside it."""
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return Estimate(mean=counted + float(values.mean()), standard_error=error, counted=counted)

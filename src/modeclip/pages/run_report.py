@@ -81,9 +81,14 @@ def read_run(run: Path) -> Json:
         raise ModeclipError(f"no results.json in {run}: expected a finished run folder; `modeclip run` writes one")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        results["models"] = sorted(results.get("models") or [], key=lambda model: model["samples"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModeclipError(f"{path} is not a modeclip result ({error!r}); evaluate the run again") from error
+        if missing := [name for name in ("tasks", "models") if not isinstance(results[name], list)]:
+            raise TypeError(f"{' and '.join(missing)} must be lists")
+        results["models"] = sorted(results["models"], key=lambda model: model["samples"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        problem = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ModeclipError(
+            f"{path} is not a modeclip result ({problem}); delete it and give `modeclip run` again"
+        ) from error
     empty: Json = {"name": run.name, "date": "", "seed": 0, "machine": {}, "chance": {}, "tasks": [], "routing": {}}
     return {**empty, "stages": read_stages(run), **results}
 
