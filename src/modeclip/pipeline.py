@@ -21,6 +21,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -28,11 +29,12 @@ from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NotRequired, get_type_hints
 
 import numpy as np
 import yaml
 from jaxtyping import Int
+from typing_extensions import TypedDict
 
 from modeclip.clustering.class_selection import mark_prior, name_of, select_for_classes
 from modeclip.clustering.clusters import CLUSTERING_FILE, Clustering
@@ -40,12 +42,13 @@ from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER, add_c
 from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
 from modeclip.clustering.fitting import CARDS_FILE, ClusterConfig, cluster, read_config
 from modeclip.clustering.novelty import fitted_quantiles
-from modeclip.data.catalog import Catalog
+from modeclip.data.catalog import PAIR_COLUMNS, Catalog
+from modeclip.data.checksums import find_damaged, remove_leftovers
 from modeclip.data.indexing import index
 from modeclip.data.prompts import read_classes
 from modeclip.data.sources import DataConfig, DataSource, open_source, relative_to, source_state
 from modeclip.data.sources.options import GROUPS
-from modeclip.data.storage import missing_fragments
+from modeclip.data.storage import missing_fragments, open_dataset
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import DamagedError, ModeclipError, unknown
 from modeclip.evaluation.evaluate import EvaluateConfig, RecipeEvaluateConfig, evaluate, run_table
@@ -58,11 +61,23 @@ from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES, check_trusted
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.system.console import log
 from modeclip.system.devices import PeakMemory, return_memory
-from modeclip.system.files import hash_file, only_process, read_json, versions, write_atomically, write_json, writing
+from modeclip.system.files import (
+    FileNote,
+    find_damage,
+    hash_file,
+    note_files,
+    only_process,
+    read_json,
+    remove,
+    versions,
+    write_atomically,
+    write_json,
+    writing,
+)
 from modeclip.system.paths import RunPaths
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, reuse_models, seed_model
-from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
+from modeclip.training.jobs import JOB_FILE, TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import run_jobs
 
 STAGE_FORMAT = 2
@@ -347,8 +362,8 @@ class RunFolder(RunPaths):
         if all(job.role != "expert" for job in done):
             return None
         with only_process(self.models, LOCK_PATIENCE_SECONDS):
-            lineage = (_read_json(self.bundle / MANIFEST_FILE) or {}).get("lineage", {})
-            if lineage.get(EDITS):
+            lineage = self.lineage
+            if self.is_edited:
                 log(
                     f"bundle: {self.bundle} was edited since it was made and stays as it is; modeclip bundle adds to it"
                 )
@@ -359,6 +374,19 @@ class RunFolder(RunPaths):
             ):
                 self.write_bundle()
         return self.bundle
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What the bundle says that it was made from; nothing where there is none, or where it is damaged."""
+        with suppress(DamagedError):
+            lineage = read_json(self.bundle / MANIFEST_FILE, dict[str, Any], "").get("lineage")
+            return lineage if isinstance(lineage, dict) else {}
+        return {}
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the bundle was edited since it was made from the run."""
+        return bool(self.lineage.get(EDITS))
 
     def write_bundle(self, *, name: str | None = None, lineage: Mapping[str, Any] | None = None) -> Path:
         """Write the bundle of the models that are done, in the place of any other, and return its folder.
@@ -517,8 +545,45 @@ def run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunResult:
     with only_process(out), writing(out):
         write_atomically(folder.recipe, yaml.safe_dump(recipe.plain(), sort_keys=False))
         _Stages(recipe, folder).run_all()
-    results = json.loads(folder.results.read_text(encoding="utf-8"))
+    results = read_json(folder.results, dict[str, Any], "give the same modeclip run again")
     return RunResult(folder=out, results=results, report=folder.report, bundle=folder.bundle)
+
+
+class StageRecord(TypedDict):
+    """What a finished stage leaves in ``stages/``."""
+
+    name: str
+    """Name of the stage."""
+    digest: str
+    """Hash of everything that decided its result."""
+    seconds: float
+    """How long it took."""
+    detail: str
+    """What it did, in one line."""
+    peak_memory_gb: float
+    """Most memory that the process had while it ran."""
+    made: NotRequired[str]
+    """Hash of what it has made; none where an earlier version wrote the record."""
+    files: NotRequired[dict[str, FileNote]]
+    """The files that it wrote, by their name in the run's folder; none where an earlier version ran it."""
+    check: NotRequired[str]
+    """SHA-256 of the rest of the record; none where an earlier version wrote it."""
+
+
+OUTPUTS = {
+    "cluster": ("clusters/clustering.safetensors", "clusters/cards.json", "clusters/config.json"),
+    "controls": ("clusters/one-step/*",),
+    "train": ("models/*/job.json", "models/*/done.json", "models/*/log.jsonl"),
+    "bundle": ("bundle/**/*",),
+    "evaluate": ("results.json", "results/**/*", "features/*"),
+    "report": ("report.html",),
+}
+"""Files that a stage writes, apart from the catalog and the models, which know themselves whether they are whole."""
+
+
+def _hash_record(record: StageRecord) -> str:
+    content = {name: value for name, value in record.items() if name != "check"}
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Stages:
@@ -532,6 +597,7 @@ class _Stages:
         recipe, folder = self.recipe, self.folder
         source = open_source(recipe.data)
         state = [recipe.data.flat() | {"workers": 1}, source_state(recipe.data, source)]
+        self.mend_catalogs()
         if recipe.data.holdout_fraction:
             state.append("divided by images")  # by keys in earlier versions
         made = _Made(folder)
@@ -568,25 +634,89 @@ class _Stages:
         """
         self.digests[name] = digest = _hash([STAGE_FORMAT, name, _plain(inputs)])
         path = self.folder.stages / f"{name}.json"
-        record = _read_json(path) or {}
-        if record.get("digest") == digest and (state := made()) is not None:
+        record = self.read_record(name)
+        is_mended = record is not None and self.remove_damaged(name, record)
+        if record is not None and record["digest"] == digest and not is_mended and (state := made()) is not None:
             if "made" not in record:  # an earlier version wrote it
-                write_json(path, record := record | {"made": state}, indent=2)
+                record["made"] = state
+                record["check"] = _hash_record(record)
+                write_json(path, record, indent=2)
             if state in (record["made"], EDITED):
-                log(f"{name:<9} done: {record.get('detail', '')}")
+                log(f"{name:<9} done: {record['detail']}")
                 return
         path.parent.mkdir(exist_ok=True)
-        if name != "index":  # whatever an interrupted index leaves is known by its rows; other stages have side files
-            path.unlink(missing_ok=True)
+        if name != "index" or path.is_dir():  # an interrupted index is known by its rows; others have side files
+            remove(path)
         started = time.monotonic()
         with PeakMemory() as peak:
             detail = work()
         seconds = time.monotonic() - started
-        content = {"name": name, "digest": digest, "seconds": round(seconds, 2), "detail": detail}
-        content |= {"peak_memory_gb": round(peak.gb, 3), "made": made()}
-        write_json(path, content, indent=2)
+        root = self.folder.folder
+        outputs = sorted({path for pattern in OUTPUTS.get(name, ()) for path in root.glob(pattern)})
+        record = StageRecord(
+            name=name,
+            digest=digest,
+            seconds=round(seconds, 2),
+            detail=detail,
+            peak_memory_gb=round(peak.gb, 3),
+            files=note_files(root, outputs),
+        )
+        if (state := made()) is not None:
+            record["made"] = state
+        record["check"] = _hash_record(record)
+        write_json(path, record, indent=2)
         return_memory()
         log(f"{name:<9} {seconds:6.1f} s: {detail}")
+
+    def read_record(self, name: str) -> StageRecord | None:
+        """Return the record of a stage; None where there is none, or where it is damaged: the stage is done again."""
+        path = self.folder.stages / f"{name}.json"
+        again = f"the stage {name} is done again"
+        try:
+            record = read_json(path, StageRecord, again)
+            if record.get("check") not in (None, _hash_record(record)):
+                raise DamagedError(f"{path}: damaged (its content is not what was written); {again}")
+        except DamagedError as error:
+            if path.exists():
+                log(str(error))
+            return None
+        return record
+
+    def remove_damaged(self, name: str, record: StageRecord) -> bool:
+        """Remove the files of a stage that are not as it wrote them; return whether the stage must be done again."""
+        if name == "bundle" and self.folder.is_edited:
+            return False
+        is_mended = False
+        for file, note in record.get("files", {}).items():
+            path = self.folder.folder / file
+            is_kept = file.startswith("features/") and not path.exists()  # the cache may be emptied
+            if not is_kept and (what := find_damage(path, note)):
+                log(f"{path}: {what}; the stage {name} is done again")
+                remove(path)
+                is_mended = True
+        return is_mended
+
+    def mend_catalogs(self) -> None:
+        """Say which columns of the catalogs are damaged, and remove what only their older versions needed.
+
+        A catalog whose newest version cannot be read is removed, and made again.
+        """
+        for path in (self.folder.catalog_path, self.folder.tasks_path):
+            if not path.is_dir():
+                continue
+            try:
+                damaged = find_damaged(open_dataset(str(path)))
+            except DamagedError as error:
+                log(f"{error}; it is made again")
+                remove(path)
+            except (OSError, ValueError):  # an index that was stopped; it goes on
+                continue
+            else:
+                remove_leftovers(str(path), damaged)
+                for found in damaged:
+                    if found["columns"]:
+                        columns = ", ".join(found["columns"])
+                        log(f"{path / found['file']}: {found['what']}; what it holds is made again: {columns}")
 
     def index(self, source: DataSource) -> str:
         result = index(self.recipe.data, self.folder.folder, replace=True, source=source)
@@ -614,6 +744,8 @@ class _Stages:
     def train(self) -> str:
         jobs = self.folder.jobs
         for job in jobs:
+            if not (Path(job.folder) / JOB_FILE).is_file():
+                job.save()
             job_rows(job, self.folder.catalog)  # an expert with too few pairs is an error before the seed is trained
         results = self.folder.train(jobs, stop_on_failure=True)
         return f"{len(jobs)} models, {sum(result.samples for result in results.values()):,} samples in all"
@@ -649,6 +781,8 @@ class _Made:
         catalogs = [_open(self.run.catalog_path), _open(self.run.tasks_path)]
         if catalogs[0] is None or (catalogs[1] is None and self.run.tasks_path.exists()):
             return None
+        if any(catalog and catalog.damaged.keys() & PAIR_COLUMNS.keys() for catalog in catalogs):
+            return None
         return _hash([catalog and catalog.fingerprint for catalog in catalogs])
 
     def columns(self, *names: str, files: Sequence[Path] = ()) -> str | None:
@@ -668,8 +802,8 @@ class _Made:
 
     def bundle(self) -> str | None:
         """Return the state of the bundle: which models are in it, or that a user has changed it since."""
-        lineage = (_read_json(self.run.bundle / MANIFEST_FILE) or {}).get("lineage")
-        if not isinstance(lineage, dict):
+        lineage = self.run.lineage
+        if not lineage:
             return None
         return EDITED if lineage.get(EDITS) else _hash([lineage.get("jobs"), lineage.get("stages")])
 
@@ -691,14 +825,6 @@ def _open(path: Path) -> Catalog | None:
 
 def _hash(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return what a file holds, None where it is missing or damaged: then it is made anew."""
-    try:
-        return read_json(path, dict[str, Any], "")
-    except DamagedError:
-        return None
 
 
 def _folder_beside(recipe: Path, value: str) -> str:

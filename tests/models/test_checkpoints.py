@@ -141,7 +141,7 @@ def test_damaged_newest(tmp_path: Path, damage: str) -> None:
         path.write_bytes(b"")
     else:
         save_file({"x": torch.zeros(1)}, path)
-    message = r"step-000000002\.safetensors is damaged.*delete it.*the one before"
+    message = r"step-000000002\.safetensors is damaged.*train its job again.*the one before"
     for digest in (None, "d"):
         with pytest.raises(ModeclipError, match=message):
             load_checkpoint(tmp_path, digest)

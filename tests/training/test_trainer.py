@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,15 @@ from modeclip.models.clip import Clip, load_clip
 from modeclip.system.files import only_process
 from modeclip.system.processes import PARENT_VARIABLE
 from modeclip.training.batches import Feed, batch_rows, job_rows
-from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob, learning_rate_at
+from modeclip.training.jobs import (
+    AugmentConfig,
+    EngineConfig,
+    TrainConfig,
+    TrainJob,
+    TrainResult,
+    find_job_damage,
+    learning_rate_at,
+)
 from modeclip.training.trainer import FAILED_BATCH_FILE, train
 
 CONFIG = TrainConfig(
@@ -103,7 +112,7 @@ def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path, whole: Path)
     rest = {"first_step": 15, "first_share": 15 / 24, "start_from": first.folder, "start_digest": first.digest}
     for job in (first, make_job(catalog, tmp_path / "second", **rest)):
         train(job)
-    assert support.weights_of(tmp_path / "second") == support.weights_of(whole)
+    assert support.support.weights_of(tmp_path / "second") == support.support.weights_of(whole)
 
 
 class Killed(BaseException):
@@ -126,7 +135,7 @@ def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path, whole
     assert not (tmp_path / "killed" / "done.json").exists()
     assert (newest(tmp_path / "killed") is None) == (step < 5)
     train(killed)
-    assert support.weights_of(tmp_path / "killed") == support.weights_of(whole)
+    assert support.support.weights_of(tmp_path / "killed") == support.support.weights_of(whole)
     assert steps_logged(tmp_path / "killed") == steps_logged(whole) == [10, 20, 24]
     first, second = (load_file(newest(folder) or "") for folder in (whole, tmp_path / "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -141,7 +150,7 @@ def test_killed_process_leaves_what_its_job_continues_from(catalog: Path, tmp_pa
     process.communicate()
     assert not (tmp_path / "killed" / "done.json").exists()
     train(killed)
-    assert support.weights_of(tmp_path / "killed") == support.weights_of(whole)
+    assert support.support.weights_of(tmp_path / "killed") == support.support.weights_of(whole)
 
 
 def test_sigterm_saves_before_it_ends(catalog: Path, tmp_path: Path) -> None:
@@ -229,11 +238,59 @@ def test_loss_that_is_not_finite(catalog: Path, tmp_path: Path) -> None:
     assert newest(tmp_path / "job") is None
 
 
-def test_damaged_checkpoint(catalog: Path, tmp_path: Path) -> None:
-    (tmp_path / "job" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "job" / "checkpoints" / "step-000000005.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(ModeclipError, match=r"step-000000005\.safetensors is damaged.*delete it and run again"):
-        train(make_job(catalog, tmp_path / "job"))
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["no checkpoint", "a flipped byte"])
+def test_a_damaged_checkpoint_is_removed_and_training_ends_with_the_same_bits(
+    catalog: Path, tmp_path: Path, whole: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A flipped byte among the tensors of a checkpoint leaves a file that safetensors reads without a word."""
+    job = make_job(catalog, tmp_path / "whole")
+    train(replace(job, folder=str(tmp_path / "whole")), visit_every=3, visit=lambda _, step: step == 3)
+    (tmp_path / "whole" / "done.json").unlink()
+    path = newest(tmp_path / "whole")
+    assert path is not None
+    if damage == "no checkpoint":
+        path.write_bytes(b"not a checkpoint")
+    else:
+        flip_a_byte(path)
+    train(job)
+    assert support.weights_of(tmp_path / "whole") == support.weights_of(whole)
+    assert path.name in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_config.json", "done.json", "checkpoints"])
+def test_damage_of_a_finished_job_is_made_anew(catalog: Path, tmp_path: Path, whole: Path, name: str) -> None:
+    job = make_job(catalog, tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "whole")
+    assert find_job_damage(job) == {}
+    assert TrainResult.read(job) is not None
+    path = newest(tmp_path / "whole") if name == "checkpoints" else tmp_path / "whole" / name
+    assert path is not None
+    before = path.read_bytes()
+    flip_a_byte(path) if name != "done.json" else path.write_text("[]")
+    assert list(find_job_damage(job)) == [path]
+    assert TrainResult.read(job) is None
+    train(job)
+    assert TrainResult.read(job) is not None
+    if name != "done.json":  # which says how long it took
+        assert path.read_bytes() == before
+    assert support.weights_of(tmp_path / "whole") == support.weights_of(whole)
+
+
+def test_a_finished_job_of_an_earlier_version_has_no_notes_of_its_files(
+    catalog: Path, tmp_path: Path, whole: Path
+) -> None:
+    job = make_job(catalog, tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "whole")
+    done = json.loads((tmp_path / "whole" / "done.json").read_text())
+    del done["files"]
+    (tmp_path / "whole" / "done.json").write_text(json.dumps(done))
+    assert TrainResult.read(job) is not None
 
 
 def test_expert_without_its_seed(catalog: Path, tmp_path: Path) -> None:

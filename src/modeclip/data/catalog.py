@@ -145,6 +145,11 @@ class Catalog:
         return [name for name in self._dataset.schema.names if not name.startswith((NEW, OLD))]
 
     @property
+    def damaged(self) -> Mapping[str, str]:
+        """What is wrong with the file of each column that cannot be read, by the column."""
+        return self._damaged
+
+    @property
     def metadata(self) -> dict[str, str]:
         """What indexing recorded about the catalog as a whole."""
         return {name.decode(): value.decode() for name, value in self._dataset.schema.metadata.items()}

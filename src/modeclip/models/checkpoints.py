@@ -21,11 +21,13 @@ import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeclip.errors import ModeclipError
-from modeclip.system.files import hash_file, replacing, to_json, writing
+from modeclip.errors import DamagedError, ModeclipError
+from modeclip.system.console import log
+from modeclip.system.files import hash_file, remove, replacing, to_json, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +79,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors = {f"model.{name}": value for name, value in checkpoint.model.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
     about = {"step": checkpoint.step, "digest": checkpoint.digest, "facts": checkpoint.facts}
+    about["sha256"] = _hash(tensors)
     write_tensors(path, tensors, {_ABOUT: to_json(about)})
     kept = [file for file in checkpoint_files(folder) if _step_of(file) <= checkpoint.step][:keep]
     for file in checkpoint_files(folder):
@@ -109,7 +112,24 @@ def load_checkpoint(folder: Path, digest: str | None = None) -> Checkpoint | Non
             about = json.loads(file.metadata()[_ABOUT])
     except SafetensorError as error:
         raise _damaged(path, error) from error
+    if about.pop("sha256", None) not in (None, _hash(tensors)):  # an earlier version wrote none
+        raise _damaged(path, ValueError("its tensors are not those that were written"))
     return Checkpoint(model=_under("model.", tensors), optimizer=_under("optimizer.", tensors), **about)
+
+
+def drop_damaged(folder: Path) -> None:
+    """Remove the newest checkpoints of a job's folder until one is whole, and say so.
+
+    Price: it reads a checkpoint.
+    """
+    while paths := checkpoint_files(folder):
+        try:
+            load_checkpoint(folder)
+        except DamagedError as error:
+            log(f"removed: {error}")
+            remove(paths[0])
+        else:
+            return
 
 
 def find_checkpoint(folder: Path, digest: str | None = None) -> Path | None:
@@ -120,7 +140,7 @@ def find_checkpoint(folder: Path, digest: str | None = None) -> Path | None:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})[_ABOUT])
-            if {*about} != {"step", "digest", "facts"}:
+            if {*about} - {"sha256"} != {"step", "digest", "facts"}:
                 raise KeyError(_ABOUT)
         except FileNotFoundError:
             continue  # another process has just replaced it by a newer one
@@ -129,6 +149,17 @@ def find_checkpoint(folder: Path, digest: str | None = None) -> Path | None:
         if digest is None or about["digest"] == digest:
             return path
     return None
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over the names and bytes of tensors; 0.6 s for 1 GB."""
+    import torch
+
+    digest = sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -349,10 +380,10 @@ def _refuse_other_model(path: Path, **differences: Sequence[str]) -> None:
         )
 
 
-def _damaged(path: Path, error: Exception) -> ModeclipError:
+def _damaged(path: Path, error: Exception) -> DamagedError:
     others = len(list(path.parent.glob("step-*.safetensors"))) - 1
     then = "the one before it is used then" if others else "the job then starts again from its beginning"
-    return ModeclipError(f"checkpoint {path} is damaged ({_one_line(error)}); delete it and run again: {then}")
+    return DamagedError(f"checkpoint {path} is damaged ({_one_line(error)}); train its job again: {then}")
 
 
 def _one_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -174,6 +175,14 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with everything in it, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def hash_file(path: Path) -> str:

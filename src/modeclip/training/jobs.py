@@ -22,9 +22,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from modeclip.errors import ModeclipError, check_above_zero, check_least, unknown
+from modeclip.errors import DamagedError, ModeclipError, check_above_zero, check_least, unknown
 from modeclip.models.checkpoints import checkpoint_files
-from modeclip.system.files import write_json
+from modeclip.system.console import log
+from modeclip.system.files import FileNote, find_damage, read_json, remove, write_json
 from modeclip.training.objectives import OBJECTIVES
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -296,17 +297,24 @@ class TrainJob:
 
     @classmethod
     def load(cls, path: Path) -> TrainJob:
-        """Read a job file."""
+        """Read a job file.
+
+        Raises:
+            DamagedError: It is no job file.
+        """
+        remedy = "delete it and give the command that trains this model again, which writes it anew"
+        content = read_json(path, dict[str, Any], remedy)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             config = content["config"]
             engine = {**config["engine"], "report_to": tuple(config["engine"]["report_to"])}
             parts = {"augment": AugmentConfig(**config["augment"]), "engine": EngineConfig(**engine)}
             if "role" not in content:  # written before jobs had roles
                 content["role"], content["index"] = role_of(content["name"])
             return cls(**{**content, "config": TrainConfig(**{**config, **parts})})
-        except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ModeclipError(f"job file {path} cannot be read: {error}") from error
+        except ModeclipError as error:
+            raise DamagedError(f"{path}: {error}; {remedy}") from error
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise DamagedError(f"{path}: no job of this version ({error}); {remedy}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,15 +329,42 @@ class TrainResult:
     """Rows of the catalog that the samples were drawn from."""
     seconds: float
     """Wall time of the last run of the job."""
+    files: Mapping[str, FileNote] = field(default_factory=dict)
+    """The files of the model, and the checkpoints, as they were written; none where an earlier version wrote them."""
 
     @classmethod
     def read(cls, job: TrainJob) -> TrainResult | None:
-        """Return the result of a job, or None if it is not finished or was made from other inputs."""
+        """Return the result of a job; None if it is not finished, was made from other inputs, or is damaged."""
         try:
-            result = cls(**json.loads((Path(job.folder) / DONE_FILE).read_text(encoding="utf-8")))
-        except (OSError, TypeError, json.JSONDecodeError):
+            result = read_json(Path(job.folder) / DONE_FILE, cls, "")
+        except DamagedError:
             return None
-        return result if result.digest == job.digest else None
+        return result if result.digest == job.digest and not find_job_damage(job) else None
+
+
+def find_job_damage(job: TrainJob) -> dict[Path, str]:
+    """Return the damaged files of a finished job, with what is wrong with each.
+
+    A checkpoint that is missing is no damage: a finished model needs none, unless another job continues it.
+    """
+    folder, done = Path(job.folder), Path(job.folder) / DONE_FILE
+    if not done.exists():
+        return {}
+    try:
+        result = read_json(done, TrainResult, "")
+    except DamagedError as error:
+        return {done: str(error).removeprefix(f"{done}: ").removesuffix("; ")}
+    found = {folder / name: find_damage(folder / name, note) for name, note in result.files.items()}
+    return {path: what for path, what in found.items() if what and (path.parent == folder or path.exists())}
+
+
+def remove_damage(job: TrainJob) -> None:
+    """Remove what is damaged of a finished job, so that training it again makes that anew, with the same bytes."""
+    if damage := find_job_damage(job):
+        for path, what in damage.items():
+            log(f"{path}: {what}; it is made anew from the last whole checkpoint, or from the start of {job.name}")
+            remove(path)
+        remove(Path(job.folder) / DONE_FILE)
 
 
 def learning_rate_at(share: float, config: TrainConfig) -> float:

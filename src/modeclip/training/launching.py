@@ -33,7 +33,7 @@ from modeclip.errors import ModeclipError
 from modeclip.system.console import console, log, make_progress
 from modeclip.system.files import Holder, holder_of, write_atomically
 from modeclip.system.processes import PARENT_VARIABLE, start_tied, tied
-from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, TrainJob, TrainResult
+from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, TrainJob, TrainResult, remove_damage
 from modeclip.training.status import in_words, job_status
 
 POLL_SECONDS = 0.2
@@ -101,6 +101,7 @@ def run_jobs(
     if not waiting:
         return results
     for job in waiting:
+        remove_damage(job)
         if not (Path(job.folder) / JOB_FILE).is_file():
             job.save()  # so that modeclip status shows what waits
     runner: Runner = _OnRay(processes) if ray else _Here(workers, processes)

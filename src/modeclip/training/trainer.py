@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import (
     MOMENTS,
     Checkpoint,
+    checkpoint_files,
+    drop_damaged,
     load_checkpoint,
     load_open_clip_train,
     save_checkpoint,
@@ -49,11 +51,11 @@ from modeclip.models.checkpoints import (
 from modeclip.models.clip import Clip, fast_attention, load_clip, save_clip
 from modeclip.system.console import progress
 from modeclip.system.devices import choose_precision, keep_freed_memory
-from modeclip.system.files import only_process, write_json, writing
+from modeclip.system.files import note_files, only_process, write_json, writing
 from modeclip.system.processes import PARENT_VARIABLE, end_with_parent
 from modeclip.training.batches import DecodedSample, Feed, batch_rows, job_rows
 from modeclip.training.distributed import World, leave_processes, place_like, whole
-from modeclip.training.jobs import DONE_FILE, TrainJob, TrainResult
+from modeclip.training.jobs import DONE_FILE, ERRORS_FILE, JOB_FILE, TrainJob, TrainResult, remove_damage
 from modeclip.training.journal import Journal
 from modeclip.training.objectives import make_objective
 from modeclip.training.preflight import preflight
@@ -107,6 +109,9 @@ def train(
         finished = TrainResult.read(job) if world.size == 1 else None
         if finished is not None:  # by the process that this one has waited for
             return finished
+        if world.is_first:
+            remove_damage(job)
+            drop_damaged(folder)
         torch.set_num_threads(job.threads)
         keep_freed_memory()
         catalog = Catalog.open(job.catalog)
@@ -123,8 +128,16 @@ def train(
         model = learner.whole_model()
         if world.is_first:
             save_clip(model, folder)
+            result = replace(result, files=note_files(folder, [*_model_files(folder), *checkpoint_files(folder)]))
             write_json(folder / DONE_FILE, asdict(result), indent=2)
     return result
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that loading its model reads, and the record of the comparison with open_clip."""
+    kinds = {".json", ".safetensors", ".model", ".txt"}  # .txt: vocab.txt and merges.txt of a tokenizer
+    others = {JOB_FILE, DONE_FILE, FAILED_BATCH_FILE, ERRORS_FILE, "output.txt"}
+    return sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name not in others)
 
 
 def _follow_schedule(
