@@ -74,7 +74,7 @@ from modeclip.system.files import (
     write_json,
     writing,
 )
-from modeclip.system.paths import RunPaths
+from modeclip.system.paths import RunPaths, expand_homes, home_path
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, reuse_models, seed_model
 from modeclip.training.jobs import JOB_FILE, TrainConfig, TrainJob, TrainResult
@@ -156,6 +156,7 @@ def load_recipe(path: Path) -> Recipe:
         ModeclipError: The file is missing or no valid YAML, or a field is unknown, missing, of a wrong type or out of
             its range.
     """
+    path = home_path(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except FileNotFoundError:
@@ -533,6 +534,7 @@ def run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunResult:
             f"embed.encoder {recipe.embed.encoder!r} looks at images, but a recipe routes tasks by class names: give an"
             " encoder of texts, or use the commands modeclip embed and modeclip cluster, which take every encoder"
         )
+    out = home_path(out)
     out.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(
         folder=out,
@@ -830,6 +832,7 @@ def _hash(content: Any) -> str:
 def _folder_beside(recipe: Path, value: str) -> str:
     """Return the name of a model with its path taken from the recipe's folder, if it is a folder there."""
     prefixes = ("local-dir:", *(f"{known}:" for known in PREFIXES))
+    value = expand_homes(value)
     prefix = next((known for known in prefixes if value.startswith(known)), "")
     folder = recipe.parent / value.removeprefix(prefix)
     return f"{prefix}{folder}" if folder.is_dir() else value

@@ -46,6 +46,7 @@ from modeclip.evaluation.intervals import Interval, average, bootstrap_interval,
 from modeclip.models.clip import WEIGHTS_FILE, Clip, load_clip, save_clip
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, write_json, writing
+from modeclip.system.paths import expand_homes, home_path
 from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
 from modeclip.training.trainer import train
 
@@ -221,8 +222,8 @@ def finetune(
     Raises:
         ModeclipError: The model or the tasks are not there, or the set is too small.
     """
-    out = Path(out)
-    start = find_model(str(model), "finetune")
+    out = home_path(out)
+    start = find_model(expand_homes(str(model)), "finetune")
     general = open_tasks(tasks, config.templates, 256) if tasks else None
     asked = general.tasks if general else ()
     split = split_rows(catalog, config.holdout, config.holdout_fraction, config.seed, tasks=asked)

@@ -35,6 +35,7 @@ from modeclip.mixture.manifest import MANIFEST_FILE, SEED
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, read_json, write_json, writing
+from modeclip.system.paths import expand_homes, home_path
 from modeclip.training.jobs import JOB_FILE, TrainJob
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def merge(
         ModeclipError: There are fewer than two models, they differ in architecture or come from different seeds, or
             greedy has no tasks.
     """
-    out = Path(out)
+    out = home_path(out)
     named, left_out = list_models(models)
     _check_request(named, left_out, config, out, tasks)
     same_seed = check_seeds(named, different=config.different_seeds)
@@ -255,7 +256,7 @@ def list_models(models: Sequence[str | Path]) -> tuple[list[tuple[str, str]], li
     """
     named: list[tuple[str, str]] = []
     left_out: list[str] = []
-    for model in map(str, models):
+    for model in (expand_homes(str(model)) for model in models):
         if not (Path(model) / MANIFEST_FILE).is_file():
             named.append((model, find_model(model, "merge")))
             continue

@@ -41,7 +41,7 @@ from modeclip.data.storage import (
 )
 from modeclip.errors import DamagedError, ModeclipError, unknown
 from modeclip.system.files import to_json, writing
-from modeclip.system.paths import is_url, join, parent
+from modeclip.system.paths import home, is_url, join, parent
 
 PAIR_COLUMNS = {
     "key": pa.string(),
@@ -103,7 +103,7 @@ class Catalog:
         Raises:
             ModeclipError: There is no catalog at this path, it is unfinished, or it has another format.
         """
-        given = path = str(path)
+        given, path = str(path), home(str(path))
         if not path.rstrip("/").endswith(".lance") and not Path(path, "_versions").is_dir():
             path = join(path, CATALOG)
         if not is_url(path) and not Path(path).is_dir():

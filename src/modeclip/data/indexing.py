@@ -58,7 +58,7 @@ from modeclip.data.storage import (
 from modeclip.errors import ModeclipError
 from modeclip.system.console import Advance, log, progress
 from modeclip.system.files import to_json, writing
-from modeclip.system.paths import form_of, join, other_form, other_spelling
+from modeclip.system.paths import form_of, home, join, other_form, other_spelling
 
 TASKS = "tasks.lance"
 SOURCES, SKIPPED = "modeclip.sources", "modeclip.skipped"
@@ -113,7 +113,7 @@ def index(
         ModeclipError: The source cannot be used, too much of it is damaged, the catalog was made with other settings,
             another process is writing to it, or the disk is full.
     """
-    out = str(out)
+    out = home(str(out))
     source = source or open_source(config)
     names = _task_names(config, source)
     tasks = [(split_task(task)[0], open_task(config, task)) for task in config.tasks]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
+from modeclip.system.paths import expand_homes, form_of, other_form
 
 PLACE = re.compile(r"\{c?\}")
 """The place of the class name in a template."""
@@ -79,7 +80,10 @@ def read_classes(text: str) -> list[str]:
     Raises:
         ModeclipError: There are none, or what looks like a path is not a text file.
     """
-    path = Path(text)
+    path = Path(expand_homes(text))
+    if not is_file(path) and (found := other_form(str(path))):
+        log(f"classes {text!r} ({form_of(text)}): found as {found!r} ({form_of(found)})")
+        path = Path(found)
     if is_file(path):
         try:
             names = path.read_text(encoding="utf-8-sig").splitlines()

@@ -25,6 +25,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log, progress
 from modeclip.system.files import replacing, writing
+from modeclip.system.paths import home_path
 
 UID_DTYPE = np.dtype("<u8,<u8")
 DIGITS = 32
@@ -87,7 +88,7 @@ def write_uids(path: Path | str, uids: Uids | Sequence[str]) -> None:
     Raises:
         ModeclipError: A text is no uid, or the disk is full.
     """
-    path = Path(path)
+    path = home_path(path)
     array = uids if isinstance(uids, np.ndarray) and _is_pairs(uids.dtype) else parse_uids(list(uids))
     with writing(path), replacing(path) as part, part.open("wb") as file:
         np.save(file, _sort(array.astype(UID_DTYPE, copy=False)))

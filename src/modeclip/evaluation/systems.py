@@ -45,6 +45,7 @@ from modeclip.models.clip import check_model
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import CachedEncoder, embed_images
 from modeclip.models.pool import ModelRef
+from modeclip.system.paths import expand_homes
 from modeclip.training.jobs import Role, TrainJob, TrainResult, job_name
 
 BEST_SINGLE, ORACLE = "best single", "oracle"
@@ -186,6 +187,7 @@ def open_systems(
         raise ModeclipError("evaluate: no model given; give a bundle, BUNDLE#expert-0, a model folder or NAME@TAG")
     if wrong := [rule for rule in rules if rule not in RULES]:
         raise unknown("rule", wrong[0], RULES)
+    specs = [expand_homes(spec) for spec in specs]
     names = _names(specs)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ModeclipError(f"evaluate: two models have the name {twice[0]!r}; write NAME=MODEL for one of them")

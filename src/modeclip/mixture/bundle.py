@@ -65,7 +65,7 @@ from modeclip.models.clip import CONFIG_FILE, PARITY_FILE, WEIGHTS_FILE
 from modeclip.models.pool import ModelRef
 from modeclip.system.console import log
 from modeclip.system.files import hash_file, hash_files, read_json, replacing, versions, write_json
-from modeclip.system.paths import RunPaths
+from modeclip.system.paths import RunPaths, home_path
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
 EDITS = "edits"
@@ -434,7 +434,7 @@ def save_centres(
 
 
 def _find(source: str | Path) -> Path:
-    path = Path(source)
+    path = home_path(source)
     if path.is_dir():
         return path
     parts = str(source).split("/")

@@ -43,6 +43,7 @@ from modeclip.models.settings import (
 )
 from modeclip.system.devices import choose_precision
 from modeclip.system.files import write_json
+from modeclip.system.paths import expand_homes
 
 if TYPE_CHECKING:
     import torch
@@ -406,6 +407,7 @@ def fast_attention(device: torch.device, precision: str) -> Iterator[None]:
 
 def _resolve(spec: str) -> tuple[str, str | None]:
     """Split a specification into open_clip's model name and pretrained tag."""
+    spec = expand_homes(spec)
     if spec.startswith(("hf-hub:", "local-dir:")):
         return spec, None
     if Path(spec).is_dir():

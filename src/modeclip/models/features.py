@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -37,6 +36,7 @@ from modeclip.models.feature_cache import FeatureCache, hash_texts
 from modeclip.models.pool import ModelRef
 from modeclip.system.console import progress
 from modeclip.system.files import hash_files
+from modeclip.system.paths import home_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,7 +86,7 @@ def encoder_identity(name: str) -> dict[str, str] | None:
     """Return what identifies an encoder, without running it, or None if its name does not say what it computes."""
     prefix, _, rest = name.partition(":")
     place = rest if prefix in PREFIXES and rest else name
-    folder = Path(place).expanduser()
+    folder = home_path(place)
     if prefix.startswith("clip") and rest:
         return {"kind": prefix, "model": ModelRef.of(name, folder if folder.is_dir() else rest).digest}
     if folder.is_dir():

