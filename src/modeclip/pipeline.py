@@ -453,7 +453,7 @@ class RunFolder(RunPaths):
             results |= run_table(systems, tasks, found)
             cache.remove_unused()
         else:
-            results |= {"tasks": [], "chance": {}, "models": [], "routing": {}}
+            results |= {"tasks": [], "chance": {}, "majority": {}, "models": [], "routing": {}}
         write_json(self.results, results)
         return results
 

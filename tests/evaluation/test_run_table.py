@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from modeclip.clustering.clusters import Clustering
 from modeclip.data.catalog import Catalog
-from modeclip.data.tasks.task import catalog_tasks
+from modeclip.data.tasks.images import FileImages
+from modeclip.data.tasks.task import Task, catalog_tasks
 from modeclip.evaluation.evaluate import EvaluateConfig, evaluate, run_table
 from modeclip.evaluation.systems import TrainedModel, run_systems
 from modeclip.mixture.bundle import RoutingConfig, load_bundle
@@ -108,3 +110,17 @@ def test_differences_to_the_mixture(scored: dict[str, Any]) -> None:
 def test_control_without_one_of_its_models_is_left_out(scored: dict[str, Any]) -> None:
     names = [(row["name"], row["rule"]) for row in scored["partial"]["models"] if row["kind"] == "control"]
     assert names == [("Random-2", "uniform"), ("OneStep-2", "uniform")]
+
+
+def test_the_majority_class_stands_beside_chance() -> None:
+    """57 of 344 images are of one class of 250: naming it always is right 41 times as often as guessing."""
+    labels = np.concatenate([np.zeros(57, np.int64), np.arange(344 - 57) % 249 + 1])
+    task = Task(
+        name="holdout",
+        kind="classification",
+        images=FileImages(task="holdout", names=[""] * 344, paths=[""] * 344),
+        classnames=tuple(f"class {number}" for number in range(250)),
+        labels=labels,
+    )
+    assert (task.chance, task.majority) == (1 / 250, 57 / 344)
+    assert replace(task, labels=np.ones((344, 250), bool)).majority is None

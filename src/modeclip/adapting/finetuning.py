@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -148,6 +148,10 @@ class TableRow:
     """Accuracy at the chosen alpha, of the model in the folder."""
     change: Interval
     """After minus before, on the same images."""
+    majority: float | None = None
+    """Share of the most frequent class, which a model that names nothing else gets right; None: not known."""
+    chance: float | None = None
+    """Share that guessing gets right; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +255,8 @@ def finetune(
         found = _sweep(seed, out / "best", [i / config.alphas for i in range(config.alphas + 1)], examiners, notes)
         result = _make_result(str(model), job, split, config, notes, found, out, digest, warnings)
         _warn(result.warnings[len(warnings) :])
+        by_name = {task.name: task for examiner in examiners for task in examiner.tasks}
+        result = replace(result, table=tuple(_with_baselines(row, by_name) for row in result.table))
         clip = load_clip(seed)
         interpolate_into(clip, seed, out / "best", result.alpha)
         save_clip(clip, out)
@@ -520,6 +526,14 @@ def choose_alpha(curve: Sequence[AlphaPoint], tolerance: float) -> AlphaPoint:
     rounding = 1e-9
     allowed = [p for p in curve if start is None or p.general is None or p.general >= start - tolerance - rounding]
     return max(allowed, key=lambda point: (point.own, -point.alpha))
+
+
+def _with_baselines(row: TableRow, tasks: Mapping[str, Task]) -> TableRow:
+    """Return a line of the table with what a model would get that does not look at the images."""
+    own = [tasks[row.name]] if row.name in tasks else list(tasks.values())[1:]
+    known = [(task.majority, task.chance) for task in own if task.majority is not None and task.chance is not None]
+    majority, chance = (sum(values) / len(known) for values in zip(*known, strict=True)) if known else (None, None)
+    return replace(row, majority=majority, chance=chance)
 
 
 def table_row(name: str, tasks: Sequence[str], found: Mapping[float, Correct], alpha: float) -> TableRow:

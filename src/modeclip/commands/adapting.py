@@ -47,11 +47,16 @@ def finetune(
         print_json(asdict(result))
         return
     rows = [
-        (row.name, f"{row.num_images:,}", *map(_percent, (row.before, row.tuned, row.after)), _points(row.change))
+        (
+            *(row.name, f"{row.num_images:,}", _score(row.chance), _score(row.majority)),
+            *(*map(_percent, (row.before, row.tuned, row.after)), _points(row.change)),
+        )
         for row in result.table
     ]
     title = f"alpha {result.alpha:g}, {result.num_train:,} pairs, {result.steps:,} of {result.planned_steps:,} steps"
-    print_table(title, ["accuracy in %", "images", "before", "tuned", "after", "change"], rows)
+    print_table(
+        title, ["accuracy in %", "images", "chance", "majority class", "before", "tuned", "after", "change"], rows
+    )
     print_lines(f"model: {result.folder}", f"page: {page}")
 
 

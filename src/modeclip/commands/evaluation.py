@@ -252,6 +252,15 @@ def _result_table(results: Sequence[Result], means: Sequence[Average]) -> tuple[
     )
     title += f"; {len(incomplete)} models lack tasks and have another average" if incomplete else ""
     rows = [[mean.system, *row] for mean, row in zip(means, zip(*columns.values(), strict=True), strict=True)]
+    if kind in {"classification", "linear_probe"} and all(of_task == ["acc1"] for of_task in metrics.values()):
+        tasks = {result.task.name: result.task for result in results}
+        baselines = {"majority class": [task.majority for task in tasks.values()]}
+        baselines["chance"] = [task.chance for task in tasks.values()]
+        for name, values in baselines.items():
+            known = [value for value in values if value is not None]
+            cells = dict(zip(tasks, (f"{100 * value:.1f}" for value in known), strict=True))
+            cells[f"average of {len(metrics)}"] = f"{100 * sum(known) / len(known):.1f}"
+            rows.append([name, *(cells.get(column, "") for column in columns)])
     return title, ["model", *columns], rows
 
 

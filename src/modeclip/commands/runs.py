@@ -77,6 +77,10 @@ def _print_results(results: dict[str, Any]) -> None:
                 entropy,
             )
         )
+    for name, known in (("majority class", results.get("majority")), ("chance", results["chance"])):
+        if known:
+            shares = [f"{100 * known[task]:.1f}" for task in tasks]
+            rows.append((name, "", f"{100 * sum(known[task] for task in tasks) / len(tasks):.1f}", "", *shares, ""))
     title = (
         f"{results['name']}: zero-shot accuracy in % on held-out tasks, seed {results['seed']} (95 %: bootstrap over "
         "the images; *: default rule; best single and oracle look at the labels)"

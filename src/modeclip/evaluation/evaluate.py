@@ -345,6 +345,7 @@ class _Question:
             facts |= {"num_classes": len(task.classnames), "classnames": hash_texts(task.classnames)}
             facts["prompts"] = hash_texts(prompt for of_class in self.prompts for prompt in of_class)
             facts["num_templates"] = max(len(of_class) for of_class in self.prompts)
+            facts |= {"chance": task.chance, "majority": task.majority}
         else:
             facts |= {"num_texts": len(task.texts), "texts": hash_texts(task.texts)}
         facts |= self._routing(system) if kind != PROBE else {}
@@ -518,7 +519,7 @@ def _counts(*sides: Mapping[str, Outcome]) -> bool:
 
 
 def run_table(systems: Sequence[System], tasks: Sequence[Task], results: Sequence[Result]) -> dict[str, Any]:
-    """Return what ``results.json`` of a run holds: ``tasks``, ``chance``, ``models`` and ``routing``.
+    """Return what ``results.json`` of a run holds: ``tasks``, ``chance``, ``majority``, ``models`` and ``routing``.
 
     Args:
         systems: Those of `modeclip.evaluation.systems.run_systems`.
@@ -556,7 +557,8 @@ def run_table(systems: Sequence[System], tasks: Sequence[Task], results: Sequenc
         )
     return {
         "tasks": [{"name": t.name, "num_classes": len(t.classnames), "num_images": len(t.images)} for t in tasks],
-        "chance": {task.name: 1 / len(task.classnames) for task in tasks},
+        "chance": {task.name: task.chance for task in tasks},
+        "majority": {task.name: task.majority for task in tasks},
         "models": rows,
         "routing": {task.name: _explained(default, task) for task in tasks},
     }

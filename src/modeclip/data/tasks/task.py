@@ -127,6 +127,18 @@ class Task:
         return tuple(tuple(fill(template, name) for template in chosen) for name in self.classnames)
 
     @property
+    def chance(self) -> float | None:
+        """Share of the images that guessing gets right; None where an image may have several labels or none."""
+        return 1 / len(self.classnames) if self.labels is not None and self.labels.ndim == 1 else None
+
+    @property
+    def majority(self) -> float | None:
+        """Share of the images that are of the most frequent class, which naming it always gets right; None as above."""
+        if self.labels is None or self.labels.ndim != 1:
+            return None
+        return float(np.bincount(self.labels).max() / len(self.labels))
+
+    @property
     def digest(self) -> str:
         """Hash of images, class names, labels and texts, but not of templates."""
         content = sha256(f"{self.kind} {self.images.digest} {self.metric}".encode())
