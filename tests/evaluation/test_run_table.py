@@ -21,6 +21,7 @@ from modeclip.models.clip import load_clip, save_clip
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import class_features
 from modeclip.training.jobs import role_of
+from support import plain_png
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +113,14 @@ def test_control_without_one_of_its_models_is_left_out(scored: dict[str, Any]) -
     assert names == [("Random-2", "uniform"), ("OneStep-2", "uniform")]
 
 
-def test_the_majority_class_stands_beside_chance() -> None:
+def test_the_majority_class_stands_beside_chance(tmp_path: Path) -> None:
     """57 of 344 images are of one class of 250: naming it always is right 41 times as often as guessing."""
+    (tmp_path / "a.png").write_bytes(plain_png())
     labels = np.concatenate([np.zeros(57, np.int64), np.arange(344 - 57) % 249 + 1])
     task = Task(
         name="holdout",
         kind="classification",
-        images=FileImages(task="holdout", names=[""] * 344, paths=[""] * 344),
+        images=FileImages(task="holdout", names=["a"] * 344, paths=[str(tmp_path / "a.png")] * 344),
         classnames=tuple(f"class {number}" for number in range(250)),
         labels=labels,
     )
