@@ -260,3 +260,54 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "&lt;mode&gt;" in page
     assert "<mode>" not in page
     assert not re.search(r"(src|href)=", page)
+
+
+def write_evaluated(folder: Path, accuracies: dict[str, list[float]], **about: object) -> Path:
+    """Write what ``modeclip evaluate`` leaves of models, with an accuracy on each task."""
+    folder.mkdir(parents=True)
+    lines = []
+    for model, scores in accuracies.items():
+        for task, score in enumerate(scores):
+            line = {"dataset": f"task {task}", "model": model, "pretrained": "", "task": "zeroshot_classification"}
+            line |= {"metrics": {"acc1": 0.99, "mean_per_class_recall": score}, "language": "en"}
+            line |= {"modeclip": {"main": "mean_per_class_recall", "kind": "classification", **about}}
+            lines.append(line)
+            lines.append(line | {"task": "linear_probe", "metrics": {"mean_per_class_recall": 0.9}})
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_results_of_evaluate_are_points(tmp_path: Path) -> None:
+    first = write_evaluated(tmp_path / "a", {"xs": [0.2, 0.4], "m=2\u2028": [0.5, 0.7]}, samples=1000)
+    second = write_evaluated(tmp_path / "b", {"xs": [0.3, 0.5]}, samples=1000)
+    routed = write_evaluated(tmp_path / "run" / "results", {"mix": [0.6, 0.8]}, rule="per_class")
+    write_evaluated(tmp_path / "bound", {"oracle": [1.0, 1.0]}, bound="oracle")
+    points = read_points(
+        [first, second / "results.jsonl", tmp_path / "run", tmp_path / "bound"],
+        families={"m=2\u2028": "wide"},
+        compute={"mix": 5e9},
+        flops_per_sample={"xs": 1e3, "m=2\u2028": 1e4},
+    )
+    assert [(point.name, point.family, point.compute) for point in points] == [
+        ("xs", "dense", 1e6),
+        ("mix", "mixture", 5e9),
+        ("m=2\u2028", "wide", 1e7),
+    ]
+    assert points[0].errors == pytest.approx((0.7, 0.6))  # two seeds
+    assert points[1].errors == pytest.approx((0.3,))
+    assert routed.is_dir()
+
+
+def test_what_an_evaluated_model_cost_must_be_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_evaluated(tmp_path / "a", {"xs": [0.2], "s": [0.3], "m": [0.5]}, samples=1000)
+    with pytest.raises(ModeclipError, match=r"'s' \(1,000 samples\), 'm'.* cost; give --compute MODEL=FLOPS"):
+        read_points([folder], compute={"xs": 1.0})
+    uneven = write_evaluated(tmp_path / "b", {"xs": [0.2], "s": [0.3, 0.4]})
+    with pytest.raises(ModeclipError, match="'xs' has no result on 'task 1'"):
+        read_points([uneven], compute={"xs": 1.0, "s": 2.0})
+    call(scaling, [str(folder), "--compute", "xs=1e6", "s=1e7", "--flops-per-sample", "m=1e5", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [point["compute"] for point in found["points"]] == [1e6, 1e7, 1e8]
+    for words in (["--compute", "xs"], ["--compute", "xs=many"], ["--family", "=dense"]):
+        with pytest.raises(ModeclipError, match=words[0]):
+            call(scaling, [str(folder), *words])

@@ -40,7 +40,8 @@ Results = Positional[
         tuple[Path, ...],
         arg(
             metavar="RESULTS...",
-            help="Files of JSON lines: name, family (dense, mode-4, ...), compute in FLOPs (or flops_per_sample and "
+            help="Folders that `modeclip evaluate` wrote, runs, or files of JSON lines: name, "
+            "family (dense, mode-4, ...), compute in FLOPs (or flops_per_sample and "
             "samples), error (or accuracy) as a fraction, seed.",
         ),
     ]
@@ -192,6 +193,18 @@ def scaling(
     *,
     out: Annotated[Path | None, arg(help="Folder for scaling.html, scaling.svg and scaling.json.")] = None,
     what: Annotated[str, arg(help="What the error is, as the picture names it.")] = "error",
+    family: Annotated[
+        tuple[str, ...],
+        arg(metavar="MODEL=NAME", help="Family of an evaluated model; default: mixture if it is routed, else dense."),
+    ] = (),
+    compute: Annotated[
+        tuple[str, ...],
+        arg(metavar="MODEL=FLOPS", help="Floating-point operations of the whole training of an evaluated model."),
+    ] = (),
+    flops_per_sample: Annotated[
+        tuple[str, ...],
+        arg(metavar="MODEL=FLOPS", help="The same of one sample, where the results know the number of samples."),
+    ] = (),
     as_json: AsJson = False,
 ) -> None:
     """Fit error = A * compute^(-b) to results of several sizes and budgets, a law for each family, with intervals."""
@@ -199,7 +212,13 @@ def scaling(
     from modeclip.pages.scaling_page import RESULT_FILE, write_scaling
     from modeclip.system.files import write_json
 
-    result = fit_scaling(read_points(results), config)
+    points = read_points(
+        results,
+        families=_of_models("--family", family),
+        compute=_flops_of_models("--compute", compute),
+        flops_per_sample=_flops_of_models("--flops-per-sample", flops_per_sample),
+    )
+    result = fit_scaling(points, config)
     pages = write_scaling(result, out, what) if out is not None else ()
     if out is not None:
         write_json(out / RESULT_FILE, asdict(result))
@@ -209,6 +228,28 @@ def scaling(
     print_table(*_law_table(result))
     for page in pages:
         print_lines(page)
+
+
+def _of_models(option: str, words: Sequence[str]) -> dict[str, str]:
+    """Return the values of words such as ``MODEL=VALUE``; a model's name may have ``=`` in it."""
+    found = {}
+    for word in words:
+        name, equals, value = word.rpartition("=")
+        if not (name and equals and value):
+            raise ModeclipError(f"{option} {word!r}: expected MODEL=VALUE")
+        found[name] = value
+    return found
+
+
+def _flops_of_models(option: str, words: Sequence[str]) -> dict[str, float]:
+    """Return the numbers of words such as ``MODEL=1.8e7``."""
+    found = {}
+    for name, value in _of_models(option, words).items():
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ModeclipError(f"{option} {name}={value}: expected a number such as 1.8e7") from None
+    return found
 
 
 def _print_results(results: Sequence[Result], means: Sequence[Average]) -> None:

@@ -351,6 +351,8 @@ class _Question:
         facts |= self._routing(system) if kind != PROBE else {}
         if system.is_default:
             facts["default"] = True
+        if system.samples is not None:
+            facts["samples"] = system.samples
         return Result(task=task, kind=kind, system=system.name, outcome=outcome, provenance=facts | dict(more))
 
     def _routing(self, system: System) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -117,37 +117,118 @@ class ScalingResult:
     """For each family, (compute, error by the law, low, high) at places along its line."""
 
 
-def read_points(paths: Sequence[Path]) -> list[ScalingPoint]:
-    """Read results from files with one JSON object to a line.
+def read_points(
+    paths: Sequence[Path],
+    *,
+    families: Mapping[str, str] | None = None,
+    compute: Mapping[str, float] | None = None,
+    flops_per_sample: Mapping[str, float] | None = None,
+) -> list[ScalingPoint]:
+    """Read results from files with one JSON object to a line, or from what ``modeclip evaluate`` and runs leave.
 
     A line has name, family, compute and error, and a seed where there are several. In place of ``compute`` it may have
     ``flops_per_sample`` and ``samples``, which are multiplied; in place of ``error`` it may have ``accuracy``. Lines of
     equal name, family and compute are seeds of one point. Other fields of a line are ignored.
 
+    Of a folder of results, or its ``results.jsonl``, each model is a point: its error is 1 minus the mean over the
+    tasks of the metric that counts, of classifications if there are any; linear probes and what labels chose are left
+    out.
+    The same model in several folders is one point with several seeds.
+
+    Args:
+        paths: The files and folders.
+        families: Results of ``evaluate``: the family of a model; else ``mixture`` if it is routed, ``dense`` if not.
+        compute: Results of ``evaluate``: what the whole training of a model cost, in floating-point operations.
+        flops_per_sample: The same for a training sample, where the results know how many samples there were.
+
     Raises:
-        ModeclipError: A file cannot be read, a line lacks a field or has an impossible value, or a seed comes twice.
+        ModeclipError: A file cannot be read, a line lacks a field or has an impossible value, a seed comes twice, or
+            what a model cost is not known.
     """
     found: dict[tuple[str, str, float], dict[Any, float]] = defaultdict(dict)
-    for path in paths:
+    for path in map(_results_file, paths):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
             raise ModeclipError(f"scaling: {path} cannot be read: {cause}; give files of JSON lines") from error
+        evaluated: list[dict[str, Any]] = []
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                key, seed, value = _read_line(line, f"{path}, line {number}")
-                if seed in found[key]:
-                    raise ModeclipError(
-                        f"scaling: {path}, line {number}: {key[0]} of {key[1]} with seed {seed} comes twice at this "
-                        "compute; give each seed its number, or each size its name"
-                    )
-                found[key][seed] = value
+            if not line.strip():
+                continue
+            row = _parse(line, f"{path}, line {number}")
+            if {"metrics", "dataset", "model"} <= row.keys():
+                evaluated.append(row)
+                continue
+            key, seed, value = _read_line(row, f"{path}, line {number}")
+            if seed in found[key]:
+                raise ModeclipError(
+                    f"scaling: {path}, line {number}: {key[0]} of {key[1]} with seed {seed} comes twice at this "
+                    "compute; give each seed its number, or each size its name"
+                )
+            found[key][seed] = value
+        for row in _models_of(evaluated, path, families or {}, compute or {}, flops_per_sample or {}):
+            key, _, value = _read_line(row, f"{path}, model {row['name']!r}")
+            found[key][str(path)] = value
     points = [
         ScalingPoint(name=name, family=family, compute=compute, errors=tuple(seeds.values()))
         for (name, family, compute), seeds in found.items()
     ]
     return sorted(points, key=lambda point: (point.family, point.compute, point.name))
+
+
+def _results_file(path: Path) -> Path:
+    """Return the file of results in a folder that `modeclip evaluate` wrote, or in a run."""
+    places = [path / "results.jsonl", path / "results" / "results.jsonl"]
+    return next((place for place in places if place.is_file()), path)
+
+
+def _models_of(
+    results: Sequence[dict[str, Any]],
+    path: Path,
+    families: Mapping[str, str],
+    compute: Mapping[str, float],
+    flops_per_sample: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Return a line for each model that was evaluated, as `read_points` describes it."""
+    kinds = {str(result.get("task")) for result in results} - {"linear_probe"}
+    kind = "zeroshot_classification" if "zeroshot_classification" in kinds else min(kinds, default="")
+    of_model: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for result in results:
+        own = result.get("modeclip")
+        if result.get("task") == kind and not (isinstance(own, dict) and "bound" in own):
+            of_model[str(result["model"])][str(result["dataset"])] = result
+    tasks = set().union(*of_model.values())
+    rows, unknown_cost = [], []
+    for model, of_task in of_model.items():
+        if lacking := sorted(tasks - of_task.keys()):
+            raise ModeclipError(
+                f"scaling: {path}: model {model!r} has no result on {lacking[0]!r}, which others have; evaluate all "
+                "models on the same tasks"
+            )
+        scores, samples, is_routed = [], None, False
+        for task, result in of_task.items():
+            own = result["modeclip"] if isinstance(result.get("modeclip"), dict) else {}
+            metrics = result["metrics"] if isinstance(result["metrics"], dict) else {}
+            score = metrics.get(own.get("main", "acc1"))
+            if not isinstance(score, int | float):
+                raise ModeclipError(f"scaling: {path}: model {model!r} has no metric on {task!r}; evaluate it again")
+            scores.append(score)
+            samples, is_routed = own.get("samples"), is_routed or own.get("rule") is not None
+        row: dict[str, Any] = {"name": model, "family": families.get(model, "mixture" if is_routed else "dense")}
+        row["accuracy"] = sum(scores) / len(scores)
+        if model in compute:
+            rows.append(row | {"compute": compute[model]})
+        elif model in flops_per_sample and samples is not None:
+            rows.append(row | {"flops_per_sample": flops_per_sample[model], "samples": samples})
+        else:
+            unknown_cost.append(f"{model!r}" + (f" ({samples:,} samples)" if isinstance(samples, int) else ""))
+    if unknown_cost:
+        raise ModeclipError(
+            f"scaling: {path}: the results do not say what the training of {', '.join(unknown_cost)} cost; give "
+            "--compute MODEL=FLOPS for each, or --flops-per-sample MODEL=FLOPS where the samples are known"
+        )
+    return rows
 
 
 def fit_scaling(points: Sequence[ScalingPoint], config: ScalingConfig | None = None) -> ScalingResult:
@@ -300,14 +381,19 @@ def _check_sizes(points: Sequence[ScalingPoint], chosen: np.ndarray) -> None:
         )
 
 
-def _read_line(line: str, where: str) -> tuple[tuple[str, str, float], Any, float]:
-    """Return (name, family, compute), seed and error of a line."""
+def _parse(line: str, where: str) -> dict[str, Any]:
+    """Return the object of a line."""
     try:
         row = json.loads(line)
-    except ValueError as fault:  # also of an integer with thousands of digits
+    except (ValueError, RecursionError) as fault:  # also of an integer with thousands of digits
         raise ModeclipError(f"scaling: {where}: expected a JSON object, got {line.strip()[:60]!r}: {fault}") from fault
     if not isinstance(row, dict):
         raise ModeclipError(f"scaling: {where}: expected a JSON object, got {line.strip()[:60]!r}")
+    return row
+
+
+def _read_line(row: dict[str, Any], where: str) -> tuple[tuple[str, str, float], Any, float]:
+    """Return (name, family, compute), seed and error of a line."""
     missing = [field for field in ("name", "family") if not isinstance(row.get(field), str) or not row[field]]
     if missing:
         raise ModeclipError(f"scaling: {where}: expected text in {' and '.join(missing)}, got the fields {sorted(row)}")

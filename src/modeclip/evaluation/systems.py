@@ -46,7 +46,7 @@ from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import CachedEncoder, embed_images
 from modeclip.models.pool import ModelRef
 from modeclip.system.paths import expand_homes
-from modeclip.training.jobs import Role, TrainJob, TrainResult, job_name
+from modeclip.training.jobs import JOB_FILE, Role, TrainJob, TrainResult, job_name
 
 BEST_SINGLE, ORACLE = "best single", "oracle"
 """Names of the two systems that look at the labels, behind the name of their mixture."""
@@ -202,7 +202,7 @@ def open_systems(
         place, _, member = spec.partition("#")
         if not member and not _is_bundle(place):
             ref = ModelRef.of(name, spec, seed=0 if random_weights else None)
-            systems.append(System(name=name, models=(ref,)))
+            systems.append(System(name=name, models=(ref,), samples=samples_of(Path(spec))))
             continue
         bundle = bundles.get(place) or load_bundle(place, encoder=encoder, trust_encoder=trust_encoder)
         bundles[place] = bundle
@@ -351,6 +351,25 @@ class TrainedModel:
             result = TrainResult.read(replace(TrainJob.load(folder / "job.json"), folder=str(folder)))
         samples = 0 if result is None else result.samples
         return cls(name=job_name("seed"), role="seed", folder=folder.resolve(), samples=samples)
+
+
+def samples_of(folder: Path) -> int | None:
+    """Return the samples of a model's whole training, as its folder and those that it continues tell; None: unknown."""
+    total, place = 0, folder
+    while (place / JOB_FILE).is_file():
+        try:
+            job = replace(TrainJob.load(place / JOB_FILE), folder=str(place))
+        except ModeclipError:
+            return None
+        result = TrainResult.read(job)
+        if result is None:
+            return None
+        total += result.samples
+        if job.start_from is None:
+            has_weights = "@" in job.config.model or Path(job.config.model).is_dir()
+            return None if has_weights else total
+        place = Path(job.start_from)
+    return None
 
 
 def run_systems(
