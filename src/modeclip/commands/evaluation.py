@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from modeclip.data.images import Exif
 from modeclip.errors import ModeclipError, in_one_line
 from modeclip.evaluation.evaluate import EvaluateConfig
 from modeclip.evaluation.scaling import ScalingConfig
@@ -86,6 +87,13 @@ def evaluate(
     out: Annotated[Path, arg(help="Folder of the results: JSON, JSON lines, predictions as Parquet.")] = Path(
         "evaluation"
     ),
+    exif: Annotated[
+        Exif,
+        arg(
+            help="Turn images of files and tables upright as their EXIF data say (apply), or not (ignore), as "
+            "CLIP_benchmark; catalogs say so themselves."
+        ),
+    ] = "apply",
     as_json: AsJson = False,
 ) -> None:
     """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
@@ -100,7 +108,9 @@ def evaluate(
     if not tasks:
         raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
     read_results(out)  # results that cannot be read are found now, not after all the work
-    loaded = load_tasks(tasks, templates=config.templates, root=data, train=config.probe, imagenet=imagenet_words)
+    loaded = load_tasks(
+        tasks, templates=config.templates, root=data, train=config.probe, imagenet=imagenet_words, exif=exif
+    )
     kept = FeatureCache(cache or out / CACHE_FOLDER)
     systems = open_systems(
         models,

@@ -58,6 +58,8 @@ R = TypeVar("R")
 Exif = Literal["apply", "ignore"]
 """Whether images are turned upright as their EXIF data say."""
 EXIF: tuple[Exif, ...] = get_args(Exif)
+IGNORED = b"exif ignore"
+"""What begins the hash of a set of images that are not turned upright, unlike others with the same bytes."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 """Tags of TIFF."""
 

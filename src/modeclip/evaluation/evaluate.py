@@ -335,6 +335,7 @@ class _Question:
             "source": task.source,
             "num_images": len(task.images),
             "images": task.images.digest,
+            "exif": task.exif,
             "models": {ref.name: ref.digest for ref in system.models},
             "preprocess": sorted({ref.preprocess for ref in system.models}),
             "device": str(choose_device(self.config.device)),

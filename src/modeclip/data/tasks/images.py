@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL.Image import Image
 
-from modeclip.data.images import cause_of, decode_image, hash_image, hash_parts
+from modeclip.data.images import IGNORED, Exif, cause_of, decode_image, hash_image, hash_parts
 from modeclip.data.sources.tables import TableFile
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import join, read_bytes
@@ -36,6 +36,8 @@ class EncodedImages(ABC):
 
     task: str
     """Name of the task, for messages."""
+    exif: Exif
+    """Whether images are turned upright as their EXIF data say."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -55,12 +57,12 @@ class EncodedImages(ABC):
         Raises:
             ModeclipError: An image is missing, or does not decode.
         """
-        return [self._guarded(number, lambda data: decode_image(data)) for number in rows.tolist()]
+        return [self._guarded(number, lambda data: decode_image(data, self.exif)) for number in rows.tolist()]
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the encoded bytes of all images in their order."""
-        content = sha256()
+        """Hash of the encoded bytes of all images in their order, and of how they are decoded if not as usual."""
+        content = sha256(b"" if self.exif == "apply" else IGNORED)
         for each in self.digests():
             content.update(each)
         return content.hexdigest()
@@ -102,6 +104,8 @@ class FileImages(EncodedImages):
     """Byte offset of each image in its file; None if each image is a whole file."""
     sizes: Int[np.ndarray, " N"] | None = None
     """Number of bytes of each image."""
+    exif: Exif = "apply"
+    """Whether images are turned upright as their EXIF data say."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -140,6 +144,8 @@ class TableImages(EncodedImages):
     """Row of each image, counted over all files."""
     column_of_image: Int[np.ndarray, " N"]
     """Column of each image, as an index into ``columns``."""
+    exif: Exif = "apply"
+    """Whether images are turned upright as their EXIF data say."""
     _held: OrderedDict[tuple[int, int], Any] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 

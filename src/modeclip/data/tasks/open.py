@@ -24,10 +24,12 @@ import numpy as np
 from jaxtyping import Int
 
 from modeclip.data.catalog import CATALOG, Catalog
+from modeclip.data.images import EXIF, Exif
 from modeclip.data.indexing import TASKS
 from modeclip.data.prompts import check_templates
 from modeclip.data.sources.source import TRAIN, count, files_by_split, preferred_split, split_of
 from modeclip.data.tasks.annotations import read_annotations
+from modeclip.data.tasks.images import FileImages, TableImages
 from modeclip.data.tasks.layouts import (
     ASKED,
     Found,
@@ -51,7 +53,7 @@ from modeclip.data.tasks.published import (
 from modeclip.data.tasks.shards import has_shards, read_webdataset
 from modeclip.data.tasks.tables import SUFFIXES, find_metadata, read_metadata, read_table
 from modeclip.data.tasks.task import Task, catalog_classification, catalog_retrieval, catalog_tasks
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, unknown
 from modeclip.system.console import log
 from modeclip.system.paths import absolute, is_folder, is_url, join, list_folder, parent, state
 
@@ -88,6 +90,7 @@ def load_tasks(
     train: bool = False,
     train_specs: Sequence[str] = (),
     imagenet: ImageNetWords | None = None,
+    exif: Exif = "apply",
 ) -> list[Task]:
     """Open the tasks that specifications name, in their order.
 
@@ -99,6 +102,7 @@ def load_tasks(
         root: Folder of the data of published tasks, each in a folder of its name.
         train: Whether to read training splits, for linear probes: a folder or files ``train`` beside ``test``.
         train_specs: Training splits that lie elsewhere, as NAME=PATH with the name of a task.
+        exif: Whether images in files and tables are turned upright as their EXIF data say; a catalog says so itself.
         imagenet: Returns ImageNet's class names and prompts; needed for published tasks with ImageNet's classes.
 
     Raises:
@@ -116,11 +120,23 @@ def load_tasks(
         if twice and find_known(task.name) is None:  # published lists have such: two classes of ImageNet are "missile"
             log(f"task {task.name!r}: several classes are called {twice[0]!r}, so no model can tell them apart")
     tasks = _add_train(tasks, train_specs, imagenet)
+    if exif not in EXIF:
+        raise unknown("exif", exif, EXIF)
+    tasks = [_decoded(task, exif) for task in tasks]
     if template_file is not None:
         tasks = _use_template_file(tasks, template_file)
     if templates:
         tasks = [replace(task, templates=tuple(templates), prompts=()) for task in tasks]
     return tasks
+
+
+def _decoded(task: Task, exif: Exif) -> Task:
+    """Return a task, and its training split, whose images in files and tables are decoded in this way."""
+    train = task.train and _decoded(task.train, exif)
+    images = task.images
+    if isinstance(images, FileImages | TableImages):
+        images = replace(images, exif=exif)
+    return replace(task, images=images, train=train)
 
 
 # ---------------------------------------------------------------- specifications

@@ -7,6 +7,7 @@ show? It has one label or several. In `retrieval`, which images belong to a text
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int
 
-from modeclip.data.catalog import Catalog
+from modeclip.data.catalog import SETTINGS, Catalog
+from modeclip.data.images import IGNORED, Exif
 from modeclip.data.prompts import fill
 from modeclip.errors import ModeclipError, unknown
 
@@ -115,6 +117,11 @@ class Task:
             yield from _check_numbers("instance_of_image", self.instance_of_image, num_images, None)
             yield from _check_numbers("instance_of_text", self.instance_of_text, num_texts, None)
 
+    @property
+    def exif(self) -> str:
+        """Whether its images are turned upright as their EXIF data say: "apply" or "ignore"."""
+        return str(getattr(self.images, "exif", "apply"))
+
     def prompts_of(self, templates: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """Return the prompts of each class.
 
@@ -173,7 +180,9 @@ class CatalogImages:
     """Hash of the encoded bytes of all images in their order."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", sha256(b"".join(self.digests())).hexdigest())
+        says = json.loads(self.catalog.metadata.get(SETTINGS, "{}")).get("exif")
+        start = IGNORED if says == "ignore" else b""
+        object.__setattr__(self, "digest", sha256(start + b"".join(self.digests())).hexdigest())
 
     def digests(self) -> list[bytes]:
         """Return the hash of each image's bytes or, where it is not known, a text that no other row has."""
@@ -182,6 +191,11 @@ class CatalogImages:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def exif(self) -> Exif:
+        """Whether the catalog's images are turned upright as their EXIF data say."""
+        return self.catalog.exif
 
     def read(self, rows: Int[np.ndarray, " b"]) -> list[Image]:
         """Return the images of these numbers, decoded, as RGB."""
