@@ -44,7 +44,7 @@ class Folders:
 
     def words(self, *words: object) -> list[str]:
         """Return the words of a command with everything that all runs share."""
-        shared = ["eval", "--model_type", "modeclip", "--no_amp", "--num_workers", "0"]
+        shared = ["eval", "--model_type", "modeclip", "--no_amp"]
         return [*shared, "--dataset_root", f"{self.root}/{{dataset}}", "--model", str(self.bundle), *map(str, words)]
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:

@@ -168,17 +168,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
             loaded.pop().route_by(dataset.classes, dataset.templates)
         return dataset
 
+    def run_with_workers(args: Any) -> Any:
+        """Evaluate one dataset with at most a worker for each shard: a worker without one would be an error."""
+        args.num_workers = min(args.num_workers, _num_shards(args))
+        return run_one(args)
+
     _mend_accuracy()
-    build = cli.build_dataset
+    build, run_one = cli.build_dataset, cli.run
     models.TYPE2FUNC[MODEL_TYPE] = load_noted
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)  # the list that the command line's choices are
-    cli.build_dataset = build_routed
+    cli.build_dataset, cli.run = build_routed, run_with_workers
     before, sys.argv = sys.argv, ["modeclip.evaluation.clip_benchmark", *_with_output(_with_rule(given))]
     try:
         cli.main()
     finally:
-        sys.argv, cli.build_dataset = before, build
+        sys.argv, cli.build_dataset, cli.run = before, build, run_one
+
+
+def _num_shards(args: Any) -> int:
+    """Return the number of shards of a local webdataset; any other dataset takes all workers."""
+    prefix, name = args.dataset[:4], args.dataset[4:]
+    if prefix != "wds/":
+        return int(args.num_workers)
+    root = args.dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
+    try:
+        return int(Path(root, args.split, "nshards.txt").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # at an address, or CLIP_benchmark says what is wrong
+        return int(args.num_workers)
 
 
 def _mend_accuracy() -> None:

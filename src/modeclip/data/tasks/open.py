@@ -122,7 +122,8 @@ def load_tasks(
     tasks = _add_train(tasks, train_specs, imagenet)
     if exif not in EXIF:
         raise unknown("exif", exif, EXIF)
-    tasks = [_decoded(task, exif) for task in tasks]
+    if exif != "apply":
+        tasks = [_decoded(task, exif) for task in tasks]
     if template_file is not None:
         tasks = _use_template_file(tasks, template_file)
     if templates:
@@ -286,6 +287,17 @@ def _finish(found: Found, spec: TaskSpec, imagenet: ImageNetWords | None) -> Tas
                 f" classnames.txt beside {task.source!r}, with a line for each class in the order of the numbers"
             )
         return task if found.named or task.kind != "classification" else _clean(task)
+    if (
+        not spec.is_named
+        and task.labels is not None
+        and 0 < known.classes != len(task.classnames)
+        and not found.numbered
+    ):
+        log(
+            f"task {task.name!r} has {len(task.classnames):,} classes, not the {known.classes:,} of {known.title}: it"
+            " is taken for a set of your own that has the same name"
+        )
+        return task if found.named else _clean(task)
     if known.kind != task.kind:
         raise ModeclipError(
             f"task {task.name!r}: {known.title} is {known.kind}, but {task.source!r} holds {task.kind}; put"
