@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import builtins
 import os
+import pwd
 import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from modeclip.errors import ModeclipError
 from modeclip.system import paths as places
-from modeclip.system.paths import MAX_OPEN_FILES, folders_below, read_bytes
+from modeclip.system.paths import (
+    MAX_OPEN_FILES,
+    RunPaths,
+    absolute,
+    expand,
+    expand_homes,
+    folders_below,
+    form_of,
+    home,
+    other_form,
+    other_spelling,
+    read_bytes,
+)
 
 
 def open_descriptors() -> int:
@@ -99,3 +113,64 @@ def test_an_address_without_its_client_says_how_to_install_it(monkeypatch: pytes
     monkeypatch.setattr(fsspec, "filesystem", fail)
     with pytest.raises(ModeclipError, match=r"not installed: pip install .*modeclip\[s3\]"):
         read_bytes("s3://bucket/0.tar")
+
+
+# ---------------------------------------------------------------- homes and spellings
+
+
+@pytest.fixture
+def home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    return str(tmp_path / "me")
+
+
+def test_a_tilde_is_the_home_folder_and_can_be_a_name(home_folder: str, tmp_path: Path):
+    assert home("~/a") == f"{home_folder}/a"
+    assert absolute("~") == home_folder
+    assert absolute("./~/a") == str(tmp_path / "~/a")
+    assert home("a~") == "a~"
+    assert expand("~/a.tar::~/{b,c}.tar") == [f"{home_folder}/{name}.tar" for name in "abc"]
+    assert RunPaths(folder=Path("~/run")).catalog_path == Path(home_folder, "run/catalog.lance")
+    with pytest.raises(ModeclipError, match=r"no user.*'nobody-has-this-name'; write \./~nobody"):
+        absolute("~nobody-has-this-name/a")
+    root = pwd.getpwuid(0)
+    assert home(f"~{root.pw_name}/a") == f"{root.pw_dir}/a"
+
+
+def test_arguments_may_have_home_folders_behind_names(home_folder: str, tmp_path: Path):
+    told = {
+        "~/a": "HOME/a",
+        "--out=~/a": "--out=HOME/a",
+        "birds=~/a#expert-0": "birds=HOME/a#expert-0",
+        "clip:~/a": "clip:HOME/a",
+        "~/a::~/b": "HOME/a::HOME/b",
+        "./~/a": f"{tmp_path}/~/a",
+        "cat,~dog": "cat,~dog",
+        "~/": "HOME/",
+        "a ~ b": "a ~ b",
+        "a photo of a {}": "a photo of a {}",
+    }
+    assert {text: expand_homes(text) for text in told} == {
+        text: expected.replace("HOME", home_folder) for text, expected in told.items()
+    }
+
+
+def test_a_path_is_found_in_another_unicode_form(tmp_path: Path):
+    nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    (tmp_path / nfd).mkdir()
+    (tmp_path / nfd / f"{nfd}.PNG").write_text("")
+    assert other_form(f"{tmp_path}/{nfc}") == f"{tmp_path}/{nfd}"
+    assert other_form(f"{tmp_path}/{nfd}") is None, "it is there as it is"
+    assert absolute(f"{tmp_path}/{nfc}") == f"{tmp_path}/{nfd}"
+    assert other_spelling(f"{tmp_path}/{nfc}/{nfc}.png") == f"{tmp_path}/{nfd}/{nfd}.PNG"
+    assert other_spelling(f"{tmp_path}/{nfc}/other.png") is None
+    (tmp_path / nfc).mkdir()
+    assert absolute(f"{tmp_path}/{nfc}") == f"{tmp_path}/{nfc}"
+    assert (form_of(nfc), form_of(nfd)) == ("NFC", "NFD")
+
+
+def test_names_that_fit_equally_well_are_not_chosen_between(tmp_path: Path):
+    for name in ("a.PNG", "a.Png"):
+        (tmp_path / name).write_text("")
+    assert other_spelling(f"{tmp_path}/a.png") is None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from modeclip.data.catalog import Catalog
+from modeclip.data.images import decode_image
 from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.open import load_tasks
@@ -124,6 +126,103 @@ def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(ModeclipError, match=r"x\.zip' can hold no task.*\.parquet, \.csv"):
         load_tasks([str(tmp_path / "x.zip")])
+
+
+# ---------------------------------------------------------------- splits, links and metadata
+
+
+@pytest.mark.parametrize("layout", ["images/{split}/{name}", "{name}/{split}", "{split}/{name}"])
+@pytest.mark.parametrize("test", ["test", "VAL", "dev"])
+def test_splits_lie_above_or_below_the_classes(tmp_path, capsys, layout, test):
+    for split, color in (("Train", 5), (test, 0)):
+        for label, name in enumerate(("rose", "tulip")):
+            save(tmp_path / "set" / layout.format(split=split, name=name) / "0.png", 50 * label + color)
+    (task,) = load_tasks([str(tmp_path / "set")], train=True)
+    assert (task.classnames, task.labels.tolist(), colors(task.images)) == (("rose", "tulip"), [0, 1], [0, 50])
+    assert (task.train.classnames, colors(task.train.images)) == (("rose", "tulip"), [5, 55])
+    assert f"reads {test}; leaves out Train (2 images)" in capsys.readouterr().err
+
+
+def test_a_class_called_test_among_others_is_a_class(tmp_path):
+    for name in ("bus", "car", "test"):
+        save(tmp_path / "set" / name / "0.png", 9)
+    assert load_tasks([str(tmp_path / "set")])[0].classnames == ("bus", "car", "test")
+
+
+def test_of_two_splits_for_testing_one_is_read(tmp_path):
+    for split, color in (("test", 1), ("eval", 2), ("val", 3)):
+        save(tmp_path / "set" / split / "rose" / "0.png", color)
+    assert colors(load_tasks([str(tmp_path / "set")])[0].images) == [1]
+
+
+def test_classes_that_are_links_are_read(folder, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("dog", "newt"):
+        (tmp_path / "set" / name).symlink_to(folder / "test" / name)
+    (tmp_path / "set/dog/up").symlink_to(tmp_path / "set")
+    (task,) = load_tasks([str(tmp_path / "set")])
+    assert (task.classnames, task.labels.tolist()) == (("dog", "newt"), [0, 0, 1, 1])
+    (tmp_path / "set/cat").symlink_to("nowhere")
+    with pytest.raises(ModeclipError, match=r"set/cat.*leads nowhere; mend or remove"):
+        load_tasks([str(tmp_path / "set")])
+
+
+@pytest.mark.parametrize("column", ["label", "caption"])
+def test_metadata_tables_give_labels_or_captions_by_split(tmp_path, column, capsys):
+    for split, color in (("train", 5), ("test", 0)):
+        for number in range(2):
+            save(tmp_path / "set" / split / "deep" / f"{number}.png", 50 * number + color)
+        save(tmp_path / "set" / split / "unnamed.png", 99)
+        rows = [{"file_name": f"deep/{number}.PNG", column: f"{'ab'[number]}"} for number in range(2)]
+        (tmp_path / "set" / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (task,) = load_tasks([str(tmp_path / "set")], train=True)
+    assert colors(task.images) == [0, 50]
+    if column == "label":
+        assert (task.classnames, task.labels.tolist()) == (("a", "b"), [0, 1])
+        assert colors(task.train.images) == [5, 55]
+    else:
+        assert (task.texts, task.image_of_text.tolist()) == (("a", "b"), [0, 1])
+    assert "reads test; leaves out train (2 rows), 2 images that no row names" in capsys.readouterr().err
+    (tmp_path / "set/test/deep/1.png").unlink()
+    with pytest.raises(ModeclipError, match=r"test/deep/1\.PNG.*is not there \(1 such rows\)"):
+        load_tasks([str(tmp_path / "set")])
+
+
+def test_class_folders_in_another_unicode_form_are_one_class(tmp_path, capsys):
+    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    save(tmp_path / "set/test" / forms[0] / "0.png", 1)
+    save(tmp_path / "set/train" / forms[1] / "0.png", 2)
+    (task,) = load_tasks([str(tmp_path / "set")], train=True)
+    assert task.classnames == task.train.classnames == (forms[0],)
+    assert "Unicode form NFD" in capsys.readouterr().err
+
+
+def test_a_published_name_with_other_classes_is_a_set_of_ones_own(folder, capsys):
+    (task,) = load_tasks([str(folder.rename(folder.parent / "flowers"))])
+    assert set(task.classnames) == {"tabby cat", "dog", "newt"}
+    assert "not the 102 of Oxford Flowers 102" in capsys.readouterr().err
+
+
+def test_images_are_turned_upright_unless_asked_not_to(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (tmp_path / "set/a").mkdir(parents=True)
+    Image.new("RGB", (6, 4)).save(tmp_path / "set/a/0.jpg", exif=exif)
+    (upright,) = load_tasks([str(tmp_path / "set")])
+    (stored,) = load_tasks([str(tmp_path / "set")], exif="ignore")
+    sizes = [task.images.read(np.array([0]))[0].size for task in (upright, stored)]
+    assert (sizes, upright.exif, stored.exif) == ([(4, 6), (6, 4)], "apply", "ignore")
+    assert upright.images.digest != stored.images.digest
+    for setting, size in (("apply", (4, 6)), ("ignore", (6, 4))):
+        index(DataConfig.from_flat({"source": str(tmp_path / "set"), "exif": setting}), tmp_path / setting)
+        catalog = Catalog.open(tmp_path / setting)
+        (picture,) = catalog.images(np.array([0]))
+        (encoded,) = catalog.encoded_images(np.array([0]))
+        sides = catalog.read(["width", "height"])
+        assert (catalog.exif, picture.size, (sides["width"][0], sides["height"][0])) == (setting, size, size)
+        assert decode_image(encoded).size == size, "an encoder that knows nothing of the setting sees the same"
+    with pytest.raises(ModeclipError, match=r"indexed with exif 'ignore', not 'apply'"):
+        index(DataConfig(source=str(tmp_path / "set")), tmp_path / "ignore")
 
 
 # ---------------------------------------------------------------- names
