@@ -290,6 +290,18 @@ class RunFolder(RunPaths):
         jobs = self._plan(replace(self.experts, only=(), order="index")) if self.experts.only else self.jobs
         return sorted(filter(is_bundled, jobs), key=lambda job: -1 if job.index is None else job.index)
 
+    @property
+    def class_experts(self) -> list[TrainJob]:
+        """The experts for class names that are done in this folder and continue the seed of its experts."""
+        starts = {job.start_digest for job in self.members if job.role == "expert"}
+        found = []
+        for path in sorted(self.models.resolve().glob("expert-*/job.json")):
+            with suppress(ModeclipError):  # damaged: it cannot be part of the bundle
+                job = replace(TrainJob.load(path), folder=str(path.parent))
+                if job.role == "prior" and job.start_digest in starts and TrainResult.read(job) is not None:
+                    found.append(job)
+        return found
+
     def jobs_for_classes(self, classes: Sequence[str], nearest: int = 1) -> list[TrainJob]:
         """Return the job of one expert for class names, behind the seed's; its rows are marked in the catalog.
 
@@ -357,10 +369,10 @@ class RunFolder(RunPaths):
         """Write the bundle of the experts that are done, unless it is up to date or was edited since.
 
         Returns:
-            Its folder; None where no expert of the clusters is done.
+            Its folder; None where no expert is done.
         """
-        done = [job for job in self.members if TrainResult.read(job) is not None]
-        if all(job.role != "expert" for job in done):
+        done = [job for job in self.members if TrainResult.read(job) is not None] + self.class_experts
+        if all(job.role not in {"expert", "prior"} for job in done):
             return None
         with only_process(self.models, LOCK_PATIENCE_SECONDS):
             lineage = self.lineage
@@ -402,7 +414,7 @@ class RunFolder(RunPaths):
         recipe = {"train": asdict(self.training), "experts": asdict(self.experts)}
         return assemble_bundle(
             self.folder,
-            self.members,
+            [*self.members, *self.class_experts],
             self.routing,
             seed=self.seed if self.experts.start is not None else None,
             name=name,

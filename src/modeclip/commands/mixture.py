@@ -285,7 +285,9 @@ def bundle(
     if as_json:
         content: dict[str, object] = {"path": str(opened.path), "rule": opened.routing.rule, "encoder": opened.encoder}
         content |= {"num_fine": len(opened.fine_centers), "quantiles": opened.fine_quantiles is not None}
-        print_json(content | {"experts": [asdict(expert) for expert in opened.experts], "lineage": opened.lineage})
+        content |= {"experts": [asdict(expert) for expert in opened.experts]}
+        content["class_experts"] = [asdict(expert) for expert in opened.class_experts]
+        print_json(content | {"lineage": opened.lineage})
         return
     rows = []
     for index, expert in enumerate(opened.experts):
@@ -293,6 +295,8 @@ def bundle(
         model = f"{expert.folder} ({megabytes:,.0f} MB)" + (", stands in" if expert.folder == SEED else "")
         fine = str(int((opened.expert_of_fine == index).sum()))
         rows.append((expert.name, model, f"{expert.size:,}", fine, ", ".join(expert.keywords)))
+    for expert in opened.class_experts:
+        rows.append((expert.name, f"{expert.folder}, for class names (--expert)", f"{expert.size:,}", "", ""))
     title = (
         f"{bundle}: {len(opened.fine_centers):,} fine clusters, rule {opened.routing.rule}, encoder {opened.encoder}"
     )

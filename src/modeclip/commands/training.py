@@ -136,7 +136,7 @@ def train_experts(
         return
     for job in jobs:
         print_lines(f"{job.name}: {job.folder}")
-    print_lines(f"bundle: {bundle}" if bundle else "no bundle yet: no expert of the clusters is trained")
+    print_lines(f"bundle: {bundle}" if bundle else "no bundle yet: no expert is trained")
 
 
 def status(

@@ -303,7 +303,8 @@ def assemble_bundle(
     """
     config, paths = config or RoutingConfig(), RunPaths(folder=run)
     catalog, clustering = Catalog.open(paths.catalog_path), Clustering.load(paths.clusters)
-    finished = [job for job in jobs if is_bundled(job) and TrainResult.read(job) is not None]
+    results = {job.name: TrainResult.read(job) for job in jobs if is_bundled(job)}
+    finished = [job for job in jobs if results.get(job.name) is not None]
     models = ({} if seed is None else {SEED: seed}) | {job.name: Path(job.folder) for job in finished}
     if SEED not in models:
         raise ModeclipError(f"{run}: a bundle needs the seed, which is not trained yet; train it first")
@@ -328,13 +329,18 @@ def assemble_bundle(
             },
         },
         fine_quantiles=fitted_quantiles(catalog, clustering.num_fine),
+        class_experts=[
+            Expert(name=job.name, folder=job.name, size=found.rows)
+            for job in finished
+            if job.role == "prior" and (found := results[job.name]) is not None
+        ],
     )
     return paths.bundle
 
 
 def is_bundled(job: TrainJob) -> bool:
-    """Tell whether a job's model is part of a bundle: the seed, or an expert of the clusters."""
-    return job.role in {"seed", "expert"}
+    """Tell whether a job's model is part of a bundle: the seed, or an expert of the clusters or of class names."""
+    return job.role in {"seed", "expert", "prior"}
 
 
 def encoder_of(catalog: Catalog) -> str:
@@ -358,6 +364,7 @@ def save_bundle(
     cards: Mapping[str, Any],
     manifest: Mapping[str, Any],
     fine_quantiles: FineQuantiles | None = None,
+    class_experts: Sequence[Expert] = (),
 ) -> None:
     """Write a bundle; what was in the folder is replaced only when the new one is complete.
 
@@ -370,6 +377,7 @@ def save_bundle(
         manifest: ``encoder``, ``rule``, ``temperature``, ``templates`` and ``lineage``.
         fine_quantiles: Quantiles of the captions' distances (``novelty.fitted_quantiles``); without them
             `modeclip assign` needs the catalog that the clusters were fitted on.
+        class_experts: Experts for class names, whose models are among ``models``.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -396,6 +404,7 @@ def save_bundle(
         **manifest,
         "encoder": encoder,
         "experts": [asdict(expert) for expert in experts],
+        **({"class_experts": [asdict(expert) for expert in class_experts]} if class_experts else {}),
         "files": {"centres": CENTRES_FILE, "clusters": CLUSTERS_FILE},
         "sha256": hash_files(part, sorted(part.rglob("*"))),
     }
