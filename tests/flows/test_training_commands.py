@@ -9,16 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
+import torch
 
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster
-from modeclip.commands.mixture import extend
+from modeclip.commands.mixture import classify, extend, route
 from modeclip.commands.training import status, train, train_experts
 from modeclip.data.catalog import Catalog
+from modeclip.data.images import decode_image
 from modeclip.errors import ModeclipError
+from modeclip.evaluation.systems import open_systems
 from modeclip.mixture.bundle import load_bundle
+from modeclip.models.pool import ModelRef
 from modeclip.pipeline import RunFolder
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
@@ -105,6 +110,37 @@ def test_a_bundle_that_was_edited_is_left_alone(trained: Path, tmp_path: Path) -
     path.write_text(json.dumps(content | {"lineage": {"jobs": {}}}))
     folder.refresh_bundle()
     assert json.loads(path.read_text())["lineage"]["jobs"] == content["lineage"]["jobs"]
+
+
+@pytest.mark.slow
+def test_an_expert_for_class_names_is_in_the_bundle_and_answers(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked alone, it gives the probabilities that open_clip gives with the folder that was trained."""
+    copy, names = shutil.copytree(trained, tmp_path / "copy"), ["heart", "arrow left"]
+    run(train_experts, copy, *SETTINGS, "--for-classes", ",".join(names))
+    bundle = load_bundle(copy / "bundle")
+    assert [expert.folder for expert in bundle.experts] == ["seed", "expert-1"]
+    [own] = bundle.class_experts
+    assert own.name == "expert-heart_arrow_left"
+    model = copy / "models" / own.name
+    assert weights_of(bundle.path / own.folder) == weights_of(model)
+    capsys.readouterr()
+    picture = Path(__file__).parents[2] / "docs" / "assets" / "heart.png"
+    run(classify, bundle.path, picture, "--classes", ",".join(names), "--expert", own.name, "--json")
+    [record] = json.loads(capsys.readouterr().out)
+    clip, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{model}")
+    words = open_clip.get_tokenizer(f"local-dir:{model}")(names)
+    with torch.inference_mode():
+        image, texts, scale = clip.eval()(preprocess(decode_image(picture.read_bytes()))[None], words)
+        expected = dict(zip(names, (scale * image @ texts.T).softmax(dim=-1)[0].tolist(), strict=True))
+    assert {found["name"]: found["probability"] for found in record["classes"]} == pytest.approx(expected, abs=1e-4)
+    run(route, bundle.path, "--classes", ",".join(names), "--expert", own.name, "--json")
+    assert json.loads(capsys.readouterr().out)["weights"] == [1.0]
+    [system] = open_systems([f"{bundle.path}#{own.name}"])
+    assert system.models[0].digest == ModelRef.of("", bundle.path / own.folder).digest
+    with pytest.raises(ModeclipError, match=r"unknown expert .*'expert-pets'; known: .*expert-heart_arrow_left"):
+        run(route, bundle.path, "--classes", "a,b", "--expert", "expert-pets")
 
 
 @pytest.fixture

@@ -70,9 +70,11 @@ def route(
 
         check_picture(picture)
     names = read_classes(classes) if classes is not None else []
-    read = [(path, found) for path, found in read_pictures(find_pictures(images)) if not isinstance(found, str)]
+    read, bad = list[tuple[Path, Image]](), list[str]()
+    for path, one in read_pictures(find_pictures(images)):
+        bad.append(one) if isinstance(one, str) else read.append((path, one))
     if images and not read:
-        raise ModeclipError("route: none of the pictures can be read; give other image files")
+        raise _none_readable("route", bad)
     with busy("loading the encoder"):
         mode = _open_mixture(bundle, max_experts, max_memory, expert, encoder)
         if images:
