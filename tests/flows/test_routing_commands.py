@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,76 @@ def test_explain_shows_three_clusters_a_class_and_prompts_change_them(
     prompted = json.loads(capsys.readouterr().out)
     expected = mode.route(["heart", "book"], templates=["a {c} on a box"])  # the same place for the name
     np.testing.assert_allclose(prompted["weights"], expected.class_weights.mean(axis=0), atol=1e-6)
+
+
+def test_what_is_out_of_domain_is_said(small_run: Path, mode: MoDE, capsys: pytest.CaptureFixture[str]) -> None:
+    """Icons' own names are at home; sentences on chemistry are not, with the numbers that say so."""
+    strange = ["nucleophilic substitution of a benzene ring", "the enthalpy of formation of methane"]
+    known, centers = mode.bundle.fine_quantiles, mode.bundle.fine_centers
+    assert known is not None
+    for names, expected in ((["heart", "book"], False), (strange, True)):
+        route(small_run / "bundle", ",".join(names), as_json=True)
+        content = json.loads(capsys.readouterr().out)
+        assert content["out_of_domain"] is expected
+        assert content["domain"]["names_out"] == (len(names) if expected else 0)
+        vectors = mode.route(names).embeddings
+        assert vectors is not None
+        for row, vector in zip(content["classes"], vectors, strict=True):
+            gaps = np.linalg.norm(centers - vector, axis=1)
+            assert row["distance"] == pytest.approx(gaps.min(), abs=1e-5)
+            assert row["out_of_domain"] is bool(gaps.min() > known.threshold(0.95)[gaps.argmin()])
+            assert (row["quantile"] > 0.95) is row["out_of_domain"]
+    picture = Path(__file__).parents[2] / "docs" / "assets" / "heart.png"
+    classify(small_run / "bundle", (picture,), ",".join(strange), as_json=True)
+    printed = capsys.readouterr()
+    assert "out of domain: 2 of 2 names" in " ".join(printed.err.split())
+    [record] = json.loads(printed.out)
+    assert record["out_of_domain"] is True
+    assert [found["out_of_domain"] for found in record["classes"]] == [True, True]
+    results = json.loads((small_run / "results.json").read_text())
+    assert all(task["out_of_domain"] is False for task in results["routing"].values())
+    assert all(task["domain"]["names"] == len(task["classes"]) for task in results["routing"].values())
+
+
+def test_a_folder_is_classified_in_spite_of_its_bad_pictures(
+    small_run: Path, tmp_path: Path, modeclip_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    heart = (Path(__file__).parents[2] / "docs" / "assets" / "heart.png").read_bytes()
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "deep.PNG").write_bytes(heart)
+    (tmp_path / "a" / "cut.png").write_bytes(heart[:100])
+    (tmp_path / "a" / "empty.png").touch()
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "single.png").write_bytes(heart)
+    asked = ("--classes", "heart,book", "--json")
+    done = modeclip_command("classify", small_run / "bundle", tmp_path / "a", tmp_path / "single.png", *asked)
+    assert done.returncode == 0
+    records = {record["picture"]: record for record in json.loads(done.stdout)}
+    names = ("a/cut.png", "a/empty.png", "a/b/deep.PNG", "single.png")
+    assert list(records) == [str(tmp_path / name) for name in names]
+    assert ["error" in records[str(tmp_path / name)] for name in names] == [True, True, False, False]
+    assert records[str(tmp_path / names[2])]["classes"] == records[str(tmp_path / names[3])]["classes"]
+    none = modeclip_command("classify", small_run / "bundle", tmp_path / "a" / "cut.png", tmp_path / "gone.png", *asked)
+    assert none.returncode == 2
+    assert ["error" in record for record in json.loads(none.stdout)] == [True, True]
+    assert "none of 2 pictures can be read" in none.stderr
+    (tmp_path / "void").mkdir()
+    empty = modeclip_command("classify", small_run / "bundle", tmp_path / "void", *asked)
+    assert (empty.returncode, empty.stderr.count("holds no picture")) == (2, 1)
+
+
+def test_class_files_with_nul_bytes_are_one_line(
+    small_run: Path, tmp_path: Path, modeclip_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "names.txt").write_bytes(b"cat\0\ndog\n")
+    for command in (("route", small_run / "bundle"), ("classify", small_run / "bundle", tmp_path / "x.png")):
+        done = modeclip_command(*command, "--classes", tmp_path / "names.txt")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "NUL byte" in done.stderr
+    for name in ("caf\udce9", "a\0b"):
+        with pytest.raises(ModeclipError, match=r"not UTF-8 text|NUL byte"):
+            MoDE.load(small_run / "bundle").route([name, "b"])
 
 
 def test_what_cannot_be_asked(small_run: Path, tmp_path: Path) -> None:

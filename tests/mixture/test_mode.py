@@ -155,6 +155,31 @@ def test_log_probabilities_make_a_weighted_product(
     assert task.classify([]) == []
 
 
+def test_a_task_carries_the_gradient_of_its_experts(bundle: Path, mode: MoDE) -> None:
+    """As for any CLIP: the gradient of a class's similarity is the weighted sum of those of open_clip's experts."""
+    task = mode.task(CLASSES, templates=["{}"], rule="per_class")
+    size = task.preprocess(Image.new("RGB", (9, 9))).shape
+    with torch.inference_mode():
+        task.classify(torch.zeros(1, *size))
+    pixels = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    images = pixels.clone().requires_grad_()
+    (task.encode_image(images) @ task.classifier().T)[:, 1].sum().backward()  # type: ignore[no-untyped-call]
+    expected = torch.zeros_like(pixels)
+    for expert in range(2):
+        model, _, tokenizer = plain_model(f"local-dir:{bundle / f'expert-{expert}'}")
+        inputs = pixels.clone().requires_grad_()
+        vectors = model.encode_image(inputs, normalize=True)
+        text = model.encode_text(tokenizer([CLASSES[1]]), normalize=True).detach()
+        (float(task.weights[1, expert]) * (vectors @ text.T)).sum().backward()
+        assert inputs.grad is not None
+        expected += inputs.grad
+    assert images.grad is not None
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(images.grad, expected, atol=1e-5, rtol=1e-3)
+    with torch.no_grad():
+        assert not task.encode_image(images).requires_grad
+
+
 def test_unknown_text_is_routed_by_itself(mode: MoDE) -> None:
     task = mode.task(CLASSES, rule="per_class")
     alone = mode.task(["a red umbrella"], rule="per_class")

@@ -70,7 +70,8 @@ def route(
 
         check_picture(picture)
     names = read_classes(classes) if classes is not None else []
-    read, bad = list[tuple[Path, Image]](), list[str]()
+    read: list[tuple[Path, Image]] = []
+    bad: list[str] = []
     for path, one in read_pictures(find_pictures(images)):
         bad.append(one) if isinstance(one, str) else read.append((path, one))
     if images and not read:
@@ -186,13 +187,11 @@ def classify(
                 print_table(str(path), ["class", "probability"], [(name, f"{share:.3f}") for name, share in best])
     if as_json:
         print_json(records)
-    bad = [record for record in records if "error" in record]
+    bad = [record["error"] for record in records if "error" in record]
     if len(bad) == len(records):
-        raise ModeclipError(
-            bad[0]["error"] if len(bad) == 1 else f"classify: none of {len(bad):,} pictures can be read"
-        )
+        raise _none_readable("classify", bad)
     if bad:
-        log(f"classify: {len(bad):,} of {len(records):,} pictures cannot be read; the others are named above")
+        log(f"classify: {len(bad):,} of {len(records):,} pictures cannot be read; each is named above")
 
 
 def assign(
@@ -337,6 +336,12 @@ def _flag_of(reason: ClassReason | None) -> dict[str, object]:
     if reason is None:
         return {"out_of_domain": None, "distance": None, "quantile": None}
     return {"out_of_domain": reason.out_of_domain, "distance": reason.distance, "quantile": reason.quantile}
+
+
+def _none_readable(command: str, problems: Sequence[str]) -> ModeclipError:
+    if len(problems) == 1:
+        return ModeclipError(problems[0])
+    return ModeclipError(f"{command}: none of {len(problems):,} pictures can be read, first {problems[0]}")
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
