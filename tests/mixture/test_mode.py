@@ -174,8 +174,8 @@ def test_a_task_carries_the_gradient_of_its_experts(bundle: Path, mode: MoDE) ->
         assert inputs.grad is not None
         expected += inputs.grad
     assert images.grad is not None
-    assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(images.grad, expected, atol=1e-5, rtol=1e-3)
+    assert expected.norm() > 0
+    assert (images.grad - expected).norm() < 1e-3 * expected.norm()
     with torch.no_grad():
         assert not task.encode_image(images).requires_grad
 
@@ -278,7 +278,10 @@ def test_bundle_carries_an_encoder_that_was_fitted_to_its_captions(bundle: Path,
         models={"seed": bundle / "seed"},
         fine_centers=vectors,
         expert_of_fine=np.arange(len(names)) % 2,
-        cards={"fine": opened.clusters, "experts": [{"index": k, "size": 4, "keywords": []} for k in range(2)]},
+        cards={
+            "fine": opened.clusters[: len(names)],
+            "experts": [{"index": k, "size": 4, "keywords": []} for k in range(2)],
+        },
         manifest={
             "name": "made",
             "encoder": f"tfidf:{tmp_path / 'fitted'}",
@@ -309,7 +312,7 @@ def test_bundle_that_is_none(tmp_path: Path, bundle: Path) -> None:
         MoDE.load(copy)
     for change in ({"rule": "best"}, {"experts": [{"folder": "expert-0"}]}, {"files": {"centres": "../x"}}):
         (copy / "mode.json").write_text(json.dumps(manifest | change))
-        with pytest.raises(ModeclipError, match=r"(best|cannot be read|not in the bundle).*get the bundle again"):
+        with pytest.raises(ModeclipError, match=r"(best|name: is missing|not in the bundle).*get the bundle again"):
             MoDE.load(copy)
 
 
