@@ -27,6 +27,10 @@ ADVICE = {
 """What to do about what the operating system refuses; anything else is a matter of permissions or of the disk."""
 
 
+LIMIT = 1 << 63
+"""No number that a user gives is as large: it would not fit into a 64-bit integer."""
+
+
 class ModeclipError(ValueError):
     """What the user asked for cannot be done; the message is one line that says why and what to do."""
 
@@ -58,7 +62,9 @@ def unknown(kind: str, got: str, known: Iterable[str], listed: str = "") -> Mode
 
 
 def check_least(stage: str, config: object, **least: int) -> None:
-    """Raise for the first field of a config that is less than it may be; a field that is None is left out.
+    """Raise for the first field of a config that is less than it may be, or too large for a 64-bit number.
+
+    A field that is None is left out.
 
     Args:
         stage: What the user calls the config, as in a recipe ("cluster").
@@ -66,12 +72,30 @@ def check_least(stage: str, config: object, **least: int) -> None:
         **least: The least value of each field that is checked.
 
     Raises:
-        ModeclipError: A field is less than that.
+        ModeclipError: A field is less than that, infinite, NaN, or 2^63 or more, which no random seed can be.
     """
     for name, value in least.items():
         got = getattr(config, name)
-        if got is not None and not got >= value:  # NaN is not
-            raise ModeclipError(f"{stage}.{name}: expected {value} or more, got {got}")
+        if got is not None and not value <= got < LIMIT:  # NaN is not
+            most = " (and below 2^63)" if got >= LIMIT else ""
+            raise ModeclipError(f"{stage}.{name}: expected {value} or more{most}, got {got}")
+
+
+def check_between(stage: str, config: object, **ranges: tuple[int, int]) -> None:
+    """Raise for the first field of a config that lies outside its range; a field that is None is left out.
+
+    Args:
+        stage: What the user calls the config, as in a recipe ("embed").
+        config: The config.
+        **ranges: The least and the largest value of each field that is checked.
+
+    Raises:
+        ModeclipError: A field is less or more than that, or NaN.
+    """
+    for name, (least, most) in ranges.items():
+        got = getattr(config, name)
+        if got is not None and not least <= got <= most:
+            raise ModeclipError(f"{stage}.{name}: expected {least:,} to {most:,}, got {got}")
 
 
 def check_above_zero(stage: str, config: object, *names: str) -> None:

@@ -228,7 +228,9 @@ def test_selection_without_a_pair(catalog: Path, tmp_path: Path) -> None:
 def test_loss_that_is_not_finite(catalog: Path, tmp_path: Path) -> None:
     """The step is the one at fault, also when the losses are looked at later; its batch is named, nothing is saved."""
     engine = EngineConfig(precision="32-true", log_every=7)
-    job = make_job(catalog, tmp_path / "job", config=replace(CONFIG, learning_rate=1e30, engine=engine))
+    job = make_job(
+        catalog, tmp_path / "job", config=replace(CONFIG, learning_rate=1e30, weight_decay=0.0, engine=engine)
+    )
     with pytest.raises(ModeclipError, match=r"loss is nan at step 2.*batch begins with .*lower train\.learning_rate"):
         train(job)
     failed = json.loads((tmp_path / "job" / FAILED_BATCH_FILE).read_text())

@@ -41,13 +41,13 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
 from modeclip.data.sources.options import parse_holdout
 from modeclip.data.tasks.task import Task
-from modeclip.errors import ModeclipError, check_above_zero, check_least
+from modeclip.errors import ModeclipError, check_above_zero, check_between, check_least
 from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
 from modeclip.models.clip import WEIGHTS_FILE, Clip, load_clip, save_clip
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, write_json, writing
 from modeclip.system.paths import expand_homes, home_path
-from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig, TrainJob
+from modeclip.training.jobs import MOST_PROCESSES, AugmentConfig, EngineConfig, TrainConfig, TrainJob
 from modeclip.training.trainer import train
 
 RESULT_FILE, NOTES_FILE = FINETUNE_FILE, "notes.json"
@@ -106,7 +106,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges that ``TrainConfig`` does not check."""
-        check_least("finetune", self, epochs=1, batch_size=2, checks=1, patience=1, alphas=1, threads=0, seed=0)
+        check_least("finetune", self, epochs=1, batch_size=2, checks=1, patience=1, alphas=1, seed=0)
+        check_between("finetune", self, threads=(0, MOST_PROCESSES))
         check_above_zero("finetune", self, "learning_rate")
         if not 0 < self.holdout_fraction < 1:
             raise ModeclipError(f"finetune.holdout_fraction must lie in (0, 1), got {self.holdout_fraction}")

@@ -32,7 +32,7 @@ from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embedd
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeReport, Negatives, measure_negatives
 from modeclip.data.catalog import Catalog
-from modeclip.errors import ModeclipError, check_least
+from modeclip.errors import LIMIT, ModeclipError, check_least
 from modeclip.system.console import log, progress
 from modeclip.system.files import write_json
 
@@ -65,7 +65,7 @@ class DiagnoseConfig:
         """Check the ranges."""
         if min(*self.experts, *self.fine, 1, 1) < 1:
             raise ModeclipError(f"diagnose: expected numbers of 1 or more, got {[*self.experts, *self.fine]}")
-        if self.num_seeds < 0 or self.num_seeds == 1:
+        if not 0 <= self.num_seeds < LIMIT or self.num_seeds == 1:
             raise ModeclipError(f"diagnose.num_seeds: expected 0, or 2 or more to compare, got {self.num_seeds}")
         check_least("diagnose", self, num_samples=2, batch_size=2, num_batches=0)
         if not 0 < self.threshold <= 1:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float16, Int, Shaped
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
-from modeclip.errors import ModeclipError, check_least
+from modeclip.errors import ModeclipError, check_between, check_least
 from modeclip.models.encoders import BATCH_SIZE, Encoder, PairEncoder, check_encoder, load_any_encoder, resolve_auto
 from modeclip.models.encoders.text import fit_tfidf
 
@@ -58,7 +58,8 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         """Check the name and the ranges."""
         check_encoder(self.encoder)
-        check_least("embed", self, batch_size=1, dimension=1, seed=0)
+        check_least("embed", self, batch_size=1, seed=0)
+        check_between("embed", self, dimension=(1, 1 << 16))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ reads the embeddings once and then the captions once, a block of rows at a time.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,10 +66,10 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_least("cluster", self, num_fine=1, num_experts=1, num_iterations=0, seed=0)
+        check_least("cluster", self, num_fine=1, num_experts=1, num_iterations=0, fit_samples=1, seed=0)
         for name in ("max_size_ratio", "max_expert_ratio"):
             ratio = getattr(self, name)
-            if ratio is not None and not ratio >= 1:
+            if ratio is not None and not 1 <= ratio < math.inf:
                 raise ModeclipError(
                     f"cluster.{name}: expected 1 or more, or null (None on the command line) for no limit, got {ratio}"
                 )

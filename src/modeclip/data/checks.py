@@ -31,7 +31,7 @@ from jaxtyping import Bool, Int
 from modeclip.data.catalog import Catalog
 from modeclip.data.images import examine_all, strict_pillow
 from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE, UNSCALABLE
-from modeclip.errors import check_least
+from modeclip.errors import check_between, check_least
 from modeclip.system.console import progress
 from modeclip.system.paths import file_size
 
@@ -150,7 +150,8 @@ class CheckConfig:
     """Decides which images and pairs are drawn."""
 
     def __post_init__(self) -> None:
-        check_least("check", self, decode_samples=0, context_length=3, short_characters=0, threads=1)
+        check_least("check", self, decode_samples=0, context_length=3, short_characters=0, seed=0)
+        check_between("check", self, threads=(1, 4096))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from jaxtyping import Float
 
 from modeclip.data.prompts import check_templates
 from modeclip.data.tasks.task import Images, Task
-from modeclip.errors import ModeclipError, check_above_zero, in_one_line, unknown
+from modeclip.errors import ModeclipError, check_above_zero, check_least, in_one_line, unknown
 from modeclip.evaluation.intervals import (
     CONFIDENCE,
     NUM_RESAMPLES,
@@ -93,8 +93,7 @@ class EvaluateConfig:
         check_templates(self.templates, "templates")
         if self.mix not in MIXES:
             raise unknown("mix", self.mix, MIXES)
-        if self.batch_size < 1:
-            raise ModeclipError(f"evaluate.batch_size: expected 1 image or more, got {self.batch_size}")
+        check_least("evaluate", self, batch_size=1)
         check_above_zero("evaluate", self, "probe_c")
         resolve_precision(self.precision)
         _ = self.probe_config
@@ -115,8 +114,7 @@ class RecipeEvaluateConfig(RoutingConfig):
     def __post_init__(self) -> None:
         """Check the batch size, and what the bundle keeps."""
         super().__post_init__()
-        if self.batch_size < 1:
-            raise ModeclipError(f"evaluate.batch_size: expected 1 image or more, got {self.batch_size}")
+        check_least("evaluate", self, batch_size=1)
 
 
 def evaluate(

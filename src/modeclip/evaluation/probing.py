@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from modeclip.data.holdout import keep_together
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError, check_above_zero, check_least, unknown
 from modeclip.evaluation.intervals import Outcome
 from modeclip.evaluation.metrics import score_classes
 from modeclip.evaluation.similarity import Similarity
@@ -65,14 +65,12 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         if self.combine not in ("concatenate", "sum"):
             raise unknown("way to combine features", self.combine, ["concatenate", "sum"])
-        if self.C is not None and not self.C > 0:
-            raise ModeclipError(f"linear probe: C: expected a number above 0, got {self.C}")
+        check_above_zero("probe", self, "C")
         if not 0 < self.validation_fraction < 1:
             raise ModeclipError(
                 f"linear probe: validation_fraction: expected a share between 0 and 1, got {self.validation_fraction}"
             )
-        if self.max_iterations < 1:
-            raise ModeclipError(f"linear probe: max_iterations: expected 1 or more, got {self.max_iterations}")
+        check_least("probe", self, max_iterations=1, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ from modeclip.clustering.fitting import CARDS_FILE
 from modeclip.clustering.novelty import FineQuantiles, fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError, check_above_zero, unknown
 from modeclip.mixture.manifest import (
     CENTRES_FILE,
     CLUSTERS_FILE,
@@ -93,6 +93,7 @@ class RoutingConfig:
         if self.rule not in RULES:
             raise unknown("rule", self.rule, RULES)
         check_templates(self.templates, "templates")
+        check_above_zero("evaluate", self, "temperature")
 
     def temperature_of(self, rule: str) -> float:
         """Return the temperature of a rule: the one given here if it is this rule, else the rule's own default.

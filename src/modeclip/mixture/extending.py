@@ -35,7 +35,7 @@ from modeclip.clustering.fitting import sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
-from modeclip.errors import ModeclipError, check_above_zero, check_least
+from modeclip.errors import ModeclipError, check_above_zero, check_between, check_least
 from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quantiles_of
 from modeclip.mixture.bundle import Bundle, check_files, load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
@@ -44,7 +44,7 @@ from modeclip.models.checkpoints import find_checkpoint
 from modeclip.system.console import log
 from modeclip.system.files import only_process, write_json, writing
 from modeclip.system.paths import RunPaths
-from modeclip.training.jobs import Role, TrainConfig, TrainJob, TrainResult, job_name, learning_rate_at
+from modeclip.training.jobs import MOST_PROCESSES, Role, TrainConfig, TrainJob, TrainResult, job_name, learning_rate_at
 from modeclip.training.launching import run_jobs
 
 PLAN_FILE = "extend.json"
@@ -77,7 +77,8 @@ class ExtendConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_least("extend", self, samples=1, batch_size=2, threads=1, seed=0)
+        check_least("extend", self, samples=1, batch_size=2, seed=0)
+        check_between("extend", self, threads=(1, MOST_PROCESSES))
         check_above_zero("extend", self, "learning_rate")
 
 

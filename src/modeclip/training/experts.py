@@ -30,12 +30,21 @@ from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS
 from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
-from modeclip.errors import ModeclipError, check_least
+from modeclip.errors import LIMIT, ModeclipError, check_between
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.models.clip import check_model, load_clip, save_clip
 from modeclip.system.files import hash_file, holder_of
 from modeclip.training.batches import select_rows
-from modeclip.training.jobs import DONE_FILE, JOB_FILE, Role, TrainConfig, TrainJob, TrainResult, job_name
+from modeclip.training.jobs import (
+    DONE_FILE,
+    JOB_FILE,
+    MOST_PROCESSES,
+    Role,
+    TrainConfig,
+    TrainJob,
+    TrainResult,
+    job_name,
+)
 from modeclip.training.objectives import make_objective
 
 ROWS_AT_ONCE = 1 << 16
@@ -81,7 +90,10 @@ class ExpertsConfig:
             raise ModeclipError(
                 f"experts.out_of_cluster_fraction must lie in [0, 1], got {self.out_of_cluster_fraction}"
             )
-        check_least("experts", self, jobs=1, threads_per_job=1, processes_per_job=1)
+        some = (1, MOST_PROCESSES)
+        check_between("experts", self, jobs=some, threads_per_job=some, processes_per_job=some)
+        if any(number < 0 for number in self.only):
+            raise ModeclipError(f"experts.only: expected numbers of experts, 0 or more, got {min(self.only)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,6 +422,6 @@ def _member(parting: Parting, role: Role, k: int, steps: int, experts: ExpertsCo
     """Return the job of an expert, or of a member of a control mixture."""
     job = parting.branch(role, k, steps=steps)
     if role == "full":
-        return replace(job, config=replace(job.config, seed=job.config.seed + 1 + k))
+        return replace(job, config=replace(job.config, seed=(job.config.seed + 1 + k) % LIMIT))
     where = {CONTROL_COLUMNS.get(role, "expert"): k}
     return replace(job, where=where, out_of_cluster_fraction=experts.out_of_cluster_fraction)

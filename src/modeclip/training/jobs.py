@@ -22,12 +22,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from modeclip.errors import DamagedError, ModeclipError, check_above_zero, check_least, unknown
+from modeclip.errors import LIMIT, DamagedError, ModeclipError, check_above_zero, check_between, check_least, unknown
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.console import log
 from modeclip.system.files import FileNote, find_damage, read_json, remove, write_json
 from modeclip.training.objectives import OBJECTIVES
 
+MOST_PROCESSES = 4096
+"""Most threads or processes that a setting may ask for; no machine has more cores."""
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 Role = Literal["seed", "dense", "dense-total", "expert", "random", "full", "one-step", "prior", "single"]
@@ -109,9 +111,10 @@ class EngineConfig:
             raise ModeclipError(
                 f"train.engine.precision must be auto, 32-true, bf16-mixed or 16-mixed, got {self.precision!r}"
             )
-        if self.micro_batch != "auto" and self.micro_batch < 0:
+        if self.micro_batch != "auto" and not 0 <= self.micro_batch < LIMIT:
             raise ModeclipError(f"train.engine.micro_batch must be auto or at least 0, got {self.micro_batch}")
-        check_least("train.engine", self, workers=0, keep_pictures_gb=0, keep_checkpoints=1, log_every=1)
+        check_least("train.engine", self, keep_pictures_gb=0, keep_checkpoints=1, log_every=1)
+        check_between("train.engine", self, workers=(0, MOST_PROCESSES))
         unknown_places = set(self.report_to) - {"tensorboard", "wandb"}
         if unknown_places:
             raise unknown("place in train.engine.report_to", min(unknown_places), ["tensorboard", "wandb"])
@@ -133,6 +136,8 @@ class EngineConfig:
                 f"got {self.save_every!r}"
             )
         number, unit = float(match[1]), match[2]
+        if not 0 < number < LIMIT:
+            raise ModeclipError(f"train.engine.save_every must be above 0, got {self.save_every!r}")
         if unit in _SECONDS:
             return number * _SECONDS[unit], "seconds"
         unit = unit.removesuffix("s") + "s"
@@ -179,10 +184,15 @@ class TrainConfig:
         """Check the ranges."""
         if self.loss not in OBJECTIVES:
             raise unknown("train.loss", self.loss, OBJECTIVES)
-        if self.batch_size < 2:
+        if not 2 <= self.batch_size < LIMIT:
             raise ModeclipError(f"train.batch_size must be at least 2 (a pair needs a negative), got {self.batch_size}")
-        check_least("train", self, total_parts=2, weight_decay=0, clip_grad_norm=0)
+        check_least("train", self, samples=1, total_parts=2, weight_decay=0, clip_grad_norm=0, seed=0)
         check_above_zero("train", self, "learning_rate")
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ModeclipError(
+                f"train.weight_decay: expected below 1 / train.learning_rate, here {1 / self.learning_rate:g}, since "
+                f"a step takes learning_rate * weight_decay of the weights away, got {self.weight_decay:g}"
+            )
         if not 0 < self.seed_parts < self.total_parts:
             raise ModeclipError(
                 f"train.seed_parts must lie in 1 to {self.total_parts - 1} (total_parts - 1), got {self.seed_parts}"

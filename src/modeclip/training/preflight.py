@@ -9,6 +9,7 @@ Price: less than a second, most of it for importing open_clip, which training ne
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,10 @@ def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], worl
         _check_start(job, Path(job.start_from), shapes)
     _check_columns(job, catalog, objective.columns)
     _check_pairs(job, catalog, rows)
-    _check_disk(job, 4 * sum(math.prod(shape) for shape in shapes.values()))
+    weight_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if job.config.engine.strategy == "ddp":
+        _check_memory(job, weight_bytes)
+    _check_disk(job, weight_bytes)
 
 
 def _check_batch(job: TrainJob, world_size: int) -> None:
@@ -133,6 +137,25 @@ def _check_pairs(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -
             f"{job.name}: {len(damaged):,} of {len(seen):,} images looked at cannot be read ({_some(damaged)}); the "
             f"first: {first}"
         ) from first
+
+
+def _check_memory(job: TrainJob, weight_bytes: int) -> None:
+    """Check that the weights, their gradient and AdamW's two moments fit into memory."""
+    import torch
+
+    on_gpu, needed = torch.cuda.is_available(), 4 * weight_bytes
+    has = torch.cuda.get_device_properties(0).total_memory if on_gpu else physical_memory()
+    if needed > has:
+        place = "the GPU" if on_gpu else "this machine"
+        raise ModeclipError(
+            f"{job.name}: weights, gradient and optimizer of {job.config.model} need {needed / 1e9:,.1f} GB, {place} "
+            f"has {has / 1e9:,.1f} GB; choose a smaller train.model, or train.engine.strategy fsdp with more processes"
+        )
+
+
+def physical_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _check_disk(job: TrainJob, weight_bytes: int) -> None:

@@ -39,7 +39,7 @@ from modeclip.data.samples import Sample, Skipped
 from modeclip.data.sources.captions import clean_captions
 from modeclip.data.sources.icons import Drawing, IconOptions, draw, draw_many, renderer_version, usable
 from modeclip.data.sources.source import DataSource, SourceConfig, SourceKind, SourcePart, count, describe
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError, check_between, unknown
 from modeclip.system.console import log
 from modeclip.system.files import writing
 
@@ -63,8 +63,7 @@ class IconifyOptions:
     """iconify: processes that draw; the images do not depend on their number."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ModeclipError(f"data.workers: expected 1 or more, got {self.workers}")
+        check_between("data", self, workers=(1, 4096))
 
 
 def open_iconify(config: SourceConfig, task: str = "") -> DataSource:

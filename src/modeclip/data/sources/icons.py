@@ -31,7 +31,7 @@ from PIL import Image
 from modeclip.data.samples import BLANK, DUPLICATE, EMPTY_CAPTION, UNRENDERED, Sample, Skipped
 from modeclip.data.sources.captions import samples_of
 from modeclip.data.sources.source import DataSource, SourceConfig, SourceKind, SourcePart, count
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import ModeclipError, check_between, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,7 @@ class IconOptions:
     neither tasks nor excluded."""
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ModeclipError(f"data.image_size: expected 1 or more, got {self.image_size}")
+        check_between("data", self, image_size=(1, 4096))
 
 
 @dataclass(frozen=True, kw_only=True)
