@@ -155,7 +155,7 @@ def test_features_of_other_sizes_are_not_added() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"C": -1.0}, "C: expected a number above 0, got -1.0"),
+        ({"C": -1.0}, "C: expected a finite number above 0, got -1.0"),
         ({"validation_fraction": 1.0}, "validation_fraction: expected a share"),
         ({"max_iterations": 0}, "max_iterations: expected 1 or more"),
     ],

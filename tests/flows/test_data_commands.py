@@ -116,7 +116,7 @@ def test_ids_go_out_and_come_back(folder: Path, tmp_path: Path, capsys: pytest.C
         (("uids", "{folder}", "--keep", "none.npy"), r"none\.npy"),
         (("uids", "{folder}", "--expert", "99", "--out", "none.npy"), "has no pair of expert 99, so there is no id to"),
         (("index", "nowhere/none.tar"), r"none\.tar"),
-        (("index", "icons", "--image-size", "0"), r"data\.image_size: expected 1 or more, got 0"),
+        (("index", "icons", "--image-size", "0"), r"data\.image_size: expected 1 to 4,096, got 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -326,5 +326,5 @@ def test_settings_out_of_range() -> None:
     with pytest.raises(ModeclipError, match=r"experts\.out_of_cluster_fraction.*\[0, 1\], got 2"):
         ExpertsConfig(out_of_cluster_fraction=2.0)
     for name in ("jobs", "threads_per_job", "processes_per_job"):
-        with pytest.raises(ModeclipError, match=rf"experts\.{name}: expected 1 or more, got 0"):
+        with pytest.raises(ModeclipError, match=rf"experts\.{name}: expected 1 to 4,096, got 0"):
             ExpertsConfig(**{name: 0})  # type: ignore[arg-type]
