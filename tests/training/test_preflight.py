@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from modeclip.models.checkpoints import Checkpoint, save_checkpoint
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob
 from modeclip.training.objectives.siglip import Sigmoid
-from modeclip.training.preflight import preflight
-from support import make_job
+from modeclip.training.preflight import check_negatives, preflight, share_without_negative
+from support import make_job, plain_png, write_pairs
 
 CONFIG = TrainConfig(samples=32 * 32, batch_size=32, engine=EngineConfig(precision="32-true"))
 
@@ -58,6 +59,57 @@ def test_good_job_passes_soon_and_leaves_nothing(job: TrainJob, catalog: Catalog
     preflight(job, catalog, rows, 1)
     assert time.process_time() - started < 2  # about 0.1 s
     assert not Path(job.folder).exists()
+
+
+class TestNegatives:
+    """Captions of 12 pairs: all the same, or one that differs."""
+
+    @pytest.fixture
+    def same(self, tmp_path: Path) -> Catalog:
+        pictures = [plain_png(grey) for grey in range(12)]
+        index(DataConfig(source=str(write_pairs(tmp_path / "same", pictures, ["a cat"] * 12))), tmp_path / "s")
+        return Catalog.open(tmp_path / "s")
+
+    @pytest.fixture
+    def nearly(self, tmp_path: Path) -> Catalog:
+        pictures = [plain_png(grey) for grey in range(12)]
+        index(
+            DataConfig(source=str(write_pairs(tmp_path / "near", pictures, ["a cat"] * 11 + ["a dog"]))), tmp_path / "n"
+        )
+        return Catalog.open(tmp_path / "n")
+
+    def test_one_caption_that_masks_itself(self, job: TrainJob, same: Catalog) -> None:
+        masked = changed(job, mask_same_captions=True, batch_size=4)
+        refused(masked, same, r"all 12 pairs have the same caption \('a cat'\).*nothing can be learned; add pairs", 12)
+
+    def test_one_caption_without_the_mask_is_a_warning(self, job: TrainJob, same: Catalog) -> None:
+        warning = check_negatives(changed(job, batch_size=4), same, np.arange(12))
+        assert "all 12 pairs have the same caption ('a cat'), so that every negative is a false one" in warning
+
+    def test_batches_that_mask_themselves_are_counted(self, job: TrainJob, nearly: Catalog) -> None:
+        """A cat's batch of 4 has no dog among 3 of its 11 others with a chance of 8 / 11; so 8 / 12 of all pairs."""
+        masked = changed(job, mask_same_captions=True, batch_size=4)
+        assert "66.7 % of the pairs meet no pair with another caption in their batch of 4" in check_negatives(
+            masked, nearly, np.arange(12)
+        )
+        assert check_negatives(changed(masked, batch_size=12), nearly, np.arange(12)) == ""
+        assert check_negatives(changed(job, batch_size=4), nearly, np.arange(12)) == ""
+
+    @pytest.mark.parametrize(("counts", "batch"), [([3, 2, 1], 2), ([4, 1], 3), ([2, 2, 2], 3), ([5], 2), ([1, 1], 2)])
+    def test_the_share_is_that_of_all_batches(self, counts: list[int], batch: int) -> None:
+        pairs = [caption for caption, count in enumerate(counts) for _ in range(count)]
+        batches = list(combinations(range(len(pairs)), batch))
+        lonely = sum(batch for chosen in batches if len({pairs[pair] for pair in chosen}) == 1)
+        assert share_without_negative(counts, batch) == pytest.approx(lonely / (len(batches) * batch))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_model_larger_than_memory(job: TrainJob, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ViT-B-32 has 151 million parameters: 605 MB of weights, four times that in training."""
+    monkeypatch.setattr("modeclip.training.preflight.physical_memory", lambda: 10**9)
+    refused(
+        changed(job, model="ViT-B-32"), catalog, r"ViT-B-32 need 2\.4 GB, this machine has 1\.0 GB; choose a smaller"
+    )
 
 
 def test_batch(job: TrainJob, catalog: Catalog) -> None:

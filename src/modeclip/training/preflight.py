@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ import numpy as np
 from modeclip.errors import ModeclipError, unknown
 from modeclip.models.checkpoints import FOLDER, check_weights, find_checkpoint
 from modeclip.models.clip import model_shapes
+from modeclip.system.console import log
+from modeclip.system.processes import PARENT_VARIABLE
 from modeclip.training.journal import check_reports
 from modeclip.training.objectives import make_objective
 
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 CAPTIONS_SEEN = 4096
 """Number of captions that are looked at, spread evenly over the rows."""
+LONELY_SHARE = 0.01
+"""Share of pairs without a negative from which on there is a warning."""
 IMAGES_SEEN = 32
 """Number of images that are decoded, spread in the same way."""
 _KEYS_SHOWN = 3
@@ -60,6 +65,8 @@ def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], worl
         _check_start(job, Path(job.start_from), shapes)
     _check_columns(job, catalog, objective.columns)
     _check_pairs(job, catalog, rows)
+    if (warning := check_negatives(job, catalog, rows)) and PARENT_VARIABLE not in os.environ:  # else it was said there
+        log(warning)
     weight_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
     if job.config.engine.strategy == "ddp":
         _check_memory(job, weight_bytes)
@@ -137,6 +144,65 @@ def _check_pairs(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -
             f"{job.name}: {len(damaged):,} of {len(seen):,} images looked at cannot be read ({_some(damaged)}); the "
             f"first: {first}"
         ) from first
+
+
+def check_negatives(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> str:
+    """Return a warning where many pairs meet no negative in their batch, or only false ones; empty if all is well.
+
+    Captions are counted in at most ``CAPTIONS_SEEN`` rows, spread evenly.
+
+    Raises:
+        ModeclipError: No pair has a negative, so that nothing can be learned.
+    """
+    captions = catalog.read(["caption"], _spread(rows, CAPTIONS_SEEN))["caption"]
+    counts, batch, masks = (
+        list(Counter(captions.tolist()).values()),
+        job.config.batch_size,
+        job.config.mask_same_captions,
+    )
+    if len(counts) == 1 and masks:
+        raise ModeclipError(
+            f"{job.name}: all {len(rows):,} pairs have the same caption ({captions[0]!r}), and with "
+            "train.mask_same_captions none of them is a negative, so that nothing can be learned; add pairs with other "
+            "captions, or use fewer experts"
+        )
+    if len(counts) == 1:
+        return (
+            f"{job.name}: all {len(rows):,} pairs have the same caption ({captions[0]!r}), so that every negative is a "
+            "false one; add pairs with other captions, or use fewer experts"
+        )
+    lonely = share_without_negative(counts, min(batch, len(captions))) if masks else 0.0
+    if lonely < LONELY_SHARE:
+        return ""
+    return (
+        f"{job.name}: {100 * lonely:.1f} % of the pairs meet no pair with another caption in their batch of {batch:,}, "
+        "so that nothing is learned from them (train.mask_same_captions); raise train.batch_size"
+    )
+
+
+def share_without_negative(counts: Sequence[int], batch_size: int) -> float:
+    """Return the share of pairs whose whole batch, drawn without repeats, has their own caption.
+
+    Args:
+        counts: Pairs of each caption.
+        batch_size: Pairs of a batch, at most all of them.
+
+    Examples:
+        Of three pairs ``a`` and one ``b``, two of three partners of an ``a`` are the same:
+
+        >>> round(share_without_negative([3, 1], 2), 9)
+        0.5
+    """
+    total = sum(counts)
+
+    def same(count: int) -> float:
+        """Return the chance that the other pairs of a batch are all among the ``count - 1`` with the same caption."""
+        if count < batch_size:
+            return 0.0
+        ways = [math.lgamma(among) - math.lgamma(among - batch_size + 1) for among in (count, total)]
+        return math.exp(ways[0] - ways[1])
+
+    return sum(count / total * same(count) for count in counts)
 
 
 def _check_memory(job: TrainJob, weight_bytes: int) -> None:
