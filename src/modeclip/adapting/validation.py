@@ -30,7 +30,7 @@ from modeclip.errors import ModeclipError
 from modeclip.evaluation.evaluate import answer
 from modeclip.evaluation.intervals import Outcome
 from modeclip.evaluation.similarity import Similarity
-from modeclip.models.clip import Clip, encode_image
+from modeclip.models.clip import Clip, encode_image, without_gradients
 from modeclip.models.features import class_features
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Examiner:
         device = next(clip.model.parameters()).device
         was_training = clip.model.training
         clip.model.eval()
-        with torch.inference_mode():
+        with without_gradients():
             for index, task in enumerate(self.tasks):
                 texts = class_features(clip, task.classnames, self._templates)
                 images = torch.cat([encode_image(clip.model, batch.to(device)) for batch in self._batches(index, clip)])

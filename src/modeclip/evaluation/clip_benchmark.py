@@ -36,6 +36,7 @@ from modeclip.mixture.mode import MoDE
 from modeclip.mixture.routed_clip import RoutedClip
 from modeclip.mixture.router import Route
 from modeclip.mixture.rules import RULES
+from modeclip.models.clip import without_gradients
 
 MODEL_TYPE = "modeclip"
 DEFAULT_RULE = "default"
@@ -93,13 +94,13 @@ class RoutedByDataset(nn.Module):
         self._last = tuple(texts), tokens
         return tokens
 
-    @torch.no_grad()
+    @without_gradients()
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode (B, 3, H, W) images into (B, D * active experts + 1) unit vectors."""
         with torch.autocast(images.device.type, enabled=False):
             return self.task.encode_image(images, normalize=True)
 
-    @torch.no_grad()
+    @without_gradients()
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Encode token ids, just made by ``tokenizer``, into unit vectors that carry the weights.
 

@@ -174,7 +174,7 @@ class RoutedClip(nn.Module):
         with torch.inference_mode(False), without_gradients():
             return self._on_text_side(self._class_vectors(), weights, normalize)
 
-    @torch.no_grad()
+    @without_gradients()
     def classify(self, images: Tensor | Sequence[Image], mix: str = "cosines") -> list[Prediction]:
         """Name the class of each picture.
 

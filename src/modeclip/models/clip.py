@@ -22,7 +22,7 @@ import logging
 import math
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -155,7 +155,7 @@ def load_clip(
     if start:
         config["model_cfg"] |= start
         if not model.logit_bias.any():  # open_clip's stand-in where weights carry none
-            with torch.no_grad():
+            with without_gradients():
                 model.logit_scale.fill_(start["init_logit_scale"])
                 model.logit_bias.fill_(start["init_logit_bias"])
     return Clip(model=model, config=config, tokenizer=tokenizer, preprocess=preprocess)
@@ -376,17 +376,16 @@ def computing(clip: Clip, precision: str) -> Iterator[torch.device]:
         yield device
 
 
-def without_gradients() -> AbstractContextManager[None]:
-    """Return the context in which every tower runs that is not trained.
+def without_gradients() -> torch.no_grad:
+    """Return the context, or decorator, in which every tower runs that is not trained.
 
     It is ``torch.no_grad``: under ``torch.inference_mode`` autocast keeps no cast weights on a CPU, casts each of them
-    at each use, and takes 2 to 3 times as long (``benchmarks/evaluate.py --gradients`` prints by how much). Without
+    at each use, and takes 2 to 3 times as long (``benchmarks/autocast.py`` prints by how much). Without
     autocast the two differ by less than the noise.
     """
     import torch
 
-    context: AbstractContextManager[None] = torch.no_grad()
-    return context
+    return torch.no_grad()
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from modeclip.system.files import hash_files
 from modeclip.system.paths import home_path
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
@@ -192,7 +193,8 @@ def text_features(
         for clips in cache.pool.groups(missing, device=device):
             with ExitStack() as stack:
                 write = {name: stack.enter_context(cache.writer(keys[name], len(texts))) for name in clips}
-                for digest, rows, vectors in _encoded_texts(clips, texts, precision):
+                place = stack.enter_context(computing(next(iter(clips.values())), precision))
+                for digest, rows, vectors in _encoded_texts(clips, texts, place):
                     write[digest](rows, vectors)
                     advance(len(rows))
     return [cache.read(keys[ref.digest], len(texts)) for ref in refs]
@@ -246,10 +248,11 @@ def prompt_features(
     with _text_bar(len(texts) * len(missing)) as advance:
         for clips in cache.pool.groups(missing, device=device):
             sums: dict[str, np.ndarray] = {}
-            for digest, rows, vectors in _encoded_texts(clips, texts, precision):
-                total = sums.setdefault(digest, np.zeros((len(prompts), vectors.shape[1])))
-                np.add.at(total, class_of_text[rows], vectors)
-                advance(len(rows))
+            with computing(next(iter(clips.values())), precision) as place:
+                for digest, rows, vectors in _encoded_texts(clips, texts, place):
+                    total = sums.setdefault(digest, np.zeros((len(prompts), vectors.shape[1])))
+                    np.add.at(total, class_of_text[rows], vectors)
+                    advance(len(rows))
             for digest, total in sums.items():
                 with cache.writer(keys[digest], len(prompts)) as write:
                     write(slice(None), (total / np.linalg.norm(total, axis=1, keepdims=True)).astype(np.float32))
@@ -277,18 +280,21 @@ def _encode_images(
 
     with ExitStack() as stack:
         write = {digest: stack.enter_context(cache.writer(keys[digest], len(images))) for digest in clips}
+        device = stack.enter_context(computing(next(iter(clips.values())), precision))  # all are on one device
         for rows, prepared in _ahead(batches()):
             for digest, clip in clips.items():
-                with computing(clip, precision) as device:
-                    vectors = _unit(encode_image(clip.model, prepared[kind_of[digest]].to(device)))
+                vectors = _unit(encode_image(clip.model, prepared[kind_of[digest]].to(device)))
                 write[digest](rows, vectors)
                 advance(len(vectors))
 
 
 def _encoded_texts(
-    clips: Mapping[str, Clip], texts: Sequence[str], precision: str
+    clips: Mapping[str, Clip], texts: Sequence[str], device: torch.device
 ) -> Iterator[tuple[str, Int[np.ndarray, " n"], Float[np.ndarray, "n D"]]]:
-    """Yield a model's digest, positions of texts and their vectors; texts of similar length go together."""
+    """Yield a model's digest, positions of texts and their vectors; texts of similar length go together.
+
+    The caller has entered `computing`, which keeps the casts of all models' weights until the last text.
+    """
     kind_of = {digest: _tokenizer_kind(digest, clip) for digest, clip in clips.items()}
     order = np.argsort([len(text) for text in texts], kind="stable")
     for start in range(0, len(order), TEXT_BATCH):
@@ -298,9 +304,7 @@ def _encoded_texts(
             kind = kind_of[digest]
             if kind not in tokens:
                 tokens[kind] = clip.tokens([texts[row] for row in rows])
-            with computing(clip, precision) as device:
-                vectors = _unit(encode_text(clip.model, tokens[kind].to(device)))
-            yield digest, rows, vectors
+            yield digest, rows, _unit(encode_text(clip.model, tokens[kind].to(device)))
 
 
 def _unit(vectors: Tensor) -> Float[np.ndarray, "n D"]:

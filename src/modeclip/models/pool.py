@@ -195,7 +195,7 @@ class ModelPool:
         import torch
 
         where, dtype = self._place(device), dtype or torch.float32
-        # Weights that are loaded under inference_mode could not be used outside of it.
+        # Weights that are loaded under a caller's inference_mode could not be used outside of it.
         with self._lock, torch.inference_mode(False):
             keys = {ref.digest: (ref.digest, where, str(dtype)) for ref in refs}
             missing = [ref for ref in refs if keys[ref.digest] not in self._clips]

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name that PyTorch's own documents use)
 from torch import Tensor, nn
 
+from modeclip.models.clip import without_gradients
+
 WEIGHTS_FILE = "model.safetensors"
 _TYPES = ("Transformer", "Pooling", "Normalize")
 _PREFIX = "bert."
@@ -168,7 +170,7 @@ def load_sentence_bert(folder: Path) -> tuple[Any, ...] | None:
 
     weights = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / WEIGHTS_FILE).items()}
     model = SentenceBert(config, weights).eval()
-    with torch.inference_mode():
+    with without_gradients():
         model(tokenize(["a"]))  # weights that do not fit the settings are an error of the folder, not of a text
     return tokenize, model, *(mean_of_tokens, normalize)[: len(kinds) - 1]
 

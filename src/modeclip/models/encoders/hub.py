@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from modeclip.errors import ModeclipError
+from modeclip.models.clip import without_gradients
 from modeclip.system.console import log
 from modeclip.system.devices import choose_device
 from modeclip.system.paths import home_path
@@ -89,7 +90,7 @@ def in_batches(
 
     def encode(batch: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n D"]:
         filled = np.concatenate([batch, np.repeat(batch[:1], rows - len(batch))])
-        with torch.inference_mode():
+        with without_gradients():
             vectors: Float[np.ndarray, "n D"] = run(filled)[: len(batch)].float().cpu().numpy()
         return vectors
 
