@@ -63,6 +63,9 @@ class Pictures:
     def digest(self) -> str:
         return sha256(self.pixels.tobytes()).hexdigest()
 
+    def digests(self) -> list[bytes]:
+        return [sha256(pixels.tobytes()).digest() for pixels in self.pixels]
+
     def __len__(self) -> int:
         return self.count
 
