@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeclip.adapting.finetuning import AlphaPoint, FinetuneConfig, FinetuneResult, choose_alpha, finetune, warnings_of
+from modeclip.adapting.finetuning import (
+    AlphaPoint,
+    FinetuneConfig,
+    FinetuneResult,
+    choose_alpha,
+    finetune,
+    warnings_after,
+    warnings_of,
+)
 from modeclip.adapting.merging import interpolate
 from modeclip.adapting.validation import Split, draw_units, own_task, split_rows
 from modeclip.commands.adapting import finetune as finetune_command
@@ -402,7 +410,7 @@ class Counted:
     [
         (800, 200, 0, 10, 10, 100, []),
         (628, 157, 0, 674, 100, 100, ["674 different captions for 785 pairs, 1.2 a class"]),
-        (90, 10, 0, 10, 5, 100, ["only 10 images are held out.* 10 percentage points"]),
+        (90, 10, 0, 10, 5, 100, ["only 10 of 100 pairs are held out.* 10 percentage points"]),
         (800, 200, 0, 2, 1, 100, ["held-out images are of one class, 'c0'"]),
         (500, 200, 300, 10, 10, 100, ["300 of 1,000 pairs are not trained on"]),
         (800, 200, 0, 10, 10, 6, ["6 steps are all.*--epochs"]),
@@ -439,7 +447,7 @@ def test_a_start_that_comes_out_unchanged_is_a_warning(
     assert re.search("is the start itself, unchanged: no model on the line is better .* held-out images", warning)
     assert f"finetune: warning: {warning}" in shown.err
     assert warning in " ".join((out / "finetune.html").read_text().split())
-    assert any("images are held out" in text for text in content["warnings"])
+    assert any("pairs are held out" in text for text in content["warnings"])
     finetune_command(model, catalog.path, settings, out=out)
     assert f"finetune: warning: {warning}" in capsys.readouterr().err
     del content["warnings"]  # as an older version wrote it
@@ -447,3 +455,15 @@ def test_a_start_that_comes_out_unchanged_is_a_warning(
     read = FinetuneResult.read(out, content["digest"])
     assert read is not None
     assert read.warnings == ()
+
+
+def test_a_result_that_looking_at_nothing_would_reach_is_a_warning(tuned: FinetuneResult) -> None:
+    own = tuned.table[0]
+    assert not warnings_after(replace(tuned, table=(replace(own, majority=0.0), *tuned.table[1:]), alpha=0.5))
+    [warning] = warnings_after(replace(tuned, table=(replace(own, majority=1.0), *tuned.table[1:]), alpha=0.5))
+    assert re.search(
+        f"{100 * own.after.mean:.1f} % of the held-out images.*100.0 % would be.*most frequent class", warning
+    )
+    curve = (replace(tuned.curve[0], own=0.5), replace(tuned.curve[-1], own=0.75))
+    [warning] = warnings_after(replace(tuned, table=(replace(own, majority=0.0),), alpha=0.0, curve=curve))
+    assert re.search(r"up to 75.0 % against 50.0 %\) loses more than 1 points on the general tasks", warning)

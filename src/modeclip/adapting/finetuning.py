@@ -254,10 +254,11 @@ def finetune(
         train(job, visit_every=visit_every, visit=watch)
         examiners = [own, *([general] if general else [])]
         found = _sweep(seed, out / "best", [i / config.alphas for i in range(config.alphas + 1)], examiners, notes)
-        result = _make_result(str(model), job, split, config, notes, found, out, digest, warnings)
-        _warn(result.warnings[len(warnings) :])
+        result = _make_result(str(model), job, split, config, notes, found, out, digest)
         by_name = {task.name: task for examiner in examiners for task in examiner.tasks}
         result = replace(result, table=tuple(_with_baselines(row, by_name) for row in result.table))
+        result = replace(result, warnings=(*warnings, *warnings_after(result)))
+        _warn(result.warnings[len(warnings) :])
         clip = load_clip(seed)
         interpolate_into(clip, seed, out / "best", result.alpha)
         save_clip(clip, out)
@@ -288,8 +289,8 @@ def warnings_of(split: Split, task: Task, steps: int) -> list[str]:
         )
     if num_held_out < FEW_IMAGES:
         found.append(
-            f"only {num_held_out:,} images are held out, so one image is {100 / num_held_out:.0f} percentage points of "
-            "the accuracy that chooses step and alpha; hold out more, or have more data"
+            f"only {num_held_out:,} of {num_pairs:,} pairs are held out, so one image is {100 / num_held_out:.0f} "
+            "percentage points of the accuracy that chooses step and alpha; hold out more, or have more data"
         )
     assert task.labels is not None
     answers = np.unique(task.labels)
@@ -305,6 +306,28 @@ def warnings_of(split: Split, task: Task, steps: int) -> list[str]:
         )
     if steps < FEW_STEPS:
         found.append(f"{steps} steps are all the training that {len(split.train):,} pairs give; give more --epochs")
+    return found
+
+
+def warnings_after(result: FinetuneResult) -> list[str]:
+    """Return what a result itself says against it: the start came out, or a model that looks at nothing is as good."""
+    found, own, start = [], result.table[0], result.curve[0]
+    if result.alpha == 0:
+        best = max(point.own for point in result.curve)
+        reason = (
+            f"no model on the line is better than the start on the {own.num_images:,} held-out images "
+            f"({100 * best:.1f} %)"
+            f"({100 * best:.1f} %)"
+            if best <= start.own
+            else f"what is better on the own set (up to {100 * best:.1f} % against {100 * start.own:.1f} %) loses "
+            f"more than {100 * result.tolerance:g} points on the general tasks"
+        )
+        found.append(f"alpha 0 was chosen, so {result.folder} is the start itself, unchanged: {reason}")
+    if own.majority is not None and own.after.mean <= own.majority:
+        found.append(
+            f"{100 * own.after.mean:.1f} % of the held-out images are right, and {100 * own.majority:.1f} % would be "
+            "for a model that always names their most frequent class"
+        )
     return found
 
 
@@ -460,23 +483,12 @@ def _make_result(
     found: Mapping[float, Correct],
     out: Path,
     digest: str,
-    warnings: Sequence[str],
 ) -> FinetuneResult:
     own, *general = next(iter(found.values()))
     curve = curve_of(found)
     chosen = choose_alpha(curve, config.tolerance)
     lines = {own: [own]} | ({"general tasks": general} if len(general) > 1 else {}) | {task: [task] for task in general}
     captions = Catalog.open(job.catalog).read(["caption"])["caption"]
-    if chosen.alpha == 0:
-        best = max(point.own for point in curve)
-        reason = (
-            f"no model on the line is better than the start on the {len(split.held_out):,} held-out images "
-            f"({100 * best:.1f} %)"
-            if best <= curve[0].own
-            else f"what is better on the own set (up to {100 * best:.1f} % against {100 * curve[0].own:.1f} %) loses "
-            f"more than {100 * config.tolerance:g} points on the general tasks"
-        )
-        warnings = [*warnings, f"alpha 0 was chosen, so {out} is the start itself, unchanged: {reason}"]
     return FinetuneResult(
         folder=str(out),
         model=model,
@@ -493,7 +505,6 @@ def _make_result(
         tolerance=config.tolerance,
         checks=tuple(notes.checks),
         curve=curve,
-        warnings=tuple(warnings),
         table=tuple(table_row(name, tasks, found, chosen.alpha) for name, tasks in lines.items()),
     )
 

@@ -54,9 +54,8 @@ def finetune(
         for row in result.table
     ]
     title = f"alpha {result.alpha:g}, {result.num_train:,} pairs, {result.steps:,} of {result.planned_steps:,} steps"
-    print_table(
-        title, ["accuracy in %", "images", "chance", "majority class", "before", "tuned", "after", "change"], rows
-    )
+    columns = ["accuracy in %", "images", "chance", "majority class", "before", "tuned", "after", "change"]
+    print_table(title, columns, rows, in_parts=True)
     print_lines(f"model: {result.folder}", f"page: {page}")
 
 

@@ -111,8 +111,8 @@ class _Parser:
 
     @functools.cached_property
     def flags(self) -> dict[str, str]:
-        """The option of each field of the command's configs, and of each other parameter."""
-        return {name: flag for name, flag in _flags_of(self.command) if flag in self.options}
+        """The option of each field of the command's configs and of each other parameter; the name of what has none."""
+        return {name: flag if flag in self.options else name.upper() for name, flag in _flags_of(self.command)}
 
     def in_flags(self, text: str) -> str:
         """Return a message in which the fields of recipes are called by the options of this command, if it has them.
