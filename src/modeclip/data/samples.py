@@ -41,11 +41,24 @@ COPY_OF_TRAINED = "image is trained on (a copy of it)"
 DAMAGED_SHARD = "tar shard is damaged"
 COMPRESSED_SHARD = "tar shard is compressed"
 MISSING_SHARD = "tar shard is missing"
+REPLACED = "replaced by a later member of the tar"
+FURTHER_IMAGE = "further image of a sample (data.image_keys)"
+FURTHER_MEMBER = "further member of a sample (a.seg.png beside a.jpg)"
+OTHER_MEMBER = "tar member is neither image nor caption"
+NOT_A_FILE = "tar member is no file"
+SPARSE = "tar member is a sparse file"
+NO_SIDECAR = "shard has no Parquet file beside it"
+NO_SHARD = "Parquet file has no shard or folder beside it"
+DAMAGED_SIDECAR = "Parquet file beside a shard is damaged"
 DAMAGED_TABLE = "table file is damaged"
+BAD_ROW = "row of a table cannot be read"
 MISSING_TABLE = "table file is missing"
 
 HARMLESS = frozenset(
-    {DUPLICATE, NOT_DOWNLOADED, OTHER_SPLIT, OTHER_COLUMN, NOT_READ, LOOP, COPY_OF_HELD_OUT, COPY_OF_TRAINED}
+    {
+        *(DUPLICATE, NOT_DOWNLOADED, OTHER_SPLIT, OTHER_COLUMN, NOT_READ, LOOP, COPY_OF_HELD_OUT, COPY_OF_TRAINED),
+        *(REPLACED, FURTHER_IMAGE, FURTHER_MEMBER, OTHER_MEMBER, NO_SIDECAR),
+    }
 )
 """Causes that do not mean that the data are damaged."""
 

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import posixpath
 import shutil
 import subprocess
 import tarfile
@@ -21,13 +22,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeclip.data.samples import (
+    BROKEN_LINK,
     COMPRESSED_SHARD,
     DAMAGED_SHARD,
-    DAMAGED_TABLE,
+    DAMAGED_SIDECAR,
     MISSING_SHARD,
     NO_CAPTION,
     NO_IMAGE,
+    NO_SIDECAR,
+    NOT_A_FILE,
     NOT_UTF8,
+    OTHER_MEMBER,
+    SPARSE,
     Sample,
     Skipped,
 )
@@ -245,7 +251,7 @@ def test_the_tables_beside_img2dataset_shards_become_columns(tmp_path: Path):
     (tmp_path / "00000.parquet").unlink()
     (tmp_path / "00001.parquet").write_bytes(b"PAR1")
     again = [item for part in source.parts for item in part.read()]
-    assert [item.cause for item in again if isinstance(item, Skipped)] == [DAMAGED_TABLE]
+    assert [item.cause for item in again if isinstance(item, Skipped)] == [NO_SIDECAR, DAMAGED_SIDECAR]
     assert [s.extra for s in again if isinstance(s, Sample)] == [{}] * 4
 
 
@@ -300,7 +306,8 @@ def test_members_are_those_that_tarfile_finds(tmp_path: Path, members, form):
             link = tarfile.TarInfo(f"link{number}")
             link.type, link.linkname = tarfile.SYMTYPE, name[:50]
             tar.addfile(link)
-    assert list(Tar(str(path)).members()) == by_tarfile(path)
+    found = [member[:3] for member in Tar(str(path)).members() if not member.name.startswith("link")]
+    assert found == [(posixpath.normpath(name.lstrip("/")), *place) for name, *place in by_tarfile(path)]
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -318,7 +325,7 @@ def test_damage_never_goes_unseen_where_tarfile_sees_it(tmp_path: Path, data):
     except tarfile.TarError:
         expected = None
     try:
-        found = list(Tar(str(path)).members())
+        found = [member[:3] for member in Tar(str(path)).members()]
     except DamagedTar:
         return  # tarfile takes a header that it cannot read for the end, unless it is the first
     assert found == expected
@@ -338,7 +345,7 @@ def test_sizes_that_octal_digits_cannot_hold_are_read(tmp_path: Path):
             small.size = 3
             file.write(small.tobuf(form) + b"abc".ljust(512, b"\0") + bytes(1024))
         tar = Tar(str(path))
-        (_, start, size), (name, offset, length) = tar.members()
+        (_, start, size, _), (name, offset, length, _) = tar.members()
         assert (start, size) == (len(header), info.size)
         assert (name, tar.read(offset, length)) == ("small.txt", b"abc")
 
@@ -351,16 +358,179 @@ def test_tars_that_gnu_tar_writes_are_read(tmp_path: Path):
         files = ["short"] if form in ("v7", "ustar") else sorted(path.name for path in tmp_path.glob("n*.txt"))
         path = tmp_path / f"{form}.tar"
         subprocess.run(["tar", "-C", tmp_path, f"--format={form}", "-cf", path, *files], check=True)
-        assert list(Tar(str(path)).members()) == by_tarfile(path)
+        found = [member[:3] for member in Tar(str(path)).members() if not member.name.startswith("link")]
+    assert found == [(posixpath.normpath(name.lstrip("/")), *place) for name, *place in by_tarfile(path)]
 
 
-def test_a_sparse_file_is_said_to_be_unsupported(tmp_path: Path):
+def test_a_sparse_file_is_counted_and_what_follows_is_read(tmp_path: Path):
     with (tmp_path / "hole.jpg").open("wb") as file:
-        file.truncate(1 << 20)
-        file.seek(0, os.SEEK_END)
-        file.write(b"end")
+        for number in range(1, 9):  # more holes than a header has room for
+            file.seek(number << 17)
+            file.write(b"end")
+    write(tmp_path, {"hole.txt": b"t", "next.jpg": b"i", "next.txt": b"next"})
+    names = ["hole.jpg", "hole.txt", "next.jpg", "next.txt"]
     for form in ("gnu", "pax"):
         path = tmp_path / f"{form}.tar"
-        subprocess.run(["tar", "-C", tmp_path, "-S", f"--format={form}", "-cf", path, "hole.jpg"], check=True)
-        with pytest.raises(DamagedTar, match="sparse file, which is not supported"):
-            list(Tar(str(path)).members())
+        subprocess.run(["tar", "-C", tmp_path, "-S", f"--format={form}", "-cf", path, *names], check=True)
+        hole, sample = read(path)
+        assert (hole.key, hole.cause, sample.caption, sample.read()) == (f"{form}/hole", SPARSE, "next", b"i")
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+# ---------------------------------------------------------------- which members belong together
+
+
+def shard_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """Write a shard whose names may come several times."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs", "skipped"),
+    [
+        # Names with dots are names.
+        ("v1.2.jpg v1.2.txt", ["v1.2: jpg0 txt1"], []),
+        ("a.jpg a.txt a.b.jpg a.b.txt", ["a: jpg0 txt1", "a.b: jpg2 txt3"], []),
+        ("c.jpg c.txt a.jpg a.b.txt", ["c: jpg0 txt1"], ["a.b: further member", "a: no caption"]),
+        ("a.jpg a.txt a.seg.png", ["a: jpg0 txt1"], ["a.seg: further member"]),
+        ("a.jpg a.txt a.cls a.seg.npy", ["a: jpg0 txt1"], []),
+        ("a.jpg a.png a.txt", ["a: jpg0 txt2"], ["a: further image"]),
+        (
+            "a.jpg a.txt README b.cls ._a.jpg",
+            ["a: jpg0 txt1"],
+            ["README: tar member is neither", "b: tar member is neither"],
+        ),
+        ("x/a.jpg x/a.txt y/a.jpg y/a.txt", ["x/a: jpg0 txt1", "y/a: jpg2 txt3"], []),
+        # The later member of a name counts, also under another spelling of it.
+        ("a.jpg a.txt b.jpg b.txt a.txt", ["a: jpg0 txt4", "b: jpg2 txt3"], ["a: replaced"]),
+        ("a.jpg a.txt b.jpg b.txt ./a.jpg", ["a: jpg4 txt1", "b: jpg2 txt3"], ["a: replaced"]),
+        ("a.jpg a.txt a.txt a.txt", ["a: jpg0 txt3"], ["a: replaced", "a: replaced"]),
+        ("a.jpg b.jpg a.txt b.txt a.txt", ["a: jpg0 txt4", "b: jpg1 txt3"], ["a: replaced"]),
+        # Members of two samples are never joined.
+        ("a.jpg b.jpg b.txt a.jpg a.txt", ["a: jpg3 txt4", "b: jpg1 txt2"], ["a: replaced"]),
+        ("a.jpg a.txt b.jpg b.txt a.jpg a.txt", ["a: jpg4 txt5", "b: jpg2 txt3"], ["a: replaced"]),
+        ("a.jpg a.txt a.jpg a.txt", ["a: jpg2 txt3"], ["a: replaced"]),
+        ("a.txt a.jpg a.txt a.jpg", ["a: jpg3 txt2"], ["a: replaced"]),
+        ("a.jpg a.txt a.png a.txt", ["a: png2 txt3"], ["a: replaced"]),
+        ("a.jpg a.txt b.jpg b.txt a.png a.json", ["a: png4 json5", "b: jpg2 txt3"], ["a: replaced"]),
+        ("a.png a.txt b.jpg b.txt a.jpg a.json", ["a: jpg4 json5", "b: jpg2 txt3"], ["a: replaced"]),
+        ("a.jpg a.txt b.jpg b.txt a.png", ["a: jpg0 txt1", "b: jpg2 txt3"], ["a: further image"]),
+    ],
+)
+def test_members_of_two_samples_are_never_joined(tmp_path: Path, names, pairs, skipped):
+    members = []
+    for number, name in enumerate(names.split()):
+        suffix = name.rpartition(".")[2]
+        text = f"{suffix}{number}"
+        members.append((name, (json.dumps({"caption": text}) if suffix == "json" else text).encode()))
+    found = read(shard_of(tmp_path / "s.tar", members))
+    assert [f"{s.key[2:]}: {s.read().decode()} {s.caption}" for s in found if isinstance(s, Sample)] == pairs
+    causes = [f"{s.key[2:]}: {s.cause}" for s in found if isinstance(s, Skipped)]
+    assert len(causes) == len(skipped)
+    assert all(words in cause for words, cause in zip(skipped, sorted(causes), strict=True))
+
+
+def entry(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_links_and_devices_of_a_tar_are_read_or_counted(tmp_path: Path, form):
+    long = "blobs/" + "n" * 140
+    with tarfile.open(tmp_path / "s.tar", "w", format=form, pax_headers={"comment": "all of it"}) as tar:
+        for name, data in ((long, b"image"), ("words", b"the caption"), ("real.jpg", b"own"), ("real.txt", b"own")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, kind, target in [
+            ("hard.jpg", tarfile.LNKTYPE, long),
+            ("hard.txt", tarfile.LNKTYPE, "./words"),
+            ("x/soft.jpg", tarfile.SYMTYPE, f"../{long}"),
+            ("x/soft.txt", tarfile.SYMTYPE, "later.txt"),
+            ("broken.jpg", tarfile.SYMTYPE, "nowhere"),
+            ("broken.txt", tarfile.SYMTYPE, "words"),
+            ("ring.jpg", tarfile.SYMTYPE, "ring.jpg"),
+            ("outside.jpg", tarfile.SYMTYPE, "/real.jpg"),
+            ("hard2.jpg", tarfile.LNKTYPE, "real.txt.not"),
+            ("device.jpg", tarfile.CHRTYPE, ""),
+            ("pipe.jpg", tarfile.FIFOTYPE, ""),
+            ("d.jpg", tarfile.DIRTYPE, ""),
+        ]:
+            tar.addfile(entry(name, kind, target))
+        info = tarfile.TarInfo("x/later.txt")
+        info.size = 5
+        tar.addfile(info, io.BytesIO(b"later"))
+    found = read(tmp_path / "s.tar")
+    pairs = {s.key[2:]: (s.read(), s.caption) for s in found if isinstance(s, Sample)}
+    assert pairs == {"real": (b"own", "own"), "hard": (b"image", "the caption"), "x/soft": (b"image", "later")}
+    causes = {s.key[2:]: s.cause for s in found if isinstance(s, Skipped)}
+    assert causes == dict.fromkeys(("broken", "ring", "outside", "hard2"), BROKEN_LINK) | {
+        "device": NOT_A_FILE,
+        "pipe": NOT_A_FILE,
+        "x/later": NO_IMAGE,
+        "blobs/" + "n" * 140: OTHER_MEMBER,
+        "words": OTHER_MEMBER,
+    }
+
+
+def test_tars_that_were_joined_are_read_to_their_end(tmp_path: Path):
+    one, two = (tar_of({f"{n}.jpg": b"i", f"{n}.txt": n.encode()}) for n in "ab")
+    shard = tmp_path / "s.tar"
+    shard.write_bytes(one + two)
+    assert [s.caption for s in read(shard)] == ["a", "b"]
+    shard.write_bytes(one + b"what is this" * 100)
+    sample, problem = read(shard)
+    assert (sample.caption, problem.cause) == ("a", DAMAGED_SHARD)
+    shard.write_bytes(one + bytes(2 << 20))  # made in its full size, and not written to its end
+    sample, problem = read(shard)
+    assert (sample.caption, problem.cause) == ("a", DAMAGED_SHARD)
+
+
+bases = st.sampled_from(["a", "b", "a.b", "x/a", "./a", "x//b"])
+suffixes = st.sampled_from(["jpg", "png", "txt", "json", "JPG", "seg.png", "cls"])
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(bases, suffixes, st.sampled_from("fffffhs")), max_size=14))
+def test_every_member_is_in_a_pair_or_counted(tmp_path: Path, members):
+    """Of what tarfile finds, each image is in a pair, or its key is counted; and no pair has strange parts."""
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, (base, suffix, kind) in enumerate([("base", "jpg", "f"), ("base", "txt", "f"), *members]):
+            name = f"{base}.{suffix}"
+            if kind == "f":
+                data = json.dumps({"caption": f"{number}"}).encode() if suffix == "json" else b"%d" % number
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            else:
+                tar.addfile(entry(name, tarfile.LNKTYPE if kind == "h" else tarfile.SYMTYPE, "base.jpg"))
+    found = read(path)
+    pairs = [item for item in found if isinstance(item, Sample)]
+    counted = [item for item in found if isinstance(item, Skipped)]
+    with tarfile.open(path) as tar:
+        final = {posixpath.normpath(member.name): member for member in tar if not member.isdir()}
+        every = [posixpath.normpath(member.name) for member in tar]
+        images = [name for name in every if name.lower().endswith(("jpg", "png"))]
+        captions = [name for name in every if name.endswith(("txt", "json"))]
+        assert len(pairs) + len(counted) >= max(len(images), len(captions) - 2 * len(final))
+        assert len(images) <= len(pairs) + len(counted)
+        for sample in pairs:
+            stem = sample.key.removeprefix("s/")
+            of_key = {name: member for name, member in final.items() if name.rpartition(".")[0] == stem}
+            contents = [tar.extractfile(member) for name, member in of_key.items() if member.isreg()]
+            texts = [file.read().decode() for file in contents if file is not None]
+            linked = any(not member.isreg() for member in of_key.values())
+            assert sample.read().decode() in texts or linked
+            assert any(sample.caption in text for text in texts) or linked

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
+import re
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +21,7 @@ from PIL import Image
 
 from modeclip.data.images import decode_image
 from modeclip.data.samples import (
+    BAD_ROW,
     DAMAGED_TABLE,
     EMPTY_CAPTION,
     MISSING_TABLE,
@@ -28,7 +32,7 @@ from modeclip.data.samples import (
     Sample,
     Skipped,
 )
-from modeclip.data.sources import DataConfig, open_source
+from modeclip.data.sources import DataConfig, open_source, tables
 from modeclip.errors import ModeclipError
 from support import plain_png
 
@@ -91,11 +95,11 @@ def test_a_table_that_cannot_be_used_says_why(tmp_path: Path, text, message):
 
 
 def test_rows_that_lack_something_are_skipped_by_cause(tmp_path: Path):
-    (tmp_path / "t.csv").write_bytes(b"filepath,title\n1.png\n,a cat\n\n2.png,[]\n4.png,caf\xe9\n3.png,a dog\n")
+    (tmp_path / "t.csv").write_bytes(b"filepath,title\n1.png,\n,a cat\n\n2.png,[]\n4.png,caf\xe9\n3.png,a dog\n")
     *skipped, sample = read(tmp_path / "t.csv")
     assert [(s.key, s.cause) for s in skipped] == [
         ("1.png", NO_CAPTION),
-        ("t.csv row 3", NO_IMAGE),
+        ("t.csv line 3", NO_IMAGE),
         ("2.png", EMPTY_CAPTION),
         ("4.png", NOT_UTF8),
     ]
@@ -146,14 +150,120 @@ def test_several_tables_are_one_source(tmp_path: Path):
         read(f"{tmp_path}/x{{0,1}}.csv")
 
 
-def test_a_table_that_breaks_off_gives_what_comes_before(tmp_path: Path):
-    (tmp_path / "0.csv").write_text("filepath,title\na,b\nc," + "x" * 140_000)
+def test_a_table_that_is_another_gives_its_cause(tmp_path: Path):
+    (tmp_path / "0.csv").write_text("filepath,title\na,b\n")
     (tmp_path / "1.csv").write_text("other,title\na,b\n")
-    sample, broken, strange = read(tmp_path)
+    sample, strange = read(tmp_path)
     assert sample.caption == "b"
-    assert (broken.key, broken.cause) == (f"{tmp_path}/0.csv", DAMAGED_TABLE)
-    assert broken.detail.startswith("row 3: field larger than field limit")
     assert (strange.key, strange.cause) == (f"{tmp_path}/1.csv", DAMAGED_TABLE)
+
+
+def outcome(items: list) -> list[tuple[str, str]]:
+    """What became of each row: its caption, or the line and the cause."""
+    return [(item.key, item.caption if isinstance(item, Sample) else item.cause) for item in items]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # A quote that is not closed takes its own line along and no other.
+        ('f,"a\ng,b\nh,c"\ni,d\n', [("t.csv line 2", BAD_ROW), ("g", "b"), ("h", 'c"'), ("i", "d")]),
+        ('f,"a\ng,b\nh,c\n', [("t.csv line 2", BAD_ROW), ("g", "b"), ("h", "c")]),
+        ('f,"a" b\ng,5" nails\n', [("t.csv line 2", BAD_ROW), ("g", '5" nails')]),
+        # Cells of several lines, with separators and quotes in them.
+        ('f,"a\nb, ""c"""\ng,d\n', [("f", 'a\nb, "c"'), ("g", "d")]),
+        ('f,"a, b, c.\nd, e, f.\n\ng"\ng,d\n', [("f", "a, b, c.\nd, e, f.\n\ng"), ("g", "d")]),
+        # Rows with other cells than the header.
+        ("f,a, b\ng\nh,c,\n", [("t.csv line 2", BAD_ROW), ("t.csv line 3", BAD_ROW), ("h", "c")]),
+        ("f,a\nfilepath,title\n\n   \ng,b", [("f", "a"), ("t.csv line 3", BAD_ROW), ("g", "b")]),
+        ("f,a\0b\ng,b\n", [("t.csv line 2", BAD_ROW), ("g", "b")]),
+        ("f,a\u2028b\x85c\x0bd\x0c\ng,b\n", [("f", "a\u2028b\x85c\x0bd"), ("g", "b")]),
+        ("f,a\rg,b\r", [("f", "a"), ("g", "b")]),
+        ("f,a\r\ng,b\r\n", [("f", "a"), ("g", "b")]),
+    ],
+)
+def test_each_row_of_a_table_is_a_pair_or_counted_by_its_line(tmp_path: Path, text, expected):
+    names = {"f": "1.png", "g": "2.png", "h": "3.png", "i": "4.png"}
+    for short, name in names.items():
+        text = re.sub(rf"(^|\n|\r){short},", rf"\g<1>{name},", text)
+    (tmp_path / "t.csv").write_bytes(b"filepath,title\n" + text.encode())
+    found = outcome(read(tmp_path / "t.csv"))
+    assert found == [(names.get(key, key), caption) for key, caption in expected]
+
+
+def test_a_quote_takes_no_rows_along_even_if_another_ends_it(tmp_path: Path):
+    rows = [f"p{n}.png\ta caption {n}" for n in range(10)]
+    rows[1], rows[8] = 'p1.png\t"the best day', 'p8.png\tnight sky"'
+    (tmp_path / "t.tsv").write_text("\n".join(["filepath\ttitle", *rows, ""]))
+    bad, *others = sorted(read(tmp_path / "t.tsv"), key=lambda item: isinstance(item, Sample))
+    assert (bad.key, bad.cause) == ("t.tsv line 3", BAD_ROW)
+    assert "line 3: a quote is not closed" in bad.detail
+    assert [s.key for s in others] == [f"p{n}.png" for n in range(10) if n != 1]
+
+
+@pytest.mark.parametrize("length", [140_000, 3_000_000])
+def test_long_captions_are_captions(tmp_path: Path, length):
+    (tmp_path / "t.csv").write_text("filepath,title\na," + "x" * length + "\nb,y\n")
+    assert [(s.key, len(s.caption)) for s in read(tmp_path / "t.csv")] == [("a", length), ("b", 1)]
+
+
+def test_a_line_without_end_is_counted(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_LINE", 1000)
+    text = "filepath,title\na,1\nb," + "x" * 2500 + "\nc,3\nd," + "y" * 1000
+    (tmp_path / "t.csv").write_text(text)
+    assert outcome(read(tmp_path / "t.csv")) == [
+        ("a", "1"),
+        ("t.csv line 3", BAD_ROW),
+        ("c", "3"),
+        ("t.csv line 5", BAD_ROW),
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"sep=;\nfilepath;title\n1.png;a, b\n",
+        b'"sep=|"\r\nfilepath|title\r\n1.png|a, b\r\n',
+        "\ufefffilepath\ttitle\n1.png\ta, b\n".encode(),
+        "filepath;title\n1.png;a, b\n".encode("utf-16"),
+        b"\xfe\xff" + "filepath;title\n1.png;a, b\n".encode("utf-16-be"),
+        "filepath;title\n1.png;a, b\n".encode("utf-32"),
+        gzip.compress(b"filepath;title\n1.png;a, b\n"),
+        # Every character that the header has is in it once; the rows tell.
+        b"filepath|x;y|title\n1.png|3|a, b\n2.png|4|c\n",
+    ],
+)
+def test_tables_say_how_they_are_written(tmp_path: Path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    first, *_ = read(tmp_path / "t.csv")
+    assert (first.key, first.caption) == ("1.png", "a, b")
+
+
+def test_a_compressed_table_that_was_cut_gives_what_comes_before(tmp_path: Path):
+    rows = "".join(f"{n}.png,{os.urandom(20).hex()}\n" for n in range(3000))
+    whole = gzip.compress(f"filepath,title\n{rows}".encode())
+    (tmp_path / "t.csv.gz").write_bytes(whole[: len(whole) // 2])
+    *samples, problem = read(tmp_path / "t.csv.gz")
+    assert 500 < len(samples) < 2500
+    assert (problem.key, problem.cause) == (f"{tmp_path}/t.csv.gz", DAMAGED_TABLE)
+
+
+lines_of_any_kind = st.text(st.sampled_from('ab,;"\n\r\t .'), max_size=60)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(lines_of_any_kind, max_size=5), st.integers(0, 5))
+def test_rows_that_are_whole_are_never_lost_beside_damaged_ones(tmp_path: Path, noise, at):
+    """A line with a mark of its own, after a line end, is a pair or is named as a bad line: it does not vanish."""
+    noise.insert(at % (len(noise) + 1), "mark.png,the mark")
+    text = "\n".join(["filepath,title", *noise]) + "\n"
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    number = re.split(r"\r\n|\r|\n", text).index("mark.png,the mark") + 1
+    found = read(tmp_path / "t.csv")
+    inside = [s for s in found if isinstance(s, Sample) and "mark.png,the mark" in s.caption]
+    marked = ("mark.png", "the mark") in outcome(found) or (f"t.csv line {number}", BAD_ROW) in outcome(found)
+    legal = inside and '"' in text  # a caption that is quoted from end to end may hold any line
+    assert marked or legal
 
 
 def test_several_captions_of_an_image_lie_in_a_list_or_in_rows_that_follow_each_other(tmp_path: Path):
@@ -282,6 +392,76 @@ def test_parquet_files_of_which_none_can_be_read_are_an_error(tmp_path: Path):
     write(tmp_path, {"0.parquet": b"no", "1.parquet": b"neither"})
     with pytest.raises(ModeclipError, match=r"0\.parquet' cannot be read.*of 2 files"):
         read(tmp_path)
+
+
+DATA = [b"one", b"two", None, b"four"]
+TEXTS = ["first", "second", "third", None]
+
+
+def encoded(kind: str, values: list) -> pa.Array:
+    """The values as a column whose type is encoded in some way."""
+    text = pa.array(values, pa.string() if isinstance(values[0], str) else pa.binary())
+    if kind == "dictionary":
+        return text.dictionary_encode()
+    if kind == "runs":
+        import pyarrow.compute as pc
+
+        return pc.run_end_encode(text)
+    return text.cast(getattr(pa, f"{kind}_{'string' if isinstance(values[0], str) else 'binary'}")())
+
+
+def save(table: pa.Table, path: Path) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.suffix == ".feather":
+        feather.write_feather(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "feather", "arrow"])
+@pytest.mark.parametrize("kind", ["dictionary", "large", "view", "runs"])
+def test_columns_are_read_however_arrow_encodes_them(tmp_path: Path, kind, suffix):
+    def column(values: list) -> pa.Array:
+        name = f"{'string' if isinstance(values[0], str) else 'binary'}_view"
+        return pa.array(values, getattr(pa, name)()) if kind == "view" else encoded(kind, values)
+
+    if kind == "runs" and suffix != "arrow":
+        pytest.skip("no such files")
+    numbers = pa.array([7, 8, 9, None]).dictionary_encode()
+    table = pa.table({"image": column(DATA), "text": column(TEXTS), "site": column(TEXTS), "n": numbers})
+    save(table, path := tmp_path / f"t.{suffix}")
+    one, two, empty, silent = read(path)
+    assert [(s.read(), s.caption, s.extra) for s in (one, two)] == [
+        (b"one", "first", {"site": "first", "n": 7}),
+        (b"two", "second", {"site": "second", "n": 8}),
+    ]
+    assert (empty.cause, silent.cause) == (NO_IMAGE, NO_CAPTION)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string(), 2),
+        pa.list_(pa.string_view(), 2),
+        pa.large_list(pa.large_string()),
+        pa.list_view(pa.string()),
+        pa.large_list_view(pa.string()),
+        pa.list_(pa.dictionary(pa.int8(), pa.string())),
+    ],
+)
+def test_lists_of_captions_are_read_however_arrow_encodes_them(tmp_path: Path, kind):
+    captions = pa.array([["a", "b"], None, ["c", None]], kind)
+    images = pa.array([{"bytes": b"1", "path": None}, {"bytes": b"2", "path": None}, {"bytes": None, "path": "3.png"}])
+    save(pa.table({"image": images, "captions": captions}), path := tmp_path / "t.arrow")
+    found = read(path)
+    assert [(s.key, getattr(s, "caption", None)) for s in found] == [
+        ("t/0", "a"),
+        ("t/0#1", "b"),
+        ("t/1", None),
+        ("3.png", "c"),
+    ]
 
 
 # ---------------------------------------------------------------- Hugging Face

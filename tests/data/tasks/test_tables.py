@@ -116,9 +116,9 @@ def test_a_column_tells_training_from_testing(tmp_path):
         ("image,kind\nx.png,cat\n", "no column label or caption.*image, kind.*rename one"),
         ("image,label\nx.png,\n", r"column 'label' of row 1 is empty"),
         ("image,label\nx.png,a\n,b\n", r"column 'image' of row 2 is empty"),
-        ("image,label\nx.png,a,b\n", r"row 1 has more cells than the header"),
-        ("image,label\nx.png\n", r"column 'label' of row 1 is empty"),
-        ('image,label\n"x.png,a\n', r"cannot be read"),
+        ("image,label\nx.png,a,b\n", r"line 2: 3 cells where the header has 2"),
+        ("image,label\nx.png\n", r"line 2: 1 cell where the header has 2"),
+        ('image,label\n"x.png,a\n', r"line 2: a quote is not closed"),
         ("image,label\nq.png,a\n", r"image 'q\.png'.*1 of 1 images are missing.*put the images"),
         ("image,label\nhttps://host/x.png,a\n", r"holds addresses.*img2dataset"),
         ("image,caption\nx.png,a\nx.png,\n", r"column 'caption' of row 2 is empty"),
@@ -137,7 +137,7 @@ def test_columns_may_be_separated_as_in_sources(tmp_path):
     (tmp_path / "t.csv").write_text("image;label\nx.png;a, b\ny.png;c\n")
     assert load(tmp_path / "t.csv").classnames == ("a, b", "c")
     (tmp_path / "t.csv").write_bytes("image,label\nx.png,caf\u00e9\n".encode("latin-1"))
-    with pytest.raises(ModeclipError, match=r"row 1 is not UTF-8; save the table"):
+    with pytest.raises(ModeclipError, match=r"line 2 is not UTF-8; save the table"):
         load(tmp_path / "t.csv")
 
 

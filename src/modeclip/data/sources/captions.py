@@ -83,7 +83,7 @@ class FileOptions:
         except UnicodeDecodeError as error:
             return Skipped(key, NOT_UTF8, f".{suffix}: {error.reason} at byte {error.start}")
         if suffix != "json" and not suffix.endswith(".json"):
-            lines = text.splitlines() if self.caption_lines else [text]
+            lines = text.split("\n") if self.caption_lines else [text]
             return clean_captions(lines) or Skipped(key, EMPTY_CAPTION, f".{suffix} holds no text")
         field = self.caption_field
         try:

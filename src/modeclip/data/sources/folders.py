@@ -16,7 +16,6 @@ listing, and the rows of the metadata tables.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,6 +67,7 @@ from modeclip.data.sources.tables import (
     CAPTION_COLUMN,
     CSV_SUFFIXES,
     IMAGE_COLUMN,
+    CsvRow,
     DamagedTable,
     TableFile,
     TableOptions,
@@ -407,14 +407,10 @@ def _table_rows(table: str) -> Iterator[dict[str, Any] | str]:
                     continue
                 yield value if isinstance(value, dict) else f"expected an object, got {str(value)[:40]}"
     elif suffix == "csv":
-        try:
-            rows = csv_rows(table, wanted=(FILE_NAME,))
-            header = next(rows, [])
-            for row in rows:
-                cells = [*row, *[""] * (len(header) - len(row))]
-                yield dict(zip(header, (cell or None for cell in cells), strict=False))
-        except csv.Error as error:
-            raise DamagedTable(str(error)) from error
+        rows = csv_rows(table, wanted=(FILE_NAME,))
+        header = next(rows, CsvRow(1, []))
+        for row in rows:
+            yield row.problem or dict(zip(header.cells, (cell or None for cell in row.cells), strict=False))
     else:
         try:
             with TableFile(table) as file:

@@ -17,18 +17,26 @@ Price: Python objects for each row and value, and the reading of images that are
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
 import io
 import json
+import re
+import zlib
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from modeclip.data.samples import (
+    BAD_ROW,
     DAMAGED_TABLE,
     EMPTY_CAPTION,
     MISSING_TABLE,
@@ -82,7 +90,20 @@ RESERVED = ("key", "caption", "image", "path", "offset", "size", "width", "heigh
 MEASURED = ("key", "caption", "width", "height")
 """Columns of an img2dataset sidecar that the catalog has anyway."""
 SUCCESS = "success"
-CSV_SUFFIXES = (".csv", ".tsv")
+ARROW_SUFFIXES = (".parquet", ".feather", ".arrow", ".ipc")
+"""Suffixes of Parquet files, and of files and streams of Arrow."""
+CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+GZIP = b"\x1f\x8b"
+MAX_LINE = 1 << 24
+"""Characters that a line, or a cell of several lines, may have."""
+MAX_LINES = 1000
+"""Lines that a cell may have."""
+LINES_LOOKED_AT = 50
+"""Lines from which the separator is guessed."""
+TOO_LONG = "\0too long\n"
+"""Stands in the place of a line that is longer."""
+FILE_LIKE = re.compile(r"[^\s\"']+\.[A-Za-z]\w{1,4}")
+"""What a name of a file looks like."""
 BYTES_PER_READ = 1 << 22
 """Bytes of a Parquet column that are asked for at a time, where its pages are smaller."""
 ROWS_PER_BATCH = 256
@@ -102,7 +123,8 @@ class TableOptions:
     """Tables: column of captions, in Parquet also of lists of captions. By default `title`, or else caption, text,
     TEXT or captions, whichever is there."""
     separator: str | None = None
-    """CSV: the character between columns; by default a tab in .tsv files; in .csv files the header tells it."""
+    """CSV: the character between columns. By default it is what a first line such as `sep=;` says, a tab in .tsv files,
+    or what the header and the first rows tell."""
 
     def __post_init__(self) -> None:
         for name in ("image_column", "caption_column"):
@@ -174,12 +196,13 @@ def extra_columns(schema: pa.Schema, taken: set[str]) -> pa.Schema:
     """Return the scalar columns that are not taken; a type that is neither a number nor a boolean becomes text."""
     fields: list[pa.Field] = []
     for field in schema:
-        if field.name in {*taken, ""} or pa.types.is_nested(field.type) or _is_binary(field.type):
+        kind = plain_type(field.type)
+        if field.name in {*taken, ""} or pa.types.is_nested(kind) or item_type(kind) is not None or _is_binary(kind):
             continue
-        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_boolean(field.type)
+        numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
         name = f"source_{field.name}" if field.name in RESERVED else field.name
         if column_of(name) == field.name and all(name != known.name for known in fields):
-            fields.append(pa.field(name, field.type if numeric else pa.string()))
+            fields.append(pa.field(name, kind if numeric else pa.string()))
     return pa.schema(fields)
 
 
@@ -212,19 +235,46 @@ def _label_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 def holds_images(kind: pa.DataType) -> bool:
     """Say whether a type of columns can hold encoded images: bytes, or Hugging Face's struct of bytes and path."""
+    kind = plain_type(kind)
     if pa.types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0)
     return _is_binary(kind)
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return what a column holds, however it is encoded: of dictionaries, runs and extensions the type of their values.
+
+    Examples:
+        >>> plain_type(pa.dictionary(pa.int8(), pa.string()))
+        DataType(string)
+    """
+    while True:
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def item_type(kind: pa.DataType) -> pa.DataType | None:
+    """Return the plain type of the items of a list of any kind; None for a type that is no list."""
+    kind, is_type = plain_type(kind), pa.types
+    checks = (is_type.is_list, is_type.is_large_list, is_type.is_fixed_size_list)
+    if any(check(kind) for check in (*checks, is_type.is_list_view, is_type.is_large_list_view)):
+        return plain_type(kind.value_type)
+    return None
+
+
 def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    kind, is_type = plain_type(kind), pa.types
+    checks = (is_type.is_binary, is_type.is_large_binary, is_type.is_fixed_size_binary, is_type.is_binary_view)
+    return any(check(kind) for check in checks)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    kind, is_type = plain_type(kind), pa.types
+    return any(check(kind) for check in (is_type.is_string, is_type.is_large_string, is_type.is_string_view))
 
 
 # ---------------------------------------------------------------- what cells hold
@@ -259,14 +309,26 @@ def captions_of(value: object, key: str, column: str) -> list[str] | Skipped:
 
 def to_values(column: pa.Array) -> list[Any]:
     """Return a column as Python values; bytes that are not UTF-8 become lone surrogates."""
+    column = plain_column(column)
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        cells = column.cast(pa.list_(pa.binary()) if is_list else pa.binary()).to_pylist()
+        kind = pa.large_binary() if item_type(column.type) is None else pa.large_list(pa.large_binary())
+        cells = column.cast(kind).to_pylist()
     return [[_to_text(item) for item in cell] if isinstance(cell, list) else _to_text(cell) for cell in cells]
+
+
+def plain_column(column: pa.Array) -> pa.Array:
+    """Return a column as ``plain_type`` says it is."""
+    while column.type != (kind := plain_type(column.type)):
+        if isinstance(column.type, pa.BaseExtensionType):
+            column = column.storage
+        elif pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        else:
+            column = pc.run_end_decode(column)
+        del kind
+    return column
 
 
 def _to_text(value: bytes | None) -> str | None:
@@ -286,7 +348,8 @@ def _extras_of(batch: pa.RecordBatch, extra: pa.Schema) -> list[dict[str, Any]]:
     for field in extra:
         name = column_of(field.name)
         try:
-            column = batch[name].cast(field.type) if name in batch.schema.names else pa.nulls(len(batch))
+            known = name in batch.schema.names
+            column = plain_column(batch[name]).cast(field.type) if known else pa.nulls(len(batch))
         except pa.ArrowException:
             column = pa.nulls(len(batch))
         cells = to_values(column)
@@ -305,7 +368,7 @@ def list_tables(config: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
     """
     if "::" not in config.source and is_folder(home(config.source)):
         (folder,) = expand(config.source)
-        return chosen_files(files_by_split(folder, suffixes, hub=suffixes == (".parquet",)), config.split)
+        return chosen_files(files_by_split(folder, suffixes, hub=suffixes == ARROW_SUFFIXES), config.split)
     return expand(config.source)
 
 
@@ -332,12 +395,14 @@ def open_csv(config: SourceConfig) -> DataSource:
     options, files = config.options(TableOptions), list_tables(config, CSV_SUFFIXES)
     found = _states(config.source, files)
     first = next(file for file, state in zip(files, found, strict=True) if state)
-    rows = _rows_of(first, options)
-    header = next(rows, [])
-    columns = _csv_columns(header, first, options)
-    row = next(rows, [])
-    position = header.index(columns.image)
-    refuse_addresses(columns.image, row[position].strip() if position < len(row) else None, first)
+    try:
+        rows = _rows_of(first, options)
+        columns = _csv_columns(header := _header_of(rows, first), first, options)
+        row = next(rows, CsvRow(0, []))
+    except DamagedTable as error:
+        raise ModeclipError(f"table {first!r} cannot be read: {error}; write it again") from error
+    if not row.problem and row.cells:
+        refuse_addresses(columns.image, row.cells[header.index(columns.image)].strip(), first)
     groups = [group.rpartition("/")[0] for group in folders_below(files)]
     parts = tuple(
         SourcePart(name=file, state=state, read=partial(read_csv, file, group, options, columns.extra))
@@ -356,20 +421,21 @@ def read_csv(table: str, group: str, options: TableOptions, extra: pa.Schema) ->
         options: Names of columns, and the separator.
         extra: Further columns; empty cells are None.
     """
-    name, numbered, line = PurePosixPath(table).name, _Numbering(), 1
+    name, numbered = PurePosixPath(table).name, _Numbering()
     try:
         rows = _rows_of(table, options)
-        header = next(rows, [])
+        header = _header_of(rows, table)
         columns = _csv_columns(header, table, options)
         image_at, caption_at = header.index(columns.image), header.index(columns.caption)
         further = [(column, header.index(column_of(column))) for column in extra.names if column_of(column) in header]
-        for row in rows:
-            line += 1
-            row += [""] * (len(header) - len(row))
+        for line, row, problem in rows:
+            if problem:
+                yield Skipped(f"{name} line {line}", BAD_ROW, f"{table} {problem}")
+                continue
             image, cell = row[image_at].strip(), row[caption_at].strip()
             key = f"{group}/{image}" if group else image
             if not image:
-                yield Skipped(f"{name} row {line}", NO_IMAGE, f"column {columns.image} is empty")
+                yield Skipped(f"{name} line {line}", NO_IMAGE, f"column {columns.image} is empty")
                 continue
             texts = captions_of(_list_of(cell), key, f"{columns.caption} of {name}")
             if isinstance(texts, Skipped):
@@ -380,45 +446,193 @@ def read_csv(table: str, group: str, options: TableOptions, extra: pa.Schema) ->
             yield from numbered.samples(texts, key=key, path=path, group=group, extra=values if len(extra) else {})
     except (FileNotFoundError, NotADirectoryError):
         yield Skipped(table, MISSING_TABLE, "no such file")
-    except csv.Error as error:
-        yield Skipped(table, DAMAGED_TABLE, f"row {line + 1}: {error}; correct the quotes or set data.separator")
-    except ModeclipError as error:
+    except (DamagedTable, ModeclipError) as error:
         yield Skipped(table, DAMAGED_TABLE, str(error))
 
 
-def csv_rows(
-    table: str, separator: str | None = None, wanted: Collection[str] = (), *, strict: bool = False
-) -> Iterator[list[str]]:
+def _header_of(rows: Iterator[CsvRow], table: str) -> list[str]:
+    """Return the header of a CSV file.
+
+    Raises:
+        ModeclipError: It cannot be read.
+        DamagedTable: Neither can the file.
+    """
+    header = next(rows, CsvRow(1, []))
+    if header.problem:
+        raise ModeclipError(f"table {table!r}: {header.problem}; expected a header in UTF-8")
+    return header.cells
+
+
+class CsvRow(NamedTuple):
+    """A row of a CSV file, or a line that is none."""
+
+    line: int
+    """Number of the line that it begins in, from 1 on."""
+    cells: list[str]
+    problem: str = ""
+    """Why it cannot be read, with the number of its line; "" if it can."""
+
+
+def csv_rows(table: str, separator: str | None = None, wanted: Collection[str] = ()) -> Iterator[CsvRow]:
     """Yield the rows of a CSV or TSV file that are not blank, the header first.
 
+    A row whose quotes are damaged, or that has another number of cells than the header, has a ``problem``. A quote that
+    is opened and not closed takes only its own line along: the lines behind it are rows again.
+
     Args:
-        table: Path or address of the file. What is not UTF-8 in it becomes lone surrogates.
-        separator: The character between columns; by default a tab in .tsv files, and otherwise the one that splits the
-            header into most of the wanted columns, or else into most columns.
+        table: Path or address of the file, which may be compressed by gzip. What is not UTF-8 in it becomes lone
+            surrogates; UTF-16 is read if it begins with its mark.
+        separator: The character between columns. By default it is what a first line ``sep=;`` says, a tab in .tsv
+            files, or the one that splits the header into most of the wanted columns, and the first lines alike.
         wanted: Columns that the table should have.
-        strict: Whether damaged quotes are an error; otherwise rows are read as well as they can be.
 
     Raises:
         FileNotFoundError: There is no such file.
-        csv.Error: A cell is too long, or quotes are damaged and ``strict`` is set.
+        DamagedTable: It is compressed and cannot be read to its end.
     """
-    with io.TextIOWrapper(open_file(table), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        if separator is None and table.lower().endswith(".tsv"):
-            separator = "\t"
-        if separator is None:
-            header = text.readline(1 << 20)
-            text.seek(0)
+    with open_file(table) as file:
+        try:
+            text = _decoded(file)
+            lines = _Lines(text)
+            first = lines.peek(1)
+            if first and (said := re.fullmatch(r'"?sep=(.)"?', first[0].rstrip("\r\n"), re.IGNORECASE)):
+                separator = separator or said[1]
+                lines.take(1)
+            if separator is None:
+                header = "".join(lines.peek(1))
+                is_tsv = table.lower().removesuffix(".gz").endswith(".tsv") and "\t" in header
+                separator = "\t" if is_tsv else _guess_separator(lines.peek(LINES_LOOKED_AT), wanted)
+            yield from _parse_rows(lines, separator)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DamagedTable(" ".join(str(error).split())) from error
 
-            def fit(candidate: str) -> tuple[int, int]:
-                columns = next(csv.reader([header], delimiter=candidate), [])
-                return len(set(wanted) & set(columns)), len(columns)
 
-            separator = max("\t,;|", key=fit)
-        yield from filter(None, csv.reader(text, delimiter=separator, strict=strict))
+def _decoded(file: Any) -> io.TextIOWrapper:
+    """Return the text of an open file, by its first bytes."""
+    head = file.read(4)
+    file.seek(0)
+    if head.startswith(GZIP):
+        file = gzip.GzipFile(fileobj=file)
+        head = file.read(4)
+        file.seek(0)
+    for mark, encoding in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")):
+        if head == mark:
+            return io.TextIOWrapper(file, encoding=encoding, errors="replace", newline="")
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return io.TextIOWrapper(file, encoding="utf-16", errors="replace", newline="")
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _rows_of(table: str, options: TableOptions) -> Iterator[list[str]]:
-    return csv_rows(table, options.separator, (options.image_column, options.caption_column))
+class _Lines:
+    """The lines of a text, of which those ahead can be looked at; none is kept longer than `MAX_LINE` characters."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+        self._ahead: deque[str] = deque()
+        self.number = 1
+        """Number of the next line."""
+
+    def peek(self, count: int) -> list[str]:
+        """Return the next lines, as many of them as there are."""
+        while len(self._ahead) < count and (line := self._text.readline(MAX_LINE)):
+            while not line.endswith(("\n", "\r")) and len(line) >= MAX_LINE:
+                if not (rest := self._text.readline(MAX_LINE)).endswith(("\n", "\r")) and rest:
+                    continue
+                line = TOO_LONG
+            self._ahead.append(line)
+        return list(islice(self._ahead, count))
+
+    def line(self, place: int) -> str:
+        """Return the line that is so many lines ahead; "" behind the end."""
+        if place >= len(self._ahead):
+            self.peek(place + 1)
+        return self._ahead[place] if place < len(self._ahead) else ""
+
+    def take(self, count: int) -> None:
+        """Go on behind the next lines."""
+        for _ in range(count):
+            self._ahead.popleft()
+        self.number += count
+
+
+def _guess_separator(lines: Sequence[str], wanted: Collection[str]) -> str:
+    """Return the character that splits the header into most wanted columns, then most lines into as many cells."""
+
+    def fit(candidate: str) -> tuple[int, int, int]:
+        header, *rows = [next(csv.reader([line], delimiter=candidate), []) for line in lines] or [[]]
+        alike = sum(len(row) == len(header) for row in rows) if len(header) > 1 else 0
+        return len(set(wanted) & set(header)), alike, len(header)
+
+    csv.field_size_limit(MAX_LINE)
+    return max("\t,;|", key=fit)
+
+
+def _parse_rows(lines: _Lines, separator: str) -> Iterator[CsvRow]:
+    csv.field_size_limit(MAX_LINE)
+    header: list[str] | None = None
+    while line := lines.line(0):
+        number = lines.number
+        if not line.strip(" \r\n\f\v"):
+            lines.take(1)
+            continue
+        cells, taken, problem = _parse_record(lines, separator, header)
+        lines.take(taken)
+        if header is None:
+            header = cells
+        elif not problem and len(cells) > len(header) and not any(cells[len(header) :]):
+            cells = cells[: len(header)]
+        elif not problem and len(cells) != len(header):
+            problem = f"{count(len(cells), 'cell')} where the header has {len(header)}: quote cells with {separator!r}"
+        elif not problem and cells == header:
+            problem = "it repeats the header"
+        yield CsvRow(number, cells, f"line {number}: {problem}" if problem else "")
+
+
+def _parse_record(lines: _Lines, separator: str, header: list[str] | None) -> tuple[list[str], int, str]:
+    """Return the cells of the next row, how many lines it has, and what is wrong with it."""
+    taken, first = 0, lines.line(0)
+
+    def record() -> Iterator[str]:
+        nonlocal taken
+        size = 0
+        while taken < MAX_LINES and size <= MAX_LINE and (line := lines.line(taken)):
+            taken += 1
+            size += len(line)
+            yield line
+
+    if first == TOO_LONG:
+        return [], 1, f"it is longer than {MAX_LINE:,} characters"
+    if "\0" in first:
+        return [], 1, "it has a byte that is 0"
+    try:
+        cells = next(csv.reader(record(), delimiter=separator, strict=True), [])
+    except csv.Error as error:
+        return [], 1, f"a quote is not closed, or stands where none can be ({error})"
+    if (
+        taken > 1
+        and header is not None
+        and (len(cells) != len(header) or _swallows(lines, taken, separator, len(header)))
+    ):
+        end = lines.number + taken - 1
+        return [], 1, f"a quote is not closed before the rows behind it (it would end in line {end})"
+    return cells, taken, ""
+
+
+def _swallows(lines: _Lines, taken: int, separator: str, num_columns: int) -> bool:
+    """Say whether a quoted cell goes over lines that look like rows: file names where its own row has some."""
+
+    def files_in(line: str) -> set[int] | None:
+        cells = line.rstrip("\r\n").split(separator)
+        return {n for n, cell in enumerate(cells) if FILE_LIKE.fullmatch(cell)} if len(cells) >= num_columns else None
+
+    own = files_in(lines.line(0))
+    return bool(own) and any((files_in(lines.line(place)) or set()) >= (own or set()) for place in range(1, taken))
+
+
+def _rows_of(table: str, options: TableOptions) -> Iterator[CsvRow]:
+    return csv_rows(
+        table, options.separator, (options.image_column, options.caption_column, *IMAGE_COLUMNS, *CAPTION_COLUMNS)
+    )
 
 
 def _csv_columns(header: list[str], table: str, options: TableOptions) -> Columns:
@@ -507,12 +721,14 @@ class TableFile:
 
 
 def open_parquet(config: SourceConfig) -> DataSource:
-    """Open Parquet files whose images are bytes, Hugging Face's structs, or paths.
+    """Open Parquet or Arrow files whose images are bytes, Hugging Face's structs, or paths.
 
     Raises:
         ModeclipError: None of the files can be read, or the first that can be lacks a column.
     """
-    return _open_arrow(config, list_tables(config, (".parquet",)), "Parquet file", "parquet", {})
+    files = list_tables(config, ARROW_SUFFIXES)
+    noun = "Parquet file" if all(file.lower().endswith(".parquet") for file in files) else "Arrow file"
+    return _open_arrow(config, files, noun, "parquet", {})
 
 
 def open_huggingface(config: SourceConfig) -> DataSource:
@@ -611,7 +827,7 @@ def _arrow_columns(
     if not (holds_images(kind) or _is_text(kind)):
         raise ModeclipError(f"table {table!r}: image column {image!r} holds {kind}, expected bytes, paths or images")
     kind = schema.field(caption).type
-    item = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    item = item_type(kind) or kind
     if not _is_text(item) and caption not in labels:
         raise ModeclipError(f"table {table!r}: caption column {caption!r} holds {kind}, expected text or lists of text")
     extra = extra_columns(schema, {image, caption, "key"})
@@ -729,13 +945,13 @@ def _is_dataset(_: SourceConfig, folder: Listing) -> bool:
 
 def _holds_parquet(config: SourceConfig, folder: Listing) -> bool:
     """Say whether a folder has Parquet files, or has them as on Hugging Face's Hub and nothing else."""
-    if any(name.lower().endswith(".parquet") for name in folder.files):
+    if any(name.lower().endswith(ARROW_SUFFIXES) for name in folder.files):
         return True
     others = (".tar", *CSV_SUFFIXES, *(f".{suffix}" for suffix in config.options(FileOptions).image_suffixes))
     if any(name.lower().endswith(others) for name in folder.files) or len(folder.folders) > MAX_CONFIGURATIONS:
         return False
     try:
-        return bool(files_by_split(absolute(config.source), (".parquet",)))
+        return bool(files_by_split(absolute(config.source), ARROW_SUFFIXES))
     except ModeclipError:  # several configurations: opening says so
         return True
 
@@ -748,9 +964,9 @@ HUGGINGFACE = SourceKind(
 )
 PARQUET = SourceKind(
     name="parquet",
-    expected=".parquet files",
+    expected=".parquet or .arrow files",
     open=open_parquet,
-    fits_file=lambda name: name.lower().endswith(".parquet"),
+    fits_file=lambda name: name.lower().endswith(ARROW_SUFFIXES),
     fits_folder=_holds_parquet,
 )
 CSV = SourceKind(

@@ -17,13 +17,12 @@ Price: the headers and labels of all shards are read; no image is opened.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
-from modeclip.data.sources.shards import CompressedTar, DamagedTar, Tar, split_name
+from modeclip.data.sources.shards import CompressedTar, DamagedTar, Tar, dotted_starts, split_known
 from modeclip.data.tasks.images import FileImages
 from modeclip.data.tasks.layouts import CLASSNAMES, Found, read_lines, read_templates
 from modeclip.data.tasks.task import Task
@@ -150,7 +149,13 @@ def _read_split(name: str, folder: str, label_suffix: str) -> _Split:
 def _read_shard(name: str, shard: str, label_suffix: str) -> dict[str, _Member]:
     members: dict[str, _Member] = {}
     try:
-        for key, suffix, offset, size, tar in _members(shard):
+        tar = Tar(shard)
+        for name_of_member, offset, size, cause in tar.members():
+            key, suffix = split_known(name_of_member, IMAGE_SUFFIXES, [label_suffix])
+            if not suffix:
+                continue
+            if cause and (suffix in IMAGE_SUFFIXES or suffix == label_suffix):
+                raise ModeclipError(f"task {name!r}: {name_of_member!r} in {shard!r}: {cause}; pack it again")
             member = members.setdefault(key, _Member())
             if suffix in IMAGE_SUFFIXES:
                 place = IMAGE_SUFFIXES.index(suffix)
@@ -164,7 +169,10 @@ def _read_shard(name: str, shard: str, label_suffix: str) -> dict[str, _Member]:
                 member.label = tar.read(offset, size)
     except (DamagedTar, CompressedTar, OSError) as error:
         raise ModeclipError(f"task {name!r}: shard {shard!r} cannot be read: {error}; download it again") from error
-    for key, member in members.items():
+    for key, member in list(members.items()):
+        if any(start in members for start in dotted_starts(key)) and None in (member.image, member.label):
+            del members[key]  # such as 1.seg.png beside 1.png
+            continue
         for part, suffixes in ((member.image, IMAGE_SUFFIXES), (member.label, (label_suffix,))):
             if part is None:
                 raise ModeclipError(
@@ -172,14 +180,6 @@ def _read_shard(name: str, shard: str, label_suffix: str) -> dict[str, _Member]:
                     " the sample"
                 )
     return members
-
-
-def _members(shard: str) -> Iterator[tuple[str, str, int, int, Tar]]:
-    tar = Tar(shard)
-    for member, offset, size in tar.members():
-        key, suffix = split_name(member)
-        if suffix:
-            yield key, suffix, offset, size, tar
 
 
 def _numbers(name: str, split: _Split) -> np.ndarray:
@@ -213,7 +213,7 @@ def _captions(name: str, split: _Split) -> tuple[tuple[str, ...], np.ndarray]:
     owners: list[int] = []
     for number, data in enumerate(split.labels):
         try:
-            own = [line.strip() for line in data.decode().splitlines() if line.strip()]
+            own = [line.strip() for line in data.decode().split("\n") if line.strip()]
         except UnicodeDecodeError as error:
             raise ModeclipError(
                 f"task {name!r}: captions of {split.images.names[number]!r} are not UTF-8 ({error.reason})"

@@ -12,7 +12,6 @@ have to be found.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +28,8 @@ from modeclip.data.sources.source import TRAIN, count, preferred_split
 from modeclip.data.sources.tables import (
     IMAGE_COLUMN,
     IMAGE_COLUMNS,
+    CsvRow,
+    DamagedTable,
     TableFile,
     class_label_names,
     csv_rows,
@@ -398,36 +399,50 @@ def _read_text(path: str) -> TaskTable:
         if suffix in ("csv", "tsv"):
             columns, rows = _read_cells(path)
         else:
-            lines = [line for line in read_bytes(path).decode("utf-8-sig").splitlines() if line.strip()]
+            # Lines end at \n: U+2028 and the like are text.
+            lines = [line.rstrip("\r") for line in read_bytes(path).decode("utf-8-sig").split("\n")]
             if suffix == "jsonl":
-                records = [json.loads(line) for line in lines]
-                if strange := [record for record in records if not isinstance(record, dict)]:
-                    raise TypeError(f"expected a JSON object per line, got {json.dumps(strange[0])[:60]}")
+                records = [_parse_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
                 columns = list(dict.fromkeys(name for record in records for name in record))
                 rows = [[record.get(name) for name in columns] for record in records]
             else:
-                pairs = [line.partition(",") for line in lines[1:]]
+                pairs = [line.partition(",") for line in [line for line in lines if line.strip()][1:]]
                 columns, rows = ["image", "caption"], [[file.strip(), caption] for file, _, caption in pairs]
     except FileNotFoundError as error:
         raise ModeclipError(f"table {path!r} does not exist") from error
-    except (csv.Error, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ModeclipError(f"table {path!r} cannot be read: {error}") from error
     return TaskTable(path=path, values={name: [row[at] for row in rows] for at, name in enumerate(columns)})
 
 
+def _parse_line(path: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ModeclipError(f"table {path!r} cannot be read: line {number}: {error}; correct it") from error
+    if not isinstance(record, dict):
+        raise ModeclipError(
+            f"table {path!r} cannot be read: line {number}: expected a JSON object per line, got {line[:60]}"
+        )
+    return record
+
+
 def _read_cells(path: str) -> tuple[list[str], list[list[Any]]]:
-    """Return header and rows of a CSV file. Cells that a short row lacks are None."""
-    every = csv_rows(path, wanted=(*IMAGES, *LABELS, *CAPTIONS), strict=True)
-    header, rows = next(every, []), list[list[Any]]()
-    for number, row in enumerate(every, 1):
-        try:
-            "".join(row).encode()
-        except UnicodeEncodeError as error:
-            raise ModeclipError(f"table {path!r}: row {number} is not UTF-8; save the table as UTF-8") from error
-        if len(row) > len(header):
-            raise ModeclipError(f"table {path!r}: row {number} has more cells than the header; correct its quotes")
-        rows.append([*row, *[None] * (len(header) - len(row))])
-    return header, rows
+    """Return header and rows of a CSV file."""
+    try:
+        every = csv_rows(path, wanted=(*IMAGES, *LABELS, *CAPTIONS))
+        header, rows = next(every, CsvRow(1, [])), list[list[Any]]()
+        for row in every:
+            if problem := row.problem or header.problem:
+                raise ModeclipError(f"table {path!r}: {problem}; correct it")
+            try:
+                "".join(row.cells).encode()
+            except UnicodeEncodeError as error:
+                raise ModeclipError(f"table {path!r}: line {row.line} is not UTF-8; save the table as UTF-8") from error
+            rows.append(list(row.cells))
+    except DamagedTable as error:
+        raise ModeclipError(f"table {path!r} cannot be read: {error}; write it again") from error
+    return header.cells, rows
 
 
 def _read_parquet(files: Sequence[str]) -> TaskTable:
