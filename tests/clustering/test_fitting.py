@@ -372,7 +372,7 @@ def test_damaged_cards(content: str | None, done: tuple[Catalog, ClusterResult],
     done[1].save(tmp_path)
     path = tmp_path / "cards.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ModeclipError, match=r"cards\.json' cannot be read.*cluster again"):
+    with pytest.raises(ModeclipError, match=r"cards\.json: .*cluster again"):
         ClusterResult.load(tmp_path)
 
 

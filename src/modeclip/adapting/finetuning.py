@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
+from typing_extensions import TypedDict
 
 from modeclip.adapting.merging import FINETUNE_FILE, as_folder, find_model, interpolate_into
 from modeclip.adapting.validation import (
@@ -41,11 +42,11 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
 from modeclip.data.sources.options import parse_holdout
 from modeclip.data.tasks.task import Task
-from modeclip.errors import ModeclipError, check_above_zero, check_between, check_least
+from modeclip.errors import DamagedError, ModeclipError, check_above_zero, check_between, check_least
 from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
 from modeclip.models.clip import WEIGHTS_FILE, Clip, load_clip, save_clip
 from modeclip.system.console import log, progress
-from modeclip.system.files import hash_file, only_process, write_json, writing
+from modeclip.system.files import hash_file, only_process, read_json, write_json, writing
 from modeclip.system.paths import expand_homes, home_path
 from modeclip.training.jobs import MOST_PROCESSES, AugmentConfig, EngineConfig, TrainConfig, TrainJob
 from modeclip.training.trainer import train
@@ -334,6 +335,14 @@ def warnings_after(result: FinetuneResult) -> list[str]:
 # ---------------------------------------------------------------- training, and what it leaves behind
 
 
+class NotesContent(TypedDict):
+    """What the file of the notes holds; as in `_Notes`."""
+
+    digest: str
+    checks: list[tuple[int, float]]
+    found: dict[str, dict[str, str]]
+
+
 @dataclass
 class _Notes:
     """What is known so far, kept in a file so that a killed run can go on from it."""
@@ -347,13 +356,14 @@ class _Notes:
     @classmethod
     def open(cls, path: Path, digest: str) -> _Notes:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["digest"] == digest:
-                checks = [(int(step), float(score)) for step, score in content["checks"]]
-                return cls(path, digest, checks, dict(content["found"]))
-        except (OSError, KeyError, TypeError, ValueError):
-            pass
-        return cls(path, digest, [], {})
+            notes = read_json(path, NotesContent, "all is scored again")
+        except DamagedError as error:
+            if path.exists():
+                log(str(error))
+            notes = NotesContent(digest="", checks=[], found={})
+        if notes["digest"] != digest:
+            return cls(path, digest, [], {})
+        return cls(path, digest, notes["checks"], notes["found"])
 
     def save(self) -> None:
         content = {"digest": self.digest, "checks": self.checks, "found": self.found}

@@ -536,9 +536,9 @@ def _shapes(file: Any) -> dict[str, str]:
 def _settings(folder: Path) -> dict[str, str]:
     """Return the settings that decide what a model computes: the architecture, and how pixels are normalised."""
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / CONFIG_FILE, dict[str, dict[str, Any]], "get it again")
         model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
-    except (OSError, KeyError, ValueError) as error:
+    except KeyError as error:
         raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} cannot be read ({error}); get it again") from error
     return {name: json.dumps(value, sort_keys=True) for name, value in model.items() if name not in _START} | {
         name: json.dumps(pixels.get(name)) for name in ("mean", "std")

@@ -15,26 +15,26 @@ stability cost a fit of ``num_samples`` rows for each number and each seed, and 
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
+from typing_extensions import TypedDict
 from tyro.conf import arg
 
 from modeclip.clustering.distances import assign_nearest
 from modeclip.clustering.embedding import ROWS_AT_ONCE, read_embeddings
 from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embeddings, imbalance_of, regroup, sample_rows
 from modeclip.clustering.kmeans import kmeans
-from modeclip.clustering.negatives import DEFAULT_THRESHOLD, Estimate, NegativeReport, Negatives, measure_negatives
+from modeclip.clustering.negatives import DEFAULT_THRESHOLD, NegativeReport, Negatives, measure_negatives
 from modeclip.data.catalog import Catalog
 from modeclip.errors import LIMIT, ModeclipError, check_least
 from modeclip.system.console import log, progress
-from modeclip.system.files import write_json
+from modeclip.system.files import read_json, write_json
 
 DIAGNOSTICS_FILE = "diagnostics.json"
 
@@ -226,22 +226,17 @@ class Diagnostics:
         Raises:
             ModeclipError: The file is not there, is damaged, or comes from another version.
         """
-        path = Path(folder) / DIAGNOSTICS_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            stability, negatives = content["stability"], content["negatives"]
-            return cls(
-                experts=tuple(ExpertsTrial(**trial) for trial in content["experts"]),
-                fine=tuple(FineTrial(**trial) for trial in content["fine"]),
-                stability=stability
-                and Stability(
-                    pairs=tuple(SeedPair(**{**pair, "seeds": tuple(pair["seeds"])}) for pair in stability["pairs"])
-                ),
-                negatives=negatives and _read_negatives(negatives),
-                num_samples=content["num_samples"],
-            )
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ModeclipError(f"diagnostics {str(path)!r} cannot be read ({error}): diagnose again") from error
+        return cls(**read_json(Path(folder) / DIAGNOSTICS_FILE, _Content, "cluster again (modeclip cluster)"))
+
+
+class _Content(TypedDict):
+    """The fields of `Diagnostics`, all of which its file has."""
+
+    experts: tuple[ExpertsTrial, ...]
+    fine: tuple[FineTrial, ...]
+    stability: Stability | None
+    negatives: NegativeReport | None
+    num_samples: int
 
 
 def diagnose(
@@ -409,14 +404,6 @@ def _negatives_row(kind: Negatives) -> list[str]:
         f"{kind.false_per_pair.mean:.2f}",
         f"{kind.cosine.mean:.3f}" if kind.cosine else "",
     ]
-
-
-def _read_negatives(content: dict[str, Any]) -> NegativeReport:
-    def estimates(kind: dict[str, Any]) -> dict[str, Any]:
-        return {name: Estimate(**value) if isinstance(value, dict) else value for name, value in kind.items()}
-
-    fields = {name: value for name, value in content.items() if name != "verdict"}
-    return NegativeReport(**{**fields, "kinds": tuple(Negatives(**estimates(kind)) for kind in content["kinds"])})
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

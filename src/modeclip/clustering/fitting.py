@@ -17,15 +17,15 @@ reads the embeddings once and then the captions once, a block of rows at a time.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from typing_extensions import TypedDict
 from tyro.conf import arg
 
 from modeclip.clustering.cards import ExpertCard, FineCard, Tally, make_cards
@@ -37,7 +37,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
 from modeclip.errors import ModeclipError, check_least
 from modeclip.system.console import progress
-from modeclip.system.files import write_json
+from modeclip.system.files import read_json, write_json
 
 CARDS_FILE = "cards.json"
 CONFIG_FILE = "config.json"
@@ -119,6 +119,22 @@ class AssignWork(Work):
         }
 
 
+class Cards(TypedDict):
+    """What ``cards.json`` holds."""
+
+    fine: list[FineCard]
+    """A card for each fine cluster."""
+    experts: list[ExpertCard]
+    """A card for each expert."""
+    imbalance: float
+    """As in `ClusterResult`."""
+    objective: float
+    """As in `ClusterResult`."""
+
+
+AGAIN = "cluster again (modeclip cluster)"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClusterResult:
     """A clustering, and what came out when it was applied to a catalog."""
@@ -139,7 +155,7 @@ class ClusterResult:
     def save(self, folder: Path | str) -> None:
         """Write ``clustering.safetensors``, ``cards.json`` and ``config.json`` into a folder."""
         self.clustering.save(folder)
-        cards = {
+        cards: dict[str, Any] = {
             "fine": [asdict(card) for card in self.fine],
             "experts": [asdict(card) for card in self.experts],
             "imbalance": self.imbalance,
@@ -157,18 +173,15 @@ class ClusterResult:
             ModeclipError: A file is not there, is damaged, or comes from an earlier version.
         """
         clustering, path = Clustering.load(folder), Path(folder) / CARDS_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                clustering=clustering,
-                fine=tuple(FineCard(**_tuples(card)) for card in content["fine"]),
-                experts=tuple(ExpertCard(**_tuples(card)) for card in content["experts"]),
-                imbalance=content["imbalance"],
-                objective=content["objective"],
-                config=read_config(folder),
-            )
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ModeclipError(f"cluster cards {str(path)!r} cannot be read ({error}): cluster again") from error
+        cards = read_json(path, Cards, AGAIN)
+        return cls(
+            clustering=clustering,
+            fine=tuple(cards["fine"]),
+            experts=tuple(cards["experts"]),
+            imbalance=cards["imbalance"],
+            objective=cards["objective"],
+            config=read_config(folder),
+        )
 
 
 def read_config(folder: Path | str) -> ClusterConfig | None:
@@ -178,16 +191,7 @@ def read_config(folder: Path | str) -> ClusterConfig | None:
         ModeclipError: The file is damaged.
     """
     path = Path(folder) / CONFIG_FILE
-    try:
-        return ClusterConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise ModeclipError(f"{str(path)!r} cannot be read ({error}): cluster again") from error
-
-
-def _tuples(card: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
+    return read_json(path, ClusterConfig, AGAIN) if path.exists() else None
 
 
 def cluster(catalog: Catalog, config: ClusterConfig, *, ray: bool = False) -> ClusterResult:

@@ -27,7 +27,6 @@ a gigabyte.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -314,7 +313,7 @@ def assemble_bundle(
         models=models,
         fine_centers=clustering.fine_centers,
         expert_of_fine=clustering.expert_of_fine,
-        cards=json.loads((paths.clusters / CARDS_FILE).read_text(encoding="utf-8")),
+        cards=read_json(paths.clusters / CARDS_FILE, dict[str, Any], "cluster again (modeclip cluster)"),
         manifest={
             "name": name or run.name,
             "encoder": encoder_of(catalog),

@@ -13,7 +13,6 @@ Price: all files of the bundle are hashed once, and the new expert is copied onc
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -39,7 +38,7 @@ from modeclip.mixture.bundle import (
 )
 from modeclip.mixture.manifest import FORMAT_VERSION, MANIFEST_FILE, SEED, Expert
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
-from modeclip.system.files import hash_files, only_process, write_json, writing
+from modeclip.system.files import hash_files, only_process, read_json, write_json, writing
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
 _OURS = re.compile(r"(expert-\d+|centres|clusters)-edit\d+(\..+)?|expert-\d+\.part")
@@ -292,11 +291,7 @@ def _folders(bundle: Bundle) -> list[Path]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModeclipError(f"expert {folder}: {CONFIG_FILE} cannot be read ({error}); save the model again") from None
-    return content
+    return read_json(folder / CONFIG_FILE, dict[str, Any], "save the model again")
 
 
 def _flat(content: Mapping[str, Any], place: str = "") -> dict[str, Any]:

@@ -17,7 +17,6 @@ Source: OpenCLIP (arXiv 2212.07143) for the conventions; model folders as open_c
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import pickle
@@ -42,7 +41,7 @@ from modeclip.models.settings import (
     check_transformer_folder,
 )
 from modeclip.system.devices import choose_precision
-from modeclip.system.files import write_json
+from modeclip.system.files import read_json, write_json
 from modeclip.system.paths import expand_homes
 
 if TYPE_CHECKING:
@@ -583,8 +582,7 @@ def _config_of(name: str, model: Any) -> dict[str, Any]:
 
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / CONFIG_FILE
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return config
+        return read_json(path, dict[str, Any], "get the model again")
     wanted = ("mean", "std", "interpolation", "resize_mode")
     preprocess = {key: value for key, value in model.visual.preprocess_cfg.items() if key in wanted}
     return {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": preprocess}

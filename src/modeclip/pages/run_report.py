@@ -13,15 +13,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import numpy as np
 from jaxtyping import Float
+from typing_extensions import TypedDict
 
-from modeclip.errors import ModeclipError
+from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.fitting import CARDS_FILE
+from modeclip.errors import DamagedError, ModeclipError
 from modeclip.mixture.explain import flag
 from modeclip.pages.charts import Axis, draw_curves, draw_map, neighbour_plane
 from modeclip.pages.html import embed_picture, family_of, is_control, write_page
+from modeclip.system.files import read_json
 from modeclip.system.paths import RunPaths, home_path
 from modeclip.training.jobs import job_name, role_of
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+RUN_AGAIN = "give the same modeclip run again, which makes it anew"
 MAX_DOTS = 1500
 """Most clusters on the map, largest first: t-SNE takes a few seconds, and the dots still lie beside each other."""
 MAX_CLASSES = 10
@@ -81,11 +86,13 @@ def read_run(run: Path) -> Json:
     if not path.is_file():
         raise ModeclipError(f"no results.json in {run}: expected a finished run folder; `modeclip run` writes one")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path, dict[str, Any], RUN_AGAIN)
         if missing := [name for name in ("tasks", "models") if not isinstance(results[name], list)]:
             raise TypeError(f"{' and '.join(missing)} must be lists")
         results["models"] = sorted(results["models"], key=lambda model: model["samples"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except DamagedError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         problem = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ModeclipError(
             f"{path} is not a modeclip result ({problem}); delete it and give `modeclip run` again"
@@ -94,10 +101,23 @@ def read_run(run: Path) -> Json:
     return {**empty, "stages": read_stages(run), **results}
 
 
+class StageTime(TypedDict):
+    """What the report says of a finished stage."""
+
+    name: str
+    """Name of the stage."""
+    seconds: float
+    """How long it took."""
+    detail: str
+    """What it did."""
+    peak_memory_gb: NotRequired[float]
+    """Most memory that it took."""
+
+
 def read_stages(run: Path) -> list[Json]:
     """Read the records of a run's finished stages, in the order in which they finished."""
     paths = sorted(RunPaths(folder=run).stages.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [dict(read_json(path, StageTime, RUN_AGAIN)) for path in paths]
 
 
 def find_headline(models: Sequence[Json]) -> Json:
@@ -190,7 +210,7 @@ def read_training_log(path: Path) -> dict[str, Float[np.ndarray, " steps"]]:
     """Read a training log into columns, in the order of samples. If a step was logged twice, its later line counts."""
     fields = ("samples", "loss", "lr", "samples_per_second", "data_wait")
     records: dict[float, list[float]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
             values = [float(record[field]) for field in fields]
@@ -202,16 +222,27 @@ def read_training_log(path: Path) -> dict[str, Float[np.ndarray, " steps"]]:
     return dict(zip(fields, table.T, strict=True))
 
 
+class CardTables(TypedDict):
+    """The tables of ``cards.json``."""
+
+    fine: list[Json]
+    """What is shown of each fine cluster."""
+    experts: list[Json]
+    """What is shown of each expert."""
+    imbalance: float
+    """Rows of the largest expert as a multiple of the mean."""
+    objective: float
+    """Mean squared distance to the nearest fine centre."""
+
+
 def build_atlas(run: Path, routing: Mapping[str, Json]) -> Json | None:
     """Place the fine clusters on a map, with the tasks whose classes are nearest to each; None without clusters."""
     folder = RunPaths(folder=run).clusters
     if not (folder / "cards.json").is_file() or not (folder / "clustering.safetensors").is_file():
         return None
-    from safetensors.numpy import load_file
-
-    cards = json.loads((folder / "cards.json").read_text(encoding="utf-8"))
+    cards: Json = dict(read_json(folder / CARDS_FILE, CardTables, "cluster again (modeclip cluster)"))
     shown = sorted(cards["fine"], key=lambda card: (-card["size"], card["index"]))[:MAX_DOTS]
-    centers = load_file(folder / "clustering.safetensors")["fine_centers"].astype(np.float32)
+    centers = Clustering.load(folder).fine_centers.astype(np.float32)
     met = {name: {item["nearest_fine"] for item in task["classes"]} for name, task in routing.items()}
     for card in shown:
         card["tasks"] = [name for name, indices in met.items() if card["index"] in indices]

@@ -9,7 +9,6 @@ Price: a few small reads for each model, among them the last 16 kB of its log.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
@@ -18,17 +17,18 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Required
 
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import TypedDict
 
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.console import console, printable
-from modeclip.system.files import holder_of
+from modeclip.system.files import holder_of, parse_json
 from modeclip.system.paths import RunPaths
 from modeclip.training.experts import why_stale
 from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, LOG_FILE, TrainJob, TrainResult
@@ -50,6 +50,17 @@ COLOURS: dict[State, str] = {
     "failed": "red",
 }
 COLUMNS = ("model", "state", "step", "done", "samples/s", "loss", "time left", "checkpoint", "note")
+
+
+class LogLine(TypedDict, total=False):
+    """What the status reads of a line of a job's log."""
+
+    step: Required[int]
+    """Steps done."""
+    loss: float | None
+    """Loss of the step."""
+    samples_per_second: float | None
+    """Speed since the line before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +154,7 @@ def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
     note = _last_words(folder)
     holder = None if result is not None else holder_of(folder)
     state = _state(result is not None, holder is not None, bool(lines or ages), bool(note))
-    speeds = [line["samples_per_second"] for line in lines[-SPEED_LINES:] if "samples_per_second" in line]
+    speeds = [speed for line in lines[-SPEED_LINES:] if (speed := line.get("samples_per_second")) is not None]
     speed = statistics.median(speeds) if speeds else None
     left = (job.last_step - step) * job.config.batch_size
     return JobStatus(
@@ -153,14 +164,14 @@ def job_status(job: TrainJob, folder: Path | None = None) -> JobStatus:
         last_step=job.last_step,
         share=(step - job.first_step) / (job.last_step - job.first_step),
         samples_per_second=speed,
-        loss=float(lines[-1]["loss"]) if lines and "loss" in lines[-1] else None,
+        loss=lines[-1].get("loss") if lines else None,
         seconds_left=left / speed if speed and state == "running" else None,
         checkpoint_age_seconds=max(0.0, min(ages)) if ages else None,
         note=note if state == "failed" else f"by {holder}".rstrip(",") if holder is not None else "",
     )
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
+def read_log(folder: Path) -> list[LogLine]:
     """Return the last whole lines of a job's log, oldest first, without one that is being written."""
     try:
         with (folder / LOG_FILE).open("rb") as file:
@@ -169,11 +180,10 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             pieces = file.read().split(b"\n")
     except OSError:
         return []
-    lines = []
+    lines: list[LogLine] = []
     for piece in pieces[1 if start else 0 :]:
         with suppress(ValueError):
-            line = json.loads(piece)
-            lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
+            lines.append(parse_json(piece, LogLine))
     return lines
 
 
