@@ -10,8 +10,8 @@ Three ways to run the same image tower on the same random pictures (seed 0), in 
 - `without_gradients` around all batches of a round, as evaluation does now: weights are cast once.
 
 Autocast keeps the casts of weights that need a gradient until its context ends, but not under inference_mode, where
-every use casts anew. The figures are medians of the rounds' ratios, so a busy machine slows down all three. The
-features must be the same to the last bit.
+every use casts anew. The figures are medians of the rounds' ratios, in seconds of the processor, which a busy machine
+changes least. The features must be the same to the last bit.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def main() -> None:
     for number in range(arguments.rounds):
         seconds = {}
         for name in list(ways) if number % 2 == 0 else list(reversed(ways)):
-            before = time.perf_counter()
+            before = time.process_time()
             ways[name]()
-            seconds[name] = time.perf_counter() - before
+            seconds[name] = time.process_time() - before
         rounds.append([seconds[name] for name in ways])
         print(f"  round {number + 1}: " + ", ".join(f"{name} {seconds[name]:.2f} s" for name in ways), flush=True)
     table = np.array(rounds)

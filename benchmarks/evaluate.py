@@ -7,8 +7,9 @@ Both evaluate all tasks of the catalog, zero-shot, with one template. CLIP_bench
 layout (PNGs of the same pixels), written before anything is timed. It is started once for each expert with all tasks,
 so it pays for its imports once for each expert. Whole commands are timed, process starts included on both sides; the
 ratio without starts subtracts the time of processes that only import what these commands do. CLIP_benchmark has the
-settings that suit it on a CPU: batches of 512, no worker processes (small tasks would wait for them), float32 as ours.
-Ours starts without any kept features. The rounds alternate, and the ratio is the median of the rounds' ratios. Each
+settings that suit it on a CPU: batches of 512, no worker processes (small tasks would wait for them), float32. Ours
+runs in float32, which is its default, and with ``--precision auto``: bfloat16 where the processor multiplies it. It
+starts without any kept features. The rounds alternate, and the ratio is the median of the rounds' ratios. Each
 expert's acc1 must be equal on both sides; for this, ours evaluates the experts too, after the timing.
 """
 
@@ -27,11 +28,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-BAR = 0.6
+BAR = 0.15
+PRECISIONS = ("32-true", "auto")
+"""Of modeclip; the second is bfloat16 on a processor that multiplies it."""
 BATCH_SIZE = 512
 TOLERANCE = 0.002
 """Largest difference of acc1 that the rounding of nearly equal cosines explains."""
@@ -110,21 +114,23 @@ def run_peer(bundle: Path, experts: Sequence[str], layout: Path, num_tasks: int,
 
 
 def shown(seconds: np.ndarray) -> str:
-    """Return the seconds of both as text."""
-    (ours, our_cpu), (theirs, their_cpu) = seconds
-    return f"modeclip {ours:.1f} s ({our_cpu:.1f} CPU s), CLIP_benchmark {theirs:.1f} s ({their_cpu:.1f} CPU s)"
+    """Return the seconds of all as text."""
+    names = (*(f"modeclip {precision}" for precision in PRECISIONS), "CLIP_benchmark")
+    return ", ".join(f"{name} {wall:.1f} s ({cpu:.1f} CPU s)" for name, (wall, cpu) in zip(names, seconds, strict=True))
 
 
-def run_ours(models: Sequence[str], tasks: Path, out: Path) -> np.ndarray:
+def run_ours(models: Sequence[str], tasks: Path, out: Path, precision: str) -> np.ndarray:
     """Run `modeclip evaluate` with an empty cache."""
     shutil.rmtree(out, ignore_errors=True)
-    words = ["evaluate", *models, "--tasks", str(tasks), "--out", str(out)]
+    words = ["evaluate", *models, "--tasks", str(tasks), "--out", str(out), "--precision", precision]
     return timed([sys.executable, "-m", "modeclip", *words])
 
 
-def largest_difference(bundle: Path, experts: Sequence[str], tasks: Path, names: Sequence[str], work: Path) -> float:
+def largest_difference(
+    bundle: Path, experts: Sequence[str], tasks: Path, names: Sequence[str], work: Path, precision: str
+) -> float:
     """Return the largest difference of acc1 between the two, over experts and tasks."""
-    run_ours([f"{expert}={bundle}#{expert}" for expert in experts], tasks, work / "experts")
+    run_ours([f"{expert}={bundle}#{expert}" for expert in experts], tasks, work / "experts", precision)
     lines = (work / "experts" / "results.jsonl").read_text().splitlines()
     found = {(r["model"], r["dataset"]): r["metrics"]["acc1"] for r in map(json.loads, lines)}
     differences = []
@@ -152,36 +158,38 @@ def main() -> None:
         names = list(sizes)
         print(f"{datetime.now(UTC).date()}, {machine()}, load {os.getloadavg()[0]:.1f} at the start")
         print(f"{len(experts)} experts, {len(sizes)} tasks, {sum(sizes.values()):,} images, rule {manifest['rule']}")
-        starts = np.array([timed([sys.executable, "-c", imports]) for imports in IMPORTS])
-        starts[1] *= len(experts)
+        ours, theirs = (timed([sys.executable, "-c", imports]) for imports in IMPORTS)
+        starts = np.array([*(ours for _ in PRECISIONS), theirs * len(experts)])
         rounds = []
         for number in range(arguments.rounds):
             runs = [
-                lambda: run_ours([str(bundle)], tasks, work / "ours"),
-                lambda: run_peer(bundle, experts, work / "layout", len(names), work / "peer"),
+                *(partial(run_ours, [str(bundle)], tasks, work / "ours", precision) for precision in PRECISIONS),
+                partial(run_peer, bundle, experts, work / "layout", len(names), work / "peer"),
             ]
-            order = (0, 1) if number % 2 == 0 else (1, 0)
-            seconds = np.zeros((2, 2))
+            order = range(len(runs)) if number % 2 == 0 else range(len(runs) - 1, -1, -1)
+            seconds = np.zeros((len(runs), 2))
             for index in order:
                 seconds[index] = runs[index]()
             rounds.append(seconds)
             print(f"  round {number + 1}: {shown(seconds)}", flush=True)
-        difference = largest_difference(bundle, experts, tasks, names, work)
+        differences = [largest_difference(bundle, experts, tasks, names, work, precision) for precision in PRECISIONS]
     table = np.array(rounds)
-    ratio, cpu_ratio = np.median(table[:, 0] / table[:, 1], axis=0)
-    without, cpu_without = np.median((table - starts)[:, 0] / (table - starts)[:, 1], axis=0)
+    ratios = np.median(table[:, :-1] / table[:, -1:], axis=0)
+    without = np.median((table - starts)[:, :-1] / (table - starts)[:, -1:], axis=0)
     print(f"starts: {shown(starts)}")
-    result = {
-        "benchmark": "evaluate",
-        "ratio": round(float(ratio), 3),
-        "ratio_without_starts": round(float(without), 3),
-        "ratio_of_cpu_time": round(float(cpu_ratio), 3),
-        "ratio_of_cpu_time_without_starts": round(float(cpu_without), 3),
-        "bar": BAR,
-        "largest_difference_of_acc1": difference,
-        "met": bool(ratio <= BAR and without <= BAR and difference <= TOLERANCE),
-    }
-    print(json.dumps(result))
+    for index, precision in enumerate(PRECISIONS):
+        result = {
+            "benchmark": "evaluate",
+            "precision": precision,
+            "ratio": round(float(ratios[index, 0]), 3),
+            "ratio_without_starts": round(float(without[index, 0]), 3),
+            "ratio_of_cpu_time": round(float(ratios[index, 1]), 3),
+            "ratio_of_cpu_time_without_starts": round(float(without[index, 1]), 3),
+            "bar": BAR,
+            "largest_difference_of_acc1": differences[index],
+            "met": bool(max(ratios[index, 0], without[index, 0]) <= BAR and differences[index] <= TOLERANCE),
+        }
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
