@@ -416,7 +416,7 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
         ),
         ({"overlap": 0}, r"cluster\.overlap: expected 1 to num_experts.*4, got 0"),
         ({"overlap": 5}, r"cluster\.overlap: expected 1 to num_experts.*4, got 5"),
-        ({"fit_samples": 9}, r"cluster\.fit_samples: expected at least num_fine.*256, got 9"),
+        ({"num_fine": 256, "fit_samples": 9}, r"cluster\.fit_samples: expected at least num_fine.*256, got 9"),
     ],
 )
 def test_mistakes_in_the_config(fields: dict[str, float], message: str) -> None:

@@ -26,7 +26,8 @@ from modeclip import pipeline
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.mixture.mode import MoDE
-from modeclip.pipeline import load_recipe, parse_recipe, run
+from modeclip.pipeline import load_recipe, parse_recipe, plan_run, run
+from modeclip.training.costs import Measurement
 from support import WEIGHTS, can_mount, encode_picture, noise_picture, weights_of, write_pairs
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -102,7 +103,7 @@ def test_a_run_opens_its_source_and_its_clustering_and_plans_its_jobs_once(
     count(pipeline.Clustering, "load")
     (out / "results.json").unlink()
     run(load_recipe(small_recipe), out)
-    assert calls == {"open_source": 1, "plan_jobs": 1, "load": 1}
+    assert calls == {"open_source": 1, "plan_jobs": 2, "load": 1}  # planned once, and announced before
 
 
 def test_second_run_does_nothing_and_is_quick(small_recipe: Path, small_run: Path, modeclip_process: Command) -> None:
@@ -403,3 +404,36 @@ def test_a_run_of_another_process_that_took_columns_away_is_noticed(
     assert "embed     done: " not in said
     assert "cluster   done: " not in said
     assert everything(out) == everything(clean)
+
+
+def test_a_plan_says_all_that_a_run_trains_and_a_run_says_it_first(
+    pair_folder: Path, clean: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed sees 32 samples, each expert and each control the 32 after it: 160, not the 64 of train.samples."""
+    found = Measurement(seconds_per_step=2.0, memory_gb=1.0, checkpoint_bytes=3_000_000, model_bytes=1_000_000)
+    monkeypatch.setattr("modeclip.training.costs.measure", lambda *_: found)
+    recipe = recipe_of(pair_folder, {})
+    plan = plan_run(recipe, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert {model.name: model.samples for model in plan.models} == {
+        "seed": 32, "expert-0": 32, "expert-1": 32, "random-0": 32, "random-1": 32,
+    }  # fmt: skip
+    trained = [json.loads(path.read_text())["samples"] for path in (clean / "models").glob("*/done.json")]
+    assert plan.samples == sum(trained) == 160
+    assert "5 models, 160 samples in all: seed 32, 2 x expert 32, 2 x random 32" in plan.announcement
+    stages = {stage.name: stage for stage in plan.stages}
+    assert list(stages) == list(pipeline.STAGES)
+    assert not any(stage.is_done for stage in plan.stages)
+    assert (plan.num_pairs, plan.is_counted, plan.num_fine) == (64, True, 6)
+    steps = 2 + 2 * 2  # seed, then two experts and two controls, two at a time
+    assert stages["train"].seconds == pytest.approx(2.0 * steps, abs=1.0)
+    assert stages["train"].disk_bytes == 5 * 7_000_000
+    whole = plan_run(recipe, clean)
+    assert all(stage.is_done for stage in (*whole.stages, *whole.models))
+    assert (whole.seconds, whole.disk_bytes, whole.samples) == (0, 0, 160)
+    other = plan_run(recipe_of(pair_folder, OTHERS["cluster"]), clean)
+    assert [stage.name for stage in other.stages if stage.is_done] == ["index", "embed"]
+    assert plan_run(recipe_of(pair_folder, {"cluster": {"num_experts": 2}}), clean).num_fine == 8
+    capfd.readouterr()
+    run(recipe, shutil.copytree(clean, tmp_path / "copy"))
+    assert plan.announcement in " ".join(capfd.readouterr().err.splitlines()[0].split())

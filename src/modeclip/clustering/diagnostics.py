@@ -255,7 +255,8 @@ def diagnose(
     """
     what = what or DiagnoseConfig()
     num_samples = min(what.num_samples, len(catalog))
-    most = max([*what.fine, *([config.num_fine] if what.num_seeds else [])], default=0)
+    config = replace(config, num_fine=config.num_fine or result.clustering.num_fine)
+    most = max([*what.fine, *([result.clustering.num_fine] if what.num_seeds else [])], default=0)
     if most > num_samples:
         raise ModeclipError(
             f"diagnose.num_samples: expected at least {most:,}, the most fine clusters that are fitted, got "

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,19 +36,25 @@ from modeclip.clustering.kmeans import kmeans
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
 from modeclip.errors import ModeclipError, check_least
-from modeclip.system.console import progress
+from modeclip.system.console import log, progress
 from modeclip.system.files import read_json, write_json
 
 CARDS_FILE = "cards.json"
 CONFIG_FILE = "config.json"
+PAIRS_PER_FINE = 100
+"""Pairs for each fine cluster where their number is not given: enough for key words, a range and quantiles. The demo
+has 92, the paper 390,000."""
+FINE_PER_EXPERT, MOST_FINE = 4, 1024
+"""Fewest fine clusters for each expert, and most in all, where their number is not given; the paper's number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """How captions are clustered, and how experts are formed of the clusters."""
 
-    num_fine: Annotated[int, arg(name="fine")] = 256
-    """Number of fine clusters, M: 1 to the number of distinct captions. Paper: 1024 for 400 million pairs."""
+    num_fine: Annotated[int | None, arg(name="fine")] = None
+    """Number of fine clusters, M: 1 to the number of distinct captions. Paper: 1024 for 400 million pairs. None: one
+    for every 100 pairs, at least 4 for each expert and at most 1024, as far as there are distinct captions."""
     num_experts: Annotated[int, arg(name="experts")] = 4
     """Number of experts, K: 1 to the number of fine clusters. Paper: 2 to 32."""
     max_size_ratio: float | None = 1.5
@@ -66,25 +72,35 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_least("cluster", self, num_fine=1, num_experts=1, num_iterations=0, fit_samples=1, seed=0)
+        check_least("cluster", self, num_experts=1, num_iterations=0, fit_samples=1, seed=0)
+        if self.num_fine is not None:
+            self._check_fine(self.num_fine)
+        elif self.fit_samples < self.num_experts:
+            raise ModeclipError(
+                f"cluster.fit_samples: expected at least num_experts, which is {self.num_experts}, got"
+                f" {self.fit_samples}"
+            )
         for name in ("max_size_ratio", "max_expert_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not 1 <= ratio < math.inf:
                 raise ModeclipError(
                     f"cluster.{name}: expected 1 or more, or null (None on the command line) for no limit, got {ratio}"
                 )
-        if self.num_experts > self.num_fine:
-            raise ModeclipError(
-                f"cluster.num_experts: expected at most num_fine, which is {self.num_fine}, got {self.num_experts}: "
-                "every expert needs a fine cluster"
-            )
         if not 1 <= self.overlap <= self.num_experts:
             raise ModeclipError(
                 f"cluster.overlap: expected 1 to num_experts, which is {self.num_experts}, got {self.overlap}"
             )
-        if self.fit_samples < self.num_fine:
+
+    def _check_fine(self, num_fine: int) -> None:
+        check_least("cluster", self, num_fine=1)
+        if self.num_experts > num_fine:
             raise ModeclipError(
-                f"cluster.fit_samples: expected at least num_fine, which is {self.num_fine}, got {self.fit_samples}"
+                f"cluster.num_experts: expected at most num_fine, which is {num_fine}, got {self.num_experts}: "
+                "every expert needs a fine cluster"
+            )
+        if self.fit_samples < num_fine:
+            raise ModeclipError(
+                f"cluster.fit_samples: expected at least num_fine, which is {num_fine}, got {self.fit_samples}"
             )
 
 
@@ -199,7 +215,18 @@ def cluster(catalog: Catalog, config: ClusterConfig, *, ray: bool = False) -> Cl
 
     The same embeddings, config, machine and number of threads give the same bytes.
     """
-    return apply(catalog, fit(catalog, config), config, ray=ray)
+    clustering = fit(catalog, config)
+    return apply(catalog, clustering, replace(config, num_fine=clustering.num_fine), ray=ray)
+
+
+def choose_num_fine(num_pairs: int, num_experts: int) -> int:
+    """Return a number of fine clusters for so many pairs, if there are as many distinct captions.
+
+    Examples:
+        >>> choose_num_fine(8_867, 4), choose_num_fine(500, 4), choose_num_fine(400_000_000, 32)
+        (89, 16, 1024)
+    """
+    return max(min(max(round(num_pairs / PAIRS_PER_FINE), FINE_PER_EXPERT * num_experts), MOST_FINE), num_experts)
 
 
 def fit(catalog: Catalog, config: ClusterConfig) -> Clustering:
@@ -213,7 +240,7 @@ def fit(catalog: Catalog, config: ClusterConfig) -> Clustering:
         ModeclipError: The column is missing or holds NaN, or there are fewer distinct captions than fine clusters.
     """
     x = read_embeddings(catalog, sample_rows(len(catalog), config.fit_samples, config.seed))
-    _check_distinct(catalog, x, config)
+    config = _check_distinct(catalog, x, config)
     with progress("fit fine clusters", config.num_iterations, "iterations") as advance:
         return fit_embeddings(x, config, on_iteration=lambda: advance(1))
 
@@ -230,7 +257,7 @@ def fit_embeddings(
     """
     fine = kmeans(
         x,
-        config.num_fine,
+        config.num_fine or choose_num_fine(len(x), config.num_experts),
         max_size_ratio=config.max_size_ratio,
         num_iterations=config.num_iterations,
         seed=config.seed,
@@ -326,13 +353,24 @@ def sample_rows(num_rows: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
     return np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
 
 
-def _check_distinct(catalog: Catalog, x: Float[np.ndarray, "n D"], config: ClusterConfig) -> None:
-    """Raise if more fine clusters are wanted than there are distinct embeddings to fit them on."""
+def _check_distinct(catalog: Catalog, x: Float[np.ndarray, "n D"], config: ClusterConfig) -> ClusterConfig:
+    """Return the config with its number of fine clusters; raise if there are fewer distinct embeddings than these."""
+    wanted = config.num_fine or choose_num_fine(len(catalog), config.num_experts)
     seen: set[bytes] = set()
     for vector in x:
         seen.add(vector.tobytes())
-        if len(seen) >= config.num_fine:
-            return
+        if len(seen) >= wanted:
+            break
+    if config.num_fine is None and len(seen) >= config.num_experts:
+        log(f"cluster: {len(seen):,} fine clusters for {len(catalog):,} pairs (num_fine sets another number)")
+        return replace(config, num_fine=len(seen))
+    if len(seen) >= wanted:
+        return config
+    if config.num_fine is None:
+        raise ModeclipError(
+            f"cluster.num_experts is {config.num_experts}, but {str(catalog.path)!r} has only {len(seen)} distinct"
+            f" captions: set num_experts to {len(seen)} or less"
+        )
     sampled = f" in the {len(x):,} rows sampled for the fit" if len(x) < len(catalog) else ""
     raise ModeclipError(
         f"cluster.num_fine is {config.num_fine}, but {str(catalog.path)!r} has only {len(seen)} distinct captions"

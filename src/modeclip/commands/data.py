@@ -23,9 +23,6 @@ from modeclip.system.console import print_json, print_lines, print_table
 from modeclip.system.options import AsJson, CatalogPath, Ray
 from modeclip.system.paths import RunPaths
 
-CLUSTERING = ClusterConfig(num_fine=1024)
-"""As many fine clusters as in the paper; the default of a recipe is made for smaller sets."""
-
 
 def index(
     data: PositionalRequiredArgs[OmitArgPrefixes[DataConfig]],
@@ -146,7 +143,7 @@ def embed(
 
 def cluster(
     catalog: CatalogPath,
-    config: Annotated[OmitArgPrefixes[ClusterConfig], arg(name="clustering")] = CLUSTERING,
+    config: Annotated[OmitArgPrefixes[ClusterConfig], arg(name="clustering")],
     out: Annotated[Path | None, arg(help="Folder of the clustering; default: clusters beside the catalog.")] = None,
     *,
     diagnosis: OmitArgPrefixes[DiagnoseConfig],

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import webbrowser
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from modeclip.system.console import log, print_json, print_lines, print_table
 from modeclip.system.options import AsJson, UserEncoder
 from modeclip.system.paths import RunPaths
+
+if TYPE_CHECKING:
+    from modeclip.pipeline import RunPlan
 
 
 def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: AsJson = False) -> None:
@@ -29,6 +32,7 @@ def run(
     recipe: Positional[Annotated[Path, arg(help="Recipe (YAML); docs/own-data.md has every field.")]],
     out: Annotated[Path | None, arg(help="Folder of the run; default: runs/NAME.")] = None,
     *,
+    plan: Annotated[bool, arg(help="Say which stages and models there are and what they cost, and stop.")] = False,
     encoder: UserEncoder = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,6 +42,11 @@ def run(
     loaded = pipeline.load_recipe(recipe)
     if encoder is not None:
         loaded = replace(loaded, embed=replace(loaded.embed, encoder=encoder))
+    if plan:
+        _print_plan(
+            pipeline.plan_run(loaded, out or Path("runs") / loaded.name, trust_encoder=encoder is not None), as_json
+        )
+        return
     result = pipeline.run(loaded, out or Path("runs") / loaded.name, trust_encoder=encoder is not None)
     if as_json:
         print_json(result.results)
@@ -54,6 +63,29 @@ def report(
     from modeclip.pages.run_report import write_report
 
     print_lines(write_report(folder, out))
+
+
+def _print_plan(plan: RunPlan, as_json: bool) -> None:
+    """Print what a run will cost: a row for each stage, and below ``train`` one for each model."""
+    from modeclip.training.status import in_words
+
+    if as_json:
+        totals = {"samples": plan.samples, "seconds": plan.seconds, "disk_bytes": plan.disk_bytes}
+        print_json(asdict(plan) | totals)
+        return
+    rows = []
+    for stage in plan.stages:
+        for part in (stage, *(plan.models if stage.name == "train" else ())):
+            name = stage.name if part is stage else f"  {part.name}"
+            left = "" if part.seconds is None or part.is_done else in_words(part.seconds)
+            size = f"{part.disk_bytes / 1e9:,.3f}" if part.disk_bytes else ""
+            state = "done" if part.is_done else "to do"
+            rows.append((name, state, part.detail, f"{part.samples:,}" if part.samples else "", left, size))
+    rows.append(("all", "", "", f"{plan.samples:,}", in_words(plan.seconds), f"{plan.disk_bytes / 1e9:,.3f}"))
+    print_table("plan", ["stage", "state", "what", "samples", "time", "disk GB"], rows)
+    print_lines(plan.announcement)
+    if plan.disk_bytes > plan.free_bytes:
+        print_lines(f"only {plan.free_bytes / 1e9:,.3f} GB are free: free some space or choose another --out")
 
 
 def _print_results(results: dict[str, Any]) -> None:

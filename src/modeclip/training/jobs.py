@@ -153,7 +153,8 @@ class TrainConfig:
     model: str = "modeclip-icon"
     """Model to train: a name, ``name@pretrained_tag``, ``hf-hub:...``, or the path of an open_clip model folder."""
     samples: int = 245_760
-    """Samples that the dense model sees in its whole schedule of ``total_parts`` parts."""
+    """Samples that the seed and then the dense model see in a schedule of ``total_parts`` parts. A run trains on more:
+    the experts, a dense model of the mixture's cost and the controls come to it (``modeclip run --plan`` adds up)."""
     batch_size: int = 256
     """Pairs in a step, over all processes. Every other pair of the batch is a negative (the paper: 32,768)."""
     total_parts: int = 32
