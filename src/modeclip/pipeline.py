@@ -911,7 +911,9 @@ class _Stages:
         self.keep_num_fine()
         self.stage("cluster", self.cluster, [asdict(self.recipe.cluster), self.digests["embed"]], clusters)
         self.controls_stage()
-        training = [asdict(recipe.train), asdict(recipe.experts), folder.fingerprint]
+        train = asdict(recipe.train.decided())
+        train["engine"]["save_every"] = "20s"  # it decides nothing; a constant keeps the digests of earlier versions
+        training = [train, asdict(recipe.experts), folder.fingerprint]
         self.stage("train", self.train, training, made.models)
         bundle = [asdict(recipe.evaluate), self.digests["train"]]
         self.stage("bundle", self.bundle, bundle, made.bundle)

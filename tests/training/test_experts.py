@@ -118,7 +118,7 @@ def test_controls_differ_from_the_experts_by_one_thing_each(catalog: Catalog, tm
         assert replace(jobs[f"one-step-{k}"], where={"expert": k}, **same) == expert
         full = jobs[f"full-{k}"]
         assert full.config.seed == TRAIN.seed + 1 + k
-        assert replace(full, where={"expert": k}, config=TRAIN, **same) == expert
+        assert replace(full, where={"expert": k}, config=TRAIN.decided(), **same) == expert
         for name, column in (("random", "random_expert"), ("one-step", "one_step_expert")):
             rows = job_rows(jobs[f"{name}-{k}"], catalog)
             assert rows.tolist() == np.flatnonzero(columns[column] == k).tolist()
@@ -177,6 +177,7 @@ def test_a_checkpoint_and_a_pretrained_model_as_the_seed(tmp_path: Path) -> None
     tuned = plan(tmp_path, ExpertsConfig(start=pretrained))["expert-0"]
     assert (tuned.config.model, tuned.start_from, tuned.first_step, parts(tuned)) == (pretrained, None, 0, 5)
     assert tuned.learning_rate(0) == 0  # a warm-up of its own
+    assert tuned.config.learning_rate == 1e-5
     assert tuned.learning_rate(tuned.last_step) == pytest.approx(0)
     with pytest.raises(ModeclipError, match="unknown model 'nonsense'"):
         plan(tmp_path, ExpertsConfig(start="nonsense"))

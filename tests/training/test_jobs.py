@@ -40,6 +40,17 @@ def test_digests_stay_what_they_were(jobs: dict[str, TrainJob]) -> None:
     assert replace(jobs["seed"], role="single", index=7).digest == DIGESTS["seed"]
 
 
+def test_the_learning_rate_follows_the_start(jobs: dict[str, TrainJob], tmp_path: Path) -> None:
+    """From random weights 1e-3, from trained ones 1e-5, unless it is given; jobs keep the number."""
+    assert jobs["seed"].config.learning_rate == 1e-3
+    for model in ("ViT-B-32@laion2b_s34b_b79k", "hf-hub:org/name", str(tmp_path)):
+        assert TrainConfig(model=model).highest_rate == 1e-5
+        assert TrainConfig(model=model, learning_rate=3e-4).highest_rate == 3e-4
+        [job, *_] = plan_jobs(Path("c.lance"), "f", tmp_path, 2, replace(TRAIN, model=model), ExpertsConfig())
+        assert max(job.learning_rate(step) for step in range(job.last_step)) == pytest.approx(1e-5, rel=0.01)
+        assert TrainJob.load(replace(job, folder=str(tmp_path / "job")).save()).config.learning_rate == 1e-5
+
+
 def test_names_say_role_and_index(jobs: dict[str, TrainJob]) -> None:
     for job in jobs.values():
         assert job.name == job_name(job.role, job.index)

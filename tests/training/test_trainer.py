@@ -103,7 +103,7 @@ def test_expert_goes_on_where_the_seed_left_the_schedule(tmp_path: Path) -> None
     expert = make_job(tmp_path, tmp_path / "expert-0", first_step=27, last_step=32, first_share=27 / 32)
     assert expert.learning_rate(27) == pytest.approx(seed.learning_rate(27))
     assert expert.learning_rate(32) == pytest.approx(0.0)
-    assert expert.learning_rate(27) / CONFIG.learning_rate == pytest.approx(0.0596, abs=6e-3)
+    assert expert.learning_rate(27) / CONFIG.highest_rate == pytest.approx(0.0596, abs=6e-3)
 
 
 def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path, whole: Path) -> None:
@@ -112,7 +112,7 @@ def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path, whole: Path)
     rest = {"first_step": 15, "first_share": 15 / 24, "start_from": first.folder, "start_digest": first.digest}
     for job in (first, make_job(catalog, tmp_path / "second", **rest)):
         train(job)
-    assert support.support.weights_of(tmp_path / "second") == support.support.weights_of(whole)
+    assert support.weights_of(tmp_path / "second") == support.weights_of(whole)
 
 
 class Killed(BaseException):
@@ -135,7 +135,7 @@ def test_killed_job_ends_with_the_same_bits(catalog: Path, tmp_path: Path, whole
     assert not (tmp_path / "killed" / "done.json").exists()
     assert (newest(tmp_path / "killed") is None) == (step < 5)
     train(killed)
-    assert support.support.weights_of(tmp_path / "killed") == support.support.weights_of(whole)
+    assert support.weights_of(tmp_path / "killed") == support.weights_of(whole)
     assert steps_logged(tmp_path / "killed") == steps_logged(whole) == [10, 20, 24]
     first, second = (load_file(newest(folder) or "") for folder in (whole, tmp_path / "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -150,7 +150,7 @@ def test_killed_process_leaves_what_its_job_continues_from(catalog: Path, tmp_pa
     process.communicate()
     assert not (tmp_path / "killed" / "done.json").exists()
     train(killed)
-    assert support.support.weights_of(tmp_path / "killed") == support.support.weights_of(whole)
+    assert support.weights_of(tmp_path / "killed") == support.weights_of(whole)
 
 
 def test_sigterm_saves_before_it_ends(catalog: Path, tmp_path: Path) -> None:

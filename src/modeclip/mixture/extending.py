@@ -366,7 +366,7 @@ def _job_from(
     settings = replace(
         settings,
         batch_size=config.batch_size or settings.batch_size,
-        learning_rate=config.learning_rate or settings.learning_rate,
+        learning_rate=config.learning_rate or settings.highest_rate,
     )
     share = settings.seed_parts / settings.total_parts
     job = TrainJob(

@@ -177,7 +177,7 @@ def part(catalog: Path, fingerprint: str, folder: Path, train: TrainConfig, expe
         folder=str(folder / job_name("seed")),
         catalog=str(catalog),
         catalog_fingerprint=fingerprint,
-        config=train,
+        config=train.decided(),
         first_step=0,
         last_step=seed_steps,
         first_share=0.0,
@@ -196,10 +196,12 @@ def part(catalog: Path, fingerprint: str, folder: Path, train: TrainConfig, expe
         start_from=seed.folder,
         start_digest=seed.digest,
     )
-    return Parting(seed=seed, rest=rest) if experts.start is None else Parting(seed=None, rest=_given(rest, experts))
+    if experts.start is None:
+        return Parting(seed=seed, rest=rest)
+    return Parting(seed=None, rest=_given(rest, train, experts))
 
 
-def _given(rest: TrainJob, experts: ExpertsConfig) -> TrainJob:
+def _given(rest: TrainJob, train: TrainConfig, experts: ExpertsConfig) -> TrainJob:
     """Return the rest of the schedule after a seed that is given."""
     start, num_steps = str(experts.start), rest.last_step - rest.first_step
     path = Path(start)
@@ -209,7 +211,7 @@ def _given(rest: TrainJob, experts: ExpertsConfig) -> TrainJob:
         return replace(rest, start_from=str(path.resolve()), start_digest=hash_file(path))
     if not (path / JOB_FILE).is_file():
         check_model(start, random_weights=False)
-        fresh = replace(rest, config=replace(rest.config, model=start), start_from=None, start_digest="")
+        fresh = replace(rest, config=replace(train, model=start).decided(), start_from=None, start_digest="")
         return replace(fresh, first_step=0, last_step=num_steps, first_share=0.0)
     seed = TrainJob.load(path / JOB_FILE)
     if TrainResult.read(seed) is None:

@@ -155,7 +155,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
         for dimensions in (2, 1, 0)  # numbers apart from vectors: split models do not split them
         if (values := [value for value in parameters.values() if min(value.ndim, 2) == dimensions])
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    return torch.optim.AdamW(groups, lr=config.highest_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def find_micro_batch(towers: Any, fabric: Fabric, batch: TrainingBatch, processes_here: int) -> int:

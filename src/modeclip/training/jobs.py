@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +28,8 @@ from modeclip.system.console import log
 from modeclip.system.files import FileNote, find_damage, read_json, remove, write_json
 from modeclip.training.objectives import OBJECTIVES
 
+RATE, TUNING_RATE = 1e-3, 1e-5
+"""Default learning rates from random weights, for towers of minutes, and from trained ones (FLYP: 1e-5)."""
 MOST_PROCESSES = 4096
 """Most threads or processes that a setting may ask for; no machine has more cores."""
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -96,8 +98,9 @@ class EngineConfig:
     keep_pictures_gb: float = 1.0
     """Memory in 10^9 bytes for decoded pictures. They are kept if all of a job's fit and ``workers`` is 0; 0 decodes
     them anew in every pass."""
-    save_every: str = "20s"
-    """Time, steps or passes over the pairs between two checkpoints: ``30min``, ``1000steps``, ``1epoch``."""
+    save_every: str = "auto"
+    """Time, steps or passes over the pairs between two checkpoints: ``30min``, ``1000steps``, ``1epoch``. ``auto``: a
+    fiftieth of the job's time, within 20 s and 30 min, and at least 20 times what a checkpoint takes."""
     keep_checkpoints: int = 1
     """Number of newest checkpoints that are kept, at least 1."""
     log_every: int = 10
@@ -121,7 +124,7 @@ class EngineConfig:
         self.save_interval()
 
     def save_interval(self) -> tuple[float, str]:
-        """Return the number and the unit (``seconds``, ``steps`` or ``epochs``) of ``save_every``.
+        """Return the number and the unit (``seconds``, ``steps``, ``epochs``, or ``auto``) of ``save_every``.
 
         Examples:
             >>> EngineConfig(save_every="30min").save_interval()
@@ -129,10 +132,12 @@ class EngineConfig:
             >>> EngineConfig(save_every="1000steps").save_interval()
             (1000.0, 'steps')
         """
+        if self.save_every == "auto":
+            return 0.0, "auto"
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|min|h|steps?|epochs?)", self.save_every)
         if match is None:
             raise ModeclipError(
-                "train.engine.save_every must be a number with s, min, h, steps or epochs (30min, 1000steps), "
+                "train.engine.save_every must be auto, or a number with s, min, h, steps or epochs (30min, 1000steps), "
                 f"got {self.save_every!r}"
             )
         number, unit = float(match[1]), match[2]
@@ -161,8 +166,9 @@ class TrainConfig:
     """Number of equal parts of the schedule (the paper: 32 epochs of 400 million samples)."""
     seed_parts: int = 27
     """Parts that the seed model trains on all data before the experts continue from it (the paper: 27)."""
-    learning_rate: float = 1e-3
-    """Highest learning rate, reached after the warm-up; then it falls to 0 by a cosine (the paper, ViT-B: 5e-4)."""
+    learning_rate: float | None = None
+    """Highest learning rate, reached after the warm-up; then it falls to 0 by a cosine (the paper, ViT-B: 5e-4). By
+    default 1e-3, and 1e-5 for a model that brings trained weights (a tag, a folder, the Hub), as in fine-tuning."""
     warmup_fraction: float = 0.04
     """Share of the schedule in which the learning rate rises linearly, in [0, 1)."""
     weight_decay: float = 0.2
@@ -189,9 +195,9 @@ class TrainConfig:
             raise ModeclipError(f"train.batch_size must be at least 2 (a pair needs a negative), got {self.batch_size}")
         check_least("train", self, samples=1, total_parts=2, weight_decay=0, clip_grad_norm=0, seed=0)
         check_above_zero("train", self, "learning_rate")
-        if self.learning_rate * self.weight_decay >= 1:
+        if self.highest_rate * self.weight_decay >= 1:
             raise ModeclipError(
-                f"train.weight_decay: expected below 1 / train.learning_rate, here {1 / self.learning_rate:g}, since "
+                f"train.weight_decay: expected below 1 / train.learning_rate, here {1 / self.highest_rate:g}, since "
                 f"a step takes learning_rate * weight_decay of the weights away, got {self.weight_decay:g}"
             )
         if not 0 < self.seed_parts < self.total_parts:
@@ -207,9 +213,35 @@ class TrainConfig:
             raise ModeclipError(f"train.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
 
     @property
+    def highest_rate(self) -> float:
+        """The highest learning rate, given or by default.
+
+        Examples:
+            >>> TrainConfig().highest_rate, TrainConfig(model="ViT-B-32@laion2b_s34b_b79k").highest_rate
+            (0.001, 1e-05)
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return TUNING_RATE if brings_weights(self.model) else RATE
+
+    def decided(self) -> TrainConfig:
+        """Return the same settings with the learning rate written out, as jobs keep it."""
+        return replace(self, learning_rate=self.highest_rate)
+
+    @property
     def steps_per_part(self) -> int:
         """Optimizer steps in one part of the schedule."""
         return self.samples // (self.batch_size * self.total_parts)
+
+
+def brings_weights(model: str) -> bool:
+    """Tell whether a model's specification names trained weights.
+
+    Examples:
+        >>> brings_weights("ViT-B-32"), brings_weights("ViT-B-32@openai"), brings_weights("hf-hub:org/name")
+        (False, True, True)
+    """
+    return "@" in model or model.startswith(("hf-hub:", "local-dir:")) or Path(model).expanduser().is_dir()
 
 
 def job_name(role: Role, index: int | None = None) -> str:
@@ -291,7 +323,10 @@ class TrainJob:
         """Return the fields that decide the result."""
         without = UNHASHED_FIELDS | (SELECTING_FIELDS if self.pairs else {"pairs"})
         content = {key: value for key, value in asdict(self).items() if key not in without}
-        content["config"]["engine"] = {"precision": self.config.engine.precision}
+        content["config"] |= {
+            "engine": {"precision": self.config.engine.precision},
+            "learning_rate": self.config.highest_rate,
+        }
         return content
 
     def learning_rate(self, step: int) -> float:
@@ -394,8 +429,8 @@ def learning_rate_at(share: float, config: TrainConfig) -> float:
     """
     warmup = config.warmup_fraction
     if share < warmup:
-        return config.learning_rate * share / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+        return config.highest_rate * share / warmup
+    return config.highest_rate * 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
 
 
 def prepare(job: TrainJob, resume: str = "latest") -> None:

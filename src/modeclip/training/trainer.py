@@ -381,7 +381,7 @@ class _Learner:
             write_json(path, {"step": step, "loss": str(loss), "keys": keys})
         raise ModeclipError(
             f"{job.name}: the loss is {loss} at step {step}; its batch begins with {', '.join(keys[:3])} (all keys: "
-            f"{path}); lower train.learning_rate (now {config.learning_rate:g}), set train.clip_grad_norm, or set "
+            f"{path}); lower train.learning_rate (now {config.highest_rate:g}), set train.clip_grad_norm, or set "
             "train.engine.precision to 32-true"
         )
 
@@ -394,6 +394,22 @@ class _Learner:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def save_interval(job_seconds: float, save_seconds: float) -> float:
+    """Return the seconds between two checkpoints where ``train.engine.save_every`` is ``auto``.
+
+    Args:
+        job_seconds: What the whole job takes, by the steps so far.
+        save_seconds: What the last checkpoint took.
+
+    Examples:
+        A job of a minute, of an hour, of a week, and of an hour with checkpoints that take 10 s:
+
+        >>> [save_interval(*times) for times in ((60.0, 0.1), (3600.0, 0.1), (604_800.0, 5.0), (3600.0, 10.0))]
+        [20.0, 72.0, 1800.0, 200.0]
+    """
+    return max(min(max(job_seconds / 50, 20.0), 1800.0), 20.0 * save_seconds)
+
+
 class _Pauses:
     """Saves the learner when a checkpoint is due, and before it ends the job where SIGTERM asks for that."""
 
@@ -403,7 +419,9 @@ class _Pauses:
         self._learner = learner
         self._seconds = number if unit == "seconds" else math.inf
         self._steps = {"steps": int(number), "epochs": int(number) * steps_per_pass}.get(unit, 0)
-        self._saved_at = time.monotonic()
+        self._is_auto, self._save_seconds = unit == "auto", 0.0
+        self._begun_at, self._first_step = time.monotonic(), learner.step
+        self._saved_at = self._begun_at
         self._saved_step: int | None = None
         self._is_asked = False
 
@@ -425,12 +443,18 @@ class _Pauses:
     def save(self) -> None:
         """Save the present step, unless it is saved."""
         if self._saved_step != self._learner.step:
+            began = time.monotonic()
             self._learner.save()
             self._saved_at, self._saved_step = time.monotonic(), self._learner.step
+            self._save_seconds = self._saved_at - began
 
     def _is_due(self) -> bool:
+        now, job = time.monotonic(), self._learner.job
+        if self._is_auto:
+            each = (now - self._begun_at) / max(1, self._learner.step - self._first_step)
+            return now - self._saved_at >= save_interval(each * (job.last_step - job.first_step), self._save_seconds)
         if not self._steps:
-            return time.monotonic() - self._saved_at >= self._seconds
+            return now - self._saved_at >= self._seconds
         before = self._learner.step - 1 if self._saved_step is None else self._saved_step
         return self._learner.step // self._steps != before // self._steps
 
