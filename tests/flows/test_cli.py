@@ -11,12 +11,16 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from tyro.conf import arg
 
 from modeclip.__main__ import _interrupt
 from modeclip.commands import COMMANDS, PIPE_CLOSED, load_command, main, read_summaries
 from modeclip.errors import in_one_line
+from modeclip.system.console import log, print_json, print_lines, print_table
+from modeclip.system.options import call
 from support import plain_png, write_pairs
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -105,7 +109,7 @@ WORDS_THAT_DO_NOT_FIT = {
     "cluster x --expert=4": r"unknown option '--expert'; nearest: --experts, ",
     "status a b": "unexpected 'b'.*modeclip status --help",
     "finetune a": "missing CATALOG and --out",
-    "finetune a b --out c --holdout imag": "--holdout 'imag'; known: image, class, group",
+    "train-experts a --order ranges": "value of --order 'ranges'; known: index, range, size",
     "finetune a b --out c --epochs many": "--epochs: expected a whole number, got 'many'",
     "finetune a b --out c --epochs=1.5": "--epochs: expected a whole number, got '1.5'",
     "uids a --expert none": "--expert: expected a whole number or None, got 'none'",
@@ -134,6 +138,7 @@ SETTINGS_OF_COMMANDS = {
     "evaluate x --tasks y --batch-size 0": "--batch-size: expected",
     "evaluate x --tasks y --probe-c 0": "--probe-c: expected",
     "finetune x y --out z --tolerance 2": "--tolerance",
+    "finetune x y --out z --holdout imag": "--holdout: expected image,.* got 'imag'",
     "finetune x y --out z --holdout-fraction 1": "--holdout-fraction",
     "merge x y --out z --batch-size 0": "--batch-size",
     "scaling x --num-resamples 0": "--num-resamples",
@@ -152,6 +157,31 @@ def test_a_field_of_a_recipe_keeps_its_name_in_a_path_and_in_a_recipe(
     assert "/data.tasks" in fails(capsys, "train", tmp_path / "data.tasks")
     recipe = write_recipe(tmp_path, "data: {source: icons}\ntrain: {batch_size: 1}")
     assert "train.batch_size must" in fails(capsys, "run", recipe, "--out", tmp_path / "run")
+
+
+def test_what_a_command_prints_calls_settings_by_its_options_and_json_does_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(samples: Annotated[int, arg(name="pairs")] = 1, batch_size: int = 2) -> None:  # noqa: ARG001
+        log(f"raise train.samples ({samples})")
+        print_lines("train.batch_size or batch_size")
+        print_table("t", ["a"], [["in (train.samples)"], ["'train.samples'"], ["x/train.samples"], ["train.seed"]])
+        print_json({"train.samples": "train.samples"})
+
+    call(command, [])
+    out, err = capsys.readouterr()
+    assert err == "raise --pairs (1)\n"
+    for text in (
+        "--batch-size or batch_size",
+        " in (--pairs) ",
+        " 'train.samples' ",
+        " x/train.samples ",
+        " train.seed ",
+    ):
+        assert text in out
+    assert '{\n "train.samples": "train.samples"\n}' in out
+    log("train.samples")
+    assert capsys.readouterr().err == "train.samples\n"
 
 
 def test_the_version_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:

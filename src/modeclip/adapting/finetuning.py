@@ -118,7 +118,7 @@ class FinetuneConfig:
             raise ModeclipError(f"finetune.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
         if not 0 <= self.weight_decay < math.inf:
             raise ModeclipError(f"finetune.weight_decay must be 0 or more and finite, got {self.weight_decay}")
-        parse_holdout(self.holdout, HOLDOUT_UNITS, "finetune: holdout")
+        parse_holdout(self.holdout, HOLDOUT_UNITS, "finetune.holdout")
         check_templates(self.templates, "finetune")
 
 

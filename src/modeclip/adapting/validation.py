@@ -140,7 +140,7 @@ def split_rows(catalog: Catalog, holdout: str, fraction: float, seed: int, *, ta
     Raises:
         ModeclipError: The set is too small to be split, what is left has a single caption, or there is no such column.
     """
-    unit, column = parse_holdout(holdout, HOLDOUT_UNITS, "finetune: holdout")
+    unit, column = parse_holdout(holdout, HOLDOUT_UNITS, "finetune.holdout")
     labels = _number(catalog.read(["caption"])["caption"])
     known_by = identities(catalog)
     images = _number(known_by)

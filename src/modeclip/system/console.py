@@ -16,8 +16,9 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
@@ -45,6 +46,19 @@ NAME_SHARE = 0.4
 HEADER_WIDTH = 14
 """Columns from which a heading of a table of numbers is broken into lines."""
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+_wording: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
+
+
+@contextmanager
+def worded(by: Callable[[str], str]) -> Iterator[None]:
+    """Print what is for people in the words that a function gives it, such as the options of the command that runs."""
+    token = _wording.set(by)
+    try:
+        yield
+    finally:
+        _wording.reset(token)
 
 
 def printable(text: object) -> str:
@@ -151,13 +165,13 @@ def busy(text: str) -> Iterator[None]:
 
 def log(text: str) -> None:
     """Print one line for a person to read."""
-    console.print(printable(text), soft_wrap=True)
+    console.print(printable(_wording.get()(text)), soft_wrap=True)
 
 
 def print_lines(*lines: object) -> None:
     """Print results for a person on standard output, a line each."""
     for line in lines:
-        print(printable(line))
+        print(printable(_wording.get()(str(line))))
 
 
 def print_json(content: Any) -> None:
@@ -181,7 +195,7 @@ def print_table(
     """
     printer = Console(file=sys.stdout, width=_width(), highlight=False, markup=False, emoji=False)
     heads = [_heading(column, in_parts and bool(position)) for position, column in enumerate(columns)]
-    cells = [[Text(printable(cell)) for cell in row] for row in rows]
+    cells = [[Text(printable(_wording.get()(str(cell)))) for cell in row] for row in rows]
     name_width = max(cell.cell_len for cell in [heads[0], *(row[0] for row in cells)])
     if in_parts:
         name_width = min(name_width, max(8, int(NAME_SHARE * printer.width)))

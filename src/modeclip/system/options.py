@@ -21,6 +21,7 @@ from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from modeclip.errors import ModeclipError, unknown
+from modeclip.system.console import worded
 from modeclip.system.paths import expand_homes
 
 AsJson = Annotated[bool, arg(name="json", help="Print JSON for machines instead of a table.")]
@@ -46,7 +47,7 @@ STAGES = "assign|bundle|check|cluster|data|diagnose|embed|evaluate|experts|exten
 KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path", "{None}": "None"}
 """What the words of tyro's help mean."""
 _FIELD = re.compile(rf"(?<![\w./'\"-])(?:(?:{STAGES})\.(?:\w+\.)*(\w+)|([a-z]+_[a-z_]+))(?![\w/'\"=])(?!\.\w)")
-"""A field of a recipe, or a name that only a field has; quoted and in paths it is something of the user's."""
+"""A field of a recipe, or a name such as fields have; quoted and in paths it is something of the user's."""
 
 
 class _RefusedError(Exception):
@@ -72,12 +73,12 @@ def call(command: Callable[..., Any], words: Sequence[str], prog: str | None = N
     words = [expand_homes(word) for word in words]
     parser = _Parser(command, words, prog or command.__name__)
     try:
-        with _reporting(parser.refuse):
+        with _reporting(parser.refuse), worded(parser.in_flags):
             return parser.run(words)
     except _RefusedError as refused:
-        raise ModeclipError(parser.in_flags(str(refused.reason))) from None
+        raise ModeclipError(parser.in_flags(str(refused.reason), bare=True)) from None
     except ModeclipError as error:
-        text = parser.in_flags(str(error))
+        text = parser.in_flags(str(error), bare=True)
         if text == str(error):
             raise
         raise ModeclipError(text) from error
@@ -114,14 +115,19 @@ class _Parser:
         """The option of each field of the command's configs and of each other parameter; the name of what has none."""
         return {name: flag if flag in self.options else name.upper() for name, flag in _flags_of(self.command)}
 
-    def in_flags(self, text: str) -> str:
-        """Return a message in which the fields of recipes are called by the options of this command, if it has them.
+    def in_flags(self, text: str, *, bare: bool = False) -> str:
+        """Return a text in which the fields of recipes are called by the options of this command, if it has them.
 
-        A name in a message is not taken for a field where it is part of a path.
+        Args:
+            text: What is printed. A name in quotes or in a path is something of the user's.
+            bare: Take ``batch_size`` for a field too, as errors have it, and not only ``train.batch_size``.
         """
-        if not _FIELD.search(text):
-            return text
-        return _FIELD.sub(lambda found: self.flags.get(found[1] or found[2], found[0]), text)
+
+        def flag(found: re.Match[str]) -> str:
+            field = found[1] or (found[2] if bare else "")
+            return self.flags.get(field, found[0]) if field else found[0]
+
+        return _FIELD.sub(flag, text)
 
     def refuse(self, event: Any) -> None:
         """Raise what is wrong with the words; ``event`` is one of tyro's, of which there may be new kinds."""
