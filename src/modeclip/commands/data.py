@@ -50,9 +50,15 @@ def check(
     config: Annotated[OmitArgPrefixes[CheckConfig], arg(name="checking")],
     out: Annotated[Path | None, arg(help="Folder for check.html and contact.png; default: none are drawn.")] = None,
     *,
+    deep: Annotated[
+        bool, arg(help="Hash all files of a run, catalog, bundle or model; exit code 2 if one is damaged.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Report what a catalog holds and what is wrong with it; the exit code is 1 if something must be mended."""
+    if deep:
+        _check_files(catalog, as_json)
+        return
     from modeclip.data.catalog import Catalog
     from modeclip.data.checks import check as run_check
     from modeclip.pages.check_page import write_check
@@ -73,6 +79,30 @@ def check(
             print_lines(page)
     if result.has_errors:
         raise SystemExit(1)
+
+
+def _check_files(path: str, as_json: bool) -> None:
+    """Print which files are not as they were written, and what to do."""
+    from modeclip.pipeline import verify
+
+    found = verify(path)
+    damaged = sum(one.state == "damaged" for one in found)
+    if as_json:
+        print_json({"path": path, "damaged": damaged, "files": [asdict(one) for one in found]})
+    else:
+        whole = sum(one.state == "whole" for one in found)
+        title = f"{path}: {whole:,} files are as they were written, {damaged:,} are damaged"
+        rows = [
+            (one.file, f"{one.state}{': ' if one.detail else ''}{one.detail}", one.advice)
+            for one in found
+            if one.state != "whole"
+        ]
+        if rows:
+            print_table(title, ["file", "state", "what to do"], rows)
+        else:
+            print_lines(title)
+    if damaged:
+        raise SystemExit(2)
 
 
 @cache
