@@ -29,7 +29,14 @@ from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, assign
 from modeclip.mixture.bundle import load_bundle
-from modeclip.mixture.extending import ExtendConfig, continue_job, extend, fit_new_clusters, new_expert_job
+from modeclip.mixture.extending import (
+    ExtendConfig,
+    continue_job,
+    describe,
+    extend,
+    fit_new_clusters,
+    new_expert_job,
+)
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import TrainJob
@@ -205,6 +212,30 @@ def test_new_clusters_are_as_dense_as_the_old(bundle: Path, dishes: Catalog, old
     assert len(clusters.fine_quantiles.distances) == len(opened.fine_centers) + len(clusters.fine_centers)
 
 
+def test_many_passes_over_few_pairs_are_said(bundle: Path, dishes: Catalog, tmp_path: Path) -> None:
+    """The plan has the passes that the samples make; a warning comes from 10 on that are 4 times the usual ones."""
+    opened = load_bundle(bundle)
+    assign(dishes, opened, AssignConfig())
+    pairs = len(dishes.select(mask="novel"))
+    usual = (
+        sum(
+            TrainJob.load(bundle.parent / "models" / f"expert-{k}" / "job.json").last_step
+            - TrainJob.load(bundle.parent / "models" / "seed" / "job.json").last_step
+            for k in range(2)
+        )
+        * 32
+        / sum(expert.size for expert in opened.experts)
+    )
+    for samples in (1000 * pairs, 2 * pairs):
+        job = new_expert_job(opened, dishes, tmp_path / "job", ExtendConfig(samples=samples, batch_size=4))
+        plan, *warnings = describe(opened, job, dishes)
+        passes = 4 * (job.last_step - job.first_step) / pairs
+        assert f"{pairs:,} pairs, {passes:,.1f} passes over them (the bundle's experts: {usual:,.1f})" in plan
+        assert len(warnings) == (passes > max(10, 4 * usual))
+        assert all(f"{passes:,.0f} passes over {pairs:,} pairs" in line for line in warnings)
+    assert passes < 10
+
+
 def test_what_cannot_be_extended(bundle: Path, more: Catalog, old: Catalog, tmp_path: Path) -> None:
     with pytest.raises(ModeclipError, match=r"65 new pairs.*--expert K or --new"):
         extend(bundle, more, tmp_path / "out", fitted_on=old)
@@ -244,5 +275,5 @@ def test_commands(
         run("bundle", bundle, "--put", "2")
     with pytest.raises(ModeclipError, match="--expert and --new exclude each other"):
         run("extend", bundle, more.path, "--out", tmp_path / "o", "--new", "--expert", "1")
-    with pytest.raises(ModeclipError, match=r"assign\.novel_beyond: expected 0\.5 to"):
+    with pytest.raises(ModeclipError, match=r"--novel-beyond: expected 0\.5 to"):
         run("assign", more.path, "--bundle", bundle, "--novel-beyond", "2")

@@ -24,6 +24,7 @@ from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import check_files, load_bundle, save_bundle
 from modeclip.mixture.bundle_edits import replace_expert
 from modeclip.mixture.mode import MoDE
+from support import plain_png, write_pairs
 
 TOWERS = {
     "embed_dim": 8,
@@ -91,7 +92,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ],
             },
         },
-        fine_quantiles=FineQuantiles(levels=(0.5, 0.95), distances=np.array([[0.1, 0.2]] * 4, np.float32)),
+        fine_quantiles=FineQuantiles(levels=(0.5, 0.95, 0.99), distances=np.array([[0.1, 0.2, 0.3]] * 4, np.float32)),
     )
     return folder / "bundle"
 
@@ -167,6 +168,42 @@ def test_commands_take_the_encoder_from_the_command_line_alone(
     done = modeclip_command("route", bundle, "--classes", "a,bb", "--encoder", "evil_words:Lengths", "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["classes"]) == 2
+
+
+def test_evaluate_assign_extend_and_run_need_the_name_too(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modeclip_command: Callable[..., Any]
+) -> None:
+    """What a bundle or a recipe names as encoder leaves its mark only where --encoder names it as well."""
+    (tmp_path / "evil_code.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    change(bundle, encoder="evil_code:Lengths")
+    for name in ("cat", "dog"):
+        (tmp_path / "task" / name).mkdir(parents=True)
+        (tmp_path / "task" / name / "1.png").write_bytes(plain_png(9))
+    write_pairs(tmp_path / "pairs", [plain_png(shade) for shade in range(4)], ["a cat", "a dog", "a bird", "fish"])
+    catalog = tmp_path / "catalog"
+    assert modeclip_command("index", tmp_path / "pairs", "--out", catalog).returncode == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {{source: {tmp_path / 'pairs'}}}\nembed: {{encoder: 'evil_code:Lengths'}}\n")
+    commands: list[tuple[object, ...]] = [
+        ("evaluate", bundle, "--tasks", tmp_path / "task", "--out", tmp_path / "results"),
+        ("assign", catalog, "--bundle", bundle),
+        ("extend", bundle, catalog, "--out", tmp_path / "extended", "--new"),
+        ("run", recipe, "--out", tmp_path / "run"),
+    ]
+    for words in commands:
+        refused = modeclip_command(*words)
+        assert refused.returncode == 2, refused.stderr
+        assert "--encoder evil_code:Lengths" in refused.stderr.splitlines()[-1], words[0]
+        assert not (tmp_path / "imported").exists(), words[0]
+    assert not (tmp_path / "run").exists()
+    for words in commands[:2]:
+        done = modeclip_command(*words, "--encoder", "evil_code:Lengths", "--json")
+        assert done.returncode == 0, done.stderr
+        json.loads(done.stdout)
+    assert (tmp_path / "imported").exists()
+    result = json.loads((tmp_path / "results" / "results.jsonl").read_text().splitlines()[0])
+    assert "out_of_domain" in json.dumps(result)
 
 
 # ---------------------------------------------------------------- files
@@ -337,10 +374,10 @@ def test_what_is_no_manifest(bundle: Path, text: bytes, message: str) -> None:
         ({"expert_of_fine": np.array([0, 0, 1, 2])}, "expected an expert of 0 to 1"),
         ({"expert_of_fine": np.array([0, 0, 1, -1])}, "expected an expert of 0 to 1"),
         ({"more": np.zeros(1)}, "holds .*'more'"),
-        ({"quantile_levels": np.array([0.95, 0.5])}, "quantiles that do not ascend"),
-        ({"quantile_levels": np.array([0.5, 1.5])}, "quantiles that do not ascend"),
-        ({"fine_quantiles": np.ones((3, 2), np.float32)}, "quantiles of shape"),
-        ({"fine_quantiles": np.array([[0.2, 0.1]] * 4, np.float32)}, "quantiles that do not ascend"),
+        ({"quantile_levels": np.array([0.95, 0.5, 0.99])}, "quantiles that do not ascend"),
+        ({"quantile_levels": np.array([0.5, 0.9, 1.5])}, "quantiles that do not ascend"),
+        ({"fine_quantiles": np.ones((3, 3), np.float32)}, "quantiles of shape"),
+        ({"fine_quantiles": np.array([[0.2, 0.1, 0.3]] * 4, np.float32)}, "quantiles that do not ascend"),
     ],
 )
 def test_centres_fit_the_experts_and_each_other(bundle: Path, arrays: dict[str, Any], message: str) -> None:
