@@ -368,6 +368,13 @@ def test_where_nothing_tells_of_the_seed_a_line_says_so(
         shutil.copytree(models[1], folder)
         (folder / name).write_text(content)
         assert not Ancestry.of(str(folder)).is_whole
+    circle = tmp_path / "circle"
+    shutil.copytree(models[1], circle)
+    (circle / "finetune.json").write_text(json.dumps({"model": str(circle)}))
+    damaged = trained(models[1], tmp_path / "damaged")
+    (damaged / "job.json").write_text("{")
+    for folder in (circle, damaged):
+        assert not Ancestry.of(str(folder)).is_whole
 
 
 def test_published_weights_are_seeds_of_their_own() -> None:

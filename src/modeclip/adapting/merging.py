@@ -45,6 +45,8 @@ RESULT_FILE = "merge.json"
 """What an average leaves beside its weights."""
 FINETUNE_FILE = "finetune.json"
 """What a fine-tuning leaves beside its weights."""
+MOST_ANCESTORS = 32
+"""How many models back the ancestry of a model is read."""
 _COUNTER = ".num_batches_tracked"  # batch norms use it only if they have no momentum, as in no CLIP
 _START = ("init_logit_scale", "init_logit_bias")  # settings of a random start, which the weights replace
 
@@ -319,40 +321,44 @@ class Ancestry:
     """Whether they reach back to a random start or to published weights."""
 
     @classmethod
-    def of(cls, spec: str) -> Ancestry:
-        """Read the ancestry of a model."""
+    def of(cls, spec: str, depth: int = 0) -> Ancestry:
+        """Read the ancestry of a model, which is itself ``depth`` models away from the one that was asked for."""
         folder = Path(spec.removeprefix("local-dir:"))
         if not folder.is_dir():
             is_published = "@" in spec or spec.startswith("hf-hub:")
             return cls(known=frozenset({spec}), is_whole=True) if is_published else cls()
-        if (folder.parent / MANIFEST_FILE).is_file():
-            return cls._in_bundle(load_bundle(folder.parent), folder.name)
         own = cls(known=frozenset({hash_file(folder / WEIGHTS_FILE)})) if (folder / WEIGHTS_FILE).is_file() else cls()
-        if (folder / JOB_FILE).is_file():
-            return own.after(cls._of_job(TrainJob.load(folder / JOB_FILE)))
+        if depth > MOST_ANCESTORS:
+            return own
         try:
+            if (folder.parent / MANIFEST_FILE).is_file():
+                return cls._in_bundle(load_bundle(folder.parent), folder.name)
+            if (folder / JOB_FILE).is_file():
+                return own._after(*cls._of_job(TrainJob.load(folder / JOB_FILE), depth + 1))
             if (folder / FINETUNE_FILE).is_file():
-                return own.after(cls.of(_spec_of(read_json(folder / FINETUNE_FILE, dict, "")["model"])))
+                model = read_json(folder / FINETUNE_FILE, dict[str, Any], "")["model"]
+                return own._after(cls.of(_spec_of(model), depth + 1))
             if (folder / RESULT_FILE).is_file():
-                parts = read_json(folder / RESULT_FILE, dict, "")["candidates"]
-                return own.after(*(cls.of(_spec_of(part["name"])) for part in parts if part["weight"]))
-        except (ModeclipError, KeyError, TypeError):  # it tells nothing then
+                parts = read_json(folder / RESULT_FILE, dict[str, Any], "")["candidates"]
+                return own._after(*(cls.of(_spec_of(part["name"]), depth + 1) for part in parts if part["weight"]))
+        except (ModeclipError, KeyError, TypeError, AttributeError):  # a file that is damaged tells nothing
             pass
         return own
 
-    def after(self, *parents: Ancestry) -> Ancestry:
+    def _after(self, *parents: Ancestry) -> Ancestry:
         """Return the ancestry of a model that was made from others."""
         known = self.known.union(*(parent.known for parent in parents))
         return Ancestry(known=known, is_whole=all(parent.is_whole for parent in parents))
 
     @classmethod
-    def _of_job(cls, job: TrainJob) -> Ancestry:
-        """Return the ancestry of what a job makes."""
+    def _of_job(cls, job: TrainJob, depth: int) -> list[Ancestry]:
+        """Return a job itself and what it starts from."""
         if job.start_from is not None:
-            return cls(known=frozenset({job.digest, job.start_digest})).after(cls.of(job.start_from))
+            return [cls(known=frozenset({job.digest, job.start_digest}), is_whole=True), cls.of(job.start_from, depth)]
         start = job.config.model
         has_weights = Path(start).is_dir() or "@" in start or start.startswith("hf-hub:")
-        return cls(known=frozenset({job.digest})).after(cls.of(start) if has_weights else cls(is_whole=True))
+        own = cls(known=frozenset({job.digest}), is_whole=True)
+        return [own, cls.of(start, depth)] if has_weights else [own]
 
     @classmethod
     def _in_bundle(cls, bundle: Bundle, folder: str) -> Ancestry:
