@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import fill
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.clip_benchmark import main
+from modeclip.evaluation.clip_benchmark import _num_shards, main
 from modeclip.evaluation.metrics import score_classes
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
@@ -207,3 +208,12 @@ def test_what_cannot_be_run_is_said(folders: Folders, model: str, rule: str, mes
     words = ["--model", model, "--pretrained", rule, "--dataset", "wds/one"]
     with pytest.raises(ModeclipError, match=re.escape(message)):
         main(["eval", "--model_type", "modeclip", *words])
+
+
+def test_there_is_at_most_a_worker_for_each_shard(tmp_path: Path) -> None:
+    (tmp_path / "pets" / "test").mkdir(parents=True)
+    (tmp_path / "pets" / "test" / "nshards.txt").write_text("3\n")
+    args = argparse.Namespace(dataset="wds/pets", dataset_root=f"{tmp_path}/{{dataset}}", split="test", num_workers=4)
+    assert _num_shards(args) == 3
+    assert _num_shards(argparse.Namespace(**vars(args) | {"split": "train"})) == 4
+    assert _num_shards(argparse.Namespace(**vars(args) | {"dataset": "cifar10"})) == 4

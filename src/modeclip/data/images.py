@@ -147,11 +147,12 @@ _TURNS = {
 """How an image of each EXIF orientation is turned upright; Pillow's rotations go against the clock."""
 _SIDEWAYS = (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
 _ORIENTATION = ExifTags.Base.Orientation
+_EXIF_DATA = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 
 
 def _may_be_turned(image: Image.Image) -> bool:
     """Say whether a loaded image has data that may state an orientation; only then they are parsed."""
-    return any(name in image.info for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
+    return not _EXIF_DATA.isdisjoint(image.info)
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:

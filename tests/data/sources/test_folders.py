@@ -262,6 +262,12 @@ def test_labels_stand_in_for_captions_that_are_not_there(tmp_path: Path):
     assert pairs(tmp_path) == {"a.png": "a photo of a red fox."}
 
 
+def test_a_table_without_captions_leaves_class_folders_as_they_are(tmp_path: Path):
+    write(tmp_path, "train/rose/a.png")
+    write_metadata(tmp_path / "train/metadata.jsonl", [{"file_name": "rose/a.png", "boxes": [1, 2]}])
+    assert pairs(tmp_path) == {"train/rose/a.png": "a photo of a rose."}
+
+
 def test_damaged_rows_are_counted(tmp_path: Path):
     write(tmp_path, "a.png")
     (tmp_path / "metadata.jsonl").write_text(

@@ -16,6 +16,7 @@ from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.open import load_tasks
 from modeclip.errors import ModeclipError
+from support import plain_png, tar_of
 
 
 def save(path: Path, color: int) -> None:
@@ -195,6 +196,22 @@ def test_class_folders_in_another_unicode_form_are_one_class(tmp_path, capsys):
     (task,) = load_tasks([str(tmp_path / "set")], train=True)
     assert task.classnames == task.train.classnames == (forms[0],)
     assert "Unicode form NFD" in capsys.readouterr().err
+
+
+def test_images_and_shards_are_found_in_another_spelling(tmp_path, capsys):
+    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    save(tmp_path / "images" / f"{forms[1]}.PNG", 7)
+    (tmp_path / "t.csv").write_text(f"image,label\n{forms[0]}.png,rose\n")
+    (task,) = load_tasks([str(tmp_path / "t.csv")])
+    assert colors(task.images) == [7]
+    assert "(NFC), was found as" in capsys.readouterr().err
+    members = [("0.png", plain_png(9)), ("0.cls", b"0")]
+    (tmp_path / "wds/TEST").mkdir(parents=True)
+    (tmp_path / "wds/TEST/0.TAR").write_bytes(tar_of(members))
+    (tmp_path / "wds/TEST/NSHARDS.txt").write_text("1")
+    (tmp_path / "wds/ClassNames.txt").write_text("rose")
+    (task,) = load_tasks([str(tmp_path / "wds")])
+    assert (task.classnames, colors(task.images)) == (("rose",), [9])
 
 
 def test_a_published_name_with_other_classes_is_a_set_of_ones_own(folder, capsys):

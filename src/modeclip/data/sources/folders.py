@@ -472,7 +472,15 @@ def open_folder(config: SourceConfig) -> DataSource:
     plan = _Plan(options=options, chosen=config.split)
     tables, extra = _tables_of(root, found, kept), pa.schema([])
     if tables:
-        kind, plan = "folder", _with_columns(config, root, tables, plan)
+        try:
+            plan = _with_columns(config, root, tables, plan)
+        except ModeclipError as error:
+            if not any(found.labels[at] for at in kept) and not found.captioned & kept:
+                raise
+            log(f"{error}; captions are looked for elsewhere")
+            tables = ()
+    if tables:
+        kind = "folder"
         extra = plan.extra
         column = plan.caption_column or plan.label_column
         what = f"folder of images with {PurePosixPath(tables[0]).name} (column {column!r})"

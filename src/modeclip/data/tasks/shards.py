@@ -24,11 +24,11 @@ import numpy as np
 
 from modeclip.data.sources.shards import CompressedTar, DamagedTar, Tar, dotted_starts, split_known
 from modeclip.data.tasks.images import FileImages
-from modeclip.data.tasks.layouts import CLASSNAMES, Found, read_lines, read_templates
+from modeclip.data.tasks.layouts import CLASSNAMES, Found, beside, read_lines, read_templates
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError, unknown
 from modeclip.system.console import progress
-from modeclip.system.paths import expand, join, state
+from modeclip.system.paths import expand, join, other_spelling, state
 
 TYPE, NUM_SHARDS = "dataset_type.txt", "nshards.txt"
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
@@ -60,7 +60,7 @@ class _Split:
 
 def has_shards(folder: str) -> bool:
     """Tell whether a folder is a split of this layout."""
-    return bool(state(join(folder, NUM_SHARDS))) or bool(state(join(folder, "0.tar")))
+    return beside(folder, NUM_SHARDS) is not None or beside(folder, "0.tar") is not None
 
 
 def read_webdataset(name: str, root: str, folder: str) -> Found:
@@ -117,7 +117,7 @@ def _read_split(name: str, folder: str, label_suffix: str) -> _Split:
     if lines is None or not lines[0].isdecimal() or int(lines[0]) < 1:
         got = "is missing" if lines is None else f"says {lines[0]!r}"
         raise ModeclipError(f"task {name!r}: {join(folder, NUM_SHARDS)!r} {got}: expected the number of shards")
-    shards = expand(join(folder, f"{{0..{int(lines[0]) - 1}}}.tar"))
+    shards = [other_spelling(path) or path for path in expand(join(folder, f"{{0..{int(lines[0]) - 1}}}.tar"))]
     if missing := [shard for shard in shards if not state(shard)]:
         raise ModeclipError(
             f"task {name!r}: {missing[0]!r} is missing ({len(missing):,} of {len(shards):,} shards): download it again,"

@@ -41,7 +41,7 @@ from modeclip.data.tasks.layouts import ASKED, CLASSNAMES, FILE_SUFFIXES, Found,
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
-from modeclip.system.paths import is_url, join, list_folder, parent, read_bytes, state, walk
+from modeclip.system.paths import form_of, is_url, join, list_folder, other_spelling, parent, read_bytes, state, walk
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 IMAGES = (IMAGE_COLUMN, *IMAGE_COLUMNS, "filename", "file", "img")
@@ -165,8 +165,8 @@ def read_metadata(name: str, folder: str, tables: Sequence[str], retrieval: bool
     left = Counter(split for split in of_row if split != asked)
     told = [f"{split or 'no split'} ({count(number, 'row')})" for split, number in sorted(left.items())]
     told += [f"{count(sum(unnamed.values()), 'image')} that no row names"] if unnamed else []
-    if told:
-        log(f"task {name!r}: reads {asked or tables[0]}; leaves out {', '.join(told)}")
+    if told or asked:
+        log(f"task {name!r}: reads {asked or tables[0]}" + (f"; leaves out {', '.join(told)}" if told else ""))
     chosen = {"test": asked} | ({"train": train} if train is not None and train != asked else {})
     return {
         part: _task_of(name, table, np.flatnonzero(np.array(of_row) == split), retrieval and part == "test")
@@ -371,6 +371,14 @@ def file_images(name: str, folder: str, files: Sequence[str], names: Sequence[st
     places = [folder, *(join(folder, below) for below in list_folder(folder)[0])]
     listed = {place: frozenset(list_folder(place)[1]) for place in places}
     paths = [_place(file, listed) for file in files]
+    spelled = {file: _place_spelled(file, places) for file, path in zip(files, paths, strict=True) if path is None}
+    paths = [path or spelled[file] for file, path in zip(files, paths, strict=True)]
+    if respelled := [(file, path) for file, path in spelled.items() if path is not None]:
+        file, path = respelled[0]
+        log(
+            f"task {name!r}: {count(len(respelled), 'image')} spelled another way than named; the first, {file!r}"
+            f" ({form_of(file)}), was found as {path!r} ({form_of(path)})"
+        )
     if missing := [file for file, path in zip(files, paths, strict=True) if path is None]:
         raise ModeclipError(
             f"task {name!r}: image {missing[0]!r} is neither in {folder!r} nor in its sub-folders ({len(missing):,} of"
@@ -387,6 +395,11 @@ def _place(file: str, listed: Mapping[str, frozenset[str]]) -> str | None:
         elif found := next((name for name in (file, f"{file}.png", f"{file}.jpg") if name in names), None):
             return join(folder, found)
     return None
+
+
+def _place_spelled(file: str, places: Sequence[str]) -> str | None:
+    """Return the image of a name that differs in Unicode form or in the case of its suffix."""
+    return next((found for place in places if (found := other_spelling(join(place, file)))), None)
 
 
 # ---------------------------------------------------------------- files
