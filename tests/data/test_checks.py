@@ -28,11 +28,13 @@ from modeclip.data.checks import (
     EMPTY_CAPTION,
     FREQUENT_CAPTION,
     KINDS,
+    LEFT_OUT,
     LONG_CAPTION,
     MOJIBAKE,
     NOT_FINITE,
     NOT_UNIT,
     SHORT_CAPTION,
+    STOPPED,
     UNPRINTABLE,
     ZERO,
     CheckConfig,
@@ -41,11 +43,11 @@ from modeclip.data.checks import (
     check,
     count_repeats,
 )
-from modeclip.data.indexing import index
+from modeclip.data.indexing import IndexNote, index
 from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, Sample
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
-from modeclip.data.storage import FileWriter, create
+from modeclip.data.storage import FileWriter, Ledger, create
 from modeclip.errors import ModeclipError
 from modeclip.pages.check_page import read_tiles, write_check
 from support import plain_png, png_bomb, tar_of, write_pairs
@@ -339,3 +341,32 @@ def test_a_result_is_plain_text_and_json(tmp_path: Path, icons):
     severities = [severity for severity, _ in KINDS.values()]
     assert severities == sorted(severities, key=["error", "warning", "note"].index)
     assert EMPTY_CAPTION in KINDS
+
+
+# ---------------------------------------------------------------- what is not in the catalog
+
+
+def test_repeated_images_are_named_by_their_file(tmp_path: Path) -> None:
+    images = [plain_png(1), plain_png(2), plain_png(1)]
+    catalog = catalog_of(write_pairs(tmp_path / "data", images, ["one", "two", "three"]))
+    finding = next(one for one in check(catalog).findings if one.what == DUPLICATE_IMAGES)
+    first = catalog.read(["path", "key"])
+    assert finding.first == f"{first['path'][0]}, 2 times, first in row 0, key {first['key'][0]!r}"
+
+
+def test_a_part_of_the_source_that_is_left_out_is_said_by_its_causes(tmp_path: Path) -> None:
+    images = [plain_png(1), b"no picture", plain_png(2)]
+    catalog = catalog_of(write_pairs(tmp_path / "data", images, ["one", "two", "three"]), max_skipped_fraction=0.5)
+    finding = next(one for one in check(catalog).findings if one.what == LEFT_OUT)
+    assert (finding.count, finding.looked_at) == (1, 3)
+    assert finding.first.startswith("1 ")
+
+
+def test_an_index_that_was_stopped_is_said(tmp_path: Path) -> None:
+    catalog = catalog_of(write_pairs(tmp_path / "data", [plain_png(1), plain_png(2)], ["one", "two"]))
+    note = IndexNote(
+        plan="p", units=[["a", "1", True]], files=[[["x.lance", 7]], []], fingerprints=["", ""], skipped={}
+    )
+    Ledger(catalog.path, "index", IndexNote).add("000000", note)
+    finding = next(one for one in check(catalog).findings if one.what == STOPPED)
+    assert (finding.count, finding.advice) == (7, "give the same modeclip index again, which finishes it")

@@ -15,6 +15,7 @@ while they are sorted; everything else is one block of rows.
 from __future__ import annotations
 
 import heapq
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +31,9 @@ from jaxtyping import Bool, Int
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.images import examine_all, strict_pillow
+from modeclip.data.indexing import SKIPPED, IndexNote
 from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE, UNSCALABLE
+from modeclip.data.storage import Ledger
 from modeclip.errors import check_between, check_least
 from modeclip.system.console import progress
 from modeclip.system.paths import file_size
@@ -66,6 +69,9 @@ NOT_FINITE = "caption embedding is not finite"
 NOT_UNIT = "caption embedding does not have length 1"
 ZERO = "caption embedding is zero: the encoder knows nothing of it"
 
+LEFT_OUT = "only a part of the source is indexed"
+STOPPED = "an index was stopped"
+
 KINDS = {
     MISSING: (ERROR, "restore the file, or index again"),
     SHORT_FILE: (ERROR, "restore the whole file, or index again"),
@@ -77,6 +83,7 @@ KINDS = {
     CHANGED: (ERROR, "the file was overwritten: index again"),
     NOT_FINITE: (ERROR, "embed again"),
     NOT_UNIT: (ERROR, "embed again with unit vectors"),
+    STOPPED: (WARNING, "give the same modeclip index again, which finishes it"),
     DUPLICATE_KEYS: (WARNING, "give each pair its own key: id lists cannot tell these apart"),
     ZERO: (WARNING, "choose an encoder that knows these words; such pairs are equally far from every cluster"),
     FREQUENT_CAPTION: (WARNING, "balance or filter: equal captions are false negatives of each other"),
@@ -84,6 +91,7 @@ KINDS = {
     LONG_CAPTION: (WARNING, "put what matters first, or choose a model with a longer context"),
     MOJIBAKE: (WARNING, "repair the encoding at the source, for example with ftfy.fix_text"),
     UNPRINTABLE: (WARNING, "clean the captions at the source"),
+    LEFT_OUT: (NOTE, "see the causes; mend what should be there, and index again"),
     DUPLICATE_IMAGES: (NOTE, "remove repeats unless they are meant as several captions of one image"),
     DUPLICATE_CAPTIONS: (NOTE, "equal captions are false negatives in a batch: mask them, or balance the captions"),
     SHORT_CAPTION: (NOTE, "check whether such captions say anything"),
@@ -222,6 +230,7 @@ def check(
     captions = _count_values(catalog, "caption")
     _report_repeats(found, catalog, "caption", captions, DUPLICATE_CAPTIONS)
     groups = _count_values(catalog, "group")
+    _report_what_is_left_out(found, catalog)
     lengths = _look_at_captions(catalog, config, found, tokenize)
     images = _look_at_files(catalog, config, found)
     first = catalog.read(["digest"], np.zeros(min(1, len(catalog)), np.int64)) if "digest" in catalog.columns else {}
@@ -273,11 +282,26 @@ def _report_repeats(found: Findings, catalog: Catalog, column: str, repeats: Rep
     if not repeats.num_repeated:
         return
     count, row = repeats.top[0]
-    value = str(catalog.read([column], np.array([row]))[column][0])
-    example = f"{value!r}, {count:,} times, first in row {row:,}"
+    if column == "digest":  # bytes that nobody knows it by
+        key, path = (values[0] for values in catalog.read(["key", "path"], np.array([row])).values())
+        example = f"{path or 'held in the row'}, {count:,} times, first in row {row:,}, key {key!r}"
+    else:
+        value = str(catalog.read([column], np.array([row]))[column][0])
+        example = f"{value!r}, {count:,} times, first in row {row:,}"
     found.add(what, repeats.num_repeated, len(catalog), example)
     if column == "caption" and count > FREQUENT_SHARE * len(catalog) and count >= 2 * TOP:
         found.add(FREQUENT_CAPTION, count, len(catalog), example)
+
+
+def _report_what_is_left_out(found: Findings, catalog: Catalog) -> None:
+    """Say how much of the source is not in the catalog: what was skipped, and what a stopped index has read."""
+    skipped = {cause: int(count) for cause, count in json.loads(catalog.metadata.get(SKIPPED, "{}")).items()}
+    if total := sum(skipped.values()):
+        causes = ", ".join(f"{count:,} {cause}" for cause, count in sorted(skipped.items(), key=lambda item: -item[1]))
+        found.add(LEFT_OUT, total, len(catalog) + total, causes)
+    notes = Ledger(catalog.path, "index", IndexNote).parts().values()
+    if waiting := sum(rows for note in notes for _, rows in note["files"][0]):
+        found.add(STOPPED, waiting, len(catalog) + waiting, f"{waiting:,} pairs are read, and not in the catalog yet")
 
 
 # ---------------------------------------------------------------- captions
