@@ -11,7 +11,8 @@ Three ways to run the same image tower on the same random pictures (seed 0), in 
 
 Autocast keeps the casts of weights that need a gradient until its context ends, but not under inference_mode, where
 every use casts anew. The figures are medians of the rounds' ratios, in seconds of the processor, which a busy machine
-changes least. The features must be the same to the last bit.
+changes least. Features of the three may differ by the rounding of bfloat16: kernels
+differ with the kind of tensor.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main() -> None:
         "benchmark": "autocast",
         "inference_mode_over_without_gradients": round(float(ratios[0]), 2),
         "one_context_over_one_a_batch": round(float(ratios[2]), 2),
-        "equal_to_the_bit": all(torch.equal(first, other) for other in features.values()),
+        "largest_difference": max(float((first.float() - other.float()).abs().max()) for other in features.values()),
     }
     print(json.dumps(result))
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import save_bundle
 from modeclip.models.clip import load_clip
 from modeclip.models.encoders import load_encoder
@@ -307,3 +308,37 @@ def test_whole_folders_still_open(tmp_path: Path) -> None:
     assert load_encoder(str(put_sentences(tmp_path / "sentences", ""))).encode(["cat", "dog"]).shape == (2, 8)
     put_in_hub(tmp_path / "plain", "org/plain")
     assert load_clip("hf-hub:org/plain").tokens(["a"]).shape == (1, 16)
+
+
+def test_a_text_tower_of_the_hub_is_checked_before_it_is_built(tmp_path: Path) -> None:
+    """open_clip would fetch and build it by itself; the tokenizer is that of a third repository."""
+    text = {
+        "hf_model_name": "org/tower",
+        "hf_tokenizer_name": "org/words",
+        "context_length": 16,
+        "hf_proj_type": "linear",
+    }
+    put_bert(tmp_path / "tower", evil=False)
+    towers = TOWERS | {"text_cfg": text | {"hf_model_name": str(tmp_path / "tower"), "hf_model_pretrained": False}}
+    model = open_clip.CustomTextCLIP(**towers)
+    (tmp_path / "model").mkdir()
+    save_file(model.state_dict(), tmp_path / "model" / "open_clip_model.safetensors")
+    config = {"model_cfg": TOWERS | {"text_cfg": text}, "preprocess_cfg": {}}
+    (tmp_path / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "words").mkdir()
+    put_tokenizer(tmp_path / "words", evil=False)
+    for name in ("tower", "model", "words"):
+        put_in_hub(tmp_path / name, f"org/{name}")
+    clip = load_clip("hf-hub:org/model")
+    assert clip.tokens(["cat"])[0, 1] == WORDS.index("cat")
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in clip.model.state_dict().items())
+    for name, change in (("tower", put_bert), ("words", put_tokenizer)):
+        folder = next((tmp_path / "hub" / f"models--org--{name}" / "snapshots").iterdir())
+        shutil.copytree(folder, tmp_path / "before")
+        change(folder)
+        with pytest.raises(ModeclipError, match="auto_map would run code"):
+            load_clip("hf-hub:org/model")
+        shutil.rmtree(folder)
+        shutil.move(tmp_path / "before", folder)
+    assert not Path(MARK).exists()

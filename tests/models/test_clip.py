@@ -20,6 +20,8 @@ from modeclip.errors import ModeclipError
 from modeclip.models.clip import (
     Clip,
     LogitStart,
+    check_model,
+    computing,
     encode_image,
     encode_text,
     load_clip,
@@ -398,3 +400,28 @@ def test_a_hub_that_does_not_answer_is_one_line(
         load_clip("hf-hub:no/such")
     assert "HEAD" not in capfd.readouterr().err
     assert logging.getLogger("huggingface_hub").level < logging.CRITICAL
+
+
+def test_a_tower_runs_without_gradients_and_keeps_the_casts_of_its_weights() -> None:
+    """Under inference_mode autocast on a CPU would cast every weight at every use."""
+    clip = load_clip("modeclip-icon-xxxs", seed=0)
+    clip.model.eval()
+    tokens = clip.tokens(["a cat"])
+    with computing(clip, "bf16-mixed"):
+        assert not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        casts = []
+        for _ in range(3):
+            with torch.profiler.profile() as profile:
+                encode_text(clip.model, tokens)
+            casts.append(sum(event.name == "aten::_to_copy" for event in profile.events()))
+    assert casts[0] > casts[1] == casts[2]
+
+
+def test_a_name_without_weights_is_refused_where_a_model_is_used() -> None:
+    for spec in ("ViT-B-32", "modeclip-icon"):
+        with pytest.raises(ModeclipError, match=f"model {spec} names no weights.* be random; write {spec}@TAG"):
+            load_clip(spec)
+        check_model(spec)
+        with pytest.raises(ModeclipError, match="names no weights"):
+            check_model(spec, random_weights=False)

@@ -280,7 +280,7 @@ def _is_bundle(place: str) -> bool:
     try:
         check_model(place)
     except ModeclipError:
-        if place.count("/") == 1:
+        if place.count("/") == 1 and ":" not in place:
             return True
         raise
     return False
