@@ -113,8 +113,10 @@ WORDS_THAT_DO_NOT_FIT = {
     "finetune a b --out c --epochs many": "--epochs: expected a whole number, got 'many'",
     "finetune a b --out c --epochs=1.5": "--epochs: expected a whole number, got '1.5'",
     "uids a --expert none": "--expert: expected a whole number or None, got 'none'",
-    "train a --learning-rate": "--learning-rate: expected a number, got none",
-    "train a --micro-batch most": r"--micro-batch: expected a whole number or .*auto.*'most'",
+    "train a --weight-decay": "--weight-decay: expected a number, got none",
+    "train a --micro-batch most": "--micro-batch: expected a whole number or auto, got 'most'",
+    "train a --batch_size many": "--batch-size: expected a whole number, got 'many'",
+    "train-experts a --only one": "--only: expected a whole number each, got 'one'",
     "--verbose": "unknown option '--verbose'; known: --help, --version",
 }
 

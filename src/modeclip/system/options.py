@@ -161,7 +161,7 @@ class _Parser:
         flags = argument.lowered.name_or_flags
         for place, word in enumerate(self.words):
             name, equals, value = word.partition("=")
-            if name in flags:
+            if name.replace("_", "-") in flags:
                 values = [value] if equals else self.words[place + 1 : place + 2]
                 return repr(values[0]) if values and values[0] not in self.options else "none"
         return f"one of {' '.join(self.words)!r}"
@@ -193,9 +193,9 @@ def _name_of(argument: Any) -> str:
 
 def _kind_of(argument: Any) -> str:
     """Return what values an argument of tyro's takes."""
-    kinds = str(argument.lowered.metavar).split("|")
-    kinds = [*(kind for kind in kinds if kind != "{None}"), *(kind for kind in kinds if kind == "{None}")]
-    return " or ".join(KINDS.get(kind, kind) for kind in kinds)
+    several = re.fullmatch(r"\[(\S+) \[.*\]\]", shown := str(argument.lowered.metavar))
+    kinds = sorted((several[1] if several else shown).split("|"), key="{None}".__eq__)
+    return " or ".join(KINDS.get(kind, kind.strip("{}")) for kind in kinds) + (" each" if several else "")
 
 
 def to_bytes(gigabytes: float | None) -> int | None:
