@@ -37,6 +37,7 @@ from modeclip.mixture.routed_clip import RoutedClip
 from modeclip.mixture.router import Route
 from modeclip.mixture.rules import RULES
 from modeclip.models.clip import without_gradients
+from modeclip.system.console import log
 
 MODEL_TYPE = "modeclip"
 DEFAULT_RULE = "default"
@@ -82,10 +83,9 @@ class RoutedByDataset(nn.Module):
             for prompt in prompts:
                 first = self._class_of_prompt.setdefault(prompt, index)
                 if first != index:
-                    print(
+                    log(
                         f"modeclip: classes {classnames[first]!r} and {name!r} have the same prompt {prompt!r}; it "
-                        "gets the weights of the first",
-                        file=sys.stderr,
+                        "gets the weights of the first"
                     )
 
     def tokenizer(self, texts: Sequence[str]) -> Tensor:
@@ -247,5 +247,5 @@ if __name__ == "__main__":
         main()
     except (ModeclipError, OSError) as error:
         message = in_one_line(error) if isinstance(error, OSError) else error
-        print(f"modeclip: error: {message}", file=sys.stderr)
+        log(f"modeclip: error: {message}")
         raise SystemExit(2) from None
