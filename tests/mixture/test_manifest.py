@@ -20,9 +20,13 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
 
 from modeclip.clustering.novelty import FineQuantiles
+from modeclip.data.catalog import Catalog
+from modeclip.data.indexing import index
+from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import check_files, load_bundle, save_bundle
 from modeclip.mixture.bundle_edits import replace_expert
+from modeclip.mixture.extending import extend
 from modeclip.mixture.mode import MoDE
 from support import plain_png, write_pairs
 
@@ -500,6 +504,28 @@ def test_no_bytes_give_a_traceback(
     else:
         put_file(folder, name, changed)
     assert "\n" not in problem_of(folder)
+
+
+def test_weights_whose_scale_is_no_number_are_refused(bundle: Path) -> None:
+    weights = load_file(bundle / "expert-0" / "open_clip_model.safetensors")
+    save_file(weights | {"logit_scale": np.zeros(2, np.float32)}, bundle / "expert-0" / "open_clip_model.safetensors")
+    put_file(
+        bundle,
+        "expert-0/open_clip_model.safetensors",
+        (bundle / "expert-0" / "open_clip_model.safetensors").read_bytes(),
+    )
+    with pytest.raises(ModeclipError, match=r"open_clip_model\.safetensors cannot be read.*get the model again"):
+        MoDE.load(bundle, encoder=Lengths()).task(["a"])
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b'{"action": "new"}', b'{"action": "delete", "expert": 0}'])
+def test_a_damaged_plan_of_an_extension_is_one_line(bundle: Path, tmp_path: Path, text: bytes) -> None:
+    write_pairs(tmp_path / "pairs", [plain_png(1), plain_png(2)], ["a", "b"])
+    index(DataConfig(source=str(tmp_path / "pairs")), tmp_path / "catalog")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "extend.json").write_bytes(text)
+    with pytest.raises(ModeclipError, match=r"extend\.json: damaged.*another --out"):
+        extend(bundle, Catalog.open(tmp_path / "catalog"), tmp_path / "out")
 
 
 def test_an_edit_of_a_bundle_that_lies_is_refused(bundle: Path) -> None:

@@ -19,7 +19,6 @@ Price: that of the training; once, the embeddings of at most two million novel c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,7 +41,7 @@ from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_exper
 from modeclip.mixture.manifest import SEED
 from modeclip.models.checkpoints import find_checkpoint
 from modeclip.system.console import log
-from modeclip.system.files import only_process, write_json, writing
+from modeclip.system.files import only_process, read_json, write_json, writing
 from modeclip.system.paths import RunPaths
 from modeclip.training.jobs import MOST_PROCESSES, Role, TrainConfig, TrainJob, TrainResult, job_name, learning_rate_at
 from modeclip.training.launching import run_jobs
@@ -103,6 +102,17 @@ class ExtendResult:
     def passes(self) -> float:
         """How often it saw each pair."""
         return self.samples / max(self.num_pairs, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What ``extend.json`` keeps of what was decided."""
+
+    action: Literal["continue", "new"]
+    expert: int
+    bundle: str
+    clustering: str
+    pairs: str
 
 
 def continue_job(bundle: Bundle, expert: int, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
@@ -331,11 +341,10 @@ def _train_and_put(
 
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads((out / PLAN_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (out / PLAN_FILE).exists():
         return None
-    return content
+    plan = read_json(out / PLAN_FILE, _Plan, "give another --out, or remove the folder")
+    return asdict(plan)
 
 
 def _check_plan(

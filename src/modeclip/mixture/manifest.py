@@ -256,7 +256,7 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_twins)
-    except (ValueError, RecursionError) as error:  # one that is not UTF-8 is a ValueError too
+    except (ValueError, RecursionError, OSError) as error:  # one that is not UTF-8 is a ValueError too
         raise _error(path, f"cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(content, dict):
         raise _error(path, f"cannot be read (expected an object, got {type(content).__name__})")

@@ -305,7 +305,7 @@ def logit_scale_of(folder: Path) -> float:
     try:
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             return float(file.get_tensor("logit_scale").float().exp())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:  # also a scale that is no single number
         raise ModeclipError(f"model {folder}: {WEIGHTS_FILE} cannot be read ({error}); get the model again") from None
 
 
