@@ -41,7 +41,16 @@ from modeclip.clustering.class_selection import mark_prior, name_of, select_for_
 from modeclip.clustering.clusters import CLUSTERING_FILE, Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER, add_controls
 from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
-from modeclip.clustering.fitting import CARDS_FILE, ClusterConfig, ClusterResult, choose_num_fine, cluster, read_config
+from modeclip.clustering.fitting import (
+    CARDS_FILE,
+    PAIRS_PER_FINE,
+    ClusterConfig,
+    ClusterResult,
+    choose_num_fine,
+    cluster,
+    read_config,
+    sample_rows,
+)
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fitted_quantiles
 from modeclip.data.catalog import CATALOG, PAIR_COLUMNS, Catalog, remedy_of
@@ -59,7 +68,7 @@ from modeclip.evaluation.results import write_results
 from modeclip.evaluation.systems import TrainedModel, run_systems
 from modeclip.mixture.bundle import EDITS, RoutingConfig, assemble_bundle, encoder_of, is_bundled
 from modeclip.mixture.manifest import MANIFEST_FILE, read_manifest
-from modeclip.models.clip import WEIGHTS_FILE, check_model
+from modeclip.models.clip import WEIGHTS_FILE, check_model, model_shapes
 from modeclip.models.encoders import IMAGE_PREFIXES, PREFIXES, check_trusted
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.system.console import log
@@ -80,7 +89,7 @@ from modeclip.system.files import (
 from modeclip.system.paths import RunPaths, expand_homes, home, home_path, is_url, join
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, reuse_models, seed_model
-from modeclip.training.jobs import JOB_FILE, TrainConfig, TrainJob, TrainResult
+from modeclip.training.jobs import JOB_FILE, TrainConfig, TrainJob, TrainResult, brings_weights
 from modeclip.training.launching import run_jobs
 from modeclip.training.preflight import check_negatives
 from modeclip.training.status import job_status
@@ -92,6 +101,8 @@ FINE_BEFORE = 256
 """Fine clusters of a recipe that named no number, when these did not depend on the number of pairs."""
 LOOK_SECONDS, LOOK_PAIRS = 10.0, 512
 """How long a plan counts the pairs of a source, and how many of them it indexes and embeds to measure rates."""
+LONG_CAPTIONS = 0.1
+"""Share of captions longer than what a model reads from which on a run says so."""
 EDITED = "edited"
 """State of a bundle that a user has changed since it was made: it stays as it is."""
 LOCK_PATIENCE_SECONDS = 600.0
@@ -565,8 +576,10 @@ def run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunResult:
     out.mkdir(parents=True, exist_ok=True)
     folder = _run_folder(recipe, out)
     log(announcement(announced_jobs(recipe, out), recipe.train))
+    for line in choices(recipe):
+        log(line)
     with only_process(out), writing(out):
-        write_atomically(folder.recipe, yaml.safe_dump(recipe.plain(), sort_keys=False))
+        write_recipe(recipe, folder)
         _Stages(recipe, folder).run_all(open_source(recipe.data))
     results = read_json(folder.results, dict[str, Any], "give the same modeclip run again")
     return RunResult(folder=out, results=results, report=folder.report, bundle=folder.bundle)
@@ -614,6 +627,54 @@ def announcement(jobs: Sequence[TrainJob], train: TrainConfig) -> str:
     )
 
 
+def choices(recipe: Recipe, num_pairs: int | None = None) -> list[str]:
+    """Return a line for each setting that the recipe leaves to the data or to the model.
+
+    Args:
+        recipe: What the user has said.
+        num_pairs: Pairs of the source, if they are known already.
+    """
+    lines = []
+    if recipe.train.learning_rate is None:
+        model, brings = recipe.train.model, "brings" if brings_weights(recipe.train.model) else "has no"
+        rate = f"{recipe.train.highest_rate:g}, since {model} {brings} trained weights"
+        lines.append(f"train.learning_rate is not given: {rate}")
+    if recipe.cluster.num_fine is None:
+        found = "" if num_pairs is None else f": {choose_num_fine(num_pairs, recipe.cluster.num_experts):,}"
+        lines.append(f"cluster.num_fine is not given{found}, one for {PAIRS_PER_FINE} pairs")
+    return lines
+
+
+def misfits(model: str, catalog: Catalog) -> list[str]:
+    """Return a line where a model sees much less than the pairs hold: pixels of the images, words of the captions."""
+    shapes = model_shapes(model)
+    patches, kernel = shapes.get("visual.positional_embedding", (0,)), shapes.get("visual.conv1.weight", (0,))
+    context = shapes.get("positional_embedding", (0,))[0]
+    size = round((patches[0] - 1) ** 0.5) * kernel[-1] if patches[0] > 1 else 0
+    rows = sample_rows(len(catalog), LOOK_PAIRS, 0)
+    pairs = catalog.read(["width", "height", "caption"], rows)
+    shorter = float(np.median(np.minimum(pairs["width"], pairs["height"])))
+    long = np.mean([len(str(caption).split()) + 2 > context for caption in pairs["caption"]])
+    lines = []
+    if size and shorter >= 2 * size:
+        lines.append(
+            f"train.model {model} sees {size} x {size} pixels, half of the images have {shorter:.0f} or more on their"
+            " shorter side: a model for larger pictures, such as ViT-B-32, sees more of them"
+        )
+    if context and long >= LONG_CAPTIONS:
+        lines.append(
+            f"train.model {model} reads {context} tokens, {100 * long:.0f} % of the captions have more words, cut"
+            " off: give a model with a longer context"
+        )
+    return lines
+
+
+def write_recipe(recipe: Recipe, folder: RunPaths) -> None:
+    """Write a recipe into its run folder, with the settings that were left to the data or the model."""
+    plain = replace(recipe, train=recipe.train.decided()).plain()
+    write_atomically(folder.recipe, yaml.safe_dump(plain, sort_keys=False))
+
+
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """What is left to do of one stage."""
@@ -642,6 +703,8 @@ class RunPlan:
     """The models, as parts of the stage ``train``."""
     announcement: str
     """All samples in one line."""
+    notes: tuple[str, ...]
+    """What the recipe leaves to the data, and where model and data do not fit."""
     num_pairs: int
     """Pairs of the source."""
     is_counted: bool
@@ -765,6 +828,7 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
         stages=tuple(rows),
         models=tuple(models),
         announcement=announcement(announced, recipe.train),
+        notes=(*choices(recipe, looked.num_pairs), *looked.misfits),
         num_pairs=looked.num_pairs,
         is_counted=looked.is_counted,
         num_fine=num_fine,
@@ -785,6 +849,7 @@ class _Look:
     load_seconds: float
     embed_seconds: float
     dimension: int
+    misfits: tuple[str, ...]
 
 
 def _look(recipe: Recipe, source: DataSource, folder: Path) -> _Look:
@@ -828,6 +893,7 @@ def _look(recipe: Recipe, source: DataSource, folder: Path) -> _Look:
         load_seconds=load,
         embed_seconds=max(0.0, embedding - load) / max(many - few, 1),
         dimension=embedded.dimension,
+        misfits=tuple(misfits(recipe.train.model, Catalog.open(folder / "some"))),
     )
 
 
@@ -1056,6 +1122,7 @@ class _Stages:
         clusters = partial(made.columns, "fine_cluster", "expert", files=files)
         self.keep_num_fine()
         self.stage("cluster", self.cluster, [asdict(self.recipe.cluster), self.digests["embed"]], clusters)
+        self.note_choices()
         self.controls_stage()
         train = asdict(recipe.train.decided())
         train["engine"]["save_every"] = "20s"  # it decides nothing; a constant keeps the digests of earlier versions
@@ -1075,6 +1142,11 @@ class _Stages:
             inputs = _plain([asdict(before), self.digests["embed"]])
             if record is not None and record["digest"] == _hash([STAGE_FORMAT, "cluster", inputs]):
                 self.recipe = replace(self.recipe, cluster=before)
+
+    def note_choices(self) -> None:
+        """Write the recipe again, with what the data have decided."""
+        found = replace(self.recipe.cluster, num_fine=self.folder.clustering.num_fine)
+        write_recipe(replace(self.recipe, cluster=found), self.folder)
 
     def controls_stage(self) -> None:
         """Do the stage of the controls' columns; without any, leave no record of an earlier one."""
@@ -1202,6 +1274,8 @@ class _Stages:
 
     def train(self) -> str:
         jobs = self.folder.jobs
+        for line in misfits(self.recipe.train.model, self.folder.catalog):
+            log(line)
         for job in jobs:
             if not (Path(job.folder) / JOB_FILE).is_file():
                 job.save()
@@ -1254,6 +1328,9 @@ class _Outlook(_Stages):
 
     def mend_catalogs(self) -> None:
         """Leave the catalogs as they are."""
+
+    def note_choices(self) -> None:
+        """Leave the recipe as it is."""
 
     def controls_stage(self) -> None:
         """Look at the stage of the controls, if there is one."""

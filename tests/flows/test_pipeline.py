@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -433,7 +434,23 @@ def test_a_plan_says_all_that_a_run_trains_and_a_run_says_it_first(
     assert (whole.seconds, whole.disk_bytes, whole.samples) == (0, 0, 160)
     other = plan_run(recipe_of(pair_folder, OTHERS["cluster"]), clean)
     assert [stage.name for stage in other.stages if stage.is_done] == ["index", "embed"]
-    assert plan_run(recipe_of(pair_folder, {"cluster": {"num_experts": 2}}), clean).num_fine == 8
+    assert plan.notes == ("train.learning_rate is not given: 0.001, since modeclip-icon has no trained weights",)
+    assert yaml.safe_load((clean / "recipe.yaml").read_text())["train"]["learning_rate"] == 0.001
+    chosen = plan_run(recipe_of(pair_folder, {"cluster": {"num_experts": 2}}), clean)
+    assert chosen.num_fine == 8
+    assert "cluster.num_fine is not given: 8, one for 100 pairs" in chosen.notes
     capfd.readouterr()
     run(recipe, shutil.copytree(clean, tmp_path / "copy"))
     assert plan.announcement in " ".join(capfd.readouterr().err.splitlines()[0].split())
+
+
+def test_a_model_that_sees_little_of_its_data_is_said(tmp_path: Path) -> None:
+    """modeclip-icon sees 32 x 32 pixels and 24 tokens, two of which are the ends."""
+    pictures = [encode_picture(noise_picture(seed, (80, 64))) for seed in range(10)]
+    for name, words, said in (("long", 23, "100 % of the captions"), ("short", 22, None)):
+        source = write_pairs(tmp_path / name, pictures, [" ".join(["word"] * words)] * 10)
+        index(recipe_of(source, {}).data, tmp_path / f"{name} out")
+        lines = pipeline.misfits("modeclip-icon", Catalog.open(tmp_path / f"{name} out"))
+        assert "32 x 32 pixels, half of the images have 64 or more" in lines[0]
+        assert len(lines) == (2 if said else 1)
+        assert said is None or said in lines[1]

@@ -83,7 +83,7 @@ def _print_plan(plan: RunPlan, as_json: bool) -> None:
             rows.append((name, state, part.detail, f"{part.samples:,}" if part.samples else "", left, size))
     rows.append(("all", "", "", f"{plan.samples:,}", in_words(plan.seconds), f"{plan.disk_bytes / 1e9:,.3f}"))
     print_table("plan", ["stage", "state", "what", "samples", "time", "disk GB"], rows)
-    print_lines(plan.announcement)
+    print_lines(plan.announcement, *plan.notes)
     if plan.disk_bytes > plan.free_bytes:
         print_lines(f"only {plan.free_bytes / 1e9:,.3f} GB are free: free some space or choose another --out")
 
