@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from modeclip.data.catalog import Catalog
+from modeclip.data.checksums import data_files, find_damaged, unknown_files
 from modeclip.data.indexing import index
 from modeclip.data.mapping import map_columns
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
+from modeclip.system.paths import read_bytes
 from support import plain_png, tar_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
@@ -60,6 +62,12 @@ def test_a_catalog_lives_in_an_object_store_from_its_shards_to_its_columns(bucke
         (tmp_path / f"{number:05d}.tar").write_bytes(shard(10 * number, 10))
     index(DataConfig(source=str(tmp_path)), tmp_path / "out")
     assert Catalog.open(tmp_path / "out").fingerprint == catalog.fingerprint
+    assert unknown_files(catalog.dataset) == []
+    assert find_damaged(catalog.dataset, deep=True) == []
+    name = sorted(data_files(catalog.dataset))[0]
+    content = read_bytes(f"{catalog.path}/{name}")
+    upload(f"{catalog.path}/{name}", content[:-1] + bytes([content[-1] ^ 1]))
+    assert [one["file"] for one in find_damaged(catalog.dataset, deep=True)] == [name]
 
 
 def test_what_is_not_in_the_store_is_said_in_one_line(bucket: str, tmp_path: Path):
