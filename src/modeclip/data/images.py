@@ -114,14 +114,18 @@ def measure_image(data: bytes, exif: Exif = "apply") -> tuple[int, int]:
 
 def as_stored(data: bytes) -> bytes:
     """Return an encoded image that every decoder shows as its pixels are stored, whatever its EXIF data say."""
-    image = Image.open(io.BytesIO(data))
-    if not _may_be_turned(image):
-        image.load()  # a PNG may say it behind its pixels
-    if _turn_of(image) is None:
+    if _EXIF_WORDS.search(data) is None:
         return data
-    buffer = io.BytesIO()
-    _to_rgb(image).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()  # a PNG may say it behind its pixels
+        if _turn_of(image) is None:
+            return data
+        buffer = io.BytesIO()
+        _to_rgb(image).save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+    except Exception:  # whoever decodes it has the same, and says so
+        return data
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -147,6 +151,8 @@ _TURNS = {
 """How an image of each EXIF orientation is turned upright; Pillow's rotations go against the clock."""
 _SIDEWAYS = (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
 _ORIENTATION = ExifTags.Base.Orientation
+_EXIF_WORDS = re.compile(rb"exif|orientation", re.IGNORECASE)
+"""What an image that states an orientation has somewhere in its bytes."""
 _EXIF_DATA = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 
 
