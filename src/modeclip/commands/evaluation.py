@@ -151,9 +151,10 @@ def evaluate(
         _print_results([result for result in results if result.system not in hidden], means)
         print_lines(f"results: {out}")
     if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ModeclipError(
-            f"evaluate: {len(problems)} problems, named above; all other results are in {out}; mend what is named and "
-            "give the same command again"
+            f"evaluate: {count}, named above; all other results are in {out}; mend what is named and give the same "
+            "command again"
         )
 
 

@@ -295,8 +295,9 @@ class _Question:
         """Raise if a model that a system needs could not be asked."""
         for place, ref in enumerate(system.models):
             if ref.digest in faults and (everyone or self.weights[system.name].uses(place)):
-                member = f"{ref.name}: " if len(system.models) > 1 else ""
-                raise ModeclipError(f"{member}{faults[ref.digest]}")
+                fault = faults[ref.digest]
+                is_named = len(system.models) == 1 or fault.startswith(f"model {ref.name}:")
+                raise ModeclipError(fault if is_named else f"{ref.name}: {fault}")
 
     def _answer(self, system: System, images: Features, texts: Features) -> Outcome:
         weights = self.weights[system.name]

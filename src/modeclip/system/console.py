@@ -200,7 +200,8 @@ def print_table(
     if in_parts:
         name_width = min(name_width, max(8, int(NAME_SHARE * printer.width)))
     for part in _parts(heads, cells, printer.width - name_width - 4) if in_parts else [range(1, len(columns))]:
-        table = Table(title=Text(printable(title)), title_justify="left")
+        printer.print(Text(printable(title), style="table.title"))
+        table = Table()
         table.add_column(heads[0], overflow="fold", no_wrap=not in_parts, max_width=name_width)
         for position in part:
             table.add_column(heads[position], justify="right", no_wrap=in_parts)
