@@ -383,7 +383,7 @@ def test_systems_and_their_names(small_run: Path, tmp_path: Path) -> None:
         shutil.copytree(small_run / "bundle", tmp_path / name / "bundle")
     cache = FeatureCache()
     specs = [f"{tmp_path}/a/bundle", f"{tmp_path}/b/bundle", f"{tmp_path}/a/bundle#seed", "x=modeclip-icon"]
-    systems = open_systems(specs, cache)
+    systems = open_systems(specs, cache, random_weights=True)
     assert [system.name for system in systems] == ["a/bundle", "b/bundle", "a/bundle#seed", "x"]
     assert [len(system.models) for system in systems] == [2, 2, 1, 1]
     assert systems[0].models[0].digest == systems[1].models[0].digest
