@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import re
@@ -55,7 +56,7 @@ def test_help_of_a_command_says_what_each_option_means(command: str, capsys: pyt
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: modeclip {command} " in shown
-    assert load_command(command).__doc__ == read_summaries()[command]
+    assert inspect.getdoc(load_command(command)) == read_summaries()[command]
     assert "``" not in shown
     options = re.split(r"^. (?=--?[a-z])", shown, flags=re.MULTILINE)[1:]
     for option in options:
