@@ -30,7 +30,7 @@ from jaxtyping import Float
 from modeclip.models.pool import ModelPool
 from modeclip.system.files import writing
 
-FORMAT = 1
+FORMAT = 2
 """Part of every name; raise it when the same inputs start to give other vectors."""
 OLD_SECONDS = 24 * 3600.0
 """Age at which a half-written file is taken for one that a killed process left behind, and removed."""
