@@ -308,7 +308,9 @@ class RunFolder(RunPaths):
     @cached_property
     def members(self) -> list[TrainJob]:
         """The seed and every expert of the clusters, those of other machines and earlier calls included."""
-        jobs = self._plan(replace(self.experts, only=(), order="index")) if self.experts.only else self.jobs
+        jobs = (
+            self._plan(replace(self.experts, only=(), order="index", controls=())) if self.experts.only else self.jobs
+        )
         return sorted(filter(is_bundled, jobs), key=lambda job: -1 if job.index is None else job.index)
 
     @property

@@ -106,8 +106,8 @@ def test_ids_go_out_and_come_back(folder: Path, tmp_path: Path, capsys: pytest.C
     ("words", "message"),
     [
         (("embed", "nowhere"), "no catalog at 'nowhere'.*modeclip index.*correct the path"),
-        (("cluster", "{folder}", "--fine", "0"), r"cluster\.num_fine: expected 1 or more, got 0"),
-        (("cluster", "{folder}", "--fine", "100000"), r"cluster\.fit_samples|cluster\.num_fine is 100000"),
+        (("cluster", "{folder}", "--fine", "0"), r"--fine: expected 1 or more, got 0"),
+        (("cluster", "{folder}", "--fine", "100000"), r"--fit-samples|--fine is 100000"),
         (("cluster", "s3://bucket/none"), "is no catalog"),
         (
             ("uids", "{folder}"),
@@ -116,7 +116,7 @@ def test_ids_go_out_and_come_back(folder: Path, tmp_path: Path, capsys: pytest.C
         (("uids", "{folder}", "--keep", "none.npy"), r"none\.npy"),
         (("uids", "{folder}", "--expert", "99", "--out", "none.npy"), "has no pair of expert 99, so there is no id to"),
         (("index", "nowhere/none.tar"), r"none\.tar"),
-        (("index", "icons", "--image-size", "0"), r"data\.image_size: expected 1 to 4,096, got 0"),
+        (("index", "icons", "--image-size", "0"), r"--image-size: expected 1 to 4,096, got 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -161,7 +161,7 @@ def test_two_runs_in_one_folder(small_recipe: Path, tmp_path: Path, modeclip_pro
     with only_process(tmp_path):
         done = modeclip_process("run", small_recipe, "--out", tmp_path)
     assert done.returncode == 2
-    assert re.search(r"another process is at work.*wait for it.*choose another$", done.stderr.strip())
+    assert re.search(r"process [0-9]+ .*is at work.*wait for it.*choose another$", done.stderr.strip())
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_own_pairs_with_a_given_seed_and_one_expert(own_pairs: Path, small_run: 
     seed_cost = json.loads((seed / "done.json").read_text())["samples"]
     assert costs["seed", None] == seed_cost
     assert costs["mixture", "uniform"] == costs["expert-1", None] == seed_cost + 5 * 16
-    assert {path.name for path in (out / "models").iterdir()} == {"expert-1"}
+    assert {path.name for path in (out / "models").iterdir() if path.is_dir()} == {"expert-1"}
     before = stage_times(out)
     run(load_recipe(recipe), out)
     assert stage_times(out) == before
