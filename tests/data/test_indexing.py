@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import shutil
@@ -13,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +28,7 @@ from modeclip.data.images import decode_image
 from modeclip.data.indexing import Distinct, IndexResult, index
 from modeclip.data.samples import (
     BOMB,
+    DAMAGED_SHARD,
     DUPLICATE,
     EMPTY,
     MISSING,
@@ -367,15 +372,93 @@ def test_another_source_is_added_too(tmp_path: Path, icons):
     assert index(DataConfig(source=str(second)), tmp_path / "out", replace=True).num_samples == 31
 
 
-def test_a_shard_that_changed_or_other_settings_are_refused(tmp_path: Path, icons):
+def test_other_settings_are_refused(tmp_path: Path, icons):
     shard = write_shard(tmp_path / "a.tar", icons[:9])
     index(DataConfig(source=str(shard)), tmp_path / "out")
     with pytest.raises(ModeclipError, match=r"copy_images False, not True.*same settings.*--out, or --replace"):
         index(DataConfig(source=str(shard), copy_images=True), tmp_path / "out")
-    write_shard(shard, icons[:12])
-    with pytest.raises(ModeclipError, match=r"a\.tar' has changed.*another --out, or --replace"):
-        index(DataConfig(source=str(shard)), tmp_path / "out")
     assert len(Catalog.open(tmp_path / "out")) == 9
+
+
+@pytest.mark.parametrize("copy_images", [False, True])
+def test_the_pairs_of_a_part_that_changed_are_replaced(tmp_path: Path, icons, copy_images):
+    for number, part in enumerate((icons[:9], icons[9:20], icons[20:30])):
+        write_shard(tmp_path / "data" / f"{number}.tar", part)
+    config = DataConfig(source=str(tmp_path / "data"), copy_images=copy_images)
+    index(config, tmp_path / "out")
+    catalog = Catalog.open(tmp_path / "out")
+    catalog.add_columns({"length": np.array([len(text) for text in catalog.read(["caption"])["caption"]])})
+    write_shard(tmp_path / "data" / "1.tar", icons[12:17] + icons[30:40])
+    result = index(config, tmp_path / "out")
+    assert (result.num_samples, result.num_added) == (34, 15)
+    catalog = Catalog.open(tmp_path / "out")
+    index(config, tmp_path / "anew")
+    anew = Catalog.open(tmp_path / "anew")
+    rows = rows_of_pairs(catalog)
+    assert sorted(rows, key=repr) == sorted(rows_of_pairs(anew), key=repr)
+    assert [row[0].partition("/")[0] for row in rows] == ["0"] * 9 + ["2"] * 10 + ["1"] * 15
+    kept = catalog.read(["caption", "length"], np.arange(19))  # what stages have made of the others stays with them
+    assert kept["length"].tolist() == [len(text) for text in kept["caption"]]
+    # The fingerprint is that of these rows in this order, as if the parts had come so.
+    order = "::".join(str(tmp_path / "data" / f"{number}.tar") for number in (0, 2, 1))
+    index(DataConfig(source=order, copy_images=copy_images), tmp_path / "ordered")
+    assert catalog.fingerprint == Catalog.open(tmp_path / "ordered").fingerprint
+    assert index(config, tmp_path / "out").num_added == 0
+
+
+def test_held_out_pairs_of_a_part_that_changed_are_replaced_too(tmp_path: Path, icons):
+    for number, part in enumerate((icons[:20], icons[20:40])):
+        write_shard(tmp_path / "data" / f"{number}.tar", part)
+    config = DataConfig(source=str(tmp_path / "data"), holdout_fraction=0.5)
+    index(config, tmp_path / "out")
+    write_shard(tmp_path / "data" / "0.tar", icons[:12])
+    index(config, tmp_path / "out")
+    index(config, tmp_path / "anew")
+    for name in ("catalog.lance", "tasks.lance"):
+        found, anew = (rows_of_pairs(Catalog.open(tmp_path / folder / name)) for folder in ("out", "anew"))
+        assert sorted(found, key=repr) == sorted(anew, key=repr)
+
+
+@pytest.mark.parametrize("notes", ["none", "sizes", "stats", "parquet"])
+@pytest.mark.parametrize("left", [0, 9000])
+def test_what_a_damaged_shard_held_is_counted_and_too_much_stops(tmp_path: Path, icons, notes, left):
+    for number in range(4):
+        write_shard(tmp_path / "data" / f"{number}.tar", icons[10 * number : 10 * number + 10])
+    if notes == "sizes":
+        (tmp_path / "data" / "sizes.json").write_text(json.dumps({"2.tar": 17}))
+    elif notes == "stats":
+        (tmp_path / "data" / "2_stats.json").write_text(json.dumps({"count": 20, "successes": 17}))
+    elif notes == "parquet":
+        status = ["success"] * 17 + ["failed_to_download"] * 3
+        table = pa.table({"key": [str(n) for n in range(20)], "status": status})
+        pq.write_table(table, tmp_path / "data" / "2.parquet")
+    shard = tmp_path / "data" / "2.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:left])
+    config = DataConfig(source=str(tmp_path / "data"))
+    with pytest.raises(ModeclipError, match=r"more than data.max_skipped_fraction.*tar shard is damaged"):
+        index(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "catalog.lance" / "_versions").exists()
+    lenient = dataclasses.replace(config, max_skipped_fraction=1.0)
+    result = index(lenient, tmp_path / "out")
+    assert 30 <= result.num_samples < 40
+    assert result.num_samples + result.skipped[DAMAGED_SHARD] == 30 + (10 if notes == "none" else 17)
+    assert index(lenient, tmp_path / "out").skipped == result.skipped  # nothing is counted a second time
+    shard.write_bytes(whole)
+    mended = index(config, tmp_path / "out")
+    assert (mended.num_samples, mended.skipped.get(DAMAGED_SHARD)) == (40, None)
+    index(config, tmp_path / "anew")
+    found, anew = (rows_of_pairs(Catalog.open(tmp_path / name)) for name in ("out", "anew"))
+    assert sorted(found, key=repr) == sorted(anew, key=repr)
+
+
+def test_rows_of_a_new_part_with_a_known_image_are_added(tmp_path: Path, icons):
+    write_folder(tmp_path / "data", icons[:2])
+    image = next(path.name for path in sorted((tmp_path / "data").iterdir()) if path.suffix == ".png")
+    for name in "ab":
+        (tmp_path / "data" / f"{name}.csv").write_text(f"filepath,title\n{image},caption {name}\n")
+    index(DataConfig(source=str(tmp_path / "data" / "a.csv")), tmp_path / "out")
+    assert index(DataConfig(source=str(tmp_path / "data" / "b.csv")), tmp_path / "out").num_samples == 2
 
 
 def test_a_shard_that_was_missing_is_added_when_it_is_there(tmp_path: Path, icons):

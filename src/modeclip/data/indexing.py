@@ -32,7 +32,10 @@ from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, 
 from modeclip.data.holdout import DHASH, HOLDOUT, Sides
 from modeclip.data.images import Examined, examine, map_in_order, strict_pillow
 from modeclip.data.samples import (
+    COMPRESSED_SHARD,
     COPY_OF_TRAINED,
+    DAMAGED_SHARD,
+    DAMAGED_TABLE,
     HARMLESS,
     MISSING,
     MISSING_SHARD,
@@ -63,6 +66,10 @@ from modeclip.system.paths import form_of, home, join, other_form, other_spellin
 TASKS = "tasks.lance"
 SOURCES, SKIPPED = "modeclip.sources", "modeclip.skipped"
 """Metadata of a catalog: its parts with their states, and causes with counts."""
+PARTS = "modeclip.parts"
+"""Metadata of a catalog: a `Reading` for each part, in the order of the rows."""
+LOST_PARTS = frozenset({DAMAGED_SHARD, COMPRESSED_SHARD, MISSING_SHARD, DAMAGED_TABLE, MISSING_TABLE})
+"""Causes that say of a part that pairs of it are missing."""
 HELD_FINGERPRINT = "modeclip.held_fingerprint"
 """Metadata of the tasks: the fingerprint of the rows of `HOLDOUT` alone."""
 
@@ -165,6 +172,19 @@ def _task_names(config: DataConfig, source: DataSource) -> list[str]:
     return names
 
 
+class Reading(TypedDict):
+    """What the reading of one part gave."""
+
+    name: str
+    """Name of the part."""
+    rows: list[int]
+    """Rows that were written to the catalog, and to that of what is held out."""
+    skipped: dict[str, int]
+    """What was skipped, by cause."""
+    lost: str
+    """Cause for which pairs of it are missing; "" if it was read to its end."""
+
+
 class IndexNote(TypedDict):
     """What the ledger keeps of some parts of a source that were read."""
 
@@ -172,12 +192,12 @@ class IndexNote(TypedDict):
     """Hash of what decides the work."""
     units: list[list[Any]]
     """Name and state of each part, and whether it is there."""
+    readings: list[Reading]
+    """What each part gave."""
     files: list[list[list[Any]]]
     """(name, rows) of the data files, of pairs and of held-out pairs."""
     fingerprints: list[str]
     """Fingerprint of both catalogs after these rows."""
-    skipped: dict[str, int]
-    """What was skipped, by cause."""
 
 
 class _Indexing:
@@ -207,8 +227,14 @@ class _Indexing:
         divided = {"holdout": config.holdout} if config.holdout_fraction else {}  # by images, not by keys as once
         self.settings = json.dumps({"kind": source.kind} | settings | turned | divided, sort_keys=True)
         self.sources: dict[str, str] = json.loads(self.old.metadata[SOURCES]) if self.old else {}
-        self.skips = Skips(config, json.loads(self.old.metadata[SKIPPED]) if self.old else {})
+        self.readings: list[Reading] = json.loads(self.old.metadata.get(PARTS, "[]")) if self.old else []
         self.parts = self._wanted()
+        again = {part.name for part in self.parts}
+        causes = Counter(json.loads(self.old.metadata[SKIPPED]) if self.old else {})
+        for reading in self.readings:  # what is read again is counted again
+            causes -= Counter(reading["skipped"] if reading["name"] in again else {})
+        self.skips = Skips(config, causes)
+        self.dropped = [self._rows_of(self.changed, side) for side in (0, 1)]
         known = None
         if any(part.name in self.sources for part in self.parts):
             known = Distinct()
@@ -224,6 +250,9 @@ class _Indexing:
             _schema(config, source, each, is_task) for each, is_task in zip(old, (False, True), strict=True)
         ]
         starts = [each.metadata.get(HELD_FINGERPRINT, each.fingerprint) if each else "" for each in old]
+        for side, (each, dropped) in enumerate(zip(old, self.dropped, strict=True)):
+            if each and dropped:
+                starts[side] = _fingerprint_without(each, dropped, HOLDOUT if side else None)
         self.writers = [
             CatalogWriter(path, schema, start, known)
             for path, schema, start in zip(self.paths, self.schemas, starts, strict=True)
@@ -235,36 +264,86 @@ class _Indexing:
     def read_parts(self) -> None:
         """Read all parts that no note covers, and write a note whenever enough rows have come together."""
         for note in self.notes:
-            self.skips.causes.update(note["skipped"])
+            for reading in note["readings"]:
+                self.skips.resume(reading)
             for writer, files, fingerprint in zip(self.writers, note["files"], note["fingerprints"], strict=True):
                 writer.files += files
                 writer.fingerprint = fingerprint
         done = sum(len(note["units"]) for note in self.notes)
-        read, before = [], Counter(self.skips.causes)
+        read, readings = [], []
         with progress("index", None, "pairs") as advance:
             try:
                 for position, part in enumerate(self.parts[done:], done + 1):
-                    is_there = self._read_part(part, advance)
+                    reading, is_there = self._read_part(part, advance)
                     advance.expect((position - done) / (len(self.parts) - done))
                     read.append([part.name, part.state, is_there])
+                    readings.append(reading)
                     num_waiting = sum(writer.num_waiting for writer in self.writers)
                     if num_waiting >= ROWS_PER_NOTE or position == len(self.parts):
                         note = IndexNote(
                             plan=self.plan,
                             units=read,
+                            readings=readings,
                             files=[writer.finish() for writer in self.writers],
                             fingerprints=[writer.fingerprint for writer in self.writers],
-                            skipped=dict(self.skips.causes - before),
                         )
                         if all(state for _, state, _ in read):  # a folder may be another when it is read again
                             self.ledger.add(f"{len(self.notes):06d}", note)
                         self.notes.append(note)
-                        read, before = [], Counter(self.skips.causes)
+                        read, readings = [], []
             except BaseException:
                 for writer in self.writers:
                     writer.discard()
                 raise
+        self._count_lost()
         self.skips.stop_if_too_many()
+
+    def _count_lost(self) -> None:
+        """Count what parts that cannot be read to their end are known, or estimated, to have held.
+
+        What nothing tells is taken for as much as was read of the part.
+        """
+        parts = {part.name: part for part in self.parts}
+        new = [reading for note in self.notes for reading in note["readings"]]
+        sizes = [_size_of(reading) for reading in [*self._kept_readings(), *new] if not reading["lost"]]
+        sizes = [size for size in sizes if size]
+        for reading in new:
+            cause, found = reading["lost"], _size_of(reading)
+            if not cause:
+                continue
+            known = parts[reading["name"]].num_pairs()
+            if known is not None:
+                expected, source = known, "as what lies beside it or its own index says"
+            elif cause in (MISSING_SHARD, MISSING_TABLE):
+                continue
+            elif sizes:
+                expected, source = round(sum(sizes) / len(sizes)), "estimated from the other parts"
+            else:
+                expected, source = 2 * found, "taken for as many as were read of it, since nothing tells their number"
+            more = expected - found  # which includes the one that says so
+            if more > 0:
+                reading["skipped"][cause] = reading["skipped"].get(cause, 0) + more
+                self.skips.add_lost(cause, more)
+                log(f"{cause}: {reading['name']}: {more + 1:,} of about {expected:,} pairs are missing, {source}")
+
+    def _kept_readings(self) -> list[Reading]:
+        """Return what was read before and stays; of a folder that is read again, its rows stay."""
+        again = {part.name for part in self.parts}
+        return [
+            reading if reading["name"] not in again else reading | {"skipped": {}}
+            for reading in self.readings
+            if reading["name"] not in self.changed
+        ]
+
+    def _rows_of(self, names: set[str], side: int) -> list[range]:
+        """Return the rows that some parts have in one of the catalogs."""
+        found, start = [], 0
+        for reading in self.readings:
+            end = start + reading["rows"][side]
+            if reading["name"] in names and end > start:
+                found.append(range(start, end))
+            start = end
+        return found
 
     @property
     def num_held(self) -> int:
@@ -274,21 +353,21 @@ class _Indexing:
     def commit(self) -> tuple[Catalog, int]:
         """Make all rows visible, and return the catalog and the number of pairs that are new in it."""
         pairs, held = self.writers
-        before = len(self.old) if self.old else 0
-        if not before and not pairs.files:
+        num_kept = len(self.old) - sum(map(len, self.dropped[0])) if self.old else 0
+        if not num_kept and not pairs.files:
             raise ModeclipError(
                 f"data.source {self.config.source!r} ({self.source.kind}) has no pair to train on;"
                 f" {sum(count for _, count in held.files):,} held out, skipped: {self.skips}"
             )
         self.sources |= {name: state for note in self.notes for name, state, is_there in note["units"] if is_there}
-        metadata = {SOURCES: to_json(self.sources), SETTINGS: self.settings}
-        metadata[SKIPPED] = to_json(dict(self.skips.causes))
-        if held.files:
-            held.commit(metadata, self.replace)
-        pairs.commit(metadata, self.replace)
+        readings = [*self._kept_readings(), *(reading for note in self.notes for reading in note["readings"])]
+        metadata = {SOURCES: to_json(self.sources), SETTINGS: self.settings, PARTS: to_json(readings)}
+        metadata[SKIPPED] = to_json({cause: count for cause, count in self.skips.causes.items() if count})
+        if held.files or self.dropped[1]:
+            held.commit(metadata, self.replace, self.dropped[1])
+        pairs.commit(metadata, self.replace, self.dropped[0])
         self.ledger.clear()
-        catalog = Catalog.open(self.paths[0])
-        return catalog, len(catalog) - before
+        return Catalog.open(self.paths[0]), sum(count for _, count in pairs.files)
 
     def _wanted(self) -> list[SourcePart]:
         """Return the parts that have to be read: new ones, and those that may have grown."""
@@ -306,13 +385,23 @@ class _Indexing:
                         f"catalog {self.paths[0]!r} was indexed with {name} {was.get(name)!r}, not {now.get(name)!r}:"
                         " give the same settings to add to it, or another --out, or --replace"
                     )
-        for part in self.source.parts:
-            if part.state and self.sources.get(part.name, part.state) != part.state:
-                raise ModeclipError(
-                    f"{part.name!r} has changed since it was indexed in {self.paths[0]!r}: its pairs cannot be added a"
-                    " second time; give another --out, or --replace to index everything again"
-                )
-        return [part for part in self.source.parts if not part.state or part.name not in self.sources]
+        changed = [
+            part for part in self.source.parts if part.state and self.sources.get(part.name, part.state) != part.state
+        ]
+        known = {reading["name"] for reading in self.readings}
+        if before := [part.name for part in changed if part.name not in known]:
+            raise ModeclipError(
+                f"{before[0]!r} has changed since it was indexed in {self.paths[0]!r}, by a version that did not note"
+                " which rows are its: give another --out, or --replace to index everything again"
+            )
+        self.changed = {part.name for part in changed}
+        if changed:
+            log(f"{changed[0].name} has changed ({len(changed):,} such parts): its pairs are replaced by the new ones")
+        return [
+            part
+            for part in self.source.parts
+            if not part.state or part.name not in self.sources or part.name in self.changed
+        ]
 
     def _resume(self) -> list[IndexNote]:
         """Return the notes of an earlier run of the same work; notes and files of other work are removed."""
@@ -328,9 +417,10 @@ class _Indexing:
         self.ledger.clear()
         return []
 
-    def _read_part(self, part: SourcePart, advance: Advance) -> bool:
-        """Write the rows of one part; return False if the part does not exist."""
+    def _read_part(self, part: SourcePart, advance: Advance) -> tuple[Reading, bool]:
+        """Write the rows of one part; return what it gave, and whether it exists."""
         is_there, respelled = True, list[tuple[str, str]]()
+        reading, before = Reading(name=part.name, rows=[0, 0], skipped={}, lost=""), Counter(self.skips.causes)
         for item in check_all(part.read(), self.config, self.source.draws_images):
             advance(1)
             self.skips.num_seen += 1
@@ -339,6 +429,7 @@ class _Indexing:
                 if item.key == part.name:
                     log(f"{item.cause}: {item.key} {item.detail}")
                     is_there = item.cause not in (MISSING_SHARD, MISSING_TABLE)
+                    reading["lost"] = item.cause if item.cause in LOST_PARTS else ""
                 continue
             if item.detail:
                 respelled.append((item.detail, item.sample.path or ""))
@@ -346,14 +437,17 @@ class _Indexing:
             if side not in ("", HOLDOUT):
                 self.skips.add(Skipped(item.sample.key, side, item.sample.path or ""))
                 continue
-            self.writers[side == HOLDOUT].add(item, side, {DHASH: self.sides.dhash_of(item)})
+            more = {DHASH: self.sides.dhash_of(item)}
+            is_new = self.writers[side == HOLDOUT].add(item, side, more, may_be_known=not part.state)
+            reading["rows"][side == HOLDOUT] += is_new
         if respelled:
             detail, path = respelled[0]
             log(
                 f"{part.name}: {len(respelled):,} images are spelled another way than they are named there; the first,"
                 f" {detail!r} ({form_of(detail)}), was found as {path!r} ({form_of(path)})"
             )
-        return is_there
+        reading["skipped"] = dict(self.skips.causes - before)
+        return reading, is_there
 
     def index_tasks(self, tasks: Sequence[tuple[str, DataSource]], captions: Distinct, images: Distinct) -> None:
         """Write the rows of the tasks into the catalog of what is held out, in the place of older ones.
@@ -386,6 +480,33 @@ class _Indexing:
             writer.files[:0] = held
             more = {HELD_FINGERPRINT: start} if is_divided else {}
             writer.commit({SETTINGS: json.dumps({"exif": self.config.exif})} | more, replace=True)
+
+
+def _size_of(reading: Reading) -> int:
+    """Return how many pairs a part gave, written or skipped."""
+    return sum(reading["rows"]) + sum(reading["skipped"].values())
+
+
+def _fingerprint_without(catalog: Catalog, dropped: Sequence[range], task: str | None) -> str:
+    """Return the fingerprint of a catalog's rows, of one task if it is named, without some of them."""
+    gone = np.zeros(len(catalog), bool)
+    for rows in dropped:
+        gone[rows.start : rows.stop] = True
+    fingerprint, start = "", 0
+    columns = ["key", "caption", "group", "digest", *(["task"] if task is not None else [])]
+    for batch in catalog.batches(columns):
+        tasks = batch.get("task", [""] * len(batch["key"]))
+        rows_of_batch = zip(*(batch[name] for name in columns[:4]), tasks, strict=True)
+        for place, (key, caption, group, digest, own) in enumerate(rows_of_batch, start):
+            if not gone[place] and own == (task or ""):
+                fingerprint = _chain(fingerprint, (key, caption, group, own, digest))
+        start += len(batch["key"])
+    return fingerprint
+
+
+def _chain(fingerprint: str, identity: tuple[Any, ...]) -> str:
+    """Return the fingerprint of rows and of one more: key, caption, group, task and digest."""
+    return hashlib.blake2b(repr((fingerprint, *identity)).encode(), digest_size=16).hexdigest()
 
 
 def _task_sizes(path: str) -> dict[str, tuple[int, int]]:
@@ -468,6 +589,19 @@ class Skips:
         self._config = config
         self._num_damaged = 0
 
+    def resume(self, reading: Reading) -> None:
+        """Count what an earlier run has read."""
+        self.num_seen += _size_of(reading)
+        for cause, count in reading["skipped"].items():
+            self.causes[cause] += count
+            self._num_damaged += 0 if cause in HARMLESS else count
+
+    def add_lost(self, cause: str, count: int) -> None:
+        """Count pairs of a part that was not read to its end."""
+        self.causes[cause] += count
+        self.num_seen += count
+        self._num_damaged += count
+
     def add(self, skipped: Skipped) -> None:
         """Count a skipped pair, and stop early when too many of them are damaged."""
         self.causes[skipped.cause] += 1
@@ -522,13 +656,23 @@ class CatalogWriter:
         self._table: list[dict[str, object]] = []
         self._table_bytes = 0
 
-    def add(self, checked: Examined, task: str = "", more: Mapping[str, object] = MappingProxyType({})) -> None:
-        """Append a row, unless its key is known already; ``more`` are values of further columns."""
+    def add(
+        self,
+        checked: Examined,
+        task: str = "",
+        more: Mapping[str, object] = MappingProxyType({}),
+        *,
+        may_be_known: bool = False,
+    ) -> bool:
+        """Append a row, and return True; ``more`` are values of further columns.
+
+        With ``may_be_known``, as in a folder that is read again, a pair whose key the catalog has is passed over.
+        """
         sample = checked.sample
-        if self._known is not None and sample.key in self._known:
-            return
-        identity = (self.fingerprint, sample.key, sample.caption, sample.group, task, checked.digest)
-        self.fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+        if may_be_known and self._known is not None and sample.key in self._known:
+            return False
+        identity = (sample.key, sample.caption, sample.group, task, checked.digest)
+        self.fingerprint = _chain(self.fingerprint, identity)
         in_row = checked.image is not None
         self._table.append(
             {
@@ -550,6 +694,7 @@ class CatalogWriter:
         self._table_bytes += len(checked.image or b"")
         if len(self._table) >= ROWS_PER_WRITE or self._table_bytes >= BYTES_PER_WRITE:
             self._write()
+        return True
 
     def finish(self) -> list[list[Any]]:
         """Close the data file and return (name, rows) of the files since the last call; later rows go to a new file."""
@@ -563,13 +708,13 @@ class CatalogWriter:
         """Remove the files that are not finished."""
         self._writer.discard()
 
-    def commit(self, metadata: Mapping[str, str], replace: bool) -> None:
-        """Make the rows of all finished files a catalog, or append them to the existing one."""
+    def commit(self, metadata: Mapping[str, str], replace: bool, dropped: Sequence[range] = ()) -> None:
+        """Make the rows of all finished files a catalog, or append them to the existing one, which loses some rows."""
         described = {FORMAT: FORMAT_VERSION, FINGERPRINT: self.fingerprint, **metadata}
         if replace or not exists(self._path):
             create(self._path, self._schema.with_metadata(described), self.files)
         else:
-            append(self._path, self.files, described)
+            append(self._path, self.files, described, dropped)
 
     def _write(self) -> None:
         if self._table:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import GenericAlias
 from typing import Any, Final, Generic, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from modeclip.data.checksums import SIDE_FOLDER, note_commit, restore_manifest
@@ -34,6 +35,8 @@ STORAGE_VERSION: Final = "2.1"
 ROWS_PER_FRAGMENT = 1 << 16
 """Largest number of rows in a fragment, which is what a stage works on as a whole."""
 ROWS_PER_WRITE = 8192
+ROWS_PER_REWRITE = 256
+"""Rows that are in memory while a fragment is written anew; they may hold their images."""
 NEW, OLD = "_modeclip_new_", "_modeclip_old_"
 """Prefixes of columns that a commit is about to show, and of those that it has just replaced."""
 KEEP_VERSIONS = timedelta(hours=1)
@@ -270,21 +273,68 @@ def _finish(dataset: Any, *, has_replaced: bool) -> None:
     note_commit(dataset)
 
 
-def append(uri: str, files: Sequence[Sequence[Any]], metadata: Mapping[str, str]) -> None:
-    """Commit those files that a dataset does not have yet as further rows, and then its new metadata."""
+def append(
+    uri: str, files: Sequence[Sequence[Any]], metadata: Mapping[str, str], dropped: Sequence[range] = ()
+) -> None:
+    """Commit those files that a dataset does not have yet as further rows, and then its new metadata.
+
+    Args:
+        uri: Folder or address of the dataset.
+        files: (name, number of rows) in order.
+        metadata: What is noted about the dataset.
+        dropped: Rows that leave it in the same commit. Their fragments are written anew, with all of their columns.
+    """
     import lance
     from lance.fragment import DataFile, FragmentMetadata
 
     dataset = open_dataset(uri)
     known = _files_of(dataset)
-    fragments = [
-        FragmentMetadata(0, [DataFile.create(dataset, name)], num_rows) for name, num_rows in files if name not in known
-    ]
-    if fragments:
-        operation = lance.LanceOperation.Append(fragments)
+    is_done = {str(name) for name, _ in files} <= known  # by a run that was killed before it wrote the metadata
+    if not files and dropped:
+        is_done = dataset.count_rows() < dropped[-1].stop
+    if not is_done:
+        added = [
+            FragmentMetadata(0, [DataFile.create(dataset, name)], num_rows)
+            for name, num_rows in files
+            if name not in known
+        ]
+        if dropped:
+            gone, shrunk = _without_rows(dataset, dropped)
+            operation: Any = lance.LanceOperation.Update(
+                removed_fragment_ids=gone, updated_fragments=shrunk, new_fragments=added, fields_modified=[]
+            )
+        else:
+            operation = lance.LanceOperation.Append(added)
         dataset = lance.LanceDataset.commit(uri, operation, read_version=dataset.version)
     dataset.update_schema_metadata(dict(metadata), replace=True)
-    _finish(dataset, has_replaced=False)
+    _finish(dataset, has_replaced=bool(dropped))
+
+
+def _without_rows(dataset: Any, dropped: Sequence[range]) -> tuple[list[int], list[Any]]:
+    """Return which fragments lose all of their rows, and those that lose some, written anew without them."""
+    from lance.fragment import DataFile, FragmentMetadata
+
+    gone = np.zeros(dataset.count_rows(), bool)
+    for rows in dropped:
+        gone[rows.start : rows.stop] = True
+    removed, shrunk, start = [], [], 0
+    for fragment in dataset.get_fragments():
+        stays = ~gone[start : start + fragment.physical_rows]
+        start += fragment.physical_rows
+        if not stays.any():
+            removed.append(int(fragment.fragment_id))
+        elif not stays.all():
+            own = {field for file in fragment.data_files() for field in file.fields}
+            names = [field.name() for field in dataset.lance_schema.fields() if field.id() in own]
+            writer = FileWriter(dataset.uri, pa.schema([dataset.schema.field(name) for name in names]))
+            at = 0
+            for batch in fragment.to_batches(columns=names, batch_size=ROWS_PER_REWRITE):
+                mask = pa.array(stays[at : at + len(batch)])
+                writer.write(pa.Table.from_batches([batch]).filter(mask))
+                at += len(batch)
+            ((name, count),) = writer.finish()
+            shrunk.append(FragmentMetadata(fragment.fragment_id, [DataFile.create(dataset, name)], count))
+    return removed, shrunk
 
 
 def files_where(uri: str, column: str, value: str) -> list[list[Any]]:

@@ -69,7 +69,7 @@ from modeclip.data.sources.source import (
     describe,
     files_by_split,
 )
-from modeclip.data.sources.tables import DamagedTable, read_sidecar, sidecar_columns
+from modeclip.data.sources.tables import DamagedTable, read_sidecar, sidecar_columns, sidecar_size
 from modeclip.errors import ModeclipError
 from modeclip.system.paths import (
     expand,
@@ -78,6 +78,8 @@ from modeclip.system.paths import (
     home,
     is_folder,
     is_url,
+    join,
+    list_folder,
     other_spelling,
     parent,
     read_bytes,
@@ -163,16 +165,49 @@ def open_shards(config: SourceConfig) -> DataSource:
         )
     present = [shard for shard, state in zip(shards, found, strict=True) if state]
     kind, extra = _look_into(present, config.source, options), pa.schema([])
-    if kind == "shards" and state_of(_sidecar(present[0])):
-        kind, extra = "img2dataset", sidecar_columns(_sidecar(present[0]))
+    if kind == "shards" and (sidecar := next((path for path in map(_sidecar, present) if state_of(path)), None)):
+        kind, extra = "img2dataset", sidecar_columns(sidecar)
+        lonely = _without_shard(config, shards)
+        shards, found = [*shards, *lonely], [*found, *[""] * len(lonely)]
     parts = tuple(
-        SourcePart(name=shard, state=state, read=partial(read_shard, shard, group, options, extra))
+        SourcePart(
+            name=shard,
+            state=state,
+            read=partial(read_shard, shard, group, options, extra),
+            num_pairs=partial(known_size, shard),
+        )
         for shard, state, group in zip(shards, found, folders_below(shards), strict=True)
     )
     name = {"shards": "webdataset shard", "metaclip": "MetaCLIP shard"}.get(kind, "img2dataset shard")
     missing = f" ({len(shards) - len(present):,} missing)" if len(present) < len(shards) else ""
     what = describe(count(len(shards), name) + missing, extra)
     return DataSource(kind=kind, parts=parts, extra=extra, what=what)
+
+
+def _without_shard(config: SourceConfig, shards: list[str]) -> list[str]:
+    """Return the shards of a folder that are not there, though their Parquet files are."""
+    if "::" in config.source or not is_folder(home(config.source)):
+        return []
+    (folder,) = expand(config.source)
+    names = [name[: -len(".parquet")] for name in list_folder(folder)[1] if name.lower().endswith(".parquet")]
+    known = {shard.lower() for shard in shards}
+    return [path for name in names if (path := join(folder, f"{name}.tar")).lower() not in known]
+
+
+def known_size(shard: str) -> int | None:
+    """Return how many samples a shard should hold: by open_clip's ``sizes.json`` or img2dataset's files beside it."""
+    stem = shard[:-4] if shard.lower().endswith(".tar") else shard
+    for path, entry in (
+        (join(parent(shard), "sizes.json"), shard.rpartition("/")[2]),
+        (f"{stem}_stats.json", "successes"),
+    ):
+        try:
+            number = json.loads(read_bytes(path))[entry]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(number, int) and number >= 0:
+            return number
+    return sidecar_size(_sidecar(shard))
 
 
 def read_shard(shard: str, group: str, options: FileOptions, extra: pa.Schema) -> Iterator[Sample | Skipped]:

@@ -785,7 +785,9 @@ def _open_arrow(
     if batch is not None:
         refuse_addresses(columns.image, next(iter(to_values(batch[columns.image])), None), first)
     parts = tuple(
-        SourcePart(name=file, state=state, read=partial(read_arrow, file, group, columns))
+        SourcePart(
+            name=file, state=state, read=partial(read_arrow, file, group, columns), num_pairs=partial(table_size, file)
+        )
         for file, state, group in zip(files, found, folders_below(files), strict=True)
     )
     name, comma, split = noun.partition(",")
@@ -916,6 +918,29 @@ def sidecar_columns(path: str) -> pa.Schema:
     except (pa.ArrowException, OSError):
         return pa.schema([])
     return extra_columns(schema, set(MEASURED)) if "key" in schema.names else pa.schema([])
+
+
+def sidecar_size(path: str) -> int | None:
+    """Return how many images a sidecar says were downloaded; None if it cannot be read."""
+    try:
+        with TableFile(path) as table:
+            if "status" not in table.schema.names:
+                return sum(table.group_sizes)
+            cells = (
+                cell for batch in table.batches(["status"], ROWS_PER_SIDECAR) for cell in to_values(batch["status"])
+            )
+            return sum(cell == SUCCESS for cell in cells)
+    except (pa.ArrowException, OSError, KeyError):
+        return None
+
+
+def table_size(path: str) -> int | None:
+    """Return how many rows the footer of a Parquet file states; None if it cannot be read, or for other files."""
+    try:
+        with TableFile(path) as table:
+            return sum(table.group_sizes) if path.lower().endswith(".parquet") else None
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def read_sidecar(path: str, extra: pa.Schema) -> dict[str, dict[str, Any]]:
