@@ -35,7 +35,7 @@ from modeclip.clustering.fitting import ClusterConfig, fit_embeddings
 from modeclip.data.indexing import index
 from modeclip.models.encoders import load_any_encoder
 from modeclip.models.encoders.text import fit_tfidf
-from modeclip.pipeline import load_recipe
+from modeclip.pipeline.recipe import load_recipe
 from modeclip.system.console import log, make_progress
 from modeclip.training.batches import DecodedSample
 from modeclip.training.experts import fingerprint_of

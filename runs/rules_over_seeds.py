@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import t
 
 from modeclip import load_recipe, run
-from modeclip.pipeline import demo_recipe
+from modeclip.pipeline.recipe import demo_recipe
 
 
 def averages(seed: int, out: Path) -> dict[str, float]:

@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from modeclip.mixture.mode import MoDE
     from modeclip.mixture.rules import route
     from modeclip.pages.run_report import write_report
-    from modeclip.pipeline import Recipe, RunFolder, load_recipe, run
+    from modeclip.pipeline.recipe import Recipe, load_recipe
+    from modeclip.pipeline.run_folder import RunFolder
+    from modeclip.pipeline.stages import run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -82,8 +84,8 @@ _HOMES = {
     "EmbedConfig": "clustering.embedding",
     "MoDE": "mixture.mode",
     "ModeclipError": "errors",
-    "Recipe": "pipeline",
-    "RunFolder": "pipeline",
+    "Recipe": "pipeline.recipe",
+    "RunFolder": "pipeline.run_folder",
     "assign": "mixture.assigning",
     "check": "data.checks",
     "cluster": "clustering.fitting",
@@ -93,11 +95,11 @@ _HOMES = {
     "finetune": "adapting.finetuning",
     "index": "data.indexing",
     "kmeans": "clustering.kmeans",
-    "load_recipe": "pipeline",
+    "load_recipe": "pipeline.recipe",
     "merge": "adapting.merging",
     "open_systems": "evaluation.systems",
     "route": "mixture.rules",
-    "run": "pipeline",
+    "run": "pipeline.stages",
     "write_report": "pages.run_report",
 }
 

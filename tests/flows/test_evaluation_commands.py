@@ -19,7 +19,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="module")
 def other_run(small_run: Path, small_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with another routing rule: only the bundle, the evaluation and the report are made anew."""
-    from modeclip.pipeline import load_recipe, run
+    from modeclip.pipeline.recipe import load_recipe
+    from modeclip.pipeline.stages import run
 
     folder = tmp_path_factory.mktemp("other")
     recipe = folder / "small.yaml"

@@ -23,11 +23,14 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
-from modeclip import pipeline
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.mixture.mode import MoDE
-from modeclip.pipeline import load_recipe, parse_recipe, plan_run, run
+from modeclip.pipeline import run_folder
+from modeclip.pipeline import stages as pipeline_stages
+from modeclip.pipeline.planning import plan_run
+from modeclip.pipeline.recipe import Recipe, load_recipe, parse_recipe
+from modeclip.pipeline.stages import run
 from modeclip.training.costs import Measurement
 from support import WEIGHTS, can_mount, encode_picture, noise_picture, weights_of, write_pairs
 
@@ -99,9 +102,10 @@ def test_a_run_opens_its_source_and_its_clustering_and_plans_its_jobs_once(
 
         monkeypatch.setattr(home, name, counting)
 
-    for name in ("open_source", "plan_jobs"):
-        count(pipeline, name)
-    count(pipeline.Clustering, "load")
+    count(pipeline_stages, "open_source")
+    for home in (pipeline_stages, run_folder):
+        count(home, "plan_jobs")
+    count(run_folder.Clustering, "load")
     (out / "results.json").unlink()
     run(load_recipe(small_recipe), out)
     assert calls == {"open_source": 1, "plan_jobs": 2, "load": 1}  # planned once, and announced before
@@ -313,7 +317,7 @@ def pair_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "data", pictures, words * 4)
 
 
-def recipe_of(folder: Path, changes: dict[str, dict[str, object]]) -> pipeline.Recipe:
+def recipe_of(folder: Path, changes: dict[str, dict[str, object]]) -> Recipe:
     data = {"source": str(folder), "holdout_fraction": 0.2} | changes.get("data", {})
     return parse_recipe(RECIPE_A | changes | {"data": data})
 
@@ -343,7 +347,7 @@ def clean(pair_folder: Path, tmp_path_factory: pytest.TempPathFactory, trains_he
 
 def interrupt(patch: pytest.MonkeyPatch, stage: str, moment: str) -> None:
     """Let a run be interrupted as it begins a stage, when it shows what it made, or before it is noted."""
-    work = getattr(pipeline._Stages, stage)
+    work = getattr(pipeline_stages.Stages, stage)
 
     def stop(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
@@ -355,10 +359,10 @@ def interrupt(patch: pytest.MonkeyPatch, stage: str, moment: str) -> None:
     if moment == "between":
         patch.setattr("modeclip.data.catalog.show_columns", stop)
         patch.setattr("modeclip.data.indexing.create", stop)
-        patch.setattr(pipeline, "run_jobs", stop)
-        patch.setattr(pipeline, "assemble_bundle", stop)
+        patch.setattr(run_folder, "run_jobs", stop)
+        patch.setattr(run_folder, "assemble_bundle", stop)
     else:
-        patch.setattr(pipeline._Stages, stage, stop if moment == "begin" else work_and_stop)
+        patch.setattr(pipeline_stages.Stages, stage, stop if moment == "begin" else work_and_stop)
 
 
 @pytest.mark.slow
@@ -373,7 +377,7 @@ def test_back_to_an_earlier_recipe_after_another_one_was_interrupted(
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, stage, moment)
         if (stage, moment) == ("evaluate", "between"):
-            patch.setattr(pipeline, "write_json", partial(stop_at_results, write=pipeline.write_json))
+            patch.setattr(run_folder, "write_json", partial(stop_at_results, write=run_folder.write_json))
         with pytest.raises(KeyboardInterrupt):
             run(recipe_of(pair_folder, OTHERS[stage]), out)
     run(recipe_of(pair_folder, {}), out)
@@ -424,7 +428,7 @@ def test_a_plan_says_all_that_a_run_trains_and_a_run_says_it_first(
     assert plan.samples == sum(trained) == 160
     assert "5 models, 160 samples in all: seed 32, 2 x expert 32, 2 x random 32" in plan.announcement
     stages = {stage.name: stage for stage in plan.stages}
-    assert list(stages) == list(pipeline.STAGES)
+    assert list(stages) == list(pipeline_stages.STAGES)
     assert not any(stage.is_done for stage in plan.stages)
     assert (plan.num_pairs, plan.is_counted, plan.num_fine) == (64, True, 6)
     steps = 2 + 2 * 2  # seed, then two experts and two controls, two at a time
@@ -451,7 +455,7 @@ def test_a_model_that_sees_little_of_its_data_is_said(tmp_path: Path) -> None:
     for name, words, said in (("long", 23, "100 % of the captions"), ("short", 22, None)):
         source = write_pairs(tmp_path / name, pictures, [" ".join(["word"] * words)] * 10)
         index(recipe_of(source, {}).data, tmp_path / f"{name} out")
-        lines = pipeline.misfits("modeclip-icon", Catalog.open(tmp_path / f"{name} out"))
+        lines = pipeline_stages.misfits("modeclip-icon", Catalog.open(tmp_path / f"{name} out"))
         assert "32 x 32 pixels, half of the images have 64 or more" in lines[0]
         assert len(lines) == (2 if said else 1)
         assert said is None or said in lines[1]

@@ -24,7 +24,7 @@ from modeclip.errors import ModeclipError
 from modeclip.evaluation.systems import open_systems
 from modeclip.mixture.bundle import load_bundle
 from modeclip.models.pool import ModelRef
-from modeclip.pipeline import RunFolder
+from modeclip.pipeline.run_folder import RunFolder
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig

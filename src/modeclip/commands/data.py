@@ -83,7 +83,7 @@ def check(
 
 def _check_files(path: str, as_json: bool) -> None:
     """Print which files are not as they were written, and what to do."""
-    from modeclip.pipeline import verify
+    from modeclip.pipeline.verifying import verify
 
     found = verify(path)
     damaged = sum(one.state == "damaged" for one in found)

@@ -16,12 +16,12 @@ from modeclip.system.options import AsJson, UserEncoder
 from modeclip.system.paths import RunPaths
 
 if TYPE_CHECKING:
-    from modeclip.pipeline import RunPlan
+    from modeclip.pipeline.planning import RunPlan
 
 
 def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: AsJson = False) -> None:
     """Run the whole method on real icons, from a recipe that ships with modeclip, and open the report."""
-    from modeclip.pipeline import demo_recipe
+    from modeclip.pipeline.recipe import demo_recipe
 
     run(demo_recipe(), out, as_json=as_json)
     if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
@@ -37,17 +37,20 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run the stages of a recipe that are not done yet; a killed run continues where it was."""
-    from modeclip import pipeline
+    from modeclip.pipeline.recipe import load_recipe
 
-    loaded = pipeline.load_recipe(recipe)
+    loaded = load_recipe(recipe)
     if encoder is not None:
         loaded = replace(loaded, embed=replace(loaded.embed, encoder=encoder))
+    out, trusts = out or Path("runs") / loaded.name, encoder is not None
     if plan:
-        _print_plan(
-            pipeline.plan_run(loaded, out or Path("runs") / loaded.name, trust_encoder=encoder is not None), as_json
-        )
+        from modeclip.pipeline.planning import plan_run
+
+        _print_plan(plan_run(loaded, out, trust_encoder=trusts), as_json)
         return
-    result = pipeline.run(loaded, out or Path("runs") / loaded.name, trust_encoder=encoder is not None)
+    from modeclip.pipeline import stages
+
+    result = stages.run(loaded, out, trust_encoder=trusts)
     if as_json:
         print_json(result.results)
         return

@@ -40,7 +40,7 @@ def train(
 ) -> None:
     """Train one model on a catalog or a part of it; several processes share the work under torchrun or Slurm."""
     from modeclip.data.catalog import Catalog
-    from modeclip.pipeline import single_job
+    from modeclip.pipeline.run_folder import single_job
     from modeclip.training.jobs import prepare
     from modeclip.training.trainer import train as train_job
 
@@ -104,7 +104,7 @@ def train_experts(
     as_json: AsJson = False,
 ) -> None:
     """Train the experts of a clustered catalog that are missing, after saying what that costs."""
-    from modeclip.pipeline import RunFolder
+    from modeclip.pipeline.run_folder import RunFolder
     from modeclip.training.jobs import prepare
     from modeclip.training.launching import commands_for
 

@@ -17,7 +17,7 @@ from modeclip.data.sources import DataConfig, open_source, open_task, source_sta
 from modeclip.data.sources.iconify import VERSION, assemble_svg, find_package, iconify_caption, variant_pattern
 from modeclip.data.sources.icons import render
 from modeclip.errors import ModeclipError
-from modeclip.pipeline import load_recipe
+from modeclip.pipeline.recipe import load_recipe
 
 SQUARE = '<path d="M0 0h8v8H0z"/>'
 SETS = {
