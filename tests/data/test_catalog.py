@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.data.images import hash_image
+from modeclip.data.indexing import index
+from modeclip.data.sources import DataConfig
 from modeclip.data.storage import NEW, FileWriter, append, create, only_writer
 from modeclip.errors import ModeclipError
 from modeclip.system.files import writing
@@ -349,3 +351,20 @@ def test_a_full_disk_is_told_in_one_line(error):
 def test_other_errors_of_writing_are_left_as_they_are():
     with pytest.raises(PermissionError), writing(Path("out")):
         raise PermissionError(13, "Permission denied")
+
+
+def test_what_a_user_writes_for_a_value_is_of_the_columns_type(tmp_path: Path):
+    image = plain_png((1, 2, 3), (2, 2))
+    (tmp_path / "1.png").write_bytes(image)
+    (tmp_path / "t.csv").write_text("filepath,title,group,code\n1.png,a,north,7\n1.png,b,it's,8\n")
+    index(DataConfig(source=str(tmp_path / "t.csv")), tmp_path / "out")
+    catalog = Catalog.open(tmp_path / "out")
+    for text, value in (("north", "north"), ("'north'", "north"), ("it's", "it's")):
+        assert catalog.parse_value("group", text) == value
+    assert catalog.select(group=catalog.parse_value("group", "north")).tolist() == [0]
+    assert catalog.select(code=catalog.parse_value("code", "8")).tolist() == [1]
+    assert catalog.parse_value("width", "2") == 2
+    with pytest.raises(ModeclipError, match=r"'width' holds int32, which 'two' is not"):
+        catalog.parse_value("width", "two")
+    with pytest.raises(ModeclipError, match=r"column .*'colour'.*group"):
+        catalog.parse_value("colour", "2")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -22,6 +22,9 @@ RESUME = "latest: go on from this folder's own checkpoint; never: train anew"
 WITHOUT_DENSE = ExpertsConfig(dense=False, dense_total=False)
 """The experts alone: the command trains the dense models, which belong to a recipe, only on request."""
 
+if TYPE_CHECKING:
+    from modeclip.data.catalog import Catalog
+
 
 def train(
     source: Positional[
@@ -29,7 +32,7 @@ def train(
     ],
     training: OmitArgPrefixes[TrainConfig],
     out: Annotated[Path, arg(help="Folder of the model.")] = Path("model"),
-    where: Annotated[tuple[str, ...], arg(help="Only pairs with these values: --where expert=3.")] = (),
+    where: Annotated[tuple[str, ...], arg(help="Only pairs with these values: --where expert=3 site=north.")] = (),
     mask: Annotated[str | None, arg(help="Only pairs that this column of booleans marks.")] = None,
     resume: Annotated[
         str, arg(help=f"{RESUME}; a finished job's folder or a .pt of open_clip_train: continue that one.")
@@ -59,10 +62,10 @@ def train(
             )
         start = None if resume in {"latest", "never"} else resume
         job = single_job(
-            Catalog.open(source),
+            catalog := Catalog.open(source),
             out,
             training,
-            where=_parse_where(where),
+            where=_parse_where(catalog, where),
             mask=mask,
             start=_check_start(start),
             threads=threads,
@@ -175,13 +178,18 @@ def _plan(
     return found.to_json()
 
 
-def _parse_where(words: Sequence[str]) -> dict[str, int]:
-    found = {}
+def _parse_where(catalog: Catalog, words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of columns that words such as ``site=north`` name, of the types of the columns."""
+    found: dict[str, Any] = {}
     for word in words:
-        name, _, value = word.partition("=")
-        if not name or not value.removeprefix("-").isdigit():
-            raise ModeclipError(f"--where {word!r}: expected COLUMN=NUMBER, such as expert=3")
-        found[name] = int(value)
+        name, equals, value = word.partition("=")
+        name = name.strip()
+        if not name or not equals or not value.strip() or value.startswith("=") or name[-1] in "<>!":
+            raise ModeclipError(f"--where {word!r}: expected COLUMN=VALUE, such as expert=3 or site=north")
+        try:
+            found[name] = catalog.parse_value(name, value)
+        except ModeclipError as error:
+            raise ModeclipError(f"--where {word!r}: {error}") from error
     return found
 
 

@@ -247,6 +247,24 @@ class Catalog:
                 samples.append(Sample(caption=caption, extra=further, **pair))
             yield samples
 
+    def parse_value(self, column: str, text: str) -> object:
+        """Return what a user means by a value of a column: a text, or a number where the column holds numbers.
+
+        Quotes around it are left out where no text has them.
+
+        Raises:
+            ModeclipError: There is no such column, or it holds something else.
+        """
+        self._require([column])
+        kind = self._dataset.schema.field(column).type
+        kind = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
+        if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+            text = text[1:-1]
+        try:
+            return pa.scalar(text).cast(kind).as_py()
+        except pa.ArrowException as error:
+            raise ModeclipError(f"column {column!r} holds {kind}, which {text!r} is not") from error
+
     def select(self, mask: str | Bool[np.ndarray, " N"] | None = None, **equals: object) -> Int[np.ndarray, " n"]:
         """Return the positions of the rows in which every named column has the given value, ascending.
 

@@ -73,7 +73,9 @@ def select_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
     rows = catalog.select(mask=job.mask, **job.where)
     if job.out_of_cluster_fraction > 0 and job.where:
         others = np.setdiff1d(catalog.select(mask=job.mask), rows)
-        draw = np.random.Generator(np.random.Philox(key=[job.config.seed, 1_000_003 + sum(job.where.values())]))
+        draw = np.random.Generator(
+            np.random.Philox(key=[job.config.seed, 1_000_003 + sum(int(value) for value in job.where.values())])
+        )
         count = round(job.out_of_cluster_fraction * len(others))
         rows = np.sort(np.concatenate([rows, draw.choice(others, count, replace=False)]))
     return rows

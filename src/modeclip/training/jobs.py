@@ -301,7 +301,7 @@ class TrainJob:
     optimizer state. None: it starts from the model as the specification gives it."""
     start_digest: str = ""
     """Digest of that job, or SHA-256 of that checkpoint."""
-    where: Mapping[str, int] = field(default_factory=dict)
+    where: Mapping[str, int | float | str | bool] = field(default_factory=dict)
     """Values that columns of the catalog must have in the job's rows, such as ``{"expert": 3}``. Empty: all rows."""
     mask: str | None = None
     """Column of booleans that marks the rows which may be used. None: all of them."""

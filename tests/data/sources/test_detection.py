@@ -14,7 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeclip.data import sources
-from modeclip.data.samples import DAMAGED_TABLE, EMPTY_CAPTION, LOOP, NO_CAPTION, NOT_UTF8, Sample, Skipped
+from modeclip.data.samples import (
+    DAMAGED_TABLE,
+    EMPTY_CAPTION,
+    LOOP,
+    NO_CAPTION,
+    NO_SHARD,
+    NO_SIDECAR,
+    NOT_UTF8,
+    Sample,
+    Skipped,
+)
 from modeclip.data.sources import (
     DataConfig,
     DataSource,
@@ -311,3 +321,19 @@ def test_paths_of_a_recipe_are_taken_from_its_folder(tmp_path: Path):
     moved = relative_to(DataConfig(source="x", tasks=("pets=eval", "s3://bucket/birds")), tmp_path)
     assert moved.tasks == (f"pets={tmp_path}/eval", "birds=s3://bucket/birds")
     assert relative_to(DataConfig(source="iconify", tasks=("lucide",)), tmp_path).tasks == ("lucide",)
+
+
+def test_parts_of_img2dataset_of_which_a_half_is_missing_are_counted(tmp_path: Path):
+    for part in ("00000", "00001"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"{part}0000.jpg").write_bytes(b"i")
+        (tmp_path / part / f"{part}0000.txt").write_text(part)
+    for part in ("00000", "00002"):
+        status = ["success", "success", "failed_to_download"]
+        keys = [f"{part}{number:04d}" for number in range(3)]
+        pq.write_table(pa.table({"key": keys, "url": keys, "status": status}), tmp_path / f"{part}.parquet")
+    source = open_source(DataConfig(source=str(tmp_path)))
+    found = [item for part in source.parts for item in part.read()]
+    assert [item.caption for item in found if isinstance(item, Sample)] == ["00000", "00001"]
+    causes = [item.cause for item in found if isinstance(item, Skipped)]
+    assert causes == [NO_SIDECAR, NO_SHARD, NO_SHARD]

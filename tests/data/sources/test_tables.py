@@ -133,6 +133,20 @@ def test_further_columns_of_a_table_are_kept_as_texts(tmp_path: Path):
     assert second.extra == {"id": "8", "source_size": None, "note": None}
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_column_group_of_a_table_is_the_group_of_its_pairs(tmp_path: Path, kind, capsys):
+    columns = {"filepath": ["1.png", "2.png"], "title": ["a", "b"], "group": ["north", ""], "width": ["5", "6"]}
+    if kind == "csv":
+        with (tmp_path / "t.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([list(columns), *zip(*columns.values(), strict=True)])
+    else:
+        pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    first, second = read(tmp_path / f"t.{kind}")
+    assert (first.group, second.group) == ("north", "" if kind == "csv" else "t")
+    assert first.extra == {"source_width": "5"}
+    assert "columns width of the table are named source_width in the catalog" in capsys.readouterr().err
+
+
 def test_several_tables_are_one_source(tmp_path: Path):
     write(tmp_path, {"a/0.csv": b"image,text,x\n1.png,one,5\n", "a/1.csv": b"text,image\ntwo,2.png\n"})
     write(tmp_path, {"b/0.csv": b"image,text\n1.png,three\n"})

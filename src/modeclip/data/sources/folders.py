@@ -35,6 +35,8 @@ from modeclip.data.samples import (
     MISSING,
     NO_CAPTION,
     NO_IMAGE,
+    NO_SHARD,
+    NO_SIDECAR,
     NOT_JSON,
     NOT_READ,
     OTHER_COLUMN,
@@ -79,6 +81,7 @@ from modeclip.data.sources.tables import (
     printable,
     read_sidecar,
     sidecar_columns,
+    sidecar_size,
 )
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
@@ -555,9 +558,11 @@ def open_img2dataset(config: SourceConfig) -> DataSource:
     root, options = absolute(config.source), config.options(FileOptions)
     folders, files = list_folder(root)
     tables = {name.lower(): name for name in files}
-    names = [name for name in folders if f"{name.lower()}.parquet" in tables]
-    sidecars = {name: join(root, tables[f"{name.lower()}.parquet"]) for name in names}
-    extra = sidecar_columns(sidecars[names[0]])
+    known = {name.lower() for name in folders}
+    lonely = [name[: -len(".parquet")] for name in files if name.lower().endswith(".parquet")]
+    names = folders + [name for name in lonely if name.lower() not in known]
+    sidecars = {name: join(root, tables.get(f"{name.lower()}.parquet", f"{name}.parquet")) for name in names}
+    extra = sidecar_columns(next(path for name, path in sidecars.items() if f"{name.lower()}.parquet" in tables))
     parts = tuple(
         SourcePart(
             name=join(root, name),
@@ -775,6 +780,12 @@ def read_img2dataset(
         options: Suffixes of images and captions, and how captions are read.
         extra: Columns to take from the Parquet file.
     """
+    if not is_folder(join(root, part)):
+        for _ in range(sidecar_size(sidecar) or 1):
+            yield Skipped(join(root, part), NO_SHARD, f"{sidecar} tells of it")
+        return
+    if not state(sidecar):
+        yield Skipped(sidecar, NO_SIDECAR, "its pairs have none of the further columns")
     try:
         columns = read_sidecar(sidecar, extra)
     except DamagedTable as error:

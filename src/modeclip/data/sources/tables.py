@@ -65,6 +65,7 @@ from modeclip.data.sources.source import (
     split_of,
 )
 from modeclip.errors import ModeclipError
+from modeclip.system.console import log
 from modeclip.system.paths import (
     absolute,
     expand,
@@ -86,7 +87,9 @@ IMAGE_COLUMNS = ("image", "jpg", "image_bytes", "path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "captions")
 """Names that are looked for where the default ones are missing."""
 RESERVED = ("key", "caption", "image", "path", "offset", "size", "width", "height", "group", "task")
-"""Columns of the catalog itself; a source's columns of these names are kept as ``source_NAME``."""
+"""Columns of the catalog itself; a source's columns of these names are kept as ``source_NAME``, and a line says so. A
+column ``group`` of a table is the pairs' ``group``."""
+GROUP = "group"
 MEASURED = ("key", "caption", "width", "height")
 """Columns of an img2dataset sidecar that the catalog has anyway."""
 SUCCESS = "success"
@@ -204,6 +207,12 @@ def extra_columns(schema: pa.Schema, taken: set[str]) -> pa.Schema:
         if column_of(name) == field.name and all(name != known.name for known in fields):
             fields.append(pa.field(name, kind if numeric else pa.string()))
     return pa.schema(fields)
+
+
+def tell_renamed(extra: pa.Schema) -> None:
+    """Log which columns of a table have other names in the catalog."""
+    if renamed := [name for name in extra.names if column_of(name) != name]:
+        log(f"columns {', '.join(map(column_of, renamed))} of the table are named {', '.join(renamed)} in the catalog")
 
 
 def column_of(name: str) -> str:
@@ -408,6 +417,7 @@ def open_csv(config: SourceConfig) -> DataSource:
         SourcePart(name=file, state=state, read=partial(read_csv, file, group, options, columns.extra))
         for file, state, group in zip(files, found, groups, strict=True)
     )
+    tell_renamed(columns.extra)
     what = f"{count(len(files), 'table')} (columns {columns.image!r} and {columns.caption!r})"
     return DataSource(kind="table", parts=parts, extra=columns.extra, what=describe(what, columns.extra))
 
@@ -428,6 +438,7 @@ def read_csv(table: str, group: str, options: TableOptions, extra: pa.Schema) ->
         columns = _csv_columns(header, table, options)
         image_at, caption_at = header.index(columns.image), header.index(columns.caption)
         further = [(column, header.index(column_of(column))) for column in extra.names if column_of(column) in header]
+        group_at = header.index(GROUP) if GROUP in header and GROUP not in (columns.image, columns.caption) else None
         for line, row, problem in rows:
             if problem:
                 yield Skipped(f"{name} line {line}", BAD_ROW, f"{table} {problem}")
@@ -443,7 +454,8 @@ def read_csv(table: str, group: str, options: TableOptions, extra: pa.Schema) ->
                 continue
             values = dict.fromkeys(extra.names) | {column: printable(row[at]) or None for column, at in further}
             path = join(parent(table), image)
-            yield from numbered.samples(texts, key=key, path=path, group=group, extra=values if len(extra) else {})
+            own = group if group_at is None else printable(row[group_at]) or group
+            yield from numbered.samples(texts, key=key, path=path, group=own, extra=values if len(extra) else {})
     except (FileNotFoundError, NotADirectoryError):
         yield Skipped(table, MISSING_TABLE, "no such file")
     except (DamagedTable, ModeclipError) as error:
@@ -641,7 +653,7 @@ def _csv_columns(header: list[str], table: str, options: TableOptions) -> Column
     image = find_column(header, "image", options.image_column, table)
     caption = find_column(header, "caption", options.caption_column, table)
     names = [printable(name) for name in dict.fromkeys(header)]
-    extra = extra_columns(pa.schema([(name, pa.string()) for name in names]), {image, caption})
+    extra = extra_columns(pa.schema([(name, pa.string()) for name in names]), {image, caption, GROUP})
     return Columns(image=image, caption=caption, extra=extra)
 
 
@@ -790,6 +802,7 @@ def _open_arrow(
         )
         for file, state, group in zip(files, found, folders_below(files), strict=True)
     )
+    tell_renamed(columns.extra)
     name, comma, split = noun.partition(",")
     what = f"{count(len(files), name)}{comma}{split} (columns {columns.image!r} and {columns.caption!r})"
     return DataSource(kind=kind, parts=parts, extra=columns.extra, what=describe(what, columns.extra))
@@ -832,7 +845,7 @@ def _arrow_columns(
     item = item_type(kind) or kind
     if not _is_text(item) and caption not in labels:
         raise ModeclipError(f"table {table!r}: caption column {caption!r} holds {kind}, expected text or lists of text")
-    extra = extra_columns(schema, {image, caption, "key"})
+    extra = extra_columns(schema, {image, caption, "key", GROUP})
     captions = map(config.options(FileOptions).class_caption, labels.get(caption, ()))
     return Columns(image=image, caption=caption, extra=extra, class_captions=tuple(captions))
 
@@ -848,7 +861,7 @@ def read_arrow(table: str, group: str, columns: Columns) -> Iterator[Sample | Sk
         group: Prefix of the keys of images that are in the table.
         columns: Which columns mean what.
     """
-    wanted = [columns.image, columns.caption, "key", "status", *map(column_of, columns.extra.names)]
+    wanted = [columns.image, columns.caption, "key", "status", GROUP, *map(column_of, columns.extra.names)]
     numbered, start = _Numbering(), 0
     try:
         with TableFile(table) as file:
@@ -878,6 +891,8 @@ def _read_batch(
     keys = to_values(batch["key"]) if "key" in names else range(start, start + len(batch))
     status = to_values(batch["status"]) if "status" in names else None
     extras = _extras_of(batch, columns.extra)
+    named = GROUP in names and GROUP not in (columns.image, columns.caption)
+    groups = to_values(batch[GROUP]) if named else [None] * len(batch)
     for row, (image, caption, key) in enumerate(zip(images, captions, keys, strict=True)):
         where = _locate(image, str(key), *place)
         if where is None:
@@ -892,7 +907,8 @@ def _read_batch(
         if isinstance(texts, Skipped):
             yield texts
         else:
-            yield from numbered.samples(texts, group=place[1], extra=extras[row] if extras else {}, **where)
+            own = place[1] if groups[row] in (None, "") else printable(str(groups[row]))
+            yield from numbered.samples(texts, group=own, extra=extras[row] if extras else {}, **where)
 
 
 def _locate(image: object, row_key: str, folder: str, group: str) -> dict[str, Any] | None:
@@ -929,7 +945,7 @@ def sidecar_size(path: str) -> int | None:
             cells = (
                 cell for batch in table.batches(["status"], ROWS_PER_SIDECAR) for cell in to_values(batch["status"])
             )
-            return sum(cell == SUCCESS for cell in cells)
+            return sum(1 for cell in cells if cell == SUCCESS)
     except (pa.ArrowException, OSError, KeyError):
         return None
 

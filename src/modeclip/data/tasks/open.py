@@ -367,21 +367,13 @@ def _catalog(spec: TaskSpec) -> list[Task]:
 
 
 def _select(catalog: Catalog, spec: TaskSpec) -> Int[np.ndarray, " n"]:
-    import pyarrow as pa
-
     equals: dict[str, object] = {}
     for part in spec.where.split("&"):
         column, equal, text = part.partition("=")
-        value: object = text if equal else True
-        if column in catalog.columns and equal:
-            kind = catalog.dataset.schema.field(column).type
-            kind = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
-            try:
-                value = pa.scalar(text).cast(kind).as_py()
-            except pa.ArrowException as error:
-                raise ModeclipError(
-                    f"task {spec.name!r}: column {column!r} holds {kind}, which {text!r} is not"
-                ) from error
+        try:
+            value = catalog.parse_value(column, text) if equal else True
+        except ModeclipError as error:
+            raise ModeclipError(f"task {spec.name!r}: {error}") from error
         equals[column] = value
     rows = catalog.select(None, **equals)
     if not len(rows):
