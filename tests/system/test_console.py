@@ -74,3 +74,26 @@ def test_a_table_without_columns_of_a_terminal_is_wide(
         console.print_table("t", ["a", "b"], [("name", "word " * 60)])
         widths[said] = max(map(cell_len, capsys.readouterr().out.splitlines()))
     assert widths["70"] <= 70 < widths[""] == widths["none"] <= console.PIPE_WIDTH
+
+
+def test_a_table_of_texts_that_has_no_room_cuts_no_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = ["finding", "severity", "pairs", "first of them", "what to do", "expert-0", "expert-1"]
+    advice = "balance classes or filter captions " * 5
+    row = (
+        "one caption is that of more than 1 % of the pairs",
+        "warning",
+        "1,461",
+        "sun " * 9,
+        advice,
+        "0.991",
+        "0.007",
+    )
+    console.print_table("t", columns, [row])
+    out = capsys.readouterr().out
+    assert max(map(cell_len, out.splitlines())) <= 80
+    assert "…" not in out
+    for word in ("warning", "1,461", "balance", "captions", "0.991", "0.007", "severity", "expert-1"):
+        assert word in out, word

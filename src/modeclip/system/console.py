@@ -43,6 +43,8 @@ PIPE_WIDTH = 160
 """Columns of a table that is not printed on a terminal, unless COLUMNS says otherwise."""
 NAME_SHARE = 0.4
 """Share of the width that the first column of a table may take."""
+TEXT_WIDTH = 24
+"""Columns that the text of a cell gets at least where it is broken into lines."""
 HEADER_WIDTH = 14
 """Columns from which a heading of a table of numbers is broken into lines."""
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -190,21 +192,25 @@ def print_table(
         title: What the table shows.
         columns: Heading of each column; a line break in it is kept.
         rows: A text for each column.
-        in_parts: Continue below, under the first column again, with the columns that there is no room for; else cells
-            are wrapped.
+        in_parts: Keep the cells behind the first one on one line; else they are wrapped.
+
+    Columns that there is no room for continue below, under the first column again.
     """
     printer = Console(file=sys.stdout, width=_width(), highlight=False, markup=False, emoji=False)
     heads = [_heading(column, in_parts and bool(position)) for position, column in enumerate(columns)]
     cells = [[Text(printable(_wording.get()(str(cell)))) for cell in row] for row in rows]
     name_width = max(cell.cell_len for cell in [heads[0], *(row[0] for row in cells)])
-    if in_parts:
+    widest = printer.width if in_parts else TEXT_WIDTH
+    parts = _parts(heads, cells, printer.width - name_width - 4, widest)
+    if in_parts or len(parts) > 1:
         name_width = min(name_width, max(8, int(NAME_SHARE * printer.width)))
-    for part in _parts(heads, cells, printer.width - name_width - 4) if in_parts else [range(1, len(columns))]:
+        parts = _parts(heads, cells, printer.width - name_width - 4, widest)
+    for part in parts:
         printer.print(Text(printable(title), style="table.title"))
         table = Table()
-        table.add_column(heads[0], overflow="fold", no_wrap=not in_parts, max_width=name_width)
+        table.add_column(heads[0], overflow="fold", max_width=name_width, min_width=name_width)
         for position in part:
-            table.add_column(heads[position], justify="right", no_wrap=in_parts)
+            table.add_column(heads[position], justify="right", no_wrap=in_parts, overflow="fold")
         for row in cells:
             table.add_row(row[0], *(row[position] for position in part))
         printer.print(table)
@@ -240,13 +246,13 @@ def _broken(line: str) -> list[str]:
     return [part for whole in lines for part in textwrap.wrap(whole, HEADER_WIDTH)]
 
 
-def _parts(heads: Sequence[Text], cells: Sequence[Sequence[Text]], room: int) -> list[range]:
+def _parts(heads: Sequence[Text], cells: Sequence[Sequence[Text]], room: int, widest: int) -> list[range]:
     """Divide the columns behind the first one into ranges that fit beside it; lines take three letters of each."""
     parts: list[range] = []
     start, used = 1, 0
     for position in range(1, len(heads)):
         lines = [*heads[position].split("\n"), *(row[position] for row in cells)]
-        width = max(line.cell_len for line in lines) + 3
+        width = min(widest, max(line.cell_len for line in lines)) + 3
         if used and used + width > room:
             parts.append(range(start, position))
             start, used = position, 0
