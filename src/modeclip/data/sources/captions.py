@@ -28,7 +28,7 @@ class FileOptions:
 
     image_keys: str = COMMON_KEYS
     """Folders and shards: suffixes of images; the first one that is found counts. The default includes tif, tiff, ppm,
-    pgm, pbm, pnm, jfif, avif and jp2. In shards a suffix is everything after the first dot of a member's name."""
+    pgm, pbm, pnm, jfif, avif and jp2. In shards a name may have dots before the suffix."""
     caption_keys: str = "txt;json"
     """Folders and shards: suffixes of captions; the first one that is found counts."""
     caption_field: str = "caption"
