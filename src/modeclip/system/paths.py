@@ -24,6 +24,9 @@ from typing import Any, Literal
 
 from modeclip.errors import ModeclipError
 
+HIDDEN = (".", "__MACOSX")
+"""How the names of hidden files and folders begin, and of the folder that zip archives of macOS have beside others."""
+
 MAX_OPEN_FILES = 128
 """Descriptors that a process keeps open; the usual limit for a process is 1,024."""
 PACKAGES = {"s3": "s3", "s3a": "s3"}
@@ -360,7 +363,7 @@ def list_folder(folder: str) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Folder:
-    """What one folder of a tree holds, without names that begin with a dot."""
+    """What one folder of a tree holds, without names that begin as `HIDDEN` says."""
 
     path: str
     """Path relative to the root of the tree; "" for the root itself."""
@@ -397,7 +400,9 @@ def walk(root: str) -> Iterator[Folder]:
             seen.add(here)
             above |= {here}
             with os.scandir(place) as entries:
-                visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+                visible = sorted(
+                    (entry for entry in entries if not entry.name.startswith(HIDDEN)), key=lambda e: e.name
+                )
             below = []
             for entry in visible:
                 is_link = entry.is_symlink()
@@ -450,14 +455,14 @@ def _walk_store(root: str) -> Iterator[Folder]:
         store.invalidate_cache()
         for folder, folders, names in store.walk(base):
             _sort_visible(folders)
-            files = sorted(name for name in names if name and not name.startswith("."))
+            files = sorted(name for name in names if name and not name.startswith(HIDDEN))
             path = folder.rstrip("/")[len(base) :].strip("/")
             yield Folder(path=path, folders=list(folders), files=files)
 
 
 def _sort_visible(folders: Any) -> None:
     """Sort in place the folders that fsspec is still to walk: a dictionary, or a list."""
-    kept = sorted(name for name in folders if not name.startswith("."))
+    kept = sorted(name for name in folders if not name.startswith(HIDDEN))
     if isinstance(folders, dict):
         told = {name: folders[name] for name in kept}
         folders.clear()

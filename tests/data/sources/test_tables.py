@@ -553,3 +553,39 @@ def test_a_truncated_arrow_file_gives_what_comes_before(tmp_path: Path, faces):
     assert (problem.key, problem.cause) == (str(last), DAMAGED_TABLE)
     assert shades(samples) == list(range(20))
     assert json.loads((tmp_path / "d" / "state.json").read_text())["_data_files"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "feather", "arrow"])
+def test_of_columns_with_the_same_name_the_first_counts(tmp_path: Path, suffix):
+    columns = [[picture(1), picture(2)], ["a cat", "a dog"], ["other", "other"], [1, 2], [3, 4]]
+    _write_arrow(tmp_path / f"t.{suffix}", pa.table(columns, ["image", "caption", "caption", "site", "site"]))
+    found = read(tmp_path / f"t.{suffix}")
+    assert [(s.caption, s.image, dict(s.extra)) for s in found] == [
+        ("a cat", picture(1), {"site": 1}),
+        ("a dog", picture(2), {"site": 2}),
+    ]
+
+
+def test_a_first_file_that_is_cut_off_does_not_stop_the_others(tmp_path: Path):
+    for name in ("a", "b"):
+        _write_arrow(tmp_path / f"{name}.arrow", pa.table({"image": [picture(1)], "caption": [f"of {name}"]}))
+    (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-100])
+    damaged, kept = read(tmp_path)
+    assert (damaged.cause, damaged.key) == (DAMAGED_TABLE, str(tmp_path / "a.arrow"))
+    assert kept.caption == "of b"
+
+
+def test_advice_fits_a_row_that_is_too_short(tmp_path: Path):
+    (tmp_path / "t.csv").write_text("filepath,title\n1.png\n2.png,a,b\n3.png,c\n")
+    short, long, _ = read(tmp_path / "t.csv")
+    assert short.detail.endswith("1 cell where the header has 2: fill in the missing ones")
+    assert long.detail.endswith("3 cells where the header has 2: quote cells with ','")
+
+
+def _write_arrow(path: Path, table: pa.Table) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    new = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+        writer.write_table(table)

@@ -54,6 +54,14 @@ def test_a_folder_of_classes_is_read_as_torchvision_reads_it(folder):
     assert task.templates == ()
 
 
+def test_what_zip_archives_of_macos_have_beside_the_classes_is_none(folder):
+    for place in (folder, folder / "test"):
+        (place / "__MACOSX" / "dog").mkdir(parents=True)
+        (place / "__MACOSX" / "dog" / "._0.png").write_bytes(b"no image")
+    (task,) = load_tasks([str(folder)])
+    assert task.classnames == ("dog", "newt", "tabby cat")
+
+
 def test_the_training_split_is_read_where_it_is_wanted(folder):
     (task,) = load_tasks([str(folder)], train=True)
     assert task.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -594,7 +594,8 @@ def _parse_rows(lines: _Lines, separator: str) -> Iterator[CsvRow]:
         elif not problem and len(cells) > len(header) and not any(cells[len(header) :]):
             cells = cells[: len(header)]
         elif not problem and len(cells) != len(header):
-            problem = f"{count(len(cells), 'cell')} where the header has {len(header)}: quote cells with {separator!r}"
+            advice = f"quote cells with {separator!r}" if len(cells) > len(header) else "fill in the missing ones"
+            problem = f"{count(len(cells), 'cell')} where the header has {len(header)}: {advice}"
         elif not problem and cells == header:
             problem = "it repeats the header"
         yield CsvRow(number, cells, f"line {number}: {problem}" if problem else "")
@@ -675,7 +676,10 @@ def _list_of(cell: str) -> object:
 
 
 class TableFile:
-    """An open Parquet file, or an open file or stream of Arrow; use it as a context manager."""
+    """An open Parquet file, or an open file or stream of Arrow; use it as a context manager.
+
+    Where several columns have the same name, the first counts, as in CSV files.
+    """
 
     def __init__(self, table: str) -> None:
         """Open a file by its path or address.
@@ -698,6 +702,9 @@ class TableFile:
                 self._file.seek(0)
                 self._arrow = pa.ipc.open_file(self._file) if is_file else pa.ipc.open_stream(self._file)
                 self.schema = self._arrow.schema
+            if len(names := dict.fromkeys(self.schema.names)) < len(self.schema):
+                firsts = [self.schema.field(self.schema.names.index(name)) for name in names]
+                self.schema = pa.schema(firsts, self.schema.metadata)
         except BaseException:
             self._file.close()
             raise
@@ -712,18 +719,20 @@ class TableFile:
         """Yield the rows as batches of at most ``size`` rows; named columns that the table lacks are left out."""
         known = [name for name in dict.fromkeys(names) if name in self.schema.names]
         if self._parquet is not None:
-            yield from self._parquet.iter_batches(batch_size=size, columns=known)
+            for part in self._parquet.iter_batches(batch_size=size, columns=known):
+                yield part.select([part.schema.names.index(name) for name in known])
             return
         whole = self._arrow
         number = getattr(whole, "num_record_batches", None)
         for part in whole if number is None else (whole.get_batch(position) for position in range(number)):
-            chosen = part.select(known)
+            chosen = part.select([part.schema.names.index(name) for name in known])
             yield from (chosen.slice(start, size) for start in range(0, len(chosen), size))
 
     def read(self, names: Sequence[str], group: int | None = None) -> pa.Table:
         """Return columns of a Parquet file, of all its rows or of one row group."""
         columns = list(names)
-        return self._parquet.read(columns) if group is None else self._parquet.read_row_group(group, columns)
+        found = self._parquet.read(columns) if group is None else self._parquet.read_row_group(group, columns)
+        return found.select([found.schema.names.index(name) for name in columns])
 
     def __enter__(self) -> TableFile:
         return self
@@ -792,10 +801,13 @@ def _open_arrow(
     if kind == "parquet" and b"huggingface" in (schema.metadata or {}):
         kind = "huggingface"
     columns = _arrow_columns(schema, labels or class_label_names(schema), config, first)
-    with TableFile(first) as table:
-        batch = next(table.batches([columns.image], 1), None)
-    if batch is not None:
-        refuse_addresses(columns.image, next(iter(to_values(batch[columns.image])), None), first)
+    try:
+        with TableFile(first) as table:
+            batch = next(table.batches([columns.image], 1), None)
+            value = next(iter(to_values(batch[columns.image])), None) if batch is not None else None
+    except (pa.ArrowException, OSError):  # reading counts it
+        value = None
+    refuse_addresses(columns.image, value, first)
     parts = tuple(
         SourcePart(
             name=file, state=state, read=partial(read_arrow, file, group, columns), num_pairs=partial(table_size, file)
