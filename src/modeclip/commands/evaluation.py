@@ -111,6 +111,9 @@ def evaluate(
     loaded = load_tasks(
         tasks, templates=config.templates, root=data, train=config.probe, imagenet=imagenet_words, exif=exif
     )
+    unprobed = [repr(task.name) for task in loaded if task.kind == "classification" and task.train is None]
+    if config.probe and unprobed:
+        log(f"no linear probe of {', '.join(unprobed)}: there are no training images (a folder train beside test)")
     kept = FeatureCache(cache or out / CACHE_FOLDER)
     systems = open_systems(
         models,
