@@ -318,3 +318,24 @@ def test_links_stay_in_the_folder(tmp_path: Path) -> None:
     (snapshot / "weights").symlink_to("../../../outside")
     with pytest.raises(ModeclipError, match="weights is a link"):
         check_links(snapshot)
+
+
+def test_a_link_to_itself_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").symlink_to("vocab.txt")
+    with pytest.raises(ModeclipError, match=r"vocab\.txt is a link to itself; get the model again"):
+        check_links(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
+def test_a_number_of_layers_that_no_model_has_is_refused(tmp_path: Path, key: str) -> None:
+    """Building them one by one would take hours before anything fails."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", key: 10**9}))
+    with pytest.raises(ModeclipError, match=f"'{key}': expected a whole number from 0 to 1,024"):
+        check_transformer_folder(tmp_path)
+
+
+def test_a_depth_that_no_image_model_has_is_refused(tmp_path: Path) -> None:
+    settings = {"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"depth": 10**6}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModeclipError, match="'depth': expected a whole number from 0 to 1,024"):
+        check_timm_folder(tmp_path)

@@ -263,6 +263,7 @@ _MODEL: _Rules = (
         """,
         _WORD,
     )
+    | _keys("num_hidden_layers num_layers num_decoder_layers n_layer n_layers encoder_layers decoder_layers", _LAYERS)
     | _keys("_name_or_path name_or_path finetuning_task language prefix _commit_hash model_name", _TEXT)
     | _keys(
         """
@@ -397,6 +398,7 @@ _TIMM: _Rules = _TIMM_WEIGHTS | {
         "pos_embed": _WORD,
         "weight_init": _WORD,
         "fix_init": _FLAG,
+        **dict.fromkeys(("depth", "depths", "layers", "num_layers"), _some(_LAYERS, 16)),
     },
 }
 _LISTED: dict[str, _Rules | None] = {
@@ -543,7 +545,13 @@ def check_links(folder: Path) -> None:
     """
     inside = next((p.parents[1] for p in (folder, *folder.parents) if _is_snapshot(p)), folder).resolve()
     for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        try:
+            leaves = path.is_symlink() and not path.resolve().is_relative_to(inside)
+        except (OSError, RuntimeError):
+            raise ModeclipError(
+                f"model folder {folder}: {path.relative_to(folder)} is a link to itself; get the model again"
+            ) from None
+        if leaves:
             raise ModeclipError(
                 f"model folder {folder}: {path.relative_to(folder)} is a link to {path.resolve()}, outside of the "
                 "folder, and is not followed; copy the file into the folder"
