@@ -121,3 +121,11 @@ def test_a_recipe_too(modeclip_command: Command, tmp_path: Path, section: str, m
     assert done.returncode == 2
     assert re.search(f"^modeclip: error: .*{message}", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "{a: " * 3000, "9" * 6000, "2020-99-99", "\t[a"])
+def test_a_recipe_that_yaml_cannot_hold_is_one_line(modeclip_command: Command, tmp_path: Path, value: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"data: {{source: icons}}\nname: {value}\n")
+    done = modeclip_command("run", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert re.fullmatch(r"modeclip: error: recipe .*no valid YAML .*; correct that line\n", done.stderr), done.stderr

@@ -89,7 +89,7 @@ def load_recipe(path: Path) -> Recipe:
         raise ModeclipError(f"recipe {path}: no such file; correct the path") from None
     except ModeclipError as error:
         raise ModeclipError(f"recipe {path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also dates that are none, deep nesting
         raise ModeclipError(
             f"recipe {path}: no valid YAML ({' '.join(str(error).split())}); correct that line"
         ) from None
