@@ -534,3 +534,22 @@ def test_every_member_is_in_a_pair_or_counted(tmp_path: Path, members):
             linked = any(not member.isreg() for member in of_key.values())
             assert sample.read().decode() in texts or linked
             assert any(sample.caption in text for text in texts) or linked
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["png", "json", "jpg"], ["png", "txt"]),
+        (["jpg", "json", "txt"], ["jpg", "json"]),
+        (["png", "txt", "jpg"], ["png", "txt"]),
+    ],
+)
+def test_neighbours_with_the_same_key_and_other_formats_are_not_joined(tmp_path: Path, first, second):
+    members = [
+        (f"a.{end}", f'{{"caption": "{n}"}}'.encode() if end == "json" else n.encode())
+        for n, ends in (("1", first), ("2", second))
+        for end in ends
+    ]
+    (tmp_path / "t.tar").write_bytes(tar_of(members))
+    (sample,) = [each for each in read(tmp_path / "t.tar") if isinstance(each, Sample)]
+    assert (sample.read(), sample.caption) == (b"2", "2")

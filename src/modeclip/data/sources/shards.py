@@ -345,7 +345,7 @@ def _choose(found: list[Found]) -> Pair:
     images, captions = [each for each in found if each.text is None], [each for each in found if each.text is not None]
     if len(images) <= 1 and len(captions) <= 1:
         return Pair(next(iter(images), None), next(iter(captions), None), 0, 0)
-    runs = _runs(found)
+    runs, unsure = _runs(found)
     whole = max((n for n, run in enumerate(runs) if len({each.text is None for each in run}) == 2), default=-1)
     base = runs[whole] if whole >= 0 else []
     later = [each for run in runs[whole + 1 :] for each in run]
@@ -357,7 +357,7 @@ def _choose(found: list[Found]) -> Pair:
         new = [each for each in later if each in candidates]
         if is_updated and new:
             return new[-1]
-        return min(own or new, key=lambda each: each.place, default=None)
+        return min(own or new, key=lambda each: (each in unsure, each.place), default=None)
 
     image, caption = pick(images), pick(captions)
     last = {each.name: each for each in found}
@@ -370,12 +370,14 @@ def _choose(found: list[Found]) -> Pair:
     return Pair(image, caption, max(gone), further)
 
 
-def _runs(found: list[Found]) -> list[list[Found]]:
+def _runs(found: list[Found]) -> tuple[list[list[Found]], list[Found]]:
     """Cut the members of one key where others come between, and before one of a name that was there already.
 
-    In the second case all members that follow the first image and caption belong to the later sample.
+    In the second case all members that follow the first image and caption belong to the later sample. Those before the
+    name that comes again may be of the earlier one: they are returned too, and count only where the later has no other.
     """
     runs: list[list[Found]] = []
+    unsure: list[Found] = []
     for each in found:
         run = runs[-1] if runs and runs[-1][-1].run == each.run else None
         if run is None:
@@ -391,7 +393,8 @@ def _runs(found: list[Found]) -> list[list[Found]]:
                 runs += [rest, [each]]
             else:
                 runs.append([*rest, each])
-    return runs
+                unsure += rest
+    return runs, unsure
 
 
 def split_known(name: str, *known: Collection[str]) -> tuple[str, str]:
