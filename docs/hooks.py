@@ -49,6 +49,17 @@ def find_class(name: str) -> ast.ClassDef:
     raise PluginError(f"documentation asks for the class {name}, which no file of the package defines")
 
 
+def find_constant(name: str) -> ast.expr:
+    """Return the value of a constant of the package."""
+    for path in sorted((ROOT / "src" / "modeclip").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+                return node.value
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and node.value is not None:
+                return node.value
+    raise PluginError(f"a default is {name}, which no file of the package defines")
+
+
 def describe_default(value: ast.expr | None) -> str:
     """Return a field's default as YAML users read it."""
     if value is None:
@@ -61,6 +72,8 @@ def describe_default(value: ast.expr | None) -> str:
         empty = {"dict": "`{}`", "list": "`[]`", "tuple": "`[]`"}
         return empty.get(factory, f"`{factory}()`")
     text = ast.unparse(value)
+    if isinstance(value, ast.Name) and text.isupper():
+        return describe_default(find_constant(text))
     try:
         literal = ast.literal_eval(value)
     except ValueError:
@@ -77,7 +90,7 @@ def describe_default(value: ast.expr | None) -> str:
 def describe_type(annotation: ast.expr) -> str:
     """Return a field's type in plain words: ``str | None`` reads "str or none"."""
     text = ast.unparse(annotation)
-    text = re.sub(r"Annotated\[(\w+), .*\]", r"\1", text)
+    text = re.sub(r"Annotated\[(.+?), arg\(.*\)\]", r"\1", text)
     text = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace(", ", " | "), text)
     text = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", text)
     return text.replace(" | ", " or ").replace("None", "none")

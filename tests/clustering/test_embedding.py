@@ -50,7 +50,9 @@ def block_of(catalog: Catalog, inputs: tuple[str, ...]) -> dict[str, np.ndarray]
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_embed_adds_what_encode_returns(batch_size, catalog):
     result = embed(catalog, EmbedConfig(encoder="minilm", batch_size=batch_size))
-    assert result == EmbedResult(num_captions=7, num_computed=7, num_distinct=4, dimension=384, encoder="minilm")
+    assert result == EmbedResult(
+        num_captions=7, num_computed=7, num_distinct=4, dimension=384, encoder="minilm", num_zero=0
+    )
     captions = catalog.read(["caption"])["caption"].tolist()
     assert captions == CAPTIONS
     expected = load_encoder("minilm", batch_size=batch_size).encode(captions).astype(np.float16)

@@ -361,7 +361,7 @@ def foreign_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_output_that_is_not_utf8_shows_escapes(foreign_catalog: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
 
     def check(*words: str) -> str:
         command = [sys.executable, "-m", "modeclip", "check", str(foreign_catalog), "--out", str(tmp_path), *words]
@@ -448,7 +448,7 @@ def test_mistakes_in_other_arguments(
             "--tasks",
             f"{'t' * 240}={tmp_path}/task",
             *on_task[2:],
-        ): "shorter names",
+        ): "1 problem, named above",
         ("evaluate", tmp_path / "model", *on_task): r"no JSON \(Expecting",
         ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch_size: expected 1 .*got 0",
         ("report", tmp_path): r"no results\.json in",

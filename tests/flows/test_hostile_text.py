@@ -48,7 +48,10 @@ def shown_by(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) 
     return out if "--json" in words else out + err
 
 
-def test_captions_keys_and_paths(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_captions_keys_and_paths(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     catalog = tmp_path / "cat[/]"
     shown_by(capsys, "index", source, "--out", catalog, "--max-skipped-fraction", 0.5)
     shown = shown_by(capsys, "check", catalog, "--out", tmp_path / "page[/bold]")

@@ -64,8 +64,9 @@ def report(
 ) -> None:
     """Write the report of a run again."""
     from modeclip.pages.run_report import write_report
+    from modeclip.pipeline.stages import rewrite_report
 
-    print_lines(write_report(folder, out))
+    print_lines(write_report(folder, out) if out else rewrite_report(folder))
 
 
 def _print_plan(plan: RunPlan, as_json: bool) -> None:

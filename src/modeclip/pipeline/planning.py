@@ -44,6 +44,7 @@ from modeclip.pipeline.stages import (
     samples_of,
 )
 from modeclip.system.paths import home_path
+from modeclip.training.experts import pin_jobs
 from modeclip.training.jobs import TrainJob
 from modeclip.training.status import job_status
 
@@ -121,13 +122,18 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
     stages = _Outlook(recipe, folder)
     source = open_source(recipe.data)
     done = stages.look(source)
-    jobs = folder.jobs if "cluster" in done and ("controls" in done or not folder.split_controls) else None
     announced = announced_jobs(recipe, out)
+    if "cluster" in done and ("controls" in done or not folder.split_controls):
+        jobs = folder.jobs
+    elif "index" in done:  # models that read no clusters may be trained already
+        jobs = pin_jobs([job for job in announced if not job.where], Catalog.open(folder.catalog_path))
+    else:
+        jobs = []
     with tempfile.TemporaryDirectory(prefix="modeclip-plan-") as temporary:
         looked = _look(recipe, source, Path(temporary))
         if "index" in done:
             looked = replace(looked, num_pairs=len(Catalog.open(folder.catalog_path)), is_counted=True)
-        left = {job.name: _left_of(job) for job in jobs} if jobs else {}
+        left = {job.name: _left_of(job) for job in jobs}
         probes: dict[str, tuple[float, float, int, int]] = {}
         models, seconds = [], []
         for job in announced:

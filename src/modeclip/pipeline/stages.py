@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -131,6 +132,23 @@ def open_run(recipe: Recipe, out: Path) -> RunFolder:
         clustered_by=recipe.cluster,
         encoder=recipe.embed.encoder,
     )
+
+
+def rewrite_report(folder: Path) -> Path:
+    """Write the report of a run again, and note in the stage's record that it is whole; return its path.
+
+    Raises:
+        ModeclipError: The folder holds no readable ``results.json``.
+    """
+    from modeclip.pages.run_report import write_report
+
+    page, path = write_report(folder), RunPaths(folder=folder).stages / "report.json"
+    with suppress(ModeclipError):  # no run of a recipe, or a damaged record, which the next run replaces
+        record = read_record(path, "give the same modeclip run again")
+        record["files"] = note_files(folder, [page])
+        record["check"] = hash_record(record)
+        write_json(path, record, indent=2)
+    return page
 
 
 def announced_jobs(recipe: Recipe, out: Path) -> list[TrainJob]:
