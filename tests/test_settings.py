@@ -34,7 +34,7 @@ TABLE = [
     (TRAIN, "--samples", str(10**30), r"--samples: expected 1 or more \(and below 2\^63\), got 10{30}"),
     (TRAIN, "--batch-size", "1", r"--batch-size must be at least 2.*got 1"),
     (TRAIN, "--save-every", "0s", r"--save-every must be above 0, got \'0s\'"),
-    (TRAIN, "--save-every", "-1s", r"--save-every must be a number with s, min.*got \'-1s\'"),
+    (TRAIN, "--save-every", "-1s", r"--save-every must be auto, or a number with s, min.*got \'-1s\'"),
     (TRAIN, "--workers", "-1", r"--workers: expected 0 to 4,096, got -1"),
     (TRAIN, "--workers", "1000000", r"--workers: expected 0 to 4,096, got 1000000"),
     (TRAIN, "--micro-batch", "-1", r"--micro-batch must be auto or at least 0, got -1"),

@@ -365,7 +365,7 @@ def test_a_part_of_the_source_that_is_left_out_is_said_by_its_causes(tmp_path: P
 def test_an_index_that_was_stopped_is_said(tmp_path: Path) -> None:
     catalog = catalog_of(write_pairs(tmp_path / "data", [plain_png(1), plain_png(2)], ["one", "two"]))
     note = IndexNote(
-        plan="p", units=[["a", "1", True]], files=[[["x.lance", 7]], []], fingerprints=["", ""], skipped={}
+        plan="p", units=[["a", "1", True]], readings=[], files=[[["x.lance", 7]], []], fingerprints=["", ""]
     )
     Ledger(catalog.path, "index", IndexNote).add("000000", note)
     finding = next(one for one in check(catalog).findings if one.what == STOPPED)

@@ -185,7 +185,7 @@ def write_table(folder: Path, rows: list[tuple[int, str]], column: str = "site")
     return str(folder / "pairs.csv")
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(st.tuples(st.integers(0, 15), st.sampled_from("abcdef")), min_size=8, max_size=30))
 def test_groups_are_held_out_as_a_whole_and_no_image_with_them(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, str]]

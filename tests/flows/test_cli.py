@@ -450,7 +450,7 @@ def test_mistakes_in_other_arguments(
             *on_task[2:],
         ): "1 problem, named above",
         ("evaluate", tmp_path / "model", *on_task): r"no JSON \(Expecting",
-        ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch_size: expected 1 .*got 0",
+        ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch-size: expected 1 .*got 0",
         ("report", tmp_path): r"no results\.json in",
         ("train", tmp_path / "job.json"): "cannot be read",
     }

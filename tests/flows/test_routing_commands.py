@@ -38,8 +38,9 @@ def test_json_has_the_weights_the_clusters_and_the_budget(
 
 
 def test_explain_shows_three_clusters_a_class_and_prompts_change_them(
-    small_run: Path, mode: MoDE, capsys: pytest.CaptureFixture[str]
+    small_run: Path, mode: MoDE, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     route(small_run / "bundle", "heart,book", explain=True)
     explained = capsys.readouterr().out
     for reason in mode.route(["heart", "book"]).explain():

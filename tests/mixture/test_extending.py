@@ -214,7 +214,7 @@ def test_new_clusters_are_as_dense_as_the_old(bundle: Path, dishes: Catalog, old
 
 def test_many_passes_over_few_pairs_are_said(bundle: Path, dishes: Catalog, tmp_path: Path) -> None:
     """The plan has the passes that the samples make; a warning comes from 10 on that are 4 times the usual ones."""
-    opened = load_bundle(bundle)
+    opened, dishes = load_bundle(bundle), Catalog.open(dishes.path)  # as it is now
     assign(dishes, opened, AssignConfig())
     pairs = len(dishes.select(mask="novel"))
     usual = (

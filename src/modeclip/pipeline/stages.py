@@ -458,7 +458,7 @@ class Stages:
         before = ("index", "embed", "cluster", "train")
         lineage = {
             "stages": {stage: self.digests[stage] for stage in before},
-            "recipe": self.recipe.plain(),
+            "recipe": replace(self.recipe, train=self.recipe.train.decided()).plain(),
         }
         self.folder.write_bundle(name=self.recipe.name, lineage=lineage)
         return f"seed and {self.folder.clustering.num_experts} experts, rule {self.recipe.evaluate.rule}"
