@@ -452,7 +452,7 @@ def test_mistakes_in_other_arguments(
         ("evaluate", tmp_path / "model", *on_task): r"no JSON \(Expecting",
         ("evaluate", bundle, "--tasks", "pets", "--batch-size", "0"): "batch-size: expected 1 .*got 0",
         ("report", tmp_path): r"no results\.json in",
-        ("train", tmp_path / "job.json"): "cannot be read",
+        ("train", tmp_path / "job.json"): r"job\.json: no such file",
     }
     for words, message in mistakes.items():
         assert re.search(message, fails(capsys, *words))

@@ -205,7 +205,7 @@ def test_a_clustering_that_is_not_the_catalogs(trained: Path, tmp_path: Path) ->
 def test_other_settings_are_refused_by_name(trained: Path) -> None:
     with pytest.raises(ModeclipError, match=r"seed .*learning.rate was 0\.001, now 0\.01.*--resume never"):
         run(train_experts, trained, *SETTINGS, "--learning-rate", "0.01")
-    with pytest.raises(ModeclipError, match=r"--resume.*latest or never, got 'x'.*--start"):
+    with pytest.raises(ModeclipError, match=r"--resume.*latest, stale or never, got 'x'.*--start"):
         run(train_experts, trained, *SETTINGS, "--resume", "x")
 
 
