@@ -1,9 +1,12 @@
-"""Computing new columns of a catalog, one fragment at a time, in this process or on a Ray cluster.
+"""Computing over a catalog, one fragment at a time, in this process or on a Ray cluster: new columns, or statistics.
 
 Each fragment is one task: read its rows, do the work, write a file, note that it is finished. Tasks do not depend on
 each other. They run one after the other in this process, or on a Ray cluster, which repeats a task whose worker died. A
-killed map continues with the fragments that are not noted as finished; one commit shows all of them. When the same work
-is given again, only fragments that were appended since are computed.
+killed map continues with the fragments that are not noted as finished. When the same work is given again, only
+fragments that were appended since are computed.
+
+`map_columns` makes columns of the catalog, all of them visible in one commit. `map_fragments` keeps what it computes
+beside the catalog: counts that add up over all fragments, or vectors that later stages read fragment by fragment.
 
 Price: what the work costs. Memory: the inputs and outputs of a fragment. Ray workers read and write the catalog
 themselves, so its path must mean the same for all of them: one machine, a shared folder, or an object store.
@@ -15,12 +18,12 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped, UInt8
 
 from modeclip.data.catalog import Catalog, to_table
 from modeclip.data.storage import (
@@ -28,16 +31,19 @@ from modeclip.data.storage import (
     Ledger,
     missing_fragments,
     only_writer,
+    read_column_file,
     read_schema,
     remove_files,
     write_column_file,
 )
-from modeclip.errors import ModeclipError
+from modeclip.errors import DamagedError, ModeclipError
 from modeclip.system.console import log, progress
 from modeclip.system.files import writing
 
 IMAGE = "image"
 """Input that stands for the encoded image, wherever it is stored."""
+POSITION = "position"
+"""Input that stands for the positions of the rows in the catalog, int64."""
 IMAGES_AT_ONCE = 1024
 """Rows of a block when images are read: about 100 MB of photographs."""
 MAX_RETRIES = 3
@@ -55,7 +61,8 @@ class Work(Protocol):
     """
 
     inputs: tuple[str, ...]
-    """Names of the columns that it reads; ``image`` stands for the encoded images."""
+    """Names of the columns that it reads; ``image`` stands for the encoded images, ``position`` for the positions of
+    the rows."""
     outputs: tuple[str, ...]
     """Names of the columns that it makes."""
     unit: str
@@ -68,7 +75,42 @@ class Work(Protocol):
         ...
 
 
-def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = False) -> int:
+@runtime_checkable
+class Statistic(Protocol):
+    """A computation that `map_fragments` applies to a catalog: arrays of any length that can be merged.
+
+    Counts are merged by adding them up, vectors by `concatenate`. As for a `Work`, every Ray worker gets a copy.
+    """
+
+    inputs: tuple[str, ...]
+    """Names of the columns that it reads, as for a `Work`."""
+    unit: str
+    """What the progress bar calls rows, in the plural."""
+    facts: dict[str, Any]
+    """Everything that decides the result, as JSON."""
+
+    def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Return the arrays of a block of rows, of numbers or booleans."""
+        ...
+
+    def merge(self, parts: Sequence[dict[str, Shaped[np.ndarray, "..."]]]) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Return the arrays of consecutive blocks, or fragments, as those of one; there is at least one."""
+        ...
+
+
+def concatenate(parts: Sequence[dict[str, Shaped[np.ndarray, "..."]]]) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Merge arrays that have a row for each row of their block, such as vectors."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def map_columns(
+    catalog: Catalog,
+    work: Work,
+    description: str,
+    *,
+    ray: bool = False,
+    check: Callable[[Iterator[dict[str, Shaped[np.ndarray, "n *_"]]]], None] | None = None,
+) -> int:
     """Add or replace the columns that some work makes, and return the number of rows that were computed.
 
     Args:
@@ -76,6 +118,7 @@ def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = F
         work: What to compute.
         description: Title of the progress bar.
         ray: Use the Ray cluster that ``RAY_ADDRESS`` names, one that runs on this machine, or a new one.
+        check: Looks at the new columns, fragment by fragment, before they are shown; where it raises, none is.
 
     Raises:
         ModeclipError: The work fails, ray is not installed, or another process is writing to the catalog.
@@ -100,6 +143,13 @@ def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = F
             for part in (_run_on_ray if ray else _run_here)(task, sorted(todo - set(done))):
                 advance(sizes[part])
         files = task.finished()
+        if check is not None:
+            try:
+                check(read_column_file(catalog.path, files[part]) for part in sorted(files))
+            except BaseException:
+                remove_files(catalog.path, files.values())
+                ledger.clear()
+                raise
         if is_new:
             catalog.show(read_schema(catalog.path, next(iter(files.values()))), files, work.facts)
         else:
@@ -108,10 +158,150 @@ def map_columns(catalog: Catalog, work: Work, description: str, *, ray: bool = F
     return sum(sizes[part] for part in todo)
 
 
+def map_fragments(
+    catalog: Catalog,
+    statistic: Statistic,
+    description: str,
+    *,
+    ray: bool = False,
+    selected: Bool[np.ndarray, " N"] | None = None,
+) -> Fragments:
+    """Compute arrays for each fragment of a catalog and keep them beside it; return them.
+
+    Args:
+        catalog: A catalog; no column of it changes.
+        statistic: What to compute. The same facts on the same rows are not computed again.
+        description: Title of the progress bar.
+        ray: As for `map_columns`.
+        selected: Rows that the blocks shall hold, the others are left out; all by default.
+
+    Raises:
+        ModeclipError: The statistic fails, ray is not installed, or another process is writing to the catalog.
+    """
+    rows = {part.fragment_id: part.physical_rows for part in catalog.dataset.get_fragments()}
+    chosen = {}
+    if selected is not None:
+        if len(selected) != len(catalog):
+            raise ValueError(f"selected: expected {len(catalog):,} rows, got {len(selected):,}")
+        ends = np.cumsum(list(rows.values()))
+        chosen = {part: np.packbits(selected[end - rows[part] : end]) for part, end in zip(rows, ends, strict=True)}
+    files = {part.fragment_id: part.data_files()[0].path for part in catalog.dataset.get_fragments()}
+    states = {part: _hash([files[part], chosen[part].tobytes().hex() if chosen else ""]) for part in rows}
+    digest = _hash([statistic.inputs, statistic.facts])
+    ledger = Ledger(catalog.path, f"fragments-{digest}", tuple[str, str])
+    task = _Partial(catalog.path, statistic, ledger, digest, states, chosen)
+    with writing(catalog.path), only_writer(catalog.path):
+        done = task.finished()
+        todo = sorted(rows.keys() - done)
+        if todo:
+            with progress(description, sum(rows[part] for part in todo), statistic.unit) as advance:
+                for part in (_run_on_ray if ray else _run_here)(task, todo):
+                    advance(rows[part])
+    return Fragments(task, tuple(sorted(rows)), tuple(todo))
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """What `map_fragments` has computed: for each fragment, arrays by name, read when they are asked for."""
+
+    _task: _Partial
+    _parts: tuple[int, ...]
+    computed: tuple[int, ...]
+    """Fragments that were computed now; the others were there already."""
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[dict[str, Shaped[np.ndarray, "..."]]]:
+        """Yield the arrays of one fragment after the other, in the order of their rows."""
+        yield from map(self._task.read, self._parts)
+
+    def total(self) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Return the arrays of all fragments, merged; two fragments and the sum are in memory at a time."""
+        total: dict[str, np.ndarray] = {}
+        for arrays in self:
+            total = self._task.statistic.merge([total, arrays]) if total else arrays
+        return total
+
+
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def _plan(catalog: Catalog, work: Work, todo: set[int]) -> str:
     """Return a hash that is the same only for fragments of the same map."""
-    identity = [catalog.fingerprint, work.inputs, work.outputs, work.facts, sorted(todo)]
-    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return _hash([catalog.fingerprint, work.inputs, work.outputs, work.facts, sorted(todo)])
+
+
+class _Job(Protocol):
+    """What is done with each fragment, in whichever process."""
+
+    @property
+    def path(self) -> str:
+        """The catalog."""
+        ...
+
+    @property
+    def plan(self) -> str:
+        """A hash that no other job of this catalog has."""
+        ...
+
+    def __call__(self, part: int) -> int:
+        """Do one fragment, and return its number."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """Computes the arrays of each fragment, and reads them."""
+
+    path: str
+    statistic: Statistic
+    ledger: Ledger[tuple[str, str]]
+    plan: str
+    states: dict[int, str]
+    """A hash of each fragment's pairs and of which of them are selected."""
+    chosen: dict[int, UInt8[np.ndarray, " _"]] = field(repr=False)
+    """The selected rows of each fragment as bits; empty: all are."""
+
+    def __call__(self, part: int) -> int:
+        """Compute the arrays of a fragment, write them, and note that it is finished."""
+        from safetensors.numpy import save
+
+        catalog = Catalog.open(self.path, verify=False)  # whoever planned the map has looked at all files
+        bits = None
+        if self.chosen:
+            count = catalog.dataset.get_fragment(part).physical_rows
+            bits = np.unpackbits(self.chosen[part], count=count).astype(bool)
+        parts = [self.statistic(block) for block in _blocks(catalog, part, self.statistic.inputs, bits)]
+        arrays = parts[0] if len(parts) == 1 else self.statistic.merge(parts)
+        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        self.ledger.add_file(f"{part:06d}", content)
+        self.ledger.add(f"{part:06d}", (self.states[part], hashlib.blake2b(content, digest_size=16).hexdigest()))
+        return part
+
+    def finished(self) -> set[int]:
+        """Return the fragments whose arrays are there; those of fragments that are gone or have changed are removed."""
+        found = set()
+        for name, (state, _) in self.ledger.parts().items():
+            if self.states.get(int(name)) == state:
+                found.add(int(name))
+            else:
+                self.ledger.remove(name)
+        return found
+
+    def read(self, part: int) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Read the arrays of a fragment; if they are damaged, they are computed again."""
+        from safetensors.numpy import load
+
+        name = f"{part:06d}"
+        for _ in range(2):
+            content, note = self.ledger.read_file(name), self.ledger.note(name)
+            if content and note and hashlib.blake2b(content, digest_size=16).hexdigest() == note[1]:
+                return dict(load(content))
+            log(f"{self.path}: what was kept of the {self.statistic.unit} of fragment {part} is damaged; done again")
+            self(part)
+        raise DamagedError(f"{self.path}: what was computed of fragment {part} cannot be read back; check the disk")
 
 
 @dataclass(frozen=True)
@@ -143,28 +333,44 @@ class _Task:
         return {int(part): file for part, (_, file) in parts.items()}
 
 
-def _blocks(catalog: Catalog, part: int, inputs: Sequence[str]) -> Iterator[dict[str, Shaped[np.ndarray, "n *_"]]]:
-    """Read the inputs of a fragment as one block, or as several if images are among them."""
-    if IMAGE not in inputs:
-        yield catalog.read_fragment(inputs, part)
-        return
+def map_blocks(catalog: Catalog, work: Work, description: str) -> dict[str, Shaped[np.ndarray, "N *_"]]:
+    """Return what some work makes of all rows, without adding it to the catalog; all of it is in memory."""
+    fragments = {part.fragment_id: part.physical_rows for part in catalog.dataset.get_fragments()}
+    found: list[dict[str, np.ndarray]] = []
+    with progress(description, sum(fragments.values()), work.unit) as advance:
+        for part, rows in fragments.items():
+            found += [work(block) for block in _blocks(catalog, part, work.inputs)]
+            advance(rows)
+    return {name: np.concatenate([block[name] for block in found]) for name in work.outputs}
+
+
+def _blocks(
+    catalog: Catalog, part: int, inputs: Sequence[str], chosen: Bool[np.ndarray, " n"] | None = None
+) -> Iterator[dict[str, Shaped[np.ndarray, "n *_"]]]:
+    """Read the inputs of a fragment, or of some of its rows, as one block, or as several if images are among them."""
     fragments = {fragment.fragment_id: fragment.physical_rows for fragment in catalog.dataset.get_fragments()}
     first = sum(rows for fragment, rows in fragments.items() if fragment < part)
-    for start in range(first, first + fragments[part], IMAGES_AT_ONCE):
-        rows = np.arange(start, min(start + IMAGES_AT_ONCE, first + fragments[part]))
-        others = [name for name in inputs if name != IMAGE]
-        block = catalog.read(others, rows) if others else {}
-        encoded = np.empty(len(rows), object)
-        encoded[:] = catalog.encoded_images(rows)
-        yield block | {IMAGE: encoded}
+    columns = [name for name in inputs if name not in {IMAGE, POSITION}]
+    rows = first + (np.arange(fragments[part]) if chosen is None else np.flatnonzero(chosen))
+    if IMAGE not in inputs:
+        block = catalog.read_fragment(columns, part) if columns else {}
+        block = block if chosen is None else {name: values[chosen] for name, values in block.items()}
+        yield block | ({POSITION: rows} if POSITION in inputs else {})
+        return
+    for start in range(0, max(1, len(rows)), IMAGES_AT_ONCE):
+        some = rows[start : start + IMAGES_AT_ONCE]
+        block = catalog.read(columns, some) if columns else {}
+        encoded = np.empty(len(some), object)
+        encoded[:] = catalog.encoded_images(some)
+        yield block | {IMAGE: encoded} | ({POSITION: some} if POSITION in inputs else {})
 
 
-def _run_here(task: _Task, parts: Sequence[int]) -> Iterator[int]:
+def _run_here(task: _Job, parts: Sequence[int]) -> Iterator[int]:
     """Compute fragments one after the other."""
     yield from map(task, parts)
 
 
-def _run_on_ray(task: _Task, parts: Sequence[int]) -> Iterator[int]:
+def _run_on_ray(task: _Job, parts: Sequence[int]) -> Iterator[int]:
     """Compute fragments as tasks of a Ray cluster, which repeats a task whose worker died."""
     try:
         import ray
@@ -195,10 +401,10 @@ def _run_on_ray(task: _Task, parts: Sequence[int]) -> Iterator[int]:
             ray.cancel(reference)
 
 
-_known_tasks: dict[tuple[str, str], _Task] = {}
+_known_tasks: dict[tuple[str, str], _Job] = {}
 
 
-def _do(task: _Task, part: int) -> int:
+def _do(task: _Job, part: int) -> int:
     """Compute a fragment in a Ray worker, which keeps the work and with it a loaded model for the next fragment."""
     identity = (task.path, task.plan)
     if identity not in _known_tasks:

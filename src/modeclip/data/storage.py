@@ -91,6 +91,35 @@ class Ledger(Generic[T]):
                 log(f"{path}: damaged ({error}); this part is done again")
         return found
 
+    def note(self, part: str) -> T | None:
+        """Return the note of a part, or None if it is not finished, or its note is damaged."""
+        try:
+            return parse_json(self._files.cat_file(f"{self._folder}/{part}.json"), self._shape)
+        except (OSError, ValueError):
+            return None
+
+    def add_file(self, part: str, content: bytes) -> None:
+        """Write what belongs to a part, before it is noted as finished; a reader sees all of it or nothing."""
+        path = f"{self._folder}/{part}.bin"
+        if self._is_local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(path), content)
+        else:
+            self._files.pipe_file(path, content)
+
+    def read_file(self, part: str) -> bytes | None:
+        """Return what belongs to a part; None where it is missing."""
+        try:
+            return bytes(self._files.cat_file(f"{self._folder}/{part}.bin"))
+        except OSError:
+            return None
+
+    def remove(self, part: str) -> None:
+        """Remove a part's note, and what belongs to it."""
+        for kind in ("json", "bin"):
+            with suppress(FileNotFoundError):
+                self._files.rm_file(f"{self._folder}/{part}.{kind}")
+
     def clear(self) -> None:
         """Remove all notes."""
         if self._files.exists(self._folder):
@@ -159,6 +188,14 @@ def read_schema(uri: str, name: str) -> pa.Schema:
 
     schema = LanceFileReader(join(uri, f"data/{name}")).metadata().schema
     return pa.schema([field.with_name(field.name.removeprefix(NEW)) for field in schema])
+
+
+def read_column_file(uri: str, name: str) -> dict[str, np.ndarray]:
+    """Return the columns of a file that ``write_column_file`` wrote as arrays, by the names that a commit gives them."""
+    from lance.file import LanceFileReader
+
+    table = LanceFileReader(join(uri, f"data/{name}")).read_all().to_table()
+    return {name.removeprefix(NEW): np.asarray(table[name].to_numpy()) for name in table.schema.names}
 
 
 def remove_unfinished(uri: str) -> None:
