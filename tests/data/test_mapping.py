@@ -20,7 +20,7 @@ import pytest
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
-from modeclip.data.mapping import map_columns
+from modeclip.data.mapping import POSITION, concatenate, map_columns, map_fragments
 from modeclip.data.storage import FileWriter, append, create
 from modeclip.errors import ModeclipError
 
@@ -200,7 +200,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from modeclip.data.catalog import Catalog
-from modeclip.data.mapping import map_columns
+from modeclip.data.mapping import POSITION, concatenate, map_columns, map_fragments
 from test_mapping import Lengths
 map_columns(Catalog.open(sys.argv[1]), Lengths(sys.argv[2], sleep=0.2), "lengths")
 """
@@ -294,3 +294,85 @@ class TestRay:
             made.append({name: column.tobytes() for name, column in columns.items()} | {"cards": repr(clustering.fine)})
             assert catalog.facts("caption_embedding")["encoder"] == "minilm"
         assert made[0] == made[1]
+
+
+@dataclass
+class Letters:
+    """A statistic with a trace: how often each letter occurs, and the length of each caption."""
+
+    log: str
+    inputs: tuple[str, ...] = ("caption", POSITION)
+    unit: str = "captions"
+    facts: dict[str, Any] = field(default_factory=lambda: {"made_by": "letters"})
+
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        captions = block["caption"].tolist()
+        with Path(self.log).open("a") as file:
+            file.writelines(f"{caption}\n" for caption in captions)
+        letters = np.frombuffer("".join(captions).encode(), np.uint8)
+        return {
+            "letters": np.bincount(letters, minlength=256),
+            "lengths": np.array([len(caption) for caption in captions], np.int32),
+            "rows": block[POSITION],
+        }
+
+    def merge(self, parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        letters = sum((part["letters"] for part in parts), np.zeros(256, np.int64))
+        return concatenate([{name: part[name] for name in ("lengths", "rows")} for part in parts]) | {
+            "letters": letters
+        }
+
+
+def test_a_statistic_counts_each_fragment_once_and_new_ones_later(catalog: Catalog, tmp_path: Path) -> None:
+    captions = catalog.read(["caption"])["caption"].tolist()
+    log = tmp_path / "log"
+    first = map_fragments(catalog, Letters(str(log)), "count")
+    assert len(first.computed) == len(first) == ROWS // FRAGMENT_ROWS
+    total = first.total()
+    assert {chr(code): int(n) for code, n in enumerate(total["letters"]) if n} == dict(Counter("".join(captions)))
+    assert total["lengths"].tolist() == list(map(len, captions))
+    assert total["rows"].tolist() == list(range(ROWS))
+    assert map_fragments(catalog, Letters(str(log)), "count").computed == ()
+    writer = FileWriter(catalog.path, rows_of(0, 1).schema)
+    writer.write(rows_of(ROWS, 5))
+    append(catalog.path, writer.finish(), METADATA)
+    more = map_fragments(Catalog.open(catalog.path), Letters(str(log)), "count")
+    assert len(more.computed) == 1
+    assert more.total()["rows"].tolist() == list(range(ROWS + 5))
+    assert len(log.read_text().splitlines()) == ROWS + 5
+    assert "length" not in Catalog.open(catalog.path).columns
+
+
+def test_a_statistic_of_selected_rows_sees_no_others(catalog: Catalog, tmp_path: Path) -> None:
+    selected = np.random.default_rng(0).random(ROWS) < 0.4
+    found = map_fragments(catalog, Letters(str(tmp_path / "log")), "count", selected=selected)
+    assert found.total()["rows"].tolist() == np.flatnonzero(selected).tolist()
+    selected[3] = not selected[3]  # the first fragment's selection changes, the others' does not
+    assert map_fragments(catalog, Letters(str(tmp_path / "log")), "count", selected=selected).computed == (0,)
+
+
+def test_a_damaged_statistic_is_counted_again(catalog: Catalog, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    expected = map_fragments(catalog, Letters(str(log)), "count").total()
+    files = sorted(Path(catalog.path).glob("_modeclip/fragments-*/*.bin"))
+    content = bytearray(files[2].read_bytes())
+    content[-3] ^= 1
+    files[2].write_bytes(content)
+    files[3].unlink()
+    found = map_fragments(catalog, Letters(str(log)), "count").total()
+    assert all((found[name] == expected[name]).all() for name in expected)
+    assert len(log.read_text().splitlines()) == ROWS + 2 * FRAGMENT_ROWS
+
+
+def test_columns_that_a_check_refuses_are_not_shown(catalog: Catalog, tmp_path: Path) -> None:
+    def refuse(blocks: Iterator[dict[str, np.ndarray]]) -> None:
+        lengths = np.concatenate([block["length"] for block in blocks])
+        raise ModeclipError(f"{lengths.sum()} letters")
+
+    expected = sum(map(len, catalog.read(["caption"])["caption"]))
+    before = sorted(Path(catalog.path, "data").iterdir())
+    with pytest.raises(ModeclipError, match=f"^{expected} letters$"):
+        map_columns(catalog, Lengths(str(tmp_path / "log")), "lengths", check=refuse)
+    assert sorted(Path(catalog.path, "data").iterdir()) == before
+    assert "length" not in Catalog.open(catalog.path).columns
+    assert map_columns(catalog, Lengths(str(tmp_path / "log")), "lengths") == ROWS

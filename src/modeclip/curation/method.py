@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -106,6 +106,7 @@ class Prepared:
     """The same in pictures."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """A config that can prepare its method."""
 
@@ -163,4 +164,4 @@ def draw(seed: int, *identities: Sequence[str]) -> Float[np.ndarray, " n"]:
             content = text.encode()
             one.update(len(content).to_bytes(8, "little") + content)
         numbers[place] = int.from_bytes(one.digest(), "little")
-    return (numbers >> np.uint64(11)) * 2.0**-53  # type: ignore[no-any-return]
+    return (numbers >> np.uint64(11)) * 2.0**-53

@@ -233,24 +233,6 @@ def _plan(catalog: Catalog, work: Work, todo: set[int]) -> str:
     return _hash([catalog.fingerprint, work.inputs, work.outputs, work.facts, sorted(todo)])
 
 
-class _Job(Protocol):
-    """What is done with each fragment, in whichever process."""
-
-    @property
-    def path(self) -> str:
-        """The catalog."""
-        ...
-
-    @property
-    def plan(self) -> str:
-        """A hash that no other job of this catalog has."""
-        ...
-
-    def __call__(self, part: int) -> int:
-        """Do one fragment, and return its number."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Partial:
     """Computes the arrays of each fragment, and reads them."""
@@ -365,12 +347,12 @@ def _blocks(
         yield block | {IMAGE: encoded} | ({POSITION: some} if POSITION in inputs else {})
 
 
-def _run_here(task: _Job, parts: Sequence[int]) -> Iterator[int]:
+def _run_here(task: _Task | _Partial, parts: Sequence[int]) -> Iterator[int]:
     """Compute fragments one after the other."""
     yield from map(task, parts)
 
 
-def _run_on_ray(task: _Job, parts: Sequence[int]) -> Iterator[int]:
+def _run_on_ray(task: _Task | _Partial, parts: Sequence[int]) -> Iterator[int]:
     """Compute fragments as tasks of a Ray cluster, which repeats a task whose worker died."""
     try:
         import ray
@@ -401,10 +383,10 @@ def _run_on_ray(task: _Job, parts: Sequence[int]) -> Iterator[int]:
             ray.cancel(reference)
 
 
-_known_tasks: dict[tuple[str, str], _Job] = {}
+_known_tasks: dict[tuple[str, str], _Task | _Partial] = {}
 
 
-def _do(task: _Job, part: int) -> int:
+def _do(task: _Task | _Partial, part: int) -> int:
     """Compute a fragment in a Ray worker, which keeps the work and with it a loaded model for the next fragment."""
     identity = (task.path, task.plan)
     if identity not in _known_tasks:

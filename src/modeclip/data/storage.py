@@ -191,7 +191,7 @@ def read_schema(uri: str, name: str) -> pa.Schema:
 
 
 def read_column_file(uri: str, name: str) -> dict[str, np.ndarray]:
-    """Return the columns of a file that ``write_column_file`` wrote as arrays, by the names that a commit gives them."""
+    """Return the columns of a file that ``write_column_file`` wrote, by the names that a commit gives them."""
     from lance.file import LanceFileReader
 
     table = LanceFileReader(join(uri, f"data/{name}")).read_all().to_table()
