@@ -13,6 +13,7 @@ part of the rows at a time; ``read`` holds what it returns.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -279,6 +280,12 @@ class Catalog:
             equals[mask], mask = True, None
         if mask is not None and len(mask) != len(self):
             raise ModeclipError(f"mask has {len(mask):,} rows, catalog {self.path!r} has {len(self):,}")
+        return self.select_equal(equals, mask)
+
+    def select_equal(
+        self, equals: Mapping[str, object], mask: Bool[np.ndarray, " N"] | None = None
+    ) -> Int[np.ndarray, " n"]:
+        """Do what ``select`` does, for columns of any name."""
         names = list(equals)
         self._require(names)
         types = self._dataset.schema
@@ -291,6 +298,63 @@ class Catalog:
             found.append(start + np.flatnonzero(chosen))
             start += batch.num_rows
         return np.concatenate(found)
+
+    def select_where(self, condition: str) -> Int[np.ndarray, " n"]:
+        """Return the positions of the rows for which a condition in SQL holds, ascending.
+
+        Args:
+            condition: What Lance takes as a filter, such as ``width > 64 AND site = 'north'``. Names with other
+                characters than letters, digits and ``_`` stand in backticks.
+
+        Raises:
+            ModeclipError: It is no condition, names no column, or is not the same for a row each time it is asked.
+        """
+        self._require(self.columns_of(condition))
+        try:
+            scanner = self._dataset.scanner(columns=["_rowoffset"], filter=f"({condition}\n)")
+            batches = [batch["_rowoffset"] for batch in scanner.to_batches()]
+        except (OSError, ValueError) as error:
+            reason = str(error).split(", /")[0].replace("Invalid user input: ", "")
+            if unnamed := re.search(r"No field named \W*([\w-]+)", reason):
+                raise unknown(f"column of {self.path!r}", unnamed[1], self.columns) from error
+            if "LanceError" in reason:  # not the condition, but a file
+                with self._reading(self.columns_of(condition)):
+                    raise
+            reason = re.sub(r"^.*\((sql parser error: .*)\)$", r"\1", " ".join(reason.split()))
+            raise ModeclipError(
+                f"{reason}; expected COLUMN=VALUE or a condition in SQL, such as \"width > 64 AND site = 'north'\""
+            ) from error
+        found = [np.empty(0, np.int64), *(np.asarray(batch, np.int64) for batch in batches)]
+        return np.sort(np.concatenate(found))
+
+    def columns_of(self, condition: str) -> list[str]:
+        """Return the columns that a condition in SQL names, in their order.
+
+        Raises:
+            ModeclipError: It is more than one condition, or not the same for a row each time it is asked.
+        """
+        bare = re.sub(r"'[^']*'|--.*", " ", condition)
+        depth = np.cumsum([(letter == "(") - (letter == ")") for letter in bare] or [0])
+        if ";" in bare or depth.min() < 0:
+            raise ModeclipError("it is no single condition in SQL; expected one without ; and with as many ( as )")
+        for changing in re.findall(r"(?i)\b(random|uuid|now|today|current_\w+)\b", bare):
+            if changing not in self.columns:
+                raise ModeclipError(f"{changing} is another value each time; expected a condition on the pairs alone")
+        words = set(re.findall(r"`([^`]+)`|(?<![\w`])([A-Za-z_]\w*)", bare))
+        quoted, plain = {one for one, _ in words if one}, {other for _, other in words if other}
+        if inner := sorted(name for name in plain if name.startswith("_row")):
+            raise unknown(f"column of {self.path!r}", inner[0], self.columns)
+        lower = {name.lower() for name in plain}
+        return [name for name in self.columns if name in quoted or name.lower() in lower]
+
+    def type_of(self, column: str) -> str:
+        """Return what a column holds, as Arrow calls it: ``int64``, ``bool``, ``string``.
+
+        Raises:
+            ModeclipError: There is no such column.
+        """
+        self._require([column])
+        return str(self._dataset.schema.field(column).type)
 
     def images(self, rows: Int[np.ndarray, " n"]) -> list[Image.Image]:
         """Read and decode images to RGB, in the order of ``rows``, turned as the property ``exif`` says.
