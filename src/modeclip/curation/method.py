@@ -53,8 +53,12 @@ class Histogram:
     """Edges of the bins, one more than there are counts."""
     counts: tuple[int, ...]
     """Pairs in each bin."""
+    kept: tuple[float, ...] | None = None
+    """Of these the pairs that are kept, if that is known; where each pass of training draws, those to be expected."""
     threshold: float | None = None
     """Where the method divides the values, if it does."""
+    is_log: bool = False
+    """Whether the horizontal axis is logarithmic."""
 
 
 @dataclass(frozen=True, kw_only=True)
