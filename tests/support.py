@@ -241,3 +241,41 @@ def parse_page(path: Path) -> Element:
     parser.close()
     (root,) = parser.open
     return root
+
+
+def write_wordnet(folder: Path) -> Path:
+    """Write a WordNet of nine synsets in the format of its own files, with counts and irregular forms."""
+    licence = "  1 This is no licence, but lines of one begin like this  \n"
+    files = {
+        "data.noun": """\
+00000100 05 n 02 dog 0 domestic_dog 0 001 @ 00000200 n 0000 | a member of the genus Canis; "the dog barked"
+00000200 05 n 01 animal 0 000 | a living organism; "animals eat"; "it is an animal"
+00000300 13 n 03 hot_dog 0 dog 1 Red_Hot 0 000 | a sausage on a bun (called a "dog" at fairs)
+00000400 05 n 01 mouse 0 000 | a small rodent
+00000500 13 n 01 U.S.A. 0 000 | a country
+""",
+        "index.noun": """\
+animal n 1 1 @ 1 1 00000200
+dog n 2 2 @ ~ 2 1 00000100 00000300
+domestic_dog n 1 1 @ 1 0 00000100
+hot_dog n 1 0 1 0 00000300
+mouse n 1 0 1 1 00000400
+red_hot n 1 0 1 0 00000300
+u.s.a. n 1 0 1 0 00000500
+""",
+        "data.verb": '00000100 38 v 01 run 0 000 01 + 02 00 | move fast; "he ran"\n',
+        "index.verb": "run v 1 0 1 1 00000100\n",
+        "data.adj": """\
+00000100 00 a 01 small 0 001 & 00000200 a 0000 | of little size
+00000200 00 s 02 tiny 0 asleep(p) 0 001 & 00000100 a 0000 | very small
+""",
+        "index.adj": "asleep a 1 1 & 1 0 00000200\nsmall a 1 1 & 1 1 00000100\ntiny a 1 1 & 1 1 00000200\n",
+        "data.adv": "00000100 02 r 01 fast 0 000 | quickly\n",
+        "index.adv": "fast r 1 0 1 0 00000100\n",
+        "noun.exc": "mice mouse\n",
+        "cntlist.rev": "dog%1:05:00:: 1 42\ndog%1:13:01:: 2 3\ntiny%5:00:00:small:00 1 7\n",
+    }
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(licence + text if "." in name and name[0] in "di" else text, encoding="utf-8")
+    return folder
