@@ -31,6 +31,7 @@ COMMANDS = {
     "check": "data",
     "uids": "data",
     "embed": "data",
+    "curate": "curation",
     "cluster": "data",
     "train": "training",
     "train-experts": "training",
@@ -96,6 +97,10 @@ def _drop_output() -> None:
 
 def _run(words: Sequence[str]) -> None:
     name = words[0].replace("_", "-") if words else ""
+    if name == "curate":
+        command, rest, prog = import_module(f"{__name__}.curation").choose(words[1:])
+        call(command, rest, prog=prog)
+        return
     if name in COMMANDS:
         call(load_command(name), words[1:], prog=f"modeclip {name}")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from hashlib import sha256
 from importlib.resources import files
@@ -15,6 +16,8 @@ from modeclip.clustering.embedding import EmbedConfig
 from modeclip.clustering.fitting import (
     ClusterConfig,
 )
+from modeclip.curation.curating import check_name, load_method
+from modeclip.curation.method import Method
 from modeclip.data.sources import DataConfig, relative_to
 from modeclip.data.sources.options import GROUPS
 from modeclip.errors import ModeclipError, unknown
@@ -29,6 +32,36 @@ from modeclip.training.jobs import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurateStep:
+    """A method of curation with its settings; in a recipe they stand beside each other."""
+
+    method: str
+    """metaclip, align, dfn, klite or duplicates."""
+    column: str | None = None
+    """What the names of its columns begin with; the method by default."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the method, as `modeclip curate CATALOG METHOD --help` lists them."""
+
+    @property
+    def name(self) -> str:
+        """What the names of its columns begin with."""
+        return self.column or self.method
+
+    @property
+    def config(self) -> Method:
+        """The settings as the method's config."""
+        from pydantic import TypeAdapter
+
+        found: Method = TypeAdapter(load_method(self.method)).validate_python(dict(self.settings))
+        return found
+
+    def flat(self) -> dict[str, Any]:
+        """Return the step as it stands in a recipe."""
+        column = {} if self.column is None else {"column": self.column}
+        return {"method": self.method, **column, **self.settings}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that a run is made from."""
 
@@ -38,6 +71,9 @@ class Recipe:
     """Where the pairs come from."""
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     """How captions become vectors."""
+    curate: tuple[CurateStep, ...] = ()
+    """Methods of curation in their order, each of which looks at the pairs that those before it have kept; clusters
+    and models are made of what the last one keeps. All pairs by default."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """How captions are clustered and experts are formed."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -49,7 +85,9 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as JSON and YAML know it, with the flat names of its file."""
-        return dict(plain_of(asdict(self) | {"data": self.data.flat()}))
+        steps = [step.flat() for step in self.curate]
+        plain = dict(plain_of(asdict(self) | {"data": self.data.flat(), "curate": steps}))
+        return plain if steps else {name: value for name, value in plain.items() if name != "curate"}
 
 
 def demo_recipe() -> Path:
@@ -98,6 +136,9 @@ def load_recipe(path: Path) -> Recipe:
         for section, name in (("train", "model"), ("embed", "encoder")):
             if isinstance(content.get(section), dict) and isinstance(content[section].get(name), str):
                 content[section][name] = _folder_beside(path, content[section][name])
+        for step in content["curate"] if isinstance(content.get("curate"), list) else []:
+            for name, value in step.items() if isinstance(step, dict) else []:
+                step[name] = _beside(path, value)
     try:
         recipe = parse_recipe(content)
     except ModeclipError as error:
@@ -119,6 +160,8 @@ def parse_recipe(content: Any) -> Recipe:
         )
     if isinstance(content.get("data"), dict):
         content = content | {"data": DataConfig.nested(content["data"])}
+    if "curate" in content:
+        content = content | {"curate": _parse_steps(content["curate"])}
     _check_fields(Recipe, content, ())
     try:
         return TypeAdapter(Recipe).validate_python(content)
@@ -129,6 +172,39 @@ def parse_recipe(content: Any) -> Recipe:
         raise ModeclipError(problem["msg"].removeprefix("Value error, "))
     got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
     raise ModeclipError(f"{place}: {problem['msg']}{got}")
+
+
+def _parse_steps(content: Any) -> list[CurateStep]:
+    """Return the steps of a curation, and check each setting.
+
+    Raises:
+        ModeclipError: A step names no method, a setting is unknown or cannot be meant, or two have the same columns.
+    """
+    from pydantic import ValidationError
+
+    if not isinstance(content, list) or not all(isinstance(step, dict) and "method" in step for step in content):
+        raise ModeclipError(
+            "curate: expected a list of methods such as `- method: duplicates`, with settings beside the method"
+        )
+    steps = []
+    for number, given in enumerate(content):
+        place = ("curate", str(number + 1))
+        settings = {name: value for name, value in given.items() if name not in {"method", "column"}}
+        _check_fields(load_method(str(given["method"])), settings, place)
+        step = CurateStep(method=str(given["method"]), column=given.get("column"), settings=settings)
+        try:
+            check_name(step.name)
+            _ = step.config
+        except ValidationError as error:
+            problem = error.errors()[0]
+            if problem["type"] == "value_error":
+                raise ModeclipError(problem["msg"].removeprefix("Value error, ")) from None
+            name = ".".join((*place, *map(str, problem["loc"])))
+            raise ModeclipError(f"{name}: {problem['msg']}, got {problem['input']!r}") from None
+        if step.name in {other.name for other in steps}:
+            raise ModeclipError(f"curate: two steps are called {step.name!r}; give one of them another `column`")
+        steps.append(step)
+    return steps
 
 
 def write_recipe(recipe: Recipe, folder: RunPaths) -> None:
@@ -149,6 +225,14 @@ def _folder_beside(recipe: Path, value: str) -> str:
     prefix = next((known for known in prefixes if value.startswith(known)), "")
     folder = recipe.parent / value.removeprefix(prefix)
     return f"{prefix}{folder}" if folder.is_dir() else value
+
+
+def _beside(recipe: Path, value: Any) -> Any:
+    """Return a setting with its path taken from the recipe's folder, if there is something of that name there."""
+    if isinstance(value, list):
+        return [_beside(recipe, one) for one in value]
+    is_there = isinstance(value, str) and value and (recipe.parent / expand_homes(value)).exists()
+    return str(recipe.parent / expand_homes(value)) if is_there else value
 
 
 def _check_fields(section: type, content: dict[str, Any], place: tuple[str, ...]) -> None:
