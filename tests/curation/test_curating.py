@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from tests.data.test_mapping import METADATA, ROWS, rows_of, write_catalog
 
 from modeclip.curation.curating import Curated, curate, curations_of
 from modeclip.curation.method import Context, Prepared, draw
@@ -19,8 +19,6 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Statistic, Work, map_fragments
 from modeclip.data.selection import Selection
 from modeclip.errors import ModeclipError
-from modeclip.system.files import only_process
-from tests.data.test_mapping import METADATA, ROWS, rows_of, write_catalog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +164,10 @@ def test_a_column_of_another_origin_is_not_replaced(catalog: Catalog) -> None:
 def test_two_at_once_are_refused_in_one_line(catalog: Catalog) -> None:
     folder = Path(catalog.path) / "_modeclip" / "curation"
     folder.mkdir(parents=True)
-    code = f"from modeclip.system.files import only_process; from pathlib import Path; import time\n" \
+    code = (
+        f"from modeclip.system.files import only_process; from pathlib import Path; import time\n"
         f"with only_process(Path({str(folder)!r})): print('held', flush=True); time.sleep(600)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None

@@ -1,6 +1,6 @@
 """The command that decides which pairs are trained on: curate, with a method behind the catalog.
 
-    modeclip curate CATALOG METHOD [options]
+modeclip curate CATALOG METHOD [options]
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from modeclip.curation.curating import METHODS, Method, load_method
+from modeclip.curation.curating import METHODS, load_method
+from modeclip.curation.method import Method
 from modeclip.errors import unknown
 from modeclip.system.options import AsJson, CatalogPath, Mask, Ray, Where
 
 Column = Annotated[
-    str | None, arg(help="What the names of the new columns begin with: NAME_kept, NAME_cause, ...; default: the method.")
+    str | None,
+    arg(help="What the names of the new columns begin with: NAME_kept, NAME_cause, ...; default: the method."),
 ]
 
 
@@ -24,7 +26,8 @@ def curate(
     catalog: CatalogPath,
     method: Positional[Annotated[str, arg(metavar="METHOD", help=f"One of {', '.join(METHODS)}.")]],
 ) -> None:
-    """Decide which pairs of a catalog are trained on, and show why; modeclip curate CATALOG METHOD --help tells more."""
+    """Decide which pairs of a catalog are trained on, and show why; CATALOG METHOD --help tells the settings."""
+    del catalog
     raise unknown("method", method, METHODS)
 
 
@@ -59,11 +62,9 @@ def command_of(config: type[Method]) -> Callable[..., None]:
         from modeclip.data.selection import Selection
 
         selection = Selection(where=where, mask=mask)
-        curated = run_curate(
-            Catalog.open(catalog), method, name=column, selection=selection, dry_run=dry_run, ray=ray
-        )
+        curated = run_curate(Catalog.open(catalog), method, name=column, selection=selection, dry_run=dry_run, ray=ray)
         del curated, out, as_json
 
     command.__doc__ = config.__doc__
-    command.__annotations__["method"] = OmitArgPrefixes[config]  # type: ignore[valid-type]
+    command.__annotations__["method"] = OmitArgPrefixes[config]  # type: ignore[misc, valid-type]
     return command

@@ -173,7 +173,7 @@ class _Decision(Work):
             found = self.work(block)
         else:
             some = self.work({name: values[chosen] for name, values in block.items()})
-            found = {name: _scatter(values, chosen) for name, values in some.items()}
+            found = {name: _scatter(name, values, chosen) for name, values in some.items()}
             found[f"{self.name}_cause"][~chosen] = OUTSIDE
         return {f"{self.name}_kept": found[f"{self.name}_cause"] == KEPT} | found
 
@@ -185,11 +185,15 @@ class _Decision(Work):
         return np.asarray(self.bits[positions >> 3] >> places & 1, bool)
 
 
-def _scatter(values: Shaped[np.ndarray, "m *_"], chosen: Bool[np.ndarray, " n"]) -> Shaped[np.ndarray, "n *_"]:
-    """Bring values to the chosen rows; the others have none: NaN for a score, 0 for a probability or a cause."""
+def _scatter(
+    name: str, values: Shaped[np.ndarray, "m *_"], chosen: Bool[np.ndarray, " n"]
+) -> Shaped[np.ndarray, "n *_"]:
+    """Bring the values of a column to the chosen rows; the others have none, and the probability 0."""
     whole = np.zeros((len(chosen), *values.shape[1:]), values.dtype)
     if values.dtype.kind == "O":
         whole[:] = None
+    elif values.dtype.kind == "f" and not name.endswith("_probability"):
+        whole[:] = np.nan
     whole[chosen] = values
     return whole
 

@@ -186,7 +186,7 @@ def _parse_steps(content: Any) -> list[CurateStep]:
         raise ModeclipError(
             "curate: expected a list of methods such as `- method: duplicates`, with settings beside the method"
         )
-    steps = []
+    steps: list[CurateStep] = []
     for number, given in enumerate(content):
         place = ("curate", str(number + 1))
         settings = {name: value for name, value in given.items() if name not in {"method", "column"}}

@@ -31,6 +31,13 @@ CatalogPath = Positional[
 Ray = Annotated[
     bool, arg(help="Work on the Ray cluster of RAY_ADDRESS, one that runs on this machine, or a new one on it.")
 ]
+Where = Annotated[
+    tuple[str, ...],
+    arg(help='Only pairs for which this holds: COLUMN=VALUE such as site=north, or SQL such as "dfn_score > 0.3".'),
+]
+Mask = Annotated[
+    str | None, arg(help="Only pairs that a column of booleans marks, such as metaclip_kept, or a .npy list of ids.")
+]
 UserEncoder = Annotated[
     str | None,
     arg(
