@@ -168,15 +168,14 @@ def test_two_at_once_are_refused_in_one_line(catalog: Catalog) -> None:
         f"from modeclip.system.files import only_process; from pathlib import Path; import time\n"
         f"with only_process(Path({str(folder)!r})): print('held', flush=True); time.sleep(600)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        with pytest.raises(ModeclipError, match="at work in this folder"):
-            curate(catalog, Shortest())
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            with pytest.raises(ModeclipError, match="at work in this folder"):
+                curate(catalog, Shortest())
+        finally:
+            holder.send_signal(signal.SIGKILL)
     assert curate(catalog, Shortest()).num_computed == ROWS
 
 

@@ -34,6 +34,7 @@ from modeclip.data.storage import (
     NEW,
     OLD,
     add_files,
+    missing_fragments,
     only_writer,
     open_dataset,
     remove_files,
@@ -505,7 +506,7 @@ class Catalog:
                 )
 
     def _to_numpy(self, name: str, column: pa.Array) -> Shaped[np.ndarray, "n *_"]:
-        if column.null_count and self.facts(name) is not None:
+        if column.null_count and self.facts(name) is not None and missing_fragments(self._dataset, [name]):
             raise ModeclipError(
                 f"column {name} of {self.path!r} has no values for {column.null_count:,} pairs that were added later:"
                 " run its stage again (modeclip embed, modeclip cluster), which computes only what is missing"
