@@ -17,13 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import deque
+import math
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Bool, Int, Shaped, UInt8
 
 from modeclip.data.catalog import Catalog, to_table
 from modeclip.data.storage import (
@@ -48,6 +49,10 @@ IMAGES_AT_ONCE = 1024
 """Rows of a block when images are read: about 100 MB of photographs."""
 MAX_RETRIES = 3
 """How often Ray repeats a fragment whose worker died, so that one that always kills its worker fails in the end."""
+MAPPED_AT_ONCE = 256
+"""Files of fragments that are open at a time; a process may have about a thousand."""
+KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
+"""Types of arrays that are read in parts, as safetensors names them."""
 TASKS_AHEAD = 4
 """Ray tasks submitted per processor; the others wait here, so that an interrupt has few to cancel."""
 
@@ -216,12 +221,56 @@ class Fragments:
         """Yield the arrays of one fragment after the other, in the order of their rows."""
         yield from map(self._task.read, self._parts)
 
+    def rows(self, name: str) -> FragmentRows:
+        """Return arrays that have a row for each row of their block, such as vectors, as one that is read in parts."""
+        return FragmentRows(self._task, self._parts, name)
+
     def total(self) -> dict[str, Shaped[np.ndarray, "..."]]:
         """Return the arrays of all fragments, merged; two fragments and the sum are in memory at a time."""
         total: dict[str, np.ndarray] = {}
         for arrays in self:
             total = self._task.statistic.merge([total, arrays]) if total else arrays
         return total
+
+
+class FragmentRows:
+    """The rows of one array of all fragments, in order: those that are asked for are read, by slices or positions.
+
+    The files of a local catalog are memory-mapped, after each has been read once to see that it is whole.
+    """
+
+    def __init__(self, task: _Partial, parts: Sequence[int], name: str) -> None:
+        self._task, self._parts, self._name = task, parts, name
+        self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
+        lengths = []
+        for part in parts:
+            array = task.read(part)[name]
+            lengths.append(len(array))
+            self._row, self.dtype = array.shape[1:], array.dtype
+        self._ends = np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, rows: slice | Int[np.ndarray, " n"]) -> Shaped[np.ndarray, "n *_"]:
+        """Return some rows, in the order in which they are asked for."""
+        positions = np.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        found = np.empty((len(positions), *self._row), self.dtype)
+        of_part = np.searchsorted(self._ends, positions, side="right")
+        for part in np.unique(of_part).tolist():
+            here = of_part == part
+            start = self._ends[part - 1] if part else 0
+            found[here] = self._array(part)[positions[here] - start]
+        return found
+
+    def _array(self, part: int) -> Shaped[np.ndarray, "n *_"]:
+        """Return the array of one fragment; a few that were used last stay open."""
+        if part not in self._mapped:
+            self._mapped[part] = self._task.map(self._parts[part], self._name)
+            if len(self._mapped) > MAPPED_AT_ONCE:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(part)
+        return self._mapped[part]
 
 
 def _hash(content: Any) -> str:
@@ -284,6 +333,19 @@ class _Partial:
             log(f"{self.path}: what was kept of the {self.statistic.unit} of fragment {part} is damaged; done again")
             self(part)
         raise DamagedError(f"{self.path}: what was computed of fragment {part} cannot be read back; check the disk")
+
+    def map(self, part: int, name: str) -> Shaped[np.ndarray, "n *_"]:
+        """Return one array of a fragment that has been read before, memory-mapped where its file is local."""
+        path = self.ledger.local_file(f"{part:06d}")
+        if path is None:
+            return self.read(part)[name]
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            about = json.loads(file.read(size))[name]
+        kind = np.dtype(KINDS[about["dtype"]])
+        if not math.prod(about["shape"]):
+            return np.empty(about["shape"], kind)
+        return np.memmap(path, kind, "r", 8 + size + about["data_offsets"][0], tuple(about["shape"]))
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,10 @@ class Ledger(Generic[T]):
         except OSError:
             return None
 
+    def local_file(self, part: str) -> Path | None:
+        """Return where what belongs to a part lies; None in an object store."""
+        return Path(f"{self._folder}/{part}.bin") if self._is_local else None
+
     def remove(self, part: str) -> None:
         """Remove a part's note, and what belongs to it."""
         for kind in ("json", "bin"):

@@ -53,7 +53,7 @@ class ClipTextEncoder:
 
     encodes = "text"
 
-    def __init__(self, name: str, model: str, batch_size: int) -> None:
+    def __init__(self, name: str, model: str | Clip, batch_size: int) -> None:
         self._clip = _load_clip(name, model)
         self._model: Any = self._clip.model.eval().to(choose_device())
         self.name, self.batch_size = name, batch_size
@@ -90,7 +90,7 @@ class ClipImageEncoder:
 
     encodes = "image"
 
-    def __init__(self, name: str, model: str, batch_size: int) -> None:
+    def __init__(self, name: str, model: str | Clip, batch_size: int) -> None:
         self._clip = _load_clip(name, model)
         self._model: Any = self._clip.model.eval().to(choose_device())
         self.name, self.batch_size = name, batch_size
@@ -104,7 +104,13 @@ class ClipImageEncoder:
             return np.empty((0, self.dimension), np.float32)
         return check_vectors(self.name, self._encode(images, self._model, self.batch_size), captions)
 
-    def _encode(self, images: Sequence[bytes], model: Any, rows: int) -> Float[np.ndarray, "N D"]:
+    def encode_pictures(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "N D"]:
+        """Return a float32 vector of norm 1 for each picture that is decoded already."""
+        return self._encode(pictures, self._model, self.batch_size)
+
+    def _encode(
+        self, images: Sequence[bytes] | Sequence[Image.Image], model: Any, rows: int
+    ) -> Float[np.ndarray, "N D"]:
         dtype = next(model.visual.parameters()).dtype
 
         def run(batch: np.ndarray) -> Tensor:
@@ -119,15 +125,18 @@ class ClipBothEncoder:
 
     encodes = "both"
 
-    def __init__(self, name: str, model: str, batch_size: int) -> None:
-        self._text = ClipTextEncoder(name, model, batch_size)
-        self._image = ClipImageEncoder(name, model, batch_size)
-        self.name, self.dimension = name, self._text.dimension + self._image.dimension
-        self.fingerprint = self._text.fingerprint
+    def __init__(self, name: str, model: str | Clip, batch_size: int) -> None:
+        clip = _load_clip(name, model)
+        self.text = ClipTextEncoder(name, clip, batch_size)
+        """The text tower by itself."""
+        self.image = ClipImageEncoder(name, clip, batch_size)
+        """The image tower by itself."""
+        self.name, self.dimension = name, self.text.dimension + self.image.dimension
+        self.fingerprint = self.text.fingerprint
 
     def encode_pairs(self, captions: Sequence[str], images: Sequence[bytes]) -> Float[np.ndarray, "N D"]:
         """Return a float32 vector of norm 1 for each caption with its encoded image."""
-        return unit_rows(np.hstack([self._text.encode(captions), self._image.encode_pairs(captions, images)]))
+        return unit_rows(np.hstack([self.text.encode(captions), self.image.encode_pairs(captions, images)]))
 
 
 class TimmEncoder:
@@ -175,7 +184,9 @@ def _encode_images(count: int, rows: int, run: Any) -> Float[np.ndarray, "N D"]:
     return np.concatenate(parts)  # one group: the batches come in the order of the images
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def _decode(data: bytes | Image.Image, name: str) -> Image.Image:
+    if isinstance(data, Image.Image):
+        return data
     try:
         return decode_image(data)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
@@ -196,7 +207,9 @@ def _probe_images() -> list[bytes]:
     return images
 
 
-def _load_clip(name: str, model: str) -> Clip:
+def _load_clip(name: str, model: str | Clip) -> Clip:
+    if isinstance(model, Clip):
+        return model
     spec = home(model)
     with loading(name, spec):
         return load_clip(spec)
