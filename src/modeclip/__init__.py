@@ -3,6 +3,9 @@
 Data
     index      makes a `Catalog` of image-caption pairs from a source that `DataConfig` describes
     check      says what a catalog holds and what is wrong with it
+Curation
+    curate     decides by a method which pairs are trained on: metaclip, align, dfn, klite, duplicates
+    Selection  says which pairs of a catalog a stage works on
 Clusters
     embed      turns captions, or images, into vectors (`EmbedConfig`)
     cluster    splits a catalog into experts (`ClusterConfig`)
@@ -35,9 +38,11 @@ if TYPE_CHECKING:
     from modeclip.clustering.embedding import EmbedConfig, embed
     from modeclip.clustering.fitting import ClusterConfig, cluster
     from modeclip.clustering.kmeans import kmeans
+    from modeclip.curation.curating import curate
     from modeclip.data.catalog import Catalog
     from modeclip.data.checks import check
     from modeclip.data.indexing import index
+    from modeclip.data.selection import Selection
     from modeclip.data.sources.options import DataConfig
     from modeclip.errors import ModeclipError
     from modeclip.evaluation.evaluate import evaluate
@@ -61,9 +66,11 @@ __all__ = [
     "ModeclipError",
     "Recipe",
     "RunFolder",
+    "Selection",
     "assign",
     "check",
     "cluster",
+    "curate",
     "embed",
     "evaluate",
     "extend",
@@ -86,9 +93,11 @@ _HOMES = {
     "ModeclipError": "errors",
     "Recipe": "pipeline.recipe",
     "RunFolder": "pipeline.run_folder",
+    "Selection": "data.selection",
     "assign": "mixture.assigning",
     "check": "data.checks",
     "cluster": "clustering.fitting",
+    "curate": "curation.curating",
     "embed": "clustering.embedding",
     "evaluate": "evaluation.evaluate",
     "extend": "mixture.extending",

@@ -28,6 +28,7 @@ class Shortest:
     method: ClassVar[str] = "shortest"
     share: float = 1.0
     seed: int = 0
+    captions: bool = True
 
     def prepare(self, context: Context) -> Prepared:
         found = map_fragments(context.catalog, Lengths(), "count", selected=context.selected).total()
@@ -61,14 +62,16 @@ class Shorter(Work):
 
     @property
     def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (f"{self.name}_cause", f"{self.name}_score", f"{self.name}_caption")
+        names = ("cause", "score", "caption") if self.facts["captions"] else ("cause", "score")
+        return tuple(f"{self.name}_{what}" for what in names)
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         lengths = np.array([len(caption) for caption in block["caption"]], np.float32)
         drawn_out = draw(self.seed, block["key"].tolist()) >= self.share
         cause = np.where(lengths > self.mean, 1, np.where(drawn_out, 2, 0)).astype(np.uint8)
         captions = np.array([caption.upper() for caption in block["caption"]], object)
-        return {f"{self.name}_cause": cause, f"{self.name}_score": lengths, f"{self.name}_caption": captions}
+        found = {f"{self.name}_cause": cause, f"{self.name}_score": lengths, f"{self.name}_caption": captions}
+        return {name: found[name] for name in self.outputs}
 
 
 def captions_of(count: int) -> list[str]:
@@ -102,6 +105,14 @@ def test_decisions_become_columns_once(catalog: Catalog) -> None:
     again = curate(Catalog.open(catalog.path), Shortest())
     assert again.num_computed == 0
     assert causes(again) == causes(curated)
+
+
+def test_columns_of_earlier_settings_do_not_stay(catalog: Catalog) -> None:
+    curate(catalog, Shortest(), name="a")
+    curate(catalog, Shortest(), name="a_b")
+    curate(catalog, Shortest(captions=False), name="a")
+    columns = {name for name in Catalog.open(catalog.path).columns if name.startswith("a_")}
+    assert columns == {"a_kept", "a_cause", "a_score", "a_b_kept", "a_b_cause", "a_b_score", "a_b_caption"}
 
 
 def test_a_dry_run_decides_the_same_and_writes_no_column(catalog: Catalog) -> None:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,20 @@ def load_method(name: str) -> type[Method]:
     return found
 
 
+def make_method(name: str, **settings: Any) -> Method:
+    """Return a method with some settings.
+
+    Raises:
+        ModeclipError: There is no such method, it has no such setting, or it refuses a value.
+    """
+    config = load_method(name)
+    known = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in known:
+            raise unknown(f"setting of {name}", setting, known)
+    return config(**settings)
+
+
 def check_name(name: str) -> None:
     """Raise for what cannot be the beginning of the names of columns."""
     if not NAMES.fullmatch(name):
@@ -95,12 +109,13 @@ def check_name(name: str) -> None:
 
 def curate(
     catalog: Catalog,
-    method: Method,
+    method: Method | str,
     *,
     name: str | None = None,
     selection: Selection | None = None,
     dry_run: bool = False,
     ray: bool = False,
+    **settings: Any,
 ) -> Curated:
     """Decide with a method about each pair of a catalog, and add the decisions as columns.
 
@@ -109,16 +124,18 @@ def curate(
 
     Args:
         catalog: Any catalog.
-        method: The config of a method.
+        method: The config of a method, or its name.
         name: What the names of the columns begin with; the method's name by default.
         selection: Pairs that are curated; the others are marked as not looked at. All by default.
         dry_run: Decide, but add no column. What is dear to compute is kept beside the catalog all the same.
         ray: Compute on a Ray cluster, as `modeclip.data.mapping.map_columns` says.
+        **settings: Settings of the method where its name is given.
 
     Raises:
-        ModeclipError: The settings do not fit the pool, nothing would be kept, or another process is curating or
-            writing to the catalog.
+        ModeclipError: There is no such method or setting, the settings do not fit the pool, nothing would be kept, or
+            another process is curating or writing to the catalog.
     """
+    method = make_method(method, **settings) if isinstance(method, str) else method
     name = method.method if name is None else name
     check_name(name)
     with _only_curation(catalog):
@@ -128,7 +145,13 @@ def curate(
         prepared = method.prepare(context)
         if len(prepared.causes) > MAX_CAUSES:
             raise ValueError(f"{method.method}: at most {MAX_CAUSES} causes, got {len(prepared.causes)}")
-        facts = {"format": FORMAT, "method": method.method, "config": asdict(method), "selection": chosen_by}  # type: ignore[call-overload]
+        facts = {
+            "format": FORMAT,
+            "name": name,
+            "method": method.method,
+            "config": asdict(method),
+            "selection": chosen_by,
+        }  # type: ignore[call-overload]
         facts |= {"causes": list(prepared.causes), "decided_by": prepared.work.facts}
         bits = None if selected is None else np.packbits(selected)
         decision = _Decision(name=name, work=prepared.work, bits=bits, facts=facts)
@@ -142,6 +165,8 @@ def curate(
         num_computed = map_columns(
             catalog, decision, f"{name}: decide", ray=ray, check=lambda found: _check_kept(name, prepared, found)
         )
+        if old := [column for column in columns_of(catalog, name) if column not in decision.outputs]:
+            catalog.remove_columns(old)  # of earlier settings
         return Curated(catalog=catalog, name=name, method=method, prepared=prepared, num_computed=num_computed)
 
 
@@ -201,7 +226,7 @@ def _scatter(
 def _check_columns(catalog: Catalog, decision: _Decision) -> None:
     """Raise if a column of another origin would be replaced."""
     for column in decision.outputs:
-        if column in catalog.columns and "decided_by" not in (catalog.facts(column) or {}):
+        if column in catalog.columns and column not in columns_of(catalog, decision.name):
             raise ModeclipError(
                 f"curate: {catalog.path!r} has a column {column!r} that no curation made: choose another --column"
             )
@@ -230,7 +255,13 @@ def _only_curation(catalog: Catalog) -> AbstractContextManager[None]:
     return only_process(folder)
 
 
+def columns_of(catalog: Catalog, name: str) -> list[str]:
+    """Return the columns that a curation of some name has added to a catalog."""
+    facts = {column: catalog.facts(column) or {} for column in catalog.columns}
+    return [column for column, known in facts.items() if "decided_by" in known and known["name"] == name]
+
+
 def curations_of(catalog: Catalog) -> list[str]:
     """Return the names of the curations whose columns a catalog has."""
-    causes = [column for column in catalog.columns if column.endswith("_cause")]
-    return [column.removesuffix("_cause") for column in causes if "decided_by" in (catalog.facts(column) or {})]
+    facts = [catalog.facts(column) or {} for column in catalog.columns]
+    return list(dict.fromkeys(known["name"] for known in facts if "decided_by" in known))

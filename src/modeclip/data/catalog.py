@@ -37,6 +37,7 @@ from modeclip.data.storage import (
     missing_fragments,
     only_writer,
     open_dataset,
+    remove_columns,
     remove_files,
     show_columns,
     write_column_file,
@@ -456,6 +457,18 @@ class Catalog:
         described = pa.schema([field.with_nullable(True).with_metadata(metadata) for field in schema])
         self._dataset = show_columns(self._dataset, described, files)
         self._damaged = {name: what for name, what in self._damaged.items() if name not in schema.names}
+
+    def remove_columns(self, names: Sequence[str]) -> None:
+        """Remove columns that a stage added.
+
+        Raises:
+            ModeclipError: There is no such column, or another process is writing to the catalog.
+            ValueError: A column belongs to the pairs themselves.
+        """
+        if fixed := [name for name in names if self.facts(name) is None]:
+            raise ValueError(f"columns of the pairs themselves cannot be removed: {fixed}")
+        with writing(self.path), only_writer(self.path):
+            self._dataset = remove_columns(self._dataset, names)
 
     def add_files(self, files: Mapping[int, str]) -> None:
         """Fill existing columns in the fragments that lack values for them; the argument is as for ``show``."""

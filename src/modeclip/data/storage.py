@@ -416,6 +416,13 @@ def show_columns(dataset: Any, schema: pa.Schema, files: Mapping[int, str]) -> A
     return dataset
 
 
+def remove_columns(dataset: Any, names: Sequence[str]) -> Any:
+    """Commit that columns are gone, and return the dataset."""
+    dataset.drop_columns(list(names))
+    _finish(dataset, has_replaced=True)
+    return dataset
+
+
 def add_files(dataset: Any, files: Mapping[int, str]) -> Any:
     """Commit a further file for some fragments, with values of columns that exist already; return the dataset."""
     dataset = _merge_files(dataset, files)

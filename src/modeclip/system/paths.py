@@ -63,6 +63,11 @@ class RunPaths:
         return self.folder / "tasks.lance"
 
     @property
+    def curation(self) -> Path:
+        """The folder with a folder for each method of the curation, in which its page lies."""
+        return self.folder / "curation"
+
+    @property
     def clusters(self) -> Path:
         """The folder of the clustering."""
         return self.folder / "clusters"
