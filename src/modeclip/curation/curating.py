@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
@@ -145,14 +145,8 @@ def curate(
         prepared = method.prepare(context)
         if len(prepared.causes) > MAX_CAUSES:
             raise ValueError(f"{method.method}: at most {MAX_CAUSES} causes, got {len(prepared.causes)}")
-        facts = {
-            "format": FORMAT,
-            "name": name,
-            "method": method.method,
-            "config": asdict(method),
-            "selection": chosen_by,
-        }  # type: ignore[call-overload]
-        facts |= {"causes": list(prepared.causes), "decided_by": prepared.work.facts}
+        facts = {"format": FORMAT, "name": name, "method": method.method, "config": asdict(cast(Any, method))}
+        facts |= {"selection": chosen_by, "causes": list(prepared.causes), "decided_by": prepared.work.facts}
         bits = None if selected is None else np.packbits(selected)
         decision = _Decision(name=name, work=prepared.work, bits=bits, facts=facts)
         _check_columns(catalog, decision)
