@@ -26,7 +26,9 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.system.files import only_process
 from modeclip.system.paths import is_url
 
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {
+    "dfn": "dfn:DfnConfig",
+}
 """Where the config of each method is: its module in this package, and its class."""
 NAMES = re.compile("[a-z][a-z0-9_]{0,40}")
 """What the name of a curation looks like."""
