@@ -105,6 +105,19 @@ def test_a_condition_keeps_what_a_loop_keeps(
     assert kept(catalog, word) == [row["n"] for row in rows if holds(row)] != []
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_score_that_a_pair_lacks_fits_no_condition(tmp_path: Path, kind: type) -> None:
+    writer = write(tmp_path / "catalog.lance")
+    schema = writer.schema.with_metadata({FORMAT: FORMAT_VERSION, FINGERPRINT: "f" * 32})
+    create(str(tmp_path / "catalog.lance"), schema, writer.finish())
+    catalog = Catalog.open(tmp_path / "catalog.lance")
+    scores = np.where(np.arange(NUM_ROWS) < 5, np.nan, np.linspace(0, 1, NUM_ROWS)).astype(kind)
+    catalog.add_columns({"score": scores}, facts={"method": "good"})
+    for word in ("score >= 0.5", "NOT score < 0.5", "score > 0.5 OR score = 0.5"):
+        assert kept(catalog, word) == np.flatnonzero(scores >= 0.5).tolist()
+    assert kept(catalog, "isnan(score)") == [0, 1, 2, 3, 4]
+
+
 def test_all_conditions_and_the_mask_hold(catalog: Catalog) -> None:
     expected = [n for n in range(NUM_ROWS) if n % 7 > 2 and n % 3 == 1 and n % 4 > 0]
     assert kept(catalog, "width > 2", "My-Col=1", mask="good_kept") == expected

@@ -306,14 +306,18 @@ class Catalog:
 
         Args:
             condition: What Lance takes as a filter, such as ``width > 64 AND site = 'north'``. Names with other
-                characters than letters, digits and ``_`` stand in backticks.
+                characters than letters, digits and ``_`` stand in backticks. NaN fits no condition without ``isnan``:
+                in SQL it would be more than any number.
 
         Raises:
             ModeclipError: It is no condition, names no column, or is not the same for a row each time it is asked.
         """
-        self._require(self.columns_of(condition))
+        columns = self.columns_of(condition)
+        self._require(columns)
+        floats = [name for name in columns if self.type_of(name) in {"float", "double"}]
+        numbers = "" if "isnan" in condition.lower() else "".join(f" AND isnan(`{x}`) IS NOT TRUE" for x in floats)
         try:
-            scanner = self._dataset.scanner(columns=["_rowoffset"], filter=f"({condition}\n)")
+            scanner = self._dataset.scanner(columns=["_rowoffset"], filter=f"({condition}\n){numbers}")
             batches = [batch["_rowoffset"] for batch in scanner.to_batches()]
         except (OSError, ValueError) as error:
             reason = str(error).split(", /")[0].replace("Invalid user input: ", "")
