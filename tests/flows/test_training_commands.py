@@ -244,6 +244,7 @@ def test_train_of_a_part_continues_a_seed_as_its_expert_does(
     [
         (("{run}/models/seed/job.json", "--samples", "9000"), r"job\.json.*all settings.*without options"),
         (("{run}", "--where", "expert"), "--where 'expert'.*COLUMN=VALUE.*expert=3"),
+        (("{run}", "--where", "expert="), "--where 'expert='.*COLUMN=VALUE"),
         (("{run}", "--resume", "ViT-B-32"), "--resume ViT-B-32: .*latest, never, .*finished job"),
         (("{run}", "--batch-size", "1"), r"batch-size.*at least 2"),
         (("{run}", "--save-every", "often"), r"save-every.*number with s, min.*got 'often'"),

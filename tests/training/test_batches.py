@@ -14,7 +14,7 @@ from PIL import Image
 
 from modeclip.data.catalog import Catalog
 from modeclip.models.clip import load_clip
-from modeclip.training.batches import CROP_STREAM, Feed, batch_rows, draws_of, permute
+from modeclip.training.batches import CROP_STREAM, Feed, Order, batch_rows, draws_of, keeps, permute
 from modeclip.training.jobs import EngineConfig, TrainConfig
 from modeclip.training.objectives.objective import CAPTION_IDS
 
@@ -64,12 +64,67 @@ def test_batches_are_permutations_of_the_rows(count: int, batch: int, seed: int)
     assert (batch_rows(rows, per_pass, batch, seed) == batch_rows(rows, per_pass, batch, seed)).all()
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_workers_and_processes_share_one_order(icons_catalog: Path, workers: int) -> None:
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_pass_reads_each_row_with_its_probability(seed: int) -> None:
+    """Over 400 passes, as often as a binomial of this probability is in all but one of a billion cases."""
+    rows, passes = np.arange(5, 305), 400
+    probability = np.tile(np.array([0, 0.02, 0.3, 0.5, 0.9, 1], np.float32), 50)
+    counts = sum(keeps(rows, probability, seed, number).astype(int) for number in range(passes))
+    deviation = np.sqrt(passes * probability * (1 - probability))
+    assert (abs(counts - passes * probability) <= 6.1 * deviation + 0.5).all()
+    assert set(counts[probability == 0]) == {0}
+    assert set(counts[probability == 1]) == {passes}
+    totals = np.array([keeps(rows, probability, seed, number).sum() for number in range(passes)])
+    assert abs(totals.var() / (probability * (1 - probability)).sum() - 1) < 0.4  # rows are drawn independently
+
+
+def test_what_is_drawn_depends_on_the_row_and_not_on_the_others() -> None:
+    rows = np.array([3, 8, 1 << 40, 77, 5])
+    probability = np.array([0.4, 0.5, 0.6, 0.5, 0.3], np.float32)
+    some = [1, 2, 4]
+    for number in range(50):
+        whole = keeps(rows, probability, 3, number)
+        assert (keeps(rows[some], probability[some], 3, number) == whole[some]).all()
+        assert (keeps(rows, probability / 2, 3, number) <= whole).all()  # who is rarer is drawn less often, never more
+
+
+@settings(max_examples=8)
+@given(count=st.integers(30, 90), batch=st.integers(2, 8), seed=st.integers(0, 3), data=st.data())
+def test_batches_are_those_of_the_passes_one_after_the_other(
+    count: int, batch: int, seed: int, data: st.DataObject
+) -> None:
+    """The slow oracle draws every pass in turn and cuts it into batches; some passes have none."""
+    rows = np.arange(count, dtype=np.int64) * 3
+    probability = np.random.default_rng(seed).random(count).astype(np.float32) ** data.draw(st.integers(1, 6))
+    expected: list[list[int]] = []
+    for number in range(12):
+        kept = rows[keeps(rows, probability, seed, number)]
+        order = kept[permute(np.arange(len(kept)), len(kept), seed, number)] if len(kept) else kept
+        expected += [order[first : first + batch].tolist() for first in range(0, len(kept) - batch + 1, batch)]
+    running = Order(rows, batch, seed, probability)
+    assert [running.batch(step).tolist() for step in range(len(expected))] == expected
+    assert all(len(set(one)) == batch for one in expected)
+    for step in data.draw(st.lists(st.integers(0, max(len(expected) - 1, 0)), max_size=4)) if expected else []:
+        resumed = Order(rows, batch, seed, probability)
+        assert resumed.batch(step).tolist() == expected[step]
+        assert resumed.batch(step, slice(0, batch, 2)).tolist() == expected[step][::2]
+        assert resumed.batch(0).tolist() == expected[0]
+
+
+def test_a_probability_of_one_changes_no_batch() -> None:
+    rows = np.arange(100, dtype=np.int64)
+    always = Order(rows, 8, 1, np.ones(100, np.float32))
+    for step in (0, 11, 12, 40):
+        assert always.batch(step).tolist() == batch_rows(rows, step, 8, 1).tolist()
+
+
+@pytest.mark.parametrize(("workers", "drawn"), [(0, False), (0, True), pytest.param(1, True, marks=pytest.mark.slow)])
+def test_workers_and_processes_share_one_order(icons_catalog: Path, workers: int, drawn: bool) -> None:
     config = replace(CONFIG, mask_same_captions=True, engine=EngineConfig(workers=workers))
-    whole = [batch for batch, _ in make_feed(icons_catalog, CONFIG).batches(range(4, 12))]
+    more = {"probability": torch.linspace(0.3, 1, 300) if drawn else None}
+    whole = [batch for batch, _ in make_feed(icons_catalog, CONFIG, **more).batches(range(4, 12))]
     halves = [
-        [batch for batch, _ in make_feed(icons_catalog, config, rank=rank, world_size=2).batches(range(4, 12))]
+        [batch for batch, _ in make_feed(icons_catalog, config, rank=rank, world_size=2, **more).batches(range(4, 12))]
         for rank in range(2)
     ]
     for step, batch in enumerate(whole):

@@ -14,6 +14,7 @@ import pytest
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import (
@@ -212,9 +213,16 @@ def split(catalog: Catalog, sizes: list[int]) -> None:
     catalog.add_columns({"expert": experts}, facts={"clustering": f"{sizes}"})
 
 
-def planned(catalog: Catalog, models: Path, num_experts: int, fingerprint: str = "0123456789abcdef") -> list[TrainJob]:
+def planned(
+    catalog: Catalog,
+    models: Path,
+    num_experts: int,
+    fingerprint: str = "0123456789abcdef",
+    selection: Selection = ALL,
+) -> list[TrainJob]:
     path, config = Path(catalog.path), ExpertsConfig(dense_total=False)
-    return pin_jobs(plan_jobs(path, fingerprint, models, num_experts, TRAIN, config), catalog)
+    jobs = plan_jobs(path, fingerprint, models, num_experts, TRAIN, config, selection=selection)
+    return pin_jobs(jobs, catalog)
 
 
 def finish(jobs: list[TrainJob]) -> None:
@@ -313,6 +321,32 @@ class TestOtherClusters:
             hash_pairs(replace(job, where={}), catalog),
         ]
         assert len({first, *others}) == 5
+
+    def test_selected_pairs_their_probabilities_and_captions_are_known_too(
+        self, catalog: Catalog, tmp_path: Path
+    ) -> None:
+        count = len(catalog)
+        kept = np.arange(count) % 3 > 0
+        catalog.add_columns({"good": kept, "both": kept & (np.arange(count) < 100), "p": np.linspace(0, 1, count)})
+        catalog.add_columns({"told": [None if n % 2 else f"text {n}" for n in range(count)]})
+        seed, expert = planned(catalog, tmp_path, 4, selection=Selection(mask="good"))[:2]
+        expert = replace(expert, where={"expert": 0}, out_of_cluster_fraction=0.0)
+        assert np.array_equal(job_rows(seed, catalog), np.flatnonzero(kept))
+        assert np.array_equal(job_rows(expert, catalog), np.flatnonzero(kept[:100]))
+        some = replace(expert, out_of_cluster_fraction=0.5)
+        assert set(job_rows(some, catalog)) < set(np.flatnonzero(kept))
+        same = replace(expert, selection=ALL, where={}, mask="both")
+        assert hash_pairs(same, catalog) == hash_pairs(expert, catalog) != hash_pairs(seed, catalog)
+        hashes = {hash_pairs(seed, catalog)}
+        for fields in ({"probability": "p"}, {"captions": "told"}, {"probability": "p", "captions": "told"}):
+            job = replace(seed, config=replace(seed.config, **fields))
+            hashes.add(before := hash_pairs(job, catalog))
+            catalog.add_columns({"p": np.linspace(0, 0.9, count)})
+            catalog.add_columns({"told": [None if n % 2 else f"text {n + 1}" for n in range(count)]})
+            assert hash_pairs(job, catalog) != before
+            catalog.add_columns({"p": np.linspace(0, 1, count)})
+            catalog.add_columns({"told": [None if n % 2 else f"text {n}" for n in range(count)]})
+        assert len(hashes) == 4
 
 
 def test_a_branch_lies_beside_the_seed(tmp_path: Path) -> None:

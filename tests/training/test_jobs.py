@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 
+from modeclip.data.selection import Selection
 from modeclip.errors import ModeclipError
 from modeclip.training.experts import ExpertsConfig, plan_jobs
 from modeclip.training.jobs import (
@@ -33,6 +34,29 @@ DIGESTS = {"seed": "35f3d2cf66eb446d", "dense-total": "ab462f9816f93283", "exper
 def jobs() -> dict[str, TrainJob]:
     config = ExpertsConfig(controls=("random", "full", "one-step"))
     return {job.name: job for job in plan_jobs(Path("c.lance"), "f", Path("models"), 2, TRAIN, config)}
+
+
+def test_what_jobs_of_earlier_versions_did_not_have_changes_no_digest() -> None:
+    config = TrainConfig(model="m", samples=1024, batch_size=32)
+    jobs = [make_job("c", Path("/x/job"), config, **more) for more in ({}, {"pairs": "ab"}, {"where": {"expert": 3}})]
+    assert [job.digest for job in jobs[:2]] == ["2a3c58ce4831c003", "8a17fe81d73d0010"]
+    assert make_job("c", Path("/x/job"), config, where={"expert": 3}, mask="k").digest == "446b2e9a20895e91"
+    selected = [replace(job, selection=Selection(where=("width > 3",))) for job in jobs]
+    assert [a.digest == b.digest for a, b in zip(jobs, selected, strict=True)] == [False, True, False]
+    for name in ("probability", "captions"):
+        assert replace(jobs[1], config=replace(config, **{name: "x"})).digest != jobs[1].digest
+
+
+def test_a_job_keeps_its_selection_in_its_file(tmp_path: Path) -> None:
+    job = make_job("c", tmp_path / "job", TrainConfig(probability="p", captions="t"))
+    job = replace(job, selection=Selection(where=("a > 3", "b=c"), mask="kept"))
+    assert TrainJob.load(job.save()) == job
+    content = json.loads((tmp_path / "job" / "job.json").read_text())
+    del content["selection"], content["config"]["probability"], content["config"]["captions"]
+    (tmp_path / "job" / "job.json").write_text(json.dumps(content))
+    before = TrainJob.load(tmp_path / "job" / "job.json")
+    assert before.selection.is_all
+    assert before.config == TrainConfig()
 
 
 def test_digests_stay_what_they_were(jobs: dict[str, TrainJob]) -> None:

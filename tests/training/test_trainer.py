@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -113,6 +115,71 @@ def test_two_jobs_in_a_row_equal_one(catalog: Path, tmp_path: Path, whole: Path)
     for job in (first, make_job(catalog, tmp_path / "second", **rest)):
         train(job)
     assert support.weights_of(tmp_path / "second") == support.weights_of(whole)
+
+
+def test_drawn_pairs_and_other_captions_are_trained_on_and_a_job_goes_on_with_them(
+    icons_copy: Catalog, tmp_path: Path
+) -> None:
+    count = len(icons_copy)
+    texts = [None if n % 3 else f"a drawing of number {n}" for n in range(count)]
+    icons_copy.add_columns({"p": np.linspace(0, 1, count, dtype=np.float32)}, facts={"method": "test"})
+    icons_copy.add_columns({"told": pa.array(texts, pa.string())}, facts={"method": "test"})
+    plain = replace(CONFIG, model="modeclip-icon-xxxs")
+    config, whole = replace(plain, probability="p", captions="told"), {"last_step": 12}
+    last = {"first_step": 7, "first_share": 7 / 12, "start_from": str(tmp_path / "first"), "last_step": 12}
+    jobs = [
+        make_job(Path(icons_copy.path), tmp_path / "whole", config, **whole),
+        make_job(Path(icons_copy.path), tmp_path / "first", config, last_step=7, last_share=7 / 12),
+        make_job(Path(icons_copy.path), tmp_path / "rest", config, **last),
+        make_job(Path(icons_copy.path), tmp_path / "drawn", replace(config, captions=None), **whole),
+        make_job(Path(icons_copy.path), tmp_path / "told", replace(config, probability=None), **whole),
+    ]
+    found = {job.name: train(job) for job in jobs}
+    assert support.weights_of(tmp_path / "rest") == support.weights_of(tmp_path / "whole")
+    assert len({support.weights_of(tmp_path / name) for name in ("whole", "drawn", "told")}) == 3
+    assert found["whole"].rows == count - 1  # the first has the probability 0
+    assert found["told"].rows == count
+
+
+@pytest.mark.parametrize(
+    ("column", "batch_size", "message"),
+    [
+        (
+            lambda count: np.linspace(0, 1.1, count),
+            32,
+            r"train.probability: column 'odd' has \d+ values outside of \[0, 1",
+        ),
+        (lambda count: np.full(count, np.nan, np.float32), 32, r"values outside of \[0, 1\], such as nan of "),
+        (lambda count: np.arange(count), 32, r"column 'odd' holds int64, expected numbers in \[0, 1\]"),
+        (
+            lambda count: np.full(count, 0.01),
+            32,
+            r"a pass reads .* pairs \(train.probability odd\), fewer than one batch",
+        ),
+        (lambda count: np.zeros(count), 32, r"has no pair of a odd above 0"),
+    ],
+)
+def test_probabilities_that_cannot_be_drawn_from_are_told_first(
+    icons_copy: Catalog, tmp_path: Path, column: Callable[[int], np.ndarray], batch_size: int, message: str
+) -> None:
+    icons_copy.add_columns({"odd": column(len(icons_copy))})
+    job = make_job(Path(icons_copy.path), tmp_path / "job", replace(CONFIG, probability="odd", batch_size=batch_size))
+    with pytest.raises(ModeclipError, match=message) as caught:
+        train(job)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "job" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ("none", r"unknown column .*'none'"),
+        ("width", r"'width' cannot replace captions: it holds int32, expected texts"),
+    ],
+)
+def test_captions_that_are_none_are_told_first(catalog: Path, tmp_path: Path, captions: str, message: str) -> None:
+    with pytest.raises(ModeclipError, match=message):
+        train(make_job(catalog, tmp_path / "job", replace(CONFIG, captions=captions)))
 
 
 class Killed(BaseException):

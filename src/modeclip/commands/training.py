@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import RoutingConfig
 from modeclip.system.console import console, log, print_json, print_lines, print_table
-from modeclip.system.options import AsJson, UserEncoder
+from modeclip.system.options import AsJson, Mask, UserEncoder, Where
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 
@@ -22,9 +22,6 @@ RESUME = "latest: go on from this folder's own checkpoint; never: train anew"
 WITHOUT_DENSE = ExpertsConfig(dense=False, dense_total=False)
 """The experts alone: the command trains the dense models, which belong to a recipe, only on request."""
 
-if TYPE_CHECKING:
-    from modeclip.data.catalog import Catalog
-
 
 def train(
     source: Positional[
@@ -32,8 +29,8 @@ def train(
     ],
     training: OmitArgPrefixes[TrainConfig],
     out: Annotated[Path, arg(help="Folder of the model.")] = Path("model"),
-    where: Annotated[tuple[str, ...], arg(help="Only pairs with these values: --where expert=3 site=north.")] = (),
-    mask: Annotated[str | None, arg(help="Only pairs that this column of booleans marks.")] = None,
+    where: Where = (),
+    mask: Mask = None,
     resume: Annotated[
         str, arg(help=f"{RESUME}; a finished job's folder or a .pt of open_clip_train: continue that one.")
     ] = "latest",
@@ -43,6 +40,7 @@ def train(
 ) -> None:
     """Train one model on a catalog or a part of it; several processes share the work under torchrun or Slurm."""
     from modeclip.data.catalog import Catalog
+    from modeclip.data.selection import Selection
     from modeclip.pipeline.run_folder import single_job
     from modeclip.training.jobs import prepare
     from modeclip.training.trainer import train as train_job
@@ -62,11 +60,10 @@ def train(
             )
         start = None if resume in {"latest", "never"} else resume
         job = single_job(
-            catalog := Catalog.open(source),
+            Catalog.open(source),
             out,
             training,
-            where=_parse_where(catalog, where),
-            mask=mask,
+            selection=Selection(where=where, mask=mask),
             start=_check_start(start),
             threads=threads,
         )
@@ -90,6 +87,8 @@ def train_experts(
         tuple[str, ...], arg(help="Files of class names: one expert for the fine clusters nearest to them.")
     ] = (),
     nearest: Annotated[int, arg(help="Fine clusters that each class name takes.")] = 1,
+    where: Where = (),
+    mask: Mask = None,
     resume: Annotated[
         str, arg(help=f"{RESUME}; stale: train anew what no longer fits its pairs or settings.")
     ] = "latest",
@@ -107,6 +106,7 @@ def train_experts(
     as_json: AsJson = False,
 ) -> None:
     """Train the experts of a clustered catalog that are missing, after saying what that costs."""
+    from modeclip.data.selection import Selection
     from modeclip.pipeline.run_folder import RunFolder
     from modeclip.training.jobs import prepare
     from modeclip.training.launching import commands_for
@@ -115,7 +115,14 @@ def train_experts(
         raise ModeclipError(
             f"train-experts: --resume is latest, stale or never, got {resume!r}; --start names a trained seed"
         )
-    folder = RunFolder(folder=run.resolve(), training=training, experts=experts, routing=routing, encoder=encoder)
+    folder = RunFolder(
+        folder=run.resolve(),
+        training=training,
+        experts=experts,
+        routing=routing,
+        encoder=encoder,
+        selection=Selection(where=where, mask=mask),
+    )
     if not for_classes:
         folder.add_controls()
     jobs = folder.jobs_for_classes(for_classes, nearest) if for_classes else folder.jobs
@@ -176,21 +183,6 @@ def _plan(
     elif found.problem:
         raise ModeclipError(found.problem)
     return found.to_json()
-
-
-def _parse_where(catalog: Catalog, words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of columns that words such as ``site=north`` name, of the types of the columns."""
-    found: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        name = name.strip()
-        if not name or not equals or not value.strip() or value.startswith("=") or name[-1] in "<>!":
-            raise ModeclipError(f"--where {word!r}: expected COLUMN=VALUE, such as expert=3 or site=north")
-        try:
-            found[name] = catalog.parse_value(name, value)
-        except ModeclipError as error:
-            raise ModeclipError(f"--where {word!r}: {error}") from error
-    return found
 
 
 def _check_start(start: str | None) -> str | None:

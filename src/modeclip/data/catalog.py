@@ -225,6 +225,26 @@ class Catalog:
         for batch in self._batches(columns, batch_size):
             yield {name: self._to_numpy(name, batch[name]) for name in columns}
 
+    def captions(self, rows: Int[np.ndarray, " n"] | None = None, instead: str | None = None) -> list[str]:
+        """Read captions, in the order of ``rows``.
+
+        Args:
+            rows: Positions; all rows by default.
+            instead: Column of texts that stand in the place of the captions where it has one (is not null).
+
+        Raises:
+            ModeclipError: There is no such column, or it holds something else than texts.
+        """
+        found = self.read(["caption"], rows)["caption"]
+        if instead is not None:
+            if self.type_of(instead) not in {"string", "large_string"}:
+                raise ModeclipError(
+                    f"column {instead!r} cannot replace captions: it holds {self.type_of(instead)}, expected texts"
+                )
+            others = self.read([instead], rows)[instead]
+            found = np.where(np.array([text is None for text in others], bool), found, others)
+        return list(found)
+
     def samples(
         self, rows: Int[np.ndarray, " n"] | None = None, *, extra: Sequence[str] = (), block_size: int = 64
     ) -> Iterator[list[Sample]]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,11 @@ class Selection:
     mask: str | None = None
     """Column of booleans, or a .npy list of ids (`modeclip.data.subsets`)."""
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Selection:
+        """Return the selection that JSON holds, as ``asdict`` makes it."""
+        return cls(where=tuple(content.get("where", ())), mask=content.get("mask"))
+
     @property
     def is_all(self) -> bool:
         """Whether all pairs are meant."""
@@ -67,10 +73,8 @@ class Selection:
         if self.is_all:
             return chosen
         for word in self.where:
-            try:
+            with _naming(word):
                 chosen &= _holds(catalog, word)
-            except ModeclipError as error:
-                raise type(error)(f"--where {word!r}: {error}") from error
         if self.mask is not None:
             chosen &= self._marked(catalog, self.mask)
         if not chosen.any():
@@ -92,13 +96,33 @@ class Selection:
         """
         if self.is_all:
             return {}
-        columns = sorted({name for word in self.where for name in _columns_of(catalog, word)})
+        columns = set[str]()
+        for word in self.where:
+            with _naming(word):
+                columns |= set(_columns_of(catalog, word))
         found: dict[str, Any] = {"where": list(self.where), "mask": self.mask}
         if self.mask is not None and _is_list(self.mask):
             found["ids"] = hashlib.blake2b(read_uids(self.mask).tobytes(), digest_size=16).hexdigest()
         elif self.mask is not None:
-            columns.append(self.mask)
-        return found | {"columns": {name: catalog.facts(name) for name in columns}}
+            columns.add(self.mask)
+        return found | {"columns": {name: catalog.facts(name) for name in sorted(columns)}}
+
+    def split(self, catalog: Catalog) -> tuple[dict[str, int | float | str | bool], Selection]:
+        """Return what is said as COLUMN=VALUE, as values of columns, and the selection of all the rest.
+
+        Raises:
+            ModeclipError: A condition names no column, or a value that it cannot have.
+        """
+        values: dict[str, int | float | str | bool] = {}
+        others: list[str] = []
+        for word in self.where:
+            with _naming(word):
+                ((column, value),) = (_parse_equal(catalog, word) or {"": None}).items()
+            if isinstance(value, int | float | str | bool) and column not in values:
+                values[column] = value
+            else:
+                others.append(word)
+        return values, Selection(where=tuple(others), mask=self.mask)
 
     def _marked(self, catalog: Catalog, mask: str) -> Bool[np.ndarray, " N"]:
         if _is_list(mask):
@@ -111,6 +135,19 @@ class Selection:
         except ModeclipError as error:
             raise type(error)(f"--mask {mask}: {error}") from error
         return _to_mask(catalog, catalog.select_equal({mask: True}))
+
+
+ALL = Selection()
+"""All pairs."""
+
+
+@contextmanager
+def _naming(word: str) -> Iterator[None]:
+    """Say which condition is wrong."""
+    try:
+        yield
+    except ModeclipError as error:
+        raise type(error)(f"--where {word!r}: {error}") from error
 
 
 def _is_list(mask: str) -> bool:

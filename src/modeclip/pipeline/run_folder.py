@@ -30,6 +30,7 @@ from modeclip.clustering.fitting import (
 from modeclip.clustering.novelty import fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import read_classes
+from modeclip.data.selection import ALL, Selection
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.evaluation.evaluate import EvaluateConfig, evaluate, run_table
@@ -73,6 +74,8 @@ class RunFolder(RunPaths):
     """Rule and templates that the bundle keeps."""
     clustered_by: ClusterConfig | None = None
     """Settings of the clustering, for a folder of an earlier version, which does not tell them."""
+    selection: Selection = ALL
+    """Pairs that the models may be trained on."""
     encoder: str | None = None
     """Name of the catalog's encoder by whoever opens the folder, which is needed if it is Python code."""
 
@@ -173,7 +176,7 @@ class RunFolder(RunPaths):
         )
         mark_prior(self.catalog, prior)
         models = self.models.resolve()
-        parting = part(Path(self.catalog.path), self.fingerprint, models, self.training, self.experts)
+        parting = part(Path(self.catalog.path), self.fingerprint, models, self.training, self.experts, self.selection)
         expert = parting.branch("prior", name=f"expert-{prior.name}")
         expert = replace(expert, mask=prior.column, catalog_fingerprint=f"{self.fingerprint}-{prior.digest}")
         return pin_jobs([expert] if parting.seed is None else [parting.seed, expert], self.catalog)
@@ -346,6 +349,7 @@ class RunFolder(RunPaths):
             self.training,
             experts,
             ranges=self.clustering.range_of_expert,
+            selection=self.selection,
         )
         return pin_jobs(jobs, self.catalog)
 
@@ -355,8 +359,7 @@ def single_job(
     folder: Path,
     train: TrainConfig,
     *,
-    where: Mapping[str, int] | None = None,
-    mask: str | None = None,
+    selection: Selection = ALL,
     start: str | None = None,
     threads: int = 1,
 ) -> TrainJob:
@@ -366,23 +369,23 @@ def single_job(
         catalog: Any catalog.
         folder: Where the model goes; the folder's name becomes the job's.
         train: How the model is trained.
-        where: Columns and the value that a row must have in each to be trained on.
-        mask: Column of booleans that marks the rows to train on.
+        selection: Rows to train on.
         start: Folder of a finished job, or a checkpoint (``.pt``) of open_clip_train. The job then takes the steps
             after ``train.seed_parts``, as an expert does after its seed; None takes the whole schedule.
         threads: Threads that compute.
 
     Raises:
-        ModeclipError: The catalog has no such column or value, or the start cannot be continued.
+        ModeclipError: The selection keeps no pair, or the start cannot be continued.
     """
-    where, folder = dict(where or {}), folder.resolve()
+    folder = folder.resolve()
     fingerprint = fingerprint_of(catalog, None, train.model)
-    if where or mask:
-        rows = catalog.select(mask=mask, **where)
+    if not selection.is_all:
+        rows = selection.rows(catalog)
         fingerprint += f"-{sha256(rows.tobytes()).hexdigest()[:16]}"
     experts = ExpertsConfig(start=start, threads_per_job=threads)
-    parting = part(Path(catalog.path), fingerprint, folder.parent, train, experts)
-    job = replace(parting.branch("single", name=folder.name), where=where, mask=mask)
+    where, others = selection.split(catalog)
+    parting = part(Path(catalog.path), fingerprint, folder.parent, train, experts, others)
+    job = replace(parting.branch("single", name=folder.name), where=where)
     if parting.seed is not None:
         job = replace(job, first_step=0, first_share=0.0, start_from=None, start_digest="")
     return pin_jobs([job], catalog)[0]

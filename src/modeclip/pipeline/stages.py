@@ -290,7 +290,7 @@ class Stages:
         self.stage("cluster", self.cluster, [asdict(self.recipe.cluster), self.digests["embed"]], clusters)
         self.note_choices()
         self.controls_stage()
-        train = asdict(recipe.train.decided())
+        train = recipe.train.decided().plain()
         train["engine"]["save_every"] = "20s"  # it decides nothing; a constant keeps the digests of earlier versions
         training = [train, asdict(recipe.experts), folder.fingerprint]
         self.stage("train", self.train, training, made.models)

@@ -33,10 +33,14 @@ Ray = Annotated[
 ]
 Where = Annotated[
     tuple[str, ...],
-    arg(help='Only pairs for which this holds: COLUMN=VALUE such as site=north, or SQL such as "dfn_score > 0.3".'),
+    arg(
+        help="Only pairs for which all of these hold: COLUMN=VALUE (site=north), a column of booleans, or a condition"
+        " in SQL (\"width > 64 AND site = 'north'\").",
+        metavar="CONDITION",
+    ),
 ]
 Mask = Annotated[
-    str | None, arg(help="Only pairs that a column of booleans marks, such as metaclip_kept, or a .npy list of ids.")
+    str | None, arg(help="Only pairs that this column of booleans marks, or whose ids are in this .npy list.")
 ]
 UserEncoder = Annotated[
     str | None,

@@ -1,10 +1,14 @@
 """The batch of any step: which rows, in which order, as which pictures and tokens.
 
-A batch is a pure function of (seed, step, rows). Each pass over the rows is a pseudo-random permutation of them that is
-computed element by element, by a Feistel network on the row's position that is repeated until the result is one of the
-N positions. So the order of a billion rows takes no memory, and the batch of step one million is known without the ones
-before it. A job can be resumed at any step, the processes of a job take disjoint parts of the same batch, and another
-number of workers changes nothing but the time.
+A batch is a pure function of (seed, step, rows), and of the rows' probabilities where they have some. Each pass over
+the rows is a pseudo-random permutation of them that is computed element by element, by a Feistel network on the row's
+position that is repeated until the result is one of the N positions. So the order of a billion rows takes no memory,
+and the batch of step one million is known without the ones before it. A job can be resumed at any step, the processes
+of a job take disjoint parts of the same batch, and another number of workers changes nothing but the time.
+
+With probabilities, a pass reads a row if a number in [0, 1) that seed, pass and row decide is below the row's, and
+permutes those. How many a pass reads follows from all of its rows. So a job that goes on at step t draws the passes
+before it again, for their sizes, and keeps the rows of the present pass alone.
 
 Augmentation follows open_clip's ``image_transform`` for training: a random crop, then changed colours and grey if asked
 for. Its random numbers are a function of the step too, whichever process or thread prepares a picture.
@@ -25,16 +29,18 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL.Image import Image, Resampling
 
 from modeclip.data.catalog import Catalog
@@ -57,10 +63,15 @@ PIXEL_BYTES = 4
 """Memory of a pixel in Pillow's RGB."""
 KNOWN_CAPTIONS = 1 << 17
 """Captions whose tokens are kept for the next pass: 40 MB at 77 tokens."""
+KEEP_STREAM = 1 << 44
+"""First key of the random streams that say which rows a pass reads."""
+ROWS_AT_ONCE = 1 << 18
+"""Rows that are drawn at a time."""
 CROP_STREAM = 1 << 40
 """First key of the random streams of augmentation, far from those of the orders of the rows."""
 NUM_DRAWS = 11
 """Random numbers in [0, 1) that a picture takes: four for the crop, seven for the colours."""
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step: 2^64 over the golden ratio
 _ROUNDS = 6  # of the Feistel network
 _ORDERS = tuple(permutations(range(4)))  # torchvision's ColorJitter applies its four changes in a random order
 _ASPECT = 4 / 3  # the width of a crop to its height lies between 1 / this and this
@@ -69,10 +80,12 @@ _ASPECT = 4 / 3  # the width of a crop to its height lies between 1 / this and t
 def select_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
     """Return the catalog rows that a job asks for, ascending, be they enough or not."""
     if not (job.where or job.mask):
-        return np.arange(len(catalog))
-    rows = catalog.select(mask=job.mask, **job.where)
+        return job.selection.rows(catalog)
+    chosen = None if job.selection.is_all else job.selection.mask_of(catalog)
+    marked = {} if job.mask is None else {job.mask: True}
+    rows = catalog.select_equal({**job.where, **marked}, chosen)
     if job.out_of_cluster_fraction > 0 and job.where:
-        others = np.setdiff1d(catalog.select(mask=job.mask), rows)
+        others = np.setdiff1d(catalog.select_equal(marked, chosen), rows)
         draw = np.random.Generator(
             np.random.Philox(key=[job.config.seed, 1_000_003 + sum(int(value) for value in job.where.values())])
         )
@@ -82,16 +95,30 @@ def select_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
 
 
 def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
-    """Return the catalog rows that a job trains on, ascending.
+    """Return the catalog rows that a job trains on, ascending; none that has the probability 0.
 
     Raises:
-        ModeclipError: They are fewer than one batch.
+        ModeclipError: They are fewer than one batch, or a pass is expected to read fewer, or the column of
+            probabilities holds something else.
     """
     rows = select_rows(job, catalog)
+    probability = read_probability(job.config, catalog, rows)
+    if probability is not None:
+        expected = float(probability.sum(dtype=np.float64))
+        if 0 < expected < job.config.batch_size <= len(rows):
+            raise ModeclipError(
+                f"{job.name}: a pass reads {expected:,.1f} of {len(rows):,} pairs (train.probability"
+                f" {job.config.probability}), fewer than one batch of {job.config.batch_size:,}; set train.batch_size"
+                " lower, or choose more pairs"
+            )
+        rows = rows[probability > 0]
     if not len(rows):
-        chosen = [f"{column} {value}" for column, value in job.where.items()] + (
-            [f"mask {job.mask}"] if job.mask else []
-        )
+        chosen = [
+            *(f"{column} {value}" for column, value in job.where.items()),
+            *([f"mask {job.mask}"] if job.mask else []),
+            *([] if job.selection.is_all else [str(job.selection)]),
+            *([f"a {job.config.probability} above 0"] if job.config.probability else []),
+        ]
         raise ModeclipError(
             f"{job.name}: {catalog.path!r} has no pair{' of ' if chosen else ''}{' and '.join(chosen)}; "
             "choose others, or index some"
@@ -123,6 +150,103 @@ def batch_rows(
     positions = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.int64)[part]
     batch: np.ndarray = rows[permute(positions, len(rows), seed, passes)]
     return batch
+
+
+def read_probability(
+    config: TrainConfig, catalog: Catalog, rows: Int[np.ndarray, " N"]
+) -> Float[np.ndarray, " N"] | None:
+    """Return the probability with which a pass reads each of some rows; None where all are read.
+
+    Raises:
+        ModeclipError: There is no such column, or it holds something else than numbers in [0, 1].
+    """
+    name = config.probability
+    if name is None:
+        return None
+    kind = catalog.type_of(name)
+    if kind not in {"halffloat", "float", "double"}:
+        raise ModeclipError(f"train.probability: column {name!r} holds {kind}, expected numbers in [0, 1]")
+    values = catalog.read([name], rows)[name]
+    wrong = ~((values >= 0) & (values <= 1))  # NaN too
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        key = catalog.read(["key"], rows[first : first + 1])["key"][0]
+        raise ModeclipError(
+            f"train.probability: column {name!r} has {int(wrong.sum()):,} values outside of [0, 1], such as"
+            f" {values[first]} of {key!r}; leave these pairs out (--where), or write the column again"
+        )
+    return values.astype(np.float32)
+
+
+def keeps(
+    rows: Int[np.ndarray, " N"], probability: Float[np.ndarray, " N"], seed: int, number: int
+) -> Bool[np.ndarray, " N"]:
+    """Return which rows a pass reads: each with its probability, decided by seed, pass and row alone.
+
+    Args:
+        rows: Positions in the catalog.
+        probability: In [0, 1]: 1 reads a row in every pass, 0 in none.
+        seed: Of the training.
+        number: Number of the pass.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, KEEP_STREAM + number]))
+    key = generator.integers(0, 1 << 64, dtype=np.uint64, endpoint=False)
+    kept = np.empty(len(rows), bool)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        scrambled = _mix(rows[part].astype(np.uint64) * _GOLDEN + key)
+        kept[part] = (scrambled >> np.uint64(11)) * 2.0**-53 < probability[part]
+    return kept
+
+
+class Order:
+    """Which rows each step reads, as a function of the step alone; threads may share it.
+
+    Args:
+        rows: All rows that are trained on.
+        batch_size: Rows in a batch.
+        seed: Decides what is drawn, and in which order it is read.
+        probability: Of each row to be read in a pass; None reads all in every pass.
+    """
+
+    def __init__(
+        self,
+        rows: Int[np.ndarray, " N"],
+        batch_size: int,
+        seed: int,
+        probability: Float[np.ndarray, " N"] | None = None,
+    ) -> None:
+        self._rows, self._batch_size, self._seed, self._probability = rows, batch_size, seed, probability
+        self._first_steps = [0]  # of the passes that were drawn so far, and of the next one
+        self._kept: dict[int, np.ndarray] = {}
+        self._lock = Lock()
+
+    def batch(self, step: int, part: slice = slice(None)) -> Int[np.ndarray, " B"]:
+        """Return the rows of a step's batch, none of them twice; ``part`` says which positions are wanted."""
+        if self._probability is None:
+            return batch_rows(self._rows, step, self._batch_size, self._seed, part)
+        number, kept = self._find(step)
+        first = (step - self._first_steps[number]) * self._batch_size
+        positions = np.arange(first, first + self._batch_size, dtype=np.int64)[part]
+        batch: np.ndarray = kept[permute(positions, len(kept), self._seed, number)]
+        return batch
+
+    def _find(self, step: int) -> tuple[int, Int[np.ndarray, " n"]]:
+        """Return the number of a step's pass, and the rows that it reads."""
+        assert self._probability is not None
+        with self._lock:
+            while self._first_steps[-1] <= step:  # job_rows has seen to it that this ends
+                drawn = self._draw(len(self._first_steps) - 1)
+                self._first_steps.append(self._first_steps[-1] + int(np.count_nonzero(drawn)) // self._batch_size)
+            number = bisect_right(self._first_steps, step) - 1
+            if number not in self._kept:
+                self._kept = dict(list(self._kept.items())[-1:])  # threads are in two passes at its end
+                self._kept[number] = self._rows[self._draw(number)]
+            return number, self._kept[number]
+
+    def _draw(self, number: int) -> Bool[np.ndarray, " N"]:
+        assert self._probability is not None
+        return keeps(self._rows, self._probability, self._seed, number)
 
 
 def draws_of(seed: int, step: int, first: int, last: int) -> Float[np.ndarray, "b 11"]:
@@ -247,6 +371,8 @@ class Feed:
     """Path of the catalog."""
     rows: Tensor
     """(N,) int64, the rows of the catalog that are trained on."""
+    probability: Tensor | None = None
+    """(N,) float32, the probability with which a pass reads each of them. None: all are read."""
     config: TrainConfig
     """Batch size, seed and augmentation."""
     tokenizer: Any
@@ -272,6 +398,11 @@ class Feed:
         return Catalog.open(self.catalog)
 
     @cached_property
+    def _order(self) -> Order:
+        probability = None if self.probability is None else self.probability.numpy()
+        return Order(self.rows.numpy(), self.config.batch_size, self.config.seed, probability)
+
+    @cached_property
     def _known_tokens(self) -> dict[str, Int[np.ndarray, " context_length"]]:
         return {}
 
@@ -293,7 +424,7 @@ class Feed:
         missing = np.array([row for row in rows.tolist() if not kept or row not in kept], np.int64)
         found: dict[int, DecodedSample] = {}
         if len(missing):
-            captions: list[str] = self._opened.read(["caption"], missing)["caption"].tolist()
+            captions = self._opened.captions(missing, self.config.captions)
             parts = zip(self._opened.images(missing), self._tokens(captions), map(_hash, captions), strict=True)
             found = dict(zip(missing.tolist(), (DecodedSample(*part) for part in parts), strict=True))
         if kept is None:
@@ -316,7 +447,7 @@ class Feed:
         import torch
 
         config = self.config
-        rows = batch_rows(self.rows.numpy(), step, config.batch_size, config.seed, slice(first, last))
+        rows = self._order.batch(step, slice(first, last))
         samples = self._samples(rows)
         draws = draws_of(config.seed, step, first, last)
         pictures: Sequence[Image] = augment(
@@ -360,7 +491,9 @@ class Feed:
             return
         from torch.utils.data import DataLoader
 
-        self.rows.share_memory_()  # type: ignore[no-untyped-call]
+        for shared in (self.rows, self.probability):
+            if shared is not None:
+                shared.share_memory_()  # type: ignore[no-untyped-call]
         loader: DataLoader[Any] = DataLoader(
             pieces,  # type: ignore[arg-type]
             batch_size=None,

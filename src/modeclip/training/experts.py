@@ -30,6 +30,7 @@ from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS
 from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import LIMIT, ModeclipError, check_between
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.models.clip import check_model, load_clip, save_clip
@@ -136,6 +137,7 @@ def plan_jobs(
     experts: ExpertsConfig,
     *,
     ranges: Sequence[float] | Float[np.ndarray, " K"] | None = None,
+    selection: Selection = ALL,
 ) -> list[TrainJob]:
     """Return the jobs of the method in the order in which they should start.
 
@@ -147,6 +149,7 @@ def plan_jobs(
         train: Settings that all models share.
         experts: Budget, start and controls.
         ranges: Range of each expert (MoDE Sec. 5.5). None: the experts are numbered by decreasing range already.
+        selection: Rows that the models may use.
 
     Raises:
         ModeclipError: A number in ``experts.only`` is not that of an expert, or the experts cannot start from
@@ -156,7 +159,7 @@ def plan_jobs(
         raise ModeclipError(
             f"experts.only: there is no expert {wrong[0]}; expected numbers from 0 to {num_experts - 1}"
         )
-    parting = part(catalog, fingerprint, folder, train, experts)
+    parting = part(catalog, fingerprint, folder, train, experts, selection)
     steps = max(1, parting.num_steps // num_experts) if experts.budget == "matched" else parting.num_steps
     numbers = [k for k in _order(catalog, num_experts, experts.order, ranges) if not experts.only or k in experts.only]
     jobs = [] if parting.seed is None else [parting.seed]
@@ -168,7 +171,14 @@ def plan_jobs(
     return jobs
 
 
-def part(catalog: Path, fingerprint: str, folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Parting:
+def part(
+    catalog: Path,
+    fingerprint: str,
+    folder: Path,
+    train: TrainConfig,
+    experts: ExpertsConfig,
+    selection: Selection = ALL,
+) -> Parting:
     """Return where the experts part from the seed, which is trained here or given; arguments as for `plan_jobs`."""
     seed_steps = train.seed_parts * train.steps_per_part
     seed = TrainJob(
@@ -182,6 +192,7 @@ def part(catalog: Path, fingerprint: str, folder: Path, train: TrainConfig, expe
         last_step=seed_steps,
         first_share=0.0,
         last_share=train.seed_parts / train.total_parts,
+        selection=selection,
         threads=experts.threads_per_job,
     )
     rest = replace(
@@ -321,8 +332,13 @@ def hash_pairs(job: TrainJob, catalog: Catalog) -> str:
                 sizes.update(np.array([len(text) for text in texts], np.int64).tobytes())
                 content.update(b"".join(texts))
             content.update(sizes.digest())
-    for column in make_objective(job.config).columns:
+    for column in filter(None, (*make_objective(job.config).columns, job.config.probability)):
         content.update(column.encode() + catalog.read([column], rows)[column].tobytes())
+    if job.config.captions is not None:
+        content.update(f"captions {job.config.captions}".encode())
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            captions = catalog.captions(rows[start : start + ROWS_AT_ONCE], job.config.captions)
+            content.update(json.dumps(captions).encode())
     content.update(catalog.exif.encode())
     content.update("".join(_weights(job.config.model)).encode())
     return content.hexdigest()[:16]
@@ -389,7 +405,8 @@ def why_stale(job: TrainJob, catalog: Catalog) -> str:
     clusterings = [[], [str(facts["clustering"])]] if "clustering" in facts else [[]]
     known = [_join([catalog.fingerprint, *clustering, *_weights(job.config.model)]) for clustering in clusterings]
     made_from = job.catalog_fingerprint.partition("-")[0]
-    if made_from in known and job.mask is None and job.where.keys() <= {"expert"}:
+    reads_pairs_alone = job.selection.is_all and job.config.probability is None and job.config.captions is None
+    if made_from in known and job.mask is None and job.where.keys() <= {"expert"} and reads_pairs_alone:
         return ""
     if not job.pairs:
         is_known = made_from in known or not re.fullmatch("[0-9a-f]{16}", made_from)  # else another stage planned it

@@ -22,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import LIMIT, DamagedError, ModeclipError, check_above_zero, check_between, check_least, unknown
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.console import log
@@ -45,8 +46,10 @@ ERRORS_FILE = "errors.txt"
 """What a job's process has printed, kept only when the job fails."""
 UNHASHED_FIELDS = frozenset({"folder", "start_from", "catalog", "role", "index"})
 """Fields of a job that do not decide its result and so are not part of its digest."""
-SELECTING_FIELDS = frozenset({"name", "catalog_fingerprint", "where", "mask", "out_of_cluster_fraction"})
+SELECTING_FIELDS = frozenset({"name", "catalog_fingerprint", "where", "mask", "selection", "out_of_cluster_fraction"})
 """Fields that say how a job's pairs are found. Where the pairs themselves are known, they decide nothing more."""
+LATER_FIELDS = frozenset({"probability", "captions"})
+"""Fields of a training that earlier versions did not have; where they are None, digests are as they were."""
 CONSEQUENCES = (
     "first_step", "last_step", "first_share", "last_share", "start_digest", "pairs", "catalog_fingerprint"
 )  # fmt: skip
@@ -178,6 +181,11 @@ class TrainConfig:
     loss: str = "clip"
     """What training minimises: ``clip``, a softmax over the batch in both directions; ``siglip``, a sigmoid for every
     pair (arXiv 2303.15343)."""
+    probability: str | None = None
+    """Column of numbers in [0, 1]. Every pass over the pairs reads each of them with its probability, drawn afresh.
+    None: every pass reads every pair."""
+    captions: str | None = None
+    """Column of texts that stand in the place of the captions where it has one. None: the captions as they are."""
     mask_same_captions: bool = False
     """Do not count pairs with the same caption as each other's negatives (the paper does)."""
     seed: int = 0
@@ -227,6 +235,11 @@ class TrainConfig:
     def decided(self) -> TrainConfig:
         """Return the same settings with the learning rate written out, as jobs keep it."""
         return replace(self, learning_rate=self.highest_rate)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as JSON, without those that earlier versions did not have where they say nothing."""
+        content = asdict(self)
+        return {name: value for name, value in content.items() if not (name in LATER_FIELDS and value is None)}
 
     @property
     def steps_per_part(self) -> int:
@@ -305,6 +318,8 @@ class TrainJob:
     """Values that columns of the catalog must have in the job's rows, such as ``{"expert": 3}``. Empty: all rows."""
     mask: str | None = None
     """Column of booleans that marks the rows which may be used. None: all of them."""
+    selection: Selection = ALL
+    """What the user selected: no other row is used, whatever ``where`` and ``mask`` of the model say."""
     out_of_cluster_fraction: float = 0.0
     """Share of the rows outside ``where`` that the model sees too, in [0, 1]."""
     pairs: str = ""
@@ -323,7 +338,9 @@ class TrainJob:
         """Return the fields that decide the result."""
         without = UNHASHED_FIELDS | (SELECTING_FIELDS if self.pairs else {"pairs"})
         content = {key: value for key, value in asdict(self).items() if key not in without}
-        content["config"] |= {
+        if self.selection.is_all:
+            content.pop("selection", None)
+        content["config"] = self.config.plain() | {
             "engine": {"precision": self.config.engine.precision},
             "learning_rate": self.config.highest_rate,
         }
@@ -354,6 +371,7 @@ class TrainJob:
             config = content["config"]
             engine = {**config["engine"], "report_to": tuple(config["engine"]["report_to"])}
             parts = {"augment": AugmentConfig(**config["augment"]), "engine": EngineConfig(**engine)}
+            content["selection"] = Selection.of(content.get("selection", {}))
             if "role" not in content:  # written before jobs had roles
                 content["role"], content["index"] = role_of(content["name"])
             return cls(**{**content, "config": TrainConfig(**{**config, **parts})})
@@ -460,7 +478,10 @@ def prepare(job: TrainJob, resume: str = "latest") -> None:
 
 def changes(before: TrainJob, job: TrainJob) -> list[str]:
     """Return the differences between two jobs that decide the result, a few words each."""
-    old, new = (_flat(one.deciding() | {"where": one.where, "mask": one.mask}) for one in (before, job))
+    old, new = (
+        _flat(one.deciding() | {"where": one.where, "mask": one.mask, "selection": asdict(one.selection)})
+        for one in (before, job)
+    )
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     causes = [name for name in different if name not in CONSEQUENCES] or different
     return [f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in causes]

@@ -122,10 +122,8 @@ def _check_columns(job: TrainJob, catalog: Catalog, columns: Sequence[str]) -> N
 def _check_pairs(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> None:
     """Look at a sample of the pairs for captions that say nothing and images that cannot be decoded."""
     seen = _spread(rows, CAPTIONS_SEEN)
-    pairs = catalog.read(["key", "caption"], seen)
-    empty = [
-        key for key, caption in zip(pairs["key"], pairs["caption"], strict=True) if not (caption and caption.strip())
-    ]
+    captions, keys = catalog.captions(seen, job.config.captions), catalog.read(["key"], seen)["key"]
+    empty = [key for key, caption in zip(keys, captions, strict=True) if not (caption and caption.strip())]
     if empty:
         raise ModeclipError(
             f"{job.name}: {len(empty):,} of {len(seen):,} captions looked at are empty ({_some(empty)}); leave these "
@@ -154,9 +152,9 @@ def check_negatives(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]
     Raises:
         ModeclipError: No pair has a negative, so that nothing can be learned.
     """
-    captions = catalog.read(["caption"], _spread(rows, CAPTIONS_SEEN))["caption"]
+    captions = catalog.captions(_spread(rows, CAPTIONS_SEEN), job.config.captions)
     counts, batch, masks = (
-        list(Counter(captions.tolist()).values()),
+        list(Counter(captions).values()),
         job.config.batch_size,
         job.config.mask_same_captions,
     )

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
@@ -53,7 +53,7 @@ from modeclip.system.console import progress
 from modeclip.system.devices import choose_precision, keep_freed_memory
 from modeclip.system.files import note_files, only_process, write_json, writing
 from modeclip.system.processes import PARENT_VARIABLE, end_with_parent
-from modeclip.training.batches import DecodedSample, Feed, batch_rows, job_rows
+from modeclip.training.batches import DecodedSample, Feed, Order, job_rows, read_probability
 from modeclip.training.distributed import World, leave_processes, place_like, whole
 from modeclip.training.jobs import DONE_FILE, ERRORS_FILE, JOB_FILE, TrainJob, TrainResult, remove_damage
 from modeclip.training.journal import Journal
@@ -117,7 +117,7 @@ def train(
         catalog = Catalog.open(job.catalog)
         rows = job_rows(job, catalog)
         preflight(job, catalog, rows, world.size)
-        learner = _Learner(job, world, rows)
+        learner = _Learner(job, world, rows, read_probability(job.config, catalog, rows))
         _follow_schedule(learner, visit_every, visit, kept)
         result = TrainResult(
             digest=job.digest,
@@ -185,12 +185,18 @@ def _follow_schedule(
 class _Learner:
     """The model that a job trains, its optimizer, and the step that both have reached."""
 
-    def __init__(self, job: TrainJob, world: World, rows: Int[np.ndarray, " N"]) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        world: World,
+        rows: Int[np.ndarray, " N"],
+        probability: Float[np.ndarray, " N"] | None = None,
+    ) -> None:
         """Build the model and bring it to where the job, or the job before it, has left off."""
         from modeclip.training.gradients import Towers, make_optimizer
 
         config = job.config
-        self.job, self.world, self.rows = job, world, rows
+        self.job, self.world, self.rows, self.probability = job, world, rows, probability
         self.objective = make_objective(config)
         self.fabric = world.fabric(config.engine)
         start = self._start()
@@ -230,6 +236,7 @@ class _Learner:
         return Feed(
             catalog=self.job.catalog,
             rows=torch.from_numpy(self.rows),
+            probability=None if self.probability is None else torch.from_numpy(self.probability),
             config=self.job.config,
             tokenizer=self.clip.tokenizer,
             preprocess=self.clip.preprocess,
@@ -374,7 +381,7 @@ class _Learner:
 
     def _fail(self, step: int, loss: float) -> None:
         job, config = self.job, self.job.config
-        rows = batch_rows(self.rows, step, config.batch_size, config.seed)
+        rows = Order(self.rows, config.batch_size, config.seed, self.probability).batch(step)
         keys = Catalog.open(job.catalog).read(["key"], rows)["key"].tolist()
         path = Path(job.folder) / FAILED_BATCH_FILE
         if self.world.is_first:
@@ -415,7 +422,8 @@ class _Pauses:
 
     def __init__(self, learner: _Learner) -> None:
         number, unit = learner.job.config.engine.save_interval()
-        steps_per_pass = len(learner.rows) // learner.job.config.batch_size
+        pairs = len(learner.rows) if learner.probability is None else round(float(learner.probability.sum()))
+        steps_per_pass = max(1, pairs // learner.job.config.batch_size)
         self._learner = learner
         self._seconds = number if unit == "seconds" else math.inf
         self._steps = {"steps": int(number), "epochs": int(number) * steps_per_pass}.get(unit, 0)
