@@ -187,6 +187,102 @@ def draw_bins(counts: Sequence[int], edges: Sequence[float], *, size: tuple[floa
     }
 
 
+def draw_sides(
+    edges: Sequence[float],
+    sides: Sequence[Sequence[float]],
+    *,
+    size: tuple[float, float],
+    log: bool = False,
+    threshold: float | None = None,
+) -> Json:
+    """Place the bars of a histogram, and the outlines of others of the same bins over them.
+
+    Args:
+        edges: Edges of the bins, ascending, one more than there are bins.
+        sides: For each histogram its counts; the first one is drawn as bars.
+        size: Width and height of the chart in its own units.
+        log: Whether the horizontal axis is logarithmic; a bin that begins at 0 then begins at half of its end.
+        threshold: Position of a vertical line; None for no line, and for one outside of the bins.
+    """
+    ends = [max(edge, edges[1] / 2) for edge in edges] if log else list(edges)
+    across = Axis(float(ends[0]), float(ends[-1]), 46.0, size[0] - 12, log=log)
+    up = Axis(0.0, max(map(max, sides), default=0.0) * 1.08 or 1.0, size[1] - 34, 10.0)
+    places = [round(across.place(edge), 1) for edge in ends]
+    bars = [
+        {
+            "x": round(left + 0.5, 1),
+            "y": round(up.place(count), 1),
+            "width": round(max(right - left - 1, 0.5), 1),
+            "height": round(up.start - up.place(count), 1),
+            "low": edges[place],
+            "high": edges[place + 1],
+            "counts": [side[place] for side in sides],
+        }
+        for place, (left, right, count) in enumerate(zip(places[:-1], places[1:], sides[0], strict=True))
+        if any(side[place] for side in sides)
+    ]
+    outlines = []
+    for side in sides[1:]:
+        tops = [round(up.place(count), 1) for count in side]
+        steps = [
+            point
+            for left, right, top in zip(places, places[1:], tops, strict=False)
+            for point in ((left, top), (right, top))
+        ]
+        outlines.append([(places[0], up.start), *steps, (places[-1], up.start)])
+    is_inside = threshold is not None and ends[0] <= threshold <= ends[-1]
+    return {
+        "size": size,
+        "frame": (across.start, up.end, across.end, up.start),
+        "bars": bars,
+        "outlines": outlines,
+        "x_ticks": _thin_ticks(across.ticks(5)) if log else across.ticks(5),
+        "y_ticks": up.ticks(4),
+        "threshold": across.place(float(threshold)) if is_inside and threshold is not None else None,
+    }
+
+
+def draw_lines(
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    *,
+    size: tuple[float, float],
+    log: bool = False,
+    chosen: float | None = None,
+) -> Json:
+    """Place lines over a common axis on a chart.
+
+    Args:
+        x: Values of the horizontal axis, ascending; two or more.
+        lines: For each name its values.
+        size: Width and height of the chart in its own units.
+        log: Whether the horizontal axis is logarithmic; its values must then be above 0.
+        chosen: Position of a vertical line; None for no line, and for one outside of the axis.
+    """
+    across = Axis(float(x[0]), float(x[-1]), 46.0, size[0] - 14, log=log)
+    values = [value for line in lines.values() for value in line]
+    low, high = min([0.0, *values]), max(values)
+    up = Axis(low, high + 0.06 * (high - low or 1.0), size[1] - 34, 10.0)
+    is_inside = chosen is not None and x[0] <= chosen <= x[-1]
+    return {
+        "size": size,
+        "frame": (across.start, up.end, across.end, up.start),
+        "x_ticks": _thin_ticks(across.ticks(5)) if log else across.ticks(5),
+        "y_ticks": up.ticks(4),
+        "lines": [
+            {
+                "name": name,
+                "points": [
+                    (round(across.place(place), 1), round(up.place(value), 1), place, value)
+                    for place, value in zip(x, line, strict=True)
+                ],
+            }
+            for name, line in lines.items()
+        ],
+        "chosen": across.place(float(chosen)) if is_inside and chosen is not None else None,
+    }
+
+
 def _thin_ticks(ticks: list[tuple[float, float]], gap: float = 34.0) -> list[tuple[float, float]]:
     """Leave out ticks whose numbers would touch."""
     kept: list[tuple[float, float]] = []

@@ -83,13 +83,17 @@ def _environment() -> Environment:
     )
     environment.globals |= {"expert_tones": expert_tones, "dark_style": dark_style}
     environment.filters |= {
+        "amount": format_amount,
         "compute": format_compute,
         "count": format_count,
+        "count_or_short": lambda value: format_count(value) if abs(value) >= 100 else format_short(value),
         "digest": _digest,
         "duration": format_duration,
         "effective": math.exp,
+        "exact_percent": format_percent,
         "entropy_limit": lambda count: math.log(max(count, 1)),
         "family": family_of,
+        "figure": format_figure,
         "label": label,
         "percent": lambda value: f"{100 * value:.1f}",
         "percent_range": lambda ends: f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}",
@@ -100,6 +104,7 @@ def _environment() -> Environment:
         "px": lambda value: f"{value:.1f}",
         "short": format_short,
         "short_percent": lambda value: f"{100 * value:.3g}",
+        "signed": lambda value: ("−" if value < 0 else "+" if value else "") + format_amount(abs(value)),
         "thousands": "{:,}".format,
         "tone": _tone_of,
     }
@@ -187,6 +192,38 @@ def format_count(value: float | int) -> str:
         if value >= 0.9995 * 10**power:
             return f"{float(f'{value / 10**power:.3g}'):g}{letter}"
     return f"{float(f'{value:.3g}'):g}"
+
+
+def format_amount(value: float | int) -> str:
+    """Return a count as it is; one that is a sum of probabilities is rounded where digits say little.
+
+    Examples:
+        >>> format_amount(12345), format_amount(12345.6), format_amount(2.5), format_amount(0)
+        ('12,345', '12,346', '2.5', '0')
+    """
+    return f"{value:,.1f}" if value < 100 and value != round(value) else f"{value:,.0f}"
+
+
+def format_figure(value: float | int) -> str:
+    """Return a ratio with three digits.
+
+    Examples:
+        >>> format_figure(0.0427), format_figure(1.5), format_figure(0)
+        ('0.0427', '1.50', '0')
+    """
+    return "0" if value == 0 else f"{value:.3g}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
+
+
+def format_percent(share: float) -> str:
+    """Return a share in percent such that 0 % is none and 100 % is all.
+
+    Examples:
+        >>> format_percent(0.3333), format_percent(0.00002), format_percent(0.99999), format_percent(1.0)
+        ('33.3 %', '<0.1 %', '>99.9 %', '100 %')
+    """
+    if 0 < share < 0.0005 or 0.9995 < share < 1:
+        return "<0.1 %" if share < 0.5 else ">99.9 %"
+    return "0 %" if share == 0 else "100 %" if share == 1 else f"{100 * share:.1f} %"
 
 
 def format_short(value: float | int) -> str:
