@@ -6,6 +6,7 @@ any moment, the same call goes on: statistics of finished fragments and decided 
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from modeclip.system.files import only_process
 from modeclip.system.paths import is_url
 
 METHODS: dict[str, str] = {
+    "align": "align:AlignConfig",
     "dfn": "dfn:DfnConfig",
 }
 """Where the config of each method is: its module in this package, and its class."""
@@ -149,6 +151,7 @@ def curate(
             raise ValueError(f"{method.method}: at most {MAX_CAUSES} causes, got {len(prepared.causes)}")
         facts = {"format": FORMAT, "name": name, "method": method.method, "config": asdict(cast(Any, method))}
         facts |= {"selection": chosen_by, "causes": list(prepared.causes), "decided_by": prepared.work.facts}
+        facts = json.loads(json.dumps(facts))  # as they are read back, with lists for tuples
         bits = None if selected is None else np.packbits(selected)
         decision = _Decision(name=name, work=prepared.work, bits=bits, facts=facts)
         _check_columns(catalog, decision)
