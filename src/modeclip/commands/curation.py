@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.curation.curating import METHODS, load_method
-from modeclip.curation.method import Method
 from modeclip.errors import unknown
 from modeclip.system.options import AsJson, CatalogPath, Mask, Ray, Where
 
@@ -40,7 +39,7 @@ def choose(words: Sequence[str]) -> tuple[Callable[..., Any], list[str], str]:
     return command_of(load_method(words[place])), rest, f"modeclip curate {' '.join(words[: place + 1])}"
 
 
-def command_of(config: type[Method]) -> Callable[..., None]:
+def command_of(config: type[Any]) -> Callable[..., None]:
     """Return the command of a method, whose options are its settings and those that all methods share."""
 
     def command(

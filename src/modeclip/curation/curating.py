@@ -76,7 +76,7 @@ class Curated:
         return ("kept", *(name.removeprefix(f"{self.name}_") for name in names))
 
 
-def load_method(name: str) -> type[Method]:
+def load_method(name: str) -> type[Any]:
     """Return the class of a method's config.
 
     Raises:
@@ -85,7 +85,7 @@ def load_method(name: str) -> type[Method]:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     module, _, config = METHODS[name].partition(":")
-    found: type[Method] = getattr(import_module(f"modeclip.curation.{module}"), config)
+    found: type[Any] = getattr(import_module(f"modeclip.curation.{module}"), config)
     return found
 
 

@@ -222,8 +222,11 @@ class DfnConfig:
                 f"dfn.clean: the filter goes beside the catalog, which must therefore be on this machine, got "
                 f"{context.catalog.path!r}; train it with modeclip train and give its folder as dfn.filter"
             )
-        catalog, selection = self._clean_pairs(context.catalog)
-        size, batch = int(selection.mask_of(catalog).sum()), self.train.batch_size
+        try:
+            catalog, selection = self._clean_pairs(context.catalog)
+            size, batch = int(selection.mask_of(catalog).sum()), self.train.batch_size
+        except ModeclipError as error:
+            raise type(error)(f"dfn.clean {self.clean!r}: {error}") from error
         if size < batch:
             raise ModeclipError(
                 f"dfn.clean: {self.clean} marks {size:,} pairs, fewer than one batch of {batch:,}; mark more, or set "
@@ -239,7 +242,7 @@ class DfnConfig:
             last_step=self.train.total_parts * self.train.steps_per_part,
             first_share=0.0,
             last_share=1.0,
-            mask=selection.mask,
+            selection=selection,
             threads=self.threads,
         )
         (job,) = pin_jobs([job], catalog)
@@ -253,10 +256,23 @@ class DfnConfig:
 
     def _clean_pairs(self, catalog: Catalog) -> tuple[Catalog, Selection]:
         """Return where the clean pairs are, and which they are."""
-        clean = str(self.clean)
-        if clean in catalog.columns:
-            return catalog, Selection(mask=clean)
-        return Catalog.open(clean), Selection()
+        clean = home(str(self.clean))
+        if clean not in catalog.columns and (is_url(clean) or Path(clean).exists()):
+            return Catalog.open(clean), Selection()
+        column, _, share = clean.rpartition(":")
+        if column not in catalog.columns:
+            return catalog, Selection(where=(clean,))
+        try:
+            fraction, values = float(share), catalog.read([column])[column].astype(np.float64)
+        except ValueError:
+            raise ModeclipError(
+                f"expected COLUMN:FRACTION with a column and a share of numbers, got {share!r}"
+            ) from None
+        if not 0 < fraction <= 1:
+            raise ModeclipError(f"expected a share in (0, 1], got {share}")
+        values = values[np.isfinite(values)]
+        least = threshold_of(values, fraction) if len(values) else 0.0
+        return catalog, Selection(where=(f"`{column}` >= {least!r}",))
 
     def _score(
         self, name: str, context: Context, vectors: _Embedded, targets: Sequence[Images]
@@ -274,17 +290,17 @@ class DfnConfig:
 
     def _sclip(self, context: Context, vectors: _Embedded) -> Float[np.ndarray, " n"]:
         """Return s-CLIPLoss of each selected pair; each partition is kept beside the catalog when it is done."""
-        number = partition_count(len(vectors.images), self.contrast, self.partitions)
-        total = np.zeros(len(vectors.images))
+        count = len(vectors.images)
+        number, total = partition_count(count, self.contrast, self.partitions), np.zeros(count)
         settings: dict[str, Any] = {"tau": self.tau, "batch_size": self.contrast, "seed": self.train.seed}
-        with progress("s-CLIPLoss", number * len(total), "pairs x partitions") as advance:
-            for partition in range(number):
+        for partition in range(number):
 
-                def compute(partition: int = partition) -> np.ndarray:
+            def compute(partition: int = partition) -> np.ndarray:
+                with progress(f"s-CLIPLoss, partition {partition + 1} of {number}", count, "pairs") as advance:
                     return sclip_of_partition(vectors.images, vectors.texts, partition, **settings, advance=advance)
 
-                total += _kept_beside(context.catalog, ["sclip", vectors.digest, settings, partition], compute)
-        return (total / number).astype(np.float32)
+            total += _kept_beside(context.catalog, ["sclip", vectors.digest, settings, partition], compute)
+        return np.asarray((total / number).astype(np.float32))
 
     def _decide(self, context: Context, digest: str, scores: dict[str, Float[np.ndarray, " n"]]) -> Prepared:
         """Return what becomes of each pair by its scores."""

@@ -54,6 +54,8 @@ ROUND_DRAWS, ROUND_SHARE, PENALTY = 100_000, 1 / 1280, 0.15
 """Soft cap sampling draws 100,000 pairs a round from 128 million, and takes 0.15 from their logits (M-FLYT)."""
 LOGIT_BINS = 1 << 12
 """Bins of logits in which soft cap sampling counts: pairs with equal logits have equal expectations."""
+NEWTON_STEPS = 200
+"""Most steps to the rate of a round; a few are enough unless nearly all pairs are drawn."""
 
 
 @runtime_checkable
@@ -250,34 +252,33 @@ def soft_cap(
     left = np.minimum(((logits - places[0]) / width).astype(np.int64), LOGIT_BINS - 2)
     part = (logits - places[0]) / width - left
     pairs = np.bincount(left, 1 - part, LOGIT_BINS) + np.bincount(left + 1, part, LOGIT_BINS)
-    now, expected, left_over, log_rate = places.copy(), np.zeros(LOGIT_BINS), draws, 0.0
+    (filled,) = np.nonzero(pairs)
+    now, expected, left_over = places[filled], np.zeros(len(filled)), draws
     while left_over > 0:
-        size = min(round_draws, left_over)
-        log_rate = _log_rate(now, pairs, size, log_rate)
-        drawn = -np.expm1(-np.exp(np.minimum(now + log_rate, 700.0)))
+        drawn = _drawn_in_a_round(now, pairs[filled], min(round_draws, left_over))
         expected += drawn
         now -= penalty * drawn
-        left_over -= size
-    return np.asarray(np.interp(logits, places, expected))
+        left_over -= round_draws
+    return np.asarray(np.interp(logits, places[filled], expected))
 
 
-def _log_rate(logits: np.ndarray, pairs: np.ndarray, size: int, start: float) -> float:
-    """Return the rate at which ``size`` of the pairs are expected to be drawn, as a logarithm."""
-    size_below = min(size, pairs.sum() * (1 - 1e-9))
+def _drawn_in_a_round(
+    logits: Float[np.ndarray, " B"], pairs: Float[np.ndarray, " B"], draws: int
+) -> Float[np.ndarray, " B"]:
+    """Return with which probability pairs of each bin are among the draws of one round.
 
-    def drawn(log_rate: float) -> float:
-        return float(pairs @ -np.expm1(-np.exp(np.minimum(logits + log_rate, 700.0))))
-
-    low, high, step = start, start, 1.0
-    while drawn(low) > size_below:
-        low, step = low - step, 2 * step
-    step = 1.0
-    while drawn(high) < size_below:
-        high, step = high + step, 2 * step
-    while high - low > 1e-9 * max(1.0, abs(low)):
-        middle = (low + high) / 2
-        low, high = (middle, high) if drawn(middle) < size_below else (low, middle)
-    return high
+    The rate comes from Newton's method, which from below never passes it: the number of draws is concave in the rate.
+    """
+    chances = np.exp(logits - logits.max())
+    wanted = min(draws, pairs.sum() * (1 - 1e-6))
+    rate = wanted / (pairs @ chances)
+    for _ in range(NEWTON_STEPS):
+        drawn = -np.expm1(-rate * chances)
+        lacking = wanted - pairs @ drawn
+        if lacking <= 1e-9 * wanted:
+            break
+        rate += lacking / (pairs @ (chances * (1 - drawn)))
+    return np.asarray(drawn)
 
 
 def _contrast(images: Float[np.ndarray, "B D"], texts: Float[np.ndarray, "B D"], tau: float) -> Float[np.ndarray, " B"]:
