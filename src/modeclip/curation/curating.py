@@ -96,11 +96,12 @@ def make_method(name: str, **settings: Any) -> Method:
         ModeclipError: There is no such method, it has no such setting, or it refuses a value.
     """
     config = load_method(name)
-    known = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    known = [field.name for field in fields(config)]
     for setting in settings:
         if setting not in known:
             raise unknown(f"setting of {name}", setting, known)
-    return config(**settings)
+    made: Method = config(**settings)
+    return made
 
 
 def check_name(name: str) -> None:
