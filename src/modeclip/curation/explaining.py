@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from jaxtyping import Int
 from modeclip.curation.curating import Curated
 from modeclip.curation.method import KEPT, OUTSIDE, Curve, Histogram, Table
 from modeclip.curation.surveying import Block, Group, Part, Survey, read_blocks, survey
+from modeclip.system.files import write_json, writing
+
+JSON_FILE = "curate.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,13 @@ class Explanation:
         if self.num_expected is not None:
             text += f"; a pass of training draws {self.num_expected:,.0f} of them on average"
         return text + "."
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``curate.json`` to a folder, which is made."""
+        path = Path(folder) / JSON_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            write_json(path, asdict(self), ensure_ascii=False)
 
 
 def explain(curated: Curated, *, seed: int = 0) -> Explanation:

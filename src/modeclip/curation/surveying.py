@@ -583,7 +583,7 @@ class _Samples:
 
     def __init__(self, totals: Sequence[float]) -> None:
         self._word_rate = WORD_PAIRS / max(totals[0], 1.0)
-        self._rates = np.array([VECTOR_PAIRS / max(total, 1.0) for total in totals])
+        self._rates = [min(1.0, VECTOR_PAIRS / max(total, 1.0)) for total in totals]
         self._words: list[Counter[str]] = [Counter() for _ in totals]
         self._num_pairs = 0
         self._drawn: list[list[tuple[np.ndarray, ...]]] = [[] for _ in totals]

@@ -127,15 +127,15 @@ class Histogram:
     """Values in each bin; those below the first edge are in the first bin."""
 
 
-def format_share(count: int, total: int) -> str:
-    """Write a share in percent; it is never 0 if something was counted.
+def format_share(count: float, total: float) -> str:
+    """Write a share in percent; it is never 0 if something was counted, and not 100 if something was not.
 
     Examples:
-        >>> format_share(1, 3), format_share(1, 10**6), format_share(0, 5)
-        ('33.3 %', '<0.1 %', '0.0 %')
+        >>> format_share(1, 3), format_share(1, 10**6), format_share(0, 5), format_share(9999, 10000)
+        ('33.3 %', '<0.1 %', '0.0 %', '>99.9 %')
     """
     percent = 100 * count / max(total, 1)
-    return "<0.1 %" if 0 < percent < 0.05 else f"{percent:.1f} %"
+    return "<0.1 %" if 0 < percent < 0.05 else ">99.9 %" if 99.95 <= percent < 100 else f"{percent:.1f} %"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,7 +95,7 @@ def place_survey(survey: Survey) -> Json:
         "mean_shares": [_share(total, totals[0]) for total in totals[1:]],
         "num_clusters": len(found.clusters) if found else 0,
         "open_clusters": OPEN_CLUSTERS,
-        "cluster_shares": draw_histogram(100 * np.array(shares), size=(720.0, 180.0))
+        "cluster_shares": draw_histogram(100 * np.array(shares), size=(1080.0, 200.0))
         if len(shares) > OPEN_CLUSTERS
         else None,
     }

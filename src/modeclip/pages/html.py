@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modeclip.data.checks import format_share
 from modeclip.system.files import write_atomically, writing
 from modeclip.training.jobs import role_of
 
@@ -90,7 +91,7 @@ def _environment() -> Environment:
         "digest": _digest,
         "duration": format_duration,
         "effective": math.exp,
-        "exact_percent": format_percent,
+        "exact_percent": lambda share: format_share(share, 1),
         "entropy_limit": lambda count: math.log(max(count, 1)),
         "family": family_of,
         "figure": format_figure,
@@ -212,18 +213,6 @@ def format_figure(value: float | int) -> str:
         ('0.0427', '1.50', '0')
     """
     return "0" if value == 0 else f"{value:.3g}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
-
-
-def format_percent(share: float) -> str:
-    """Return a share in percent such that 0 % is none and 100 % is all.
-
-    Examples:
-        >>> format_percent(0.3333), format_percent(0.00002), format_percent(0.99999), format_percent(1.0)
-        ('33.3 %', '<0.1 %', '>99.9 %', '100 %')
-    """
-    if 0 < share < 0.0005 or 0.9995 < share < 1:
-        return "<0.1 %" if share < 0.5 else ">99.9 %"
-    return "0 %" if share == 0 else "100 %" if share == 1 else f"{100 * share:.1f} %"
 
 
 def format_short(value: float | int) -> str:
