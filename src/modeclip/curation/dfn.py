@@ -226,7 +226,8 @@ class DfnConfig:
             catalog, selection = self._clean_pairs(context.catalog)
             size, batch = int(selection.mask_of(catalog).sum()), self.train.batch_size
         except ModeclipError as error:
-            raise type(error)(f"dfn.clean {self.clean!r}: {error}") from error
+            reason = str(error).removeprefix(f"--where {self.clean!r}: ")
+            raise type(error)(f"dfn.clean {self.clean!r}: {reason}") from error
         if size < batch:
             raise ModeclipError(
                 f"dfn.clean: {self.clean} marks {size:,} pairs, fewer than one batch of {batch:,}; mark more, or set "
