@@ -30,6 +30,7 @@ from modeclip.system.paths import is_url
 METHODS: dict[str, str] = {
     "align": "align:AlignConfig",
     "dfn": "dfn:DfnConfig",
+    "duplicates": "duplicates:DuplicatesConfig",
 }
 """Where the config of each method is: its module in this package, and its class."""
 NAMES = re.compile("[a-z][a-z0-9_]{0,40}")

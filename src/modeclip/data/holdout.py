@@ -65,11 +65,34 @@ def dhash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes())
 
 
-def group_similar(hashes: UInt64[np.ndarray, " n"], bits: int = SIMILAR_BITS) -> Int[np.ndarray, " n"]:
-    """Return a number for each hash that is equal where hashes are joined by a chain of similar ones.
+def similar_pairs(
+    hashes: UInt64[np.ndarray, " n"], bits: int = SIMILAR_BITS
+) -> Iterator[tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]]:
+    """Yield the positions of all pairs of hashes that differ in at most some bits, in parts, each pair in both orders.
 
     Two hashes that differ in at most ``bits`` bits are equal in at least one of ``bits + 1`` parts of their bits, so
-    only hashes that share a part are compared.
+    only hashes that share a part are compared. A pair that shares several parts is found as often.
+
+    Args:
+        hashes: 64 bits each.
+        bits: Largest number of bits in which the hashes of a pair differ.
+    """
+    bounds = np.linspace(0, 64, bits + 2).astype(np.uint64)
+    for low, high in pairwise(bounds):
+        part = hashes >> low & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(part, kind="stable")
+        starts = np.flatnonzero(np.diff(part[order], prepend=part[order][:1] - np.uint64(1)))
+        for places in np.split(order, starts[1:]):
+            rows_at_once = max(1, CANDIDATES_AT_ONCE // len(places))
+            for start in range(0, len(places) if len(places) > 1 else 0, rows_at_once):
+                some = places[start : start + rows_at_once]
+                one, other = np.nonzero(np.bitwise_count(hashes[some, None] ^ hashes[places]) <= bits)
+                are_two = some[one] != places[other]
+                yield some[one[are_two]], places[other[are_two]]
+
+
+def group_similar(hashes: UInt64[np.ndarray, " n"], bits: int = SIMILAR_BITS) -> Int[np.ndarray, " n"]:
+    """Return a number for each hash that is equal where hashes are joined by a chain of similar ones.
 
     Args:
         hashes: 64 bits each.
@@ -79,20 +102,8 @@ def group_similar(hashes: UInt64[np.ndarray, " n"], bits: int = SIMILAR_BITS) ->
     from scipy.sparse.csgraph import connected_components
 
     values, inverse = np.unique(hashes, return_inverse=True)
-    edges = [np.empty((2, 0), np.int64)]
-    bounds = np.linspace(0, 64, bits + 2).astype(np.uint64)
-    for low, high in pairwise(bounds):
-        part = values >> low & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(part, kind="stable")
-        starts = np.flatnonzero(np.diff(part[order], prepend=part[order][:1] - np.uint64(1)))
-        for places in np.split(order, starts[1:]):
-            rows_at_once = max(1, CANDIDATES_AT_ONCE // len(places))
-            for start in range(0, len(places) if len(places) > 1 else 0, rows_at_once):
-                some = places[start : start + rows_at_once]
-                near = np.bitwise_count(values[some, None] ^ values[places]) <= bits
-                one, other = np.nonzero(near)
-                edges.append(np.stack([some[one], places[other]]))
-    one, other = np.concatenate(edges, axis=1)
+    pairs = [np.empty((2, 0), np.int64), *(np.stack(pair) for pair in similar_pairs(values, bits))]
+    one, other = np.concatenate(pairs, axis=1)
     graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(values), len(values)))
     return np.asarray(connected_components(graph, directed=False)[1])[inverse]
 
