@@ -174,6 +174,7 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
             looked.load_seconds + looked.num_pairs * looked.embed_seconds,
             2 * looked.num_pairs * looked.dimension,
         ),
+        "curate": (", ".join(step.name for step in recipe.curate), None, 2 * len(recipe.curate) * looked.num_pairs),
         "cluster": (
             f"{num_fine:,} fine clusters, {recipe.cluster.num_experts} experts",
             _kmeans_seconds(min(looked.num_pairs, recipe.cluster.fit_samples), num_fine, looked.dimension, recipe),
@@ -192,7 +193,7 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
     }
     rows = []
     for name in STAGES:
-        if name == "controls" and not folder.split_controls:
+        if (name == "controls" and not folder.split_controls) or (name == "curate" and not recipe.curate):
             continue
         detail, time_left, size = estimates[name]
         samples = sum(model.samples for model in models) if name == "train" else 0

@@ -1,12 +1,13 @@
 """The stages of a recipe do the whole method in one folder.
 
-    index -> embed -> cluster -> controls -> train -> bundle -> evaluate -> report
+    index -> embed -> curate -> cluster -> controls -> train -> bundle -> evaluate -> report
 
 Each stage leaves a record in ``stages/`` with two hashes. One is of everything that decided its result: its own
 settings, the digests of the stages before it, the state of the source. The other is of what it made: rows and columns
 of the catalog, files. The same command again runs only the stages whose inputs have changed, or whose output is gone or
-is another one, as after an earlier recipe, another that was interrupted, and the earlier one again. The stage
-``controls`` exists only where the recipe asks for controls that need a column of their own.
+is another one, as after an earlier recipe, another that was interrupted, and the earlier one again. The stages
+``curate`` and ``controls`` exist only where the recipe names methods of curation, or controls with a column of their
+own.
 
 A run that is killed at any moment continues with the same numbers, because no stage leaves anything half-written that a
 later run would take for whole.
@@ -38,16 +39,19 @@ from modeclip.clustering.fitting import (
     cluster,
     sample_rows,
 )
+from modeclip.curation.curating import curate
+from modeclip.curation.explaining import explain
 from modeclip.data.catalog import PAIR_COLUMNS, Catalog
 from modeclip.data.checksums import find_damaged, remove_leftovers
 from modeclip.data.indexing import index
+from modeclip.data.selection import ALL, Selection
 from modeclip.data.sources import DataSource, open_source, source_state
 from modeclip.data.storage import missing_fragments, open_dataset
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.mixture.bundle import EDITS
 from modeclip.models.clip import WEIGHTS_FILE, check_model, model_shapes
 from modeclip.models.encoders import IMAGE_PREFIXES, check_trusted
-from modeclip.pipeline.recipe import Recipe, hash_of, plain_of, write_recipe
+from modeclip.pipeline.recipe import CurateStep, Recipe, hash_of, plain_of, write_recipe
 from modeclip.pipeline.run_folder import EDITED, RunFolder
 from modeclip.system.console import log
 from modeclip.system.devices import PeakMemory, return_memory
@@ -66,13 +70,15 @@ from modeclip.system.paths import RunPaths, home_path
 from modeclip.training.experts import plan_jobs
 from modeclip.training.jobs import JOB_FILE, TrainConfig, TrainJob, TrainResult, brings_weights
 
-STAGES = ("index", "embed", "cluster", "controls", "train", "bundle", "evaluate", "report")
+STAGES = ("index", "embed", "curate", "cluster", "controls", "train", "bundle", "evaluate", "report")
 STAGE_FORMAT = 2
 """Part of every stage's digest; raise it when a stage starts to produce something else from the same settings."""
 FINE_BEFORE = 256
 """Fine clusters of a recipe that named no number, when these did not depend on the number of pairs."""
 LOOK_SECONDS, LOOK_PAIRS = 10.0, 512
 """How long a plan counts the pairs of a source, and how many of them it indexes and embeds to measure rates."""
+PRODUCT = "curated_probability"
+"""Column of the product of the probabilities that several methods give."""
 LONG_CAPTIONS = 0.1
 """Share of captions longer than what a model reads from which on a run says so."""
 
@@ -243,6 +249,7 @@ class StageRecord(TypedDict):
 
 
 OUTPUTS = {
+    "curate": ("curation/*/curate.html",),
     "cluster": ("clusters/clustering.safetensors", "clusters/cards.json", "clusters/config.json"),
     "controls": ("clusters/one-step/*",),
     "train": ("models/*/job.json", "models/*/done.json", "models/*/log.jsonl"),
@@ -284,20 +291,47 @@ class Stages:
         made = Made(folder)
         self.stage("index", partial(self.index, source), state, made.rows)
         self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], partial(made.columns, COLUMN))
+        chosen_by = self.curate_stage()
+        recipe, folder = self.recipe, self.folder
+        made = Made(folder)
         files = [folder.clusters / name for name in (CLUSTERING_FILE, CARDS_FILE)]
         clusters = partial(made.columns, "fine_cluster", "expert", files=files)
         self.keep_num_fine()
-        self.stage("cluster", self.cluster, [asdict(self.recipe.cluster), self.digests["embed"]], clusters)
+        inputs = [asdict(self.recipe.cluster), self.digests["embed"], *chosen_by]
+        self.stage("cluster", self.cluster, inputs, clusters)
         self.note_choices()
         self.controls_stage()
         train = recipe.train.decided().plain()
         train["engine"]["save_every"] = "20s"  # it decides nothing; a constant keeps the digests of earlier versions
-        training = [train, asdict(recipe.experts), folder.fingerprint]
+        training = [train, asdict(recipe.experts), folder.fingerprint, *chosen_by]
         self.stage("train", self.train, training, made.models)
         bundle = [asdict(recipe.evaluate), self.digests["train"]]
         self.stage("bundle", self.bundle, bundle, made.bundle)
         self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], made.results)
         self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], made.report)
+
+    def curate_stage(self) -> list[str]:
+        """Do the stage of the curation, and have clusters and models made of what it keeps.
+
+        Without methods, no record of an earlier one is left.
+
+        Returns:
+            The digests that stages depend on because of it.
+        """
+        steps = self.recipe.curate
+        if not steps:
+            (self.folder.stages / "curate.json").unlink(missing_ok=True)
+            return []
+        files = [Path(value) for step in steps for value in step.settings.values() if isinstance(value, str)]
+        inputs = [[step.flat() for step in steps], {str(file): hash_file(file) for file in files if file.is_file()}]
+        made = partial(Made(self.folder).columns, *(f"{step.name}_kept" for step in steps))
+        self.stage("curate", self.curate, [*inputs, self.digests["embed"]], made)
+        probability, captions = curated_columns(Catalog.open(self.folder.catalog_path), steps)
+        train = self.recipe.train
+        train = replace(train, probability=train.probability or probability, captions=train.captions or captions)
+        self.recipe = replace(self.recipe, train=train)
+        self.folder = replace(self.folder, training=train, selection=Selection(mask=f"{steps[-1].name}_kept"))
+        return [self.digests["curate"]]
 
     def keep_num_fine(self) -> None:
         """Let a folder of an earlier version, which had another default, keep its number of fine clusters."""
@@ -430,6 +464,22 @@ class Stages:
         result = embed(Catalog.open(self.folder.catalog_path), self.recipe.embed)
         return f"{result.num_captions:,} captions as {result.dimension} numbers by {Path(result.encoder).name}"
 
+    def curate(self) -> str:
+        """Do the stage: ask each method about the pairs that those before it have kept."""
+        from modeclip.pages.curate_page import write_curation
+
+        selection, kept = ALL, []
+        for step in self.recipe.curate:
+            catalog = Catalog.open(self.folder.catalog_path)
+            curated = curate(catalog, step.config, name=step.name, selection=selection)
+            selection = Selection(mask=f"{step.name}_kept")
+            explanation, folder = explain(curated), self.folder.curation / step.name
+            explanation.save(folder)
+            write_curation(catalog, explanation, folder)
+            kept.append(f"{step.name} kept {explanation.kept.count:,}")
+        add_product(Catalog.open(self.folder.catalog_path), self.recipe.curate)
+        return f"{', '.join(kept)} of {len(catalog):,} pairs"
+
     def cluster(self) -> str:
         """Do the stage: cluster, and form experts."""
         result = cluster(Catalog.open(self.folder.catalog_path), self.recipe.cluster)
@@ -474,6 +524,22 @@ class Stages:
         from modeclip.pages.run_report import write_report
 
         return str(write_report(self.folder.folder))
+
+
+def curated_columns(catalog: Catalog, steps: Sequence[CurateStep]) -> tuple[str | None, str | None]:
+    """Return the columns that training reads because of a curation: the probability of each pair, and its caption."""
+    probabilities = [name for step in steps if (name := f"{step.name}_probability") in catalog.columns]
+    captions = [name for step in steps if (name := f"{step.name}_caption") in catalog.columns]
+    probability = PRODUCT if len(probabilities) > 1 else next(iter(probabilities), None)
+    return probability, captions[-1] if captions else None
+
+
+def add_product(catalog: Catalog, steps: Sequence[CurateStep]) -> None:
+    """Add the product of the probabilities that several methods give to each pair, if more than one does."""
+    names = [name for step in steps if (name := f"{step.name}_probability") in catalog.columns]
+    if len(names) > 1:
+        product = ({PRODUCT: np.prod([block[name] for name in names], axis=0)} for block in catalog.batches(names))
+        catalog.add_columns(product, facts={"product_of": {name: catalog.facts(name) for name in names}})
 
 
 @dataclass(frozen=True)
