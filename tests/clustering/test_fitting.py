@@ -20,12 +20,27 @@ from PIL import Image
 import modeclip.clustering.fitting as clustering_module
 from modeclip.clustering.cards import NUM_KEYWORDS, NUM_NEAREST, NUM_RANDOM, Tally, pick_keywords
 from modeclip.clustering.clusters import Clustering
-from modeclip.clustering.fitting import AssignWork, ClusterConfig, ClusterResult, apply, cluster, fit, regroup
+from modeclip.clustering.controls import add_controls, cluster_in_one_step
+from modeclip.clustering.diagnostics import DiagnoseConfig, diagnose
+from modeclip.clustering.distances import assign_nearest
+from modeclip.clustering.fitting import (
+    AssignWork,
+    ClusterConfig,
+    ClusterResult,
+    apply,
+    cluster,
+    count_pairs,
+    fit,
+    regroup,
+)
+from modeclip.clustering.novelty import fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.samples import Sample
+from modeclip.data.selection import Selection
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
+from modeclip.data.storage import append
 from modeclip.errors import ModeclipError
 from support import plain_png, write_pairs
 
@@ -77,6 +92,45 @@ def done(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cata
 
 def all_distances(x: np.ndarray, centers: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(x[:, None].astype(np.float64) - centers[None]).sum(2))
+
+
+@pytest.mark.parametrize("fit_samples", [2_000_000, 100])
+def test_selected_pairs_are_clustered_as_if_there_were_no_others(
+    embedded: Path, tmp_path: Path, fit_samples: int
+) -> None:
+    """The oracle is a catalog of which the other rows were removed. All rows are assigned, only selected ones count."""
+    whole, less = (Catalog.open(shutil.copytree(embedded, tmp_path / name)) for name in ("a.lance", "b.lance"))
+    gone, kept = [range(30, 90), range(200, 300)], np.ones(len(whole), bool)
+    for rows in gone:
+        kept[rows.start : rows.stop] = False
+    append(less.path, [], less.metadata, dropped=gone)
+    less = Catalog.open(less.path)
+    assert len(less) == kept.sum()
+    whole.add_columns({"good": kept}, facts={"method": "test"})
+    config, selection = replace(CONFIG, fit_samples=fit_samples), Selection(mask="good")
+    found, expected = cluster(whole, config, selection=selection), cluster(less, config)
+    assert found.clustering.digest == expected.clustering.digest
+    assert found.experts == expected.experts
+    assert (found.imbalance, found.objective) == (expected.imbalance, expected.objective)
+    place = np.flatnonzero(kept)
+    for card, other in zip(found.fine, expected.fine, strict=True):
+        rows = {name: tuple(place[list(getattr(other, name))].tolist()) for name in ("nearest_rows", "random_rows")}
+        assert card == replace(other, **rows)
+    fine = whole.read(["fine_cluster"])["fine_cluster"]
+    assert (fine[kept] == less.read(["fine_cluster"])["fine_cluster"]).all()
+    assert (
+        fine == assign_nearest(embed_cheaply(whole.read(["caption"])["caption"]), found.clustering.fine_centers)[0]
+    ).all()
+    same = fitted_quantiles(less, CONFIG.num_fine).distances
+    np.testing.assert_array_equal(fitted_quantiles(whole, CONFIG.num_fine, selection).distances, same)
+    assert count_pairs(whole, 3, selection=selection).tolist() == [card.size for card in found.experts]
+    what = DiagnoseConfig(num_batches=4, batch_size=32)
+    assert diagnose(whole, found, config, what, selection=selection) == diagnose(less, expected, config, what)
+    add_controls(whole, ["random", "one-step"], config, tmp_path, selection)
+    for column in ("random_expert", "one_step_expert"):
+        sizes = np.bincount(whole.read([column])[column][kept], minlength=3)
+        assert column != "random_expert" or sizes.tolist() == [card.size for card in found.experts]
+    assert Clustering.load(tmp_path / "one-step").digest == cluster_in_one_step(less, config, tmp_path / "x").digest
 
 
 def test_every_row_goes_to_its_nearest_centre_and_that_ones_expert(done: tuple[Catalog, ClusterResult]) -> None:

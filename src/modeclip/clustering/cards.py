@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 NUM_NEAREST = 5
 """Captions on the card of a fine cluster."""
@@ -110,35 +110,42 @@ class Tally:
         self._drawn = np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64)  # fine cluster, random key, row
 
     def add(
-        self, fine: Int[np.ndarray, " n"], distance: Float[np.ndarray, " n"], captions: Shaped[np.ndarray, " n"]
+        self,
+        fine: Int[np.ndarray, " n"],
+        distance: Float[np.ndarray, " n"],
+        captions: Shaped[np.ndarray, " n"],
+        chosen: Bool[np.ndarray, " n"] | None = None,
     ) -> None:
-        """Count the next rows of the catalog."""
+        """Count the next rows of the catalog, or only the chosen ones among them."""
         start, num_fine = self._num_rows, len(self.sizes)
         self._num_rows += len(fine)
+        rows = np.arange(start, self._num_rows)
+        if chosen is not None:
+            fine, distance, captions, rows = fine[chosen], distance[chosen], captions[chosen], rows[chosen]
         fine, distance = fine.astype(np.int64), distance.astype(np.float64)
         self.sizes += np.bincount(fine, minlength=num_fine)
         self.distances += np.bincount(fine, weights=distance, minlength=num_fine)
         self.squares += float(np.square(distance).sum())
-        self._add_nearest(start, fine, distance, captions)
-        self._draw(start, fine)
-        bounds = np.searchsorted(self._sample, [start, self._num_rows])
-        rows = self._sample[slice(*bounds)] - start
-        self._sampled.append((fine[rows], distance[rows].astype(np.float32)))
-        for index, row in zip(fine[rows].tolist(), rows.tolist(), strict=True):
+        self._add_nearest(rows, fine, distance, captions)
+        self._draw(rows, fine)
+        low, high = np.searchsorted(self._sample, [start, self._num_rows])
+        sampled = np.flatnonzero(np.isin(rows, self._sample[low:high], assume_unique=True))
+        self._sampled.append((fine[sampled], distance[sampled].astype(np.float32)))
+        for index, row in zip(fine[sampled].tolist(), sampled.tolist(), strict=True):
             self.words[index].update(split_words(captions[row]))
 
-    def _add_nearest(self, start: int, fine: np.ndarray, distance: np.ndarray, captions: np.ndarray) -> None:
+    def _add_nearest(self, rows: np.ndarray, fine: np.ndarray, distance: np.ndarray, captions: np.ndarray) -> None:
         order = np.lexsort((distance, fine))  # stable: of equals the first row comes first
         bounds = np.searchsorted(fine[order], np.arange(len(self.sizes) + 1))
         for index in np.unique(fine):
-            rows, known = order[bounds[index] : bounds[index + 1]], self.nearest[index]
-            if len(known) < NUM_NEAREST or distance[rows[0]] < known[-1][0]:
-                offered = ((float(distance[row]), str(captions[row]), start + int(row)) for row in rows)
+            places, known = order[bounds[index] : bounds[index + 1]], self.nearest[index]
+            if len(known) < NUM_NEAREST or distance[places[0]] < known[-1][0]:
+                offered = ((float(distance[at]), str(captions[at]), int(rows[at])) for at in places)
                 self.nearest[index] = _nearest_distinct(known, offered)
 
-    def _draw(self, start: int, fine: np.ndarray) -> None:
+    def _draw(self, rows: np.ndarray, fine: np.ndarray) -> None:
         """Give each row a random key and keep the smallest keys: at any time a uniform draw of the rows so far."""
-        new = fine, self._random.random(len(fine)), start + np.arange(len(fine))
+        new = fine, self._random.random(len(fine)), rows
         fine, keys, rows = (np.concatenate(pair) for pair in zip(self._drawn, new, strict=True))
         order = np.lexsort((keys, fine))
         first = np.searchsorted(fine[order], fine[order])

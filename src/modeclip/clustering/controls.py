@@ -34,6 +34,7 @@ from modeclip.clustering.embedding import COLUMN
 from modeclip.clustering.fitting import AssignWork, ClusterConfig, count_pairs, fit
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import map_columns
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError
 
 RANDOM_COLUMN, ONE_STEP_COLUMN = "random_expert", "one_step_expert"
@@ -45,7 +46,7 @@ SPLIT_STREAM = 1 << 42  # key of the split's random stream, far from the keys of
 
 
 def add_controls(
-    catalog: Catalog, controls: Sequence[str], config: ClusterConfig, folder: Path
+    catalog: Catalog, controls: Sequence[str], config: ClusterConfig, folder: Path, selection: Selection = ALL
 ) -> dict[str, Int[np.ndarray, " K"]]:
     """Add the columns that some controls need, unless the catalog has them.
 
@@ -54,23 +55,24 @@ def add_controls(
         controls: Any of ``random``, ``full``, ``one-step``.
         config: Settings that the catalog was clustered with.
         folder: Folder of its clustering.
+        selection: Rows that are trained on.
 
     Returns:
-        The number of rows of each expert, by the name of the column.
+        The number of selected rows of each expert, by the name of the column.
     """
     if "random" in controls:
-        split_at_random(catalog, config.seed)
+        split_at_random(catalog, config.seed, selection)
     if "one-step" in controls:
-        cluster_in_one_step(catalog, config, folder / ONE_STEP_FOLDER)
+        cluster_in_one_step(catalog, config, folder / ONE_STEP_FOLDER, selection)
     columns = [column for control, column in CONTROL_COLUMNS.items() if control in controls]
-    return {column: count_pairs(catalog, config.num_experts, column) for column in columns}
+    return {column: count_pairs(catalog, config.num_experts, column, selection) for column in columns}
 
 
-def split_at_random(catalog: Catalog, seed: int) -> None:
+def split_at_random(catalog: Catalog, seed: int, selection: Selection = ALL) -> None:
     """Add the column ``random_expert``: the values of ``expert``, dealt out to all rows at random.
 
-    The sizes of the experts and the seed alone decide which row gets which expert. If the catalog already has this
-    split, nothing is done.
+    The sizes of the experts and the seed alone decide which row gets which expert. The values of selected rows are
+    dealt out among these, and so are those of the others. If the catalog already has this split, nothing is done.
 
     Raises:
         ModeclipError: The catalog is not clustered.
@@ -80,12 +82,16 @@ def split_at_random(catalog: Catalog, seed: int) -> None:
             f"catalog {catalog.path!r} has no column expert, and a random split takes its sizes: cluster it first"
         )
     facts = {"seed": seed, "expert": catalog.facts("expert"), "catalog": catalog.fingerprint}
+    facts |= _selected(catalog, selection)
     if RANDOM_COLUMN in catalog.columns and catalog.facts(RANDOM_COLUMN) == facts:
         return
     experts = catalog.read(["expert"])["expert"]
-    experts = np.sort(experts) if experts.ndim == 1 else experts[np.lexsort(experts.T[::-1])]
     draw = np.random.Generator(np.random.Philox(key=[seed, SPLIT_STREAM]))
-    catalog.add_columns({RANDOM_COLUMN: draw.permutation(experts)}, facts=facts)
+    dealt, chosen = np.empty_like(experts), selection.mask_of(catalog)
+    for rows in (chosen, ~chosen):
+        own = experts[rows]
+        dealt[rows] = draw.permutation(np.sort(own) if own.ndim == 1 else own[np.lexsort(own.T[::-1])])
+    catalog.add_columns({RANDOM_COLUMN: dealt}, facts=facts)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,7 +105,9 @@ class OneStepWork(AssignWork):
         return {ONE_STEP_COLUMN: super().__call__(block)["expert"]}
 
 
-def cluster_in_one_step(catalog: Catalog, config: ClusterConfig, folder: Path) -> Clustering:
+def cluster_in_one_step(
+    catalog: Catalog, config: ClusterConfig, folder: Path, selection: Selection = ALL
+) -> Clustering:
     """Cluster captions into experts directly, keep the centres in a folder, and add the column ``one_step_expert``.
 
     If folder and catalog already have what these settings give, nothing is fitted.
@@ -108,20 +116,27 @@ def cluster_in_one_step(catalog: Catalog, config: ClusterConfig, folder: Path) -
         catalog: With the column ``caption_embedding``.
         config: Settings of the clustering in two steps; ``num_fine``, ``overlap``, ``max_expert_ratio`` do not count.
         folder: Folder of the one-step clustering.
+        selection: Rows that it is fitted to; every row is assigned.
 
     Raises:
         ModeclipError: The column is missing or holds NaN, or there are fewer distinct captions than experts.
     """
     config = replace(config, num_fine=config.num_experts, overlap=1, max_expert_ratio=1.0)
     facts = {"fit": asdict(config), "embedding": _facts(catalog, COLUMN), "catalog": catalog.fingerprint}
+    facts |= _selected(catalog, selection)
     known = _facts(catalog, ONE_STEP_COLUMN) or {}
     clustering = _saved(folder)
     if clustering is None or known != facts | {"clustering": clustering.digest}:
-        clustering = fit(catalog, config)
+        clustering = fit(catalog, config, selection)
         clustering.save(folder)
     facts["clustering"] = clustering.digest
     map_columns(catalog, OneStepWork(clustering=clustering, facts=facts), "assign in one step")
     return clustering
+
+
+def _selected(catalog: Catalog, selection: Selection) -> dict[str, Any]:
+    """Return the entry about a selection in the facts of a column; none where all pairs are meant."""
+    return {} if selection.is_all else {"selection": selection.facts(catalog)}
 
 
 def _facts(catalog: Catalog, column: str) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from typing_extensions import TypedDict
 from tyro.conf import arg
 
@@ -32,6 +32,7 @@ from modeclip.clustering.fitting import ClusterConfig, ClusterResult, fit_embedd
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.negatives import DEFAULT_THRESHOLD, NegativeReport, Negatives, measure_negatives
 from modeclip.data.catalog import Catalog
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import LIMIT, ModeclipError, check_least
 from modeclip.system.console import log, progress
 from modeclip.system.files import read_json, write_json
@@ -240,7 +241,12 @@ class _Content(TypedDict):
 
 
 def diagnose(
-    catalog: Catalog, result: ClusterResult, config: ClusterConfig, what: DiagnoseConfig | None = None
+    catalog: Catalog,
+    result: ClusterResult,
+    config: ClusterConfig,
+    what: DiagnoseConfig | None = None,
+    *,
+    selection: Selection = ALL,
 ) -> Diagnostics:
     """Examine a clustering that was applied to a catalog.
 
@@ -249,12 +255,14 @@ def diagnose(
         result: What `apply` returned.
         config: Settings of the clustering; their seed also decides the samples and the batches.
         what: What to look into, and with how many rows.
+        selection: Rows that were clustered.
 
     Raises:
         ModeclipError: The catalog is not clustered, or the sample is smaller than a number of clusters.
     """
     what = what or DiagnoseConfig()
-    num_samples = min(what.num_samples, len(catalog))
+    rows = selection.rows(catalog)
+    num_samples = min(what.num_samples, len(rows))
     config = replace(config, num_fine=config.num_fine or result.clustering.num_fine)
     most = max([*what.fine, *([result.clustering.num_fine] if what.num_seeds else [])], default=0)
     if most > num_samples:
@@ -263,7 +271,7 @@ def diagnose(
             f"{num_samples:,} rows; raise it, or ask for fewer clusters"
         )
     fits = len(what.fine) or what.num_seeds
-    x = read_embeddings(catalog, sample_rows(len(catalog), num_samples, config.seed)) if fits else None
+    x = read_embeddings(catalog, rows[sample_rows(len(rows), num_samples, config.seed)]) if fits else None
     numbers = [number for number in what.experts if number <= result.clustering.num_fine]
     if len(numbers) < len(what.experts):
         log(f"sweep of experts: left out numbers above {result.clustering.num_fine}, the number of fine clusters")
@@ -271,7 +279,7 @@ def diagnose(
         experts=sweep_experts(result, numbers, config),
         fine=sweep_fine(x, what.fine, config) if x is not None else (),
         stability=measure_stability(x, what.num_seeds, config) if x is not None and what.num_seeds else None,
-        negatives=_count_negatives(catalog, result, config, what) if what.num_batches else None,
+        negatives=_count_negatives(catalog, result, config, what, rows) if what.num_batches else None,
         num_samples=num_samples if fits else 0,
     )
 
@@ -366,10 +374,14 @@ def measure_stability(x: Float[np.ndarray, "N D"], num_seeds: int, config: Clust
 
 
 def _count_negatives(
-    catalog: Catalog, result: ClusterResult, config: ClusterConfig, what: DiagnoseConfig
+    catalog: Catalog,
+    result: ClusterResult,
+    config: ClusterConfig,
+    what: DiagnoseConfig,
+    selected: Int[np.ndarray, " n"],
 ) -> NegativeReport:
-    """Count false negatives in batches of the catalog; of the rows that are not in a batch, only labels are held."""
-    rows = sample_rows(len(catalog), config.fit_samples, config.seed)
+    """Count false negatives in batches of the selected rows; of those in no batch, only labels are held."""
+    rows = selected[sample_rows(len(selected), config.fit_samples, config.seed)]
     fine, caption_ids = [], []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = catalog.read(["fine_cluster", "caption"], rows[start : start + ROWS_AT_ONCE])

@@ -1,7 +1,8 @@
 """Fits fine clusters and experts to caption embeddings, and assigns every row of a catalog to them.
 
-Method: balanced k-means of a uniform sample of the rows makes M fine centres (a caption counts as often as it occurs),
-balanced k-means of these makes K experts, and every row goes to its nearest fine centre and so to that centre's expert.
+Method: balanced k-means of a uniform sample of the selected rows makes M fine centres (a caption counts as often as it
+occurs), balanced k-means of these makes K experts, and every row of the catalog, selected or not, goes to its nearest
+fine centre and so to that centre's expert.
 The clustering is balanced on the sample that it is fitted to, but not where it is applied: `ClusterResult.imbalance`
 says what came out.
 
@@ -35,6 +36,7 @@ from modeclip.clustering.embedding import COLUMN, ROWS_AT_ONCE, check_finite, re
 from modeclip.clustering.kmeans import kmeans
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError, check_least
 from modeclip.system.console import log, progress
 from modeclip.system.files import read_json, write_json
@@ -164,7 +166,7 @@ class ClusterResult:
     imbalance: float
     """Rows of the largest expert as a multiple of the mean, 1 or more."""
     objective: float
-    """Mean over all rows of the squared distance to the nearest fine centre."""
+    """Mean over the selected rows of the squared distance to the nearest fine centre."""
     config: ClusterConfig | None = None
     """Settings that the clustering was made with; None if an earlier version made it."""
 
@@ -210,13 +212,14 @@ def read_config(folder: Path | str) -> ClusterConfig | None:
     return read_json(path, ClusterConfig, AGAIN) if path.exists() else None
 
 
-def cluster(catalog: Catalog, config: ClusterConfig, *, ray: bool = False) -> ClusterResult:
-    """Fit fine clusters and experts to a catalog, and apply them to it: `fit`, then `apply`.
+def cluster(catalog: Catalog, config: ClusterConfig, *, selection: Selection = ALL, ray: bool = False) -> ClusterResult:
+    """Fit fine clusters and experts to the selected pairs of a catalog, and apply them to all: `fit`, then `apply`.
 
-    The same embeddings, config, machine and number of threads give the same bytes.
+    The same embeddings, config, selection, machine and number of threads give the same bytes.
     """
-    clustering = fit(catalog, config)
-    return apply(catalog, clustering, replace(config, num_fine=clustering.num_fine), ray=ray)
+    clustering = fit(catalog, config, selection)
+    config = replace(config, num_fine=clustering.num_fine)
+    return apply(catalog, clustering, config, selection=selection, ray=ray)
 
 
 def choose_num_fine(num_pairs: int, num_experts: int) -> int:
@@ -229,18 +232,20 @@ def choose_num_fine(num_pairs: int, num_experts: int) -> int:
     return max(min(max(round(num_pairs / PAIRS_PER_FINE), FINE_PER_EXPERT * num_experts), MOST_FINE), num_experts)
 
 
-def fit(catalog: Catalog, config: ClusterConfig) -> Clustering:
-    """Fit fine clusters to a uniform sample of the rows, and group them into experts.
+def fit(catalog: Catalog, config: ClusterConfig, selection: Selection = ALL) -> Clustering:
+    """Fit fine clusters to a uniform sample of the selected rows, and group them into experts.
 
     Args:
         catalog: With the column ``caption_embedding``.
         config: Numbers of clusters and experts, limits on their sizes, sample and seed.
+        selection: Rows that are clustered.
 
     Raises:
         ModeclipError: The column is missing or holds NaN, or there are fewer distinct captions than fine clusters.
     """
-    x = read_embeddings(catalog, sample_rows(len(catalog), config.fit_samples, config.seed))
-    config = _check_distinct(catalog, x, config)
+    rows = selection.rows(catalog)
+    x = read_embeddings(catalog, rows[sample_rows(len(rows), config.fit_samples, config.seed)])
+    config = _check_distinct(catalog, x, config, len(rows))
     with progress("fit fine clusters", config.num_iterations, "iterations") as advance:
         return fit_embeddings(x, config, on_iteration=lambda: advance(1))
 
@@ -293,7 +298,14 @@ def _group(fine_centers: Float[np.ndarray, "M D"], num_experts: int, config: Clu
     )
 
 
-def apply(catalog: Catalog, clustering: Clustering, config: ClusterConfig, *, ray: bool = False) -> ClusterResult:
+def apply(
+    catalog: Catalog,
+    clustering: Clustering,
+    config: ClusterConfig,
+    *,
+    selection: Selection = ALL,
+    ray: bool = False,
+) -> ClusterResult:
     """Add ``fine_cluster``, ``fine_distance`` and ``expert`` to a catalog, and describe the clusters in cards.
 
     ``expert`` is int32, or with overlap a fixed-size list of int32. Columns of another clustering are replaced. If the
@@ -303,6 +315,7 @@ def apply(catalog: Catalog, clustering: Clustering, config: ClusterConfig, *, ra
         catalog: With the column ``caption_embedding``, made by the encoder that the clustering was fitted with.
         clustering: Centres and experts.
         config: Key words and quantiles come from a sample of at most ``fit_samples`` rows, drawn by ``seed``.
+        selection: Rows that the cards and the other numbers describe; every row is assigned.
         ray: Assign on a Ray cluster, as `modeclip.data.mapping.map_columns` says; the same bytes come out.
 
     Raises:
@@ -311,27 +324,36 @@ def apply(catalog: Catalog, clustering: Clustering, config: ClusterConfig, *, ra
     require_embeddings(catalog)
     facts = {"clustering": clustering.digest, "embedding": catalog.facts(COLUMN)}
     map_columns(catalog, AssignWork(clustering=clustering, facts=facts), "assign captions", ray=ray)
-    tally = Tally(clustering.num_fine, sample_rows(len(catalog), config.fit_samples, config.seed), config.seed)
+    chosen = selection.mask_of(catalog)
+    rows, start = np.flatnonzero(chosen), 0
+    sample = rows[sample_rows(len(rows), config.fit_samples, config.seed)]
+    tally = Tally(clustering.num_fine, sample, config.seed)
     with progress("count words", len(catalog), "captions") as advance:
         for block in catalog.batches(["fine_cluster", "fine_distance", "caption"], ROWS_AT_ONCE):
-            tally.add(block["fine_cluster"], block["fine_distance"], block["caption"])
-            advance(len(block["caption"]))
+            count = len(block["caption"])
+            tally.add(block["fine_cluster"], block["fine_distance"], block["caption"], chosen[start : start + count])
+            start += count
+            advance(count)
     fine, experts = make_cards(tally, clustering.experts_of_fine, clustering.range_of_expert)
     return ClusterResult(
         clustering=clustering,
         fine=fine,
         experts=experts,
         imbalance=imbalance_of([card.size for card in experts]),
-        objective=tally.squares / max(len(catalog), 1),
+        objective=tally.squares / max(len(rows), 1),
         config=config,
     )
 
 
-def count_pairs(catalog: Catalog, num_experts: int, column: str = "expert") -> Int[np.ndarray, " K"]:
-    """Count the rows of each expert in a column of the catalog; a row with two experts counts for both."""
-    counts = np.zeros(num_experts, np.int64)
+def count_pairs(
+    catalog: Catalog, num_experts: int, column: str = "expert", selection: Selection = ALL
+) -> Int[np.ndarray, " K"]:
+    """Count the selected rows of each expert in a column of the catalog; a row with two experts counts for both."""
+    counts, chosen, start = np.zeros(num_experts, np.int64), selection.mask_of(catalog), 0
     for block in catalog.batches([column]):
-        counts += np.bincount(block[column].reshape(-1), minlength=num_experts)[:num_experts]
+        own = block[column][chosen[start : start + len(block[column])]]
+        counts += np.bincount(own.reshape(-1), minlength=num_experts)[:num_experts]
+        start += len(block[column])
     return counts
 
 
@@ -353,16 +375,18 @@ def sample_rows(num_rows: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
     return np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
 
 
-def _check_distinct(catalog: Catalog, x: Float[np.ndarray, "n D"], config: ClusterConfig) -> ClusterConfig:
+def _check_distinct(
+    catalog: Catalog, x: Float[np.ndarray, "n D"], config: ClusterConfig, num_pairs: int
+) -> ClusterConfig:
     """Return the config with its number of fine clusters; raise if there are fewer distinct embeddings than these."""
-    wanted = config.num_fine or choose_num_fine(len(catalog), config.num_experts)
+    wanted = config.num_fine or choose_num_fine(num_pairs, config.num_experts)
     seen: set[bytes] = set()
     for vector in x:
         seen.add(vector.tobytes())
         if len(seen) >= wanted:
             break
     if config.num_fine is None and len(seen) >= config.num_experts:
-        log(f"cluster: {len(seen):,} fine clusters for {len(catalog):,} pairs (num_fine sets another number)")
+        log(f"cluster: {len(seen):,} fine clusters for {num_pairs:,} pairs (num_fine sets another number)")
         return replace(config, num_fine=len(seen))
     if len(seen) >= wanted:
         return config
@@ -371,7 +395,7 @@ def _check_distinct(catalog: Catalog, x: Float[np.ndarray, "n D"], config: Clust
             f"cluster.num_experts is {config.num_experts}, but {str(catalog.path)!r} has only {len(seen)} distinct"
             f" captions: set num_experts to {len(seen)} or less"
         )
-    sampled = f" in the {len(x):,} rows sampled for the fit" if len(x) < len(catalog) else ""
+    sampled = f" in the {len(x):,} rows sampled for the fit" if len(x) < num_pairs else ""
     raise ModeclipError(
         f"cluster.num_fine is {config.num_fine}, but {str(catalog.path)!r} has only {len(seen)} distinct captions"
         f"{sampled}: set num_fine to {len(seen)} or less" + (", or raise fit_samples" if sampled else "")

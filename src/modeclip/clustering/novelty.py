@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from modeclip.data.catalog import Catalog
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
@@ -144,19 +145,24 @@ def _tail(
     return np.quantile(distance[rows] / scale[fine[rows]], levels) if rows.any() else np.ones(len(levels))
 
 
-def fitted_quantiles(catalog: Catalog, num_fine: int) -> FineQuantiles:
+def fitted_quantiles(catalog: Catalog, num_fine: int, selection: Selection = ALL) -> FineQuantiles:
     """Compute the quantiles from a clustered catalog, from every n-th row if it has more than ``SAMPLED_ROWS``.
+
+    A selection leaves the other rows out.
 
     Raises:
         ModeclipError: The catalog is not clustered, or has more than ``num_fine`` fine clusters.
     """
-    step = -(-len(catalog) // SAMPLED_ROWS)
-    fine, distance, start = [], [], 0
+    chosen = selection.mask_of(catalog)
+    step = -(-int(chosen.sum()) // SAMPLED_ROWS)
+    fine, distance, start, seen = [], [], 0, 0
     for block in catalog.batches(["fine_cluster", "fine_distance"]):
-        rows = np.arange(-start % step, len(block["fine_cluster"]), step)
+        own = np.flatnonzero(chosen[start : start + len(block["fine_cluster"])])
+        rows = own[-seen % step :: step]
         fine.append(block["fine_cluster"][rows])
         distance.append(block["fine_distance"][rows])
         start += len(block["fine_cluster"])
+        seen += len(own)
     found = np.concatenate([np.empty(0, np.int32), *fine])
     if len(found) and int(found.max()) >= num_fine:
         raise ModeclipError(

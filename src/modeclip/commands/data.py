@@ -20,7 +20,7 @@ from modeclip.data.checks import CheckConfig
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.system.console import print_json, print_lines, print_table
-from modeclip.system.options import AsJson, CatalogPath, Ray
+from modeclip.system.options import AsJson, CatalogPath, Mask, Ray, Where
 from modeclip.system.paths import RunPaths
 
 
@@ -177,6 +177,8 @@ def cluster(
     out: Annotated[Path | None, arg(help="Folder of the clustering; default: clusters beside the catalog.")] = None,
     *,
     diagnosis: OmitArgPrefixes[DiagnoseConfig],
+    where: Where = (),
+    mask: Mask = None,
     ray: Ray = False,
     as_json: AsJson = False,
 ) -> None:
@@ -184,6 +186,7 @@ def cluster(
     from modeclip.clustering.diagnostics import diagnose
     from modeclip.clustering.fitting import cluster as run_cluster
     from modeclip.data.catalog import Catalog
+    from modeclip.data.selection import Selection
     from modeclip.pages.atlas import write_atlas
 
     opened = Catalog.open(catalog)
@@ -191,9 +194,10 @@ def cluster(
         if "://" in catalog:
             raise ModeclipError("cluster: the catalog lies in an object store; give --out FOLDER on this machine")
         out = RunPaths(folder=Path(opened.path).parent).clusters
-    result = run_cluster(opened, config, ray=ray)
+    selection = Selection(where=where, mask=mask)
+    result = run_cluster(opened, config, selection=selection, ray=ray)
     result.save(out)
-    found = diagnose(opened, result, config, diagnosis)
+    found = diagnose(opened, result, config, diagnosis, selection=selection)
     found.save(out)
     page = write_atlas(opened, result, out / "atlas.html", found)
     stale = _stale_models(Path(opened.path).parent)

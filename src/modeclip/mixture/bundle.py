@@ -325,10 +325,11 @@ def assemble_bundle(
                 "jobs": {job.name: job.digest for job in finished},
                 "versions": versions(),
                 "recipe": {"train": asdict(jobs[0].config)},
+                **({} if jobs[0].selection.is_all else {"selection": asdict(jobs[0].selection)}),
                 **(lineage or {}),
             },
         },
-        fine_quantiles=fitted_quantiles(catalog, clustering.num_fine),
+        fine_quantiles=fitted_quantiles(catalog, clustering.num_fine, jobs[0].selection),
         class_experts=[
             Expert(name=job.name, folder=job.name, size=found.rows)
             for job in finished

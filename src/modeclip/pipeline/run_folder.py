@@ -128,7 +128,7 @@ class RunFolder(RunPaths):
 
     def add_controls(self) -> dict[str, Int[np.ndarray, " K"]]:
         """Add the columns of the controls that the catalog lacks; return the rows of each of their models."""
-        return add_controls(self.catalog, self.split_controls, self.cluster_config, self.clusters)
+        return add_controls(self.catalog, self.split_controls, self.cluster_config, self.clusters, self.selection)
 
     @cached_property
     def jobs(self) -> list[TrainJob]:
@@ -321,7 +321,7 @@ class RunFolder(RunPaths):
                 cache,
                 one_step=Clustering.load(one_step) if "one-step" in self.split_controls else None,
                 trust_encoder=encoder == self.encoder,
-                quantiles=fitted_quantiles(self.catalog, self.clustering.num_fine),
+                quantiles=fitted_quantiles(self.catalog, self.clustering.num_fine, self.selection),
             )
             config = EvaluateConfig(batch_size=batch_size)
             found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(self.answers, part))

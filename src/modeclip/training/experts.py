@@ -161,7 +161,11 @@ def plan_jobs(
         )
     parting = part(catalog, fingerprint, folder, train, experts, selection)
     steps = max(1, parting.num_steps // num_experts) if experts.budget == "matched" else parting.num_steps
-    numbers = [k for k in _order(catalog, num_experts, experts.order, ranges) if not experts.only or k in experts.only]
+    numbers = [
+        k
+        for k in _order(catalog, num_experts, experts.order, ranges, selection)
+        if not experts.only or k in experts.only
+    ]
     jobs = [] if parting.seed is None else [parting.seed]
     if not experts.only:
         jobs += _dense_controls(parting, num_experts * steps, experts)
@@ -279,11 +283,17 @@ def _join(parts: Sequence[str]) -> str:
 
 
 def _order(
-    catalog: Path, num_experts: int, order: str, ranges: Sequence[float] | Float[np.ndarray, " K"] | None
+    catalog: Path,
+    num_experts: int,
+    order: str,
+    ranges: Sequence[float] | Float[np.ndarray, " K"] | None,
+    selection: Selection,
 ) -> list[int]:
     """Return the experts in the order in which they start; among equals the lower number comes first."""
     if order == "size":
-        first: Int[np.ndarray, " K"] | Float[np.ndarray, " K"] = -count_pairs(Catalog.open(catalog), num_experts)
+        first: Int[np.ndarray, " K"] | Float[np.ndarray, " K"] = -count_pairs(
+            Catalog.open(catalog), num_experts, selection=selection
+        )
     elif order == "range" and ranges is not None:
         first = -np.asarray(ranges, np.float64)
     else:
