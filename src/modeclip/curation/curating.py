@@ -31,6 +31,7 @@ METHODS: dict[str, str] = {
     "align": "align:AlignConfig",
     "dfn": "dfn:DfnConfig",
     "duplicates": "duplicates:DuplicatesConfig",
+    "metaclip": "metaclip:MetaclipConfig",
 }
 """Where the config of each method is: its module in this package, and its class."""
 NAMES = re.compile("[a-z][a-z0-9_]{0,40}")
@@ -163,8 +164,13 @@ def curate(
             return Curated(
                 catalog=catalog, name=name, method=method, prepared=prepared, num_computed=len(catalog), values=values
             )
+        grows = decision.outputs[0] in catalog.columns and catalog.facts(decision.outputs[0]) == decision.facts
         num_computed = map_columns(
-            catalog, decision, f"{name}: decide", ray=ray, check=lambda found: _check_kept(name, prepared, found)
+            catalog,
+            decision,
+            f"{name}: decide",
+            ray=ray,
+            check=None if grows else lambda found: _check_kept(name, prepared, found),
         )
         if old := [column for column in columns_of(catalog, name) if column not in decision.outputs]:
             catalog.remove_columns(old)  # of earlier settings
