@@ -224,7 +224,11 @@ def test_metadata_from_wordnet_and_from_the_captions(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("none\n")
     (tmp_path / "titles.tsv").write_text("tree\t100\n")
     other = MetaclipConfig(
-        entries=f"corpus:{tmp_path / 'corpus.txt'}", titles=str(tmp_path / "titles.tsv"), wordnet=folder, min_count=1, t=9
+        entries=f"corpus:{tmp_path / 'corpus.txt'}",
+        titles=str(tmp_path / "titles.tsv"),
+        wordnet=folder,
+        min_count=1,
+        t=9,
     )
     assert column(curate(catalog, other), "cause") == [0, 0, 0, 0, 0]
 
