@@ -126,12 +126,12 @@ def print_survey(survey: Survey) -> None:
         met = (format_figure(report.kinds[0].false_per_pair.mean) for report in survey.negatives)
         rows.append((f"false negatives in a random batch of {survey.negatives[0].batch_size}", *met))
     print_table("head and tail", ["", *survey.sides], rows)
-    if survey.clusters:
+    if survey.clusters and any(cluster.change for cluster in survey.clusters.clusters):
         clusters = [
             (", ".join(cluster.keywords[:3]), *(format_amount(count) for count in cluster.counts))
             for cluster in survey.clusters.clusters[:NUM_CLUSTERS]
         ]
-        print_table(f"clusters that changed most ({survey.clusters.origin})", ["cluster", *survey.sides], clusters)
+        print_table(f"clusters that differ most ({survey.clusters.origin})", ["cluster", *survey.sides], clusters)
     print_lines(*survey.notes)
 
 

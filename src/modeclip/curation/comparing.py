@@ -46,10 +46,11 @@ class Comparison:
     def sentence(self) -> str:
         """The result in one sentence."""
         both, first, second = (group.count for group in self.groups[:3])
+        one, other = self.survey.sides[1:]
         return (
-            f"{self.names[0]} keeps {self.counts[0]:,} of {self.num_pairs:,} pairs and {self.names[1]}"
-            f" {self.counts[1]:,}; {both:,} are the same, {first:,} only the first and {second:,} only the second keeps"
-            f" (Jaccard {self.jaccard:.3f}, by chance {self.jaccard_by_chance:.3f})."
+            f"{one} keeps {self.counts[0]:,} and {other} {self.counts[1]:,} of {self.num_pairs:,} pairs: both keep"
+            f" {both:,}, only {one} {first:,}, only {other} {second:,} (Jaccard index {self.jaccard:.3f},"
+            f" {self.jaccard_by_chance:.3f} by chance)."
         )
 
 

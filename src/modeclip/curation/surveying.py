@@ -37,7 +37,7 @@ from modeclip.system.console import progress
 
 NUM_EXAMPLES = 10
 """Pairs that are shown of each cause, and of those that are kept."""
-NUM_FREQUENT = 12
+NUM_FREQUENT = 10
 """Most frequent captions and words that are named for each side."""
 HEAD_FRACTION = 0.01
 """Share of the distinct texts, the most frequent ones, that is called the head."""
