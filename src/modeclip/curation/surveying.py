@@ -318,7 +318,7 @@ def _lengths(texts: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 def _add_up(
     counts: Float[np.ndarray, "M sides"], clusters: Int[np.ndarray, " n"], weights: Float[np.ndarray, "n sides"]
-) -> Float[np.ndarray, "M sides"]:
+) -> Float[np.ndarray, "K sides"]:
     """Add the weights of rows to those of their clusters; there may be clusters that are new."""
     size = max(len(counts), int(clusters.max(initial=-1)) + 1)
     total = np.zeros((size, weights.shape[1]))
