@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.test_mapping import METADATA
 
-from modeclip.curation import align
-from modeclip.curation.align import AlignConfig, Ngrams, frequent_ngrams, in_ranges, keys_with_more, split_words
+from modeclip.curation import counting
+from modeclip.curation.align import AlignConfig, Ngrams, frequent_ngrams, keys_with_more, split_words
+from modeclip.curation.counting import add_counts, in_ranges
 from modeclip.curation.curating import curate
 from modeclip.data.catalog import PAIR_COLUMNS, Catalog
 from modeclip.data.mapping import map_fragments
@@ -122,7 +123,7 @@ def test_rules_are_those_of_plain_counting_whatever_the_fragments(
     catalog = write(tmp_path_factory.mktemp("align") / "c.lance", pairs, max_rows=max_rows)
     expected = broken_rules(pairs, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align, "KEYS_AT_ONCE", at_once)
+        patch.setattr(counting, "KEYS_AT_ONCE", at_once)
         if all(expected):
             with pytest.raises(ModeclipError, match="keep none"):
                 curate(catalog, config, dry_run=True)
@@ -158,7 +159,7 @@ def test_totals_of_ranges_are_those_of_all_at_once() -> None:
     for part in parts:
         expected.update(dict(zip(part["keys"].tolist(), part["counts"].tolist(), strict=True)))
     for at_once in (1, 3, 7, 1000):
-        ranges = list(in_ranges(parts, "keys", "counts", align._added, at_once))
+        ranges = list(in_ranges(parts, "keys", "counts", add_counts, at_once))
         assert len(ranges) == 1 if at_once == 1000 else len(ranges) > 1
         found = {
             key: count for keys, counts in ranges for key, count in zip(keys.tolist(), counts.tolist(), strict=True)

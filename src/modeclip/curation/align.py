@@ -30,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import io
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -42,6 +42,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8, UInt64
 
 from modeclip.clustering.distances import assign_nearest
+from modeclip.curation.counting import Counts, add_counts, hash_text, in_ranges
 from modeclip.curation.method import Context, Decided, Histogram, Prepared, Table
 from modeclip.data.catalog import Catalog
 from modeclip.data.checksums import SIDE_FOLDER
@@ -56,8 +57,6 @@ from modeclip.system.console import log
 from modeclip.system.devices import choose_device
 from modeclip.system.paths import is_url
 
-KEYS_AT_ONCE = 1 << 26
-"""Keys whose totals are in memory at a time: 1 GB, and about twice that while they are sorted."""
 WORDS_SHOWN = 40
 """Words of a text from which on the histogram has one bin."""
 COSINE_BINS = 50
@@ -267,16 +266,11 @@ def _hash_word(token: str) -> int:
         start += 1
     while start < end and _is_sign(token[end - 1]):
         end -= 1
-    return _hash_text(token[start:end].lower()) if start < end else 0
+    return hash_text(token[start:end].lower()) if start < end else 0
 
 
 def _is_sign(letter: str) -> bool:
     return not letter.isalnum() and unicodedata.category(letter)[0] in "PS"
-
-
-def _hash_text(text: str) -> int:
-    """Return a 64-bit hash that is never 0."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
 def bigrams(
@@ -299,7 +293,7 @@ def _mixed(numbers: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
 # ---------------------------------------------------------------- counting
 
 
-class Ngrams(Statistic):
+class Ngrams(Counts):
     """Counts the words and pairs of words of captions: ``keys`` ascending, and ``counts``."""
 
     inputs = ("caption",)
@@ -311,13 +305,7 @@ class Ngrams(Statistic):
     def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, " k"]]:
         """Count those of a block."""
         hashes, counts = split_words(block["caption"])
-        keys, times = np.unique(np.concatenate([hashes, bigrams(hashes, counts)[0]]), return_counts=True)
-        return {"keys": keys, "counts": times.astype(np.int64)}
-
-    def merge(self, parts: Sequence[dict[str, Shaped[np.ndarray, "..."]]]) -> dict[str, Shaped[np.ndarray, "..."]]:
-        """Add up the counts of each n-gram."""
-        keys, counts = _added(*(np.concatenate([part[name] for part in parts]) for name in ("keys", "counts")))
-        return {"keys": keys, "counts": counts}
+        return self.counted(np.concatenate([hashes, bigrams(hashes, counts)[0]]))
 
 
 class Owners(Statistic):
@@ -346,7 +334,7 @@ def hash_images(block: dict[str, Shaped[np.ndarray, "n *_"]]) -> UInt64[np.ndarr
         [
             int.from_bytes(digest[:8], "little")
             if digest is not None
-            else _hash_text(f"{path} {offset}" if path else key)
+            else hash_text(f"{path} {offset}" if path else key)
             for digest, path, offset, key in zip(*columns, strict=True)
         ],
         np.uint64,
@@ -356,7 +344,7 @@ def hash_images(block: dict[str, Shaped[np.ndarray, "n *_"]]) -> UInt64[np.ndarr
 def hash_captions(captions: Shaped[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     """Return a hash of each caption as it stands."""
     encoded = pa.array(captions, pa.string(), from_pandas=True).fill_null("").dictionary_encode()
-    hashes = np.array([_hash_text(text) for text in encoded.dictionary.to_pylist()], np.uint64)
+    hashes = np.array([hash_text(text) for text in encoded.dictionary.to_pylist()], np.uint64)
     return hashes[encoded.indices.to_numpy(zero_copy_only=False)] if len(hashes) else hashes
 
 
@@ -382,7 +370,7 @@ def frequent_ngrams(fragments: Iterable[dict[str, Any]], most: int, at_once: int
     """
     keys, counts = np.empty(0, np.uint64), np.empty(0, np.int64)
     floor = num_distinct = 0  # what occurs this often or less is rare; it never becomes less
-    for some, times in in_ranges(fragments, "keys", "counts", _added, at_once):
+    for some, times in in_ranges(fragments, "keys", "counts", add_counts, at_once):
         num_distinct += len(some)
         is_left = times > floor
         keys, counts = np.concatenate([keys, some[is_left]]), np.concatenate([counts, times[is_left]])
@@ -417,63 +405,6 @@ def keys_with_more(
         each, counts = np.unique(keys, return_counts=True)
         found.append(each[counts > most])
     return np.concatenate(found)
-
-
-Join = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-def in_ranges(
-    fragments: Iterable[dict[str, Any]], key: str, value: str, join: Join, at_once: int | None = None
-) -> Iterator[tuple[UInt64[np.ndarray, " k"], Shaped[np.ndarray, " k"]]]:
-    """Yield keys and values of all fragments, joined, one range of keys after the other, ascending.
-
-    Where there are too many for memory, the range ends before the key that is one too many, and the fragments are read
-    once more for the next range.
-
-    Args:
-        fragments: Arrays by name; they are iterated over once for each range.
-        key: Name of the keys.
-        value: Name of the values.
-        join: Sorts keys with their values, and makes one of those that belong together.
-        at_once: Keys in memory, apart from those of one fragment; None: ``KEYS_AT_ONCE``.
-    """
-    at_once = KEYS_AT_ONCE if at_once is None else at_once
-    first, is_last = np.uint64(0), False
-    while not is_last:
-        end: np.uint64 | None = None
-        keys, values = np.empty(0, np.uint64), None
-        waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        for part in (*fragments, None):
-            if part is not None:
-                inside = part[key] >= first
-                if end is not None:
-                    inside &= part[key] < end
-                waiting.append((part[key][inside], part[value][inside]))
-                if sum(len(some) for some, _ in waiting) < min(at_once, max(len(keys), 1 << 20)):
-                    continue  # joining many at once costs less
-            if values is not None:
-                waiting.append((keys, values))
-            if waiting:
-                keys, values = join(*(np.concatenate(side) for side in zip(*waiting, strict=True)))
-                waiting = []
-            if len(keys) > at_once and keys[at_once] > keys[0]:
-                end = keys[at_once]
-                inside = keys < end
-                keys, values = keys[inside], values[inside]  # type: ignore[index]
-        if values is not None:
-            yield keys, values
-        is_last = end is None
-        first = first if end is None else end
-
-
-def _added(
-    keys: UInt64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]
-) -> tuple[UInt64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
-    """Return each key once, ascending, with the sum of its counts."""
-    order = np.argsort(keys, kind="stable")
-    keys, counts = keys[order], counts[order]
-    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.empty(0, np.int64)
-    return keys[starts], np.add.reduceat(counts, starts) if len(starts) else counts
 
 
 def _distinct(

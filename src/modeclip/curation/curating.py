@@ -29,6 +29,7 @@ from modeclip.system.paths import is_url
 
 METHODS: dict[str, str] = {
     "align": "align:AlignConfig",
+    "klite": "klite:KliteConfig",
     "dfn": "dfn:DfnConfig",
     "duplicates": "duplicates:DuplicatesConfig",
     "metaclip": "metaclip:MetaclipConfig",

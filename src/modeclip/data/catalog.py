@@ -568,14 +568,15 @@ def to_numpy(column: pa.Array) -> Shaped[np.ndarray, "n *_"]:
 
 
 def to_table(values: Mapping[str, Any]) -> pa.Table:
-    """Return columns as a table; an (N, D) array becomes a column of fixed-size lists."""
+    """Return columns as a table; an (N, D) array becomes a column of fixed-size lists, one of None of texts."""
     columns = {}
     for name, value in values.items():
         if isinstance(value, np.ndarray) and value.ndim == 2:
             flat = pa.array(np.ascontiguousarray(value).reshape(-1))
             columns[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
         else:
-            columns[name] = pa.array(value) if isinstance(value, np.ndarray) else value
+            column = pa.array(value) if isinstance(value, np.ndarray) else value
+            columns[name] = column.cast(pa.string()) if pa.types.is_null(column.type) else column
     return pa.table(columns)
 
 
