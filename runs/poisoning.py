@@ -1,0 +1,259 @@
+"""What wrong captions do to a filter (DFN), and what is left of it for the model that trains on its choice.
+
+Usage: python runs/poisoning.py [--out runs/poisoning] [--records runs/poisoning.jsonl] [--seeds 0 1 2] [--jobs 2]
+       python runs/poisoning.py --table      prints the tables from the records alone
+
+The training icons of the demo are divided at random: on one half filters are trained, the other half is the raw pool. A
+share of the captions of either half (0, 10, 30, 60 %) is wrong: they have changed places. For each share in the
+filter's half, a filter is trained, and scores each raw pool by cosine and by s-CLIPLoss: how well does it find the
+wrong pairs, which are known here? For each share in the raw pool, models are trained with equal samples: on the raw
+pool, on what each filter chooses by cosine (as many pairs as are right), and on the pairs that are right, as an oracle
+would choose. They are put to the held-out icon sets.
+
+A cell (a filter and a pool, or a model) is a line of JSON with seed, machine and date; what is there is not measured
+again, a job that was killed goes on from its last checkpoint. All 69 models of three seeds take less than 60 minutes of
+processor time on the demo's data.
+
+Source: DFN (arXiv 2309.17425), which finds that a filter of poisoned data loses its value before its own accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from measure import machine
+
+from modeclip import Catalog
+from modeclip.curation.curating import curate
+from modeclip.curation.dfn import DfnConfig
+from modeclip.data.indexing import index
+from modeclip.data.selection import ALL, Selection
+from modeclip.data.sources import DataConfig
+from modeclip.data.tasks.task import catalog_tasks
+from modeclip.evaluation.evaluate import EvaluateConfig, evaluate
+from modeclip.evaluation.systems import open_systems
+from modeclip.pipeline.recipe import demo_recipe, load_recipe
+from modeclip.pipeline.run_folder import single_job
+from modeclip.training.jobs import AugmentConfig, TrainConfig, TrainJob
+from modeclip.training.launching import run_jobs
+
+SHARES = (0, 10, 30, 60)
+SCORES = ("cosine", "sclip")
+TRAIN = TrainConfig(
+    model="modeclip-icon-xs",
+    samples=65_536,
+    batch_size=256,
+    learning_rate=1e-3,
+    augment=AugmentConfig(min_crop_share=0.8),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The data and models of one random seed."""
+
+    out: Path
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the seed."""
+        return self.out / f"seed-{self.seed}"
+
+    def pool(self, half: str, share: int) -> Catalog:
+        """Return a half of the pairs with a share of wrong captions, which the column ``wrong`` marks."""
+        folder = self.folder / f"{half}-{share}"
+        if not (folder / "catalog.lance" / "_versions").is_dir():
+            self._write(half, share, folder.with_suffix(".parquet"))
+            index(DataConfig.from_flat({"source": str(folder.with_suffix(".parquet"))}), folder)
+            folder.with_suffix(".parquet").unlink()
+        return Catalog.open(folder)
+
+    @cached_property
+    def pairs(self) -> Catalog:
+        """All training pairs."""
+        return Catalog.open(self.out / "data")
+
+    def _write(self, half: str, share: int, path: Path) -> None:
+        """Write a half as a table; the wrong captions of a smaller share are wrong in a larger one, too."""
+        draw = np.random.default_rng([self.seed, 1])
+        order = draw.permutation(len(self.pairs))
+        middle = len(order) // 2
+        rows = order[:middle] if half == "filter" else order[middle:]
+        captions = self.pairs.read(["caption"], rows)["caption"]
+        moved = np.arange(len(rows))[: round(share / 100 * len(rows))]
+        poisoned = captions.copy()
+        poisoned[moved] = captions[np.roll(moved, 1)]
+        table = {
+            "key": pa.array(self.pairs.read(["key"], rows)["key"].tolist()),
+            "image": pa.array(self.pairs.encoded_images(rows), pa.binary()),
+            "caption": pa.array(poisoned.tolist()),
+            "wrong": pa.array(poisoned != captions),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(table), path)
+
+    def filter_job(self, share: int) -> TrainJob:
+        """Return the training of a filter."""
+        return self._job(self.pool("filter", share), f"filter-{share}")
+
+    def models(self) -> Iterator[tuple[str, TrainJob]]:
+        """Yield the name and the training of each model; its pairs are marked in columns."""
+        for share in SHARES:
+            pool = self.pool("raw", share)
+            yield f"raw {share}", self._job(pool, f"raw-{share}")
+            if not share:
+                continue
+            yield f"oracle {share}", self._job(pool, f"oracle-{share}", Selection(where=("NOT wrong",)))
+            for filter_share in SHARES:
+                name = f"by_cosine_{filter_share}"
+                config = DfnConfig(filter=self.filter_job(filter_share).folder, fraction=(1 - share / 100,))
+                curate(pool, config, name=name)
+                job = self._job(pool, f"choice-{filter_share}-{share}", Selection(mask=f"{name}_kept"))
+                yield f"choice {filter_share} {share}", job
+
+    def detections(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Yield how well each filter finds the wrong pairs of each pool."""
+        for filter_share in SHARES:
+            for share in SHARES[1:]:
+                pool = self.pool("raw", share)
+                wrong = pool.read(["wrong"])["wrong"]
+                for score in SCORES:
+                    config = DfnConfig(
+                        filter=self.filter_job(filter_share).folder, score=score, fraction=(1 - share / 100,)
+                    )
+                    found = curate(pool, config, name="tried", dry_run=True)
+                    dropped = ~found.column("kept")
+                    yield (
+                        f"{score} {filter_share} {share}",
+                        {
+                            "auc": auc(-found.column("score"), wrong),
+                            "precision": float(wrong[dropped].mean()),
+                            "recall": float(dropped[wrong].mean()),
+                        },
+                    )
+
+    def _job(self, catalog: Catalog, name: str, selection: Selection = ALL) -> TrainJob:
+        train = replace(TRAIN, seed=self.seed)
+        return single_job(catalog, self.folder / "models" / name, train, selection=selection)
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Return the chance that a positive has a higher score than a negative; equal scores count half.
+
+    Examples:
+        >>> auc(np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, True, False, True]))
+        0.875
+    """
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    number = int(positive.sum())
+    return float((ranks[positive].sum() - number * (number + 1) / 2) / (number * (len(scores) - number)))
+
+
+def accuracies(out: Path, folders: list[str]) -> list[dict[str, float]]:
+    """Return each model's accuracy in percent on the held-out icon sets."""
+    tasks = catalog_tasks(Catalog.open(out / "data" / "tasks.lance"))
+    results = evaluate(open_systems(folders), tasks, EvaluateConfig(templates=("{}",)))
+    found: dict[str, dict[str, float]] = {}
+    for result in results:
+        found.setdefault(result.system, {})[result.task.name] = round(100 * result.outcome.metrics["acc1"], 3)
+    return list(found.values())
+
+
+def run(out: Path, records: Path, seeds: list[int], jobs: int) -> None:
+    """Measure the cells that are missing."""
+    if not (out / "data" / "catalog.lance" / "_versions").is_dir():
+        index(load_recipe(demo_recipe()).data, out / "data")
+    known = {(line["seed"], line["cell"]) for line in read(records)}
+
+    def record(seed: int, cell: str, values: dict[str, Any]) -> None:
+        with records.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"seed": seed, "cell": cell, "values": values, **machine()}) + "\n")
+
+    for seed in seeds:
+        bench = Bench(out=out.resolve(), seed=seed)
+        filters = {f"filter {share}": bench.filter_job(share) for share in SHARES}
+        run_jobs(list(filters.values()), jobs)
+        for cell, values in bench.detections():
+            if (seed, cell) not in known:
+                record(seed, cell, values)
+        models = dict(bench.models())
+        run_jobs(list(models.values()), jobs)
+        missing = {cell: job for cell, job in (filters | models).items() if (seed, cell) not in known}
+        if missing:
+            found = accuracies(out, [job.folder for job in missing.values()])
+            for cell, values in zip(missing, found, strict=True):
+                record(seed, cell, values)
+
+
+def read(records: Path) -> list[dict[str, Any]]:
+    """Return the lines that were recorded."""
+    return [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()] if records.exists() else []
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown: means over the seeds with half their range."""
+    cells: dict[str, list[dict[str, float]]] = {}
+    for line in lines:
+        cells.setdefault(line["cell"], []).append(line["values"])
+
+    def mean_of(cell: str, value: Callable[[dict[str, float]], float], digits: int) -> str:
+        values = [value(one) for one in cells.get(cell, [])]
+        if not values:
+            return "-"
+        half = (max(values) - min(values)) / 2
+        return f"{np.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+    def task_mean(values: dict[str, float]) -> float:
+        return float(np.mean(list(values.values())))
+
+    parts = [
+        "Wrong pairs found, by their share in the raw pool: area under the curve, and recall at the known share:",
+        "",
+    ]
+    pools = " | ".join(f"{share} %" for share in SHARES[1:])
+    parts += [f"| wrong in the filter's half | own accuracy | score | {pools} |", "|---" * (len(SHARES) + 2) + "|"]
+    for filter_share in SHARES:
+        for score in SCORES:
+            found = []
+            for share in SHARES[1:]:
+                cell = f"{score} {filter_share} {share}"
+                names = ("auc", "recall")
+                found.append("; ".join(mean_of(cell, lambda one, name=name: one[name], 3) for name in names))
+            own = mean_of(f"filter {filter_share}", task_mean, 1)
+            parts.append(f"| {filter_share} % | {own} | {score} | {' | '.join(found)} |")
+    parts += ["", "Accuracy on the held-out icon sets, equal training samples:", ""]
+    headings = ["raw pool", *(f"choice, filter of {share} %" for share in SHARES), "oracle"]
+    parts += [f"| wrong in the pool | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
+    for share in SHARES:
+        names = [f"raw {share}", *(f"choice {each} {share}" for each in SHARES), f"oracle {share}"]
+        parts.append(f"| {share} % | {' | '.join(mean_of(name, task_mean, 1) for name in names)} |")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Run the experiment, or print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/poisoning"))
+    parser.add_argument("--records", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    if not given.table:
+        run(given.out, given.records, given.seeds, given.jobs)
+    print(tables(read(given.records)))
+
+
+if __name__ == "__main__":
+    main()
