@@ -5,7 +5,7 @@
 
 The long captions are two glosses of WordNet each, drawn with a seed. Entries are the names of WordNet's synsets; with
 --entries as many more of words and pairs of words of the long captions as make that number. The scan looks for each
-padded entry in each normalised caption. The automata (ahocorasick_rs, pyahocorasick; pip install "modeclip[benchmarks]") are
+padded entry in each normalised caption. The automata (pip install "modeclip[benchmarks]") are
 asked caption by caption. Everyone returns the set of entries of each caption, and all must agree. Rounds alternate, on
 the same captions; rates are by the clock and by processor time, since the clock of a busy machine tells little. At the
 end all captions are counted, a quarter of them and all of them in processes of their own, which tell their peak memory.
