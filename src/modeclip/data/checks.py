@@ -127,7 +127,7 @@ class Histogram:
     """Values in each bin; those below the first edge are in the first bin."""
 
 
-def format_share(count: float, total: float) -> str:
+def format_share(count: float | int, total: float | int) -> str:
     """Write a share in percent; it is never 0 if something was counted, and not 100 if something was not.
 
     Examples:
