@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -36,6 +38,7 @@ from modeclip.commands.adapting import finetune as finetune_command
 from modeclip.commands.adapting import merge as merge_command
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
+from modeclip.data.selection import Selection
 from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
@@ -193,6 +196,39 @@ def test_held_out_images_are_spread_over_seeds(catalog: Catalog) -> None:
     """Every image is held out by some seed: the draw is no fixed pattern."""
     held_out = {int(row) for seed in range(60) for row in split_rows(catalog, "image", 0.2, seed).held_out}
     assert held_out == set(range(len(catalog)))
+
+
+def test_a_selection_is_split_as_if_it_were_the_whole_set(
+    model: str, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither side has a pair from outside. Other captions are other classes, and drawn pairs make shorter passes."""
+    own = Catalog.open(shutil.copytree(catalog.path, tmp_path / "catalog.lance"))
+    count = len(own)
+    few, told = np.arange(count) % 4 > 0, [f"kind {n % 3}" if n % 2 else None for n in range(count)]
+    own.add_columns({"few": few, "p": np.full(count, 0.5)}, facts={"made": "here"})
+    own.add_columns({"told": told}, facts={"made": "here"})
+    seen: dict[str, Any] = {}
+
+    def watch(job: TrainJob, **_: object) -> None:
+        seen.update(job=job, rows=job_rows(job, Catalog.open(own.path)))
+        raise ModeclipError("enough")
+
+    monkeypatch.setattr("modeclip.adapting.finetuning.train", watch)
+    config = replace(CONFIG, captions="told", probability="p")
+    with pytest.raises(ModeclipError, match="enough"):
+        finetune(model, own, config, out=tmp_path / "out", selection=Selection(mask="few"))
+    part = Selection(mask="few").part_of(own)
+    split = split_rows(part, CONFIG.holdout, CONFIG.holdout_fraction, CONFIG.seed, captions="told")
+    rows = np.flatnonzero(few)
+    assert seen["rows"].tolist() == rows[split.train].tolist()
+    assert set(own_task(part, split, "told").classnames) == set(own.captions(rows, "told")) > {"kind 0"}
+    assert (seen["job"].config.captions, seen["job"].config.probability) == ("told", "p")
+    assert seen["job"].last_step == CONFIG.epochs * (len(split.train) // 2 // CONFIG.batch_size)
+    columns = [name for name in Catalog.open(own.path).columns if name.startswith("finetune_")]
+    with pytest.raises(ModeclipError, match="enough"):
+        finetune(model, own, CONFIG, out=tmp_path / "other")
+    after = [name for name in Catalog.open(own.path).columns if name.startswith("finetune_")]
+    assert len(after) == len(columns) + 1
 
 
 @pytest.mark.slow

@@ -139,6 +139,25 @@ def test_a_list_of_ids_is_a_mask(catalog: Catalog, tmp_path: Path) -> None:
     assert Selection(mask=str(path)).facts(catalog) != before
 
 
+def test_a_part_is_read_as_if_there_were_no_other_pairs(catalog: Catalog) -> None:
+    selection = Selection(where=("width > 2",))
+    rows = [n for n in range(NUM_ROWS) if n % 7 > 2]
+    part = selection.part_of(catalog)
+    assert len(part) == len(rows)
+    keys = [f"key {n}" for n in rows]
+    assert part.read(["key"])["key"].tolist() == keys
+    assert part.read(["key"], np.array([3, 0]))["key"].tolist() == [keys[3], keys[0]]
+    assert [key for block in part.batches(["key"], 5) for key in block["key"]] == keys
+    assert part.captions() == [f"caption {n // 2}" for n in rows]
+    for chosen in (part.select(width=4), part.select_where("width = 4"), Selection(where=("width=4",)).rows(part)):
+        assert [rows[at] for at in chosen] == [n for n in rows if n % 7 == 4]
+    assert part.fingerprint != catalog.fingerprint
+    assert Selection().part_of(catalog) is catalog
+    with pytest.raises(NotImplementedError):
+        part.add_columns({"x": np.arange(len(part))})
+    assert "x" not in Catalog.open(catalog.path).columns
+
+
 def test_facts_tell_the_conditions_and_what_made_their_columns(catalog: Catalog) -> None:
     assert Selection(where=("GOOD_SCORE > 0 AND width > 2", "My-Col=1"), mask="good_kept").facts(catalog) == {
         "where": ["GOOD_SCORE > 0 AND width > 2", "My-Col=1"],

@@ -100,6 +100,12 @@ def test_ids_go_out_and_come_back(folder: Path, tmp_path: Path, capsys: pytest.C
     assert (marked["kept"], marked["unknown"]) == (done["written"], 0)
     catalog = Catalog.open(folder)
     assert catalog.select(mask="kept").tolist() == catalog.select(expert=1).tolist()
+    run(capsys, "uids", folder, "--mask", "kept", "--where", "width > 0", "--out", tmp_path / "again.npy")
+    assert (tmp_path / "again.npy").read_bytes() == file.read_bytes()
+    done = json.loads(run(capsys, "uids", folder, "--keep", file, "--into", "of_one", "--json"))
+    assert done["of_one"] == len(catalog.select(expert=1))
+    content = json.loads(run(capsys, "check", folder, "--mask", file, "--decode-samples", "9", "--json"))
+    assert (content["num_pairs"], content["num_decoded"]) == (done["of_one"], 9)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,13 @@ def test_ids_go_out_and_come_back(folder: Path, tmp_path: Path, capsys: pytest.C
             r"uids: nothing to do.*--out FILE\.npy.*--keep FILE\.npy",
         ),
         (("uids", "{folder}", "--keep", "none.npy"), r"none\.npy"),
-        (("uids", "{folder}", "--expert", "99", "--out", "none.npy"), "has no pair of expert 99, so there is no id to"),
+        (("uids", "{folder}", "--expert", "99", "--out", "none.npy"), "has no pair that --where 'expert=99' selects"),
+        (
+            ("uids", "{folder}", "--keep", "none.npy", "--into", "caption"),
+            "column 'caption' .* is no mask.*another name",
+        ),
+        (("cluster", "{folder}", "--where", "expert > 99"), "no pair that --where 'expert > 99' selects"),
+        (("check", "{folder}", "--mask", "expert"), r"--mask expert: column 'expert' holds int32, expected booleans"),
         (("index", "nowhere/none.tar"), r"none\.tar"),
         (("index", "icons", "--image-size", "0"), r"--image-size: expected 1 to 4,096, got 0"),
     ],

@@ -25,6 +25,7 @@ from modeclip.commands.mixture import bundle as bundle_command
 from modeclip.commands.mixture import extend as extend_command
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
+from modeclip.data.selection import Selection
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, assign
@@ -38,7 +39,7 @@ from modeclip.mixture.extending import (
     new_expert_job,
 )
 from modeclip.system.options import call
-from modeclip.training.batches import job_rows
+from modeclip.training.batches import job_rows, select_rows
 from modeclip.training.jobs import TrainJob
 from support import encode_picture, weights_of
 
@@ -167,6 +168,29 @@ def test_an_expert_goes_on_from_its_checkpoint(bundle: Path, more: Catalog, old:
     assert weights_of(folder) == weights_of(tmp_path / "out" / "expert-0")
     with pytest.raises(ModeclipError, match=r"to continue expert 0 of .* give .* another --out"):
         extend(bundle, more, tmp_path / "out", action="new", thresholds=THRESHOLDS, config=QUICK, fitted_on=old)
+
+
+def test_only_selected_pairs_are_counted_and_trained_on(
+    bundle: Path, more: Catalog, old: Catalog, tmp_path: Path
+) -> None:
+    more = Catalog.open(shutil.copytree(more.path, tmp_path / "more.lance"))
+    few = np.arange(len(more)) % 3 > 0
+    more.add_columns({"few": few}, facts={"made": "here"})
+    selection = Selection(mask="few")
+    opened = load_bundle(bundle)
+    assert assign(more, opened, THRESHOLDS, fitted_on=old, selection=selection).num_pairs == few.sum()
+    job = continue_job(opened, 0, more, tmp_path / "job", QUICK, selection)
+    rows = select_rows(job, more)
+    assert rows.tolist() == [row for row in more.select(expert=0, novel=False) if few[row]]
+    assert job.selection == selection
+    novel = np.zeros(len(more), bool)
+    novel[:9] = True
+    more.add_columns({"novel": novel}, facts=more.facts("novel"))
+    new = new_expert_job(opened, more, tmp_path / "new", QUICK, selection)
+    assert select_rows(new, more).tolist() == [1, 2, 4, 5, 7, 8]
+    found = fit_new_clusters(opened, more, QUICK, old, selection)
+    assert {row for card in found.cards for row in card["random_rows"]} <= {1, 2, 4, 5, 7, 8}
+    assert sum(card["size"] for card in found.cards) == 6
 
 
 def test_jobs_without_a_checkpoint_at_hand_start_from_the_weights(

@@ -24,9 +24,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from typing_extensions import TypedDict
 
 from modeclip.adapting.merging import FINETUNE_FILE, as_folder, find_model, interpolate_into
@@ -40,6 +41,7 @@ from modeclip.adapting.validation import (
 )
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
+from modeclip.data.selection import ALL, Selection
 from modeclip.data.sources.options import parse_holdout
 from modeclip.data.tasks.task import Task
 from modeclip.errors import DamagedError, ModeclipError, check_above_zero, check_between, check_least
@@ -48,7 +50,8 @@ from modeclip.models.clip import WEIGHTS_FILE, Clip, load_clip, save_clip
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, read_json, write_json, writing
 from modeclip.system.paths import expand_homes, home_path
-from modeclip.training.jobs import MOST_PROCESSES, AugmentConfig, EngineConfig, TrainConfig, TrainJob
+from modeclip.training.batches import read_probability
+from modeclip.training.jobs import LATER_FIELDS, MOST_PROCESSES, AugmentConfig, EngineConfig, TrainConfig, TrainJob
 from modeclip.training.trainer import train
 
 RESULT_FILE, NOTES_FILE = FINETUNE_FILE, "notes.json"
@@ -96,6 +99,10 @@ class FinetuneConfig:
     """Accuracy that the mean over the general tasks may lose, in [0, 1]."""
     templates: tuple[str, ...] = ("{}",)
     """Prompts for class names of the general tasks, {} where the name goes; the own captions are used as they are."""
+    captions: str | None = None
+    """Column of texts that stand in the place of the captions, and so of the classes, where it has one."""
+    probability: str | None = None
+    """Column of numbers in [0, 1]: every pass over the training rows draws afresh which of them it reads."""
     threads: int = 0
     """Threads that compute; 0: as many as PyTorch takes on this machine."""
     seed: int = 0
@@ -215,6 +222,7 @@ def finetune(
     *,
     out: str | Path,
     tasks: str | None = None,
+    selection: Selection = ALL,
 ) -> FinetuneResult:
     """Fine-tune a model on a catalog and write the chosen model and its result; a killed run continues.
 
@@ -224,6 +232,7 @@ def finetune(
         config: How to train, what to hold out, and how much the general tasks may lose.
         out: Folder of the model; ``best`` and ``train`` in it hold the tuned model and its training.
         tasks: Catalog of general zero-shot tasks, such as ``tasks.lance`` of a run.
+        selection: Pairs that the own set consists of.
 
     Raises:
         ModeclipError: The model or the tasks are not there, or the set is too small.
@@ -232,20 +241,23 @@ def finetune(
     start = find_model(expand_homes(str(model)), "finetune")
     general = open_tasks(tasks, config.templates, 256) if tasks else None
     asked = general.tasks if general else ()
-    split = split_rows(catalog, config.holdout, config.holdout_fraction, config.seed, tasks=asked)
+    chosen = selection.part_of(catalog)
+    split = split_rows(
+        chosen, config.holdout, config.holdout_fraction, config.seed, tasks=asked, captions=config.captions
+    )
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out), writing(out):
         seed = as_folder(start, out / "seed")
         if seed.resolve() == out.resolve():
             raise ModeclipError(f"finetune: {model} is also the folder to write to; choose another --out")
-        job = _make_job(seed, catalog, split, config, out / "train")
+        job = _make_job(seed, catalog, selection.rows(catalog)[split.train], config, out / "train", selection)
         digest = _digest(job, config, tasks)
         if done := FinetuneResult.read(out, digest):
             log(f"finetune: {out} is done")
             _warn(done.warnings)
             return done
         notes = _Notes.open(out / NOTES_FILE, digest)
-        task = own_task(catalog, split)
+        task = own_task(chosen, split, config.captions)
         warnings = warnings_of(split, task, job.last_step)
         _warn(warnings)
         own = Examiner([task])
@@ -255,7 +267,8 @@ def finetune(
         train(job, visit_every=visit_every, visit=watch)
         examiners = [own, *([general] if general else [])]
         found = _sweep(seed, out / "best", [i / config.alphas for i in range(config.alphas + 1)], examiners, notes)
-        result = _make_result(str(model), job, split, config, notes, found, out, digest)
+        num_classes = len(task.classnames)
+        result = _make_result(str(model), job, split, num_classes, config, notes, found, out, digest)
         by_name = {task.name: task for examiner in examiners for task in examiner.tasks}
         result = replace(result, table=tuple(_with_baselines(row, by_name) for row in result.table))
         result = replace(result, warnings=(*warnings, *warnings_after(result)))
@@ -407,11 +420,20 @@ def best_step(checks: Sequence[tuple[int, float]]) -> int:
     return max(checks, key=lambda check: (check[1], -check[0]))[0]
 
 
-def _make_job(seed: Path, catalog: Catalog, split: Split, config: FinetuneConfig, folder: Path) -> TrainJob:
+def _make_job(
+    seed: Path,
+    catalog: Catalog,
+    rows: Int[np.ndarray, " n"],
+    config: FinetuneConfig,
+    folder: Path,
+    selection: Selection,
+) -> TrainJob:
     import torch
 
-    batch_size = min(config.batch_size, len(split.train))
-    steps = max(2, config.epochs * (len(split.train) // batch_size))
+    probability = read_probability(TrainConfig(probability=config.probability), catalog, rows)
+    pairs = len(rows) if probability is None else int(probability.sum(dtype=np.float64))
+    batch_size = max(2, min(config.batch_size, pairs))
+    steps = max(2, config.epochs * (pairs // batch_size))
     return TrainJob(
         name="finetune",
         folder=str(folder),
@@ -427,6 +449,8 @@ def _make_job(seed: Path, catalog: Catalog, split: Split, config: FinetuneConfig
             warmup_fraction=config.warmup_fraction,
             weight_decay=config.weight_decay,
             clip_grad_norm=GRADIENT_NORM,
+            probability=config.probability,
+            captions=config.captions,
             mask_same_captions=True,
             seed=config.seed,
             augment=config.augment,
@@ -436,25 +460,34 @@ def _make_job(seed: Path, catalog: Catalog, split: Split, config: FinetuneConfig
         last_step=steps,
         first_share=0.0,
         last_share=1.0,
-        mask=_mark(catalog, split, config),
+        mask=_mark(catalog, rows, config, selection),
         threads=config.threads or torch.get_num_threads(),
     )
 
 
-def _mark(catalog: Catalog, split: Split, config: FinetuneConfig) -> str:
+def _mark(catalog: Catalog, rows: Int[np.ndarray, " n"], config: FinetuneConfig, selection: Selection) -> str:
     """Mark the training rows in a column of the catalog, unless it is there, and return the column's name."""
-    facts = {"holdout": config.holdout, "holdout_fraction": config.holdout_fraction, "seed": config.seed}
+    facts: dict[str, Any] = {
+        "holdout": config.holdout,
+        "holdout_fraction": config.holdout_fraction,
+        "seed": config.seed,
+    }
+    if not selection.is_all:
+        facts["selection"] = selection.facts(catalog)
+    if config.captions is not None:
+        facts["captions"] = [config.captions, catalog.facts(config.captions)]
     key = json.dumps([catalog.fingerprint, facts], sort_keys=True)
     column = f"finetune_{sha256(key.encode()).hexdigest()[:8]}"
     if column not in catalog.columns:
         marked = np.zeros(len(catalog), bool)
-        marked[split.train] = True
+        marked[rows] = True
         catalog.add_columns({column: marked}, facts={"finetune": "rows that are trained on", **facts})
     return column
 
 
 def _digest(job: TrainJob, config: FinetuneConfig, tasks: str | None) -> str:
-    settings = {key: value for key, value in asdict(config).items() if key not in {"engine", "threads"}}
+    unsaid = {"engine", "threads", *(name for name in LATER_FIELDS if getattr(config, name) is None)}
+    settings = {key: value for key, value in asdict(config).items() if key not in unsaid}
     general = Catalog.open(tasks).fingerprint if tasks else None
     content = json.dumps([FORMAT, job.digest, settings, general], sort_keys=True)
     return sha256(content.encode()).hexdigest()[:16]
@@ -488,6 +521,7 @@ def _make_result(
     model: str,
     job: TrainJob,
     split: Split,
+    num_classes: int,
     config: FinetuneConfig,
     notes: _Notes,
     found: Mapping[float, Correct],
@@ -498,7 +532,6 @@ def _make_result(
     curve = curve_of(found)
     chosen = choose_alpha(curve, config.tolerance)
     lines = {own: [own]} | ({"general tasks": general} if len(general) > 1 else {}) | {task: [task] for task in general}
-    captions = Catalog.open(job.catalog).read(["caption"])["caption"]
     return FinetuneResult(
         folder=str(out),
         model=model,
@@ -507,7 +540,7 @@ def _make_result(
         num_train=len(split.train),
         num_held_out=len(split.held_out),
         num_duplicates=split.num_duplicates,
-        num_classes=len(set(captions)),
+        num_classes=num_classes,
         batch_size=job.config.batch_size,
         steps=notes.checks[-1][0],
         planned_steps=job.last_step,

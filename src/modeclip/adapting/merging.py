@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modeclip.adapting.validation import Examiner, open_tasks
 from modeclip.data.prompts import check_templates
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError, check_least
 from modeclip.evaluation.intervals import Outcome, average
 from modeclip.mixture.bundle import Bundle, check_files, load_bundle
@@ -128,7 +129,12 @@ class SoupTrial:
 
 
 def merge(
-    models: Sequence[str | Path], config: MergeConfig, *, out: str | Path, tasks: str | None = None
+    models: Sequence[str | Path],
+    config: MergeConfig,
+    *,
+    out: str | Path,
+    tasks: str | None = None,
+    selection: Selection = ALL,
 ) -> MergeResult:
     """Average models and write the average as an open_clip folder.
 
@@ -138,6 +144,7 @@ def merge(
         out: Folder of the average; it must be none of the models.
         tasks: Catalog of zero-shot tasks on which the models and the average are scored; greedy needs it. Tasks that
             have chosen the models are no fair test of the average, so report it on others.
+        selection: Rows of that catalog that are asked.
 
     Raises:
         ModeclipError: There are fewer than two models, they differ in architecture or come from different seeds, or
@@ -146,12 +153,14 @@ def merge(
     out = home_path(out)
     named, left_out = list_models(models)
     _check_request(named, left_out, config, out, tasks)
+    if not tasks and not selection.is_all:
+        raise ModeclipError(f"merge: {selection} selects images of tasks; give --tasks TASKS.lance, or leave it out")
     same_seed = check_seeds(named, different=config.different_seeds)
     with ExitStack() as stack:
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modeclip-merge-")))
         folders = [as_folder(spec, room / str(index)) for index, (_, spec) in enumerate(named)]
         check_alike(dict(zip((name for name, _ in named), folders, strict=True)))
-        examiner = open_tasks(tasks, config.templates, config.batch_size) if tasks else None
+        examiner = open_tasks(tasks, config.templates, config.batch_size, selection) if tasks else None
         clip = load_clip(folders[0])
         candidates = _candidates([name for name, _ in named], folders, config, clip, examiner)
         chosen = {candidate.name: candidate.weight for candidate in candidates}

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Int
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.holdout import dhash, group_similar, identify
+from modeclip.data.selection import ALL, Selection
 from modeclip.data.sources.options import parse_holdout
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
@@ -101,13 +102,13 @@ class Examiner:
             yield batch
 
 
-def open_tasks(path: str, templates: Sequence[str], batch_size: int) -> Examiner:
-    """Open the zero-shot tasks of a task catalog, such as ``tasks.lance`` of a run.
+def open_tasks(path: str, templates: Sequence[str], batch_size: int, selection: Selection = ALL) -> Examiner:
+    """Open the zero-shot tasks of a task catalog, such as ``tasks.lance`` of a run, or of the selected part of it.
 
     Raises:
         ModeclipError: There is no catalog, or it holds no tasks.
     """
-    catalog = Catalog.open(path)
+    catalog = selection.part_of(Catalog.open(path))
     tasks = catalog_tasks(catalog) if "task" in catalog.columns else []
     if not tasks:
         raise ModeclipError(f"{path} holds no tasks; give the tasks.lance that `modeclip index --tasks` writes")
@@ -126,7 +127,15 @@ class Split:
     """How many rows are neither, because their image is the same as one held out or in a task."""
 
 
-def split_rows(catalog: Catalog, holdout: str, fraction: float, seed: int, *, tasks: Sequence[Task] = ()) -> Split:
+def split_rows(
+    catalog: Catalog,
+    holdout: str,
+    fraction: float,
+    seed: int,
+    *,
+    tasks: Sequence[Task] = (),
+    captions: str | None = None,
+) -> Split:
     """Choose which rows of an own set are held out. The same catalog and arguments give the same choice.
 
     Args:
@@ -136,12 +145,13 @@ def split_rows(catalog: Catalog, holdout: str, fraction: float, seed: int, *, ta
         fraction: Share of the units that is held out, in (0, 1).
         seed: Seed of the draw.
         tasks: General tasks, whose images are not trained on.
+        captions: Column that replaces the captions, and so the classes, where it has a text.
 
     Raises:
         ModeclipError: The set is too small to be split, what is left has a single caption, or there is no such column.
     """
     unit, column = parse_holdout(holdout, HOLDOUT_UNITS, "finetune.holdout")
-    labels = _number(catalog.read(["caption"])["caption"])
+    labels = _number(catalog.captions(None, captions))
     known_by = identities(catalog)
     images = _number(known_by)
     if unit == "class":
@@ -195,10 +205,10 @@ def draw_units(
     return chosen[inverse]
 
 
-def own_task(catalog: Catalog, split: Split) -> Task:
+def own_task(catalog: Catalog, split: Split, captions: str | None = None) -> Task:
     """Return the held-out rows as a task. Its classes are all distinct captions of the own set."""
-    captions = catalog.read(["caption"])["caption"].astype(str)
-    classnames, labels = np.unique(captions, return_inverse=True)
+    texts = np.array(catalog.captions(None, captions)).astype(str)
+    classnames, labels = np.unique(texts, return_inverse=True)
     return Task(
         name="own set",
         kind="classification",

@@ -12,7 +12,7 @@ from modeclip.adapting.finetuning import FinetuneConfig
 from modeclip.adapting.merging import MergeConfig
 from modeclip.evaluation.intervals import Interval
 from modeclip.system.console import print_json, print_lines, print_table
-from modeclip.system.options import AsJson, CatalogPath
+from modeclip.system.options import AsJson, CatalogPath, Mask, Where
 
 Model = Positional[
     Annotated[str, arg(help="Model to start from: a model folder, BUNDLE#expert-1, NAME@TAG or hf-hub:...")]
@@ -34,14 +34,18 @@ def finetune(
     *,
     out: Out,
     tasks: Tasks = None,
+    where: Where = (),
+    mask: Mask = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model on a small set of your own without losing what it could do, and show both before and after."""
     from modeclip.adapting.finetuning import finetune as run_finetune
     from modeclip.data.catalog import Catalog
+    from modeclip.data.selection import Selection
     from modeclip.pages.finetune_page import write_finetuning
 
-    result = run_finetune(model, Catalog.open(catalog), config, out=out, tasks=tasks)
+    selection = Selection(where=where, mask=mask)
+    result = run_finetune(model, Catalog.open(catalog), config, out=out, tasks=tasks, selection=selection)
     page = write_finetuning(result, out)
     if as_json:
         print_json(asdict(result))
@@ -65,12 +69,15 @@ def merge(
     *,
     out: Out,
     tasks: Tasks = None,
+    where: Where = (),
+    mask: Mask = None,
     as_json: AsJson = False,
 ) -> None:
     """Average the weights of models that come from one seed: all, weighted, or only those that help (greedy)."""
     from modeclip.adapting.merging import merge as run_merge
+    from modeclip.data.selection import Selection
 
-    result = run_merge(models, config, out=out, tasks=tasks)
+    result = run_merge(models, config, out=out, tasks=tasks, selection=Selection(where=where, mask=mask))
     if as_json:
         print_json(asdict(result))
         return

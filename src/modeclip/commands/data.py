@@ -50,6 +50,8 @@ def check(
     config: Annotated[OmitArgPrefixes[CheckConfig], arg(name="checking")],
     out: Annotated[Path | None, arg(help="Folder for check.html and contact.png; default: none are drawn.")] = None,
     *,
+    where: Where = (),
+    mask: Mask = None,
     deep: Annotated[
         bool, arg(help="Hash all files of a run, catalog, bundle or model; exit code 2 if one is damaged.")
     ] = False,
@@ -61,9 +63,11 @@ def check(
         return
     from modeclip.data.catalog import Catalog
     from modeclip.data.checks import check as run_check
+    from modeclip.data.selection import Selection
     from modeclip.pages.check_page import write_check
 
     opened = Catalog.open(catalog)
+    opened = Selection(where=where, mask=mask).part_of(opened)
     result = run_check(opened, config, tokenize=lambda *texts, **options: _tokenizer()(*texts, **options))
     pages = write_check(opened, result, out, config.seed) if out else ()
     if as_json:
@@ -118,27 +122,26 @@ def uids(
     *,
     out: Annotated[Path | None, arg(help="Write the ids of the chosen pairs to this .npy.")] = None,
     expert: Annotated[int | None, arg(help="Choose the pairs of an expert.")] = None,
-    mask: Annotated[str | None, arg(help="Choose the pairs that a column of booleans marks.")] = None,
-    keep: Annotated[Path | None, arg(help="Read ids from this .npy and mark their pairs in the column `kept`.")] = None,
+    where: Where = (),
+    mask: Mask = None,
+    keep: Annotated[Path | None, arg(help="Read ids from this .npy and mark their pairs in a column.")] = None,
+    into: Annotated[str, arg(help="Name of that column of booleans.")] = "kept",
     column: Annotated[str, arg(help="Column of ids; without it the id is the MD5 of the key.")] = "uid",
     as_json: AsJson = False,
 ) -> None:
     """Exchange selections of pairs as DataComp does: sorted ids of 128 bits in a .npy file."""
     from modeclip.data.catalog import Catalog
-    from modeclip.data.subsets import match_uids, uids_of, write_uids
+    from modeclip.data.selection import Selection
+    from modeclip.data.subsets import mark_uids, uids_of, write_uids
 
     opened = Catalog.open(catalog)
     done: dict[str, object] = {}
     if keep is not None:
-        found = match_uids(opened, keep, column)
-        opened.add_columns({"kept": found.mask}, facts={"uids": str(keep), "ids": found.origin})
-        done |= {"ids": found.num_uids, "kept": int(found.mask.sum()), "unknown": found.num_unknown}
+        found = mark_uids(opened, keep, into, column)
+        done |= {"ids": found.num_uids, into: int(found.mask.sum()), "unknown": found.num_unknown}
     if out is not None:
-        rows = opened.select(mask=mask, **({} if expert is None else {"expert": expert}))
-        if not len(rows):
-            chosen = "" if expert is None else f" of expert {expert}"
-            chosen += f" that {mask!r} marks" if mask else ""
-            raise ModeclipError(f"uids: {catalog} has no pair{chosen}, so there is no id to write; choose others")
+        selection = Selection(where=(*where, *([] if expert is None else [f"expert={expert}"])), mask=mask)
+        rows = selection.rows(opened)
         write_uids(out, uids_of(opened, rows, column))
         done |= {"written": len(rows), "file": str(out)}
     if not done:

@@ -14,7 +14,7 @@ from modeclip.errors import ModeclipError, in_one_line
 from modeclip.evaluation.evaluate import EvaluateConfig
 from modeclip.evaluation.scaling import ScalingConfig
 from modeclip.system.console import log, print_json, print_lines, print_table
-from modeclip.system.options import AsJson, MaxMemory, UserEncoder, to_bytes
+from modeclip.system.options import AsJson, Mask, MaxMemory, UserEncoder, Where, to_bytes
 
 if TYPE_CHECKING:
     from modeclip.evaluation.evaluate import Average
@@ -56,6 +56,8 @@ def evaluate(
     config: Annotated[OmitArgPrefixes[EvaluateConfig], arg(name="evaluation")],
     *,
     tasks: Tasks,
+    where: Where = (),
+    mask: Mask = None,
     data: Annotated[str, arg(help="Folder that holds the data of published tasks, each in a folder of its name.")] = (
         "data"
     ),
@@ -97,6 +99,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Compare models on tasks: zero-shot classification, retrieval, image-caption selection, linear probes."""
+    from modeclip.data.selection import Selection
     from modeclip.data.tasks.open import load_tasks
     from modeclip.evaluation.evaluate import averages
     from modeclip.evaluation.evaluate import evaluate as run_evaluate
@@ -109,7 +112,13 @@ def evaluate(
         raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
     read_results(out)  # results that cannot be read are found now, not after all the work
     loaded = load_tasks(
-        tasks, templates=config.templates, root=data, train=config.probe, imagenet=imagenet_words, exif=exif
+        tasks,
+        templates=config.templates,
+        root=data,
+        train=config.probe,
+        imagenet=imagenet_words,
+        exif=exif,
+        selection=Selection(where=where, mask=mask),
     )
     unprobed = [repr(task.name) for task in loaded if task.kind == "classification" and task.train is None]
     if config.probe and unprobed:

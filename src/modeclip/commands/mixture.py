@@ -17,7 +17,7 @@ from modeclip.mixture.explain import flag, warning
 from modeclip.mixture.extending import ExtendConfig
 from modeclip.mixture.rules import RULES, Mix
 from modeclip.system.console import busy, log, print_json, print_lines, print_table
-from modeclip.system.options import AsJson, CatalogPath, MaxMemory, Ray, UserEncoder, to_bytes
+from modeclip.system.options import AsJson, CatalogPath, Mask, MaxMemory, Ray, UserEncoder, Where, to_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -200,17 +200,21 @@ def assign(
     *,
     thresholds: OmitArgPrefixes[AssignConfig],
     fitted_on: FittedOn = None,
+    where: Where = (),
+    mask: Mask = None,
     encoder: UserEncoder = None,
     ray: Ray = False,
     as_json: AsJson = False,
 ) -> None:
     """Assign new pairs to a bundle's clusters, mark the novel ones, and propose what to train."""
     from modeclip.data.catalog import Catalog
+    from modeclip.data.selection import Selection
     from modeclip.mixture.assigning import assign as run_assign
     from modeclip.mixture.bundle import load_bundle
 
     opened, fitted = Catalog.open(pairs), Catalog.open(fitted_on) if fitted_on else None
-    result = run_assign(opened, load_bundle(bundle, encoder=encoder), thresholds, fitted_on=fitted, ray=ray)
+    selection, found = Selection(where=where, mask=mask), load_bundle(bundle, encoder=encoder)
+    result = run_assign(opened, found, thresholds, fitted_on=fitted, selection=selection, ray=ray)
     if as_json:
         print_json(result.to_json())
         return
@@ -234,11 +238,14 @@ def extend(
     thresholds: OmitArgPrefixes[AssignConfig],
     training: OmitArgPrefixes[ExtendConfig],
     fitted_on: FittedOn = None,
+    where: Where = (),
+    mask: Mask = None,
     encoder: UserEncoder = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue an expert of a bundle on new pairs, or add a new one for them; the others stay as they are."""
     from modeclip.data.catalog import Catalog
+    from modeclip.data.selection import Selection
     from modeclip.mixture.extending import extend as run_extend
 
     if new and expert is not None:
@@ -252,6 +259,7 @@ def extend(
         thresholds=thresholds,
         config=training,
         fitted_on=Catalog.open(fitted_on) if fitted_on else None,
+        selection=Selection(where=where, mask=mask),
         encoder=encoder,
     )
     if as_json:

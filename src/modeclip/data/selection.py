@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+import pyarrow as pa
+from jaxtyping import Bool, Int, Shaped
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.storage import missing_fragments
@@ -88,6 +89,10 @@ class Selection:
         """Return the positions of the selected rows, ascending; errors as for ``mask_of``."""
         return np.arange(len(catalog)) if self.is_all else np.flatnonzero(self.mask_of(catalog))
 
+    def part_of(self, catalog: Catalog) -> Catalog:
+        """Return the selected pairs as a catalog of their own to look at, whose rows are counted from 0."""
+        return catalog if self.is_all else CatalogPart(catalog, self.rows(catalog))
+
     def facts(self, catalog: Catalog) -> dict[str, Any]:
         """Return all that decides, for the same pairs, which of them are selected, as JSON; nothing for all pairs.
 
@@ -135,6 +140,52 @@ class Selection:
         except ModeclipError as error:
             raise type(error)(f"--mask {mask}: {error}") from error
         return _to_mask(catalog, catalog.select_equal({mask: True}))
+
+
+class CatalogPart(Catalog):
+    """Some rows of a catalog, to be read as if there were no others; nothing can be added to it."""
+
+    def __init__(self, whole: Catalog, rows: Int[np.ndarray, " n"]) -> None:
+        super().__init__(whole.dataset, whole.path)
+        self._damaged = dict(whole.damaged)
+        self.rows = rows
+        """Positions in the whole catalog, ascending."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole catalog's fingerprint and of the rows."""
+        return hashlib.blake2b(super().fingerprint.encode() + self.rows.tobytes(), digest_size=16).hexdigest()
+
+    def select_where(self, condition: str) -> Int[np.ndarray, " n"]:
+        """Return the positions, among these rows, of those for which a condition in SQL holds."""
+        return np.flatnonzero(np.isin(self.rows, super().select_where(condition), assume_unique=True))
+
+    def read_fragment(self, columns: Sequence[str], fragment: int) -> dict[str, Shaped[np.ndarray, "n *_"]]:
+        """Refuse: fragments belong to the whole catalog."""
+        raise NotImplementedError("a part of a catalog is read by rows")
+
+    def add_columns(
+        self, values: Mapping[str, Any] | Iterable[Mapping[str, Any]], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Refuse: columns belong to the whole catalog."""
+        raise NotImplementedError("columns are added to the whole catalog")
+
+    def show(self, schema: pa.Schema, files: Mapping[int, str], facts: Mapping[str, Any]) -> None:
+        """Refuse: columns belong to the whole catalog."""
+        raise NotImplementedError("columns are added to the whole catalog")
+
+    def _table(self, columns: Sequence[str], rows: Int[np.ndarray, " n"] | None) -> pa.Table:
+        return super()._table(columns, self.rows if rows is None else self.rows[rows])
+
+    def _batches(self, columns: Sequence[str], batch_size: int | None = None) -> Iterator[pa.RecordBatch]:
+        start = 0
+        for batch in super()._batches(columns, batch_size):
+            low, high = np.searchsorted(self.rows, [start, start + batch.num_rows])
+            yield batch.take(pa.array(self.rows[low:high] - start))
+            start += batch.num_rows
 
 
 ALL = Selection()

@@ -12,6 +12,7 @@ Source: the DataComp benchmark (arXiv 2304.14108), whose tools read and write su
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int, Shaped, UInt8
 
-from modeclip.data.catalog import Catalog
+from modeclip.data.catalog import PAIR_COLUMNS, Catalog
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log, progress
 from modeclip.system.files import replacing, writing
@@ -152,6 +153,32 @@ def uid_mask(catalog: Catalog, uids: Path | str | Uids, column: str = "uid") -> 
             " catalog's pairs; correct the list or the column"
         )
     return match.mask
+
+
+def mark_uids(catalog: Catalog, uids: Path | str | Uids, into: str = "kept", column: str = "uid") -> UidMatch:
+    """Mark in a column of booleans which rows have a uid of a list; arguments and errors as for `match_uids`.
+
+    Args:
+        catalog: The catalog.
+        uids: The list, or the file that holds it.
+        into: Name of the column. One that holds booleans is replaced.
+        column: Column of uids.
+
+    Raises:
+        ModeclipError: There is a column of this name that holds something else, or that belongs to the pairs.
+    """
+    if into in PAIR_COLUMNS or (into in catalog.columns and catalog.type_of(into) != "bool"):
+        raise ModeclipError(
+            f"column {into!r} of {catalog.path!r} is no mask, but holds {catalog.type_of(into)}; give another name"
+        )
+    if not re.fullmatch(r"\w[\w.-]*", into):
+        raise ModeclipError(f"{into!r} is no name of a column; expected letters, digits and _, such as my_pairs")
+    wanted = _sort(uids.astype(UID_DTYPE, copy=False)) if isinstance(uids, np.ndarray) else read_uids(uids)
+    match = match_uids(catalog, wanted, column)
+    facts = {"uids": "" if isinstance(uids, np.ndarray) else str(uids), "ids": match.origin}
+    facts["digest"] = hashlib.blake2b(wanted.tobytes(), digest_size=16).hexdigest()
+    catalog.add_columns({into: match.mask}, facts=facts)
+    return match
 
 
 def match_uids(catalog: Catalog, uids: Path | str | Uids, column: str = "uid") -> UidMatch:

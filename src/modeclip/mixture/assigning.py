@@ -24,6 +24,7 @@ from modeclip.clustering.embedding import COLUMN, EmbedConfig, embed
 from modeclip.clustering.novelty import FineQuantiles, fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import Work, map_columns
+from modeclip.data.selection import ALL, Selection
 from modeclip.data.storage import missing_fragments
 from modeclip.errors import ModeclipError, check_least
 from modeclip.mixture.bundle import Bundle
@@ -156,7 +157,13 @@ class NoveltyWork(Work):
 
 
 def assign(
-    catalog: Catalog, bundle: Bundle, config: AssignConfig, *, fitted_on: Catalog | None = None, ray: bool = False
+    catalog: Catalog,
+    bundle: Bundle,
+    config: AssignConfig,
+    *,
+    fitted_on: Catalog | None = None,
+    selection: Selection = ALL,
+    ray: bool = False,
 ) -> AssignResult:
     """Assign new pairs to the clusters of a bundle, mark the novel ones, and say what is worth training.
 
@@ -168,6 +175,7 @@ def assign(
         bundle: Centres, experts and encoder.
         config: Thresholds.
         fitted_on: The clustered catalog that the bundle was made from; only for a bundle that has no quantiles.
+        selection: Pairs that are counted, and that what is proposed would be trained on; all are assigned.
         ray: Work on a Ray cluster, as `modeclip.data.mapping.map_columns` says.
 
     Raises:
@@ -180,7 +188,7 @@ def assign(
         work = NoveltyWork(bundle=bundle, quantiles=quantiles, novel_beyond=config.novel_beyond, facts=facts)
         map_columns(catalog, work, "assign captions", ray=ray)
     pairs, novel = np.zeros(bundle.num_experts, np.int64), np.zeros(bundle.num_experts, np.int64)
-    for block in catalog.batches(["expert", "novel"]):
+    for block in selection.part_of(catalog).batches(["expert", "novel"]):
         pairs += np.bincount(block["expert"], minlength=bundle.num_experts)
         novel += np.bincount(block["expert"][block["novel"]], minlength=bundle.num_experts)
     experts = tuple(

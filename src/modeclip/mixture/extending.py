@@ -34,6 +34,7 @@ from modeclip.clustering.fitting import sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.clustering.novelty import fit_quantiles
 from modeclip.data.catalog import Catalog
+from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError, check_above_zero, check_between, check_least
 from modeclip.mixture.assigning import AssignConfig, AssignResult, assign, quantiles_of
 from modeclip.mixture.bundle import Bundle, check_files, load_bundle
@@ -43,7 +44,16 @@ from modeclip.models.checkpoints import find_checkpoint
 from modeclip.system.console import log
 from modeclip.system.files import only_process, read_json, write_json, writing
 from modeclip.system.paths import RunPaths
-from modeclip.training.jobs import MOST_PROCESSES, Role, TrainConfig, TrainJob, TrainResult, job_name, learning_rate_at
+from modeclip.training.batches import select_rows
+from modeclip.training.jobs import (
+    MOST_PROCESSES,
+    Role,
+    TrainConfig,
+    TrainJob,
+    TrainResult,
+    job_name,
+    learning_rate_at,
+)
 from modeclip.training.launching import run_jobs
 
 PLAN_FILE = "extend.json"
@@ -115,7 +125,9 @@ class _Plan:
     pairs: str
 
 
-def continue_job(bundle: Bundle, expert: int, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
+def continue_job(
+    bundle: Bundle, expert: int, catalog: Catalog, folder: Path, config: ExtendConfig, selection: Selection = ALL
+) -> TrainJob:
     """Return the job that continues an expert on the new pairs of its clusters that are not novel.
 
     Args:
@@ -124,6 +136,7 @@ def continue_job(bundle: Bundle, expert: int, catalog: Catalog, folder: Path, co
         catalog: New pairs, assigned to the bundle.
         folder: Folder for the model.
         config: Budget and start.
+        selection: New pairs that may be used.
 
     Raises:
         ModeclipError: There is no such expert, the bundle does not say how it was trained, or ``config.start`` is not
@@ -134,22 +147,28 @@ def continue_job(bundle: Bundle, expert: int, catalog: Catalog, folder: Path, co
             f"bundle {bundle.path}: has experts 0 to {bundle.num_experts - 1}, got {expert}; choose one of them"
         )
     where = {"expert": expert, "novel": False}
-    new, size = len(catalog.select(None, **where)), max(bundle.experts[expert].size, 1)
-    job = _job_from(bundle, "expert", expert, bundle.experts[expert].folder, catalog, folder, config)
+    new, size = len(selection.part_of(catalog).select(None, **where)), max(bundle.experts[expert].size, 1)
+    job = _job_from(bundle, "expert", expert, bundle.experts[expert].folder, catalog, folder, config, selection)
     samples = config.samples or round(_expert_samples(bundle, job.config) * new / size)
     return replace(_with_samples(job, samples), where=where)
 
 
-def new_expert_job(bundle: Bundle, catalog: Catalog, folder: Path, config: ExtendConfig) -> TrainJob:
+def new_expert_job(
+    bundle: Bundle, catalog: Catalog, folder: Path, config: ExtendConfig, selection: Selection = ALL
+) -> TrainJob:
     """Return the job that trains a new expert from the seed on the novel pairs; arguments as for `continue_job`."""
-    job, index = _job_from(bundle, "seed", None, SEED, catalog, folder, config), bundle.num_experts
+    job, index = _job_from(bundle, "seed", None, SEED, catalog, folder, config, selection), bundle.num_experts
     samples = config.samples or _expert_samples(bundle, job.config)
     job = replace(job, name=job_name("expert", index), role="expert", index=index, mask="novel")
     return _with_samples(job, samples)
 
 
 def fit_new_clusters(
-    bundle: Bundle, catalog: Catalog, config: ExtendConfig, fitted_on: Catalog | None = None
+    bundle: Bundle,
+    catalog: Catalog,
+    config: ExtendConfig,
+    fitted_on: Catalog | None = None,
+    selection: Selection = ALL,
 ) -> NewClusters:
     """Fit fine clusters to the novel pairs of a catalog, with about as many pairs in each as in the bundle.
 
@@ -158,11 +177,12 @@ def fit_new_clusters(
         catalog: New pairs, assigned to the bundle.
         config: Its seed is used.
         fitted_on: The catalog that the bundle was made from; only for a bundle that has no quantiles.
+        selection: New pairs that may be used.
 
     Raises:
         ModeclipError: No pair is novel.
     """
-    rows = catalog.select(mask="novel")
+    rows = selection.rows(catalog)[selection.part_of(catalog).select("novel")]
     if not len(rows):
         raise ModeclipError(f"catalog {catalog.path!r}: no pair is novel to {bundle.path}; continue an expert instead")
     x = read_embeddings(catalog, rows[sample_rows(len(rows), FIT_SAMPLES, config.seed)])
@@ -203,6 +223,7 @@ def extend(
     thresholds: AssignConfig | None = None,
     config: ExtendConfig | None = None,
     fitted_on: Catalog | None = None,
+    selection: Selection = ALL,
     encoder: str | None = None,
     trust_encoder: bool = False,
 ) -> ExtendResult:
@@ -218,6 +239,7 @@ def extend(
         thresholds: Thresholds of `assign`.
         config: Budget and start.
         fitted_on: The catalog that the bundle was made from; only for a bundle that has no quantiles.
+        selection: New pairs that are counted and trained on.
         encoder: Encoder of the new captions, as for `load_bundle`.
         trust_encoder: As for `load_bundle`.
 
@@ -231,14 +253,16 @@ def extend(
         check_files(opened)  # now, not after the training
         plan = _read_plan(out)
         if plan is None:
-            found = assign(catalog, opened, thresholds, fitted_on=fitted_on)
-            job = _decide(opened, found, catalog, out, action, config)
+            found = assign(catalog, opened, thresholds, fitted_on=fitted_on, selection=selection)
+            job = _decide(opened, found, catalog, out, action, config, selection)
             plan = {"action": "new" if job.mask else "continue", "expert": job.index}
             plan |= {"bundle": str(bundle.resolve()), "clustering": opened.clustering, "pairs": catalog.fingerprint}
             job.save()
             write_json(out / PLAN_FILE, plan, indent=2)
         _check_plan(plan, bundle, catalog, out, action)
         job = TrainJob.load(out / job_name("expert", plan["expert"]) / "job.json")
+        if job.selection != selection:
+            raise ModeclipError(f"extend: {out} was begun with {job.selection}; give the same, or another --out")
         if not any(edit["job"] == job.digest for edit in opened.edits):
             for line in describe(opened, job, catalog):
                 log(line)
@@ -266,7 +290,7 @@ def describe(bundle: Bundle, job: TrainJob, catalog: Catalog) -> list[str]:
         job: Of `continue_job` or `new_expert_job`.
         catalog: The new pairs, assigned to the bundle.
     """
-    pairs = len(catalog.select(mask=job.mask, **dict(job.where)))
+    pairs = len(select_rows(job, catalog))
     samples = (job.last_step - job.first_step) * job.config.batch_size
     passes = samples / max(pairs, 1)
     sizes = sum(expert.size for expert in bundle.experts)
@@ -292,6 +316,7 @@ def _decide(
     out: Path,
     action: int | Literal["new"] | None,
     config: ExtendConfig,
+    selection: Selection,
 ) -> TrainJob:
     """Return the job of the action that was asked for, or of the one that is proposed."""
     if action is None:
@@ -306,8 +331,8 @@ def _decide(
             raise ModeclipError(f"extend: {len(proposals)} experts are worth training; choose one: {choices}")
         action = "new" if proposals[0].action == "new" else proposals[0].expert
     if action == "new":
-        return new_expert_job(bundle, catalog, out / job_name("expert", bundle.num_experts), config)
-    return continue_job(bundle, action, catalog, out / job_name("expert", action), config)
+        return new_expert_job(bundle, catalog, out / job_name("expert", bundle.num_experts), config, selection)
+    return continue_job(bundle, action, catalog, out / job_name("expert", action), config, selection)
 
 
 def _train_and_put(
@@ -334,7 +359,12 @@ def _train_and_put(
     result = run_jobs([job], 1)[job.name]
     note = {"catalog": catalog.name}
     if plan["action"] == "new":
-        add_expert(bundle.path, Path(job.folder), fit_new_clusters(bundle, catalog, config, fitted_on), note=note)
+        add_expert(
+            bundle.path,
+            Path(job.folder),
+            fit_new_clusters(bundle, catalog, config, fitted_on, job.selection),
+            note=note,
+        )
     else:
         size = bundle.experts[plan["expert"]].size + result.rows
         replace_expert(bundle.path, plan["expert"], Path(job.folder), size=size, note=note)
@@ -367,6 +397,7 @@ def _job_from(
     catalog: Catalog,
     folder: Path,
     config: ExtendConfig,
+    selection: Selection,
 ) -> TrainJob:
     """Return a job that goes on from a model of the bundle: from its checkpoint if there is one, else its weights."""
     name = job_name(role, index)
@@ -376,6 +407,8 @@ def _job_from(
         settings,
         batch_size=config.batch_size or settings.batch_size,
         learning_rate=config.learning_rate or settings.highest_rate,
+        probability=settings.probability if settings.probability in catalog.columns else None,  # else of other pairs
+        captions=settings.captions if settings.captions in catalog.columns else None,
     )
     share = settings.seed_parts / settings.total_parts
     job = TrainJob(
@@ -390,6 +423,7 @@ def _job_from(
         last_step=1,
         first_share=0.0,
         last_share=1.0,
+        selection=selection,
         threads=config.threads,
     )
     if start is not None:

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 from modeclip.data.catalog import Catalog
 from modeclip.data.images import decode_image
 from modeclip.data.indexing import index
+from modeclip.data.selection import Selection
 from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.open import load_tasks
 from modeclip.errors import ModeclipError
@@ -382,6 +383,11 @@ def test_a_selection_of_a_catalog_is_one_task(catalogs):
     assert both.classnames == ("class_1",)
     (one,) = load_tasks([f"mine={path}#width=4&task=large"])
     assert len(one.images) == 4
+    wide = load_tasks([f"{catalogs}/tasks.lance"], selection=Selection(where=("task LIKE 's%'", "caption = 'class_1'")))
+    assert [(task.name, task.classnames, len(task.images)) for task in wide] == [("small", ("class_1",), 2)]
+    assert wide[0].images.digest == both.images.digest
+    with pytest.raises(ModeclipError, match=r"--mask kept selects rows of catalogs, and .*small.* is none"):
+        load_tasks([str(catalogs.parent / "small")], selection=Selection(mask="kept"))
 
 
 def test_captions_of_a_catalog_that_share_an_image_find_it_together(catalogs):
@@ -405,7 +411,7 @@ def test_tasks_of_a_catalog_can_be_asked_for_captions(catalogs):
     [
         ("{}/catalog.lance", "holds no tasks.*#column=value.*or write retrieval:"),
         ("mine={}/tasks.lance", "holds 2 tasks.*leave out the name.*mine=.*#task=large"),
-        ("{}/tasks.lance#task=medium", r"no row of .* has task=medium"),
+        ("{}/tasks.lance#task=medium", r"no pair that --where 'task=medium' selects"),
         ("{}/tasks.lance#colour=red", r"unknown column of .* 'colour'"),
         ("{}/tasks.lance#width=wide", "'width' holds int32.*'wide'"),
     ],

@@ -27,6 +27,7 @@ from modeclip.data.catalog import CATALOG, Catalog
 from modeclip.data.images import EXIF, Exif
 from modeclip.data.indexing import TASKS
 from modeclip.data.prompts import check_templates
+from modeclip.data.selection import ALL, Selection
 from modeclip.data.sources.source import TRAIN, count, files_by_split, preferred_split, split_of
 from modeclip.data.tasks.annotations import read_annotations
 from modeclip.data.tasks.images import FileImages, TableImages
@@ -74,7 +75,7 @@ class TaskSpec:
     path: str
     """Absolute path or address of its data."""
     where: str = ""
-    """Which rows of a catalog: ``column=value``, several joined by ``&``; a column alone holds booleans."""
+    """Which rows of a catalog: conditions as of `modeclip.data.selection.Selection`, several joined by ``&``."""
     retrieval: bool = False
     """Whether the task is to find captions, even if there are classes."""
     known: KnownTask | None = None
@@ -91,6 +92,7 @@ def load_tasks(
     train_specs: Sequence[str] = (),
     imagenet: ImageNetWords | None = None,
     exif: Exif = "apply",
+    selection: Selection = ALL,
 ) -> list[Task]:
     """Open the tasks that specifications name, in their order.
 
@@ -103,6 +105,7 @@ def load_tasks(
         train: Whether to read training splits, for linear probes: a folder or files ``train`` beside ``test``.
         train_specs: Training splits that lie elsewhere, as NAME=PATH with the name of a task.
         exif: Whether images in files and tables are turned upright as their EXIF data say; a catalog says so itself.
+        selection: Rows that tasks of catalogs consist of.
         imagenet: Returns ImageNet's class names and prompts; needed for published tasks with ImageNet's classes.
 
     Raises:
@@ -111,7 +114,7 @@ def load_tasks(
     check_templates(templates, "templates")
     tasks: list[Task] = []
     for spec in specs:
-        tasks += [task for part in _expand(spec, root) for task in _load(part, train, imagenet)]
+        tasks += [task for part in _expand(spec, root) for task in _load(part, train, imagenet, selection)]
     if twice := [name for name, number in Counter(task.name for task in tasks).items() if number > 1]:
         places = " and ".join(repr(task.source) for task in tasks if task.name == twice[0])
         raise ModeclipError(f"task {twice[0]!r} is given twice ({places}): give one of them another name (NAME=PATH)")
@@ -202,9 +205,11 @@ def _name_of(path: str) -> str:
 # ---------------------------------------------------------------- what lies there
 
 
-def _load(spec: TaskSpec, train: bool, imagenet: ImageNetWords | None) -> list[Task]:
+def _load(spec: TaskSpec, train: bool, imagenet: ImageNetWords | None, selection: Selection = ALL) -> list[Task]:
     if _is_catalog(spec.path):
-        return _catalog(spec)
+        return _catalog(spec, selection)
+    if not selection.is_all:
+        raise ModeclipError(f"task {spec.name!r}: {selection} selects rows of catalogs, and {spec.path!r} is none")
     if spec.where:
         raise ModeclipError(f"task {spec.name!r}: #{spec.where} selects rows of a catalog, but {spec.path!r} is none")
     parts = _read(spec, train)
@@ -333,11 +338,11 @@ def _is_catalog(path: str) -> bool:
     return is_folder(path) and any(name in list_folder(path)[0] for name in ("_versions", CATALOG))
 
 
-def _catalog(spec: TaskSpec) -> list[Task]:
+def _catalog(spec: TaskSpec, selection: Selection) -> list[Task]:
     """Return the tasks of a catalog, or the task of a selection of its rows."""
     held_out = not spec.where and not spec.retrieval and not spec.path.rstrip("/").endswith(".lance")
     has_tasks = held_out and TASKS in list_folder(spec.path)[0]  # the folder of a run
-    catalog = Catalog.open(join(spec.path, TASKS) if has_tasks else spec.path)
+    catalog = selection.part_of(Catalog.open(join(spec.path, TASKS) if has_tasks else spec.path))
     if spec.where:
         rows = _select(catalog, spec)
         return [
@@ -367,18 +372,10 @@ def _catalog(spec: TaskSpec) -> list[Task]:
 
 
 def _select(catalog: Catalog, spec: TaskSpec) -> Int[np.ndarray, " n"]:
-    equals: dict[str, object] = {}
-    for part in spec.where.split("&"):
-        column, equal, text = part.partition("=")
-        try:
-            value = catalog.parse_value(column, text) if equal else True
-        except ModeclipError as error:
-            raise ModeclipError(f"task {spec.name!r}: {error}") from error
-        equals[column] = value
-    rows = catalog.select(None, **equals)
-    if not len(rows):
-        raise ModeclipError(f"task {spec.name!r}: no row of {spec.path!r} has {spec.where}")
-    return rows
+    try:
+        return Selection(where=tuple(spec.where.split("&"))).rows(catalog)
+    except ModeclipError as error:
+        raise ModeclipError(f"task {spec.name!r}: {error}") from error
 
 
 # ---------------------------------------------------------------- further files
