@@ -201,3 +201,37 @@ def test_a_draw_depends_on_the_pair_and_the_seed_alone() -> None:
     counts, _ = np.histogram(draws, bins=20, range=(0, 1))
     expected = len(keys) / 20
     assert ((counts - expected) ** 2 / expected).sum() < 45  # chi-squared with 19 degrees of freedom: 1 in 1,000
+
+
+KILLED = """
+import os, signal, sys
+from modeclip import Catalog, curate
+from modeclip.data.storage import Ledger
+left, add = int(sys.argv[2]), Ledger.add
+
+def dying(self, part, content):
+    global left
+    add(self, part, content)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Ledger.add = dying
+curate(Catalog.open(sys.argv[1]), "align", preset="small", side_above=0, max_words=3)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_curation_goes_on_to_the_same_columns(tmp_path: Path) -> None:
+    captions = [" ".join(["word"] * (1 + number % 6)) for number in range(ROWS)]
+    killed, whole = (write_catalog(tmp_path / f"{name}.lance", captions) for name in ("killed", "whole"))
+    for count in (4, 5):  # while fragments are counted, then while they are decided about
+        done = subprocess.run([sys.executable, "-c", KILLED, killed.path, str(count)], capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert not curations_of(Catalog.open(killed.path))
+    settings = {"preset": "small", "side_above": 0, "max_words": 3}
+    for catalog in (killed, whole):
+        curate(catalog, "align", **settings)
+    assert (killed.read(["align_cause"])["align_cause"] == whole.read(["align_cause"])["align_cause"]).all()
+    expected = [len(caption.split()) <= 3 for caption in captions]
+    assert killed.read(["align_kept"])["align_kept"].tolist() == expected

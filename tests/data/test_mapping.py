@@ -19,6 +19,7 @@ import pytest
 
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, cluster
+from modeclip.curation.curating import curate
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.data.mapping import POSITION, concatenate, map_columns, map_fragments
 from modeclip.data.storage import FileWriter, append, create
@@ -294,6 +295,16 @@ class TestRay:
             made.append({name: column.tobytes() for name, column in columns.items()} | {"cards": repr(clustering.fine)})
             assert catalog.facts("caption_embedding")["encoder"] == "minilm"
         assert made[0] == made[1]
+
+    def test_a_pool_is_curated_alike_here_and_there(self, tmp_path: Path):
+        captions = [" ".join(["word"] * (1 + number % 6)) for number in range(ROWS)]
+        made = []
+        for ray in (True, False):
+            catalog = write_catalog(tmp_path / f"{ray}.lance", captions)
+            curated = curate(catalog, "align", preset="small", side_above=0, max_words=3, ray=ray)
+            made.append((curated.column("cause").tobytes(), catalog.facts("align_cause")))
+        assert made[0] == made[1]
+        assert catalog.read(["align_kept"])["align_kept"].tolist() == [len(text.split()) <= 3 for text in captions]
 
 
 @dataclass

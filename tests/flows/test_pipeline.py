@@ -19,6 +19,7 @@ from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -26,13 +27,16 @@ from safetensors.numpy import load_file
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
+from modeclip.errors import ModeclipError
 from modeclip.mixture.mode import MoDE
 from modeclip.pipeline import run_folder
 from modeclip.pipeline import stages as pipeline_stages
 from modeclip.pipeline.planning import plan_run
 from modeclip.pipeline.recipe import Recipe, load_recipe, parse_recipe
 from modeclip.pipeline.stages import run
+from modeclip.training.batches import job_rows
 from modeclip.training.costs import Measurement
+from modeclip.training.jobs import TrainJob
 from support import WEIGHTS, can_mount, encode_picture, noise_picture, weights_of, write_pairs
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -243,6 +247,58 @@ def test_own_pairs_with_a_given_seed_and_one_expert(own_pairs: Path, small_run: 
     assert [expert.folder for expert in mode.bundle.experts] == ["seed", "expert-1"]
     (prediction,) = mode.task(["alert", "heart"]).classify([Image.open(own_pairs / "folder" / "00000.png")])
     assert set(prediction.classnames) == {"alert", "heart"}
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_on_what_its_curation_keeps(own_pairs: Path, small_run: Path) -> None:
+    recipe, out = own_pairs / "curated.yaml", own_pairs / "runs" / "curated"
+    text = (
+        "data: {source: pairs.tsv, holdout_fraction: 0.1}\nembed: {encoder: tfidf, dimension: 32}\n"
+        "curate: [{method: align, preset: small, max_words: 2}, {method: duplicates, column: once, by: semantic}]\n"
+        "cluster: {num_fine: 8, num_experts: 2}\n"
+        f"train: {{samples: 512, batch_size: 16}}\nexperts: {{start: {small_run / 'models' / 'seed'}, only: [1]}}\n"
+    )
+    recipe.write_text(text)
+    run(load_recipe(recipe), out)
+    catalog = Catalog.open(out / "catalog.lance")
+    columns = catalog.read(["caption", "align_kept", "once_kept", "once_cause", "expert"])
+    short = np.array([len(caption.split()) <= 2 for caption in columns["caption"]])
+    assert (columns["align_kept"] == short).all()
+    assert ((columns["once_cause"] == 255) == ~short).all()
+    kept = columns["once_kept"]
+    assert 0 < kept.sum() < short.sum()
+    rows = job_rows(TrainJob.load(out / "models" / "expert-1" / "job.json"), catalog)
+    assert rows.tolist() == np.flatnonzero(kept & (columns["expert"] == 1)).tolist()
+    cards = json.loads((out / "clusters" / "cards.json").read_text())
+    assert sum(card["size"] for card in cards["experts"]) == kept.sum()
+    assert (out / "curation" / "once" / "curate.html").is_file()
+    before = stage_times(out) | {"curate": (out / "stages" / "curate.json").stat().st_mtime_ns}
+    run(load_recipe(recipe), out)
+    assert stage_times(out) | {"curate": (out / "stages" / "curate.json").stat().st_mtime_ns} == before
+    recipe.write_text(text.replace("max_words: 2", "max_words: 1"))
+    run(load_recipe(recipe), out)
+    assert {name for name, moment in stage_times(out).items() if moment == before[name]} == {"index", "embed"}
+    assert Catalog.open(out / "catalog.lance").read(["align_kept"])["align_kept"].sum() < short.sum()
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ("{method: align}", "expected a list of methods"),
+        ("[{preset: small}]", "expected a list of methods"),
+        ("[{method: magic}]", "unknown method 'magic'; known: align"),
+        ("[{method: align, presets: small}]", "unknown field 'curate.1.presets'"),
+        ("[{method: align, max_words: many}]", "curate.1.max_words: .*got 'many'"),
+        ("[{method: align}, {method: align}]", "two steps are called 'align'"),
+        ("[{method: align, column: A b}]", "letter first"),
+        ("[{method: align, min_words: -1}]", "align.min_words"),
+    ],
+)
+def test_a_curation_that_cannot_be_meant_is_one_line(tmp_path: Path, steps: str, words: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"data: {{source: folder}}\ncurate: {steps}\n")
+    with pytest.raises(ModeclipError, match=words):
+        load_recipe(recipe)
 
 
 def test_bundle_holds_what_was_trained_and_clustered(small_run: Path) -> None:

@@ -482,7 +482,8 @@ class Stages:
 
     def cluster(self) -> str:
         """Do the stage: cluster, and form experts."""
-        result = cluster(Catalog.open(self.folder.catalog_path), self.recipe.cluster)
+        catalog = Catalog.open(self.folder.catalog_path)
+        result = cluster(catalog, self.recipe.cluster, selection=self.folder.selection)
         result.save(self.folder.clusters)
         sizes = ", ".join(f"{card.size:,}" for card in result.experts)
         return f"{len(result.fine):,} fine clusters in {len(result.experts)} experts of {sizes} pairs"
