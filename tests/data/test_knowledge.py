@@ -84,8 +84,8 @@ def test_dictionaries_are_asked_in_order_for_each_phrase(tmp_path: Path) -> None
     assert found is not None
     assert found.phrase == "hot dog"
     assert both.find("tasty mice") == Entry("mice", "a small rodent", wordnet)
-    assert both.explain("a photo of a Dog.", "Dog") == "a photo of a Dog. ; Dog , a pet"
-    assert both.explain("a photo of an unicorn.", "unicorn") == "a photo of an unicorn."
+    assert both.explain(["a Dog.", "Dog"], "Dog") == ("a Dog. ; Dog , a pet", "Dog ; Dog , a pet")
+    assert both.explain(["a photo of a unicorn."], "unicorn") == ("a photo of a unicorn.",)
     assert len(set(both.digests)) == 2
     assert load_knowledge(both.names).digests == both.digests
 

@@ -24,7 +24,7 @@ from modeclip.commands.evaluation import evaluate as evaluate_command
 from modeclip.data.catalog import Catalog
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.evaluate import EvaluateConfig, averages, evaluate
+from modeclip.evaluation.evaluate import EvaluateConfig, RecipeEvaluateConfig, averages, evaluate
 from modeclip.evaluation.intervals import bootstrap_interval, paired_interval
 from modeclip.evaluation.results import Result, compare, write_results
 from modeclip.evaluation.systems import System, open_systems
@@ -280,6 +280,33 @@ def test_templates(small_run: Path, tasks: list[Task]) -> None:
     assert np.array_equal(results[0].outcome.prediction, expected.outcome.prediction)
     with pytest.raises(ModeclipError, match=r"templates: template 'icon' has no \{\} .*class name"):
         EvaluateConfig(templates=("icon",))
+
+
+def test_definitions_stand_behind_the_prompts(small_run: Path, tasks: list[Task], tmp_path: Path) -> None:
+    """As if every prompt had been written out by hand; the results say where the definitions come from."""
+    names = tasks[0].classnames
+    dump = tmp_path / "dump.jsonl"
+    entries = [{"word": name, "senses": [{"glosses": [f"what {name} is"]}]} for name in names[1:]]
+    dump.write_text("\n".join(map(json.dumps, entries)))
+    cache, config = FeatureCache(), EvaluateConfig(templates=("my {}", "{}"), knowledge=(str(dump),))
+    systems = open_systems([str(small_run / "bundle")], cache)
+    by_hand = [
+        tuple(f"{prompt} ; {name} , what {name} is" if place else prompt for prompt in (f"my {name}", name))
+        for place, name in enumerate(names)
+    ]
+    [found] = evaluate(systems, [tasks[0]], config, cache)
+    [expected] = evaluate(systems, [replace(tasks[0], prompts=tuple(by_hand))], EvaluateConfig(), cache)
+    [plain] = evaluate(systems, [tasks[0]], EvaluateConfig(templates=config.templates), cache)
+    assert found.provenance["prompts"] == expected.provenance["prompts"] != plain.provenance["prompts"]
+    assert np.array_equal(found.outcome.prediction, expected.outcome.prediction)
+    known = found.provenance["knowledge"]
+    assert known["num_explained"] == len(names) - 1
+    assert [one["name"] for one in known["dictionaries"]] == [str(dump)]
+    assert "knowledge" not in plain.provenance
+    with pytest.raises(ModeclipError, match="'nowhere': no such file"):
+        evaluate(systems, [tasks[0]], EvaluateConfig(knowledge=("nowhere",)), cache)
+    with pytest.raises(ModeclipError, match="'nowhere': no such file"):
+        RecipeEvaluateConfig(knowledge=("nowhere",))
 
 
 def test_averages_groups_and_differences(evaluated: tuple[list[Result], Path], tasks: list[Task]) -> None:

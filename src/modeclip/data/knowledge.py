@@ -83,10 +83,10 @@ class Knowledge:
                     return Entry(phrase, definition, dictionary.name)
         return None
 
-    def explain(self, text: str, name: str) -> str:
-        """Return a text with a name in it, such as a prompt, followed by what the name means if that is known."""
+    def explain(self, prompts: Sequence[str], name: str) -> tuple[str, ...]:
+        """Return prompts with a name in them, each followed by what the name means if that is known."""
         entry = self.find(name)
-        return text if entry is None else explained(text, name, entry.definition)
+        return tuple(prompts if entry is None else (explained(text, name, entry.definition) for text in prompts))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,6 +97,11 @@ class Knowledge:
     def digests(self) -> list[str]:
         """What identifies their content."""
         return [one.digest for one in self.dictionaries]
+
+    @property
+    def identities(self) -> list[dict[str, str]]:
+        """Names and digests, as JSON."""
+        return [{"name": one.name, "digest": one.digest} for one in self.dictionaries]
 
 
 def explained(text: str, phrase: str, definition: str) -> str:
@@ -124,14 +129,26 @@ def load_knowledge(names: Sequence[str]) -> Knowledge:
         if kind == WORDNET:
             place = absolute(home(folder)) if folder else None
             found.append(_WordNetDictionary(f"{WORDNET}:{place}" if place else WORDNET, _load_wordnet(place)))
-            continue
-        path = absolute(home(name))
-        if not (moment := state(path)):
-            raise ModeclipError(
-                f"knowledge {name!r}: no such file; give wordnet, wordnet:FOLDER, or a dump of Wiktionary: {HOW_TO_GET}"
-            )
-        found.append(_load_wiktionary(path, moment))
+        else:
+            found.append(_load_wiktionary(absolute(home(name)), _state_of(name)))
     return Knowledge(tuple(found))
+
+
+def check_knowledge(names: Sequence[str]) -> None:
+    """Raise for dictionaries that are not there; a dump is not read for it."""
+    for name in names:
+        if name.partition(":")[0] == WORDNET:
+            load_knowledge([name])
+        else:
+            _state_of(name)
+
+
+def _state_of(name: str) -> str:
+    if not (moment := state(home(name))):
+        raise ModeclipError(
+            f"knowledge {name!r}: no such file; give wordnet, wordnet:FOLDER, or a dump of Wiktionary: {HOW_TO_GET}"
+        )
+    return moment
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from modeclip.data.knowledge import Knowledge, check_knowledge, load_knowledge
 from modeclip.data.prompts import check_templates
 from modeclip.data.tasks.task import Images, Task
 from modeclip.errors import ModeclipError, check_above_zero, check_least, in_one_line, unknown
@@ -73,6 +74,9 @@ class EvaluateConfig:
 
     templates: tuple[str, ...] = ()
     """Prompts, {} or {c} where the class name goes; default: each task's own, or the first bundle's."""
+    knowledge: tuple[str, ...] = ()
+    """Put the definition of the class name behind each prompt (K-LITE), from these dictionaries in this order: wordnet,
+    wordnet:FOLDER, or a dump of Wiktionary by kaikki.org. Default: prompts as they are."""
     mix: Mix = "cosines"
     """What of a mixture's experts is weighted and summed to tell classes apart, one of ``rules.MIXES``. Retrieval and
     the choice of captions have no classes and always sum cosines."""
@@ -110,11 +114,15 @@ class RecipeEvaluateConfig(RoutingConfig):
 
     batch_size: int = 512
     """Images encoded at a time."""
+    knowledge: tuple[str, ...] = ()
+    """Dictionaries whose definitions stand behind the prompts, as of `modeclip evaluate`; the bundle does not keep
+    them."""
 
     def __post_init__(self) -> None:
-        """Check the batch size, and what the bundle keeps."""
+        """Check the batch size, the dictionaries, and what the bundle keeps."""
         super().__post_init__()
         check_least("evaluate", self, batch_size=1)
+        check_knowledge(self.knowledge)
 
 
 def evaluate(
@@ -151,10 +159,11 @@ def evaluate(
     config, cache, failed = config or EvaluateConfig(), cache or FeatureCache(), failed or _raise
     templates = config.templates or next((s.templates for s in systems if s.templates), ("{}",))
     answering = [system for system in systems if not system.chosen_among]
+    knowledge = load_knowledge(config.knowledge)
     questions = []
     with progress("route", len(tasks), "tasks") as advance:
         for task in tasks:
-            questions.append(_Question.of(task, answering, templates, config, cache, failed))
+            questions.append(_Question.of(task, answering, templates, knowledge, config, cache, failed))
             advance(1)
     total = sum(
         len(images) * len(missing_images(refs, images, cache, precision=config.precision))
@@ -207,6 +216,8 @@ class _Question:
     prompts: tuple[tuple[str, ...], ...]
     """Classification: the prompts of each class."""
     config: EvaluateConfig
+    knowledge: Knowledge
+    """Dictionaries whose definitions the prompts have; there may be none."""
 
     @classmethod
     def of(
@@ -214,6 +225,7 @@ class _Question:
         task: Task,
         systems: Sequence[System],
         templates: Sequence[str],
+        knowledge: Knowledge,
         config: EvaluateConfig,
         cache: FeatureCache,
         failed: Callable[[str], object],
@@ -225,12 +237,14 @@ class _Question:
                 weights[system.name] = system.weigh(task, cache)
             except FAULTS as error:
                 failed(f"task {task.name!r}, model {system.name!r}: {_cause(error)}")
+        prompts = task.prompts_of(templates) if task.kind == "classification" else ()
         question = cls(
             task=task,
             systems=[system for system in systems if system.name in weights],
             weights=weights,
-            prompts=task.prompts_of(templates) if task.kind == "classification" else (),
+            prompts=tuple(map(knowledge.explain, prompts, task.classnames)),
             config=config,
+            knowledge=knowledge,
         )
         if question.train is not None:
             unseen = np.setdiff1d(np.asarray(task.labels), np.asarray(question.train.labels))
@@ -346,6 +360,9 @@ class _Question:
             facts["prompts"] = hash_texts(prompt for of_class in self.prompts for prompt in of_class)
             facts["num_templates"] = max(len(of_class) for of_class in self.prompts)
             facts |= {"chance": task.chance, "majority": task.majority}
+            if self.knowledge.names:
+                known = sum(self.knowledge.find(name) is not None for name in task.classnames)
+                facts["knowledge"] = {"dictionaries": self.knowledge.identities, "num_explained": known}
         else:
             facts |= {"num_texts": len(task.texts), "texts": hash_texts(task.texts)}
         facts |= self._routing(system) if kind != PROBE else {}

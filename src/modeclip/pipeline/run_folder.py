@@ -289,7 +289,7 @@ class RunFolder(RunPaths):
         """The model folder of the seed, trained here or given."""
         return seed_model(self.models, self.training, self.experts)
 
-    def evaluate(self, name: str, *, batch_size: int = 512) -> dict[str, Any]:
+    def evaluate(self, name: str, *, batch_size: int = 512, knowledge: Sequence[str] = ()) -> dict[str, Any]:
         """Score the finished models on the held-out tasks and write ``results.json`` and ``results``.
 
         ``results.json`` is the table that the report shows; the folder ``results`` has what `modeclip evaluate` writes,
@@ -298,6 +298,7 @@ class RunFolder(RunPaths):
         Args:
             name: Of the run.
             batch_size: Images encoded at a time.
+            knowledge: Dictionaries whose definitions stand behind the prompts.
 
         Returns:
             What was written.
@@ -323,9 +324,10 @@ class RunFolder(RunPaths):
                 trust_encoder=encoder == self.encoder,
                 quantiles=fitted_quantiles(self.catalog, self.clustering.num_fine, self.selection),
             )
-            config = EvaluateConfig(batch_size=batch_size)
+            config = EvaluateConfig(batch_size=batch_size, knowledge=tuple(knowledge))
             found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(self.answers, part))
             results |= run_table(systems, tasks, found)
+            results |= {"knowledge": list(knowledge)} if knowledge else {}
             cache.remove_unused()
         else:
             results |= {"tasks": [], "chance": {}, "majority": {}, "models": [], "routing": {}}

@@ -305,9 +305,12 @@ class Stages:
         train["engine"]["save_every"] = "20s"  # it decides nothing; a constant keeps the digests of earlier versions
         training = [train, asdict(recipe.experts), folder.fingerprint, *chosen_by]
         self.stage("train", self.train, training, made.models)
-        bundle = [asdict(recipe.evaluate), self.digests["train"]]
-        self.stage("bundle", self.bundle, bundle, made.bundle)
-        self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"]], made.results)
+        bundled = asdict(recipe.evaluate)
+        knowledge = bundled.pop("knowledge")
+        self.stage("bundle", self.bundle, [bundled, self.digests["train"]], made.bundle)
+        files = [path for path in map(home_path, knowledge) if path.is_file()]
+        explained = [knowledge, list(map(hash_file, files))] if knowledge else []
+        self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"], *explained], made.results)
         self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], made.report)
 
     def curate_stage(self) -> list[str]:
@@ -516,7 +519,9 @@ class Stages:
 
     def evaluate(self) -> str:
         """Do the stage: score all systems on the tasks."""
-        results = self.folder.evaluate(self.recipe.name, batch_size=self.recipe.evaluate.batch_size)
+        results = self.folder.evaluate(
+            self.recipe.name, batch_size=self.recipe.evaluate.batch_size, knowledge=self.recipe.evaluate.knowledge
+        )
         rows, tasks = len(results["models"]), len(results["tasks"])
         return f"{rows} rows on {tasks} tasks" if tasks else "no held-out tasks: nothing was evaluated"
 
