@@ -5,10 +5,11 @@
 
 The long captions are two glosses of WordNet each, drawn with a seed. Entries are the names of WordNet's synsets; with
 --entries as many more of words and pairs of words of the long captions as make that number. The scan looks for each
-padded entry in each normalised caption. The automata (pip install "modeclip[benchmarks]") are
-asked caption by caption. Everyone returns the set of entries of each caption, and all must agree. Rounds alternate, on
-the same captions; rates are by the clock and by processor time, since the clock of a busy machine tells little. At the
-end all captions are counted, a quarter of them and all of them in processes of their own, which tell their peak memory.
+padded entry in each normalised caption. The automata (pip install "modeclip[benchmarks]") are asked caption by
+caption. Everyone returns the set of entries of each caption, and all must agree. Rounds alternate, on the same
+captions; rates are by the clock and by processor time, since the clock of a busy machine tells little. At the end
+`curate` balances a catalog of the long captions, a quarter of them and all of them in processes of their own, which
+tell their peak memory.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from modeclip.curation.matching import Matcher, normalise, pad
-from modeclip.curation.metadata import MetadataConfig, build, read_corpus, read_metadata, synset_names, write_metadata
+from modeclip.curation.metadata import MetadataConfig, build, read_corpus, synset_names, write_metadata
 from modeclip.data.wordnet import load_wordnet
 
 SCAN_BAR, LOOP_BAR = 500.0, 1.5
@@ -131,22 +131,38 @@ def peak_gb() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
-def count_file(entries: Path, captions: Path, limit: int) -> None:
-    """Count the matches of the first captions of a file, and print what that took."""
-    matcher = Matcher(read_metadata(entries).entries)
-    before = peak_gb()
-    clock, processor = time.perf_counter(), time.process_time()
-    totals, number, reading = np.zeros(matcher.num_entries), 0, islice(read_corpus(captions), limit)
+def write_catalog(path: Path, captions: Sequence[str] | Iterator[str]) -> None:
+    """Write a catalog of captions whose images nobody will read."""
+    from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS
+    from modeclip.data.storage import FileWriter, create
+
+    schema = pa.schema([field for field in PAIR_COLUMNS.items() if field[0] != "task"])
+    writer, number, reading = FileWriter(str(path), schema), 0, iter(captions)
     while block := list(islice(reading, LOOPED)):
-        totals += matcher.match(block).total(matcher.num_entries)
+        columns = {"key": [f"{number + place:09d}" for place in range(len(block))], "caption": block}
         number += len(block)
+        empty = {name: pa.nulls(len(block), kind) for name, kind in PAIR_COLUMNS.items() if name != "task"}
+        writer.write(pa.table(empty | columns, schema=schema))
+    metadata = {FORMAT: FORMAT_VERSION, FINGERPRINT: f"{number:032d}"}
+    create(str(path), schema.with_metadata(metadata), writer.finish())
+
+
+def curate_catalog(path: Path, entries: Path) -> None:
+    """Curate a catalog, and print what that took."""
+    from modeclip.curation.curating import curate
+    from modeclip.curation.metaclip import MetaclipConfig
+    from modeclip.data.catalog import Catalog
+
+    catalog, before = Catalog.open(path), peak_gb()
+    clock, processor = time.perf_counter(), time.process_time()
+    curated = curate(catalog, MetaclipConfig(entries=str(entries)))
     result = {
-        "captions": number,
-        "matches": int(totals.sum()),
-        "clock": time.perf_counter() - clock,
-        "processor": time.process_time() - processor,
-        "peak_gb": peak_gb(),
-        "before_gb": before,
+        "pairs": len(catalog),
+        "kept": int(curated.column("kept").sum()),
+        "clock": round(time.perf_counter() - clock, 2),
+        "processor": round(time.process_time() - processor, 2),
+        "peak_gb": round(peak_gb(), 3),
+        "before_gb": round(before, 3),
     }
     print(json.dumps(result))
 
@@ -159,10 +175,10 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=0, help="entries at least; more than WordNet has")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wordnet", help="folder of WordNet's files")
-    parser.add_argument("--count", nargs=3, metavar=("ENTRIES", "CAPTIONS", "LIMIT"), help=argparse.SUPPRESS)
+    parser.add_argument("--curate", nargs=2, metavar=("CATALOG", "ENTRIES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.count:
-        count_file(Path(arguments.count[0]), Path(arguments.count[1]), int(arguments.count[2]))
+    if arguments.curate:
+        curate_catalog(*map(Path, arguments.curate))
         return
     wordnet = load_wordnet(arguments.wordnet)
     entries = synset_names(wordnet)
@@ -200,15 +216,17 @@ def main() -> None:
                 "to_best_loop_clock": round(ours["clock"] / rates[best]["clock"], 2),
                 "best_loop": best,
             }
-        for limit in (arguments.captions // 4, arguments.captions):
-            command = [sys.executable, __file__, "--count", f"{folder}/entries.txt", str(file), str(limit)]
-            counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for number in (arguments.captions // 4, arguments.captions):
+            path = Path(folder, f"{number}.lance")
+            write_catalog(path, islice(read_corpus(file), number))
+            command = [sys.executable, __file__, "--curate", str(path), f"{folder}/entries.txt"]
+            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            curated = json.loads(answer.splitlines()[-1])
             print(
-                f"\n{counted['captions']:,} captions counted, {counted['matches']:,} matches: {counted['clock']:.1f} s,"
-                f" {counted['processor']:.1f} s of processor, peak memory {counted['peak_gb']:.2f} GB"
-                f" ({counted['before_gb']:.2f} before)"
+                f"\n{curated['pairs']:,} pairs curated: {curated['clock']} s, {curated['processor']} s of processor,"
+                f" peak memory {curated['peak_gb']} GB ({curated['before_gb']} before)"
             )
-            result[f"counted {limit}"] = counted
+            result[f"curate {number}"] = curated
     result["met"] = all(
         found["to_scan"] >= SCAN_BAR and found["to_best_loop_processor"] >= LOOP_BAR
         for found in (result[name] for name in corpora)
