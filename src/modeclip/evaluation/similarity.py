@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import log_softmax
 
 BLOCK_NUMBERS = 1 << 25
 """Similarities in a block, at most (128 MiB of float32)."""
@@ -61,6 +60,8 @@ class Similarity:
             if self.scales is None:
                 part = visual @ of_texts[texts].T
             else:
+                from scipy.special import log_softmax
+
                 logits = (visual * np.float32(self.scales[expert])) @ of_texts.T
                 part = log_softmax(logits, axis=1)[:, texts]
             part *= shares

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -248,6 +249,7 @@ def find_damage(path: Path, note: FileNote, *, deep: bool = False) -> str:
     return ""
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages that decide a result."""
     return {name: version(name) for name in ("modeclip", "torch", "open_clip_torch", "numpy", "pylance")}
