@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin, get_type_hints
 
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
@@ -93,18 +93,30 @@ def load_method(name: str) -> type[Any]:
 
 
 def make_method(name: str, **settings: Any) -> Method:
-    """Return a method with some settings.
+    """Return a method with some settings; where several values may be given, one need not be in a list.
 
     Raises:
         ModeclipError: There is no such method, it has no such setting, or it refuses a value.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     config = load_method(name)
-    known = [field.name for field in fields(config)]
-    for setting in settings:
-        if setting not in known:
-            raise unknown(f"setting of {name}", setting, known)
-    made: Method = config(**settings)
-    return made
+    kinds = {known.name: get_type_hints(config)[known.name] for known in fields(config)}
+    for setting, given in list(settings.items()):
+        if setting not in kinds:
+            raise unknown(f"setting of {name}", setting, kinds)
+        value = str(given) if isinstance(given, Path) else given
+        is_one = get_origin(kinds[setting]) is tuple and not isinstance(value, list | tuple)
+        settings[setting] = (value,) if is_one else value
+    try:
+        found: Method = TypeAdapter(config).validate_python(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if problem["type"] == "value_error":  # a range that the config itself checks; its message names the field
+            raise ModeclipError(problem["msg"].removeprefix("Value error, ")) from None
+        place = ".".join(map(str, (name, *problem["loc"])))
+        raise ModeclipError(f"{place}: {problem['msg']}, got {problem['input']!r}") from None
+    return found
 
 
 def check_name(name: str) -> None:

@@ -16,7 +16,7 @@ from modeclip.clustering.embedding import EmbedConfig
 from modeclip.clustering.fitting import (
     ClusterConfig,
 )
-from modeclip.curation.curating import check_name, load_method
+from modeclip.curation.curating import check_name, make_method
 from modeclip.curation.method import Method
 from modeclip.data.sources import DataConfig, relative_to
 from modeclip.data.sources.options import GROUPS
@@ -50,10 +50,7 @@ class CurateStep:
     @property
     def config(self) -> Method:
         """The settings as the method's config."""
-        from pydantic import TypeAdapter
-
-        found: Method = TypeAdapter(load_method(self.method)).validate_python(dict(self.settings))
-        return found
+        return make_method(self.method, **self.settings)
 
     def flat(self) -> dict[str, Any]:
         """Return the step as it stands in a recipe."""
@@ -180,27 +177,16 @@ def _parse_steps(content: Any) -> list[CurateStep]:
     Raises:
         ModeclipError: A step names no method, a setting is unknown or cannot be meant, or two have the same columns.
     """
-    from pydantic import ValidationError
-
     if not isinstance(content, list) or not all(isinstance(step, dict) and "method" in step for step in content):
         raise ModeclipError(
             "curate: expected a list of methods such as `- method: duplicates`, with settings beside the method"
         )
     steps: list[CurateStep] = []
-    for number, given in enumerate(content):
-        place = ("curate", str(number + 1))
-        settings = {name: value for name, value in given.items() if name not in {"method", "column"}}
-        _check_fields(load_method(str(given["method"])), settings, place)
+    for given in content:
+        settings = {str(name): value for name, value in given.items() if name not in {"method", "column"}}
         step = CurateStep(method=str(given["method"]), column=given.get("column"), settings=settings)
-        try:
-            check_name(step.name)
-            _ = step.config
-        except ValidationError as error:
-            problem = error.errors()[0]
-            if problem["type"] == "value_error":
-                raise ModeclipError(problem["msg"].removeprefix("Value error, ")) from None
-            name = ".".join((*place, *map(str, problem["loc"])))
-            raise ModeclipError(f"{name}: {problem['msg']}, got {problem['input']!r}") from None
+        make_method(step.method, **settings)
+        check_name(step.name)
         if step.name in {other.name for other in steps}:
             raise ModeclipError(f"curate: two steps are called {step.name!r}; give one of them another `column`")
         steps.append(step)
