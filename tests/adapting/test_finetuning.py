@@ -206,7 +206,7 @@ def test_a_selection_is_split_as_if_it_were_the_whole_set(
     count = len(own)
     few, told = np.arange(count) % 4 > 0, [f"kind {n % 3}" if n % 2 else None for n in range(count)]
     own.add_columns({"few": few, "p": np.full(count, 0.5)}, facts={"made": "here"})
-    own.add_columns({"told": told}, facts={"made": "here"})
+    own.add_columns({"told": np.array(told, object)}, facts={"made": "here"})
     seen: dict[str, Any] = {}
 
     def watch(job: TrainJob, **_: object) -> None:

@@ -328,7 +328,7 @@ class TestOtherClusters:
         count = len(catalog)
         kept = np.arange(count) % 3 > 0
         catalog.add_columns({"good": kept, "both": kept & (np.arange(count) < 100), "p": np.linspace(0, 1, count)})
-        catalog.add_columns({"told": [None if n % 2 else f"text {n}" for n in range(count)]})
+        catalog.add_columns({"told": np.array([None if n % 2 else f"text {n}" for n in range(count)], object)})
         seed, expert = planned(catalog, tmp_path, 4, selection=Selection(mask="good"))[:2]
         expert = replace(expert, where={"expert": 0}, out_of_cluster_fraction=0.0)
         assert np.array_equal(job_rows(seed, catalog), np.flatnonzero(kept))
@@ -342,10 +342,10 @@ class TestOtherClusters:
             job = replace(seed, config=replace(seed.config, **fields))
             hashes.add(before := hash_pairs(job, catalog))
             catalog.add_columns({"p": np.linspace(0, 0.9, count)})
-            catalog.add_columns({"told": [None if n % 2 else f"text {n + 1}" for n in range(count)]})
+            catalog.add_columns({"told": np.array([None if n % 2 else f"text {n + 1}" for n in range(count)], object)})
             assert hash_pairs(job, catalog) != before
             catalog.add_columns({"p": np.linspace(0, 1, count)})
-            catalog.add_columns({"told": [None if n % 2 else f"text {n}" for n in range(count)]})
+            catalog.add_columns({"told": np.array([None if n % 2 else f"text {n}" for n in range(count)], object)})
         assert len(hashes) == 4
 
 
