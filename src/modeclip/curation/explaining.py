@@ -89,7 +89,7 @@ def explain(curated: Curated, *, seed: int = 0) -> Explanation:
     """
     catalog, name = curated.catalog, curated.name
     added: dict[str, str] = {
-        what: f"{name}_{what}" for what in ("score", "probability", "caption") if what in curated.added
+        what: f"{name}_{what}" for what in ("score", "probability", "caption", "of") if what in curated.added
     }
     counts, expected, ends = _count(curated, added)
     num_selected, num_kept = int(len(catalog) - counts[OUTSIDE]), int(counts[KEPT])
@@ -103,6 +103,7 @@ def explain(curated: Curated, *, seed: int = 0) -> Explanation:
             weights=np.stack([chosen, weight], 1),
             score=block.get(f"{name}_score"),
             probability=probability,
+            copy_of=block.get(f"{name}_of"),
         )
 
     found, pairs = survey(

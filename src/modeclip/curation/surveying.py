@@ -78,6 +78,8 @@ class Pair:
     """What the method ranks it by."""
     probability: float | None = None
     """Chance that a pass of training draws it, where the method has such."""
+    copy_of: int | None = None
+    """Row of the pair that stays in its stead, where the method says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +209,8 @@ class Part:
     """How often each pair counts on each side, in [0, 1]; on the first one pairs count once, or not at all."""
     score: Float[np.ndarray, " n"] | None = None
     probability: Float[np.ndarray, " n"] | None = None
+    copy_of: Int[np.ndarray, " n"] | None = None
+    """Row of the pair that stays in each one's stead; below 0 there is none."""
 
 
 def survey(
@@ -364,6 +368,7 @@ class _Examples:
                     new_caption=None if new[place] == old[place] else str(new[place]),
                     score=_number(part.score, place),
                     probability=_number(part.probability, place),
+                    copy_of=None if part.copy_of is None or part.copy_of[place] < 0 else int(part.copy_of[place]),
                 )
                 known.append((float(draws[place]), pair.row, pair))
                 known.sort(key=lambda item: item[:2])

@@ -20,7 +20,7 @@ from modeclip.curation.method import Curve, Histogram
 from modeclip.curation.surveying import Group, Pair, Survey, Texts
 from modeclip.data.catalog import Catalog
 from modeclip.pages.charts import draw_histogram, draw_lines, draw_sides
-from modeclip.pages.check_page import read_tiles
+from modeclip.pages.check_page import Tile, read_tiles
 from modeclip.pages.html import embed_picture, write_page
 
 Json = dict[str, Any]
@@ -143,25 +143,35 @@ def _with_bars(texts: Texts) -> list[Json]:
 def _with_pictures(catalog: Catalog, groups: Sequence[Group], tones: Sequence[str], most_bytes: int) -> list[Json]:
     """Return groups with the pictures of their examples; the first ones of all groups come before the second ones."""
     shown: list[list[Json]] = [[] for _ in groups]
-    spent = 0
+    left = most_bytes
     for place in range(max((len(group.pairs) for group in groups), default=0)):
         some = [(number, group.pairs[place]) for number, group in enumerate(groups) if place < len(group.pairs)]
-        rows = np.array([pair.row for _, pair in some], np.int64)
-        tiles = read_tiles(catalog, rows) if spent < most_bytes else [None] * len(some)
-        for (number, pair), tile in zip(some, tiles, strict=True):
-            left_out = "left out: the page has as many pictures as it may"
-            image, cause = (None, left_out) if tile is None else (tile.image, tile.cause)
-            picture = embed_picture(image, pair.caption, place=f"row {pair.row:,}, key {pair.key}", cause=cause)
-            if spent + len(picture["source"]) > most_bytes:
-                picture |= {"source": "", "cause": left_out}
-                spent = most_bytes
-            spent += len(picture["source"])
-            shown[number].append(picture | {"detail": _detail(pair), "new_caption": pair.new_caption})
+        rows = [row for _, pair in some for row in (pair.row, pair.copy_of) if row is not None]
+        tiles = {tile.row: tile for tile in read_tiles(catalog, np.array(rows, np.int64))} if left > 0 else {}
+        for number, pair in some:
+            picture, left = _take(tiles.get(pair.row), pair, left)
+            other = None
+            if pair.copy_of in tiles:
+                twin = tiles[pair.copy_of]
+                other, left = _take(twin, Pair(row=twin.row, key=twin.key, caption=twin.caption), left)
+            new = pair.new_caption or pair.caption
+            added = new.removeprefix(pair.caption) if new.startswith(pair.caption) else f" → {new}"
+            shown[number].append(picture | {"detail": _detail(pair), "added": added, "copy_of": other})
     most = max([group.count for group in groups], default=0) or 1
     return [
         {"group": group, "tone": tone, "pictures": pictures, "part": group.count / most}
         for group, tone, pictures in zip(groups, tones, shown, strict=True)
     ]
+
+
+def _take(tile: Tile | None, pair: Pair, left: int) -> tuple[Json, int]:
+    """Return what the template shows of a pair, and how many bytes are left for further pictures."""
+    left_out = "left out: the page has as many pictures as it may"
+    image, cause = (None, left_out) if tile is None else (tile.image, tile.cause)
+    picture = embed_picture(image, pair.caption, place=f"row {pair.row:,}, key {pair.key}", cause=cause)
+    if len(picture["source"]) > left:
+        return picture | {"source": "", "cause": left_out}, 0
+    return picture, left - len(picture["source"])
 
 
 def _detail(pair: Pair) -> str:
