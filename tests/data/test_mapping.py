@@ -375,6 +375,28 @@ def test_a_damaged_statistic_is_counted_again(catalog: Catalog, tmp_path: Path) 
     assert len(log.read_text().splitlines()) == ROWS + 2 * FRAGMENT_ROWS
 
 
+def test_rows_are_read_in_any_order_from_files_that_are_whole(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeclip.data.mapping.MAPPED_AT_ONCE", 2)
+    selected = np.arange(ROWS) % FRAGMENT_ROWS != np.arange(ROWS) // FRAGMENT_ROWS
+    selected[FRAGMENT_ROWS : 2 * FRAGMENT_ROWS] = False  # a fragment without rows
+    found = map_fragments(catalog, Letters(str(tmp_path / "log")), "count", selected=selected)
+    for path in sorted(Path(catalog.path).glob("_modeclip/fragments-*/*.bin"))[3:5]:
+        path.write_bytes(path.read_bytes()[:-1])
+    rows, expected = found.rows("rows"), np.flatnonzero(selected)
+    assert len(rows) == len(expected)
+    draw = np.random.default_rng(0)
+    for some in (draw.permutation(len(rows)), draw.integers(0, len(rows), 200), np.array([7]), np.empty(0, np.int64)):
+        assert rows[some].tolist() == expected[some].tolist()
+    for part in (slice(None), slice(3, 41), slice(50, 1000)):
+        assert rows[part].tolist() == expected[part].tolist()
+    assert isinstance(rows._array(0), np.memmap)
+    lengths = found.rows("lengths")[:]
+    assert lengths.dtype == np.int32
+    assert lengths.tolist() == [len(text) for text in catalog.read(["caption"], expected)["caption"]]
+
+
 def test_columns_that_a_check_refuses_are_not_shown(catalog: Catalog, tmp_path: Path) -> None:
     def refuse(blocks: Iterator[dict[str, np.ndarray]]) -> None:
         lengths = np.concatenate([block["length"] for block in blocks])

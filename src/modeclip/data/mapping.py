@@ -51,7 +51,7 @@ MAX_RETRIES = 3
 """How often Ray repeats a fragment whose worker died, so that one that always kills its worker fails in the end."""
 MAPPED_AT_ONCE = 256
 """Files of fragments that are open at a time; a process may have about a thousand."""
-KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
+KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I32": np.int32, "I64": np.int64, "U8": np.uint8}
 """Types of arrays that are read in parts, as safetensors names them."""
 TASKS_AHEAD = 4
 """Ray tasks submitted per processor; the others wait here, so that an interrupt has few to cancel."""
