@@ -48,7 +48,7 @@ from modeclip.data.storage import Ledger
 from modeclip.data.tasks.open import load_tasks
 from modeclip.data.tasks.task import Images
 from modeclip.errors import ModeclipError, check_above_zero, check_between, check_least, unknown
-from modeclip.models.clip import CONFIG_FILE, check_model, load_clip
+from modeclip.models.clip import CONFIG_FILE, check_model, imagenet_words, load_clip
 from modeclip.models.encoders import BATCH_SIZE
 from modeclip.models.encoders.images import ClipBothEncoder
 from modeclip.models.pool import ModelRef
@@ -206,7 +206,7 @@ class DfnConfig:
         """Return the training images of the target tasks."""
         if not self.targets:
             return []
-        tasks = load_tasks(self.targets, train=True)
+        tasks = load_tasks(self.targets, train=True, imagenet=imagenet_words)
         without = [task.name for task in tasks if task.train is None]
         if without:
             raise ModeclipError(
