@@ -94,11 +94,12 @@ PRESETS = {
         max_images=100,
         min_words=1,
         max_words=20,
-        frequent_ngrams=100_000,
+        frequent_ngrams=1_000_000,
         max_cosine=0.975,
     ),
 }
-"""The paper's numbers, for billions of web pages; and numbers for pools of up to a million short captions."""
+"""The paper's numbers, for billions of web pages; and numbers for pools of up to a million short captions, in which a
+word that is rare says nothing about a pair (docs/curation.md has the reasons)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class AlignConfig:
 
     preset: Literal["paper", "small"] = "paper"
     """Numbers of the rules: paper, or small for pools of up to a million short captions (side above 31 px, at most 10
-    texts an image, at most 100 images a text, 1 to 20 words, 100,000 n-grams)."""
+    texts an image, at most 100 images a text, 1 to 20 words, 1,000,000 words and pairs of words: all, as a rule)."""
     side_above: int | None = None
     """Pixels that the shorter side of an image must exceed; paper: 200, small: 31."""
     aspect_below: float | None = None
@@ -124,7 +125,7 @@ class AlignConfig:
     """Words that a text may have; paper: 20, small: 20."""
     frequent_ngrams: int | None = None
     """Words and pairs of words that count as frequent, of those that occur in the pool; a text with any other is
-    dropped. Paper: 100,000,000, small: 100,000."""
+    dropped. Paper: 100,000,000, small: 1,000,000."""
     max_cosine: float | None = None
     """Cosine that an image may have with an image of the tasks; paper: 0.975, small: 0.975."""
     tasks: tuple[str, ...] = ()

@@ -8,9 +8,8 @@ is taken (the alphabetically first of several), and the definition is put behind
 No pair is dropped. ``NAME_caption`` holds the new captions; training reads them with ``train.captions``, and pairs that
 have none keep their own. Class names are explained in the same way when a model is evaluated (``--knowledge``).
 
-Noun phrases are runs of adjectives and nouns that end with a noun; the last of several words before an article is taken
-for a verb ("the train leaves the station"). Words get their parts of speech from the tagger of the package textblob, a
-lexicon with rules (English, 2 MB); `benchmarks/noun_phrases.py` compares it with others.
+Noun phrases are runs of adjectives and nouns that end with a noun. Words get their parts of speech from the tagger of
+the package HanTa (English, 2 MB); `benchmarks/noun_phrases.py` compares it with others.
 
 Source: K-LITE (arXiv 2204.09222), Sec. 3; what `modeclip.data.knowledge` says.
 Price: docs/scale.md. Captions are tagged twice, once to count and once to decide. Memory: the dictionaries, and 16
@@ -21,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,9 +43,10 @@ FORMAT = 1
 """Part of the facts; raise it when other phrases are found."""
 _TOKEN = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 """A word, with hyphens and apostrophes inside it, or a sign."""
-NOUNS, ADJECTIVES = ("NN", "NNS", "NNP", "NNPS"), ("JJ", "JJR", "JJS", "VBN")
-ARTICLES = ("DT", "PRP$", "PDT")
-"""Tags of the Penn treebank. Participles such as "grilled" stand like adjectives, "his" like an article."""
+NOUNS, ADJECTIVES = ("NN0", "NN1", "NN2", "NP0"), ("AJ0", "AJC", "AJS", "VVN")
+"""Tags of the British National Corpus; participles such as "grilled" stand like adjectives."""
+LONGEST_WORD = 40
+"""Letters of a word from which on it is no noun: the tagger takes minutes for some thousands of letters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,21 +107,18 @@ class KliteConfig:
 
 
 @cache
-def load_tagger() -> Callable[[str], list[tuple[str, str]]]:
-    """Return a function that tells the part of speech of each word of a text of words with spaces between them.
+def load_tagger() -> Callable[[list[str]], list[str]]:
+    """Return a function that tells the part of speech of each word of a text.
 
     Raises:
         ModeclipError: Its package is not installed.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it leaves the file of its lexicon open
-            from textblob.en import tag
-
-            tag("a word", tokenize=False)  # reads the lexicon
+        from HanTa.HanoverTagger import HanoverTagger
     except ImportError:
-        raise ModeclipError('klite needs the package textblob: pip install "modeclip[curate]"') from None
-    return lambda text: tag(text, tokenize=False)
+        raise ModeclipError('klite needs the package hanta: pip install "modeclip[curate]"') from None
+    tagger = HanoverTagger("morphmodel_en.pgz")
+    return lambda words: [tag for _, _, tag in tagger.tag_sent(words)]
 
 
 def noun_phrases(caption: str) -> list[str]:
@@ -132,28 +128,17 @@ def noun_phrases(caption: str) -> list[str]:
         >>> noun_phrases("Two small dogs play with a red ball.")
         ['small dogs', 'red ball']
     """
-    text = " ".join(_TOKEN.findall(caption.lower()))
-    found, words, is_noun = list[str](), list[str](), list[bool]()
-
-    def end(*, before_article: bool = False) -> None:
-        """End a phrase with its last noun; right before an article the last of several words is rather a verb."""
-        last = len(words) - (before_article and len(words) > 1)
-        while last and not is_noun[last - 1]:
-            last -= 1
-        if last:
-            found.append(" ".join(words[:last]))
-        words.clear()
-        is_noun.clear()
-
-    for word, tag in load_tagger()(text) if text else ():
-        if (tag in NOUNS and word[0].isalnum()) or tag in ADJECTIVES:
-            if tag in ADJECTIVES and is_noun and is_noun[-1]:  # an adjective behind a noun begins another phrase
-                end()
+    tokens = [token if len(token) < LONGEST_WORD else "-" for token in _TOKEN.findall(caption.lower())]
+    found, words, last = list[str](), list[str](), 0  # of the words of a phrase, those up to the last noun
+    for word, tag in (*zip(tokens, load_tagger()(tokens) if tokens else (), strict=True), ("", "")):
+        is_noun, is_adjective = tag in NOUNS and word[0].isalnum(), tag in ADJECTIVES
+        if not is_noun and (not is_adjective or last):  # an adjective behind a noun begins another phrase
+            if last:
+                found.append(" ".join(words[:last]))
+            words, last = [], 0
+        if is_noun or is_adjective:
             words.append(word)
-            is_noun.append(tag in NOUNS)
-        else:
-            end(before_article=tag in ARTICLES)
-    end()
+            last = len(words) if is_noun else last
     return found
 
 
