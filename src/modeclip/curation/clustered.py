@@ -32,8 +32,9 @@ from modeclip.system.console import progress
 FINE, EXPERT = "fine_cluster", "expert"
 PAIRS_PER_CLUSTER, MOST_CLUSTERS = 1000, 50_000
 """Pairs for each cluster where their number is not given, and most clusters; the paper has 50,000 for 440 million."""
-FIT_SAMPLES = 2_000_000
-"""Most vectors that centres are fitted on, as in `modeclip.clustering.fitting`."""
+ROWS_PER_CENTER, ITERATIONS = 64, 8
+"""Rows that centres are fitted on, and iterations. A better fit takes longer than the search and finds no more: near
+copies go to the same cluster in any (``benchmarks/semdedup.py``)."""
 
 Blocks = Callable[[], Iterator[np.ndarray]]
 """Yields the vectors of the selected pairs in their order, part by part, whenever it is called."""
@@ -184,7 +185,7 @@ def _image_vectors(
 
 def _fit(vectors: Blocks, num_rows: int, count: int, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " M"]]:
     """Return the cluster of each row by spherical k-means of a sample, and the group of each cluster."""
-    sampled, start, parts = sample_rows(num_rows, max(FIT_SAMPLES, count), seed), 0, []
+    sampled, start, parts = sample_rows(num_rows, ROWS_PER_CENTER * count, seed), 0, []
     for x in vectors():
         some = sampled[np.searchsorted(sampled, start) : np.searchsorted(sampled, start + len(x))] - start
         parts.append(to_unit(x[some]))
@@ -196,11 +197,24 @@ def _fit(vectors: Blocks, num_rows: int, count: int, seed: int) -> tuple[Int[np.
             f"curate duplicates: {count:,} clusters need as many pairs of known vectors, there are {len(sample):,}:"
             " set --clusters lower"
         )
-    with progress("fit clusters", 25, "iterations") as advance:
-        centers = kmeans(sample, count, spherical=True, seed=seed, on_iteration=lambda: advance(1)).centers
+    centers = fit_centers(sample, count, seed)
     labels = [assign_nearest(to_unit(x), centers)[0] for x in vectors() if len(x)]
     num_groups = max(1, round(count**0.5))
     return np.concatenate(labels), group(centers, num_groups, max_expert_ratio=None, seed=seed).expert_of_fine
+
+
+def fit_centers(sample: Float[np.ndarray, "n D"], count: int, seed: int) -> Float[np.ndarray, "M D"]:
+    """Fit centres to search near copies in, by spherical k-means of a sample of unit vectors."""
+    with progress("fit clusters", ITERATIONS, "iterations") as advance:
+        return kmeans(
+            sample,
+            count,
+            spherical=True,
+            start="random",
+            num_iterations=ITERATIONS,
+            seed=seed,
+            on_iteration=lambda: advance(1),
+        ).centers
 
 
 def _sorted_vectors(vectors: Blocks, order: Int[np.ndarray, " n"]) -> Float16[np.ndarray, "n D"]:

@@ -114,8 +114,13 @@ def _distinct(x: Float[np.ndarray, "n D"]) -> tuple[Int[np.ndarray, " m"], Int[n
     """
     represented_by, some = np.arange(len(x)), np.flatnonzero(x.any(1))
     if some.size:
-        whole = np.ascontiguousarray(x[some]).view(np.dtype((np.void, x.itemsize * x.shape[1]))).reshape(-1)
-        _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+        known = np.ascontiguousarray(x[some])
+        odd = np.random.default_rng(0).integers(1 << 31, size=x.shape[1], dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+        hashes = np.vecdot(known.view(np.uint32), odd)  # modulo 2^32, whatever the order of the sum
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        if not np.array_equal(known, known[first[inverse]]):
+            whole = known.view(np.dtype((np.void, known.itemsize * known.shape[1]))).reshape(-1)
+            _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
         represented_by[some] = some[first[inverse]]
     return np.unique(represented_by, return_inverse=True)
 
@@ -139,12 +144,8 @@ class _Products:
         self, threshold: float, members: Int[np.ndarray, " m"], earlier: Int[np.ndarray, " e"]
     ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
         """Return all pairs of a member and one before it whose cosine may be above a threshold."""
-        import torch
-
-        found = [
-            torch.nonzero(scores >= threshold - self.error).numpy() + np.array([0, start])
-            for start, scores in self._scores(members, earlier)
-        ]
+        least = threshold - self.error
+        found = [_places(scores >= least, start) for start, scores in self._scores(members, earlier)]
         return _pairs(members, earlier, found)
 
     def nearest(
@@ -156,7 +157,7 @@ class _Products:
         found, top = [], torch.full((len(members), 1), -np.inf)
         for start, scores in self._scores(members, earlier):
             top = torch.maximum(top, scores.amax(1, keepdim=True).float())
-            found.append(torch.nonzero(scores.float() >= top - 2 * self.error).numpy() + np.array([0, start]))
+            found.append(_places(scores.float() >= top - 2 * self.error, start))
         return _pairs(members, earlier, found)
 
     def _scores(
@@ -165,13 +166,19 @@ class _Products:
         """Yield products of the members with a part of the others, and where it begins; both are ascending."""
         import torch
 
-        rows, last = self.rows[torch.from_numpy(members)], members[0] if len(members) else 0
+        rows = self.rows.index_select(0, torch.from_numpy(members))
         for part in blocks(len(earlier) if len(members) else 0, EARLIER_AT_ONCE):
-            scores = rows @ self.rows[torch.from_numpy(earlier[part])].T
-            if earlier[part][-1] >= last:
-                after = torch.from_numpy(earlier[part][None] >= members[:, None])
-                scores = scores.masked_fill_(after, -torch.inf)
+            some = earlier[part]
+            scores = rows @ self.rows.index_select(0, torch.from_numpy(some)).T
+            if some[-1] >= members[0]:
+                scores.masked_fill_(torch.from_numpy(some >= members[:, None]), -torch.inf)
             yield part.start, scores
+
+
+def _places(is_near: torch.Tensor, start: int) -> Int[np.ndarray, "p 2"]:
+    """Return rows and columns of what is true; the first column has the number ``start``."""
+    row, column = divmod(np.flatnonzero(is_near.numpy()), is_near.shape[1])
+    return np.stack([row, column + start], 1)
 
 
 def _pairs(
