@@ -25,6 +25,7 @@ from modeclip.clustering.kmeans import kmeans
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
 from modeclip.data.samples import Sample
+from modeclip.data.selection import ALL
 from modeclip.data.sources import DataConfig, DataSource, SourcePart, open_source, open_task
 from modeclip.models.clip import check_model
 from modeclip.models.encoders import check_trusted
@@ -122,10 +123,12 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
     stages = _Outlook(recipe, folder)
     source = open_source(recipe.data)
     done = stages.look(source)
-    announced = announced_jobs(recipe, out)
+    folder = stages.folder  # with what a curation that is done has selected
+    announced = announced_jobs(stages.recipe, out, folder.selection)
     if "cluster" in done and ("controls" in done or not folder.split_controls):
         jobs = folder.jobs
-    elif "index" in done:  # models that read no clusters may be trained already
+    elif "index" in done and ("curate" in done or not recipe.curate):
+        # models that read no clusters may be trained already
         jobs = pin_jobs([job for job in announced if not job.where], Catalog.open(folder.catalog_path))
     else:
         jobs = []
@@ -142,7 +145,15 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
             if share and kind not in probes:
                 started = time.monotonic()
                 found = measure(
-                    replace(job, catalog=str(looked.catalog), where={}, mask=None, out_of_cluster_fraction=0.0),
+                    replace(
+                        job,
+                        catalog=str(looked.catalog),
+                        config=replace(job.config, probability=None, captions=None),
+                        where={},
+                        mask=None,
+                        selection=ALL,
+                        out_of_cluster_fraction=0.0,
+                    ),
                     recipe.experts.processes_per_job,
                 )
                 start_up = time.monotonic() - started - MEASURED_STEPS * found.seconds_per_step
@@ -328,6 +339,10 @@ class _Outlook(Stages):
 
     def note_choices(self) -> None:
         """Leave the recipe as it is."""
+
+    def curate_stage(self) -> list[str]:
+        """Look at the stage of the methods, if there are some."""
+        return super().curate_stage() if self.recipe.curate else []
 
     def controls_stage(self) -> None:
         """Look at the stage of the controls, if there is one."""

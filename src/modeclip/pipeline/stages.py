@@ -157,11 +157,12 @@ def rewrite_report(folder: Path) -> Path:
     return page
 
 
-def announced_jobs(recipe: Recipe, out: Path) -> list[TrainJob]:
+def announced_jobs(recipe: Recipe, out: Path, selection: Selection = ALL) -> list[TrainJob]:
     """Return the models that a recipe trains, before its pairs are known: their names, roles and steps."""
     experts = replace(recipe.experts, order="index")
     paths = RunPaths(folder=out)
-    return plan_jobs(paths.catalog_path, "", paths.models.resolve(), recipe.cluster.num_experts, recipe.train, experts)
+    models, count = paths.models.resolve(), recipe.cluster.num_experts
+    return plan_jobs(paths.catalog_path, "", models, count, recipe.train, experts, selection=selection)
 
 
 def samples_of(job: TrainJob) -> int:
@@ -203,16 +204,22 @@ def choices(recipe: Recipe, num_pairs: int | None = None) -> list[str]:
     return lines
 
 
-def misfits(model: str, catalog: Catalog) -> list[str]:
-    """Return a line where a model sees much less than the pairs hold: pixels of the images, words of the captions."""
+def misfits(model: str, catalog: Catalog, captions: str | None = None) -> list[str]:
+    """Return a line where a model sees much less than the pairs hold: pixels of the images, words of the captions.
+
+    Args:
+        model: What is trained.
+        catalog: The pairs that it is trained on.
+        captions: Column of texts that replaces their captions.
+    """
     shapes = model_shapes(model)
     patches, kernel = shapes.get("visual.positional_embedding", (0,)), shapes.get("visual.conv1.weight", (0,))
     context = shapes.get("positional_embedding", (0,))[0]
     size = round((patches[0] - 1) ** 0.5) * kernel[-1] if patches[0] > 1 else 0
     rows = sample_rows(len(catalog), LOOK_PAIRS, 0)
-    pairs = catalog.read(["width", "height", "caption"], rows)
+    pairs = catalog.read(["width", "height"], rows)
     shorter = float(np.median(np.minimum(pairs["width"], pairs["height"])))
-    long = np.mean([len(str(caption).split()) + 2 > context for caption in pairs["caption"]])
+    long = np.mean([len(str(caption).split()) + 2 > context for caption in catalog.captions(rows, captions)])
     lines = []
     if size and shorter >= 2 * size:
         lines.append(
@@ -499,7 +506,8 @@ class Stages:
     def train(self) -> str:
         """Do the stage: train all models."""
         jobs = self.folder.jobs
-        for line in misfits(self.recipe.train.model, self.folder.catalog):
+        pairs, train = self.folder.selection.part_of(self.folder.catalog), self.folder.training
+        for line in misfits(train.model, pairs, train.captions):
             log(line)
         for job in jobs:
             if not (Path(job.folder) / JOB_FILE).is_file():
