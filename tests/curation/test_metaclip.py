@@ -181,6 +181,30 @@ def test_each_language_has_its_own_entries(tmp_path: Path) -> None:
         curate(catalog, MetaclipConfig(entries=folder))
 
 
+def test_one_caption_of_an_image_is_chosen(tmp_path: Path, entries: str) -> None:
+    captions = ["cat", "bird", "tree"] * 200
+    table = rows_of(0, 600, captions=captions)
+    images = [bytes([place // 3 % 256, place // 3 // 256] * 8) for place in range(600)]  # three captions each
+    images[-3:] = [None] * 3  # of images without a digest, each has its own
+    table = table.set_column(table.schema.names.index("digest"), "digest", pa.array(images, pa.binary(16)))
+    writer = FileWriter(str(tmp_path / "c.lance"), table.schema, max_rows=70)
+    writer.write(table)
+    create(str(tmp_path / "c.lance"), writer.schema.with_metadata(METADATA), writer.finish())
+    catalog = Catalog.open(tmp_path / "c.lance")
+    config = MetaclipConfig(entries=entries, t=1000, one_caption=True)
+    cause = np.reshape(column(curate(catalog, config), "cause"), (200, 3))
+    assert cause[:, 2].tolist() == [1] * 200
+    chosen = (cause == 0)[:199]
+    assert chosen.sum(1).max() == 1  # at most one, since the third may be chosen and matches nothing
+    assert (cause[:199, :2][~chosen[:, :2]] == 3).all()
+    assert abs(chosen.sum(0)[:2] - 199 / 3).max() < 4 * math.sqrt(199 * 2 / 9)
+    assert cause[199].tolist() == [0, 0, 1]
+    online = curate(catalog, MetaclipConfig(entries=entries, t=1000, one_caption=True, online=True), name="online")
+    found = np.reshape(column(online, "probability"), (200, 3))
+    np.testing.assert_allclose(found[:199], np.tile([1 / 3, 1 / 3, 0], (199, 1)), rtol=1e-6)
+    assert found[199].tolist() == [1, 1, 0]
+
+
 def test_the_curve_says_what_other_t_would_keep(tmp_path: Path, entries: str) -> None:
     captions = make_captions(300)
     catalog = write(tmp_path / "c.lance", captions)

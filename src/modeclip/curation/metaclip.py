@@ -14,8 +14,9 @@ The share of the tail says the same as t without the size of the pool: it is the
 entries with fewer than t of them. With a language column each language has its own counts and its own t, at which the
 shares of the tail are equal; entries match by the rule of MetaCLIP 2, which knows scripts without spaces.
 
-Price: three passes over the captions, each 3 microseconds of a core for a caption of 120 characters; 16 bytes for each
-entry that matches, and language. Statistics of a fragment are kept, so an added shard is counted alone.
+Price: three passes over the captions, each 7 microseconds of a core for a caption of 120 characters; 16 bytes for each
+entry that matches, and language; 20 bytes a pair with ``one_caption``. Statistics of a fragment are kept, so an added
+shard is counted alone.
 
 Source: MetaCLIP (arXiv 2309.16671), Sec. 3.2 and Algorithm 1; MetaCLIP 2 (arXiv 2507.22062), Sec. 3. Differences:
 draws do not depend on the order of the pool; where there is no t, it is that of a tail share of 0.06, about the share
@@ -46,7 +47,7 @@ from modeclip.curation.metadata import (
 )
 from modeclip.curation.method import Context, Curve, Histogram, Prepared, Table, draw
 from modeclip.data.catalog import Catalog
-from modeclip.data.mapping import Statistic, Work, map_fragments
+from modeclip.data.mapping import POSITION, Statistic, Work, concatenate, map_fragments
 from modeclip.data.wordnet import load_wordnet
 from modeclip.errors import ModeclipError, check_above_zero, check_least, unknown
 
@@ -56,6 +57,8 @@ TAIL_SHARE = 0.06
 """Share of the matches in the tail where neither it nor t is given."""
 FORMAT = 1
 """Part of the facts of all counts; raise it when the same captions start to be counted otherwise."""
+CAUSES = ("no entry matches", "drawn out by balancing", "another caption of its image is chosen")
+"""Why a pair is dropped: the first of them online, the third with ``one_caption``."""
 CURVE_POINTS = 25
 """Settings that the curve shows."""
 PROBABILITY_BINS = 20
@@ -92,6 +95,9 @@ class MetaclipConfig(MetadataConfig):
     """Keep all pairs that match, and let every pass of training draw afresh with their probability."""
     language_column: str | None = None
     """Column with the language of each caption: each language is counted and balanced by itself."""
+    one_caption: bool = False
+    """Where several pairs have the same image, choose one of them by lot before balancing draws; online, divide their
+    probabilities by their number."""
     english: str = "en"
     """What the language column calls English, whose share of the tail holds for all languages if t is given."""
     curve: bool = False
@@ -151,14 +157,14 @@ class MetaclipConfig(MetadataConfig):
         names = _names_of(catalog, column)
         balance = self._balance(counted, names)
         grid = self._grid(balance) if self.curve else np.empty((0, len(balance.languages)))
-        draws = _Draws(captions, balance, seed)
+        draws = _Draws(captions, balance, seed, self._shares(context) if self.one_caption else None)
         effect = map_fragments(
             catalog, _Effect(draws, grid), "metaclip: balance", ray=context.ray, selected=context.selected
         ).total()
         shown = _Shown(metadata, names, counted, balance, effect, grid)
         return Prepared(
             work=_Balancing(draws, context.name),
-            causes=("no entry matches",) if self.online else ("no entry matches", "drawn out by balancing"),
+            causes=CAUSES[: 1 if self.online else 3 if self.one_caption else 2],
             tables=shown.tables(),
             charts=shown.charts(),
         )
@@ -183,6 +189,30 @@ class MetaclipConfig(MetadataConfig):
         if self.t is not None:
             thresholds[place[0]] = self.t
         return Balance(languages, starts, counted["entry"], counted["count"], thresholds)
+
+    def _shares(self, context: Context) -> Float[np.ndarray, " N"]:
+        """Return what the choice of one caption leaves of each pair: 1 or 0, online 1 / the number of captions."""
+        found = map_fragments(
+            context.catalog,
+            _Images(self.seed),
+            "metaclip: find captions of the same image",
+            ray=context.ray,
+            selected=context.selected,
+        )
+        image, order = found.rows("image")[:], found.rows("order")[:]
+        ranked = np.lexsort((order, image))
+        is_first = np.append(True, image[ranked][1:] != image[ranked][:-1])
+        share = np.zeros(len(image), np.float32)
+        if self.online:
+            sizes = np.diff(np.append(np.flatnonzero(is_first), len(image)))
+            share[ranked] = np.repeat(1 / sizes, sizes)
+        else:
+            share[ranked[is_first]] = 1
+        if context.selected is None:
+            return share
+        of_all = np.zeros(len(context.catalog), np.float32)
+        of_all[context.selected] = share
+        return of_all
 
     def _grid(self, balance: Balance) -> Float[np.ndarray, "S L"]:
         """Return settings for the curve: t of each language."""
@@ -363,6 +393,31 @@ class _Counts(Statistic):
 
 
 @dataclass(frozen=True)
+class _Images(Statistic):
+    """Tells which pairs have the same image, and puts them into an order that is drawn."""
+
+    seed: int
+    inputs = ("key", "caption", "digest")
+    unit = "pairs"
+
+    @property
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
+        """What decides the order."""
+        return {"statistic": "metaclip images", "seed": self.seed}
+
+    def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> Arrays:
+        """Return a number for each image, and one for each pair that is drawn."""
+        keys, captions = block["key"].tolist(), [caption or "" for caption in block["caption"].tolist()]
+        same = [digest or key.encode() for digest, key in zip(block["digest"].tolist(), keys, strict=True)]
+        image = [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little", signed=True) for one in same]
+        return {"image": np.array(image, np.int64), "order": draw(self.seed, ["choice"] * len(keys), keys, captions)}
+
+    def merge(self, parts: Sequence[Arrays]) -> Arrays:
+        """Join blocks."""
+        return concatenate(parts)
+
+
+@dataclass(frozen=True)
 class _Draws:
     """The probability of each caption of a block, and how much of it is kept."""
 
@@ -370,16 +425,26 @@ class _Draws:
     balance: Balance
     seed: int | None
     """Decides which pairs are kept; None if every pass of training draws."""
+    shares: Float[np.ndarray, " N"] | None
+    """What the choice among the captions of an image leaves of each pair of the catalog; None: no choice is made."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the columns that it reads."""
-        return self.captions.inputs if self.seed is None else ("key", *self.captions.inputs)
+        drawn_by = () if self.seed is None else ("key",)
+        return (*drawn_by, *self.captions.inputs, *(() if self.shares is None else (POSITION,)))
 
     @property
     def facts(self) -> dict[str, Any]:
         """What decides the draws."""
-        return {**self.captions.facts, **self.balance.facts, "seed": self.seed}
+        shares = None if self.shares is None else hashlib.blake2b(self.shares.tobytes(), digest_size=16).hexdigest()
+        return {**self.captions.facts, **self.balance.facts, "seed": self.seed, "shares": shares}
+
+    def share(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> Float[np.ndarray, " n"]:
+        """Return what the choice among the captions of an image leaves of each pair."""
+        if self.shares is None:
+            return np.ones(len(block["caption"]))
+        return np.asarray(self.shares[block[POSITION]], np.float64)
 
     def kept(
         self, block: dict[str, Shaped[np.ndarray, "n *_"]], chances: Float[np.ndarray, " n"]
@@ -414,12 +479,12 @@ class _Effect(Statistic):
         count = len(block["caption"])
         chances, kept_at, found = np.zeros(count), np.zeros(len(self.grid)), [_NO_COUNTS]
         parts = list(self.draws.captions.match(block))
-        balance = self.draws.balance
+        balance, share = self.draws.balance, self.draws.share(block)
         for language, rows, matches, begin, end in parts:
-            chances[rows] = matches.probabilities(balance.probabilities(language, begin, end))
+            chances[rows] = share[rows] * matches.probabilities(balance.probabilities(language, begin, end))
             for place, thresholds in enumerate(self.grid):
                 of_entry = balance.probabilities(language, begin, end, thresholds)
-                kept_at[place] += matches.probabilities(of_entry).sum()
+                kept_at[place] += share[rows] @ matches.probabilities(of_entry)
         kept = self.draws.kept(block, chances)
         for language, rows, matches, begin, end in parts:
             texts = {
@@ -469,11 +534,16 @@ class _Balancing(Work):
 
     def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, "n *_"]]:
         """Decide about the pairs of a block."""
-        chances = np.zeros(len(block["caption"]))
+        chances, share = np.zeros(len(block["caption"])), self.draws.share(block)
         for language, rows, matches, begin, end in self.draws.captions.match(block):
             chances[rows] = matches.probabilities(self.draws.balance.probabilities(language, begin, end))
-        cause = np.where(chances == 0, 1, np.where(self.draws.kept(block, chances) > 0, 0, 2)).astype(np.uint8)
-        columns: Arrays = {f"{self.name}_cause": cause, f"{self.name}_probability": chances.astype(np.float32)}
+        kept = self.draws.kept(block, chances * share)
+        causes = [chances == 0, kept > 0, share == 0]
+        cause = np.select(causes, [1, 0, 3], 2).astype(np.uint8)
+        columns: Arrays = {
+            f"{self.name}_cause": cause,
+            f"{self.name}_probability": (chances * share).astype(np.float32),
+        }
         return {name: columns[name] for name in self.outputs}
 
 
