@@ -92,7 +92,7 @@ def test_another_score_or_threshold_looks_at_no_image(
     curate(icons_copy, DfnConfig(filter=model), dry_run=True)
     counted.clear()
     version = icons_copy.dataset.version
-    by_half = curate(icons_copy, DfnConfig(filter=model, fraction=(0.5,)), dry_run=True)
+    by_half = curate(icons_copy, DfnConfig(filter=model, fraction=0.5), dry_run=True)
     assert abs(len(kept(by_half)) - len(icons_copy) / 2) <= 1
     above = curate(icons_copy, DfnConfig(filter=model, threshold=(0.05,)), dry_run=True)
     assert np.array_equal(kept(above), np.flatnonzero(above.column("score") >= 0.05))
@@ -235,7 +235,7 @@ class TestClean:
         ({"filter": "a", "score": "cosine+sclip"}, "dfn.fraction: expected 2 numbers, .* got 0"),
         ({"filter": "a", "threshold": (0.1, 0.2)}, "dfn.threshold: expected 1 numbers, .* got 2"),
         ({"filter": "a", "fraction": (0.0,)}, r"shares in \(0, 1\], got 0"),
-        ({"filter": "a", "fraction": (1.5,)}, r"shares in \(0, 1\], got 1.5"),
+        ({"filter": "a", "fraction": 1.5}, r"shares in \(0, 1\], got 1.5"),
         ({"filter": "a", "threshold": (float("nan"),)}, "finite number, got nan"),
         ({"filter": "a", "fraction": (0.5,), "threshold": (0.5,)}, "one of dfn.fraction"),
         ({"filter": "a", "soft_cap": 0}, "dfn.soft_cap: expected 1 or more"),

@@ -91,9 +91,9 @@ class DfnConfig:
     score: str = "cosine"
     """cosine (DFN), sclip (s-CLIPLoss), normsim (NormSim), learnability (JEST), or several, each of which chooses from
     what the one before has kept: sclip+normsim."""
-    fraction: tuple[float, ...] = ()
+    fraction: float | tuple[float, ...] = ()
     """Share of the pairs that each score keeps, in (0, 1]; by default 0.15 (DFN) for a single one."""
-    threshold: tuple[float, ...] = ()
+    threshold: float | tuple[float, ...] = ()
     """Least score that is kept, for each score, in place of a fraction."""
     soft_cap: int | None = None
     """Drop nothing and give each pair a probability: that of being among this many draws of soft cap sampling (as many
@@ -122,24 +122,22 @@ class DfnConfig:
         for name in self.scores:
             if name not in SCORES:
                 raise unknown("dfn.score", name, (*SCORES, "sclip+normsim"))
-        count = len(self.scores)
+        fractions, thresholds, count = self.fractions, self.thresholds, len(self.scores)
         if len(set(self.scores)) < count:
             raise ModeclipError(f"dfn.score: expected each score once, got {self.score}")
-        if (self.soft_cap is not None) + bool(self.fraction) + bool(self.threshold) > 1:
+        if (self.soft_cap is not None) + bool(fractions) + bool(thresholds) > 1:
             raise ModeclipError("dfn: expected one of dfn.fraction, dfn.threshold and dfn.soft_cap, got several")
         if self.soft_cap is not None and count > 1:
             raise ModeclipError(f"dfn.soft_cap: expected a single dfn.score, got {self.score}")
-        if self.soft_cap is None:
-            given = self.fraction or self.threshold or (FRACTION,)
-            if len(given) != count:
-                raise ModeclipError(
-                    f"dfn.{'threshold' if self.threshold else 'fraction'}: expected {count} numbers, one for each score"
-                    f" of {self.score}, got {len(self.fraction or self.threshold)}"
-                )
-        for fraction in self.fraction:
+        if self.soft_cap is None and len(fractions or thresholds or (FRACTION,)) != count:
+            raise ModeclipError(
+                f"dfn.{'threshold' if thresholds else 'fraction'}: expected {count} numbers, one for each score of "
+                f"{self.score}, got {len(fractions or thresholds)}"
+            )
+        for fraction in fractions:
             if not 0 < fraction <= 1:
                 raise ModeclipError(f"dfn.fraction: expected shares in (0, 1], got {fraction}")
-        for threshold in self.threshold:
+        for threshold in thresholds:
             if not math.isfinite(threshold):
                 raise ModeclipError(f"dfn.threshold: expected a finite number, got {threshold}")
         for score, option, value in (
@@ -160,6 +158,16 @@ class DfnConfig:
     def scores(self) -> tuple[str, ...]:
         """The scores in their order."""
         return tuple(name.strip() for name in self.score.split("+"))
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The fraction of each score, where fractions are given."""
+        return tuple(np.atleast_1d(self.fraction).tolist())
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The threshold of each score, where thresholds are given."""
+        return tuple(np.atleast_1d(self.threshold).tolist())
 
     def prepare(self, context: Context) -> Prepared:
         """Train the filter if it is to be trained, embed the pairs, score them, and decide.
@@ -315,11 +323,10 @@ class DfnConfig:
                 passed = cause == 0
                 if not passed.any():
                     break
-                limits[score] = (
-                    self.threshold[number]
-                    if self.threshold
-                    else threshold_of(scores[score][passed], (self.fraction or (FRACTION,))[number])
-                )
+                if self.thresholds:
+                    limits[score] = self.thresholds[number]
+                else:
+                    limits[score] = threshold_of(scores[score][passed], (self.fractions or (FRACTION,))[number])
                 cause[passed & (scores[score] < limits[score])] = number + 1
             causes = tuple(f"{score} below {limits.get(score, math.nan):.4g}" for score in self.scores)
             tables: tuple[Table, ...] = ()
