@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modeclip.curation import dfn, scores
-from modeclip.curation.curating import Curated, curate
+from modeclip.curation.curating import Curated, curate, make_method
 from modeclip.curation.dfn import DfnConfig
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import Selection
@@ -92,7 +92,7 @@ def test_another_score_or_threshold_looks_at_no_image(
     curate(icons_copy, DfnConfig(filter=model), dry_run=True)
     counted.clear()
     version = icons_copy.dataset.version
-    by_half = curate(icons_copy, DfnConfig(filter=model, fraction=0.5), dry_run=True)
+    by_half = curate(icons_copy, DfnConfig(filter=model, fraction=(0.5,)), dry_run=True)
     assert abs(len(kept(by_half)) - len(icons_copy) / 2) <= 1
     above = curate(icons_copy, DfnConfig(filter=model, threshold=(0.05,)), dry_run=True)
     assert np.array_equal(kept(above), np.flatnonzero(above.column("score") >= 0.05))
@@ -235,7 +235,7 @@ class TestClean:
         ({"filter": "a", "score": "cosine+sclip"}, "dfn.fraction: expected 2 numbers, .* got 0"),
         ({"filter": "a", "threshold": (0.1, 0.2)}, "dfn.threshold: expected 1 numbers, .* got 2"),
         ({"filter": "a", "fraction": (0.0,)}, r"shares in \(0, 1\], got 0"),
-        ({"filter": "a", "fraction": 1.5}, r"shares in \(0, 1\], got 1.5"),
+        ({"filter": "a", "fraction": (1.5,)}, r"shares in \(0, 1\], got 1.5"),
         ({"filter": "a", "threshold": (float("nan"),)}, "finite number, got nan"),
         ({"filter": "a", "fraction": (0.5,), "threshold": (0.5,)}, "one of dfn.fraction"),
         ({"filter": "a", "soft_cap": 0}, "dfn.soft_cap: expected 1 or more"),
@@ -250,6 +250,11 @@ class TestClean:
 def test_settings_that_cannot_be_meant(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModeclipError, match=message):
         DfnConfig(**settings)
+
+
+def test_a_setting_of_the_training_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ModeclipError, match=r"unknown setting of dfn.train.augment 'crop'; known: min_crop_share"):
+        make_method("dfn", filter="a", train={"augment": {"crop": 1}})
 
 
 def test_models_and_targets_that_cannot_be_used(icons_copy: Catalog, model: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast, get_origin, get_type_hints
@@ -101,10 +101,8 @@ def make_method(name: str, **settings: Any) -> Method:
     from pydantic import TypeAdapter, ValidationError
 
     config = load_method(name)
-    kinds = {known.name: get_type_hints(config)[known.name] for known in fields(config)}
+    kinds = _check_settings(name, config, settings)
     for setting, given in list(settings.items()):
-        if setting not in kinds:
-            raise unknown(f"setting of {name}", setting, kinds)
         value = str(given) if isinstance(given, Path) else given
         is_one = get_origin(kinds[setting]) is tuple and not isinstance(value, list | tuple)
         settings[setting] = (value,) if is_one else value
@@ -117,6 +115,17 @@ def make_method(name: str, **settings: Any) -> Method:
         place = ".".join(map(str, (name, *problem["loc"])))
         raise ModeclipError(f"{place}: {problem['msg']}, got {problem['input']!r}") from None
     return found
+
+
+def _check_settings(place: str, config: type[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Raise for the first setting that a config, or one inside it, does not have; return the types of its fields."""
+    kinds = {known.name: get_type_hints(config)[known.name] for known in fields(config)}
+    for setting, value in settings.items():
+        if setting not in kinds:
+            raise unknown(f"setting of {place}", setting, kinds)
+        if is_dataclass(kinds[setting]) and isinstance(value, dict):
+            _check_settings(f"{place}.{setting}", kinds[setting], value)
+    return kinds
 
 
 def check_name(name: str) -> None:

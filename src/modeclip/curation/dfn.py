@@ -91,9 +91,9 @@ class DfnConfig:
     score: str = "cosine"
     """cosine (DFN), sclip (s-CLIPLoss), normsim (NormSim), learnability (JEST), or several, each of which chooses from
     what the one before has kept: sclip+normsim."""
-    fraction: float | tuple[float, ...] = ()
+    fraction: tuple[float, ...] = ()
     """Share of the pairs that each score keeps, in (0, 1]; by default 0.15 (DFN) for a single one."""
-    threshold: float | tuple[float, ...] = ()
+    threshold: tuple[float, ...] = ()
     """Least score that is kept, for each score, in place of a fraction."""
     soft_cap: int | None = None
     """Drop nothing and give each pair a probability: that of being among this many draws of soft cap sampling (as many
@@ -122,7 +122,7 @@ class DfnConfig:
         for name in self.scores:
             if name not in SCORES:
                 raise unknown("dfn.score", name, (*SCORES, "sclip+normsim"))
-        fractions, thresholds, count = self.fractions, self.thresholds, len(self.scores)
+        fractions, thresholds, count = self.fraction, self.threshold, len(self.scores)
         if len(set(self.scores)) < count:
             raise ModeclipError(f"dfn.score: expected each score once, got {self.score}")
         if (self.soft_cap is not None) + bool(fractions) + bool(thresholds) > 1:
@@ -158,16 +158,6 @@ class DfnConfig:
     def scores(self) -> tuple[str, ...]:
         """The scores in their order."""
         return tuple(name.strip() for name in self.score.split("+"))
-
-    @property
-    def fractions(self) -> tuple[float, ...]:
-        """The fraction of each score, where fractions are given."""
-        return tuple(np.atleast_1d(self.fraction).tolist())
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """The threshold of each score, where thresholds are given."""
-        return tuple(np.atleast_1d(self.threshold).tolist())
 
     def prepare(self, context: Context) -> Prepared:
         """Train the filter if it is to be trained, embed the pairs, score them, and decide.
@@ -323,10 +313,10 @@ class DfnConfig:
                 passed = cause == 0
                 if not passed.any():
                     break
-                if self.thresholds:
-                    limits[score] = self.thresholds[number]
+                if self.threshold:
+                    limits[score] = self.threshold[number]
                 else:
-                    limits[score] = threshold_of(scores[score][passed], (self.fractions or (FRACTION,))[number])
+                    limits[score] = threshold_of(scores[score][passed], (self.fraction or (FRACTION,))[number])
                 cause[passed & (scores[score] < limits[score])] = number + 1
             causes = tuple(f"{score} below {limits.get(score, math.nan):.4g}" for score in self.scores)
             tables: tuple[Table, ...] = ()
