@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,9 @@ def test_order_and_fragments_and_added_pairs_do_not_move_draws(tmp_path: Path, e
     grown = curate(write(tmp_path / "b.lance", ["tree", "tree"], first=200), config)  # which no entry matches
     assert column(grown, "cause") == [*column(whole, "cause"), 1, 1]
     assert len(before) > 20
+    work = pickle.loads(pickle.dumps(whole.prepared.work))  # what a Ray worker gets
+    block = {"key": np.array([f"key {n}" for n in range(200)], object), "caption": np.array(captions, object)}
+    assert work(block)["metaclip_cause"].tolist() == column(whole, "cause")
 
 
 def test_added_fragments_are_counted_alone(tmp_path: Path, entries: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +272,8 @@ def test_metadata_from_wordnet_and_from_the_captions(tmp_path: Path) -> None:
         ({"min_count": 0}, "metaclip.min_count"),
         ({"titles": "a.tsv"}, "titles are added to a corpus"),
         ({"language_column": "language"}, "unknown column .* 'language'"),
+        ({"language_column": "caption"}, "column 'caption' holds string, no names of languages"),
+        ({"language_column": "width"}, "column 'width' holds int32, no names of languages"),
         ({"entries": "none.txt"}, "metadata none.txt: no such file"),
         ({"entries": "corpus:none.txt", "wordnet": "{wordnet}"}, "none.txt: no such file"),
         ({"wordnet": "nowhere"}, "nowhere: no data.noun there; apt-get install"),

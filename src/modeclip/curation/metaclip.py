@@ -59,6 +59,8 @@ FORMAT = 1
 """Part of the facts of all counts; raise it when the same captions start to be counted otherwise."""
 CAUSES = ("no entry matches", "drawn out by balancing", "another caption of its image is chosen")
 """Why a pair is dropped: the first of them online, the third with ``one_caption``."""
+CAPTION_COLUMNS = ("key", "caption")
+"""Columns of texts that are no languages."""
 CURVE_POINTS = 25
 """Settings that the curve shows."""
 PROBABILITY_BINS = 20
@@ -138,6 +140,11 @@ class MetaclipConfig(MetadataConfig):
         catalog, column = context.catalog, self.language_column
         if column is not None and column not in catalog.columns:
             raise unknown(f"column of {catalog.path!r}", column, catalog.columns)
+        if column is not None and (column in CAPTION_COLUMNS or "string" not in catalog.type_of(column)):
+            raise ModeclipError(
+                f"metaclip.language_column: column {column!r} holds {catalog.type_of(column)}, no names of languages;"
+                " choose another"
+            )
         metadata = self.metadata(catalog)
         if metadata.languages is not None and column is None:
             raise ModeclipError(
