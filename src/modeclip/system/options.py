@@ -53,7 +53,10 @@ UserEncoder = Annotated[
 MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into this many GB (10^9 bytes).")]
 
 
-STAGES = "assign|bundle|check|cluster|data|dfn|diagnose|embed|evaluate|experts|extend|finetune|merge|scaling|train"
+STAGES = (
+    "align|assign|bundle|check|cluster|data|dfn|diagnose|embed|evaluate|experts|extend|finetune|klite|merge|scaling|"
+    "train"
+)
 """What stands before the name of a field in messages, as in a recipe: ``train.samples``."""
 KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path", "{None}": "None"}
 """What the words of tyro's help mean."""
