@@ -110,7 +110,7 @@ def equal_sizes_by_level(
 
 
 def fill_to(
-    ideal: Float[np.ndarray, " M"], low: Float[np.ndarray, " M"], high: Int[np.ndarray, " M"], total: float
+    ideal: Float[np.ndarray, " M"], low: Float[np.ndarray, " M"], high: Int[np.ndarray, " M"], total: int
 ) -> Float[np.ndarray, " M"]:
     """Return the nearest numbers to the ideal ones that lie within bounds and have a given sum.
 

@@ -492,7 +492,7 @@ def _choose_by_cluster(config: DuplicatesConfig, context: Context) -> _Found:
         charts=(
             Curve(
                 title="pairs of each cluster",
-                x=tuple(range(1, len(sizes) + 1)),
+                x=tuple(map(float, range(1, len(sizes) + 1))),
                 lines={
                     "before": tuple(np.sort(sizes)[::-1].astype(float).tolist()),
                     "after": tuple(kept[np.argsort(-sizes, kind="stable")].astype(float).tolist()),
