@@ -284,6 +284,11 @@ def test_what_is_no_selection_is_refused(curated: Curated, name: str, parts: lis
     assert all(part in str(error.value) for part in parts)
 
 
+def test_a_seed_that_is_none_is_refused(curated: Curated):
+    with pytest.raises(ModeclipError, match="-1"):
+        compare(curated.catalog, "lot", "lot", seed=-1)
+
+
 def test_a_selection_without_pairs_is_refused(tmp_path: Path):
     catalog = write(tmp_path / "a.lance", fragment_rows=100)
     catalog.add_columns({"none_kept": np.zeros(ROWS, bool)}, facts={"made_by": "test"})

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from modeclip.curation.surveying import Block, Group, Part, Survey, survey
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import Selection
-from modeclip.errors import ModeclipError, unknown
+from modeclip.errors import LIMIT, ModeclipError, unknown
 
 BOTH, ONLY_FIRST, ONLY_SECOND, NEITHER = range(4)
 
@@ -64,8 +64,10 @@ def compare(catalog: Catalog, first: str, second: str, *, seed: int = 0) -> Comp
         seed: Decides the examples and the samples.
 
     Raises:
-        ModeclipError: There is no such selection, or it has no pair.
+        ModeclipError: There is no such selection, it has no pair, or the seed is negative.
     """
+    if not 0 <= seed < LIMIT:
+        raise ModeclipError(f"compare: expected a seed of 0 or more (and below 2^63), got {seed}")
     names = (first, second)
     kept = {f"{place}": selected(catalog, name) for place, name in enumerate(names)}
     counts = (int(kept["0"].sum()), int(kept["1"].sum()))

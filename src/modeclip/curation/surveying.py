@@ -12,8 +12,8 @@ A *side* is what a pool is looked at as: all of it, or what a curation has kept.
 - False negatives are counted in batches of a sample of each side, as `modeclip.clustering.negatives` does.
 
 Price: a pass over keys, captions and sizes, 250,000 pairs a second of a processor, and some seconds for clusters and
-false negatives where there are embeddings (`benchmarks/explain.py`). Memory: 0.1 GB for a million distinct captions, and
-0.3 GB for any number of them; the samples; what it costs to count clusters.
+false negatives where there are embeddings (`benchmarks/explain.py`). Memory: 0.1 GB for a million distinct captions,
+0.3 GB for any number of them, and the samples.
 """
 
 from __future__ import annotations
@@ -684,7 +684,7 @@ def _fit_clusters(sampled: list[_Sample], seed: int) -> Clusters | None:
     for index, text in zip(first.fine.tolist(), first.texts.tolist(), strict=True):
         words[index].update(split_words(text))
     counts = _add_up(np.zeros((number, first.weights.shape[1])), first.fine, first.weights)
-    origin = "k-means on the caption embeddings of a sample, since the catalog is not clustered yet"
+    origin = "k-means on the caption embeddings of a sample, since not all pairs have a fine cluster"
     return _sorted_clusters(origin, counts, _keywords(words))
 
 
