@@ -96,12 +96,13 @@ def test_cosine_and_normsim_are_their_formulas_in_any_blocks(block: int, monkeyp
 
 @pytest.mark.parametrize("fraction", [0.01, 0.15, 0.29, 0.5, 0.999, 1.0])
 def test_threshold_is_the_value_at_its_place_in_descending_order(fraction: float) -> None:
-    values = np.random.default_rng(0).integers(0, 40, 100) / 40  # with ties
-    descending = sorted(values.tolist(), reverse=True)
-    expected = descending[min(int(100 * fraction), 99)]
-    assert scores.threshold_of(values, fraction) == expected
-    assert scores.threshold_of(values[::-1], fraction) == expected
-    assert (values >= expected).sum() >= min(int(100 * fraction) + 1, 100)
+    draw = np.random.default_rng(0)
+    for values in (draw.permutation(100) / 100, draw.integers(0, 40, 100) / 40):  # without and with equal values
+        descending = sorted(values.tolist(), reverse=True)
+        expected = descending[min(int(100 * fraction), 99)]
+        assert scores.threshold_of(values, fraction) == expected
+        assert scores.threshold_of(values[::-1], fraction) == expected
+        assert (values >= expected).sum() >= min(int(100 * fraction) + 1, 100)
 
 
 def draw_with_soft_cap(logits: np.ndarray, rounds: int, size: int, seed: int) -> np.ndarray:
