@@ -46,10 +46,12 @@ print(json.dumps([seconds, worked, peak.gb]))
 EMBED = """
 import json, time
 from modeclip.curation.curating import curate
+from modeclip.curation import dfn
 from modeclip.curation.dfn import DfnConfig
 from modeclip.data.catalog import Catalog
 from modeclip.system.devices import PeakMemory
 catalog = Catalog.open({catalog!r})
+dfn._encoder({model!r}, 0)  # loading it takes the same for any number of pairs
 with PeakMemory() as peak:
     started, worked = time.monotonic(), time.process_time()
     curate(catalog, DfnConfig(filter={model!r}, random_weights=True), name="benchmark", dry_run=True)
