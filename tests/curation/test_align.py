@@ -143,7 +143,8 @@ def test_numbers_of_the_paper_and_what_counts_as_a_word() -> None:
     assert (limits.min_words, limits.max_words, limits.frequent_ngrams) == (3, 20, 100_000_000)
     assert limits.max_cosine == 0.975
     assert AlignConfig(preset="small", max_words=5).limits.max_words == 5
-    hashes, counts = split_words(["“Dog” dog. DOG", " - \t", "a-b 'n' x_1", "हिन्दी हिन्द", None])  # type: ignore[list-item]
+    captions = ["“Dog” dog. DOG", " - \t", "a-b 'n' x_1", "हिन्दी हिन्द", None]
+    hashes, counts = split_words(np.array(captions, object))
     assert counts.tolist() == [3, 0, 3, 2, 0]
     assert len(set(hashes[:3].tolist())) == 1
     assert hashes[6] != hashes[7]  # a vowel sign at the end belongs to the word

@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8, UInt64
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8, UInt64
 
 from modeclip.clustering.distances import assign_nearest
 from modeclip.curation.counting import Counts, add_counts, hash_text, in_ranges
@@ -189,22 +189,26 @@ def _prepare(config: AlignConfig, context: Context) -> Prepared:
             texts=keys_with_more(owners, "text", "image", limits.max_images),
         ),
         "apply the rules",
-    ).total()
-    broken, charts, tables = verdicts["broken"], [_words_chart(verdicts["words"], limits)], [_ngram_table(found)]
+    )
+    words, sizeless, parts = np.zeros(WORDS_SHOWN + 1, np.int64), 0, []
+    for part in verdicts:
+        parts.append(part["broken"])
+        words += np.bincount(np.minimum(part["words"], WORDS_SHOWN), minlength=WORDS_SHOWN + 1)
+        sizeless += int(part["sizeless"].sum())
+    broken, charts, tables = np.concatenate(parts), [_words_chart(words, limits)], [_ngram_table(found)]
     if tasks and name is not None:
         try:
             vectors = counted(ImageVectors(name), "embed images")
-            cosines, places = _nearest_of_tasks(context.catalog, name, vectors, tasks)
+            near = _find_near(context.catalog, name, vectors, tasks, limits.max_cosine)
         finally:
             _load.cache_clear()  # the stages that follow need the memory
-        near = cosines > limits.max_cosine
-        broken = broken | (near.astype(np.uint8) << 7)
-        charts.append(_cosine_chart(cosines, limits))
-        tables.append(_task_table(tasks, places[near]))
+        broken |= near.is_near.astype(np.uint8) << np.uint8(7)
+        charts.append(_cosine_chart(near.histogram, limits))
+        tables.append(_task_table(tasks, near.of_task))
     else:
         log("align: no tasks given, so no image is compared with those of evaluations (--tasks and --model)")
-    if unknown_sizes := int(verdicts["sizeless"].sum()):
-        log(f"align: {unknown_sizes:,} images of unknown size (they were not checked) pass the rules about sides")
+    if sizeless:
+        log(f"align: {sizeless:,} images of unknown size (they were not checked) pass the rules about sides")
     causes = _causes(limits)
     cause = FIRST_CAUSE[broken]
     values = np.zeros(len(context.catalog), np.uint8)
@@ -520,23 +524,35 @@ def _load(name: str) -> Any:
     return encoder
 
 
-def _nearest_of_tasks(
-    catalog: Catalog, encoder: str, fragments: Fragments, tasks: Sequence[Task]
-) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return for each pair the highest cosine with an image of the tasks, and the number of its task."""
+@dataclass(frozen=True)
+class Near:
+    """Which images of a pool are near to an image of the tasks."""
+
+    is_near: Bool[np.ndarray, " n"]
+    """Whether each pair's image is a near-duplicate."""
+    of_task: Int64[np.ndarray, " T"]
+    """How many pairs are, by the task of the nearest image."""
+    histogram: Int64[np.ndarray, " _"]
+    """Pairs by the cosine with the nearest image, from 0 to 1."""
+
+
+def _find_near(catalog: Catalog, encoder: str, fragments: Fragments, tasks: Sequence[Task], max_cosine: float) -> Near:
+    """Compare the images of a pool with those of tasks, a fragment at a time."""
     folder = None if is_url(catalog.path) else Path(catalog.path) / SIDE_FOLDER / "task-vectors"
     kept = FeatureCache(folder)
     of_task = [embed_images(encoder, lambda some: _embed(encoder, some), task.images, kept) for task in tasks]
     number = np.repeat(np.arange(len(tasks)), [len(vectors) for vectors in of_task])
-    wanted = np.concatenate(of_task)
-    cosines, places = list[np.ndarray](), list[np.ndarray]()
+    wanted, is_near = np.concatenate(of_task), list[np.ndarray]()
+    counts, histogram = np.zeros(len(tasks), np.int64), np.zeros(COSINE_BINS, np.int64)
     for part in fragments:
         vectors = part["vectors"].astype(np.float32)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         nearest, squared = assign_nearest(vectors, wanted, device=str(choose_device()))
-        cosines.append(1 - squared / 2)  # of unit vectors
-        places.append(number[nearest])
-    return np.concatenate(cosines), np.concatenate(places)
+        cosines = 1 - squared / 2  # of unit vectors
+        is_near.append(cosines > max_cosine)
+        counts += np.bincount(number[nearest[is_near[-1]]], minlength=len(tasks))
+        histogram += np.histogram(np.clip(cosines, 0, 1), bins=COSINE_BINS, range=(0, 1))[0]
+    return Near(np.concatenate(is_near), counts, histogram)
 
 
 def _embed(encoder: str, pictures: Sequence[Any]) -> Float[np.ndarray, "n D"]:
@@ -579,8 +595,7 @@ def _ngram_table(found: Frequent) -> Table:
     )
 
 
-def _task_table(tasks: Sequence[Task], places: Int[np.ndarray, " n"]) -> Table:
-    counts = np.bincount(places, minlength=len(tasks))
+def _task_table(tasks: Sequence[Task], counts: Int64[np.ndarray, " T"]) -> Table:
     rows = tuple(
         (task.name, f"{len(task.images):,}", f"{count:,}") for task, count in zip(tasks, counts.tolist(), strict=True)
     )
@@ -591,25 +606,21 @@ def _task_table(tasks: Sequence[Task], places: Int[np.ndarray, " n"]) -> Table:
     )
 
 
-def _words_chart(words: UInt8[np.ndarray, " n"], limits: Limits) -> Histogram:
-    counts = np.bincount(np.minimum(words, WORDS_SHOWN), minlength=WORDS_SHOWN + 1)
+def _words_chart(counts: Int64[np.ndarray, " w"], limits: Limits) -> Histogram:
+    numbers = list(enumerate(counts.tolist()))
     return Histogram(
         title=f"pairs by words of the text ({limits.min_words} to {limits.max_words} are kept)",
-        edges=tuple(number - 0.5 for number in range(WORDS_SHOWN + 2)),
+        edges=tuple(number - 0.5 for number in range(len(counts) + 1)),
         counts=tuple(counts.tolist()),
-        kept=tuple(
-            float(count) if limits.min_words <= number <= limits.max_words else 0.0
-            for number, count in enumerate(counts.tolist())
-        ),
+        kept=tuple(float(n) if limits.min_words <= number <= limits.max_words else 0.0 for number, n in numbers),
         threshold=limits.max_words + 0.5 if limits.max_words < WORDS_SHOWN else None,
     )
 
 
-def _cosine_chart(cosines: Float[np.ndarray, " n"], limits: Limits) -> Histogram:
-    counts, edges = np.histogram(np.clip(cosines, 0, 1), bins=COSINE_BINS, range=(0, 1))
+def _cosine_chart(counts: Int64[np.ndarray, " _"], limits: Limits) -> Histogram:
     return Histogram(
         title="pairs by cosine with the nearest evaluation image",
-        edges=tuple(edges.tolist()),
+        edges=tuple(np.linspace(0, 1, len(counts) + 1).tolist()),
         counts=tuple(counts.tolist()),
         threshold=limits.max_cosine,
     )

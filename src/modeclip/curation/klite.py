@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt64
 
-from modeclip.curation.counting import Counts, hash_text
+from modeclip.curation.counting import Counts, add_counts, hash_text, in_ranges
 from modeclip.curation.method import Context, Histogram, Prepared, Table, draw
 from modeclip.data.knowledge import Entry, Knowledge, explained, load_knowledge
 from modeclip.data.mapping import Work, map_fragments
@@ -37,8 +37,6 @@ from modeclip.errors import ModeclipError
 
 CACHED = 1 << 17
 """Captions whose phrases a process keeps."""
-SHOWN = 12
-"""Phrases in a table."""
 FORMAT = 1
 """Part of the facts; raise it when other phrases are found."""
 _TOKEN = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
@@ -88,19 +86,21 @@ class KliteConfig:
             ray=context.ray,
             selected=context.selected,
         )
-        found = fragments.total()
-        if not len(found["keys"]):
+        ranges = list(in_ranges(fragments, "keys", "counts", add_counts))
+        keys, counts = (np.concatenate(side) for side in zip(*ranges, strict=True))
+        if not len(keys):
             raise ModeclipError(f"klite: no caption has a noun phrase that {', '.join(self.knowledge)} defines")
         work = Explain(
             name=context.name,
             names=knowledge.names,
             share=self.share,
             seed=self.seed,
-            keys=found["keys"],
-            counts=found["counts"],
+            keys=keys,
+            counts=counts,
             dictionaries=knowledge.digests,
         )
-        return Prepared(work=work, causes=(), tables=(_table(found),), charts=(_chart(found["counts"]),))
+        captions, with_one = (sum(int(part[name][0]) for part in fragments) for name in ("captions", "explained"))
+        return Prepared(work=work, causes=(), tables=(_table(captions, with_one, counts),), charts=(_chart(counts),))
 
 
 # ---------------------------------------------------------------- noun phrases
@@ -235,13 +235,12 @@ class Explain(Work):
         return int(self.counts[np.searchsorted(self.keys, np.uint64(hash_text(phrase)))])
 
 
-def _table(found: dict[str, np.ndarray]) -> Table:
-    captions, with_one = int(found["captions"][0]), int(found["explained"][0])
+def _table(captions: int, with_one: int, counts: Int64[np.ndarray, " k"]) -> Table:
     rows = (
         ("captions", f"{captions:,}"),
         ("of these with a phrase that has a definition", f"{with_one:,} ({with_one / max(1, captions):.1%})"),
-        ("different phrases with a definition", f"{len(found['keys']):,}"),
-        ("of these in a single caption", f"{int((found['counts'] == 1).sum()):,}"),
+        ("different phrases with a definition", f"{len(counts):,}"),
+        ("of these in a single caption", f"{int((counts == 1).sum()):,}"),
     )
     return Table(title="noun phrases", columns=("", "number"), rows=rows)
 
