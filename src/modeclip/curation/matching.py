@@ -35,6 +35,7 @@ from jaxtyping import Bool, Float, Int
 
 SIGNS = ",.;:?!`"
 """Signs that get a space on each side."""
+_IMPOSSIBLE = re.compile(f"[\t\n\r]|[^ ][{SIGNS}]|[{SIGNS}][^ ]")
 _TABLE = str.maketrans({sign: f" {sign} " for sign in SIGNS} | dict.fromkeys("\t\n\r", " "))
 UNSPACED = (
     (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
@@ -93,6 +94,16 @@ def pad(entry: str, scripts: bool = False) -> str:
 def _stands_alone(character: str) -> bool:
     """Say whether a character is punctuation, or of a script that is written without spaces."""
     return unicodedata.category(character)[0] == "P" or any(first <= ord(character) <= last for first, last in UNSPACED)
+
+
+def is_possible(entry: str) -> bool:
+    r"""Say whether a text may hold an entry: a tab, or a sign beside a letter, stands in no normalised text.
+
+    Examples:
+        >>> is_possible("Mr . Bean"), is_possible("Mr. Bean"), is_possible("hot\tdog")
+        (True, False, False)
+    """
+    return _IMPOSSIBLE.search(entry) is None
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Matcher:
             raise ValueError("entries: expected no two equal")
         self.num_entries = len(entries)
         self._scripts = scripts
-        possible = [place for place, entry in enumerate(entries) if not re.search("[\t\n\r]", entry)]
+        possible = [place for place, entry in enumerate(entries) if is_possible(entry)]
         joined = "".join(pad(entries[place], scripts) + "\n" for place in possible) or "  \n"
         words = self._cut(f"{joined} ".encode()).dictionary_encode()
         tokens, self._words = words.indices.to_numpy(), words.dictionary

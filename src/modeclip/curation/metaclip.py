@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt64
 
-from modeclip.curation.matching import Matcher, Matches
+from modeclip.curation.matching import Matcher, Matches, is_possible
 from modeclip.curation.metadata import (
     Metadata,
     MetadataConfig,
@@ -50,6 +50,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import POSITION, Statistic, Work, concatenate, map_fragments
 from modeclip.data.wordnet import load_wordnet
 from modeclip.errors import ModeclipError, check_above_zero, check_least, unknown
+from modeclip.system.console import log
 
 WORDNET, CORPUS = "wordnet", "corpus"
 """What ``entries`` says where they are in no file."""
@@ -150,6 +151,11 @@ class MetaclipConfig(MetadataConfig):
             raise ModeclipError(
                 f"metaclip: {self.entries} has entries for each language; give the column of languages with"
                 " --language-column"
+            )
+        if impossible := [entry for entry in metadata.entries if not is_possible(entry)]:
+            log(
+                f"metaclip: {len(impossible):,} of {len(metadata.entries):,} entries can match no caption, such as"
+                f" {impossible[0]!r}: in captions, signs have spaces around them"
             )
         captions, seed = _Captions(metadata, column), None if self.online else self.seed
         counting = _Counts(captions)

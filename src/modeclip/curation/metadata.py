@@ -25,6 +25,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class Metadata:
     languages: tuple[tuple[str, int, int], ...] | None = None
     """Each language and where its entries begin and end; None if all entries are for all captions."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A hash of the entries and of their languages."""
         content = json.dumps([self.entries, self.languages]).encode()
