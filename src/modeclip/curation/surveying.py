@@ -272,7 +272,7 @@ def survey(
             start += len(old)
             advance(len(old))
     sampled = samples.finish(catalog, notes)
-    clusters = _clusters(per_cluster, samples) if has_fine else _fit_clusters(sampled, seed)
+    clusters = _clusters(per_cluster, samples) if has_fine else _fit_clusters(sampled, seed, notes)
     bins = (
         lengths.finish("Caption length", "characters"),
         sizes.finish("Shorter side of the image", "pixels"),
@@ -667,13 +667,14 @@ def _clusters(counts: Float[np.ndarray, "M sides"], samples: _Samples) -> Cluste
     return _sorted_clusters("column fine_cluster", counts, keywords)
 
 
-def _fit_clusters(sampled: list[_Sample], seed: int) -> Clusters | None:
+def _fit_clusters(sampled: list[_Sample], seed: int, notes: list[str]) -> Clusters | None:
     """Return what became of clusters of the sample; every sample learns the clusters of its rows."""
     if not sampled:
         return None
     first = sampled[0]
     number = min(NUM_CLUSTERS, len(first.vectors) // 20)
     if number < 2:
+        notes.append("There are no clusters to show: fewer than 40 pairs make none.")
         return None
     centers = kmeans(first.vectors, number, seed=seed).centers
     for sample in sampled:
