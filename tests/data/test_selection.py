@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,15 @@ def test_a_list_of_ids_is_a_mask(catalog: Catalog, tmp_path: Path) -> None:
     rows, path = np.array([1, 5, 33]), tmp_path / "some.npy"
     write_uids(path, uids_of(catalog, rows))
     assert kept(catalog, mask=str(path)) == rows.tolist()
+    assert (
+        Selection(mask=os.path.relpath(path)).absolute()
+        == Selection(mask=str(path))
+        == Selection(mask=str(path)).absolute()
+    )
     before = Selection(mask=str(path)).facts(catalog)
     write_uids(path, uids_of(catalog, rows[1:]))
     assert Selection(mask=str(path)).facts(catalog) != before
+    assert kept(catalog, mask=str(path)) == [5, 33]
 
 
 def test_a_part_is_read_as_if_there_were_no_other_pairs(catalog: Catalog) -> None:

@@ -16,7 +16,8 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.storage import missing_fragments
 from modeclip.data.subsets import read_uids, uid_mask
 from modeclip.errors import ModeclipError, unknown
+from modeclip.system.paths import home_path
 
 EXPECTED = "expected COLUMN=VALUE, such as expert=3 or site=north, or a condition in SQL: \"width > 64 AND site = 'x'\""
 _EQUAL = re.compile(r"\s*`?(?P<column>[^`=<>!]*[^`=<>!\s])`?\s*=\s*(?P<value>[^=\s].*?)\s*", re.DOTALL)
@@ -58,6 +60,11 @@ class Selection:
         """Return it as on a command line."""
         words = [f"--where {word!r}" for word in self.where] + ([f"--mask {self.mask}"] if self.mask else [])
         return " ".join(words) or "all pairs"
+
+    def absolute(self) -> Selection:
+        """Return it with the whole path of its list of ids, for work that may go on in another folder."""
+        is_list = self.mask is not None and _is_list(self.mask)
+        return replace(self, mask=str(home_path(self.mask or "").resolve())) if is_list else self
 
     def narrowed(self, *where: str) -> Selection:
         """Return the selection of those pairs for which further conditions hold too."""
@@ -131,7 +138,7 @@ class Selection:
 
     def _marked(self, catalog: Catalog, mask: str) -> Bool[np.ndarray, " N"]:
         if _is_list(mask):
-            return uid_mask(catalog, mask)
+            return _listed(catalog, mask, home_path(mask).stat().st_mtime_ns if home_path(mask).is_file() else 0)
         try:
             _check_filled(catalog, [mask])
             kind = catalog.type_of(mask)
@@ -203,6 +210,14 @@ def _naming(word: str) -> Iterator[None]:
 
 def _is_list(mask: str) -> bool:
     return mask.endswith(".npy")
+
+
+@lru_cache(maxsize=1)
+def _listed(catalog: Catalog, path: str, _changed: int) -> Bool[np.ndarray, " N"]:
+    """Return which rows a list of ids names; all models of a run ask for the same list."""
+    mask = uid_mask(catalog, path)
+    mask.flags.writeable = False
+    return mask
 
 
 def _to_mask(catalog: Catalog, rows: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " N"]:

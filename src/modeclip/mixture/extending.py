@@ -261,7 +261,7 @@ def extend(
             write_json(out / PLAN_FILE, plan, indent=2)
         _check_plan(plan, bundle, catalog, out, action)
         job = TrainJob.load(out / job_name("expert", plan["expert"]) / "job.json")
-        if job.selection != selection:
+        if job.selection != selection.absolute():
             raise ModeclipError(f"extend: {out} was begun with {job.selection}; give the same, or another --out")
         if not any(edit["job"] == job.digest for edit in opened.edits):
             for line in describe(opened, job, catalog):
@@ -423,7 +423,7 @@ def _job_from(
         last_step=1,
         first_share=0.0,
         last_share=1.0,
-        selection=selection,
+        selection=selection.absolute(),
         threads=config.threads,
     )
     if start is not None:

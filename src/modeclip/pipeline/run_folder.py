@@ -377,7 +377,8 @@ def single_job(
         threads: Threads that compute.
 
     Raises:
-        ModeclipError: The selection keeps no pair, or the start cannot be continued.
+        ModeclipError: The selection keeps too few pairs, a column that training reads does not fit, or the start
+            cannot be continued.
     """
     folder = folder.resolve()
     fingerprint = fingerprint_of(catalog, None, train.model)
@@ -390,6 +391,7 @@ def single_job(
     job = replace(parting.branch("single", name=folder.name), where=where)
     if parting.seed is not None:
         job = replace(job, first_step=0, first_share=0.0, start_from=None, start_digest="")
+    job_rows(job, catalog)  # what cannot be trained on is told before anything is written
     return pin_jobs([job], catalog)[0]
 
 

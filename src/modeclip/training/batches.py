@@ -102,6 +102,7 @@ def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
             probabilities holds something else.
     """
     rows = select_rows(job, catalog)
+    catalog.captions(rows[:1], job.config.captions)  # raises if that is no column of texts
     probability = read_probability(job.config, catalog, rows)
     if probability is not None:
         expected = float(probability.sum(dtype=np.float64))

@@ -196,7 +196,7 @@ def part(
         last_step=seed_steps,
         first_share=0.0,
         last_share=train.seed_parts / train.total_parts,
-        selection=selection,
+        selection=selection.absolute(),
         threads=experts.threads_per_job,
     )
     rest = replace(
