@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,11 @@ def test_a_second_score_chooses_from_what_the_first_has_kept(
         goals = torch.cat([clip.model.encode_image(one, normalize=True) for one in pictures]).numpy()
     assert np.allclose(curated.column("normsim"), np.abs(vectors[0] @ goals.T).max(1), atol=NEAR)
     first, second = curated.column("score"), curated.column("normsim")
+    of_catalog = replace(config, targets=(f"{icons_copy.path}#caption=heart",))
+    hearts = vectors[0][icons_copy.read(["caption"])["caption"] == "heart"]
+    assert len(hearts)
+    found = curate(icons_copy, of_catalog, dry_run=True).column("normsim")
+    assert np.allclose(found, np.abs(vectors[0] @ hearts.T).max(1), atol=NEAR)
     passed = first >= sorted(first, reverse=True)[int(len(first) * 0.4)]
     least = sorted(second[passed], reverse=True)[int(passed.sum() * 0.5)]
     expected = np.where(~passed, 1, np.where(second >= least, 0, 2))

@@ -46,7 +46,7 @@ from modeclip.data.mapping import IMAGE, FragmentRows, Statistic, concatenate, m
 from modeclip.data.selection import Selection
 from modeclip.data.storage import Ledger
 from modeclip.data.tasks.open import load_tasks
-from modeclip.data.tasks.task import Images
+from modeclip.data.tasks.task import CatalogImages, Images
 from modeclip.errors import ModeclipError, check_above_zero, check_between, check_least, unknown
 from modeclip.models.clip import CONFIG_FILE, check_model, imagenet_words, load_clip
 from modeclip.models.encoders import BATCH_SIZE
@@ -99,7 +99,8 @@ class DfnConfig:
     """Drop nothing and give each pair a probability: that of being among this many draws of soft cap sampling (as many
     as there will be training samples), with the most frequent pair at 1."""
     targets: tuple[str, ...] = ()
-    """Target tasks of NormSim, named as modeclip evaluate names tasks; their training images are compared with."""
+    """Target tasks of NormSim, named as modeclip evaluate names tasks; their training images are compared with. Of a
+    catalog, the rows that are named: CATALOG#split=train."""
     norm: Norm = "2"
     """Norm of NormSim: 2, or inf for the nearest training image."""
     learner: str | None = None
@@ -204,14 +205,16 @@ class DfnConfig:
         """Return the training images of the target tasks."""
         if not self.targets:
             return []
-        tasks = load_tasks(self.targets, train=True, imagenet=imagenet_words)
-        without = [task.name for task in tasks if task.train is None]
-        if without:
-            raise ModeclipError(
-                f"dfn.targets: task {without[0]!r} has no training split, and NormSim never looks at test images; "
-                "expected a folder train beside test"
-            )
-        return [task.train.images for task in tasks if task.train is not None]
+        found = []
+        for task in load_tasks(self.targets, train=True, imagenet=imagenet_words):
+            images = task.images if task.train is None else task.train.images
+            if task.train is None and not _is_for_training(images):
+                raise ModeclipError(
+                    f"dfn.targets: task {task.name!r} has no training split, and NormSim never looks at test images; "
+                    "expected a folder train beside test, or CATALOG#COLUMN=VALUE with rows of training images"
+                )
+            found.append(images)
+        return found
 
     def _train(self, context: Context) -> str:
         """Train the filter on the clean pairs, unless that is done, and return its folder."""
@@ -411,6 +414,13 @@ class _Embedded:
 
         identity = ["targets", _identity(self.model, self.seed), images.digest]
         return _kept_beside(self.catalog, identity, compute).reshape(len(images), -1)
+
+
+def _is_for_training(images: Images) -> bool:
+    """Whether images are rows of a catalog that no evaluation holds out: a catalog has no splits but what is named."""
+    if not isinstance(images, CatalogImages):
+        return False
+    return "task" not in images.catalog.columns or not any(images.catalog.read(["task"], images.rows)["task"])
 
 
 @lru_cache(maxsize=1)
