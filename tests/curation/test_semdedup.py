@@ -51,6 +51,9 @@ def slow_copies(x: np.ndarray, threshold: float) -> tuple[list[int], list[float]
 def test_near_copies_are_those_of_a_slow_search(at_once: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(semdedup, "MEMBERS_AT_ONCE", at_once)
     monkeypatch.setattr(semdedup, "EARLIER_AT_ONCE", 2 * at_once)
+    assert [len(found) for found in (*find_near_copies(unit_rows(0, 24), 0.5), *nearest_before(unit_rows(0, 24)))] == [
+        0
+    ] * 4
     for count in (1, 2, 5, 70):
         x = members(count, spread, seed=count)
         for threshold in (0.0, 0.5, 0.9, 0.99):

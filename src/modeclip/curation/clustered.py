@@ -24,7 +24,7 @@ from modeclip.clustering.embedding import COLUMN, ROWS_AT_ONCE, EmbedWork, check
 from modeclip.clustering.fitting import sample_rows
 from modeclip.clustering.kmeans import kmeans
 from modeclip.data.catalog import Catalog
-from modeclip.data.mapping import concatenate, map_fragments
+from modeclip.data.mapping import Statistic, concatenate, map_fragments
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders import BATCH_SIZE, PREFIXES, PairEncoder, load_any_encoder
 from modeclip.system.console import progress
@@ -40,7 +40,7 @@ Blocks = Callable[[], Iterator[np.ndarray]]
 """Yields the vectors of the selected pairs in their order, part by part, whenever it is called."""
 
 
-class ImageVectors(EmbedWork):
+class ImageVectors(EmbedWork, Statistic):
     """Vectors of images by a model, as a statistic that is kept beside the catalog."""
 
     unit = "images"
@@ -77,15 +77,16 @@ class Clustered:
         return to_unit(self.vectors[self.place(cluster)])
 
     def for_each(self, work: Callable[[int], None], description: str) -> None:
-        """Call ``work`` for every cluster, in threads, with a progress bar."""
+        """Call ``work`` for every cluster that has pairs, in threads, with a progress bar."""
+        filled = np.flatnonzero(self.sizes)
         with progress(description, len(self.rows), "pairs") as advance:
 
             def one(block: slice) -> None:
-                work(block.start)
-                place = self.place(block.start)
-                advance(place.stop - place.start)
+                cluster = int(filled[block.start])
+                work(cluster)
+                advance(int(self.sizes[cluster]))
 
-            for_each_block(len(self.ends), 1, one, "cpu")
+            for_each_block(len(filled), 1, one, "cpu")
 
 
 def to_unit(x: np.ndarray) -> Float[np.ndarray, "m D"]:

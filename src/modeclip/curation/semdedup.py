@@ -136,7 +136,7 @@ class _Products:
         if has_fast_bfloat16("cpu"):
             exact, self.rows = self.rows, self.rows.bfloat16()
             parts = (torch.linalg.vector_norm(exact[b] - self.rows[b].float(), dim=1) for b in blocks(len(x), 4096))
-            lost = max(float(part.max()) for part in parts)
+            lost = max((float(part.max()) for part in parts), default=0.0)
             # |x.y - x'.y'| <= |x - x'||y| + |x'||y - y'|, and the product itself is stored in bfloat16
             self.error += 2.02 * lost + 1.02 * BFLOAT16_UNIT
 
