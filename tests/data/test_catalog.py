@@ -332,6 +332,30 @@ def test_two_cannot_write_at_once(catalog: Catalog):
         catalog.add_columns({"v": np.zeros(NUM_ROWS)})
 
 
+def test_a_handle_of_before_a_change_writes_nothing_and_says_so(catalog: Catalog):
+    stale = Catalog.open(catalog.path)
+    catalog.add_columns({"new": np.arange(NUM_ROWS)})
+    before = len(catalog.dataset.versions())
+    for name in ("new", "another"):
+        with pytest.raises(ModeclipError, match=r"^catalog .* has changed since it was opened.*open it anew"):
+            stale.add_columns({name: np.zeros(NUM_ROWS)})
+    opened = Catalog.open(catalog.path)
+    assert len(opened.dataset.versions()) == before
+    assert "another" not in opened.columns
+    assert opened.read(["new"])["new"].tolist() == list(range(NUM_ROWS))
+
+
+@pytest.mark.parametrize("letter", ["\n", "\x1b", "\x7f"])
+def test_a_path_with_a_control_character_is_refused(catalog: Catalog, tmp_path: Path, letter: str):
+    place = tmp_path / f"a{letter}b"
+    shutil.copytree(catalog.path, place / "catalog.lance")
+    with pytest.raises(ModeclipError, match=r"^catalog '.*control character.*choose another$"):
+        Catalog.open(place)
+    config = DataConfig.from_flat({"source": "icons", "train_sets": ("octicons",)})
+    with pytest.raises(ModeclipError, match="control character"):
+        index(config, tmp_path / f"new{letter}")
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -644,6 +644,17 @@ def test_own_encoders_run_only_where_the_user_named_them(tmp_path, monkeypatch):
     assert (tmp_path / "mark").exists(), "the test would not notice that code runs"
 
 
+def test_weights_of_an_encoder_that_are_a_pickle_are_one_line_of_ours(bert_folder, tmp_path):
+    import torch
+
+    folder = shutil.copytree(bert_folder, tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    torch.save({"embeddings.word_embeddings.weight": Path("x")}, folder / "pytorch_model.bin")
+    with pytest.raises(ModeclipError, match=r"hold more than tensors and numbers.*never loaded.*safetensors") as caught:
+        load_encoder(f"simcse:{folder}")
+    assert "weights_only" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["tfidf", "model2vec", "timm", "clip", "clip-image"])
 def test_a_folder_that_is_missing_empty_or_damaged(kind, name_of, tmp_path):
     with pytest.raises(ModeclipError):

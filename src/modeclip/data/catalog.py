@@ -34,6 +34,7 @@ from modeclip.data.storage import (
     NEW,
     OLD,
     add_files,
+    check_place,
     missing_fragments,
     only_writer,
     open_dataset,
@@ -111,6 +112,7 @@ class Catalog:
             path = join(path, CATALOG)
         if not is_url(path) and not Path(path).is_dir():
             raise ModeclipError(f"no catalog at {given!r}: make one with modeclip index, or correct the path")
+        check_place(path)
         try:
             dataset = open_dataset(path)
         except DamagedError:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from modeclip.data.checksums import SIDE_FOLDER, note_commit, restore_manifest
-from modeclip.errors import DamagedError
+from modeclip.errors import DamagedError, ModeclipError
 from modeclip.system.console import log
 from modeclip.system.files import only_process, parse_json, to_json, write_atomically
 from modeclip.system.paths import is_url, join
@@ -43,6 +43,29 @@ KEEP_VERSIONS = timedelta(hours=1)
 """How long replaced data stay on disk for processes that are still reading them."""
 
 
+def check_place(uri: str) -> None:
+    """Check that Lance takes the name of a folder.
+
+    Raises:
+        ModeclipError: It has a control character, such as the end of a line.
+    """
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in uri):
+        raise ModeclipError(f"catalog {uri!r}: a path with a control character cannot hold a catalog; choose another")
+
+
+@contextmanager
+def _as_it_was_opened(uri: str) -> Iterator[None]:
+    """Say in one line that a dataset has changed since it was opened, so that Lance refuses a commit."""
+    from lance.commit import CommitConflictError
+
+    try:
+        yield
+    except CommitConflictError as error:
+        raise ModeclipError(
+            f"catalog {uri!r} has changed since it was opened, here or in another process: open it anew and repeat this"
+        ) from error
+
+
 @contextmanager
 def only_writer(uri: str) -> Iterator[None]:
     """Keep other processes from writing to a local dataset; on an object store only Lance's commits protect it.
@@ -50,6 +73,7 @@ def only_writer(uri: str) -> Iterator[None]:
     Raises:
         ModeclipError: Another process is writing to it.
     """
+    check_place(uri)
     if is_url(uri):
         yield
         return
@@ -346,7 +370,8 @@ def append(
             )
         else:
             operation = lance.LanceOperation.Append(added)
-        dataset = lance.LanceDataset.commit(uri, operation, read_version=dataset.version)
+        with _as_it_was_opened(uri):
+            dataset = lance.LanceDataset.commit(uri, operation, read_version=dataset.version)
     dataset.update_schema_metadata(dict(metadata), replace=True)
     _finish(dataset, has_replaced=bool(dropped))
 
@@ -401,9 +426,10 @@ def show_columns(dataset: Any, schema: pa.Schema, files: Mapping[int, str]) -> A
         schema: The columns; in the files their names begin with ``NEW``.
         files: Name of the file of each fragment.
     """
-    remove_hidden(dataset)
-    dataset.add_columns(pa.schema([field.with_name(NEW + field.name) for field in schema]))
-    dataset = _merge_files(dataset, files)
+    with _as_it_was_opened(dataset.uri):
+        remove_hidden(dataset)
+        dataset.add_columns(pa.schema([field.with_name(NEW + field.name) for field in schema]))
+        dataset = _merge_files(dataset, files)
     old = [name for name in schema.names if name in dataset.schema.names]
     # One commit swaps all names, so that a reader sees the old columns or the new ones.
     dataset.alter_columns(
@@ -425,7 +451,8 @@ def remove_columns(dataset: Any, names: Sequence[str]) -> Any:
 
 def add_files(dataset: Any, files: Mapping[int, str]) -> Any:
     """Commit a further file for some fragments, with values of columns that exist already; return the dataset."""
-    dataset = _merge_files(dataset, files)
+    with _as_it_was_opened(dataset.uri):
+        dataset = _merge_files(dataset, files)
     _finish(dataset, has_replaced=False)
     return dataset
 

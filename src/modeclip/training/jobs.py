@@ -365,7 +365,8 @@ class TrainJob:
         Raises:
             DamagedError: It is no job file.
         """
-        remedy = "delete it and give the command that trains this model again, which writes it anew"
+        remedy = "give the command that trains this model again, which writes it anew"
+        remedy = f"delete it and {remedy}" if path.exists() else f"correct the path, or {remedy}"
         content = read_json(path, dict[str, Any], remedy)
         try:
             config = content["config"]

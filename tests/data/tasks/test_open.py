@@ -383,6 +383,8 @@ def test_a_selection_of_a_catalog_is_one_task(catalogs):
     assert both.classnames == ("class_1",)
     (one,) = load_tasks([f"mine={path}#width=4&task=large"])
     assert len(one.images) == 4
+    selections = load_tasks([f"{path}#task=small", f"{path}#task=large"])
+    assert [task.name for task in selections] == ["tasks#task=small", "tasks#task=large"]
     wide = load_tasks([f"{catalogs}/tasks.lance"], selection=Selection(where=("task LIKE 's%'", "caption = 'class_1'")))
     assert [(task.name, task.classnames, len(task.images)) for task in wide] == [("small", ("class_1",), 2)]
     assert wide[0].images.digest == both.images.digest

@@ -171,6 +171,8 @@ def _expand(text: str, root: str) -> list[TaskSpec]:
         raise unknown_task(text)
     own = name or _name_of(path)
     known = find_known(own)
+    if where and not name:
+        own = f"{own}#{where}"
     return [TaskSpec(name=own, is_named=bool(name), path=path, where=where, retrieval=retrieval, known=known)]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +227,11 @@ def loading(name: str, folder: Path | str, *, with_transformers: bool = True) ->
             yield
     except ModeclipError:
         raise
+    except pickle.UnpicklingError as error:  # torch's own words advise to run what is in the file
+        raise ModeclipError(
+            f"encoder {name!r}: its weights are damaged, or hold more than tensors and numbers, which is never loaded; "
+            f"get them as safetensors into {folder}"
+        ) from error
     except Exception as error:  # the libraries raise nearly anything on damaged or missing files
         raise ModeclipError(
             f"encoder {name!r}: cannot be loaded ({first_line(error)}); check {folder}, or delete it and get it again"
