@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -24,11 +25,14 @@ import hypothesis
 import pytest
 from filelock import FileLock
 
+from support import LARGE_LIBRARIES, training_here
+
 if TYPE_CHECKING:
     from modeclip.data.catalog import Catalog
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+multiprocessing.set_forkserver_preload([*LARGE_LIBRARIES])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,10 +86,11 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Calla
 
 @pytest.fixture(scope="session")
 def small_run(small_recipe: Path, made_once: Callable[..., Path]) -> Path:
-    """A finished run folder of that recipe, made by the real command."""
+    """A finished run folder of that recipe, made by the real command; `test_pipeline` makes it with real processes."""
 
     def fill(out: Path) -> None:
-        done = run_in_process("run", small_recipe, "--out", out)
+        with training_here():
+            done = run_here("run", small_recipe, "--out", out)
         assert done.returncode == 0, done.stderr
 
     return made_once("small", fill)
@@ -141,11 +146,8 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def trains_here() -> Iterator[None]:
-    """For tests that are not about processes: jobs are trained in this one, which saves the imports of each."""
-    from support import InThisProcess
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeclip.training.launching._Here", InThisProcess)
+    """For tests that are not about processes: jobs are trained in this one."""
+    with training_here():
         yield
 
 

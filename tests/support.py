@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
+import runpy
 import shutil
+import signal
 import struct
 import subprocess
+import sys
 import tarfile
+import tempfile
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -171,6 +180,94 @@ class InThisProcess:
 
     def stop(self) -> None:
         pass
+
+
+@contextmanager
+def training_here() -> Iterator[None]:
+    """Train jobs in this process, which saves the imports of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeclip.training.launching._Here", InThisProcess)
+        yield
+
+
+LARGE_LIBRARIES = ("open_clip", "transformers.models.auto.modeling_auto", "pyarrow.dataset", "sklearn.cluster", "yaml")
+"""What takes seconds to import, and can be imported before a process forks (Lance cannot)."""
+
+
+class Python:
+    """Python in a process of its own, like ``subprocess.Popen``, that has `LARGE_LIBRARIES` behind it.
+
+    A server of multiprocessing imports them once and forks each process. Where imports are what is tested, or another
+    program starts the process, `subprocess` is the way.
+
+    Args:
+        words: ``-m MODULE WORDS...`` or ``-c CODE WORDS...``. Warnings are errors, unless
+            PYTHONWARNINGS says otherwise.
+        environment: Variables besides those of this process.
+    """
+
+    def __init__(self, *words: object, **environment: str) -> None:
+        self._outputs = []
+        for _ in range(2):
+            number, name = tempfile.mkstemp()
+            os.close(number)
+            self._outputs.append(Path(name))
+        work = (list(map(str, words)), os.environ | environment, str(Path.cwd()), self._outputs)
+        self._process = multiprocessing.get_context("forkserver").Process(target=_run_python, args=work)
+        self._process.start()
+        self._printed: list[str] = []
+        self.pid = self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float = 600) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("python", timeout)
+        if not self._printed:
+            self._printed = [path.read_text(errors="replace") for path in self._outputs]
+            for path in self._outputs:
+                path.unlink()
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """Wait for the end and return both outputs."""
+        self.wait(timeout)
+        output, errors = self._printed
+        return output, errors
+
+
+def python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end, in a process of its own, as `Python` does."""
+    process = Python(*words, **environment)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(words, process.wait(), output, errors)
+
+
+def _run_python(words: list[str], environment: dict[str, str], folder: str, outputs: list[Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), write_through=True) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.resetwarnings()
+    warnings.simplefilter(environment.get("PYTHONWARNINGS", "error"))  # type: ignore[arg-type]
+    kind, what, *rest = words
+    sys.argv = [what if kind == "-m" else "-c", *rest]
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
 
 
 @dataclass

