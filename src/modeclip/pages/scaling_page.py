@@ -13,7 +13,7 @@ from typing import Any
 
 from modeclip.evaluation.scaling import ScalingResult
 from modeclip.pages.charts import Axis
-from modeclip.pages.html import PALETTE, format_compute, write_page
+from modeclip.pages.html import expert_tones, format_compute, write_page
 
 PAGE_FILE, PICTURE_FILE, RESULT_FILE = "scaling.html", "scaling.svg", "scaling.json"
 SIZE = (860.0, 500.0)
@@ -41,7 +41,7 @@ def write_scaling(result: ScalingResult, folder: Path, what: str = "error") -> t
     """
     picture = write_page(folder / PICTURE_FILE, "scaling.svg", chart=draw_laws(result, what))
     svg = picture.read_text(encoding="utf-8")
-    page = write_page(folder / PAGE_FILE, "scaling.html", result=result, svg=svg, colors=colors_of(result))
+    page = write_page(folder / PAGE_FILE, "scaling.html", result=result, svg=svg, num_experts=len(result.laws))
     return page, picture
 
 
@@ -89,8 +89,8 @@ def draw_laws(result: ScalingResult, what: str = "error") -> dict[str, Any]:
 
 
 def colors_of(result: ScalingResult) -> dict[str, str]:
-    """Return the colour of each family."""
-    return {law.family: PALETTE[place % len(PALETTE)][0] for place, law in enumerate(result.laws)}
+    """Return the colour of each family: on the page those of experts, which are others on dark ground."""
+    return {law.family: light for law, (light, _) in zip(result.laws, expert_tones(len(result.laws)), strict=True)}
 
 
 def _ticks(axis: Axis) -> list[tuple[float, float]]:
