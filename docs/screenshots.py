@@ -2,9 +2,9 @@
 
     modeclip demo --out runs/demo
     modeclip curate runs/demo metaclip --entries wordnet --t 5
-    python docs/screenshots.py runs/demo/curation/metaclip/curate.html docs/assets/curate.png --height 1230
+    python docs/screenshots.py runs/demo/curation/metaclip/curate.html docs/assets/curate.png --height 1290
 
-A page is loaded from disk, as it is sent to somebody. Colours are reduced to 256 where that makes the file smaller.
+A page is loaded from disk, as it is sent to somebody.
 """
 
 from __future__ import annotations
@@ -45,12 +45,7 @@ def main() -> None:
     parser.add_argument("--dark", action="store_true")
     arguments = parser.parse_args()
     picture = take(arguments.page, arguments.width, arguments.height, dark=arguments.dark)
-    files = []
-    for image in (picture, picture.quantize(256, dither=Image.Dither.NONE)):
-        file = io.BytesIO()
-        image.save(file, "PNG", optimize=True)
-        files.append(file.getvalue())
-    arguments.picture.write_bytes(min(files, key=len))
+    picture.save(arguments.picture, "PNG", optimize=True)
 
 
 if __name__ == "__main__":
