@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 from measure import machine
-from noise import KIND, NONE, write_noisy_pool
+from noise import CLEAN, make_noisy
 from records import interval, table
 
 from modeclip import Catalog, Selection, curate, embed, evaluate, index, open_systems
@@ -40,7 +40,7 @@ from modeclip.training.jobs import TrainConfig, TrainJob
 from modeclip.training.trainer import train
 
 HERE = Path(__file__).parent
-RAW = "raw"
+RAW, KIND = "raw", "noise"
 TRUSTED = "trusted"
 """Column of the pairs that somebody has looked at."""
 
@@ -59,8 +59,8 @@ class Cell:
 class Experiment:
     """The pool and everything that is tried on it."""
 
-    def __init__(self, out: Path) -> None:
-        content = yaml.safe_load((HERE / "curate.yaml").read_text(encoding="utf-8"))
+    def __init__(self, plan: Path, out: Path) -> None:
+        content = yaml.safe_load(plan.read_text(encoding="utf-8"))
         recipe = parse_recipe({"name": "curation", "data": content["data"], "train": content["train"]})
         self.data: DataConfig = recipe.data
         self.train: TrainConfig = recipe.train
@@ -75,13 +75,15 @@ class Experiment:
         """Make the noisy pool, or open it if it is there."""
         clean, noisy = RunPaths(folder=self.out / "clean"), RunPaths(folder=self.out / "pool")
         if not clean.catalog_path.exists():
-            index(self.data, clean.folder)
+            index(self.data, str(clean.folder))
         if not noisy.catalog_path.exists():
-            write_noisy_pool(Catalog.open(clean.catalog_path), noisy.folder, self.noise, seed=0)
+            pairs = noisy.folder / "pairs.parquet"
+            make_noisy(Catalog.open(clean.catalog_path), pairs, self.noise, seed=0)
+            index(DataConfig.from_flat({"source": str(pairs)}), str(noisy.folder))
         catalog = Catalog.open(noisy.catalog_path)
         embed(catalog, self.embed)
         if TRUSTED not in catalog.columns:
-            right = np.flatnonzero(catalog.read([KIND])[KIND] == NONE)
+            right = np.flatnonzero(catalog.read([KIND])[KIND] == CLEAN)
             chosen = np.random.default_rng(0).choice(right, round(self.trusted * len(right)), replace=False)
             catalog.add_columns({TRUSTED: np.isin(np.arange(len(catalog)), chosen)}, facts={"seed": 0})
         return catalog
@@ -153,7 +155,7 @@ def tables(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         scores.setdefault(line["selection"], {})[line["seed"]] = float(np.mean(list(line["tasks"].values())))
     of = {line["selection"]: line for line in lines}
-    kinds = sorted({kind for line in lines for kind in line["kept"]}, key=lambda kind: (kind != NONE, kind))
+    kinds = sorted({kind for line in lines for kind in line["kept"]}, key=lambda kind: (kind != CLEAN, kind))
     rows = []
     for name, values in sorted(scores.items(), key=lambda item: -float(np.mean(list(item[1].values())))):
         both = [values[seed] - scores[RAW][seed] for seed in values if seed in scores.get(RAW, {})]
@@ -166,6 +168,7 @@ def tables(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Train and measure what is missing, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", type=Path, default=HERE / "curate.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/curation"))
     parser.add_argument("--records", type=Path, default=HERE / "curation.jsonl")
     parser.add_argument("--jobs", type=int, default=2)
@@ -174,7 +177,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if not arguments.table:
-        experiment = Experiment(arguments.out)
+        experiment = Experiment(arguments.plan, arguments.out)
         done = {(line["selection"], line["seed"]) for line in read_lines(arguments.records)}
         cells = experiment.cells(arguments.only, arguments.seeds, done)
         cells.sort(key=lambda cell: cell.seed)  # all selections of one seed before those of the next
