@@ -12,6 +12,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import EmbedConfig, embed
@@ -20,9 +21,11 @@ from modeclip.commands.mixture import classify, extend, route
 from modeclip.commands.training import status, train, train_experts
 from modeclip.data.catalog import Catalog
 from modeclip.data.images import decode_image
+from modeclip.data.selection import Selection
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.systems import open_systems
 from modeclip.mixture.bundle import load_bundle
+from modeclip.mixture.manifest import Lineage
 from modeclip.models.pool import ModelRef
 from modeclip.pipeline.run_folder import RunFolder
 from modeclip.system.options import call
@@ -285,3 +288,16 @@ def test_a_model_as_the_start_stands_in_for_missing_experts(clustered: Path, tmp
     job = TrainJob.load(copy / "models" / "expert-0" / "job.json")
     assert (job.first_step, job.first_share, job.last_share, job.start_from) == (0, 0.0, 1.0, None)
     assert [expert.folder for expert in load_bundle(copy / "bundle").experts] == ["expert-0", "seed"]
+
+
+def test_a_bundle_tells_the_selection_in_words_that_can_be_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(folder=tmp_path, selection=Selection(where=("width > 0 AND site = 'x'",), mask="m_kept"))
+    folder.__dict__["members"] = []  # no model is needed
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("modeclip.pipeline.run_folder.assemble_bundle", lambda *_, **more: told.update(more))
+    folder.write_bundle()
+    lineage = TypeAdapter(Lineage).validate_json(json.dumps(told["lineage"]))
+    assert lineage.recipe is not None
+    assert Selection.of(lineage.recipe.selection or {}) == folder.selection

@@ -325,7 +325,6 @@ def assemble_bundle(
                 "jobs": {job.name: job.digest for job in finished},
                 "versions": versions(),
                 "recipe": {"train": asdict(jobs[0].config)},
-                **({} if jobs[0].selection.is_all else {"selection": asdict(jobs[0].selection)}),
                 **(lineage or {}),
             },
         },

@@ -143,6 +143,8 @@ class Recipe:
     """How each model was trained."""
     experts: dict[str, Any] | None = None
     """Which models there are."""
+    selection: dict[str, Any] | None = None
+    """The pairs that were selected; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -275,6 +275,8 @@ class RunFolder(RunPaths):
             ModeclipError: The seed is not trained yet.
         """
         recipe = {"train": asdict(self.training), "experts": asdict(self.experts)}
+        if not self.selection.is_all:
+            recipe["selection"] = asdict(self.selection)
         return assemble_bundle(
             self.folder,
             [*self.members, *self.class_experts],
