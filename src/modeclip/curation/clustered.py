@@ -4,7 +4,7 @@ The vectors are those of the column ``caption_embedding`` in the catalog's fine 
 which are kept beside the catalog, in clusters of their own (spherical k-means of a sample). One pass brings them into
 the order of their clusters, in a temporary file, so that afterwards a cluster is read as one piece.
 
-Price: one pass over the vectors, 2 D bytes of temporary disk a pair (in ``TMPDIR``), and 20 bytes of memory a pair. For
+Price: one pass over the vectors, 2 D bytes of temporary disk a pair (in ``TMPDIR``), and 40 bytes of memory a pair. For
 images one forward pass of the model each, once.
 """
 

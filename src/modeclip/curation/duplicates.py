@@ -14,7 +14,8 @@ compared one with the other, never through a third: what is dropped has a duplic
     balanced    a part of each cluster, as even as its size allows, drawn by chance; experts first, then clusters
 
 Price: exact reads the column of digests; perceptual decodes each image once; the others read all vectors once or twice.
-Memory: 30 bytes a pair. docs/scale.md has the rates.
+Memory: about 100 bytes a pair, and their captions and keys where vectors are equal, in one process. docs/scale.md has
+the rates.
 """
 
 from __future__ import annotations
