@@ -296,7 +296,9 @@ def test_a_bundle_tells_the_selection_in_words_that_can_be_read_back(
     folder = RunFolder(folder=tmp_path, selection=Selection(where=("width > 0 AND site = 'x'",), mask="m_kept"))
     folder.__dict__["members"] = []  # no model is needed
     told: dict[str, Any] = {}
-    monkeypatch.setattr("modeclip.pipeline.run_folder.assemble_bundle", lambda *_, **more: told.update(more))
+    monkeypatch.setattr(
+        "modeclip.pipeline.run_folder.assemble_bundle", lambda *_, **more: told.update(more) or tmp_path
+    )
     folder.write_bundle()
     lineage = TypeAdapter(Lineage).validate_json(json.dumps(told["lineage"]))
     assert lineage.recipe is not None
