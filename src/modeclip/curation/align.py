@@ -55,7 +55,7 @@ from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import embed_images, encoder_identity
 from modeclip.system.console import log
 from modeclip.system.devices import choose_device
-from modeclip.system.paths import is_url
+from modeclip.system.paths import absolute, home, home_path, is_url
 
 WORDS_SHOWN = 40
 """Words of a text from which on the histogram has one bin."""
@@ -499,8 +499,8 @@ class ImageVectors(Statistic):
 
     def __init__(self, encoder: str) -> None:
         self.encoder = encoder
-        identity = encoder_identity(encoder) or _load(encoder).fingerprint
-        self.facts = {"statistic": "image vectors", "encoder": encoder, "identity": identity}
+        identity = encoder_identity(encoder) or {"encoder": encoder, "fingerprint": _load(encoder).fingerprint}
+        self.facts = {"statistic": "image vectors", "identity": identity}
 
     def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, "n D"]]:
         """Embed the images of a block."""
@@ -509,10 +509,12 @@ class ImageVectors(Statistic):
 
 
 def _encoder_name(model: str) -> str:
-    """Return what `load_any_encoder` calls the images' encoder of a model."""
+    """Return what `load_any_encoder` calls the images' encoder of a model, in any folder of this machine."""
     prefix = model.partition(":")[0]
     is_encoder = prefix in {"timm", "clip-image"} or (prefix != "local-dir" and OWN.fullmatch(model))
-    return model if is_encoder else f"clip-image:{model}"
+    if is_encoder:
+        return model
+    return f"clip-image:{absolute(home(model)) if home_path(model).is_dir() else model}"
 
 
 @cache
