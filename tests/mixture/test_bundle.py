@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeclip.clustering.novelty import FineQuantiles
+from modeclip.clustering.novelty import FineQuantiles, NearCaptions
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import Bundle, load_bundle, save_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
@@ -23,6 +23,11 @@ from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from support import weights_of
 
 LEVELS = (0.5, 0.99)
+NEAR = NearCaptions(
+    vectors=np.arange(-20, 20, dtype=np.int8).reshape(5, 8),
+    scale=0.01,
+    quantiles=FineQuantiles(levels=LEVELS, distances=np.array([[0.2, 0.4]], np.float32)),
+)
 TOWERS = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1},
@@ -94,7 +99,9 @@ def make_bundle(folder: Path, models: Path, *names: str, quantiles: bool = True)
             "templates": ["{}"],
             "lineage": lineage | {"stages": {"cluster": "clusters"}},
         },
-        fine_quantiles=FineQuantiles(levels=LEVELS, distances=np.ones((6, 2), np.float32)) if quantiles else None,
+        fine_quantiles=FineQuantiles(levels=LEVELS, distances=np.ones((6, 2), np.float32), near=NEAR)
+        if quantiles
+        else None,
     )
     return folder
 
@@ -126,6 +133,10 @@ def test_quantiles_come_back_and_old_bundles_still_load(tmp_path: Path, models: 
     opened = load_bundle(make_bundle(tmp_path / "new", models))
     assert opened.fine_quantiles is not None
     assert (opened.fine_quantiles.levels, opened.fine_quantiles.distances.tolist()) == (LEVELS, [[1, 1]] * 6)
+    near = opened.fine_quantiles.near
+    assert near is not None
+    assert (near.vectors.tolist(), near.scale) == (NEAR.vectors.tolist(), NEAR.scale)
+    assert (near.quantiles.levels, near.quantiles.distances.tolist()) == (LEVELS, NEAR.quantiles.distances.tolist())
     old = make_bundle(tmp_path / "old", models, quantiles=False)
     manifest = json.loads((old / "mode.json").read_text())
     del manifest["files"]
@@ -196,7 +207,7 @@ from pathlib import Path
 import numpy as np
 from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
-from modeclip.clustering.novelty import FineQuantiles
+from modeclip.clustering.novelty import FineQuantiles, NearCaptions
 folder, model = Path(sys.argv[1]), Path(sys.argv[2])
 def edit(folder):
     if sys.argv[3] == "add":

@@ -282,12 +282,12 @@ def test_a_file_without_a_hash_is_refused(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 3}, r"format 3 is newer than this modeclip reads \(2\); upgrade"),
-        ({"format_version": 10**30}, r"newer than this modeclip reads \(2\); upgrade"),
-        ({"format_version": "2"}, "format_version: expected a whole number of 1 to 2, got '2'"),
-        ({"format_version": 2.0}, "format_version: expected a whole number of 1 to 2, got 2.0"),
+        ({"format_version": 4}, r"format 4 is newer than this modeclip reads \(3\); upgrade"),
+        ({"format_version": 10**30}, r"newer than this modeclip reads \(3\); upgrade"),
+        ({"format_version": "2"}, "format_version: expected a whole number of 1 to 3, got '2'"),
+        ({"format_version": 2.0}, "format_version: expected a whole number of 1 to 3, got 2.0"),
         ({"format_version": True}, "format_version: expected a whole number"),
-        ({"format_version": 0}, "format_version: expected a whole number of 1 to 2, got 0"),
+        ({"format_version": 0}, "format_version: expected a whole number of 1 to 3, got 0"),
         ({"encoder": 3}, "encoder: .*string, got 3"),
         ({"encoder": ""}, "encoder: expected a name"),
         ({"encoder": "tfidf:../encoder"}, "encoder: expected tfidf:encoder"),
@@ -367,6 +367,14 @@ def test_what_is_no_manifest(bundle: Path, text: bytes, message: str) -> None:
 # ---------------------------------------------------------------- centres and cards
 
 
+NEAR: dict[str, Any] = {
+    "near_captions": np.ones((5, 8), np.int8),
+    "near_scale": np.array([0.01]),
+    "near_levels": np.array([0.5, 0.95]),
+    "near_distances": np.array([[0.1, 0.2]], np.float32),
+}
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -382,6 +390,14 @@ def test_what_is_no_manifest(bundle: Path, text: bytes, message: str) -> None:
         ({"quantile_levels": np.array([0.5, 0.9, 1.5])}, "quantiles that do not ascend"),
         ({"fine_quantiles": np.ones((3, 3), np.float32)}, "quantiles of shape"),
         ({"fine_quantiles": np.array([[0.2, 0.1, 0.3]] * 4, np.float32)}, "quantiles that do not ascend"),
+        ({"near_captions": np.ones((5, 8), np.int8)}, "holds .*'near_captions'"),
+        (NEAR | {"near_captions": np.ones((5, 7), np.int8)}, "captions of shape"),
+        (NEAR | {"near_captions": np.ones((0, 8), np.int8)}, "captions of shape"),
+        (NEAR | {"near_captions": np.ones((5, 8), np.uint8)}, "holds .*'near_captions'"),
+        (NEAR | {"near_scale": np.array([np.nan])}, "a scale of the captions"),
+        (NEAR | {"near_scale": np.ones(2)}, "a scale of the captions"),
+        (NEAR | {"near_distances": np.array([[0.2, 0.1]], np.float32)}, "quantiles that do not ascend"),
+        (NEAR | {"near_distances": np.ones((2, 2), np.float32)}, "quantiles of shape"),
     ],
 )
 def test_centres_fit_the_experts_and_each_other(bundle: Path, arrays: dict[str, Any], message: str) -> None:

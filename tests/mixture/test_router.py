@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from modeclip.clustering.clusters import Clustering
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import Bundle, load_bundle
+from modeclip.mixture.explain import Domain, flag
 from modeclip.mixture.routed_clip import RoutedClip
 from modeclip.mixture.router import ClusterRouter, Route, Router, RouteRequest
 from modeclip.models.clip import load_clip
@@ -95,6 +97,25 @@ def test_another_router_weighs_each_picture(small_run: Path, pictures: list[Imag
     half = (len(pictures) + 1) // 2
     first, second = (best_of(small_run / "bundle" / f"expert-{k}", pictures) for k in range(2))
     assert found == first[:half] + second[half:]
+
+
+class WithStrangers(FirstForPictures):
+    """Says that every second picture lies out of its domain."""
+
+    def route_images(self, pictures: Sequence[Image], request: RouteRequest, names: Sequence[str] = ()) -> Route:
+        number = np.arange(len(pictures))
+        domain = Domain(distance=number / 10, quantile=number / 100, out=number % 2 == 1)
+        return replace(super().route_images(pictures, request, names), domain=domain)
+
+
+def test_a_classified_picture_says_whether_it_is_out_of_domain(small_run: Path, pictures: list[Image]) -> None:
+    bundle = load_bundle(small_run / "bundle")
+    found = MoDE(bundle, router=WithStrangers(bundle)).task(CLASSES, templates=["{}"]).classify(pictures[:3])
+    flags = [flag(prediction.domain) for prediction in found]
+    assert [one["out_of_domain"] for one in flags] == [False, True, False]
+    assert [one["domain"]["distance"] for one in flags] == [0.0, 0.1, 0.2]  # type: ignore[index]
+    of_names = MoDE(bundle, router=FirstExpert(bundle)).task(CLASSES, templates=["{}"]).classify(pictures[:1])
+    assert of_names[0].domain is None
 
 
 @pytest.mark.parametrize("request_of", [{}, {"rule": "paper"}, {"each": True}, {"templates": ["an icon of {}"]}])

@@ -182,9 +182,11 @@ def classify(
             answer = next(answers)
             best = list(zip(answer.classnames, answer.probabilities, strict=True))[:top]
             shown = [{"name": name, "probability": share} | _flag_of(flags.get(name)) for name, share in best]
-            records.append({"picture": str(path), **flag(domain), "classes": shown})
+            records.append({"picture": str(path), **flag(answer.domain or domain), "classes": shown})
             if not as_json:
                 print_table(str(path), ["class", "probability"], [(name, f"{share:.3f}") for name, share in best])
+            if words := warning([str(path)], answer.domain):
+                log(words)
     if as_json:
         print_json(records)
     bad = [record["error"] for record in records if "error" in record]

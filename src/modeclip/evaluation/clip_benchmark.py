@@ -4,7 +4,8 @@ r"""CLIP_benchmark's own command line, with a bundle as the model that it evalua
         --dataset wds/pets --dataset_root tasks/{dataset} --output {dataset}.json
 
 The installed package runs as it is: this module registers one more kind of model and hands over. ``--pretrained`` is
-the routing rule; ``default``, or leaving it out, means the bundle's own. CLIP_benchmark loads the model before the
+the routing rule; ``default``, or leaving it out, means the bundle's own. ``--encoder MODULE:ATTRIBUTE`` names an
+encoder that is Python code, which runs only if it is named here. CLIP_benchmark loads the model before the
 dataset, so the model is routed when the dataset is known. A classification is routed by its class names: every prompt
 has the weights of its class, and experts without weight are not run. Anything else is routed text by text.
 
@@ -21,6 +22,7 @@ Source: CLIP_benchmark 1.6; MoDE (arXiv 2404.16030) Sec. 3.4.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -124,7 +126,11 @@ class RoutedByDataset(nn.Module):
 
 
 def load(
-    model_name: str, pretrained: str, cache_dir: str | None = None, device: str | torch.device = "cpu"
+    model_name: str,
+    pretrained: str,
+    cache_dir: str | None = None,
+    device: str | torch.device = "cpu",
+    encoder: str | None = None,
 ) -> tuple[RoutedByDataset, Any, Callable[[Sequence[str]], Tensor]]:
     """Load a bundle as CLIP_benchmark loads models: (model, transform, tokenizer).
 
@@ -133,12 +139,13 @@ def load(
         pretrained: Routing rule, or ``default``.
         cache_dir: Not used; a bundle is not copied.
         device: Where it runs.
+        encoder: Encoder that takes the place of the bundle's and may be Python code; None: the bundle's.
     """
     del cache_dir
     rule = None if pretrained in (DEFAULT_RULE, "") else pretrained
     if rule is not None and rule not in RULES:
         raise unknown("rule", rule, [DEFAULT_RULE, *RULES])
-    mode = MoDE.load(model_name)
+    mode = MoDE.load(model_name, encoder=encoder)
     if mode.per_image:
         raise ModeclipError(
             f"bundle {model_name}: its clusters are of images, and CLIP_benchmark hands over no pictures to route; "
@@ -154,11 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from clip_benchmark import cli, models
     except ImportError:
         raise ModeclipError("clip_benchmark is not installed; pip install clip-benchmark") from None
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given, encoder = _without_encoder(list(sys.argv[1:] if arguments is None else arguments))
     loaded: list[RoutedByDataset] = []
 
     def load_noted(**named: Any) -> tuple[RoutedByDataset, Any, Callable[[Sequence[str]], Tensor]]:
-        found = load(**named)
+        found = load(**named, encoder=encoder)
         loaded[:] = [found[0]]
         return found
 
@@ -214,6 +221,14 @@ def _mend_accuracy() -> None:
         zeroshot_classification.accuracy(torch.eye(2), torch.tensor([0, 1]))
     except TypeError:
         zeroshot_classification.accuracy = accuracy
+
+
+def _without_encoder(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Take ``--encoder NAME`` out of the arguments: a word of ours, which CLIP_benchmark does not know."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--encoder")
+    own, others = parser.parse_known_args(arguments)
+    return others, own.encoder
 
 
 def _is_ours(arguments: list[str]) -> bool:

@@ -3,7 +3,9 @@
     bundle/
       mode.json               format version, encoder, rule, the experts, the SHA-256 of every file, lineage
       centres.safetensors     fine_centers (M, D) float32, expert_of_fine (M,) int64; quantile_levels (Q,) float64 and
-                              fine_quantiles (M, Q) float32 of the captions' distances, which tell later what is novel
+                              fine_quantiles (M, Q) float32 of the captions' distances, which tell later what is novel;
+                              near_captions (n, D) int8, their near_scale, and the quantiles of their distances to each
+                              other, near_levels and near_distances, which tell what is out of domain
       clusters.json           size, key words and example captions of every fine cluster
       seed/  expert-0/ ...    plain open_clip model folders; expert-pets/ if one was trained for class names
       encoder/                only where the encoder was fitted to the captions
@@ -42,7 +44,7 @@ from tyro.conf import arg
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.embedding import COLUMN
 from modeclip.clustering.fitting import CARDS_FILE
-from modeclip.clustering.novelty import FineQuantiles, fitted_quantiles
+from modeclip.clustering.novelty import FineQuantiles, NearCaptions, fitted_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError, check_above_zero, unknown
@@ -73,6 +75,8 @@ CENTRES = {"expert_of_fine": "I64", "fine_centers": "F32"}
 """Arrays of the file with the centres, and their types."""
 QUANTILES = {"fine_quantiles": "F32", "quantile_levels": "F64"}
 """Those that bundles of format 1 do not have."""
+NEAR = {"near_captions": "I8", "near_distances": "F32", "near_levels": "F64", "near_scale": "F64"}
+"""Those that only bundles of format 3 may have."""
 _AGAIN = "get the bundle again"
 
 
@@ -438,6 +442,9 @@ def save_centres(
     if fine_quantiles is not None:
         tensors["quantile_levels"] = np.array(fine_quantiles.levels)
         tensors["fine_quantiles"] = np.ascontiguousarray(fine_quantiles.distances)
+        if (near := fine_quantiles.near) is not None:
+            tensors |= {"near_captions": np.ascontiguousarray(near.vectors), "near_scale": np.array([near.scale])}
+            tensors |= {"near_levels": np.array(near.quantiles.levels), "near_distances": near.quantiles.distances}
     with replacing(path) as part:
         save_file(tensors, part)
 
@@ -470,7 +477,7 @@ def _read_centres(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     try:
         with safe_open(path / file, "numpy") as opened:
             types = {name: opened.get_slice(name).get_dtype() for name in sorted(opened.keys())}
-            if types not in ({**CENTRES, **QUANTILES}, CENTRES):
+            if types not in ({**CENTRES, **QUANTILES, **NEAR}, {**CENTRES, **QUANTILES}, CENTRES):
                 found = ", ".join(f"{name[:40]!r} {kind}" for name, kind in list(types.items())[:6])
                 raise error(
                     f"holds {found or 'nothing'}, expected {', '.join(CENTRES)} and maybe {', '.join(QUANTILES)}"
@@ -483,22 +490,43 @@ def _read_centres(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         raise error(f"has centres of shape {centers.shape}, expected a matrix of finite numbers")
     if owners.shape != centers.shape[:1] or not ((owners >= 0) & (owners < num_experts)).all():
         raise error(f"expected an expert of 0 to {num_experts - 1} for each of {len(centers):,} fine clusters")
+    fault = ""
     if QUANTILES.keys() <= arrays.keys():
-        levels, distances = arrays["quantile_levels"], arrays["fine_quantiles"]
-        if levels.ndim != 1 or distances.shape != (len(centers), len(levels)) or not len(levels):
-            raise error(
-                f"has quantiles of shape {distances.shape}, expected some for each of {len(centers):,} clusters"
-            )
-        inside = (levels > 0).all() and (levels < 1).all() and (np.diff(levels) > 0).all()
-        if not inside or not np.isfinite(distances).all() or (np.diff(distances, prepend=0.0) < 0).any():
-            raise error("has quantiles that do not ascend")
+        fault = _fault_of(arrays["quantile_levels"], arrays["fine_quantiles"], len(centers))
+    if NEAR.keys() <= arrays.keys():
+        captions, scale = arrays["near_captions"], arrays["near_scale"]
+        if captions.ndim != 2 or len(captions) < 1 or captions.shape[1] != centers.shape[1]:
+            raise error(f"has captions of shape {captions.shape}, expected {centers.shape[1]:,} numbers for each")
+        if scale.shape != (1,) or not 0 < scale[0] < np.inf:
+            raise error("has a scale of the captions that is not one number above 0")
+        fault = fault or _fault_of(arrays["near_levels"], arrays["near_distances"], 1)
+    if fault:
+        raise error(fault)
     return arrays
+
+
+def _fault_of(levels: np.ndarray, distances: np.ndarray, num_clusters: int) -> str:
+    """Say why levels and distances are no quantiles of some clusters; empty if they are."""
+    if levels.ndim != 1 or distances.shape != (num_clusters, len(levels)) or not len(levels):
+        return f"has quantiles of shape {distances.shape}, expected some for each of {num_clusters:,} clusters"
+    inside = (levels > 0).all() and (levels < 1).all() and (np.diff(levels) > 0).all()
+    ascends = np.isfinite(distances).all() and (np.diff(distances, prepend=0.0) >= 0).all()
+    return "" if inside and ascends else "has quantiles that do not ascend"
 
 
 def _quantiles(centres: Mapping[str, np.ndarray]) -> FineQuantiles | None:
     if "fine_quantiles" not in centres:
         return None
-    return FineQuantiles(levels=tuple(centres["quantile_levels"].tolist()), distances=centres["fine_quantiles"])
+    near = None
+    if "near_captions" in centres:
+        levels = tuple(centres["near_levels"].tolist())
+        near = NearCaptions(
+            vectors=centres["near_captions"],
+            scale=float(centres["near_scale"][0]),
+            quantiles=FineQuantiles(levels=levels, distances=centres["near_distances"]),
+        )
+    levels = tuple(centres["quantile_levels"].tolist())
+    return FineQuantiles(levels=levels, distances=centres["fine_quantiles"], near=near)
 
 
 def _check_hashes(path: Path, hashes: Mapping[str, str], names: Collection[str]) -> None:

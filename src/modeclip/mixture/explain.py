@@ -1,9 +1,11 @@
 """Why a task is routed as it is: the fine clusters that lie nearest to each of its classes, and whose those are.
 
 A router has an answer to everything, also to what no expert has ever seen. `Domain` tells: a text is out of the
-bundle's domain if it lies farther from its nearest fine centre than `FAR` of the captions of that cluster, by the
-quantiles that the bundle keeps (`modeclip.clustering.novelty`). So a few of a hundred captions of the very same source
-are called so. A task is out of domain if a quarter of its names are, and more than one of them if it has several.
+bundle's domain if it lies farther from its nearest caption than `FAR_FROM_CAPTIONS` of the captions lie from another
+one, by what the bundle keeps (`modeclip.clustering.novelty`). A bundle of an earlier version keeps no captions; there a
+text is out that lies farther from its nearest fine centre than `FAR` of the captions of that cluster. So a few of a
+hundred captions of the very same source are called so. A task is out of domain if a quarter of its names are, and more
+than one of them if it has several.
 
 Source: ours.
 Price: the distances of the class names to all centres once more; the cards of the clusters are read from the bundle.
@@ -12,7 +14,8 @@ Price: the distances of the class names to all centres once more; the cards of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -24,7 +27,10 @@ from modeclip.mixture.bundle import Bundle
 NEAREST_SHOWN = 3
 """How many fine clusters a class is explained by."""
 FAR = 0.95
-"""Share of a cluster's captions beyond whose distance a text is out of domain."""
+"""Share of a cluster's captions beyond whose distance to the centre a text is out of domain."""
+FAR_FROM_CAPTIONS = 0.9
+"""Share of the captions beyond whose distance to another one a text is out of domain. It can be lower, since names that
+are at home are said by some caption, most of them word for word (``benchmarks/domain.py``)."""
 OUT_FRACTION = 0.25
 """Share of a task's names that are out of domain where the task is."""
 
@@ -34,33 +40,55 @@ class Domain:
     """Whether names lie where the captions of a bundle lie."""
 
     distance: Float[np.ndarray, " L"]
-    """Euclidean distance of each name to its nearest fine centre."""
+    """Euclidean distance of each name to its nearest caption, or fine centre."""
     quantile: Float[np.ndarray, " L"]
-    """Share of that cluster's captions that lie nearer to it: 0 at the centre, 1 beyond all of them."""
+    """Share of the captions that lie nearer to another one, or of that cluster's captions to its centre: 0 to 1."""
     out: Bool[np.ndarray, " L"]
     """Whether each name is out of domain."""
+    nearest: Literal["caption", "centre"] = "caption"
+    """What the distances lead to."""
 
     @classmethod
     def of(
-        cls, nearest_fine: Int[np.ndarray, " L"], distance: Float[np.ndarray, " L"], quantiles: FineQuantiles | None
+        cls,
+        vectors: Float[np.ndarray, "L D"],
+        nearest_fine: Int[np.ndarray, " L"],
+        distance: Float[np.ndarray, " L"],
+        quantiles: FineQuantiles | None,
     ) -> Domain | None:
-        """Compare distances with the quantiles of a bundle; None where it has none that reach to `FAR`.
+        """Compare names with the captions of a bundle; None where it has no quantiles that reach so far.
+
+        Args:
+            vectors: Vector of each name.
+            nearest_fine: Its nearest fine cluster.
+            distance: Its distance to that centre.
+            quantiles: What is known of the captions.
 
         Examples:
             >>> known = FineQuantiles(levels=(0.5, 0.95), distances=np.array([[0.4, 0.8]], np.float32))
-            >>> Domain.of(np.zeros(3, int), np.array([0.2, 0.7, 0.9]), known).out.tolist()
+            >>> Domain.of(np.eye(3), np.zeros(3, int), np.array([0.2, 0.7, 0.9]), known).out.tolist()
             [False, False, True]
         """
-        if quantiles is None or not quantiles.levels[0] <= FAR <= quantiles.levels[-1]:
+        near, far = None if quantiles is None else quantiles.near, FAR
+        if near is not None:
+            far = FAR_FROM_CAPTIONS
+            nearest_fine, distance, quantiles = np.zeros_like(nearest_fine), near.distance(vectors), near.quantiles
+        if quantiles is None or not quantiles.levels[0] <= far <= quantiles.levels[-1]:
             return None
         share, _ = quantiles.novelty(nearest_fine, distance)
-        return cls(distance=distance, quantile=share, out=distance > quantiles.threshold(FAR)[nearest_fine])
+        out = distance > quantiles.threshold(far)[nearest_fine]
+        return cls(distance=distance, quantile=share, out=out, nearest="centre" if near is None else "caption")
 
     @property
     def is_out(self) -> bool:
         """Whether the names together, as one task, are out of domain."""
         number, total = int(self.out.sum()), len(self.out)
         return number >= max(OUT_FRACTION * total, min(2, total))
+
+    def part(self, place: int) -> Domain:
+        """Return where one of the names lies, as a task of its own."""
+        own = slice(place, place + 1)
+        return replace(self, distance=self.distance[own], quantile=self.quantile[own], out=self.out[own])
 
     def to_json(self) -> dict[str, float | int]:
         """Return what the flag of the task rests on: mean distance, mean quantile, names that are out of domain."""
@@ -92,9 +120,12 @@ def warning(names: Sequence[str], domain: Domain | None) -> str:
     far = [name for name, out in zip(names, domain.out.tolist(), strict=True) if out]
     some = ", ".join(map(repr, far[:3])) + (", ..." if len(far) > 3 else "")
     start = "out of domain: " if domain.is_out else ""
+    than = f"caption than {FAR_FROM_CAPTIONS:.0%} of the captions from theirs"
+    if domain.nearest == "centre":
+        than = f"cluster than {FAR:.0%} of its captions"
     return (
-        f"{start}{len(far):,} of {len(names):,} names lie farther from their nearest cluster than {FAR:.0%} of its "
-        f"captions, so the router can only guess: {some}"
+        f"{start}{len(far):,} of {len(names):,} names lie farther from their nearest {than}, so the router can only "
+        f"guess: {some}"
     )
 
 
@@ -123,11 +154,11 @@ class ClassReason:
     clusters: tuple[NearCluster, ...]
     """The nearest fine clusters, nearest first; none where the router does not look at clusters."""
     out_of_domain: bool | None = None
-    """Whether it lies farther from the nearest than `FAR` of its captions; None where the bundle has no quantiles."""
+    """Whether it is out of domain (`Domain`); None where the bundle has no quantiles."""
     distance: float | None = None
-    """Its distance to the nearest centre."""
+    """Its distance to the nearest caption; in a bundle without captions, to the nearest centre."""
     quantile: float | None = None
-    """Share of that cluster's captions that lie nearer to the centre."""
+    """Share of the captions that lie nearer to another one; without captions, of that cluster's to the centre."""
 
 
 def explain(

@@ -32,7 +32,7 @@ from modeclip.clustering.distances import assign_nearest
 from modeclip.clustering.embedding import ROWS_AT_ONCE, read_embeddings
 from modeclip.clustering.fitting import sample_rows
 from modeclip.clustering.kmeans import kmeans
-from modeclip.clustering.novelty import fit_quantiles
+from modeclip.clustering.novelty import KEPT_CAPTIONS, NearCaptions, fit_quantiles
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError, check_above_zero, check_between, check_least
@@ -206,6 +206,7 @@ def fit_new_clusters(
     found = fit_quantiles(
         np.concatenate(fines), np.concatenate(distances), num_fine, quantiles_of(bundle, fitted_on).levels
     )
+    found = replace(found, near=NearCaptions.fit(x[:: -(-len(x) // KEPT_CAPTIONS)]))
     return NewClusters(
         fine_centers=centers,
         cards=tuple(_in_catalog(asdict(card), rows) for card in cards[:-1]),

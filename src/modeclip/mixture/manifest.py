@@ -27,7 +27,7 @@ from modeclip.mixture.rules import RULES
 from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
 from modeclip.training.jobs import job_name
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "mode.json"
 CENTRES_FILE = "centres.safetensors"
 CLUSTERS_FILE = "clusters.json"

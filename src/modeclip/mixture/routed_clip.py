@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from modeclip.data.prompts import check_templates, fill
 from modeclip.errors import ModeclipError, unknown
-from modeclip.mixture.explain import ClassReason
+from modeclip.mixture.explain import ClassReason, Domain
 from modeclip.mixture.router import Route
 from modeclip.mixture.rules import MIXES, reweigh
 from modeclip.models.clip import Clip, encode_image, encode_text, logit_scale_of, without_gradients
@@ -50,6 +50,8 @@ class Prediction:
     """All class names, the most probable first."""
     probabilities: tuple[float, ...]
     """Probability of each, summing to 1."""
+    domain: Domain | None = None
+    """Whether the picture lies where the bundle's pictures lie; None where pictures are not routed, or not known."""
 
 
 class RoutedClip(nn.Module):
@@ -189,14 +191,16 @@ class RoutedClip(nn.Module):
             raise unknown("mix", mix, MIXES)
         if not len(images):
             return []
-        first, weights = self._first, None
+        first, weights, domain = self._first, None, None
         if isinstance(images, Tensor):
             batch, pictures = images, []
         else:
             pictures = [image.convert("RGB") for image in images]
             batch = first.images(pictures).to(self.logit_scale.device)
         if self.route.per_image:
-            weights = self.route.weigh_images(pictures or _pictures(batch, first.model.visual))
+            seen = pictures or _pictures(batch, first.model.visual)
+            found = self.route.router.route_images(seen, self.route.request)
+            weights, domain = found.class_weights, found.domain
         del first  # the pool may have to free it for the next expert
         if mix == "cosines":
             logits = self.logit_scale.exp() * self.encode_image(batch, weights=weights) @ self._classifier.T
@@ -208,8 +212,9 @@ class RoutedClip(nn.Module):
             Prediction(
                 classnames=tuple(self.classnames[index] for index in row_order),
                 probabilities=tuple(row),
+                domain=None if domain is None else domain.part(number),
             )
-            for row, row_order in zip(probabilities.tolist(), order.tolist(), strict=True)
+            for number, (row, row_order) in enumerate(zip(probabilities.tolist(), order.tolist(), strict=True))
         ]
 
     def _clip(self, expert: int) -> Clip:

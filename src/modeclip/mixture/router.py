@@ -301,7 +301,7 @@ class ClusterRouter:
             router=self,
             bundle=self.bundle,
             embeddings=vectors,
-            domain=Domain.of(found.nearest_fine, found.distance, self._quantiles) if is_whole else None,
+            domain=Domain.of(vectors, found.nearest_fine, found.distance, self._quantiles) if is_whole else None,
         )
 
     def embed_images(self, pictures: Sequence[Image]) -> Float[np.ndarray, "N D"]:
