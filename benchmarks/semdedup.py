@@ -189,9 +189,10 @@ def main() -> None:
     threads = torch.get_num_threads()
     faiss.omp_set_num_threads(threads)
     threshold, today = 1 - arguments.eps, str(datetime.now(UTC).date())
-    distinct = len(np.unique(x.view(f"V{4 * x.shape[1]}").reshape(-1)[:: max(1, len(x) // 20_000)]))
+    some = x.view(f"V{4 * x.shape[1]}").reshape(-1)[:: max(1, len(x) // 20_000)]
+    distinct = len(np.unique(some)) / len(some)
     print(f"{today}, {machine()}, {threads} threads, load {os.getloadavg()[0]:.1f} at the start")
-    shape = f"{len(x):,} x {x.shape[1]}, {distinct:,} of 20,000 distinct"
+    shape = f"{len(x):,} x {x.shape[1]}, {100 * distinct:.0f} % of a sample of {len(some):,} distinct"
     print(f"{shape}, {arguments.clusters} clusters, eps {arguments.eps:g}")
     fit_centers(x[:4096], 16, 0)  # imports and threads are not timed
     our_search(x[:1024], threshold, arguments.chain)

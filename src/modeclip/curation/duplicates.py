@@ -124,7 +124,9 @@ class DuplicatesConfig:
         if not 0 < self.temperature < np.inf:
             raise ModeclipError(f"duplicates.temperature: expected a number above 0, got {self.temperature}")
         if self.by in BY_SHARE and self.kept_fraction is None:
-            raise ModeclipError(f"duplicates.kept_fraction: --by {self.by} needs to know how much shall stay, got none")
+            raise ModeclipError(
+                f"duplicates.kept_fraction: --by {self.by} needs the share that shall stay, got none: set it, such as 0.5"
+            )
         others = {
             "pixels": ("exact",),
             "chain": ("semantic",),
