@@ -125,7 +125,7 @@ class DuplicatesConfig:
             raise ModeclipError(f"duplicates.temperature: expected a number above 0, got {self.temperature}")
         if self.by in BY_SHARE and self.kept_fraction is None:
             raise ModeclipError(
-                f"duplicates.kept_fraction: --by {self.by} needs the share that shall stay, got none: set it, such as 0.5"
+                f"duplicates.kept_fraction: --by {self.by} needs the share that stays, got none: set it, such as 0.5"
             )
         others = {
             "pixels": ("exact",),
