@@ -21,7 +21,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import fill
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.clip_benchmark import _num_shards, main
+from modeclip.evaluation.clip_benchmark import _num_shards, _without_encoder, main
 from modeclip.evaluation.metrics import score_classes
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
@@ -217,3 +217,10 @@ def test_there_is_at_most_a_worker_for_each_shard(tmp_path: Path) -> None:
     assert _num_shards(args) == 3
     assert _num_shards(argparse.Namespace(**vars(args) | {"split": "train"})) == 4
     assert _num_shards(argparse.Namespace(**vars(args) | {"dataset": "cifar10"})) == 4
+
+
+@pytest.mark.parametrize("words", [["--encoder", "mine:encode"], ["--encoder=mine:encode"]])
+def test_the_encoder_is_a_word_of_ours(words: list[str]) -> None:
+    rest = ["eval", "--model", "bundle", "--dataset", "wds/a", "wds/b"]
+    assert _without_encoder([*rest, *words]) == (rest, "mine:encode")
+    assert _without_encoder(rest) == (rest, None)
