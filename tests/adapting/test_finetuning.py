@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,7 +42,7 @@ from modeclip.evaluation.intervals import bootstrap_interval
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import EngineConfig, TrainJob
-from support import with_weights
+from support import Python, with_weights
 
 CONFIG = FinetuneConfig(
     epochs=4,
@@ -315,20 +311,12 @@ def test_early_stop_stops(model: str, catalog: Catalog, tmp_path: Path, patience
 
 SCRIPT = """
 import sys
+sys.path.insert(0, sys.argv[5])
 from modeclip.data.catalog import Catalog
 from modeclip.adapting.finetuning import finetune
 from test_finetuning import CONFIG
 finetune(sys.argv[4], Catalog.open(sys.argv[1]), CONFIG, out=sys.argv[2], tasks=sys.argv[3])
 """
-
-
-def start(model: str, catalog: Catalog, out: Path, tasks: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT, catalog.path, str(out), str(tasks), model]
-    path = os.pathsep.join(
-        [str(Path(__file__).parent), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
@@ -338,13 +326,14 @@ def test_killed_twice_and_run_again_gives_the_same(
     """Killed in training, and between two alphas."""
     tasks, out = folder / "icons" / "tasks.lance", tmp_path / "tuned"
     for word in ('"checks": [[', '"found": {"0.0"'):
-        process, deadline = start(model, catalog, out, tasks), time.monotonic() + 240
+        process = Python("-c", SCRIPT, catalog.path, out, tasks, model, Path(__file__).parent, PYTHONWARNINGS="default")
+        deadline = time.monotonic() + 240
         while not ((out / "notes.json").is_file() and word in (out / "notes.json").read_text()):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.kill()
+        process.wait()
     assert not (out / "finetune.json").exists()
     result = finetune(model, catalog, CONFIG, out=out, tasks=str(tasks))
     ours, theirs = (
