@@ -291,12 +291,12 @@ def test_a_run_that_is_stopped_leaves_no_catalog_and_the_next_one_works(tmp_path
     sets = ("octicons", "heroicons", "lucide", "tabler")  # they take some seconds
     config = DataConfig.from_flat({"source": "icons", "train_sets": sets})
     process = start(config, tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (tmp_path / "catalog.lance" / "data").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)  # while it draws; Lance, which has just begun to write, takes no interrupt
     process.send_signal(number)
-    _, output = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=600)
     assert process.returncode == -number, output.decode()
     # An interrupt has time to clean up.
     with pytest.raises(ModeclipError, match="is unfinished" if number == signal.SIGKILL else "no catalog at"):
@@ -526,7 +526,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path):
     )
     script = f'mount -t tmpfs -o size=300k tmpfs "{tmp_path}" && "{sys.executable}" -W error -c "$0"'
     command = ["unshare", "-rm", "sh", "-c", script, code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout == (
         f"disk full while writing '{tmp_path}': free some space and give the same command again;"
         " nothing half-written is left to be used []\n"

@@ -48,7 +48,7 @@ def test_a_plan_counts_and_measures_and_leaves_nothing(catalog: Catalog, tmp_pat
     assert len(step) == 1  # the three are alike and measured once
     [seconds] = step
     assert seconds is not None
-    assert 1e-4 < seconds < 30
+    assert 1e-4 < seconds < 600
     assert [job.seconds for job in found.jobs] == pytest.approx([54 * seconds, 10 * seconds, 10 * seconds])
     assert found.seconds == pytest.approx(64 * seconds)
     weights = 8.2e6 * 4  # parameters of the model

@@ -125,7 +125,7 @@ def test_a_job_while_it_trains_and_after_it_was_stopped(
     assert running.samples_per_second
     assert running.seconds_left
     assert running.checkpoint_age_seconds is not None
-    assert running.checkpoint_age_seconds < 60
+    assert running.checkpoint_age_seconds < 600
     monkeypatch.setattr("modeclip.training.status.REFRESH_SECONDS", 0.0)
     before = iter([(running,), (running,)])
     rows = watch(lambda: next(before, status(tmp_path / "job")), "live")  # ends by itself when nothing runs any more
