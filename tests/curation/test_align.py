@@ -19,6 +19,7 @@ from modeclip.curation import counting
 from modeclip.curation.align import AlignConfig, Ngrams, frequent_ngrams, keys_with_more, split_words
 from modeclip.curation.counting import add_counts, in_ranges
 from modeclip.curation.curating import curate
+from modeclip.curation.method import Context, Decided
 from modeclip.data.catalog import PAIR_COLUMNS, Catalog
 from modeclip.data.mapping import map_fragments
 from modeclip.data.selection import Selection
@@ -124,13 +125,10 @@ def test_rules_are_those_of_plain_counting_whatever_the_fragments(
     expected = broken_rules(pairs, config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counting, "KEYS_AT_ONCE", at_once)
-        if all(expected):
-            with pytest.raises(ModeclipError, match="keep none"):
-                curate(catalog, config, dry_run=True)
-            return
-        curated = curate(catalog, config, dry_run=True)
-    assert curated.column("cause").tolist() == [rules[0] if rules else 0 for rules in expected]
-    shown = curated.prepared.tables[0].rows
+        prepared = config.prepare(Context(catalog=catalog, name="align", selected=None, selection=None))
+    assert isinstance(prepared.work, Decided)
+    assert prepared.work.values["align_cause"].tolist() == [rules[0] if rules else 0 for rules in expected]
+    shown = prepared.tables[0].rows
     for place, row in enumerate(shown[:7], 1):
         assert row[1] == str(sum(place in rules for rules in expected))
         assert row[3] == str(sum([place] == rules for rules in expected))
