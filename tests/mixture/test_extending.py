@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +37,7 @@ from modeclip.mixture.extending import (
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows, select_rows
 from modeclip.training.jobs import TrainJob
-from support import encode_picture, weights_of
+from support import Python, encode_picture, weights_of
 
 DISHES = [
     f"{style} {dish} with {side}"
@@ -117,13 +113,12 @@ def test_a_new_topic_gets_an_expert_of_its_own(bundle: Path, dishes: Catalog, ol
     out, before = tmp_path / "out", hashes(bundle, "seed", "expert-0", "expert-1")
     wanted = AssignConfig(min_pairs=32, new_fraction=0.05)
     assert [p.action for p in assign(dishes, load_bundle(bundle), wanted, fitted_on=old).proposals] == ["new"]
-    words = [sys.executable, "-c", SCRIPT, str(bundle), dishes.path, str(out), old.path]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = Python("-c", SCRIPT, bundle, dishes.path, out, old.path)
     while not (out / "expert-2" / "lock").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     assert load_bundle(bundle).num_experts == 2
     routed = MoDE.load(bundle).route(OLD_TASK)
     result = extend(bundle, dishes, out, thresholds=wanted, config=QUICK, fitted_on=old)
