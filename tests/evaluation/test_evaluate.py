@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ from modeclip.mixture.mode import MoDE
 from modeclip.mixture.rules import MIXES, Mix, route
 from modeclip.models.encoders import load_encoder
 from modeclip.models.feature_cache import FeatureCache
+from support import Python
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 WEIGHTS = "open_clip_model.safetensors"
@@ -470,11 +469,11 @@ def test_killed_evaluation_loses_one_task(
     """Killed as soon as a task's features are there; the next call makes only what is missing."""
     out = tmp_path / "out"
     words = ["evaluate", str(small_run / "bundle"), "--tasks", str(small_run / "tasks.lance"), "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-m", "modeclip", *words], stderr=subprocess.DEVNULL)
+    process = Python("-m", "modeclip", *words)
     while not list((out / "features").glob("images-*.npy")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in (out / "features").glob("*.npy")}
     assert not (out / "results.jsonl").exists()
