@@ -213,7 +213,7 @@ def test_the_command_prints_explains_and_compares(
     saved = json.loads((Path(found["page"]).parent / "curate.json").read_text(encoding="utf-8"))
     assert saved == {name: value for name, value in found.items() if name != "page"}
     for group in (found["kept"], *found["causes"]):
-        assert group["name"] in tried.stdout
+        assert group["name"][:24] in tried.stdout  # a long name goes on in the next line of its cell
         assert f"{group['count']:,}" in tried.stdout
     again = modeclip_command("curate", icons_copy.path, *options, "--column", "two", "--where", "width > 0")
     assert again.returncode == 0, again.stderr

@@ -505,9 +505,10 @@ class Catalog:
         if rows is None:
             with self._reading(columns):
                 return self._dataset.to_table(columns=list(columns))
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < (count := int(self._dataset.count_rows())):
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < int(self._dataset.count_rows()):
             raise ModeclipError(
-                f"catalog {self.path!r} has rows 0 to {count - 1}, got {int(rows.min())} to {int(rows.max())}"
+                f"catalog {self.path!r} has rows 0 to {self._dataset.count_rows() - 1}, got {int(rows.min())} to"
+                f" {int(rows.max())}"
             )
         with self._reading(columns):
             return self._dataset.take(rows.tolist(), columns=list(columns))
