@@ -121,8 +121,10 @@ def rows_with_nan() -> np.ndarray:
 
 def make_job(catalog: Catalog | Path | str, folder: Path, config: TrainConfig, **changes: object) -> TrainJob:
     """Return a job of 24 steps from a model's own start, named after its folder, with these changes."""
-    from modeclip.training.jobs import TrainJob
+    from modeclip.training.choosing import LADDER
+    from modeclip.training.jobs import AUTO, TrainJob
 
+    config = replace(config, model=LADDER[0]) if config.model == AUTO else config
     job = TrainJob(
         name=folder.name,
         folder=str(folder),

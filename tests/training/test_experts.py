@@ -31,7 +31,7 @@ from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.status import status
 from support import mark_done, with_weights
 
-TRAIN = TrainConfig(samples=32 * 8 * 10, batch_size=8)
+TRAIN = TrainConfig(model="modeclip-icon", samples=32 * 8 * 10, batch_size=8)
 
 
 @pytest.fixture(scope="module")

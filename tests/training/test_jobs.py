@@ -56,7 +56,7 @@ def test_a_job_keeps_its_selection_in_its_file(tmp_path: Path) -> None:
     (tmp_path / "job" / "job.json").write_text(json.dumps(content))
     before = TrainJob.load(tmp_path / "job" / "job.json")
     assert before.selection.is_all
-    assert before.config == TrainConfig()
+    assert before.config == TrainConfig(model="modeclip-icon")
 
 
 def test_digests_stay_what_they_were(jobs: dict[str, TrainJob]) -> None:

@@ -54,6 +54,7 @@ from modeclip.models.encoders.images import ClipBothEncoder
 from modeclip.models.pool import ModelRef
 from modeclip.system.console import log, progress
 from modeclip.system.paths import home, is_url
+from modeclip.training.choosing import with_model
 from modeclip.training.experts import fingerprint_of, pin_jobs
 from modeclip.training.jobs import JOB_FILE, MOST_PROCESSES, TrainConfig, TrainJob, TrainResult, brings_weights, prepare
 from modeclip.training.launching import run_jobs
@@ -234,14 +235,15 @@ class DfnConfig:
                 f"dfn.clean: {self.clean} marks {size:,} pairs, fewer than one batch of {batch:,}; mark more, or set "
                 f"train.batch_size to at most {size:,}"
             )
+        train = with_model(self.train, catalog.path)
         job = TrainJob(
             name="filter",
             folder="",
             catalog=catalog.path,
-            catalog_fingerprint=fingerprint_of(catalog, None, self.train.model),
-            config=self.train.decided(),
+            catalog_fingerprint=fingerprint_of(catalog, None, train.model),
+            config=train.decided(),
             first_step=0,
-            last_step=self.train.total_parts * self.train.steps_per_part,
+            last_step=train.total_parts * train.steps_per_part,
             first_share=0.0,
             last_share=1.0,
             selection=selection,

@@ -40,14 +40,20 @@ from modeclip.pipeline.stages import (
     announced_jobs,
     announcement,
     choices,
-    misfits,
     open_run,
     samples_of,
 )
 from modeclip.system.paths import home_path
+from modeclip.training.choosing import Fit, with_model
 from modeclip.training.experts import pin_jobs
-from modeclip.training.jobs import TrainJob
+from modeclip.training.jobs import AUTO, TrainJob, job_name
 from modeclip.training.status import job_status
+
+ONE_STEP_SECONDS, CAPTION_SECONDS, CARD_SECONDS, REPORT_SECONDS = 2e-4, 2e-5, 4e-3, 1.0
+"""What a pair of the control without two steps, a pair of the bundle's captions, and a fine cluster on the report take,
+and the rest of the report: as on the demo's 23,537 pairs and 256 clusters (2 cores)."""
+BUNDLE_SECONDS = 4e-9
+"""What a byte of a model takes to be hashed and copied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,23 +123,27 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
     from modeclip.training.costs import MEASURED_STEPS, free_bytes, measure, wall_time
 
     check_trusted(recipe.embed.encoder, trust_encoder)
-    check_model(recipe.train.model)
+    if recipe.train.model != AUTO:
+        check_model(recipe.train.model)
     out = home_path(out)
     folder = open_run(recipe, out)
     stages = _Outlook(recipe, folder)
     source = open_source(recipe.data)
     done = stages.look(source)
     folder = stages.folder  # with what a curation that is done has selected
-    announced = announced_jobs(stages.recipe, out, folder.selection)
     if "cluster" in done and ("controls" in done or not folder.split_controls):
         jobs = folder.jobs
     elif "index" in done and ("curate" in done or not recipe.curate):
         # models that read no clusters may be trained already
-        jobs = pin_jobs([job for job in announced if not job.where], Catalog.open(folder.catalog_path))
+        known = announced_jobs(stages.recipe, out, folder.selection)
+        jobs = pin_jobs([job for job in known if not job.where], Catalog.open(folder.catalog_path))
     else:
         jobs = []
     with tempfile.TemporaryDirectory(prefix="modeclip-plan-") as temporary:
         looked = _look(recipe, source, Path(temporary))
+        train = with_model(stages.recipe.train, looked.catalog, recipe.experts.start, folder.models / job_name("seed"))
+        fit = Fit.of(train.model, Catalog.open(looked.catalog))
+        announced = announced_jobs(replace(stages.recipe, train=train), out, folder.selection)
         if "index" in done:
             looked = replace(looked, num_pairs=len(Catalog.open(folder.catalog_path)), is_counted=True)
         left = {job.name: _left_of(job) for job in jobs}
@@ -191,17 +201,29 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
             _kmeans_seconds(min(looked.num_pairs, recipe.cluster.fit_samples), num_fine, looked.dimension, recipe),
             4 * num_fine * looked.dimension + 12 * looked.num_pairs,
         ),
-        "controls": (", ".join(folder.split_controls), None, 4 * looked.num_pairs),
+        "controls": (
+            ", ".join(folder.split_controls),
+            ("one-step" in folder.split_controls) * looked.num_pairs * ONE_STEP_SECONDS,
+            4 * looked.num_pairs,
+        ),
         "train": (f"{len(announced)} models", training, sum(model.disk_bytes for model in models)),
-        "bundle": (f"the seed and {bundled - 1} experts", None, bundled * model_bytes),
+        "bundle": (
+            f"the seed and {bundled - 1} experts",
+            bundled * model_bytes * BUNDLE_SECONDS + looked.num_pairs * CAPTION_SECONDS,
+            bundled * model_bytes,
+        ),
         "evaluate": (
             f"{looked.num_held:,} images",
             # every model runs its image tower forward, a third of a training step
             looked.num_held * len(announced) * per_sample / 3,
             2 * 4 * looked.num_held * len(announced) * 64,
         ),
-        "report": ("report.html", None, 0),
+        "report": ("report.html", REPORT_SECONDS + num_fine * CARD_SECONDS, 0),
     }
+    notes = [
+        *([fit.reason] if recipe.train.model == AUTO else []),
+        *choices(replace(recipe, train=train), looked.num_pairs),
+    ]
     rows = []
     for name in STAGES:
         if (name == "controls" and not folder.split_controls) or (name == "curate" and not recipe.curate):
@@ -218,8 +240,8 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
     return RunPlan(
         stages=tuple(rows),
         models=tuple(models),
-        announcement=announcement(announced, recipe.train),
-        notes=(*choices(recipe, looked.num_pairs), *looked.misfits),
+        announcement=announcement(announced, train),
+        notes=(*notes, *fit.misfits),
         num_pairs=looked.num_pairs,
         is_counted=looked.is_counted,
         num_fine=num_fine,
@@ -240,7 +262,6 @@ class _Look:
     load_seconds: float
     embed_seconds: float
     dimension: int
-    misfits: tuple[str, ...]
 
 
 def _look(recipe: Recipe, source: DataSource, folder: Path) -> _Look:
@@ -284,7 +305,6 @@ def _look(recipe: Recipe, source: DataSource, folder: Path) -> _Look:
         load_seconds=load,
         embed_seconds=max(0.0, embedding - load) / max(many - few, 1),
         dimension=embedded.dimension,
-        misfits=tuple(misfits(recipe.train.model, Catalog.open(folder / "some"))),
     )
 
 

@@ -37,7 +37,6 @@ from modeclip.clustering.fitting import (
     PAIRS_PER_FINE,
     choose_num_fine,
     cluster,
-    sample_rows,
 )
 from modeclip.curation.curating import curate
 from modeclip.curation.explaining import explain
@@ -49,7 +48,7 @@ from modeclip.data.sources import DataSource, open_source, source_state
 from modeclip.data.storage import missing_fragments, open_dataset
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.mixture.bundle import EDITS
-from modeclip.models.clip import WEIGHTS_FILE, check_model, model_shapes
+from modeclip.models.clip import WEIGHTS_FILE, check_model
 from modeclip.models.encoders import IMAGE_PREFIXES, check_trusted
 from modeclip.pipeline.recipe import CurateStep, Recipe, hash_of, plain_of, write_recipe
 from modeclip.pipeline.run_folder import EDITED, RunFolder
@@ -67,8 +66,9 @@ from modeclip.system.files import (
     writing,
 )
 from modeclip.system.paths import RunPaths, home_path
+from modeclip.training.choosing import Fit, with_model
 from modeclip.training.experts import plan_jobs
-from modeclip.training.jobs import JOB_FILE, TrainConfig, TrainJob, TrainResult, brings_weights
+from modeclip.training.jobs import AUTO, JOB_FILE, TrainConfig, TrainJob, TrainResult, brings_weights, job_name
 
 STAGES = ("index", "embed", "curate", "cluster", "controls", "train", "bundle", "evaluate", "report")
 STAGE_FORMAT = 2
@@ -79,8 +79,6 @@ LOOK_SECONDS, LOOK_PAIRS = 10.0, 512
 """How long a plan counts the pairs of a source, and how many of them it indexes and embeds to measure rates."""
 PRODUCT = "curated_probability"
 """Column of the product of the probabilities that several methods give."""
-LONG_CAPTIONS = 0.1
-"""Share of captions longer than what a model reads from which on a run says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +107,8 @@ def run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunResult:
         ModeclipError: A stage cannot do its work, or another process is running in the folder.
     """
     check_trusted(recipe.embed.encoder, trust_encoder)
-    check_model(recipe.train.model)  # at once, not after an hour of embedding
+    if recipe.train.model != AUTO:
+        check_model(recipe.train.model)  # at once, not after an hour of embedding
     if recipe.embed.encoder.partition(":")[0] in IMAGE_PREFIXES:
         raise ModeclipError(
             f"embed.encoder {recipe.embed.encoder!r} looks at images, but a recipe routes tasks by class names: give an"
@@ -194,43 +193,16 @@ def choices(recipe: Recipe, num_pairs: int | None = None) -> list[str]:
         num_pairs: Pairs of the source, if they are known already.
     """
     lines = []
+    if recipe.train.model == AUTO:
+        lines.append("train.model is not given: the images and captions decide, once they are read")
     if recipe.train.learning_rate is None:
         model, brings = recipe.train.model, "brings" if brings_weights(recipe.train.model) else "has no"
+        model = "a model of modeclip's choice" if model == AUTO else model
         rate = f"{recipe.train.highest_rate:g}, since {model} {brings} trained weights"
         lines.append(f"train.learning_rate is not given: {rate}")
     if recipe.cluster.num_fine is None:
         found = "" if num_pairs is None else f": {choose_num_fine(num_pairs, recipe.cluster.num_experts):,}"
         lines.append(f"cluster.num_fine is not given{found}, one for {PAIRS_PER_FINE} pairs")
-    return lines
-
-
-def misfits(model: str, catalog: Catalog, captions: str | None = None) -> list[str]:
-    """Return a line where a model sees much less than the pairs hold: pixels of the images, words of the captions.
-
-    Args:
-        model: What is trained.
-        catalog: The pairs that it is trained on.
-        captions: Column of texts that replaces their captions.
-    """
-    shapes = model_shapes(model)
-    patches, kernel = shapes.get("visual.positional_embedding", (0,)), shapes.get("visual.conv1.weight", (0,))
-    context = shapes.get("positional_embedding", (0,))[0]
-    size = round((patches[0] - 1) ** 0.5) * kernel[-1] if patches[0] > 1 else 0
-    rows = sample_rows(len(catalog), LOOK_PAIRS, 0)
-    pairs = catalog.read(["width", "height"], rows)
-    shorter = float(np.median(np.minimum(pairs["width"], pairs["height"])))
-    long = np.mean([len(str(caption).split()) + 2 > context for caption in catalog.captions(rows, captions)])
-    lines = []
-    if size and shorter >= 2 * size:
-        lines.append(
-            f"train.model {model} sees {size} x {size} pixels, half of the images have {shorter:.0f} or more on their"
-            " shorter side: a model for larger pictures, such as ViT-B-32, sees more of them"
-        )
-    if context and long >= LONG_CAPTIONS:
-        lines.append(
-            f"train.model {model} reads {context} tokens, {100 * long:.0f} % of the captions have more words, cut"
-            " off: give a model with a longer context"
-        )
     return lines
 
 
@@ -297,6 +269,8 @@ class Stages:
             state.append("divided by images")  # by keys in earlier versions
         made = Made(folder)
         self.stage("index", partial(self.index, source), state, made.rows)
+        self.choose_model()
+        recipe, folder = self.recipe, self.folder
         self.stage("embed", self.embed, [asdict(recipe.embed), self.digests["index"]], partial(made.columns, COLUMN))
         chosen_by = self.curate_stage()
         recipe, folder = self.recipe, self.folder
@@ -319,6 +293,13 @@ class Stages:
         explained = [knowledge, list(map(hash_file, files))] if knowledge else []
         self.stage("evaluate", self.evaluate, [recipe.name, self.digests["bundle"], *explained], made.results)
         self.stage("report", self.report, [version("modeclip"), self.digests["evaluate"]], made.report)
+
+    def choose_model(self) -> None:
+        """Name the model where the recipe leaves it to the pairs; a folder that has trained one keeps it."""
+        seed = self.folder.models / job_name("seed")
+        train = with_model(self.recipe.train, self.folder.catalog_path, self.recipe.experts.start, seed)
+        self.recipe = replace(self.recipe, train=train)
+        self.folder = replace(self.folder, training=train)
 
     def curate_stage(self) -> list[str]:
         """Do the stage of the curation, and have clusters and models made of what it keeps.
@@ -507,7 +488,7 @@ class Stages:
         """Do the stage: train all models."""
         jobs = self.folder.jobs
         pairs, train = self.folder.selection.part_of(self.folder.catalog), self.folder.training
-        for line in misfits(train.model, pairs, train.captions):
+        for line in Fit.of(train.model, pairs, train.captions).misfits:
             log(line)
         for job in jobs:
             if not (Path(job.folder) / JOB_FILE).is_file():

@@ -36,6 +36,7 @@ from modeclip.models.checkpoints import checkpoint_files
 from modeclip.models.clip import check_model, load_clip, save_clip
 from modeclip.system.files import hash_file, holder_of
 from modeclip.training.batches import select_rows
+from modeclip.training.choosing import with_model
 from modeclip.training.jobs import (
     DONE_FILE,
     JOB_FILE,
@@ -184,6 +185,7 @@ def part(
     selection: Selection = ALL,
 ) -> Parting:
     """Return where the experts part from the seed, which is trained here or given; arguments as for `plan_jobs`."""
+    train = with_model(train, catalog, experts.start, folder / job_name("seed"))
     seed_steps = train.seed_parts * train.steps_per_part
     seed = TrainJob(
         name=job_name("seed"),

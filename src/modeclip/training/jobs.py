@@ -29,6 +29,8 @@ from modeclip.system.console import log
 from modeclip.system.files import FileNote, find_damage, read_json, remove, write_json
 from modeclip.training.objectives import OBJECTIVES
 
+AUTO = "auto"
+"""What stands for a model that the pairs decide (`modeclip.training.choosing`)."""
 RATE, TUNING_RATE = 1e-3, 1e-5
 """Default learning rates from random weights, for towers of minutes, and from trained ones (FLYP: 1e-5)."""
 MOST_PROCESSES = 4096
@@ -158,8 +160,10 @@ class EngineConfig:
 class TrainConfig:
     """How a model is trained."""
 
-    model: str = "modeclip-icon"
-    """Model to train: a name, ``name@pretrained_tag``, ``hf-hub:...``, or the path of an open_clip model folder."""
+    model: str = AUTO
+    """Model to train: a name, ``name@pretrained_tag``, ``hf-hub:...``, or the path of an open_clip model folder.
+    ``auto`` takes the smallest of modeclip-icon, modeclip-small and ViT-B-32 that sees enough of the images and the
+    captions, or the model of the job that is continued."""
     samples: int = 245_760
     """Samples that the seed and then the dense model see in a schedule of ``total_parts`` parts. A run trains on more:
     the experts, a dense model of the mixture's cost and the controls come to it (``modeclip run --plan`` adds up)."""
