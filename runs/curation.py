@@ -131,7 +131,8 @@ def measure(cell: Cell, tasks: Path) -> dict[str, Any]:
     """Train a model, unless that is done, and ask it the held-out tasks."""
     result = train(cell.job)
     systems = open_systems([cell.job.folder])
-    scores = {one.task: 100 * one.score for one in evaluate(systems, catalog_tasks(Catalog.open(tasks)))}
+    results = evaluate(systems, catalog_tasks(Catalog.open(tasks)))
+    scores = {one.task.name: 100 * one.outcome.score for one in results}
     return {
         "selection": cell.selection,
         "seed": cell.seed,
