@@ -96,6 +96,7 @@ class Experiment:
             if not missing or (only and name not in only):
                 continue
             selection, settings = self.choose(catalog, f"c{number}", steps)
+            catalog = Catalog.open(catalog.path)  # with the columns of all steps
             chosen = selection.mask_of(catalog).astype(np.float64)
             if probability := settings.get("probability"):
                 chosen *= np.nan_to_num(catalog.read([probability])[probability])
