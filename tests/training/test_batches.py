@@ -118,10 +118,64 @@ def test_a_probability_of_one_changes_no_batch() -> None:
         assert always.batch(step).tolist() == batch_rows(rows, step, 8, 1).tolist()
 
 
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    batch=st.integers(2, 9),
+    seed=st.integers(0, 3),
+    data=st.data(),
+)
+def test_batches_of_groups_leave_no_row_out(sizes: list[int], batch: int, seed: int, data: st.DataObject) -> None:
+    """Each pass: every row, less than a batch of them twice, and as many batches of one group as the groups fill."""
+    draw = np.random.default_rng(seed)
+    groups = draw.permutation(np.repeat(np.arange(len(sizes)) * 7 - 20, sizes))
+    count = len(groups)
+    rows = np.sort(draw.choice(10 * count, count, replace=False))
+    if count < batch:
+        return
+    group_of_row = dict(zip(rows.tolist(), groups.tolist(), strict=True))
+    order, per_pass = Order(rows, batch, seed, None, groups), -(-count // batch)
+    passes = [[order.batch(first + step).tolist() for step in range(per_pass)] for first in (0, per_pass)]
+    for one in passes:
+        seen = [row for rows_of_step in one for row in rows_of_step]
+        assert set(seen) == set(rows.tolist())
+        assert len(seen) - count < batch
+        assert all(len(set(rows_of_step)) == batch for rows_of_step in one)
+        pure = [len({group_of_row[row] for row in rows_of_step}) == 1 for rows_of_step in one]
+        assert sum(pure) >= sum(size // batch for size in sizes)
+    step = data.draw(st.integers(0, 2 * per_pass - 1))
+    resumed = Order(rows, batch, seed, None, groups)
+    assert resumed.batch(step).tolist() == (passes[0] + passes[1])[step]
+    assert resumed.batch(step, slice(1, batch, 2)).tolist() == (passes[0] + passes[1])[step][1::2]
+
+
+def test_groups_are_in_another_order_each_pass() -> None:
+    rows, groups = np.arange(64), np.repeat(np.arange(4), 16)
+    order = Order(rows, 8, 0, None, groups)
+    passes = [[order.batch(first + step) for step in range(8)] for first in (0, 8, 16)]
+    kinds = {tuple(int(groups[batch[0]]) for batch in one) for one in passes}
+    assert len(kinds) == 3
+    assert len({frozenset(batch.tolist()) for one in passes for batch in one}) == 24  # other rows meet, too
+
+
+def test_groups_and_probabilities_together() -> None:
+    """A pass draws as without groups, and leaves none of what it drew out."""
+    rows, groups = np.arange(200) * 2, np.arange(200) % 3
+    probability = np.full(200, 0.4, np.float32)
+    order, step = Order(rows, 8, 5, probability, groups), 0
+    for number in range(3):
+        kept = rows[keeps(rows, probability, 5, number)]
+        steps = -(-len(kept) // 8)
+        seen = np.concatenate([order.batch(step + i) for i in range(steps)])
+        assert set(seen.tolist()) == set(kept.tolist())
+        step += steps
+
+
 @pytest.mark.parametrize(("workers", "drawn"), [(0, False), (0, True), pytest.param(1, True, marks=pytest.mark.slow)])
 def test_workers_and_processes_share_one_order(icons_catalog: Path, workers: int, drawn: bool) -> None:
     config = replace(CONFIG, mask_same_captions=True, engine=EngineConfig(workers=workers))
-    more = {"probability": torch.linspace(0.3, 1, 300) if drawn else None}
+    more: dict[str, object] = {"probability": torch.linspace(0.3, 1, 300) if drawn else None}
+    more["groups"] = torch.arange(300) % 7 if drawn else None
     whole = [batch for batch, _ in make_feed(icons_catalog, CONFIG, **more).batches(range(4, 12))]
     halves = [
         [batch for batch, _ in make_feed(icons_catalog, config, rank=rank, world_size=2, **more).batches(range(4, 12))]

@@ -45,6 +45,21 @@ def slow_contrastive(image: Tensor, text: Tensor, scale: float, same: list[int] 
     return total / (2 * count)
 
 
+def slow_smoothed(
+    image: Tensor, text: Tensor, scale: float, smoothing: float, same: list[int], groups: list[int]
+) -> float:
+    """Cross-entropy both ways with a target for each candidate, number by number."""
+    count, total = len(image), 0.0
+    for i in range(count):
+        candidates = [j for j in range(count) if j == i or (same[i] != same[j] and groups[i] == groups[j])]
+        for of in (lambda j, i=i: float(image[i] @ text[j]), lambda j, i=i: float(image[j] @ text[i])):
+            norm = math.log(sum(math.exp(scale * of(j)) for j in candidates))
+            for j in candidates:
+                target = (1 - smoothing) * (i == j) + smoothing / len(candidates)
+                total -= target * (scale * of(j) - norm)
+    return total / (2 * count)
+
+
 def slow_sigmoid(image: Tensor, text: Tensor, scale: float, bias: float, same: list[int] | None = None) -> float:
     count, total = len(image), 0.0
     same = list(range(count)) if same is None else same
@@ -67,6 +82,43 @@ def test_losses_equal_sums_by_hand(chunk: int, same: list[int] | None) -> None:
     assert float(got) == pytest.approx(slow_sigmoid(image, text, 7.0, -3.0, same), rel=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1 << 24, 12, 1])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("same", [[0, 1, 2, 3, 4, 5], [0, 1, 0, 2, 1, 0]])
+@pytest.mark.parametrize("groups", [[7, 7, 7, 7, 7, 7], [1, 0, 1, 1, 0, 3]])
+def test_groups_and_smoothing_equal_sums_by_hand(
+    chunk: int, smoothing: float, same: list[int], groups: list[int]
+) -> None:
+    image, text = make_batch()
+    more = {"groups": torch.tensor(groups), "label_smoothing": smoothing}
+    got = contrastive_loss(image, text, torch.tensor(7.0), torch.tensor(same), chunk, **more)  # type: ignore[arg-type]
+    assert float(got) == pytest.approx(slow_smoothed(image, text, 7.0, smoothing, same, groups), rel=1e-5)
+
+
+def test_a_group_of_its_own_is_a_batch_of_its_own() -> None:
+    """Two groups in one batch: the sum of what each would have alone, weighed by its share."""
+    image, text = make_batch(8)
+    groups, scale = torch.tensor([0, 1, 0, 0, 1, 1, 0, 0]), torch.tensor(5.0)
+    clip = sum((groups == g).sum() / 8 * contrastive_loss(image[groups == g], text[groups == g], scale) for g in (0, 1))
+    torch.testing.assert_close(contrastive_loss(image, text, scale, groups=groups), clip)
+    bias = torch.tensor(-2.0)
+    parts = ((image[groups == g], text[groups == g], scale, bias) for g in (0, 1))
+    sigmoid = sum(len(part[0]) / 8 * sigmoid_loss(*part) for part in parts)
+    torch.testing.assert_close(sigmoid_loss(image, text, scale, bias, groups=groups), sigmoid)
+
+
+def test_smoothing_is_that_of_pytorch() -> None:
+    image, text = make_batch(64, 32)
+    scale = torch.tensor(30.0, requires_grad=True)
+    inputs = [image.requires_grad_(), text.requires_grad_(), scale]
+    logits, labels = scale * image @ text.T, torch.arange(64)
+    plain = sum(F.cross_entropy(one, labels, label_smoothing=0.1) for one in (logits, logits.T)) / 2
+    mine = contrastive_loss(image, text, scale, label_smoothing=0.1, chunk_elements=640)
+    torch.testing.assert_close(mine, plain)
+    for one, two in zip(torch.autograd.grad(mine, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [1 << 24, 12])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -77,11 +129,16 @@ def test_gradients_equal_finite_differences(kind: str, masked: bool, chunk: int)
         image, text = (value.double().requires_grad_() for value in make_batch())
         scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor([-2.0], requires_grad=True)
         ids = torch.tensor([0, 1, 0, 2, 1, 0]) if masked else None
+        groups = torch.tensor([1, 1, 1, 1, 0, 0]) if masked else None
         if kind == "clip":
-            assert torch.autograd.gradcheck(lambda i, t, s: contrastive_loss(i, t, s, ids, chunk), (image, text, scale))
+            inputs = (image, text, scale)
+            for smoothing in (0.0, 0.2):
+                more = {"groups": groups, "label_smoothing": smoothing}
+                assert torch.autograd.gradcheck(lambda i, t, s: contrastive_loss(i, t, s, ids, chunk, **more), inputs)  # noqa: B023
         else:
-            inputs = (image, text, scale, bias)
-            assert torch.autograd.gradcheck(lambda i, t, s, b: sigmoid_loss(i, t, s, b, ids, chunk), inputs)
+            assert torch.autograd.gradcheck(
+                lambda i, t, s, b: sigmoid_loss(i, t, s, b, ids, chunk, groups=groups), (image, text, scale, bias)
+            )
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -123,11 +180,11 @@ for masked in (False, True):
         layer = weight.clone().requires_grad_()
         scale, bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
         features = [torch.nn.functional.normalize(value[share] @ layer, dim=1) for value in (image, text)]
-        own = ids[share] if masked else None
+        own, groups = (ids[share], ids[share] % 2) if masked else (None, None)
         if kind == "clip":
-            loss = contrastive_loss(*features, scale, own, 40)
+            loss = contrastive_loss(*features, scale, own, 40, groups=groups, label_smoothing=0.1 * masked)
         else:
-            loss = sigmoid_loss(*features, scale, bias, own, 40)
+            loss = sigmoid_loss(*features, scale, bias, own, 40, groups=groups)
         loss.backward()
         grads = [layer.grad, scale.grad] + ([bias.grad] if kind == "siglip" else [])
         loss = loss.detach()
@@ -158,10 +215,11 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
             layer = weight.clone().requires_grad_()
             scale, bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
             features = [F.normalize(value @ layer, dim=1) for value in (image, text)]
-            own = ids if masked else None
-            loss = (
-                contrastive_loss(*features, scale, own) if kind == "clip" else sigmoid_loss(*features, scale, bias, own)
-            )
+            own, groups = (ids, ids % 2) if masked else (None, None)
+            if kind == "clip":
+                loss = contrastive_loss(*features, scale, own, groups=groups, label_smoothing=0.1 * masked)
+            else:
+                loss = sigmoid_loss(*features, scale, bias, own, groups=groups)
             loss.backward()
             expected = [loss.detach(), layer.grad, scale.grad] + ([bias.grad] if kind == "siglip" else [])
             for one, two in zip(expected, next(found), strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -94,6 +95,23 @@ class TestNegatives:
         )
         assert check_negatives(changed(masked, batch_size=12), nearly, np.arange(12)) == ""
         assert check_negatives(changed(job, batch_size=4), nearly, np.arange(12)) == ""
+
+    def test_groups(self, job: TrainJob, nearly: Catalog) -> None:
+        facts = {"made by": "the test"}
+        nearly.add_columns(
+            {"one": np.arange(12), "pair": np.arange(12) // 2, "odd": np.minimum(np.arange(12), 9)}, facts
+        )
+        nearly.add_columns({"part": np.linspace(0, 1, 12), "few": pa.array([1, None] * 6)}, facts)
+        refused(changed(job, groups="one", batch_size=4), nearly, r"each of the 12 pairs has a number of its own", 12)
+        warning = check_negatives(changed(job, groups="odd", batch_size=4), nearly, np.arange(12))
+        assert "75.0 % of the pairs are alone in their group (odd)" in warning
+        assert check_negatives(changed(job, groups="pair", batch_size=4), nearly, np.arange(12)) == ""
+        for name, message in (
+            ("none", "column of .*'none'; known: .*pair"),
+            ("part", "train.groups: column 'part' holds double, expected whole numbers"),
+            ("few", "train.groups: column 'few' has no value for 6 of 12 pairs"),
+        ):
+            refused(changed(job, groups=name, batch_size=4), nearly, message, 12)
 
     @pytest.mark.parametrize(("counts", "batch"), [([3, 2, 1], 2), ([4, 1], 3), ([2, 2, 2], 3), ([5], 2), ([1, 1], 2)])
     def test_the_share_is_that_of_all_batches(self, counts: list[int], batch: int) -> None:

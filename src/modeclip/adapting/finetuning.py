@@ -486,7 +486,7 @@ def _mark(catalog: Catalog, rows: Int[np.ndarray, " n"], config: FinetuneConfig,
 
 
 def _digest(job: TrainJob, config: FinetuneConfig, tasks: str | None) -> str:
-    unsaid = {"engine", "threads", *(name for name in LATER_FIELDS if getattr(config, name) is None)}
+    unsaid = {"engine", "threads", *(name for name in LATER_FIELDS if getattr(config, name, None) is None)}
     settings = {key: value for key, value in asdict(config).items() if key not in unsaid}
     general = Catalog.open(tasks).fingerprint if tasks else None
     content = json.dumps([FORMAT, job.digest, settings, general], sort_keys=True)

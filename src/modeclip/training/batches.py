@@ -10,6 +10,11 @@ With probabilities, a pass reads a row if a number in [0, 1) that seed, pass and
 permutes those. How many a pass reads follows from all of its rows. So a job that goes on at step t draws the passes
 before it again, for their sizes, and keeps the rows of the present pass alone.
 
+With groups, a pass takes the rows group by group: each group in an order of its own, cut into batches of that group
+alone, and what is left of the groups, less than a batch of each, in batches that several groups share. These batches
+come in a random order. No row is left out: the last batch is filled up with rows that the pass has read already. The
+loss knows no negatives from another group (`modeclip.training.objectives.logits`).
+
 Augmentation follows open_clip's ``image_transform`` for training: a random crop, then changed colours and grey if asked
 for. Its random numbers are a function of the step too, whichever process or thread prepares a picture.
 
@@ -28,6 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import time
 from bisect import bisect_right
 from collections import deque
@@ -44,7 +50,7 @@ from jaxtyping import Bool, Float, Int
 from PIL.Image import Image, Resampling
 
 from modeclip.data.catalog import Catalog
-from modeclip.errors import ModeclipError
+from modeclip.errors import ModeclipError, unknown
 from modeclip.system.processes import end_with_owner
 from modeclip.training.jobs import AugmentConfig, TrainConfig, TrainJob
 from modeclip.training.objectives.objective import CAPTION_IDS, TrainingBatch
@@ -65,6 +71,8 @@ KNOWN_CAPTIONS = 1 << 17
 """Captions whose tokens are kept for the next pass: 40 MB at 77 tokens."""
 KEEP_STREAM = 1 << 44
 """First key of the random streams that say which rows a pass reads."""
+GROUP_STREAM = 1 << 48
+"""First key of the random streams of groups: of the order of their batches, and of the rows in each of them."""
 ROWS_AT_ONCE = 1 << 18
 """Rows that are drawn at a time."""
 CROP_STREAM = 1 << 40
@@ -103,6 +111,7 @@ def job_rows(job: TrainJob, catalog: Catalog) -> Int[np.ndarray, " N"]:
     """
     rows = select_rows(job, catalog)
     catalog.captions(rows[:1], job.config.captions)  # raises if that is no column of texts
+    read_groups(job.config, catalog, rows[:1])  # the same
     probability = read_probability(job.config, catalog, rows)
     if probability is not None:
         expected = float(probability.sum(dtype=np.float64))
@@ -179,6 +188,31 @@ def read_probability(
     return values.astype(np.float32)
 
 
+def read_groups(config: TrainConfig, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"] | None:
+    """Return the group of each of some rows, whose negatives come from the same group; None where there are no groups.
+
+    Raises:
+        ModeclipError: There is no such column, or it holds something else than whole numbers.
+    """
+    name = config.groups
+    if name is None:
+        return None
+    if name not in catalog.columns:
+        raise unknown(f"column of {catalog.path!r}, which train.groups names,", name, catalog.columns)
+    kind = catalog.type_of(name)
+    if re.fullmatch(r"u?int\d+", kind) is None:
+        raise ModeclipError(f"train.groups: column {name!r} holds {kind}, expected whole numbers")
+    values = catalog.read([name], rows)[name]
+    if values.dtype.kind == "f":  # as whole numbers are read where some are missing
+        missing = np.flatnonzero(np.isnan(values))
+        key = catalog.read(["key"], rows[missing[:1]])["key"][0]
+        raise ModeclipError(
+            f"train.groups: column {name!r} has no value for {len(missing):,} of {len(rows):,} pairs, such as {key!r}; "
+            "leave these pairs out (--where), or write the column again"
+        )
+    return values.astype(np.int64)
+
+
 def keeps(
     rows: Int[np.ndarray, " N"], probability: Float[np.ndarray, " N"], seed: int, number: int
 ) -> Bool[np.ndarray, " N"]:
@@ -208,6 +242,7 @@ class Order:
         batch_size: Rows in a batch.
         seed: Decides what is drawn, and in which order it is read.
         probability: Of each row to be read in a pass; None reads all in every pass.
+        groups: Group of each row, whose rows are read together; None: there are no groups.
     """
 
     def __init__(
@@ -216,38 +251,123 @@ class Order:
         batch_size: int,
         seed: int,
         probability: Float[np.ndarray, " N"] | None = None,
+        groups: Int[np.ndarray, " N"] | None = None,
     ) -> None:
-        self._rows, self._batch_size, self._seed, self._probability = rows, batch_size, seed, probability
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._probability, self._groups = probability, groups
         self._first_steps = [0]  # of the passes that were drawn so far, and of the next one
-        self._kept: dict[int, np.ndarray] = {}
+        self._passes: dict[int, _Pass | _GroupedPass] = {}
         self._lock = Lock()
 
     def batch(self, step: int, part: slice = slice(None)) -> Int[np.ndarray, " B"]:
         """Return the rows of a step's batch, none of them twice; ``part`` says which positions are wanted."""
-        if self._probability is None:
+        if self._probability is None and self._groups is None:
             return batch_rows(self._rows, step, self._batch_size, self._seed, part)
-        number, kept = self._find(step)
-        first = (step - self._first_steps[number]) * self._batch_size
-        positions = np.arange(first, first + self._batch_size, dtype=np.int64)[part]
-        batch: np.ndarray = kept[permute(positions, len(kept), self._seed, number)]
-        return batch
+        index, found = self._find(step)
+        return found.batch(index, part)
 
-    def _find(self, step: int) -> tuple[int, Int[np.ndarray, " n"]]:
-        """Return the number of a step's pass, and the rows that it reads."""
-        assert self._probability is not None
+    def _find(self, step: int) -> tuple[int, _Pass | _GroupedPass]:
+        """Return the number of a step in its pass, and the pass."""
         with self._lock:
             while self._first_steps[-1] <= step:  # job_rows has seen to it that this ends
-                drawn = self._draw(len(self._first_steps) - 1)
-                self._first_steps.append(self._first_steps[-1] + int(np.count_nonzero(drawn)) // self._batch_size)
+                self._first_steps.append(self._first_steps[-1] + self._steps(len(self._first_steps) - 1))
             number = bisect_right(self._first_steps, step) - 1
-            if number not in self._kept:
-                self._kept = dict(list(self._kept.items())[-1:])  # threads are in two passes at its end
-                self._kept[number] = self._rows[self._draw(number)]
-            return number, self._kept[number]
+            if number not in self._passes:
+                self._passes = dict(list(self._passes.items())[-1:])  # threads are in two passes at its end
+                self._passes[number] = self._make(number)
+            return step - self._first_steps[number], self._passes[number]
+
+    def _steps(self, number: int) -> int:
+        """Return the steps of a pass."""
+        count = len(self._rows) if self._probability is None else int(np.count_nonzero(self._draw(number)))
+        return count // self._batch_size if self._groups is None else steps_of_groups(count, self._batch_size)
+
+    def _make(self, number: int) -> _Pass | _GroupedPass:
+        drawn = slice(None) if self._probability is None else self._draw(number)
+        if self._groups is None:
+            return _Pass(self._rows[drawn], self._batch_size, self._seed, number)
+        return _GroupedPass(self._rows[drawn], self._groups[drawn], self._batch_size, self._seed, number)
 
     def _draw(self, number: int) -> Bool[np.ndarray, " N"]:
         assert self._probability is not None
         return keeps(self._rows, self._probability, self._seed, number)
+
+
+def steps_of_groups(num_rows: int, batch_size: int) -> int:
+    """Return the steps of a pass by groups, which leaves no row out; 0 if there are fewer rows than a batch.
+
+    Examples:
+        >>> steps_of_groups(10, 4), steps_of_groups(8, 4), steps_of_groups(3, 4)
+        (3, 2, 0)
+    """
+    return math.ceil(num_rows / batch_size) if num_rows >= batch_size else 0
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A pass over some rows in a random order; fewer rows than a batch are left out at its end."""
+
+    rows: Int[np.ndarray, " n"]
+    batch_size: int
+    seed: int
+    number: int
+
+    def batch(self, index: int, part: slice) -> Int[np.ndarray, " B"]:
+        """Return the rows of one of the batches."""
+        positions = np.arange(index * self.batch_size, (index + 1) * self.batch_size, dtype=np.int64)[part]
+        batch: np.ndarray = self.rows[permute(positions, len(self.rows), self.seed, self.number)]
+        return batch
+
+
+class _GroupedPass:
+    """A pass over some rows, group by group, in batches of one group as far as the groups fill them.
+
+    The rows have places in a line: first, group after group, those that fill whole batches, then the rests of the
+    groups in a random order. The line is cut into batches, and its beginning fills up the last one.
+    """
+
+    def __init__(
+        self,
+        rows: Int[np.ndarray, " n"],
+        groups: Int[np.ndarray, " n"],
+        batch_size: int,
+        seed: int,
+        number: int,
+    ) -> None:
+        order = np.argsort(groups, kind="stable")
+        self._rows, self._batch_size, self._seed = rows[order], batch_size, seed
+        _, self._firsts, self._sizes = np.unique(groups[order], return_index=True, return_counts=True)
+        self._stream = GROUP_STREAM + number * (len(rows) + 1)  # as many groups as rows at most
+        self._whole = self._sizes - self._sizes % batch_size
+        self._whole_ends = np.cumsum(self._whole)
+        draw = np.random.Generator(np.random.Philox(key=[seed, self._stream]))
+        self._rest_order = draw.permutation(len(self._sizes))
+        self._rest_ends = np.cumsum((self._sizes - self._whole)[self._rest_order])
+
+    def batch(self, index: int, part: slice) -> Int[np.ndarray, " B"]:
+        """Return the rows of one of the batches."""
+        count = len(self._rows)
+        (place,) = permute(np.array([index]), steps_of_groups(count, self._batch_size), self._seed, self._stream)
+        places = np.arange(place * self._batch_size, (place + 1) * self._batch_size, dtype=np.int64)[part] % count
+        group, position = self._find(places)
+        batch = np.empty_like(places)
+        for one in np.unique(group).tolist():
+            own = group == one
+            found = permute(position[own], int(self._sizes[one]), self._seed, self._stream + 1 + one)
+            batch[own] = self._rows[self._firsts[one] + found]
+        return batch
+
+    def _find(self, places: Int[np.ndarray, " B"]) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+        """Return the group that has each place of the line, and which of the group's places it is."""
+        num_whole = int(self._whole_ends[-1])
+        ends, rest_ends = self._whole_ends, self._rest_ends
+        group = np.searchsorted(ends, np.minimum(places, num_whole - 1), side="right")
+        position = places - ends[group] + self._whole[group]
+        in_rest = places >= num_whole
+        slot = np.searchsorted(rest_ends, places[in_rest] - num_whole, side="right")
+        group[in_rest] = self._rest_order[slot]
+        position[in_rest] = places[in_rest] - num_whole - rest_ends[slot] + self._sizes[self._rest_order[slot]]
+        return group, position
 
 
 def draws_of(seed: int, step: int, first: int, last: int) -> Float[np.ndarray, "b 11"]:
@@ -374,6 +494,8 @@ class Feed:
     """(N,) int64, the rows of the catalog that are trained on."""
     probability: Tensor | None = None
     """(N,) float32, the probability with which a pass reads each of them. None: all are read."""
+    groups: Tensor | None = None
+    """(N,) int64, the group of each of them, whose rows are read together. None: there are no groups."""
     config: TrainConfig
     """Batch size, seed and augmentation."""
     tokenizer: Any
@@ -401,7 +523,8 @@ class Feed:
     @cached_property
     def _order(self) -> Order:
         probability = None if self.probability is None else self.probability.numpy()
-        return Order(self.rows.numpy(), self.config.batch_size, self.config.seed, probability)
+        groups = None if self.groups is None else self.groups.numpy()
+        return Order(self.rows.numpy(), self.config.batch_size, self.config.seed, probability, groups)
 
     @cached_property
     def _known_tokens(self) -> dict[str, Int[np.ndarray, " context_length"]]:
@@ -492,7 +615,7 @@ class Feed:
             return
         from torch.utils.data import DataLoader
 
-        for shared in (self.rows, self.probability):
+        for shared in (self.rows, self.probability, self.groups):
             if shared is not None:
                 shared.share_memory_()  # type: ignore[no-untyped-call]
         loader: DataLoader[Any] = DataLoader(

@@ -50,8 +50,8 @@ UNHASHED_FIELDS = frozenset({"folder", "start_from", "catalog", "role", "index"}
 """Fields of a job that do not decide its result and so are not part of its digest."""
 SELECTING_FIELDS = frozenset({"name", "catalog_fingerprint", "where", "mask", "selection", "out_of_cluster_fraction"})
 """Fields that say how a job's pairs are found. Where the pairs themselves are known, they decide nothing more."""
-LATER_FIELDS = frozenset({"probability", "captions"})
-"""Fields of a training that earlier versions did not have; where they are None, digests are as they were."""
+LATER_FIELDS: dict[str, Any] = {"probability": None, "captions": None, "groups": None, "label_smoothing": 0.0}
+"""Fields of a training that earlier versions did not have; at these values, digests are as they were."""
 CONSEQUENCES = (
     "first_step", "last_step", "first_share", "last_share", "start_digest", "pairs", "catalog_fingerprint"
 )  # fmt: skip
@@ -192,6 +192,11 @@ class TrainConfig:
     """Column of texts that stand in the place of the captions where it has one. None: the captions as they are."""
     mask_same_captions: bool = False
     """Do not count pairs with the same caption as each other's negatives (the paper does)."""
+    groups: str | None = None
+    """Column of whole numbers: only pairs with the same number are each other's negatives, and batches are of one
+    number as far as its pairs fill them. No pass leaves a pair out. None: every other pair is a negative."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over the pair itself and its negatives, in [0, 1)."""
     seed: int = 0
     """Seed of the random start, of the order of the samples and of their augmentation."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -211,6 +216,13 @@ class TrainConfig:
             raise ModeclipError(
                 f"train.weight_decay: expected below 1 / train.learning_rate, here {1 / self.highest_rate:g}, since "
                 f"a step takes learning_rate * weight_decay of the weights away, got {self.weight_decay:g}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ModeclipError(f"train.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss != "clip":
+            raise ModeclipError(
+                f"train.label_smoothing is for train.loss clip, got {self.label_smoothing} with {self.loss}; "
+                "set it to 0"
             )
         if not 0 < self.seed_parts < self.total_parts:
             raise ModeclipError(
@@ -243,7 +255,7 @@ class TrainConfig:
     def plain(self) -> dict[str, Any]:
         """Return the fields as JSON, without those that earlier versions did not have where they say nothing."""
         content = asdict(self)
-        return {name: value for name, value in content.items() if not (name in LATER_FIELDS and value is None)}
+        return {name: value for name, value in content.items() if LATER_FIELDS.get(name, ...) != value}
 
     @property
     def steps_per_part(self) -> int:

@@ -23,6 +23,7 @@ from modeclip.models.checkpoints import FOLDER, check_weights, find_checkpoint
 from modeclip.models.clip import model_shapes
 from modeclip.system.console import log
 from modeclip.system.processes import PARENT_VARIABLE
+from modeclip.training.batches import read_groups
 from modeclip.training.journal import check_reports
 from modeclip.training.objectives import make_objective
 
@@ -147,7 +148,7 @@ def _check_pairs(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -
 def check_negatives(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> str:
     """Return a warning where many pairs meet no negative in their batch, or only false ones; empty if all is well.
 
-    Captions are counted in at most ``CAPTIONS_SEEN`` rows, spread evenly.
+    Captions are counted in at most ``CAPTIONS_SEEN`` rows, spread evenly, the pairs of each group in all rows.
 
     Raises:
         ModeclipError: No pair has a negative, so that nothing can be learned.
@@ -164,6 +165,17 @@ def check_negatives(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]
             "train.mask_same_captions none of them is a negative, so that nothing can be learned; add pairs with other "
             "captions, or use fewer experts"
         )
+    alone = _share_alone(job, catalog, rows)
+    if alone == 1:
+        raise ModeclipError(
+            f"{job.name}: each of the {len(rows):,} pairs has a number of its own in the column {job.config.groups!r} "
+            "(train.groups), so that none has a negative and nothing can be learned; give a column with fewer numbers"
+        )
+    if alone >= LONELY_SHARE:
+        return (
+            f"{job.name}: {100 * alone:.1f} % of the pairs are alone in their group ({job.config.groups}), so that "
+            "nothing is learned from them (train.groups); give a column with fewer groups"
+        )
     if len(counts) == 1:
         return (
             f"{job.name}: all {len(rows):,} pairs have the same caption ({captions[0]!r}), so that every negative is a "
@@ -176,6 +188,14 @@ def check_negatives(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]
         f"{job.name}: {100 * lonely:.1f} % of the pairs meet no pair with another caption in their batch of {batch:,}, "
         "so that nothing is learned from them (train.mask_same_captions); raise train.batch_size"
     )
+
+
+def _share_alone(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> float:
+    """Return the share of pairs whose group has no other."""
+    groups = read_groups(job.config, catalog, rows)
+    if groups is None:
+        return 0.0
+    return float((np.unique(groups, return_counts=True)[1] == 1).sum() / len(groups))
 
 
 def share_without_negative(counts: Sequence[int], batch_size: int) -> float:

@@ -54,7 +54,7 @@ from modeclip.system.console import progress
 from modeclip.system.devices import choose_precision, keep_freed_memory
 from modeclip.system.files import note_files, only_process, write_json, writing
 from modeclip.system.processes import PARENT_VARIABLE, end_with_parent
-from modeclip.training.batches import DecodedSample, Feed, Order, job_rows, read_probability
+from modeclip.training.batches import DecodedSample, Feed, Order, job_rows, read_groups, read_probability
 from modeclip.training.distributed import World, leave_processes, place_like, whole
 from modeclip.training.jobs import DONE_FILE, ERRORS_FILE, JOB_FILE, TrainJob, TrainResult, remove_damage
 from modeclip.training.journal import Journal
@@ -118,7 +118,8 @@ def train(
         catalog = Catalog.open(job.catalog)
         rows = job_rows(job, catalog)
         preflight(job, catalog, rows, world.size)
-        learner = _Learner(job, world, rows, read_probability(job.config, catalog, rows))
+        probability, groups = (read(job.config, catalog, rows) for read in (read_probability, read_groups))
+        learner = _Learner(job, world, rows, probability, groups)
         _follow_schedule(learner, visit_every, visit, kept)
         result = TrainResult(
             digest=job.digest,
@@ -191,13 +192,15 @@ class _Learner:
         job: TrainJob,
         world: World,
         rows: Int[np.ndarray, " N"],
-        probability: Float[np.ndarray, " N"] | None = None,
+        probability: Float[np.ndarray, " N"] | None,
+        groups: Int[np.ndarray, " N"] | None,
     ) -> None:
         """Build the model and bring it to where the job, or the job before it, has left off."""
         from modeclip.training.gradients import Towers, make_optimizer
 
         config = job.config
-        self.job, self.world, self.rows, self.probability = job, world, rows, probability
+        self.job, self.world, self.rows = job, world, rows
+        self.probability, self.groups = probability, groups
         self.objective = make_objective(config)
         self.fabric = world.fabric(config.engine)
         start = self._start()
@@ -238,6 +241,7 @@ class _Learner:
             catalog=self.job.catalog,
             rows=torch.from_numpy(self.rows),
             probability=None if self.probability is None else torch.from_numpy(self.probability),
+            groups=None if self.groups is None else torch.from_numpy(self.groups),
             config=self.job.config,
             tokenizer=self.clip.tokenizer,
             preprocess=self.clip.preprocess,
@@ -382,7 +386,7 @@ class _Learner:
 
     def _fail(self, step: int, loss: float) -> None:
         job, config = self.job, self.job.config
-        rows = Order(self.rows, config.batch_size, config.seed, self.probability).batch(step)
+        rows = Order(self.rows, config.batch_size, config.seed, self.probability, self.groups).batch(step)
         keys = Catalog.open(job.catalog).read(["key"], rows)["key"].tolist()
         path = Path(job.folder) / FAILED_BATCH_FILE
         if self.world.is_first:

@@ -66,6 +66,16 @@ class Settings(Protocol):
         """Whether pairs with the same caption are left out of each other's negatives."""
         ...
 
+    @property
+    def groups(self) -> str | None:
+        """Column of numbers; only pairs with the same number are each other's negatives."""
+        ...
+
+    @property
+    def label_smoothing(self) -> float:
+        """Share of each target that is spread over the pair and its negatives."""
+        ...
+
 
 class Objective(ABC):
     """What a training step minimises; a subclass gives at least `loss`."""

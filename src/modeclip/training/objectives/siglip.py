@@ -30,12 +30,14 @@ class Sigmoid(Objective):
     logit_start = LogitStart(log_scale=math.log(10), bias=-10.0)
 
     def __init__(self, settings: Settings) -> None:
-        """Leave pairs with the same caption out of each other's negatives if the settings say so."""
+        """Leave pairs with the same caption, or of other groups, out of the negatives if the settings say so."""
         self.uses_caption_ids = settings.mask_same_captions
+        self.columns = (settings.groups,) if settings.groups else ()
 
     def loss(self, features: Features, targets: Mapping[str, Tensor]) -> Tensor:
         """Return this process's share of the loss."""
-        return sigmoid_loss(*features, targets.get(CAPTION_IDS))
+        groups = targets[self.columns[0]] if self.columns else None
+        return sigmoid_loss(*features, targets.get(CAPTION_IDS), groups=groups)
 
 
 def sigmoid_loss(
@@ -45,6 +47,8 @@ def sigmoid_loss(
     logit_bias: Tensor,
     caption_ids: Int[Tensor, " b"] | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
+    *,
+    groups: Int[Tensor, " b"] | None = None,
 ) -> Tensor:
     """Return SigLIP's loss: the sum over all pairs of an image and a caption, divided by B.
 
@@ -55,8 +59,9 @@ def sigmoid_loss(
         logit_bias: Number that is added to the logits.
         caption_ids: As in ``contrastive_loss``.
         chunk_elements: As in ``contrastive_loss``.
+        groups: As in ``contrastive_loss``.
     """
-    arguments = (image_features, text_features, logit_scale, logit_bias, caption_ids, chunk_elements)
+    arguments = (image_features, text_features, logit_scale, logit_bias, caption_ids, groups, chunk_elements)
     loss: Tensor = _SigmoidFunction.apply(*arguments)
     return loss
 
@@ -64,9 +69,16 @@ def sigmoid_loss(
 class _SigmoidFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None, chunk_elements: int
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        ids: Tensor | None,
+        groups: Tensor | None,
+        chunk_elements: int,
     ) -> Tensor:
-        rows = LogitRows(images, texts, ids, chunk_elements)
+        rows = LogitRows(images, texts, ids, chunk_elements, groups)
         scale_value, bias_value, count = scale.detach(), bias.detach(), len(rows.texts)
         loss = torch.zeros((), device=images.device)
         gradient = LogitGradient(rows)
@@ -85,4 +97,4 @@ class _SigmoidFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         images, texts, scale, bias = (grad * value for value in ctx.saved_tensors)
-        return images, texts, scale, bias.view(ctx.bias_shape), None, None
+        return images, texts, scale, bias.view(ctx.bias_shape), None, None, None
