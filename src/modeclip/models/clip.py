@@ -43,6 +43,7 @@ from modeclip.models.settings import (
     check_tokenizer_folder,
     check_transformer_folder,
 )
+from modeclip.models.trunk import is_exact_without_padding, split
 from modeclip.system.devices import choose_precision
 from modeclip.system.files import read_json, write_json
 from modeclip.system.importing import without_loading
@@ -325,24 +326,11 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     Cutting the padding is exact for open_clip's own text tower if it is causal and read at the end-of-text token. Any
     other tower gets the full length.
     """
-    import torch.nn.functional as F  # noqa: N812  (the name that PyTorch's own documents use)
-    from open_clip.transformer import text_global_pool
-
-    tower, pool, end = _causal_tower(model)
-    if tower is None:
+    if not is_exact_without_padding(model):
         features: Tensor = model.encode_text(tokens, normalize=True)
         return features
-    used = (tokens != 0).any(dim=0).nonzero()  # an id of 0 is padding, but also the token "!"
-    length = int(used.max()) + 1 if len(used) else tokens.shape[1]
-    tokens = tokens[:, :length]
-    dtype = tower.transformer.get_cast_dtype()
-    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
-    x = text_global_pool(x, tokens, pool, eos_token_id=end)
-    projection = tower.text_projection
-    if projection is not None:
-        x = projection(x) if callable(projection) else x @ projection
-    return F.normalize(x, dim=-1)
+    trunk, head = split(model, "text", 0)
+    return head(trunk(tokens))
 
 
 def resolve_precision(wanted: str) -> str:
@@ -518,22 +506,6 @@ def _download(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(hub_id, allow_patterns=patterns))
-
-
-def _causal_tower(model: Any) -> tuple[Any, str, int | None]:
-    """Return the text tower, its pooling and its end-of-text id; the tower is None if no cut would be exact."""
-    import open_clip
-    from open_clip.transformer import TextTransformer
-
-    if isinstance(model, open_clip.CLIP):
-        tower, pool, end = model, model.text_pool_type, getattr(model, "text_eos_id", None)
-    elif isinstance(model, open_clip.CustomTextCLIP) and isinstance(model.text, TextTransformer):
-        tower, pool, end = model.text, model.text.pool_type, model.text.eos_id
-    else:
-        return None, "", None
-    at_end = getattr(tower, "cls_emb", None) is None and (pool == "argmax" or (pool == "eos" and end))
-    exact = tower.attn_mask is not None and at_end
-    return (tower, pool, end) if exact else (None, "", None)
 
 
 @contextmanager
