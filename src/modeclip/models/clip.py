@@ -2,7 +2,8 @@
 
 A model is named as open_clip users name it: ``ViT-B-32`` (random weights), ``ViT-B-32@laion2b_s34b_b79k`` (a pretrained
 tag or a checkpoint file), ``hf-hub:org/name``, ``local-dir:/path`` or just the path of such a folder. What is saved is
-such a folder (``open_clip_config.json`` + ``open_clip_model.safetensors``), which open_clip loads without modeclip.
+such a folder (``open_clip_config.json`` + ``open_clip_model.safetensors``), which open_clip loads without modeclip. The
+folder of a CLIP-MoE (`modeclip.models.moe`) has a third section in its settings, ``moe``, and takes modeclip to load.
 
 A folder or a Hub repository is opened only after `modeclip.models.settings` has seen every file that a library would
 follow; nothing in it runs as code. Weights are safetensors, or files of PyTorch that are read with
@@ -21,9 +22,9 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -83,7 +84,7 @@ class Clip:
     model: Any
     """The open_clip model, an ``nn.Module`` (open_clip declares no types)."""
     config: dict[str, Any]
-    """Content of its ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``."""
+    """Content of its ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``, and ``moe`` of a CLIP-MoE."""
     tokenizer: Any
     """Callable: list of texts -> (B, context_length) int64 token ids."""
     preprocess: Any
@@ -147,10 +148,19 @@ def load_clip(
     with _quiet(), _loading(str(spec)), torch.random.fork_rng(devices=[]), numbers_allowed():
         place = _fetch(name)
         tower = _text_tower(place, weights=not tag and not place.startswith("local-dir:"))
+        moe = _moe_of(place)
         torch.manual_seed(seed or 0)
         model, _, preprocess = open_clip.create_model_and_transforms(
-            place, pretrained=tag, force_patch_dropout=patch_dropout, weights_only=True, **tower, **start
+            place,
+            pretrained=tag,
+            force_patch_dropout=patch_dropout,
+            load_weights=moe is None,
+            weights_only=True,
+            **tower,
+            **start,
         )
+        if moe:
+            _load_experts(model, moe, Path(place.removeprefix("local-dir:")))
         tokenizer = _load_tokenizer(name, place)
     _check_vocabulary(str(spec), model, tokenizer)
     if patch_dropout and not any("PatchDropout" in type(module).__name__ for module in model.visual.modules()):
@@ -187,6 +197,8 @@ def model_shapes(spec: str, *, logit_start: LogitStart | None = None) -> dict[st
             model = open_clip.create_model(
                 place, load_weights=False, device="meta", pretrained_text=False, **tower, **start
             )
+            if moe := _moe_of(place):
+                _with_experts(model, moe)
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
@@ -228,11 +240,32 @@ def check_model(spec: str, *, random_weights: bool = True) -> None:
             )
 
 
+def assemble_clip(
+    base: Clip,
+    experts: Sequence[Mapping[str, Tensor]],
+    *,
+    top_k: int = 2,
+    routers: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> Clip:
+    """Make a CLIP-MoE of a plain CLIP and the states of models that differ from it in feed-forward layers only.
+
+    Arguments and errors are those of `modeclip.models.moe.assemble`. Tokenizer and preprocessing are the base's.
+    """
+    from modeclip.models.moe import MoeConfig, assemble
+
+    model = assemble(base.model, experts, top_k=top_k, routers=routers, seed=seed)
+    moe = MoeConfig(num_experts=1 + len(experts), top_k=top_k)
+    return replace(base, model=model, config=base.config | {"moe": asdict(moe)})
+
+
 def save_clip(clip: Clip, folder: Path) -> None:
     """Write a model as a folder that open_clip loads with ``local-dir:``, and check that it loads the same model.
 
+    What open_clip cannot express, a CLIP-MoE, is loaded by ``load_clip`` for that.
+
     Raises:
-        ModeclipError: The disk is full, or open_clip makes another model of the folder (see ``write_parity``).
+        ModeclipError: The disk is full, or another model is made of the folder (see ``write_parity``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARITY_FILE).unlink(missing_ok=True)
@@ -246,8 +279,9 @@ def save_clip(clip: Clip, folder: Path) -> None:
 def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
     """Load a model folder with open_clip alone, compare it with the model in memory, and write down what differs.
 
-    Both run on the same device, on two random pictures (one of the model's size, one of another size and shape) and on
-    fixed texts: so preprocessing, token ids and the towers (with their activation function) are all compared.
+    The folder of a CLIP-MoE is loaded by ``load_clip``. Both run on the same device, on two random pictures (one of the
+    model's size, one of another size and shape) and on fixed texts: so preprocessing, token ids and the towers (with
+    their activation function) are all compared.
 
     Returns:
         The content of ``parity.json``.
@@ -258,11 +292,7 @@ def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
     import torch
     from PIL import Image
 
-    open_clip = _import_open_clip()
-    check_clip_folder(folder)  # its tokenizer came from a folder or the Hub
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model, preprocess, tokenizer = _load_anew(folder)
     ours = next(clip.model.parameters())
     draw = np.random.default_rng(0)
     width, height = clip.image_size
@@ -297,6 +327,19 @@ def write_parity(clip: Clip, folder: Path) -> dict[str, Any]:
     write_json(folder / PARITY_FILE, parity, indent=2)
     _refuse_difference(parity, folder)
     return parity
+
+
+def _load_anew(folder: Path) -> tuple[Any, Any, Any]:
+    """Return model, preprocessing and tokenizer of a folder as those find them who get it."""
+    import torch
+
+    open_clip = _import_open_clip()
+    if "moe" in check_clip_folder(folder):  # checked in any case: its tokenizer came from a folder or the Hub
+        clip = load_clip(folder)
+        return clip.model, clip.preprocess, clip.tokenizer
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        return model, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}")
 
 
 def logit_scale_of(folder: Path) -> float:
@@ -454,6 +497,41 @@ def _text_tower(place: str, *, weights: bool) -> dict[str, Any]:
     return {"text_cfg": settings | {"hf_model_name": str(folder), "hf_model_pretrained": weights}}
 
 
+def _moe_of(place: str) -> dict[str, int] | None:
+    """Return the section ``moe`` of a folder's settings, which have been checked; None for a plain CLIP."""
+    if not place.startswith("local-dir:"):
+        return None
+    path = Path(place.removeprefix("local-dir:")) / CONFIG_FILE
+    found: dict[str, int] | None = read_json(path, dict[str, Any], "get the model again").get("moe")
+    return found
+
+
+def _with_experts(model: Any, moe: Mapping[str, int]) -> None:
+    from modeclip.models.moe import MoeConfig, with_experts
+
+    with_experts(model, MoeConfig(**moe))
+
+
+def _load_experts(model: Any, moe: Mapping[str, int], folder: Path) -> None:
+    """Make a plain model the CLIP-MoE of a folder, weights included."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        routers = [name for name in file.keys() if name.endswith(".router.weight")]  # noqa: SIM118  (no mapping)
+        found = {file.get_slice(name).get_shape()[0] for name in routers}
+        if found != {moe["num_experts"]}:  # before memory is taken for as many as the settings say
+            raise ModeclipError(
+                f"model folder {folder}: moe.num_experts in {CONFIG_FILE} is {moe['num_experts']}, but the routers in "
+                f"{WEIGHTS_FILE} know {' or '.join(map(str, sorted(found))) or 'no'} experts; get the model again"
+            )
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _with_experts(model, moe)
+    if getattr(model, "logit_bias", None) is not None:
+        weights.setdefault("logit_bias", torch.zeros_like(model.logit_bias))
+    model.load_state_dict(weights)
+
+
 def _load_tokenizer(name: str, place: str) -> Any:
     """Return a model's tokenizer: open_clip's own, or one of transformers from files that have been checked."""
     import open_clip
@@ -566,7 +644,8 @@ def _check_folder(folder: Path) -> None:
     for file, is_there in ((CONFIG_FILE, (folder / CONFIG_FILE).is_file()), (WEIGHTS_FILE, has_weights)):
         if not is_there:
             raise ModeclipError(f"model folder {folder}: {file} is missing; expected a folder as open_clip saves it")
-    check_clip_folder(folder)
+    if check_clip_folder(folder).get("moe") and not (folder / WEIGHTS_FILE).is_file():
+        raise ModeclipError(f"model folder {folder}: {WEIGHTS_FILE} is missing, which a CLIP-MoE needs")
 
 
 def _config_of(name: str, model: Any) -> dict[str, Any]:

@@ -106,6 +106,7 @@ _DOTTED = _word(r"[\w.-]{0,128}", "a name of letters, digits, _, - and .")
 _TEXT = _Kind("a text", lambda value: isinstance(value, str))
 _PLAIN = _Kind("numbers", _is_plain)
 _WIDTH, _LAYERS, _LENGTH, _PIXELS = _count(1 << 16), _count(1 << 10), _count(1 << 20), _count(1 << 14)
+_EXPERTS = _Kind("a whole number from 1 to 1,024", lambda value: type(value) is int and 1 <= value <= 1 << 10)
 _HUB_NAME = _Kind(
     "a name on the Hub (NAME or ORG/NAME)",
     lambda value: isinstance(value, str) and (value == "" or HUB_ID.fullmatch(value) is not None),
@@ -216,6 +217,7 @@ _CLIP: _Rules = {
         "resize_mode": _WORD,
         "fill_color": _some(_NUMBER, 4),
     },
+    "moe": {"num_experts": _EXPERTS, "top_k": _EXPERTS},
 }
 
 # ------------------------------------------------------------------------------- transformers and the others
@@ -450,8 +452,21 @@ def check_clip_settings(content: Any, where: str) -> dict[str, Any]:
         section = content[name] if name else content
         if missing := [key for key in keys if not isinstance(section.get(key), dict | int)]:
             raise ModeclipError(f"{where}: {missing[0]} is missing; expected settings as open_clip saves them")
+    if "moe" in content:
+        _check_experts(content["moe"], where)
     settings: dict[str, Any] = content
     return settings
+
+
+def _check_experts(moe: Any, where: str) -> None:
+    """Check that both numbers of a CLIP-MoE are there, and that it has as many experts as a token takes."""
+    for key in ("num_experts", "top_k"):
+        if not isinstance(moe, dict) or moe.get(key) is None:
+            raise ModeclipError(f"{where}: moe: {key} is missing; expected num_experts and top_k")
+    if moe["top_k"] > moe["num_experts"]:
+        raise ModeclipError(
+            f"{where}: moe: top_k: expected 1 to {moe['num_experts']} (num_experts), got {moe['top_k']}"
+        )
 
 
 def check_clip_folder(folder: Path) -> dict[str, Any]:
