@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -114,6 +115,11 @@ def test_pages_say_what_the_code_says() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout.split(), "fill them in: python docs/hooks.py, or make format"
+
+
+def test_picture_of_the_ways_to_one_model_is_what_its_script_draws() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "one_model_picture.py"))
+    assert script["PICTURE"].read_text(encoding="utf-8") == script["draw"](), "python docs/one_model_picture.py"
 
 
 def test_routing_table_of_the_method_page_is_what_route_computes() -> None:
