@@ -13,6 +13,8 @@ from typing import Literal
 
 from torch import nn
 
+from modeclip.errors import ModeclipError
+
 Tower = Literal["image", "text"]
 _ATTENTION = ("attn", "attention", "self_attn")
 _FFN = (("mlp",), ("ffn",), ("intermediate", "output.dense"))  # open_clip, timm, CLIP; DistilBERT; BERT
@@ -46,6 +48,23 @@ def blocks_of(model: nn.Module) -> dict[Tower, list[Block]]:
             block = Block(tower=tower, index=len(found[tower]), name=name, module=module, ffn_names=names)
             found[tower].append(block)
     return found
+
+
+def ffn_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of all feed-forward layers.
+
+    Raises:
+        ModeclipError: A tower has none.
+    """
+    blocks = blocks_of(model)
+    for tower, found in blocks.items():
+        if not found:
+            raise ModeclipError(
+                f"the {tower} tower has no blocks with feed-forward layers; take a model whose towers are "
+                "transformers, such as ViT-B-32"
+            )
+    starts = tuple(f"{name}." for found in blocks.values() for block in found for name in block.ffn_names)
+    return tuple(name for name, _ in model.named_parameters() if name.startswith(starts))
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:

@@ -31,6 +31,8 @@ from modeclip.training.objectives import OBJECTIVES
 
 AUTO = "auto"
 """What stands for a model that the pairs decide (`modeclip.training.choosing`)."""
+TRAINABLE = ("all", "ffn", "routers", "added")
+"""What a training may be limited to."""
 RATE, TUNING_RATE = 1e-3, 1e-5
 """Default learning rates from random weights, for towers of minutes, and from trained ones (FLYP: 1e-5)."""
 MOST_PROCESSES = 4096
@@ -50,7 +52,13 @@ UNHASHED_FIELDS = frozenset({"folder", "start_from", "catalog", "role", "index"}
 """Fields of a job that do not decide its result and so are not part of its digest."""
 SELECTING_FIELDS = frozenset({"name", "catalog_fingerprint", "where", "mask", "selection", "out_of_cluster_fraction"})
 """Fields that say how a job's pairs are found. Where the pairs themselves are known, they decide nothing more."""
-LATER_FIELDS: dict[str, Any] = {"probability": None, "captions": None, "groups": None, "label_smoothing": 0.0}
+LATER_FIELDS: dict[str, Any] = {
+    "probability": None,
+    "captions": None,
+    "groups": None,
+    "label_smoothing": 0.0,
+    "trainable": "all",
+}
 """Fields of a training that earlier versions did not have; at these values, digests are as they were."""
 CONSEQUENCES = (
     "first_step", "last_step", "first_share", "last_share", "start_digest", "pairs", "catalog_fingerprint"
@@ -195,6 +203,9 @@ class TrainConfig:
     groups: str | None = None
     """Column of whole numbers: only pairs with the same number are each other's negatives, and batches are of one
     number as far as its pairs fill them. No pass leaves a pair out. None: every other pair is a negative."""
+    trainable: str = "all"
+    """What training changes: ``all``; ``ffn``, the feed-forward layers of both towers; of a CLIP-MoE ``routers``, or
+    ``added``: the routers and every expert but the first."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the pair itself and its negatives, in [0, 1)."""
     seed: int = 0
@@ -217,6 +228,8 @@ class TrainConfig:
                 f"train.weight_decay: expected below 1 / train.learning_rate, here {1 / self.highest_rate:g}, since "
                 f"a step takes learning_rate * weight_decay of the weights away, got {self.weight_decay:g}"
             )
+        if self.trainable not in TRAINABLE:
+            raise unknown("train.trainable", self.trainable, TRAINABLE)
         if not 0 <= self.label_smoothing < 1:
             raise ModeclipError(f"train.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.label_smoothing and self.loss != "clip":
@@ -496,15 +509,26 @@ def prepare(job: TrainJob, resume: str = "latest") -> None:
 def changes(before: TrainJob, job: TrainJob) -> list[str]:
     """Return the differences between two jobs that decide the result, a few words each."""
     old, new = (
-        _flat(one.deciding() | {"where": one.where, "mask": one.mask, "selection": asdict(one.selection)})
+        one.deciding() | {"where": one.where, "mask": one.mask, "selection": asdict(one.selection)}
         for one in (before, job)
     )
+    return settings_changes(old, new)
+
+
+def settings_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences between two settings, a few words each.
+
+    Examples:
+        >>> settings_changes({"top_k": 2, "augment": {"patch_dropout": 0.5}}, {"top_k": 2, "augment": {}})
+        ['augment.patch_dropout was 0.5, now None']
+    """
+    old, new = _flat(before), _flat(now)
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     causes = [name for name in different if name not in CONSEQUENCES] or different
     return [f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in causes]
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}".removeprefix("config.")

@@ -196,7 +196,7 @@ class _Learner:
         groups: Int[np.ndarray, " N"] | None,
     ) -> None:
         """Build the model and bring it to where the job, or the job before it, has left off."""
-        from modeclip.training.gradients import Towers, make_optimizer
+        from modeclip.training.gradients import Towers, freeze, make_optimizer
 
         config = job.config
         self.job, self.world, self.rows = job, world, rows
@@ -212,9 +212,10 @@ class _Learner:
         )
         if config.engine.grad_checkpointing:
             self.clip.model.set_grad_checkpointing()
+        freeze(self.clip.model, config.trainable)
         self.clip.model.train()
         self.towers: Any = self.fabric.setup_module(Towers(self.clip))
-        self.parameters = dict(self.clip.model.named_parameters())
+        self.parameters = {name: value for name, value in self.clip.model.named_parameters() if value.requires_grad}
         self.optimizer: Any = self.fabric.setup_optimizers(make_optimizer(self.parameters, config))
         self.objective.open(self.fabric.device)
         self.step = job.first_step
@@ -223,7 +224,7 @@ class _Learner:
         self._losses: list[Tensor] = []  # since the last look, on the device, so that no step waits for its loss
         self._norm: Tensor | None = None
         if start is None and job.start_from is not None:
-            names = [(name, value.ndim) for name, value in self.parameters.items()]
+            names = [(name, value.ndim) for name, value in self.clip.model.named_parameters()]
             start = load_open_clip_train(Path(job.start_from), names)
         if start is not None:
             self._restore(start)
@@ -283,7 +284,8 @@ class _Learner:
         )
         self.optimizer.step()
         with torch.no_grad():
-            self.objective.limit(self.clip.model)
+            if self.clip.model.logit_scale.requires_grad:
+                self.objective.limit(self.clip.model)
         self._losses.append(loss)
         self.step += 1
 
