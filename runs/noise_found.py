@@ -4,6 +4,7 @@
     python runs/noise_found.py noisy --curate                 the methods that need no model, with settings for icons
     modeclip curate noisy dfn --filter MODEL --fraction 0.7   any other
     python runs/noise_found.py noisy --out runs/noise.jsonl
+    python runs/noise_found.py runs/curation/pool --plan runs/curate.yaml     the selections of runs/curation.py
 
 For each curation of the catalog (columns NAME_cause) and each kind of noise (column ``noise`` of `runs/noise.py`):
 
@@ -21,11 +22,13 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from noise import CLEAN, COPIES
 
 from modeclip.curation.curating import curate, curations_of, load_method
@@ -100,12 +103,38 @@ def found(noise: np.ndarray, origin: np.ndarray, dropped: np.ndarray) -> list[di
     return lines
 
 
+def planned(catalog: Catalog, plan: Path) -> dict[str, str]:
+    """Return the selections of a plan that a catalog has, each with the name of its last curation."""
+    selections = yaml.safe_load(plan.read_text(encoding="utf-8"))["selections"]
+    last = {name: f"c{n}_{len(steps) - 1}" for n, (name, steps) in enumerate(selections.items()) if len(steps)}
+    return {name: column for name, column in last.items() if f"{column}_cause" in catalog.columns}
+
+
+def noise_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return recall and precision in percent of each curation of the records, by kind of noise, as Markdown."""
+    kinds = [*sorted({line["noise"] for line in lines} - {"all"}), "all"]
+    by_curation: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for line in lines:
+        by_curation.setdefault(line["curation"], {})[line["noise"]] = line
+    rows = []
+    for name, of_kind in by_curation.items():
+        cells = []
+        for kind in kinds:
+            line = of_kind.get(kind, {"recall": 0.0, "precision": None})
+            recall, precision = f"{100 * line['recall']:.0f}", line["precision"]
+            cells.append(recall if recall == "0" or precision is None else f"{recall} / {100 * precision:.0f}")
+        rows.append(f"| {name} | {' | '.join(cells)} | {100 * of_kind['all']['clean']:.1f} |")
+    head = f"| curation | {' | '.join(kinds)} | clean dropped |\n|---{'|---:' * (len(kinds) + 1)}|"
+    return "\n".join([head, *rows])
+
+
 def main() -> None:
-    """Print the tables and add the lines."""
+    """Print the table and add the lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("catalog", help="catalog that runs/noise.py made")
     parser.add_argument("--curate", action="store_true", help="make the curations of METHODS first")
     parser.add_argument("--seed", type=int, default=0, help="seed that the noise was made with, for the record")
+    parser.add_argument("--plan", type=Path, help="plan of runs/curation.py, for its pool: what each selection drops")
     parser.add_argument("--out", type=Path, help="file to add lines of JSON to")
     arguments = parser.parse_args()
     catalog = Catalog.open(arguments.catalog)
@@ -116,24 +145,22 @@ def main() -> None:
             print(f"{name}: left out: {error}")
     catalog = Catalog.open(arguments.catalog)
     pairs = catalog.read(["noise", "origin"])
+    names = {name: name for name in curations_of(catalog)}
+    records = []
+    for title, name in (planned(catalog, arguments.plan) if arguments.plan else names).items():
+        dropped = dropped_of(catalog, name)
+        if arguments.plan:
+            dropped[np.isnan(dropped)] = 1  # by the steps before it
+        facts = catalog.facts(f"{name}_cause") or {}
+        record = {"curation": title, "method": facts.get("method"), "config": facts.get("config")}
+        record |= {"study": True} if arguments.plan else {}
+        record |= {"seed": arguments.seed, "machine": machine(), "date": str(datetime.now(UTC).date())}
+        records += [record | line for line in found(pairs["noise"], pairs["origin"], dropped)]
     print(f"{datetime.now(UTC).date()}, {machine()}, {len(catalog):,} pairs; recall / precision in %\n")
-    kinds = [*sorted(set(pairs["noise"].tolist()) - {CLEAN}), "all"]
-    print("| curation | " + " | ".join(kinds) + " | clean dropped |\n" + "|---" * (len(kinds) + 2) + "|")
-    for name in curations_of(catalog):
-        lines = found(pairs["noise"], pairs["origin"], dropped_of(catalog, name))
-        by_kind = {line["noise"]: line for line in lines}
-        cells = []
-        for kind in kinds:
-            line = by_kind.get(kind)
-            precision = "-" if line is None or line["precision"] is None else f"{100 * line['precision']:.0f}"
-            cells.append("" if line is None else f"{100 * line['recall']:.0f} / {precision}")
-        print(f"| {name} | " + " | ".join(cells) + f" | {100 * by_kind['all']['clean']:.1f} |", flush=True)
-        if arguments.out:
-            facts = catalog.facts(f"{name}_cause") or {}
-            record = {"curation": name, "method": facts.get("method"), "config": facts.get("config")}
-            record |= {"seed": arguments.seed, "machine": machine(), "date": str(datetime.now(UTC).date())}
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record | line) + "\n" for line in lines)
+    print(noise_table(records))
+    if arguments.out:
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":
