@@ -1,59 +1,126 @@
 """Find out which curation pays: train a model on each selection of `runs/curate.yaml`, all for the same samples.
 
 Usage: python runs/curation.py [--out runs/curation] [--jobs 2] [--only NAME...] [--seeds 0 1 2]
-       python runs/curation.py --table
+       python runs/curation.py --page which-pays.html      or --table: what the records say, without any model
+       python runs/curation.py --costs                     what each selection costs, on a copy of the pool
 
 The pool is one of icons with noise of known kinds (`runs/noise.py`). Each selection is curated once, so all seeds train
 on the same pairs. What was measured goes to `runs/curation.jsonl`, a line for each selection and seed, and is not
-measured again; a job that was killed goes on from its last checkpoint. `--table` prints accuracy on the held-out sets
-with 95 % intervals over the seeds, the difference to the raw pool of the same seed, and how much of each kind of noise
-a selection has left.
+measured again; a job that was killed goes on from its last checkpoint.
+
+What the plan has under `then` begins when all selections are measured with all seeds: prompts with definitions, and
+mixtures of data experts (MoDE) that cost as much as a dense model on the same pairs, on the raw pool and on the best
+selection. That is the one with the highest mean over the seeds among those that a user could choose too, so not the
+oracle. NormSim's targets are the trusted pairs, since the held-out sets have no training images.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from curation_report import CLEAN, averages, read_lines, tables, write_study
 from measure import machine
-from noise import CLEAN, make_noisy
-from records import interval, table
+from noise import make_noisy
 
-from modeclip import Catalog, Selection, curate, embed, evaluate, index, open_systems
+from modeclip import Catalog, RunFolder, Selection, cluster, curate, embed, evaluate, index, open_systems
 from modeclip.clustering.embedding import EmbedConfig
-from modeclip.curation.curating import make_method
+from modeclip.clustering.fitting import ClusterConfig
+from modeclip.curation.curating import columns_of, curations_of, make_method
+from modeclip.curation.dfn import FILTERS
 from modeclip.data.sources import DataConfig
 from modeclip.data.tasks.task import catalog_tasks
+from modeclip.evaluation.evaluate import EvaluateConfig
+from modeclip.mixture.bundle import RoutingConfig
 from modeclip.pipeline.recipe import parse_recipe
 from modeclip.pipeline.run_folder import single_job
 from modeclip.system.console import log
 from modeclip.system.paths import RunPaths
+from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import TrainConfig, TrainJob
 from modeclip.training.trainer import train
 
 HERE = Path(__file__).parent
-RAW, KIND = "raw", "noise"
+KIND = "noise"
+BEST = "best"
+"""What the plan calls the selection with the highest mean over the seeds."""
 TRUSTED = "trusted"
 """Column of the pairs that somebody has looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Data experts of clusters of captions, which with their seed model see as many samples as a dense model does."""
+
+    folder: Path
+    pool: Path
+    """The catalog, which is copied into the folder: each mixture clusters it in its own way."""
+    train: TrainConfig
+    selection: Selection
+    num_experts: int
+
+    def make(self) -> tuple[str, int, int]:
+        """Cluster the pairs and train what is missing; return the bundle, the pairs, and the samples of all models."""
+        run = RunFolder(
+            folder=self.folder,
+            training=self.train,
+            experts=ExpertsConfig(budget="matched", dense=False, dense_total=False, jobs=1),
+            routing=RoutingConfig(rule="per_class"),
+            selection=self.selection,
+        )
+        if not run.catalog_path.exists():
+            copy_pool(self.pool, run.catalog_path)
+        if not run.clusters.exists():
+            config = ClusterConfig(num_experts=self.num_experts, seed=self.train.seed)
+            cluster(Catalog.open(run.catalog_path), config, selection=self.selection).save(run.clusters)
+        results = run.train(run.jobs, stop_on_failure=True)
+        run.refresh_bundle()
+        return str(run.bundle), results["seed"].rows, sum(result.samples for result in results.values())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model: what it is trained on, and its seed."""
+    """One model or mixture: what it is trained on, its seed, and how it is asked."""
 
     selection: str
     seed: int
-    job: TrainJob
+    model: TrainJob | Mixture
     kept: dict[str, float]
     """Share of the pairs of each kind of noise that are kept; what a probability keeps counts by it."""
+    of: str | None = None
+    """The selection whose pairs these are, where it is another one."""
+    knowledge: tuple[str, ...] = ()
+    """Dictionaries whose definitions stand behind the prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The pairs of a selection."""
+
+    selection: Selection
+    settings: dict[str, str]
+    """Settings of the training that go with them."""
+    kept: dict[str, float]
+
+
+def copy_pool(pool: Path, path: Path) -> None:
+    """Copy a catalog as a whole or not at all, without what is kept beside it."""
+    part = path.with_name(f"{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(pool, part, ignore=shutil.ignore_patterns("_modeclip"))
+    part.rename(path)
 
 
 class Experiment:
@@ -68,6 +135,7 @@ class Experiment:
         self.trusted: float = content["trusted"]
         self.seeds: list[int] = content["seeds"]
         self.selections: dict[str, Any] = content["selections"]
+        self.then: dict[str, dict[str, Any]] = content.get("then", {})
         self.embed = EmbedConfig(**content["embed"])
         self.out = out
 
@@ -88,36 +156,84 @@ class Experiment:
             catalog.add_columns({TRUSTED: np.isin(np.arange(len(catalog)), chosen)}, facts={"seed": 0})
         return catalog
 
-    def cells(self, only: list[str] | None, seeds: list[int] | None, done: set[tuple[str, int]]) -> list[Cell]:
-        """Curate the pool for each selection that has models to train, and return these."""
-        catalog, cells = self.pool(), []
-        for number, (name, steps) in enumerate(self.selections.items()):
-            missing = [s for s in self.seeds if (name, s) not in done and (seeds is None or s in seeds)]
-            if not missing or (only and name not in only):
-                continue
-            selection, settings = self.choose(catalog, f"c{number}", steps)
-            catalog = Catalog.open(catalog.path)  # with the columns of all steps
-            chosen = selection.mask_of(catalog).astype(np.float64)
-            if probability := settings.get("probability"):
-                chosen *= np.nan_to_num(catalog.read([probability])[probability])
-            kinds = catalog.read([KIND])[KIND]
-            kept = {str(kind): float(chosen[kinds == kind].mean()) for kind in np.unique(kinds)}
-            for seed in missing:
-                folder = self.out / "models" / f"{name.replace(' ', '-').replace('%', 'percent')}-{seed}"
-                job = single_job(catalog, folder, replace(self.train, seed=seed, **settings), selection=selection)
-                cells.append(Cell(selection=name, seed=seed, job=job, kept=kept))
-        return cells
+    def first_cells(self, lines: list[dict[str, Any]], only: list[str] | None, seeds: list[int]) -> Iterator[Cell]:
+        """Yield a model for each selection and seed that is not measured; the pool is curated for it."""
+        done = {(line["selection"], line["seed"]) for line in lines}
+        for name in self.selections:
+            for seed in seeds if not only or name in only else ():
+                if (name, seed) not in done:
+                    chosen = self.chosen(name)
+                    yield Cell(selection=name, seed=seed, model=self.job(name, seed), kept=chosen.kept)
 
-    def choose(self, catalog: Catalog, name: str, steps: Any) -> tuple[Selection, dict[str, str]]:
-        """Curate the pool by some methods, and return the pairs to train on and the settings that go with them."""
+    def then_cells(self, lines: list[dict[str, Any]], only: list[str] | None, seeds: list[int]) -> Iterator[Cell]:
+        """Yield what the plan has under ``then`` and is not measured, once all selections are, with all seeds."""
+        done = {(line["selection"], line["seed"]) for line in lines}
+        if missing := {(name, seed) for name in self.selections for seed in self.seeds} - done:
+            log(f"{', '.join(self.then)}: left for later, since {len(missing)} models of other selections are missing")
+            return
+        best = best_of(lines, [name for name, steps in self.selections.items() if isinstance(steps, list)])
+        for row, plan in self.then.items():
+            for of in dict.fromkeys(best if name == BEST else name for name in plan["of"]):
+                name = row if len(plan["of"]) == 1 else f"{row} of {of}"
+                for seed in seeds if not only or name in only or row in only else ():
+                    if (name, seed) not in done:
+                        make = self.mixture if "experts" in plan else self.job
+                        model = make(of, seed, plan)
+                        knowledge, kept = tuple(plan.get("knowledge", ())), self.chosen(of).kept
+                        yield Cell(selection=name, seed=seed, model=model, kept=kept, of=of, knowledge=knowledge)
+
+    def job(self, name: str, seed: int, plan: dict[str, Any] | None = None) -> TrainJob:
+        """Return the training of a dense model on a selection, for other samples if the plan says so."""
+        chosen, samples = self.chosen(name), (plan or {}).get("samples", self.train.samples)
+        longer = f"-{samples}" if samples != self.train.samples else ""
+        folder = self.out / "models" / f"{file_name(name)}{longer}-{seed}"
+        settings = replace(self.train, seed=seed, samples=samples, **chosen.settings)
+        return single_job(Catalog.open(self.pool_path), folder, settings, selection=chosen.selection)
+
+    def mixture(self, name: str, seed: int, plan: dict[str, Any]) -> Mixture:
+        """Return the training of data experts on a selection."""
+        chosen = self.chosen(name)
+        return Mixture(
+            folder=self.out / "mixtures" / f"{plan['experts']}-{file_name(name)}-{seed}",
+            pool=self.pool_path,
+            train=replace(self.train, seed=seed, seed_parts=plan["seed_parts"], **chosen.settings),
+            selection=chosen.selection,
+            num_experts=plan["experts"],
+        )
+
+    @property
+    def pool_path(self) -> Path:
+        """Where the noisy pool lies."""
+        return RunPaths(folder=self.out / "pool").catalog_path
+
+    @cache  # noqa: B019 - there is one experiment
+    def chosen(self, name: str) -> Chosen:
+        """Curate the pool for a selection, unless that is done, and return its pairs."""
+        selection, settings = self.choose(self.pool(), name)
+        catalog = Catalog.open(self.pool_path)  # with the columns of all steps
+        weight = selection.mask_of(catalog).astype(np.float64)
+        if probability := settings.get("probability"):
+            weight *= np.nan_to_num(catalog.read([probability])[probability])
+        kinds = catalog.read([KIND])[KIND]
+        kept = {str(kind): float(weight[kinds == kind].mean()) for kind in np.unique(kinds)}
+        return Chosen(selection=selection, settings=settings, kept=kept)
+
+    def choose(self, catalog: Catalog, name: str) -> tuple[Selection, dict[str, str]]:
+        """Curate a catalog by the methods of a selection; return the pairs to train on and the settings for them.
+
+        The columns are called after the place of the selection in the plan, so new ones stand at its end.
+        """
+        steps, number = self.selections[name], list(self.selections).index(name)
         if isinstance(steps, dict):
             return Selection(where=(steps["where"],)), {}
         selection, settings = Selection(), dict[str, str]()
         for place, step in enumerate(steps):
-            column = f"{name}_{place}"
+            column = f"c{number}_{place}"
             given = {key: value for key, value in step.items() if key != "method"}
             if step["method"] == "dfn":
                 given["train"] = replace(self.train, seed=1000)
+            if targets := given.get("targets"):
+                given["targets"] = (f"{self.pool_path}#{targets}",)
             curated = curate(catalog, make_method(step["method"], **given), name=column, selection=selection)
             catalog = Catalog.open(catalog.path)
             selection = Selection(mask=f"{column}_kept")
@@ -127,48 +243,81 @@ class Experiment:
                 settings["captions"] = f"{column}_caption"
         return selection, settings
 
+    def costs(self) -> Iterator[dict[str, Any]]:
+        """Yield what each selection costs in processor seconds, on a copy of the pool that nothing is known of.
+
+        The copy is embedded and has its filter already, whose training costs what that of a model does.
+        """
+        self.pool()
+        for name, steps in self.selections.items():
+            if not steps or isinstance(steps, dict):
+                continue
+            folder = self.out / "costs"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            copy_pool(self.pool_path, folder / self.pool_path.name)
+            shutil.copytree(self.pool_path.with_suffix(FILTERS), (folder / self.pool_path.name).with_suffix(FILTERS))
+            catalog = Catalog.open(folder / self.pool_path.name)
+            for made in curations_of(catalog):
+                catalog.remove_columns(columns_of(catalog, made))
+            before = sum(os.times()[:4])
+            self.choose(catalog, name)
+            seconds = round(sum(os.times()[:4]) - before, 1)
+            yield {"selection": name, "pairs": len(catalog), "processor_seconds": seconds, **machine()}
+            shutil.rmtree(folder)
+
+
+def file_name(selection: str) -> str:
+    """Return a selection's name without what a file's should not have."""
+    return selection.replace(" ", "-").replace("%", "percent")
+
+
+def best_of(lines: list[dict[str, Any]], names: list[str]) -> str:
+    """Return which of some selections has the highest mean over the seeds; of equal ones the first."""
+    scores = averages(lines)
+    return max(names, key=lambda name: float(np.mean(list(scores[name].values()))))
+
 
 def measure(cell: Cell, tasks: Path) -> dict[str, Any]:
-    """Train a model, unless that is done, and ask it the held-out tasks."""
-    result = train(cell.job)
-    systems = open_systems([cell.job.folder])
-    results = evaluate(systems, catalog_tasks(Catalog.open(tasks)))
-    scores = {one.task.name: 100 * one.outcome.score for one in results}
-    return {
+    """Train a model, or all of a mixture, unless that is done, and ask it the held-out tasks."""
+    if isinstance(cell.model, Mixture):
+        model, pairs, samples = cell.model.make()
+    else:
+        result = train(cell.model)
+        model, pairs, samples = cell.model.folder, result.rows, result.samples
+    config = EvaluateConfig(knowledge=cell.knowledge)
+    results = evaluate(open_systems([model]), catalog_tasks(Catalog.open(tasks)), config)
+    line = {
         "selection": cell.selection,
         "seed": cell.seed,
-        "pairs": result.rows,
-        "samples": result.samples,
-        "tasks": scores,
+        "pairs": pairs,
+        "samples": samples,
+        "tasks": {one.task.name: 100 * one.outcome.score for one in results},
         "kept": cell.kept,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
     }
+    return line | ({"of": cell.of} if cell.of else {})
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return what was measured so far."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def run(cells: list[Cell], records: Path, tasks: Path, jobs: int) -> None:
+    """Measure models in several processes, all selections of one seed before those of the next; record each."""
+    cells.sort(key=lambda cell: cell.seed)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(measure, cell, tasks) for cell in cells]):
+            line = future.result()
+            write_line(records, line)
+            log(f"{line['selection']}, seed {line['seed']}: {np.mean(list(line['tasks'].values())):.1f} %")
 
 
-def tables(lines: list[dict[str, Any]]) -> str:
-    """Return accuracy by selection, best first, and what is left of each kind of noise."""
-    scores: dict[str, dict[int, float]] = {}
-    for line in lines:
-        scores.setdefault(line["selection"], {})[line["seed"]] = float(np.mean(list(line["tasks"].values())))
-    of = {line["selection"]: line for line in lines}
-    kinds = sorted({kind for line in lines for kind in line["kept"]}, key=lambda kind: (kind != CLEAN, kind))
-    rows = []
-    for name, values in sorted(scores.items(), key=lambda item: -float(np.mean(list(item[1].values())))):
-        both = [values[seed] - scores[RAW][seed] for seed in values if seed in scores.get(RAW, {})]
-        change = interval(both) if name != RAW else ""
-        left = [f"{100 * of[name]['kept'].get(kind, 0.0):.0f}" for kind in kinds]
-        rows.append([name, f"{of[name]['pairs']:,}", interval(list(values.values())), change, *left])
-    return table(["selection", "pairs", "accuracy", "against raw", *(f"% of {kind} kept" for kind in kinds)], rows)
+def write_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a record to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
-    """Train and measure what is missing, or print the table."""
+    """Train and measure what is missing, or show what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", type=Path, default=HERE / "curate.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/curation"))
@@ -176,21 +325,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--seeds", type=int, nargs="*", default=None)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print what was measured")
+    parser.add_argument("--page", type=Path, help="write what was measured as a page")
+    parser.add_argument("--costs", action="store_true", help="measure what each selection costs")
     arguments = parser.parse_args()
-    if not arguments.table:
-        experiment = Experiment(arguments.plan, arguments.out)
-        done = {(line["selection"], line["seed"]) for line in read_lines(arguments.records)}
-        cells = experiment.cells(arguments.only, arguments.seeds, done)
-        cells.sort(key=lambda cell: cell.seed)  # all selections of one seed before those of the next
-        tasks = RunPaths(folder=arguments.out / "clean").tasks_path
-        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(measure, cell, tasks) for cell in cells]):
-                line = future.result()
-                with arguments.records.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                log(f"{line['selection']}, seed {line['seed']}: {np.mean(list(line['tasks'].values())):.1f} %")
-    print(tables(read_lines(arguments.records)))
+    records, costs = arguments.records, arguments.records.with_name(f"{arguments.records.stem}_costs.jsonl")
+    experiment = Experiment(arguments.plan, arguments.out)
+    if arguments.costs:
+        for line in experiment.costs():
+            write_line(costs, line)
+            log(f"{line['selection']}: {line['processor_seconds']:.1f} s")
+    elif not (arguments.table or arguments.page):
+        seeds, tasks = arguments.seeds or experiment.seeds, RunPaths(folder=arguments.out / "clean").tasks_path
+        for part in (experiment.first_cells, experiment.then_cells):
+            run(list(part(read_lines(records), arguments.only, seeds)), records, tasks, arguments.jobs)
+    print(tables(read_lines(records)))
+    if arguments.page:
+        print(write_study(arguments.page, read_lines(records), read_lines(costs), experiment.selections))
 
 
 if __name__ == "__main__":

@@ -222,8 +222,10 @@ def tables(lines: list[dict[str, Any]]) -> str:
     def task_mean(values: dict[str, float]) -> float:
         return float(np.mean(list(values.values())))
 
+    seeds = len({line["seed"] for line in lines})
     parts = [
-        "Wrong pairs found, by their share in the raw pool: area under the curve, and recall at the known share:",
+        "Wrong pairs found, by their share in the raw pool: area under the curve, and recall at the known share"
+        f" ({seeds} {'seed' if seeds == 1 else 'seeds; ± is half their range'}):",
         "",
     ]
     pools = " | ".join(f"{share} %" for share in SHARES[1:])

@@ -1,8 +1,9 @@
-"""Make the tables of docs/results.md from the records that `runs/measure.py` has written; no model is needed.
+"""Make the tables of docs/results.md and docs/curation.md from the records of experiments; no model is needed.
 
-Usage: python runs/results.py [--records runs/experiments.jsonl] [--docs docs/results.md] [--check]
+Usage: python runs/results.py [--records runs/experiments.jsonl] [--check]
 
-Tables stand in docs/results.md between `<!-- table: NAME -->` and `<!-- end -->` and are replaced; `--check` only says
+The records are those of `runs/measure.py`, `runs/curation.py`, `runs/noise_found.py` and `runs/poisoning.py`. Tables
+stand in the pages between `<!-- table: NAME -->` and `<!-- end -->` and are replaced; `--check` only says
 whether they are those of the records. Intervals are 95 % t-intervals over the random seeds, differences are taken seed
 by seed. Beside the records lies `scaling.jsonl` then, which `modeclip scaling` reads, and beside the page its picture.
 """
@@ -17,7 +18,10 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import curation_report
+import noise_found
 import numpy as np
+import poisoning
 from costs import headline_table, laws_of, scaling_lines, scaling_table, size_table
 from experiments import MAIN, PARTS, Arm, base_arm
 from records import BY_SEED, Records, against, averages, interval, label, mean, plain_arms, short, table
@@ -25,6 +29,9 @@ from records import BY_SEED, Records, against, averages, interval, label, mean, 
 from modeclip.mixture.rules import RULES
 from modeclip.pages.scaling_page import write_scaling
 
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+PAGES = (DOCS / "results.md", DOCS / "curation.md")
 PAPER = {
     "main": "B/32, 26 tasks: MetaCLIP 58.2 / MoDE-2 58.6 / MoDE-4 59.0 (400M); 59.8 / 61.2 / 61.7 (2.5B)",
     "controls": "B/32, n = 2, 400M / 2.5B: Random 57.7 / 60.0, Full 58.3 / 60.0, OneStep 58.0 / 59.8, "
@@ -353,6 +360,22 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "sizes": lambda: size_table(records),
         "headline": lambda: headline_table(records),
         "scaling": lambda: scaling_table(records),
+        **curation_tables(),
+    }
+
+
+def curation_tables() -> dict[str, Callable[[], str]]:
+    """Return what makes each table about curation."""
+    lines, noise = (curation_report.read_lines(HERE / f"{name}.jsonl") for name in ("curation", "noise"))
+    return {
+        "curation-verdict": lambda: curation_report.verdict(lines),
+        "curation-gains": lambda: curation_report.gains_table(lines),
+        "curation-kinds": lambda: curation_report.kinds_table(lines),
+        "curation-mixtures": lambda: curation_report.mixtures_table(lines),
+        "curation-facts": lambda: curation_report.facts(lines),
+        "noise": lambda: noise_found.noise_table([line for line in noise if not line.get("study")]),
+        "noise-study": lambda: noise_found.noise_table([line for line in noise if line.get("study")]),
+        "poisoning": lambda: poisoning.tables(poisoning.read(HERE / "poisoning.jsonl")),
     }
 
 
@@ -367,11 +390,9 @@ def written(text: str, records: Records) -> str:
 
 
 def main() -> None:
-    """Write the page, or check it."""
+    """Write the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = Path(__file__).parent
-    parser.add_argument("--records", type=Path, default=here / "experiments.jsonl")
-    parser.add_argument("--docs", type=Path, default=here.parent / "docs" / "results.md")
+    parser.add_argument("--records", type=Path, default=HERE / "experiments.jsonl")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--print", nargs="*", default=None, metavar="TABLE", help="print these tables, write nothing")
     arguments = parser.parse_args()
@@ -381,16 +402,20 @@ def main() -> None:
             if not arguments.print or name in arguments.print:
                 print(f"\n## {name}\n\n{make()}")
         return
-    text = arguments.docs.read_text(encoding="utf-8")
-    page = written(text, records)
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        page = written(text, records)
+        if arguments.check and page != text:
+            raise SystemExit(f"{path}: tables differ from the records")
+        if not arguments.check:
+            path.write_text(page, encoding="utf-8")
     if arguments.check:
-        raise SystemExit(None if page == text else f"{arguments.docs}: tables differ from {arguments.records}")
-    arguments.docs.write_text(page, encoding="utf-8")
+        return
     lines = "".join(json.dumps(line) + "\n" for line in scaling_lines(records))
     arguments.records.with_name("scaling.jsonl").write_text(lines, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         _, picture = write_scaling(laws_of(records), Path(folder), "mean over 36 tasks of the zero-shot error")
-        shutil.copyfile(picture, arguments.docs.parent / "assets" / picture.name)
+        shutil.copyfile(picture, DOCS / "assets" / picture.name)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +20,20 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     """The scripts of the experiments, which import each other as they lie in their folder."""
     sys.path.insert(0, str(RUNS))
     import candidates
+    import curation_report
     import results
 
-    yield {"candidates": candidates, "results": results}
+    import curation
+
+    modules = (candidates, curation, curation_report, results)
+    yield {module.__name__: module for module in modules}
     sys.path.remove(str(RUNS))
 
 
-def test_tables_are_those_of_the_records(scripts: dict[str, ModuleType]) -> None:
+@pytest.mark.parametrize("page", ["results.md", "curation.md"])
+def test_tables_are_those_of_the_records(scripts: dict[str, ModuleType], page: str) -> None:
     results = scripts["results"]
-    text = (RUNS.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    text = (RUNS.parent / "docs" / page).read_text(encoding="utf-8")
     made = results.written(text, results.Records(RUNS / "experiments.jsonl"))
     differing = [pair for pair in zip(made.splitlines(), text.splitlines(), strict=False) if pair[0] != pair[1]]
     assert not differing[:3]  # pytest's own comparison of two whole pages takes minutes
@@ -90,3 +96,95 @@ def test_the_seed_is_one_more_center(scripts: dict[str, ModuleType]) -> None:
     product = found[:, :4] * factors
     reweighed = scripts["candidates"].reweighed(found[:, :4], factors.tolist())
     np.testing.assert_allclose(reweighed, product / product.sum(1, keepdims=True))
+
+
+# ---------------------------------------------------------------- which curation pays
+
+
+def studied(scores: dict[str, list[float]], **of: str) -> list[dict[str, Any]]:
+    """Return records of selections with these averages, by seed; two tasks lie as far above as below each."""
+    return [
+        {
+            "selection": name,
+            "seed": seed,
+            "pairs": 100,
+            "samples": 400,
+            "tasks": {"one": value - 1, "other": value + 1},
+            "kept": {"clean": 1.0, "shuffled": 0.25},
+            "date": "2026-11-28",
+            "machine": {"machine": "a processor"},
+        }
+        | ({"of": of[name.partition(" ")[0]]} if name.partition(" ")[0] in of else {})
+        for name, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+SCORES = {"raw": [4.0, 5.0, 6.0], "better": [8.0, 9.1, 9.9], "alike": [4.1, 4.9, 6.1], "worse": [2.0, 3.1, 4.0]}
+
+
+def test_gains_have_the_error_of_an_analysis_of_variance(scripts: dict[str, ModuleType]) -> None:
+    gains = {gain.selection: gain for gain in scripts["curation_report"].gains(studied(SCORES))}
+    values = list(SCORES.values())
+    total = sum(sum(own) for own in values) / 12
+    seeds = [sum(own[seed] for own in values) / 4 for seed in range(3)]
+    left = sum((own[s] - sum(own) / 3 - seeds[s] + total) ** 2 for own in values for s in range(3))
+    error = math.sqrt(2 * left / 6 / 3)  # (4 - 1)(3 - 1) degrees of freedom
+    assert gains["better"].mean == pytest.approx(4.0)
+    assert gains["better"].half == pytest.approx(2.4469 * error, rel=1e-4)  # t(0.975, 6)
+    chances = sorted((gains[name].chance, name) for name in ("better", "alike", "worse"))
+    assert [gains[name].corrected for _, name in chances] == pytest.approx(
+        np.maximum.accumulate([chance * (3 - place) for place, (chance, _) in enumerate(chances)]).clip(max=1).tolist()
+    )
+    assert {name: gain.verdict for name, gain in gains.items()} == {"better": "pays", "alike": "open", "worse": "loses"}
+
+
+def test_correction_for_many_comparisons_is_holms(scripts: dict[str, ModuleType]) -> None:
+    holm, draw = scripts["curation_report"].holm, np.random.default_rng(0)
+    for size in (1, 2, 7, 30):
+        chances = draw.uniform(0, 0.2, size).round(2).tolist()
+        for corrected, chance in zip(holm(chances), chances, strict=True):
+            ranked = sorted(chances)
+            below = [min(1.0, (size - place) * one) for place, one in enumerate(ranked) if one <= chance]
+            assert corrected == pytest.approx(max(below))
+
+
+def test_the_sentence_says_what_pays_and_what_loses(scripts: dict[str, ModuleType]) -> None:
+    report = scripts["curation_report"]
+    sentence = report.verdict(studied(SCORES | {"oracle": [7.0, 8.1, 9.0]}))
+    assert sentence.startswith("Of 3 selections against the raw pool (5.0\u00a0±\u00a02.5 %, 3 seeds;")
+    assert "1 pays (better +4.0), 1 loses (worse −2.0), and the difference of 1 is within chance" in sentence
+    assert sentence.endswith("an oracle that trains on the clean pairs alone is at +3.0.")
+    assert "no verdict" in report.verdict(studied({name: values[:1] for name, values in SCORES.items()}))
+    assert "no verdict" in report.verdict([])
+
+
+@pytest.mark.parametrize("scores", [SCORES, {name: values[:1] for name, values in SCORES.items()}, {}])
+def test_the_page_of_the_study_shows_every_selection(
+    scripts: dict[str, ModuleType], scores: dict[str, list[float]], tmp_path: Path
+) -> None:
+    lines = studied(scores | ({"MoDE-4 of better": [8.0]} if scores else {}), **{"MoDE-4": "better"})
+    plan = {"better": [{"method": "dfn", "clean": "trusted"}], "alike": [{"method": "align"}], "worse": [], "raw": []}
+    costs = [{"selection": "better", "processor_seconds": 12.5, "machine": "a processor", "date": "2026-11-28"}]
+    page = scripts["curation_report"].write_study(tmp_path / "study.html", lines, costs, plan).read_text()
+    for name in scores:
+        assert page.count(f">{name}<") + page.count(f"</i>{name}<") >= 3
+    if scores:
+        assert "12.5" in page
+        assert 'class="m-mixture' in page
+    assert scripts["curation_report"].verdict(lines).replace("\u00a0", " ")[:40] in page.replace("\u00a0", " ")
+
+
+def test_what_follows_waits_for_all_selections_and_takes_the_best(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    curation, report = scripts["curation"], scripts["curation_report"]
+    experiment = curation.Experiment(RUNS / "curate.yaml", tmp_path)
+    names = list(experiment.selections)
+    assert names[:3] == ["raw", "oracle", "metaclip t=2"]  # columns are called after the place: new ones at the end
+    assert names[20] == "chain"
+    scores = {name: [place % 7, place % 7 + 1, place % 7 + 2] for place, name in enumerate(names)}
+    lines = studied({name: list(map(float, values)) for name, values in scores.items()} | {"oracle": [90.0] * 3})
+    assert list(experiment.then_cells(lines[:-1], None, [0])) == []
+    assert curation.best_of(lines, [name for name in names if name != "oracle"]) == names[6]
+    assert report.averages(lines)["oracle"] == {0: 90.0, 1: 90.0, 2: 90.0}

@@ -44,12 +44,12 @@ SMALL_PIXELS = 64
 """Pictures with sides up to this (icons) are stored exactly and shown whole; others are lossy and fill a square."""
 
 
-def write_page(path: Path, template: str, **parts: Any) -> Path:
+def write_page(path: Path, template: str | Path, **parts: Any) -> Path:
     """Write a page and return its path. An existing page is replaced as a whole; a missing folder is made.
 
     Args:
         path: The page.
-        template: File in ``templates/``, such as ``report.html``.
+        template: File in ``templates/``, such as ``report.html``, or the path of another that extends one of these.
         parts: What the template shows, by the names that it uses. A name without a value is an error.
     """
     page = fill_template(template, **parts)
@@ -59,8 +59,10 @@ def write_page(path: Path, template: str, **parts: Any) -> Path:
     return path
 
 
-def fill_template(template: str, **parts: Any) -> str:
+def fill_template(template: str | Path, **parts: Any) -> str:
     """Return the text of a template filled with its parts; see `write_page`."""
+    if isinstance(template, Path):
+        return _environment().from_string(template.read_text(encoding="utf-8")).render(**parts)
     return _environment().get_template(template).render(**parts)
 
 
