@@ -105,9 +105,10 @@ class MoeFfn(nn.Module):
             logits = F.linear(tokens.float(), self.router.weight.float())
             chosen, experts = logits.topk(self.top_k, dim=1)
             weights = chosen.softmax(dim=1)
-        self.last = x.shape[:-1], logits, experts, weights.detach()
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-            return self._all(tokens, experts, weights).view(x.shape)
+            shares = torch.zeros_like(logits).scatter(1, experts, weights)
+            return self._all(tokens, shares).view(x.shape)
+        self.last = x.shape[:-1], logits, experts, weights.detach()
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         place = torch.empty_like(order)
@@ -135,11 +136,9 @@ class MoeFfn(nn.Module):
         """Leave out the last forward pass, which can be neither copied nor pickled."""
         return self.__dict__ | {"last": None}
 
-    def _all(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    def _all(self, tokens: Tensor, shares: Tensor) -> Tensor:
         """Run every expert on every token, as a graph without sizes that depend on data."""
-        dense = torch.zeros(len(tokens), len(self.experts), dtype=weights.dtype, device=weights.device)
-        dense = dense.scatter(1, experts, weights)
-        outputs = [expert(tokens) * dense[:, k, None].to(tokens.dtype) for k, expert in enumerate(self.experts)]
+        outputs = [expert(tokens) * shares[:, k, None].to(tokens.dtype) for k, expert in enumerate(self.experts)]
         return torch.stack(outputs).sum(dim=0)
 
     def _chains(self, rows: Tensor) -> list[list[nn.Module]]:
@@ -299,6 +298,8 @@ _CHAINS = (
 
 
 def _blocks(model: nn.Module) -> list[Block]:
+    if moe_layers(model):
+        raise ModeclipError("experts: this model is a CLIP-MoE already; take the plain model that it was made of")
     blocks = blocks_of(model)
     for tower, found in blocks.items():
         if not found or not all(block.ffn_names for block in found):
@@ -431,7 +432,7 @@ def _has_grouped(device: str, dtype: torch.dtype) -> bool:
             a = torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True)
             b = torch.ones(2, 16, 16, device=device, dtype=dtype, requires_grad=True)
             ends = torch.tensor([8, 16], device=device, dtype=torch.int32)
-            torch.autograd.grad(F.grouped_mm(a, b, offs=ends).sum(), (a, b))
+            torch.autograd.grad(F.grouped_mm(a, b.mT, offs=ends).square().sum(), (a, b))
     except (AttributeError, RuntimeError):  # an older PyTorch, or a device without it
         return False
     return True

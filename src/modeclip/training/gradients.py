@@ -6,6 +6,9 @@ all features, then runs each micro-batch again, keeps the activations this time,
 through them. The result is the gradient of the whole batch, so the batch size is chosen for the method and not for the
 memory.
 
+The losses of a CLIP-MoE's routers are those of each micro-batch, and their mean is added to the loss: shares of tokens
+are counted within a micro-batch.
+
 What is random in the towers (patch dropout) is seeded by step, process and micro-batch, so both passes agree and a
 resumed job repeats it.
 
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from modeclip.errors import ModeclipError
 from modeclip.models.blocks import ffn_parameters
 from modeclip.models.clip import Clip, encode_image, encode_text
+from modeclip.models.moe import moe_layers, router_losses
 from modeclip.system.devices import free_memory
 from modeclip.training.distributed import whole
 from modeclip.training.jobs import TrainConfig
@@ -47,20 +51,26 @@ class Towers(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: Clip, *, balance_loss: float = 0.0, router_z_loss: float = 0.0) -> None:
+        """Take a model, and the weights of the losses that the routers of a CLIP-MoE have."""
         super().__init__()
         self.model = clip.model
+        self.weights = (balance_loss, router_z_loss) if moe_layers(clip.model) else (0.0, 0.0)
         visual = clip.model.visual
         self.register_buffer("mean", torch.tensor(visual.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(visual.image_std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the fields of `Features` for (b, 3, H, W) uint8 pictures and their tokens."""
         images = (pixels.float() / 255 - self.mean) / self.std
         features = encode_image(self.model, images).float(), encode_text(self.model, tokens).float()
         bias = getattr(self.model, "logit_bias", None)
         scale = self.model.logit_scale.exp()
-        return *features, scale, torch.zeros_like(scale) if bias is None else bias.clone()
+        penalty = torch.zeros((), device=scale.device)
+        if any(self.weights):
+            balance, z = router_losses(self.model)
+            penalty = self.weights[0] * balance + self.weights[1] * z
+        return *features, scale, torch.zeros_like(scale) if bias is None else bias.clone(), penalty
 
 
 def backward(
@@ -73,6 +83,8 @@ def backward(
     seed: tuple[int, ...],
 ) -> Tensor:
     """Add the gradient of a batch's loss to the parameters' ``grad`` and return this process's share of the loss.
+
+    The penalty of the model itself (`Features.penalty`) is part of the loss.
 
     Args:
         towers: ``Towers`` as Lightning Fabric set it up.
@@ -88,9 +100,10 @@ def backward(
         targets = objective.targets(batch, fabric.device)
     if micro_batch >= count:
         _seed([*seed, 0])
-        value = objective.loss(_encode(towers, fabric, batch, slice(0, count)), targets)
-        fabric.backward(value)
-        return value.detach()
+        features = _encode(towers, fabric, batch, slice(0, count))
+        value = objective.loss(features, targets)
+        fabric.backward(value + features.penalty)
+        return value.detach() + features.penalty.detach() / fabric.world_size
     parts = [slice(first, first + micro_batch) for first in range(0, count, micro_batch)]
     outputs: list[Features] = []
     with torch.no_grad():
@@ -102,19 +115,21 @@ def backward(
         texts=torch.cat([output.texts for output in outputs]).requires_grad_(),
         scale=outputs[0].scale.clone().requires_grad_(),
         bias=outputs[0].bias.clone().requires_grad_(),
+        penalty=torch.stack([output.penalty for output in outputs]).mean().requires_grad_(),
     )
     del outputs
     value = objective.loss(features, targets)
-    found = torch.autograd.grad(value, features, allow_unused=True)
+    found = torch.autograd.grad(value + features.penalty, features, allow_unused=True)
     grads = Features(*(torch.zeros_like(x) if grad is None else grad for x, grad in zip(features, found, strict=True)))
     for index, part in enumerate(parts):
         _seed([*seed, index])
         with fabric.no_backward_sync(towers, enabled=index < len(parts) - 1):
             output = _encode(towers, fabric, batch, part)
-            own = (grads.images[part], grads.texts[part], grads.scale / len(parts), grads.bias / len(parts))
+            shares = (grad / len(parts) for grad in (grads.scale, grads.bias, grads.penalty))
+            own = (grads.images[part], grads.texts[part], *shares)
             products: list[Tensor] = [(x * grad).sum() for x, grad in zip(output, own, strict=True)]
             fabric.backward(torch.stack(products).sum())
-    return value.detach()
+    return value.detach() + features.penalty.detach() / fabric.world_size
 
 
 def finish_gradient(

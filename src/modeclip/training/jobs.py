@@ -58,6 +58,8 @@ LATER_FIELDS: dict[str, Any] = {
     "groups": None,
     "label_smoothing": 0.0,
     "trainable": "all",
+    "balance_loss": 0.01,
+    "router_z_loss": 0.0,
 }
 """Fields of a training that earlier versions did not have; at these values, digests are as they were."""
 CONSEQUENCES = (
@@ -208,6 +210,12 @@ class TrainConfig:
     ``added``: the routers and every expert but the first."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the pair itself and its negatives, in [0, 1)."""
+    balance_loss: float = 0.01
+    """Weight of a loss that is 1 where the routers of a CLIP-MoE choose all experts alike, and more elsewhere (the paper
+    of CLIP-MoE: 0.01). A plain CLIP has none."""
+    router_z_loss: float = 0.0
+    """Weight of the mean of logsumexp(logits)^2 of a CLIP-MoE's routers, which keeps their logits small (FlexOlmo:
+    0.001)."""
     seed: int = 0
     """Seed of the random start, of the order of the samples and of their augmentation."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -222,6 +230,7 @@ class TrainConfig:
         if not 2 <= self.batch_size < LIMIT:
             raise ModeclipError(f"train.batch_size must be at least 2 (a pair needs a negative), got {self.batch_size}")
         check_least("train", self, samples=1, total_parts=2, weight_decay=0, clip_grad_norm=0, seed=0)
+        check_least("train", self, balance_loss=0, router_z_loss=0)
         check_above_zero("train", self, "learning_rate")
         if self.highest_rate * self.weight_decay >= 1:
             raise ModeclipError(

@@ -214,7 +214,8 @@ class _Learner:
             self.clip.model.set_grad_checkpointing()
         freeze(self.clip.model, config.trainable)
         self.clip.model.train()
-        self.towers: Any = self.fabric.setup_module(Towers(self.clip))
+        weights = {"balance_loss": config.balance_loss, "router_z_loss": config.router_z_loss}
+        self.towers: Any = self.fabric.setup_module(Towers(self.clip, **weights))
         self.parameters = {name: value for name, value in self.clip.model.named_parameters() if value.requires_grad}
         self.optimizer: Any = self.fabric.setup_optimizers(make_optimizer(self.parameters, config))
         self.objective.open(self.fabric.device)
@@ -302,6 +303,7 @@ class _Learner:
             "loss": round(loss, 6),
             "lr": self.job.learning_rate(self.step - 1),
             **self.objective.values(self.clip.model),
+            **_routers(self.clip.model),
             "grad_norm": round(float(whole(self._norm)), 4) if self._norm is not None else math.nan,
             "memory_gb": round(self._memory_gb(), 3),
         }
@@ -406,6 +408,16 @@ class _Learner:
         if self.fabric.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.fabric.device) / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _routers(model: Any) -> dict[str, float]:
+    """Return what the log says of the routers of a CLIP-MoE: their losses in the last forward pass, without weights."""
+    from modeclip.models.moe import moe_layers, router_losses
+
+    if not moe_layers(model):
+        return {}
+    balance, z = router_losses(model)
+    return {"balance": round(float(balance), 4), "router_z": round(float(z), 4)}
 
 
 def save_interval(job_seconds: float, save_seconds: float) -> float:

@@ -50,6 +50,9 @@ class Features(NamedTuple):
     """Factor on the cosines, already exponentiated."""
     bias: Tensor
     """Added to the logits; 0 in a model that has no bias."""
+    penalty: Tensor
+    """What the model itself adds to the loss of this part of the batch, weighed: the routers' losses of a CLIP-MoE (see
+    `modeclip.models.moe`), else 0. No objective looks at it."""
 
 
 @runtime_checkable

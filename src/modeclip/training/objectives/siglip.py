@@ -37,7 +37,7 @@ class Sigmoid(Objective):
     def loss(self, features: Features, targets: Mapping[str, Tensor]) -> Tensor:
         """Return this process's share of the loss."""
         groups = targets[self.columns[0]] if self.columns else None
-        return sigmoid_loss(*features, targets.get(CAPTION_IDS), groups=groups)
+        return sigmoid_loss(*features[:4], targets.get(CAPTION_IDS), groups=groups)
 
 
 def sigmoid_loss(
