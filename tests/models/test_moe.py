@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modeclip.errors import ModeclipError
@@ -98,7 +96,8 @@ def test_experts_without_tokens(num_tokens: int, grouped: bool, monkeypatch: pyt
     x = torch.rand(num_tokens, 16)
     if num_tokens:
         assert_like_the_loop(layer, x)
-        assert layer.last is not None and layer.last[2].unique().tolist() == [2, 4]
+        assert layer.last is not None
+        assert layer.last[2].unique().tolist() == [2, 4]
     else:
         assert results(layer, x, layer)[0].shape == (0, 16)
     assert all(not value.grad.any() for k in (0, 1, 3) for value in layer.experts[k].parameters())
@@ -118,7 +117,8 @@ def test_router_decides_in_full_precision_under_autocast() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = layer(x)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(layer.last[2], exact[2]) and torch.equal(layer.last[1], exact[1])
+    assert torch.equal(layer.last[2], exact[2])
+    assert torch.equal(layer.last[1], exact[1])
     torch.testing.assert_close(out.float(), token_by_token(layer, x).detach(), atol=3e-2, rtol=3e-2)
 
 
@@ -198,7 +198,9 @@ def built(settings: dict[str, Any]) -> nn.Module:
 @pytest.mark.parametrize("name", [*TOWERS, "bert"])
 def test_towers_of_all_kinds(name: str, tmp_path: Path) -> None:
     """Equal experts give the plain model; experts that no token is sent to change nothing; others do."""
-    settings = {"vision_cfg": TOWER, "text_cfg": bert(tmp_path), "custom_text": True} if name == "bert" else TOWERS[name]
+    settings = (
+        {"vision_cfg": TOWER, "text_cfg": bert(tmp_path), "custom_text": True} if name == "bert" else TOWERS[name]
+    )
     model = built(copy.deepcopy(settings))
     images = torch.randn(3, 3, *model.visual.image_size)
     tokens = torch.randint(1, 50, (3, 8))
@@ -225,7 +227,7 @@ def test_towers_of_all_kinds(name: str, tmp_path: Path) -> None:
     assert {layer.index for layer in routing_of(mixed) if layer.tower == "text"} == {0, 1}
 
 
-def test_whole_model_is_the_loop_over_tokens(plain: Clip, mixed: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_model_is_the_loop_over_tokens(mixed: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = features(mixed.model, mixed)
     monkeypatch.setattr(MoeFfn, "forward", token_by_token)
     torch.testing.assert_close(features(mixed.model, mixed), expected, atol=1e-5, rtol=1e-5)
@@ -321,7 +323,8 @@ def test_routing_names_what_each_token_chose(plain: Clip, mixed: Clip) -> None:
         *(("text", index) for index in range(num_blocks["text"])),
     ]
     for routing in found:
-        assert routing.experts.shape[0] == 3 and routing.experts.shape[-1] == 2
+        assert routing.experts.shape[0] == 3
+        assert routing.experts.shape[-1] == 2
         torch.testing.assert_close(routing.weights.sum(-1), torch.ones(routing.weights.shape[:-1]))
         assert torch.equal(routing.experts[..., 0], routing.logits.argmax(-1))
     fresh = copy.deepcopy(mixed.model)  # a copy has not run
@@ -398,7 +401,9 @@ def test_folders_whose_weights_do_not_fit(folder: Path, plain: Clip, tmp_path: P
 
 def test_what_it_costs(folder: Path, plain: Clip, mixed: Clip) -> None:
     """Two of three experts are counted, the router, and the sum of both outputs."""
-    ffn = sum(value.numel() for name, value in plain.model.state_dict().items() if name.startswith(ffn_names(plain.model)))
+    ffn = sum(
+        value.numel() for name, value in plain.model.state_dict().items() if name.startswith(ffn_names(plain.model))
+    )
     routers = sum(layer.router.weight.numel() for layer in moe_layers(mixed.model))
     total = sum(value.numel() for value in plain.model.parameters())
     assert count_parameters(plain.model) == (total, total)

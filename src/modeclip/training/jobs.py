@@ -211,8 +211,8 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the pair itself and its negatives, in [0, 1)."""
     balance_loss: float = 0.01
-    """Weight of a loss that is 1 where the routers of a CLIP-MoE choose all experts alike, and more elsewhere (the paper
-    of CLIP-MoE: 0.01). A plain CLIP has none."""
+    """Weight of a loss that is 1 where the routers of a CLIP-MoE choose all experts alike, and more elsewhere (its
+    paper: 0.01). A plain CLIP has none."""
     router_z_loss: float = 0.0
     """Weight of the mean of logsumexp(logits)^2 of a CLIP-MoE's routers, which keeps their logits small (FlexOlmo:
     0.001)."""

@@ -416,8 +416,8 @@ def _routers(model: Any) -> dict[str, float]:
 
     if not moe_layers(model):
         return {}
-    balance, z = router_losses(model)
-    return {"balance": round(float(balance), 4), "router_z": round(float(z), 4)}
+    balance, z = (float(value.detach()) for value in router_losses(model))
+    return {"balance": round(balance, 4), "router_z": round(z, 4)}
 
 
 def save_interval(job_seconds: float, save_seconds: float) -> float:
