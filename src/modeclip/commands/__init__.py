@@ -47,6 +47,7 @@ COMMANDS = {
     "bundle": "mixture",
     "finetune": "adapting",
     "merge": "adapting",
+    "upcycle": "one_model",
 }
 """Module of each command, a function of the command's name in it."""
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float, Float16, Shaped, UInt8
+from jaxtyping import Bool, Float, Float16, Shaped, UInt8
 
 from modeclip.clustering.embedding import CACHED_CAPTIONS, CaptionCache
 from modeclip.curation.method import Context, Decided, Histogram, Prepared, Table
@@ -374,6 +374,33 @@ class PairVectors(Statistic):
         return concatenate(parts)
 
 
+def embed_pairs(
+    catalog: Catalog,
+    model: str,
+    seed: int | None = None,
+    *,
+    selected: Bool[np.ndarray, " N"] | None = None,
+    selection: Any = None,
+    ray: bool = False,
+) -> tuple[FragmentRows, FragmentRows, str]:
+    """Return the unit vectors of images and captions by a CLIP, float16, and a hash of what decides them.
+
+    They are kept beside the catalog, so that a killed call goes on and the same call again reads them.
+
+    Args:
+        catalog: Catalog of the pairs.
+        model: Which CLIP, as `load_clip` takes it.
+        seed: Seed of its random weights; None: it has others.
+        selected: Rows that are embedded; None: all.
+        selection: What chose them, as JSON.
+        ray: As for `map_fragments`.
+    """
+    facts = {"model": _identity(model, seed), "selection": selection}
+    statistic = PairVectors(model=model, seed=seed, facts=facts)
+    found = map_fragments(catalog, statistic, f"embed pairs with {model}", ray=ray, selected=selected)
+    return found.rows("images"), found.rows("texts"), _hash([facts, catalog.fingerprint])
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Embedded:
     """The selected pairs of a catalog as vectors of one CLIP."""
@@ -389,16 +416,9 @@ class _Embedded:
     @classmethod
     def of(cls, context: Context, model: str, seed: int | None) -> _Embedded:
         """Embed the pairs, unless that is done."""
-        facts = {"model": _identity(model, seed), "selection": context.selection}
-        found = map_fragments(
-            context.catalog,
-            PairVectors(model=model, seed=seed, facts=facts),
-            f"embed pairs with {model}",
-            ray=context.ray,
-            selected=context.selected,
+        images, texts, digest = embed_pairs(
+            context.catalog, model, seed, selected=context.selected, selection=context.selection, ray=context.ray
         )
-        digest = _hash([facts, context.catalog.fingerprint])
-        images, texts = found.rows("images"), found.rows("texts")
         return cls(model=model, seed=seed, catalog=context.catalog, digest=digest, images=images, texts=texts)
 
     def embed(self, images: Images) -> Float[np.ndarray, "m D"]:

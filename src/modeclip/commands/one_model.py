@@ -1,0 +1,86 @@
+"""The commands that make one model of many: upcycle."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from modeclip.adapting.upcycling import UpcycleConfig, Upcycled
+from modeclip.system.console import log, print_json, print_lines, print_table
+from modeclip.system.options import AsJson, CatalogPath, Mask, Where
+
+Source = Positional[
+    Annotated[
+        str,
+        arg(
+            help="A plain CLIP (folder, BUNDLE#seed, NAME@TAG, hf-hub:...), a bundle whose experts were trained with "
+            "--trainable ffn, or with --add a CLIP-MoE."
+        ),
+    ]
+]
+Added = Annotated[
+    tuple[str, ...],
+    arg(
+        help="Models that become further experts of the CLIP-MoE: BUNDLE#expert-1, a folder, or another CLIP-MoE of "
+        "the same plain model. --where selects the pairs that the expert is for. Nothing is trained without --trains."
+    ),
+]
+
+
+def upcycle(
+    model: Source,
+    catalog: CatalogPath,
+    config: Annotated[OmitArgPrefixes[UpcycleConfig], arg(name="upcycling")],
+    *,
+    out: Annotated[Path, arg(help="Folder of the CLIP-MoE (model) and of all that leads to it.")],
+    add: Added = (),
+    where: Where = (),
+    mask: Mask = None,
+    plan: Annotated[bool, arg(help="Say what the trainings cost, and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make one CLIP-MoE: of a CLIP in stages of training (DMU), or of a bundle's experts; then train its routers."""
+    from modeclip.adapting.upcycling import plan_upcycling
+    from modeclip.adapting.upcycling import upcycle as run_upcycling
+    from modeclip.data.catalog import Catalog
+    from modeclip.data.selection import Selection
+    from modeclip.training.costs import COLUMNS
+
+    pairs, selection = Catalog.open(catalog), Selection(where=where, mask=mask)
+    if plan:
+        costs = plan_upcycling(model, pairs, config, out=out, add=add, selection=selection)
+        if as_json:
+            print_json(costs.to_json())
+            return
+        print_table("plan: trainings, one after the other", COLUMNS, costs.trainings.rows() if costs.trainings else [])
+        print_lines(costs.embedding)
+        if costs.trainings and costs.trainings.problem:
+            log(costs.trainings.problem)
+        return
+    result = run_upcycling(model, pairs, config, out=out, add=add, selection=selection)
+    if as_json:
+        print_json(asdict(result))
+        return
+    _show(result)
+
+
+def _show(result: Upcycled) -> None:
+    """Print what an upcycling has made."""
+    clusters = {stage.name: stage for stage in result.stages}
+    rows = []
+    for training in result.trainings:
+        stage = clusters.get(training.name)
+        of_clusters = (f"{stage.num_clusters:,}", f"{stage.num_merged:,}") if stage else ("", "")
+        losses = (f"{training.first_loss:.3f}", f"{training.last_loss:.3f}")
+        rows.append((training.name, *of_clusters, f"{training.samples:,}", *losses, f"{training.seconds:.0f}"))
+    if rows:
+        columns = ["training", "clusters", "merged", "samples", "first loss", "last loss", "seconds"]
+        print_table(f"{result.num_pairs:,} pairs", columns, rows, in_parts=True)
+    print_lines(
+        f"experts: {', '.join(result.experts)}; {result.top_k} of them for a token",
+        f"parameters: {result.parameters:,}, of which a token meets {result.active_parameters:,}",
+        f"model: {result.folder}",
+    )
