@@ -149,6 +149,38 @@ def with_weights(name: str, folder: Path, seed: int = 0) -> str:
     return f"{name}@{path}"
 
 
+def make_clip_moe(folder: Path, *, num_experts: int, model: str = "modeclip-icon-xxs", scale: float = 8.0) -> Path:
+    """Write a CLIP-MoE whose experts are random steps away from a random model, or that model itself for 0 experts.
+
+    Args:
+        folder: The new folder.
+        num_experts: Experts of each block.
+        model: The model's architecture.
+        scale: Factor of the router's random rows; the larger, the surer the routing.
+    """
+    import torch
+
+    from modeclip.models.blocks import ffn_parameters
+    from modeclip.models.clip import assemble_clip, load_clip, save_clip
+    from modeclip.models.moe import moe_layers
+
+    clip, draw = load_clip(model, seed=0), torch.Generator().manual_seed(0)
+    if num_experts:
+        own, names = clip.model.state_dict(), set(ffn_parameters(clip.model))
+        states = [
+            {
+                name: value + 0.1 * torch.randn(value.shape, generator=draw) if name in names else value
+                for name, value in own.items()
+            }
+            for _ in range(num_experts - 1)
+        ]
+        clip = assemble_clip(clip, states, top_k=min(2, num_experts))
+        for layer in moe_layers(clip.model):
+            layer.router.weight.data.mul_(scale)
+    save_clip(clip, folder)
+    return folder
+
+
 def mark_done(job: TrainJob) -> None:
     """Leave the record of a finished job, without its model."""
     job.save()

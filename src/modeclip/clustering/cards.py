@@ -242,15 +242,16 @@ def split_words(caption: str) -> list[str]:
     return WORD.findall(caption.lower())
 
 
-def pick_keywords(words: Counter[str], corpus: Counter[str]) -> tuple[str, ...]:
+def pick_keywords(words: Counter[str], corpus: Counter[str], most: int = NUM_KEYWORDS) -> tuple[str, ...]:
     """Return the words that set the texts of one group apart from all others, by log-odds with a Dirichlet prior.
 
     Args:
         words: How often each word occurs in the group.
         corpus: The same for all groups together, this one included.
+        most: How many words at most.
 
     Returns:
-        At most ``NUM_KEYWORDS`` words, the highest z-score first; none that is as frequent in the other groups.
+        At most ``most`` words, the highest z-score first; none that is as frequent in the other groups.
 
     Examples:
         >>> pick_keywords(Counter(arrow=8, left=1, the=9), Counter(arrow=9, left=10, the=90))
@@ -264,4 +265,4 @@ def pick_keywords(words: Counter[str], corpus: Counter[str]) -> tuple[str, ...]:
     a, b = inside + prior, everywhere - inside + prior
     log_odds = np.log(a / (own + PRIOR_WORDS - a)) - np.log(b / (total - own + PRIOR_WORDS - b))
     z = log_odds / np.sqrt(1 / a + 1 / b)
-    return tuple(names[i] for i in np.argsort(-z, kind="stable")[:NUM_KEYWORDS] if z[i] > 0)
+    return tuple(names[i] for i in np.argsort(-z, kind="stable")[:most] if z[i] > 0)

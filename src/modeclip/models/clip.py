@@ -118,6 +118,19 @@ class Clip:
         tokens: Tensor = self.tokenizer(list(texts))
         return tokens
 
+    def pieces(self, tokens: Tensor) -> list[list[str]]:
+        """Return the text of each token of (B, context_length) ids, row by row, without the padding behind it.
+
+        Tokens that stand for no text, such as start and end, are empty.
+        """
+        words = getattr(self.tokenizer, "tokenizer", self.tokenizer)  # open_clip's own, or one of transformers
+        padding, special = getattr(words, "pad_token_id", None) or 0, set(words.all_special_ids)
+        found = []
+        for row in tokens.tolist():
+            length = max((place for place, token in enumerate(row, 1) if token != padding), default=1)
+            found.append(["" if token in special else words.decode([token]).strip() for token in row[:length]])
+        return found
+
 
 def load_clip(
     spec: str | Path, *, seed: int | None = None, patch_dropout: float = 0.0, logit_start: LogitStart | None = None
