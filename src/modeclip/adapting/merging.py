@@ -7,6 +7,8 @@ loss. Models of different random starts have the same shapes too, but their aver
 model (``job.json`` of its training, the manifest of its bundle, ``finetune.json``, ``merge.json``) tells where it comes
 from; models that have no ancestor in common are refused, and where nothing tells, a line says so.
 
+CLIP-MoEs of one shape are averaged like any models: expert by expert, and router by router.
+
 Sums are float64, one tensor at a time, so memory does not grow with the number of models. Every float is averaged,
 also the logit scale (its logarithm, as it is stored) and the running statistics of batch norms. Other tensors (position
 ids) must be equal in all models. The counters of batch norms come from the first model.
@@ -446,7 +448,7 @@ def check_alike(folders: Mapping[str, Path]) -> None:
         shapes, settings = _shapes(one), _settings(folder)
         for other, path in others:
             with _opened(path) as two:
-                problem = _first_difference(shapes, _shapes(two)) or _first_difference(settings, _settings(path))
+                problem = _first_difference(settings, _settings(path)) or _first_difference(shapes, _shapes(two))
                 problem = problem or next(
                     (
                         f"{name} holds other numbers"
@@ -555,6 +557,8 @@ def _settings(folder: Path) -> dict[str, str]:
         model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
     except KeyError as error:
         raise ModeclipError(f"model folder {folder}: {CONFIG_FILE} cannot be read ({error}); get it again") from error
+    if "moe" in content:
+        model = model | {"moe": content["moe"]}
     return {name: json.dumps(value, sort_keys=True) for name, value in model.items() if name not in _START} | {
         name: json.dumps(pixels.get(name)) for name in ("mean", "std")
     }

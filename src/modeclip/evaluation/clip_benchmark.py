@@ -1,11 +1,12 @@
-r"""CLIP_benchmark's own command line, with a bundle as the model that it evaluates.
+r"""CLIP_benchmark's own command line, with a bundle or a CLIP-MoE as the model that it evaluates.
 
     python -m modeclip.evaluation.clip_benchmark eval --model_type modeclip --model BUNDLE --pretrained RULE --no_amp \
         --dataset wds/pets --dataset_root tasks/{dataset} --output {dataset}.json
 
 The installed package runs as it is: this module registers one more kind of model and hands over. ``--pretrained`` is
 the routing rule; ``default``, or leaving it out, means the bundle's own. ``--encoder MODULE:ATTRIBUTE`` names an
-encoder that is Python code, which runs only if it is named here. CLIP_benchmark loads the model before the
+encoder that is Python code, which runs only if it is named here. The folder of a CLIP-MoE, which open_clip cannot load,
+stands in the place of a bundle and has no rule. CLIP_benchmark loads the model before the
 dataset, so the model is routed when the dataset is known. A classification is routed by its class names: every prompt
 has the weights of its class, and experts without weight are not run. Anything else is routed text by text.
 
@@ -38,8 +39,9 @@ from modeclip.mixture.mode import MoDE
 from modeclip.mixture.routed_clip import RoutedClip
 from modeclip.mixture.router import Route
 from modeclip.mixture.rules import RULES
-from modeclip.models.clip import without_gradients
+from modeclip.models.clip import CONFIG_FILE, load_clip, without_gradients
 from modeclip.system.console import log
+from modeclip.system.paths import home_path
 
 MODEL_TYPE = "modeclip"
 DEFAULT_RULE = "default"
@@ -131,12 +133,12 @@ def load(
     cache_dir: str | None = None,
     device: str | torch.device = "cpu",
     encoder: str | None = None,
-) -> tuple[RoutedByDataset, Any, Callable[[Sequence[str]], Tensor]]:
+) -> tuple[nn.Module, Any, Callable[[Sequence[str]], Tensor]]:
     """Load a bundle as CLIP_benchmark loads models: (model, transform, tokenizer).
 
     Args:
-        model_name: Folder of the bundle, or its id on the Hub.
-        pretrained: Routing rule, or ``default``.
+        model_name: Folder of the bundle, its id on the Hub, or the folder of one model.
+        pretrained: Routing rule, or ``default``; one model has no other.
         cache_dir: Not used; a bundle is not copied.
         device: Where it runs.
         encoder: Encoder that takes the place of the bundle's and may be Python code; None: the bundle's.
@@ -145,6 +147,11 @@ def load(
     rule = None if pretrained in (DEFAULT_RULE, "") else pretrained
     if rule is not None and rule not in RULES:
         raise unknown("rule", rule, [DEFAULT_RULE, *RULES])
+    if (home_path(model_name) / CONFIG_FILE).is_file():
+        if rule:
+            raise ModeclipError(f"model {model_name}: one model is not routed by a rule; leave --pretrained {rule} out")
+        clip = load_clip(model_name)
+        return clip.model.eval().to(device), clip.preprocess, clip.tokenizer
     mode = MoDE.load(model_name, encoder=encoder)
     if mode.per_image:
         raise ModeclipError(
@@ -156,7 +163,7 @@ def load(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run CLIP_benchmark's command line with bundles as one more kind of model."""
+    """Run CLIP_benchmark's command line with bundles and CLIP-MoEs as one more kind of model."""
     try:
         from clip_benchmark import cli, models
     except ImportError:
@@ -164,9 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, encoder = _without_encoder(list(sys.argv[1:] if arguments is None else arguments))
     loaded: list[RoutedByDataset] = []
 
-    def load_noted(**named: Any) -> tuple[RoutedByDataset, Any, Callable[[Sequence[str]], Tensor]]:
+    def load_noted(**named: Any) -> tuple[nn.Module, Any, Callable[[Sequence[str]], Tensor]]:
         found = load(**named, encoder=encoder)
-        loaded[:] = [found[0]]
+        loaded[:] = [found[0]] if isinstance(found[0], RoutedByDataset) else []
         return found
 
     def build_routed(*positional: Any, **named: Any) -> Any:
