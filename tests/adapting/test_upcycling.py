@@ -175,6 +175,8 @@ class TestKilled:
         again = modeclip_command(*words)
         assert again.returncode == 0, again.stderr
         assert weights_of(tmp_path / "up" / "model") == weights_of(done.folder)
+        page = (tmp_path / "up" / "router.html").read_text(encoding="utf-8")
+        assert f"a value of <code>{done.stages[-1].column}</code>" in page
 
 
 def _has_something(path: Path) -> bool:

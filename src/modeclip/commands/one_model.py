@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.adapting.upcycling import UpcycleConfig, Upcycled
+from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.system.console import log, print_json, print_lines, print_table
 from modeclip.system.options import AsJson, CatalogPath, Mask, Where
+
+if TYPE_CHECKING:
+    from modeclip.data.catalog import Catalog
+    from modeclip.data.selection import Selection
 
 Source = Positional[
     Annotated[
@@ -61,10 +66,25 @@ def upcycle(
             log(costs.trainings.problem)
         return
     result = run_upcycling(model, pairs, config, out=out, add=add, selection=selection)
+    page = _write_page(result, pairs, out, selection)
     if as_json:
         print_json(asdict(result))
         return
     _show(result)
+    print_lines(f"page: {page}")
+
+
+def _write_page(result: Upcycled, pairs: Catalog, out: Path, selection: Selection) -> Path:
+    """Write the page of the routers; its topics are clusters of the stages or of a bundle, else words."""
+    from modeclip.adapting.tracing import TraceConfig, trace
+    from modeclip.pages.router_page import write_routers
+
+    columns = [stage.column for stage in result.stages[:2]]  # of later stages, most are too small for a sample
+    columns += ["fine_cluster"] if Path(result.model, MANIFEST_FILE).is_file() else []
+    topics = next((column for column in columns[::-1] if column in pairs.columns), None)
+    config = TraceConfig(topics=topics)
+    found = trace(pairs, result.folder, config, selection=selection, experts=result.experts)
+    return write_routers(found, out, name=out.resolve().name)
 
 
 def _show(result: Upcycled) -> None:
