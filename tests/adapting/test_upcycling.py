@@ -21,9 +21,12 @@ from modeclip.adapting.upcycling import UpcycleConfig, Upcycled, dense_of, plan_
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import Selection
 from modeclip.errors import ModeclipError
+from modeclip.mixture.bundle import save_bundle
 from modeclip.models.blocks import blocks_of
 from modeclip.models.clip import assemble_clip, encode_image, encode_text, load_clip, save_clip
-from modeclip.training.jobs import AugmentConfig, EngineConfig
+from modeclip.training.costs import Measurement
+from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainJob
+from modeclip.training.preflight import preflight
 from support import Python, weights_of
 
 CONFIG = UpcycleConfig(
@@ -262,6 +265,100 @@ def test_experts_are_added_one_by_one(experts: list[Path], model: Path, catalog:
         torch.testing.assert_close(mine[3], added[f"{name}.mlp.router.weight"][2])
 
 
+# ---------------------------------------------------------------- bundles
+
+
+def make_bundle(folder: Path, models: dict[str, Path]) -> Path:
+    """A bundle of two experts, of which those that are given are there."""
+    card = {"size": 50, "keywords": ["a"], "nearest_captions": ["a"]}
+    save_bundle(
+        folder,
+        models=models,
+        fine_centers=np.eye(4, 8, dtype=np.float32),
+        expert_of_fine=np.repeat(np.arange(2), 2),
+        cards={"fine": [{"index": s} | card for s in range(4)], "experts": [{"index": k} | card for k in range(2)]},
+        manifest={
+            "name": "test",
+            "encoder": "minilm",
+            "rule": "per_class",
+            "temperature": 0.1,
+            "templates": ["{}"],
+            "lineage": {},
+        },
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(experts: list[Path], model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = {"seed": model, "expert-0": experts[0], "expert-1": experts[1]}
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle", models)
+
+
+@pytest.fixture(scope="module")
+def clustered(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """The pairs with an expert each: the first half of the alphabet, and the rest."""
+    path = tmp_path_factory.mktemp("clustered") / "catalog.lance"
+    found = Catalog.open(shutil.copytree(catalog.path, path))
+    captions = np.array(found.captions(np.arange(len(found))))
+    found.add_columns({"expert": (captions > "m").astype(np.int64)}, facts={"made by": "the test"})
+    return found
+
+
+def test_experts_of_a_bundle_without_training(
+    bundle: Path, experts: list[Path], model: Path, clustered: Catalog, tmp_path: Path
+) -> None:
+    """Both experts from the bundle, or the second one added later by itself: the same CLIP-MoE, to the bit."""
+    config = replace(CONFIG, gate="rows")
+    both = upcycle(bundle, clustered, config, out=tmp_path / "both")
+    assert (both.experts, both.gate, both.trainings) == (("base", "expert-0", "expert-1"), "rows", ())
+    clip = load_clip(both.folder)
+    for number, folder in enumerate((model, *experts)):
+        expected = load_clip(folder).model.state_dict()
+        found = dense_of(clip, number).model.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    only_first = make_bundle(tmp_path / "first", {"seed": model, "expert-0": experts[0]})
+    first = upcycle(only_first, clustered, config, out=tmp_path / "one")
+    assert first.experts == ("base", "expert-0")
+    second = Selection(where=("expert=1",))
+    later = upcycle(
+        first.folder, clustered, CONFIG, out=tmp_path / "later", add=[f"{bundle}#expert-1"], selection=second
+    )
+    assert later.experts == ("base", "expert-0", f"{bundle}#expert-1")
+    one, other = (load_file(Path(found.folder) / "open_clip_model.safetensors") for found in (both, later))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_experts_of_a_bundle_with_trained_routers(bundle: Path, clustered: Catalog, tmp_path: Path) -> None:
+    found = upcycle(bundle, clustered, replace(CONFIG, start="centres"), out=tmp_path / "up")
+    assert (found.gate, [training.name for training in found.trainings]) == ("trained", ["model"])
+    start, end = (load_file(tmp_path / f"up/{one}/open_clip_model.safetensors") for one in ("start", "model"))
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed == {name for name in start if ".router." in name}
+    assert all(float(value[0].abs().max()) == 0 for name, value in start.items() if ".router." in name)
+
+
+def test_bundles_that_cannot_be_upcycled(
+    bundle: Path, catalog: Catalog, clustered: Catalog, model: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "expert-0"
+    save_clip(load_clip("modeclip-icon-xxxs", seed=5), other)
+    changed = make_bundle(tmp_path / "changed", {"seed": model, "expert-0": other})
+    empty = make_bundle(tmp_path / "empty", {"seed": model})
+    for source, pairs, config, message in (
+        (changed, clustered, CONFIG, r"differs from the base.*train\.trainable: ffn \(expert 1 is expert-0\)"),
+        (empty, clustered, replace(CONFIG, top_k=1), r"no expert of .* is trained yet"),
+        (bundle, catalog, replace(CONFIG, gate="rows"), r"no column expert.*modeclip assign"),
+        (bundle, clustered, replace(CONFIG, experts="copies"), r"is a bundle, which brings its experts.*#seed"),
+    ):
+        with pytest.raises(ModeclipError, match=message) as raised:
+            upcycle(source, pairs, config, out=tmp_path / "up")
+        assert "\n" not in str(raised.value)
+        assert not (tmp_path / "up" / "settings.json").exists(), "the folder is still free"
+
+
 # ---------------------------------------------------------------- what cannot work
 
 
@@ -311,10 +408,21 @@ def test_models_that_cannot_be_upcycled(done: Upcycled, catalog: Catalog, model:
         upcycle(done.folder, catalog, CONFIG, out=tmp_path / "bad", add=[str(tmp_path / "changed")])
 
 
-@pytest.mark.usefixtures("trains_here")
-def test_plan_says_what_it_costs(catalog: Catalog, model: Path, tmp_path: Path) -> None:
+def test_plan_says_what_it_costs(
+    catalog: Catalog, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jobs are those of the upcycling, with a model that is there; `measure` is tested with costs."""
+    seen: list[TrainJob] = []
+
+    def measure(job: TrainJob, _: int) -> Measurement:
+        preflight(job, catalog, np.arange(len(catalog)), 1)
+        seen.append(job)
+        return Measurement(seconds_per_step=0.5, memory_gb=1.0, checkpoint_bytes=10, model_bytes=5)
+
+    monkeypatch.setattr("modeclip.training.costs.measure", measure)
     found = plan_upcycling(model, catalog, CONFIG, out=tmp_path / "up")
     assert found.trainings is not None
     assert [job.name for job in found.trainings.jobs] == ["stage-1", "stage-2", "model"]
-    assert found.embedding_seconds > 0
+    assert [job.config.trainable for job in seen] == ["ffn", "routers"], "the stages cost the same"
+    assert found.embedding_seconds == pytest.approx(2 * len(catalog) * 0.5 / 32 / 3)
     assert not (tmp_path / "up").exists()
