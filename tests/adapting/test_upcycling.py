@@ -340,6 +340,31 @@ def test_experts_of_a_bundle_with_trained_routers(bundle: Path, clustered: Catal
     assert all(float(value[0].abs().max()) == 0 for name, value in start.items() if ".router." in name)
 
 
+def test_an_expert_trained_beside_the_frozen_layer(
+    bundle: Path, model: Path, clustered: Catalog, tmp_path: Path
+) -> None:
+    """FlexOlmo: a copy and its router train on the pairs of a domain, and join a CLIP-MoE with the row that it has."""
+    config = replace(CONFIG, experts="copies", copies=1, trains="added", start="centres", balance_loss=0.0)
+    own = Selection(where=("expert=1",))
+    alone = upcycle(model, clustered, config, out=tmp_path / "alone", selection=own)
+    tuned = load_clip(alone.folder)
+    assert all(
+        torch.equal(value, dense_of(tuned, 0).model.state_dict()[name])
+        for name, value in load_clip(model).model.state_dict().items()
+    ), "the plain model's own layers are frozen"
+    joined = upcycle(
+        upcycle(bundle, clustered, replace(CONFIG, gate="rows"), out=tmp_path / "first").folder,
+        clustered,
+        CONFIG,
+        out=tmp_path / "joined",
+        add=[alone.folder],
+    )
+    assert joined.experts == ("base", "expert-0", "expert-1", "copy-1")
+    theirs, ours = tuned.model.state_dict(), load_clip(joined.folder).model.state_dict()
+    for name in (name for name in ours if name.endswith(".router.weight")):
+        torch.testing.assert_close(ours[name][3] - ours[name][0], theirs[name][1] - theirs[name][0])
+
+
 def test_bundles_that_cannot_be_upcycled(
     bundle: Path, catalog: Catalog, clustered: Catalog, model: Path, tmp_path: Path
 ) -> None:
@@ -380,8 +405,8 @@ def test_settings_out_of_range() -> None:
     ("changes", "message"),
     [
         ({"top_k": 4}, r"upcycle\.top_k: expected 1 to 3"),
-        ({"start": "centres"}, r"only the experts of a bundle have pairs of their own"),
-        ({"gate": "rows"}, r"only the experts of a bundle have pairs of their own"),
+        ({"start": "centres"}, r"which only the experts of a bundle have"),
+        ({"gate": "rows"}, r"which only the experts of a bundle have"),
         ({"batch_size": 5}, r"too few for 3 x 3 clusters|at least"),
     ],
 )

@@ -116,8 +116,9 @@ class UpcycleConfig:
     top_k: int = 2
     """Experts that a token goes through."""
     gate: Literal["trained", "rows"] = "trained"
-    """``trained``: the routers are trained. ``rows``: they are made of the experts' pairs and nothing is trained, so
-    that experts can be added later; needs the start ``centres``."""
+    """``trained``: the CLIP-MoE is trained, its routers alone unless ``trains`` says more. ``rows``: the routers are
+    made of the experts' pairs and nothing is trained, so that experts can be added later; needs the start
+    ``centres``."""
     start: Literal["random", "centroids", "centres"] | None = None
     """Rows of the routers at the start: ``random``; ``centroids`` of what the layers see (arXiv 2604.13508);
     ``centres`` of it in each expert's pairs (experts of a bundle). None: random, and centres without training."""
@@ -396,10 +397,11 @@ class _Maker:
                 f"upcycle: {self.source} is a bundle, which brings its experts; give its seed, {self.source}#{SEED}, "
                 "for copies"
             )
-        if config.routers_start == "centres" and not is_bundle and not self.add:
+        if config.routers_start == "centres" and not (is_bundle or self.add or self._is_for_selection):
             raise ModeclipError(
-                "upcycle.start centres: rows are made of the pairs of each expert, and only the experts of a bundle "
-                f"have pairs of their own; give a bundle, or random or centroids, got the model {self.source}"
+                "upcycle.start centres: rows are made of the pairs of each expert, which only the experts of a bundle "
+                "have, and a single copy that is trained on selected pairs (--where, --mask); give a bundle, or random "
+                f"or centroids, got the model {self.source}"
             )
         if not self.add and config.top_k > 1 + self._num_added:
             raise ModeclipError(
@@ -422,6 +424,12 @@ class _Maker:
         if self.bundle is not None:
             return sum(expert.folder != SEED for expert in self.bundle.experts)
         return self.config.stages if self.config.experts == "stages" else self.config.copies
+
+    @property
+    def _is_for_selection(self) -> bool:
+        """Whether there is one expert, a copy, and the selected pairs are its own."""
+        is_copy = self.bundle is None and self.config.experts == "copies" and self.config.copies == 1
+        return is_copy and not self.selection.is_all
 
     @property
     def has_stages(self) -> bool:
@@ -677,7 +685,8 @@ class _Maker:
         start = self.config.routers_start
         if start == "random":
             return None
-        of_all = self._look(base, self.rows, "all pairs", keep=start == "centroids")
+        everything = np.arange(len(self.catalog)) if self._is_for_selection else self.rows
+        of_all = self._look(base, everything, "all pairs", keep=start == "centroids")
         if start == "centroids":
             found = centroid_rows(of_all, 1 + len(experts), seed=self.config.seed)
             return {name: torch.from_numpy(rows) for name, rows in found.items()}
