@@ -31,7 +31,8 @@ from support import Python, weights_of
 
 CONFIG = UpcycleConfig(
     stages=2,
-    batch_size=32,
+    batch_size=64,
+    min_pairs=32,
     learning_rate=3e-3,
     router_learning_rate=1e-3,
     warmup_steps=2,
@@ -41,8 +42,8 @@ CONFIG = UpcycleConfig(
     engine=EngineConfig(precision="32-true", save_every="2steps"),
 )
 SETTINGS = shlex.split(
-    "--stages 2 --batch-size 32 --learning-rate 3e-3 --router-learning-rate 1e-3 --warmup-steps 2 --gate-pairs 64 "
-    "--threads 1 --min-crop-share 1 --precision 32-true --save-every 2steps"
+    "--stages 2 --batch-size 64 --min-pairs 32 --learning-rate 3e-3 --router-learning-rate 1e-3 "
+    "--warmup-steps 2 --gate-pairs 64 --threads 1 --min-crop-share 1 --precision 32-true --save-every 2steps"
 )
 
 
@@ -91,11 +92,11 @@ def test_clusters_are_columns_and_facts(done: Upcycled, catalog: Catalog) -> Non
         cluster = catalog.read([stage.column])[stage.column]
         sizes = np.bincount(cluster)
         assert (stage.num_clusters, stage.smallest, stage.largest) == (len(sizes), sizes.min(), sizes.max())
-        assert sizes.min() >= 32, "those of a batch"
+        assert sizes.min() >= 32
         assert len(set(zip(before.tolist(), cluster.tolist(), strict=True))) == len(sizes)
         before = cluster
     assert [training.name for training in done.trainings] == ["stage-1", "stage-2", "model"]
-    assert done.trainings[0].samples >= len(catalog) > done.trainings[0].samples - 32, "every pair once"
+    assert done.trainings[0].samples >= len(catalog) > done.trainings[0].samples - 64, "every pair once"
     content = json.loads((Path(done.folder).parent / "upcycling.json").read_text())
     assert content == json.loads(json.dumps(asdict(done)))
 
@@ -153,7 +154,7 @@ class TestKilled:
     """A killed command goes on with the same numbers, wherever it was killed."""
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("where", ["stage-1/checkpoints", "stage-2/job.json", "start", "model/checkpoints"])
+    @pytest.mark.parametrize("where", ["stage-1/checkpoints", "stage-2/job.json", "model/checkpoints"])
     def test_killed_and_run_again(
         self,
         where: str,
@@ -449,5 +450,5 @@ def test_plan_says_what_it_costs(
     assert found.trainings is not None
     assert [job.name for job in found.trainings.jobs] == ["stage-1", "stage-2", "model"]
     assert [job.config.trainable for job in seen] == ["ffn", "routers"], "the stages cost the same"
-    assert found.embedding_seconds == pytest.approx(2 * len(catalog) * 0.5 / 32 / 3)
+    assert found.embedding_seconds == pytest.approx(2 * len(catalog) * 0.5 / 64 / 3)
     assert not (tmp_path / "up").exists()

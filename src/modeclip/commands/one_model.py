@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from modeclip.adapting.upcycling import UpcycleConfig, Upcycled
+from modeclip.adapting.upcycling import RESULT_FILE, UpcycleConfig, Upcycled
 from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.system.console import log, print_json, print_lines, print_table
 from modeclip.system.options import AsJson, CatalogPath, Mask, Where
@@ -68,17 +68,20 @@ def upcycle(
     result = run_upcycling(model, pairs, config, out=out, add=add, selection=selection)
     page = _write_page(result, pairs, out, selection)
     if as_json:
-        print_json(asdict(result))
+        print_json(asdict(result) | {"page": str(page)})
         return
     _show(result)
     print_lines(f"page: {page}")
 
 
 def _write_page(result: Upcycled, pairs: Catalog, out: Path, selection: Selection) -> Path:
-    """Write the page of the routers; its topics are clusters of the stages or of a bundle, else words."""
+    """Write the page of the routers, unless it is there; topics are clusters of the stages or of a bundle, else words."""
     from modeclip.adapting.tracing import TraceConfig, trace
-    from modeclip.pages.router_page import write_routers
+    from modeclip.pages.router_page import PAGE_FILE, write_routers
 
+    page = out / PAGE_FILE
+    if page.is_file() and page.stat().st_mtime_ns >= (out / RESULT_FILE).stat().st_mtime_ns:
+        return page
     columns = [stage.column for stage in result.stages[:2]]  # of later stages, most are too small for a sample
     columns += ["fine_cluster"] if Path(result.model, MANIFEST_FILE).is_file() else []
     topics = next((column for column in columns[::-1] if column in pairs.columns), None)
