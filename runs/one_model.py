@@ -22,7 +22,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import yaml
 from measure import machine
-from records import interval, table
+from one_model_report import BASE, read_lines, tables
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,7 +57,6 @@ from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.trainer import train
 
 HERE = Path(__file__).parent
-BASE, DMU, EQUAL_COST = "base", "CLIP-MoE, DMU", "dense, equal cost"
 RETRIEVAL = "held-out names"
 STAGE_FIELDS = ("num_clusters", "min_pairs", "epochs", "batch_size", "learning_rate", "weight_decay", "warmup_steps")
 """Settings that decide a stage, beside those that all cells have in common."""
@@ -408,73 +407,6 @@ def time_images(members: Sequence[Path], base: Path) -> dict[str, float]:
         "ms_per_image": round(float(np.median(rounds[:, 1])), 4),
         "times_base": round(float(np.median(rounds[:, 1] / rounds[:, 0])), 3),
     }
-
-
-# ---------------------------------------------------------------- tables
-
-
-def read_lines(path: Path) -> list[Values]:
-    """Return what was measured so far."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def tables(lines: Sequence[Values], plan: Mapping[str, Any]) -> str:
-    """Return the models with their scores and costs, and the ablations."""
-    found: dict[str, dict[int, Values]] = {}
-    for line in lines:
-        found.setdefault(line["cell"], {})[line["seed"]] = line["values"]
-
-    def scores(cell: str, of: str) -> dict[int, float]:
-        return {
-            seed: float(np.mean(list(values["tasks"].values()))) if of == "tasks" else values["retrieval"][of]
-            for seed, values in sorted(found.get(cell, {}).items())
-        }
-
-    def change(cell: str, of: str, reference: str) -> str:
-        mine, theirs = scores(cell, of), scores(reference, of)
-        text = interval([value - theirs[seed] for seed, value in mine.items() if seed in theirs])
-        return "" if cell == reference or not text else text if text.startswith("-") else f"+{text}"
-
-    measures = ("tasks", "image_retrieval_recall@1", "text_retrieval_recall@1")
-    rows, costs, ablations = [], [], []
-    for cell in [name for name in plan["models"] if name in found]:
-        mean = {key: float(np.mean([values[key] for values in found[cell].values()])) for key in COSTS}
-        both = [
-            text
-            for of in measures
-            for text in (interval(list(scores(cell, of).values())), change(cell, of, EQUAL_COST))
-        ]
-        rows.append([cell, *both])
-        costs.append([cell, *(form.format(mean[key] / unit) for key, (_, unit, form) in COSTS.items())])
-    for cell in [name for name in (DMU, *plan["ablations"]) if name in found]:
-        both = [text for of in measures for text in (interval(list(scores(cell, of).values())), change(cell, of, DMU))]
-        ablations.append([cell, *both])
-    words = ("zero-shot", "text to image, R@1", "image to text, R@1")
-    against = [column for word in words for column in (word, "against equal cost")]
-    of_dmu = [column for word in words for column in (word, "against DMU")]
-    return "\n\n".join(
-        [
-            f"Accuracy and recall in %, with 95 % intervals over {len({line['seed'] for line in lines})} seeds:",
-            table(["model", *against], rows),
-            "What each cost, from random weights on, and what it costs to use:",
-            table(["model", *(word for word, _, _ in COSTS.values())], costs),
-            f"Ablations of {DMU}:",
-            table(["change", *of_dmu], ablations),
-        ]
-    )
-
-
-COSTS = {
-    "samples": ("samples, k", 1e3, "{:,.0f}"),
-    "flops": ("training, TFLOP", 1e12, "{:,.1f}"),
-    "seconds": ("seconds", 1, "{:,.0f}"),
-    "inference_flops": ("image, MFLOP", 1e6, "{:.1f}"),
-    "ms_per_image": ("ms an image", 1, "{:.3f}"),
-    "times_base": ("times the base", 1, "{:.2f}"),
-    "parameters": ("parameters, M", 1e6, "{:.2f}"),
-    "active_parameters": ("of these active, M", 1e6, "{:.2f}"),
-}
-"""Columns of costs: heading, unit, format."""
 
 
 def main() -> None:

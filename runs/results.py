@@ -2,7 +2,8 @@
 
 Usage: python runs/results.py [--records runs/experiments.jsonl] [--check]
 
-The records are those of `runs/measure.py`, `runs/curation.py`, `runs/noise_found.py` and `runs/poisoning.py`. Tables
+The records are those of `runs/measure.py`, `runs/curation.py`, `runs/noise_found.py`, `runs/poisoning.py` and
+`runs/one_model.py`. Tables
 stand in the pages between `<!-- table: NAME -->` and `<!-- end -->` and are replaced; `--check` only says
 whether they are those of the records. Intervals are 95 % t-intervals over the random seeds, differences are taken seed
 by seed. Beside the records lies `scaling.jsonl` then, which `modeclip scaling` reads, and beside the page its picture.
@@ -21,6 +22,7 @@ from pathlib import Path
 import curation_report
 import noise_found
 import numpy as np
+import one_model_report
 import poisoning
 from costs import headline_table, laws_of, scaling_lines, scaling_table, size_table
 from experiments import MAIN, PARTS, Arm, base_arm
@@ -361,6 +363,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "headline": lambda: headline_table(records),
         "scaling": lambda: scaling_table(records),
         **curation_tables(),
+        **one_model_tables(),
     }
 
 
@@ -377,6 +380,13 @@ def curation_tables() -> dict[str, Callable[[], str]]:
         "noise-study": lambda: noise_found.noise_table([line for line in noise if line.get("study")]),
         "poisoning": lambda: poisoning.tables(poisoning.read(HERE / "poisoning.jsonl")),
     }
+
+
+def one_model_tables() -> dict[str, Callable[[], str]]:
+    """Return what makes each table about one model out of many."""
+    lines, plan = one_model_report.read_lines(HERE / "one_model.jsonl"), one_model_report.read_plan()
+    made = one_model_report.named_tables(lines, plan)
+    return {name: (lambda text=text: text) for name, text in made.items()}
 
 
 def written(text: str, records: Records) -> str:
