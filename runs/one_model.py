@@ -105,7 +105,7 @@ class Experiment:
 
     def prepare(self) -> None:
         """Index the pairs and the held-out sets, unless they are there."""
-        if not self.shared.catalog_path.exists():
+        if not all((path / "_versions").is_dir() for path in (self.shared.catalog_path, self.shared.tasks_path)):
             index(self.data, str(self.shared.folder))
 
     @property
@@ -203,7 +203,7 @@ class Bench:
             routing=RoutingConfig(rule=settings["rule"]),
         )
         run.train(run.jobs)
-        run.write_bundle()
+        run.refresh_bundle()
         cost = sum((self._cost_of(job, "ffn") for job in run.jobs), Cost())
         return Made(spec=run.bundle, cost=cost, members=[Path(job.folder) for job in run.jobs], is_mixture=True)
 
