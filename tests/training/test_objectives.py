@@ -231,7 +231,7 @@ class Imitation(Objective):
 
     columns = ("weight",)
 
-    def open(self, device: torch.device) -> None:
+    def open(self, device: torch.device, catalog: Catalog) -> None:  # noqa: ARG002
         self.teacher = Towers(load_clip(MODEL, seed=7)).to(device).eval()
 
     def targets(self, batch: TrainingBatch, device: torch.device) -> Mapping[str, Tensor]:

@@ -48,6 +48,7 @@ COMMANDS = {
     "finetune": "adapting",
     "merge": "adapting",
     "upcycle": "one_model",
+    "distill": "one_model",
 }
 """Module of each command, a function of the command's name in it."""
 

@@ -1,4 +1,4 @@
-"""The commands that make one model of many: upcycle."""
+"""The commands that make one model of many: upcycle, distill."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from modeclip.adapting.distilling import DistillConfig, Taught
 from modeclip.adapting.upcycling import RESULT_FILE, UpcycleConfig, Upcycled
 from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.system.console import log, print_json, print_lines, print_table
-from modeclip.system.options import AsJson, CatalogPath, Mask, Where
+from modeclip.system.options import AsJson, CatalogPath, Mask, UserEncoder, Where
 
 if TYPE_CHECKING:
     from modeclip.data.catalog import Catalog
@@ -88,6 +89,56 @@ def _write_page(result: Upcycled, pairs: Catalog, out: Path, selection: Selectio
     config = TraceConfig(topics=topics)
     found = trace(pairs, result.folder, config, selection=selection, experts=result.experts)
     return write_routers(found, out, name=out.resolve().name)
+
+
+def distill(
+    teacher: Positional[
+        Annotated[
+            str, arg(help="A bundle, whose experts are routed for each caption, a CLIP-MoE, or any model with weights.")
+        ]
+    ],
+    catalog: CatalogPath,
+    config: Annotated[OmitArgPrefixes[DistillConfig], arg(name="distillation")],
+    *,
+    student: Annotated[
+        str, arg(help="Model to train: a name (random weights), NAME@TAG, hf-hub:..., a folder, or BUNDLE#seed.")
+    ],
+    out: Annotated[Path, arg(help="Folder of the student.")],
+    where: Where = (),
+    mask: Mask = None,
+    encoder: UserEncoder = None,
+    ray: Annotated[
+        bool, arg(help="Run the teacher on the Ray cluster of RAY_ADDRESS, or one that runs here, or a new one.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Teach one CLIP what a mixture, a CLIP-MoE or another CLIP knows; the teacher runs once for all students."""
+    from modeclip.adapting.distilling import distill as run_distillation
+    from modeclip.data.catalog import Catalog
+    from modeclip.data.selection import Selection
+
+    result = run_distillation(
+        teacher,
+        Catalog.open(catalog),
+        config,
+        student=student,
+        out=out,
+        selection=Selection(where=where, mask=mask),
+        encoder=encoder,
+        ray=ray,
+    )
+    if as_json:
+        print_json(asdict(result))
+        return
+    vectors = result.vectors
+    kept = f"{vectors.computed:,} pairs in {vectors.seconds:.0f} s" if vectors.computed else "kept, no pair was run"
+    print_lines(
+        f"teacher: {vectors.models} x {vectors.dimension} numbers, {vectors.bytes_per_pair:,} bytes a pair; {kept}",
+        f"columns: {vectors.columns}_images, _texts and _weights; train --teacher {vectors.columns} reads them too",
+        f"student: {result.samples:,} samples of {result.num_pairs:,} pairs in {result.seconds:.0f} s; {result.loss} "
+        f"{result.first_loss:.4f}, at the end {result.last_loss:.4f}",
+        f"model: {result.folder}",
+    )
 
 
 def _show(result: Upcycled) -> None:

@@ -27,7 +27,8 @@ from modeclip.errors import LIMIT, DamagedError, ModeclipError, check_above_zero
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.console import log
 from modeclip.system.files import FileNote, find_damage, read_json, remove, write_json
-from modeclip.training.objectives import OBJECTIVES
+from modeclip.training.objectives import losses_of
+from modeclip.training.objectives.objective import DISTILLING
 
 AUTO = "auto"
 """What stands for a model that the pairs decide (`modeclip.training.choosing`)."""
@@ -55,6 +56,7 @@ SELECTING_FIELDS = frozenset({"name", "catalog_fingerprint", "where", "mask", "s
 LATER_FIELDS: dict[str, Any] = {
     "probability": None,
     "captions": None,
+    "teacher": None,
     "groups": None,
     "label_smoothing": 0.0,
     "trainable": "all",
@@ -194,7 +196,10 @@ class TrainConfig:
     """Largest norm of the gradient; a longer one is scaled down to it. 0 sets no limit (the paper)."""
     loss: str = "clip"
     """What training minimises: ``clip``, a softmax over the batch in both directions; ``siglip``, a sigmoid for every
-    pair (arXiv 2303.15343)."""
+    pair (arXiv 2303.15343); or a sum of losses with a teacher, as for ``modeclip distill``."""
+    teacher: str | None = None
+    """Columns with a teacher's vectors, by their name before ``_images``; ``modeclip distill`` makes them. None: the
+    loss has no teacher."""
     probability: str | None = None
     """Column of numbers in [0, 1]. Every pass over the pairs reads each of them with its probability, drawn afresh.
     None: every pass reads every pair."""
@@ -225,8 +230,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.loss not in OBJECTIVES:
-            raise unknown("train.loss", self.loss, OBJECTIVES)
+        losses = losses_of(self.loss)
+        distils = not losses.keys().isdisjoint(DISTILLING)
+        if distils and self.teacher is None:
+            raise ModeclipError(
+                f"train.loss {self.loss} compares with a teacher and train.teacher is not set; give modeclip distill, "
+                "which makes a teacher's columns, or their name"
+            )
+        if self.teacher is not None and not distils:
+            raise ModeclipError(
+                f"train.loss {self.loss} has no teacher, got train.teacher {self.teacher}; leave it out, or set "
+                "train.loss to reinforced"
+            )
         if not 2 <= self.batch_size < LIMIT:
             raise ModeclipError(f"train.batch_size must be at least 2 (a pair needs a negative), got {self.batch_size}")
         check_least("train", self, samples=1, total_parts=2, weight_decay=0, clip_grad_norm=0, seed=0)
@@ -241,7 +256,7 @@ class TrainConfig:
             raise unknown("train.trainable", self.trainable, TRAINABLE)
         if not 0 <= self.label_smoothing < 1:
             raise ModeclipError(f"train.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if self.label_smoothing and self.loss != "clip":
+        if self.label_smoothing and "clip" not in losses:
             raise ModeclipError(
                 f"train.label_smoothing is for train.loss clip, got {self.label_smoothing} with {self.loss}; "
                 "set it to 0"

@@ -64,7 +64,7 @@ def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], worl
         check_weights(own, shapes)
     elif job.start_from is not None:
         _check_start(job, Path(job.start_from), shapes)
-    _check_columns(job, catalog, objective.columns)
+    _check_columns(job, catalog, (*objective.columns, *objective.vector_columns))
     _check_pairs(job, catalog, rows)
     if (warning := check_negatives(job, catalog, rows)) and PARENT_VARIABLE not in os.environ:  # else it was said there
         log(warning)

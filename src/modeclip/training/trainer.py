@@ -218,7 +218,7 @@ class _Learner:
         self.towers: Any = self.fabric.setup_module(Towers(self.clip, **weights))
         self.parameters = {name: value for name, value in self.clip.model.named_parameters() if value.requires_grad}
         self.optimizer: Any = self.fabric.setup_optimizers(make_optimizer(self.parameters, config))
-        self.objective.open(self.fabric.device)
+        self.objective.open(self.fabric.device, Catalog.open(job.catalog))
         self.step = job.first_step
         wanted = config.engine.micro_batch
         self.micro_batch = 0 if wanted == "auto" else wanted or config.batch_size  # 0: found at the first step
@@ -248,7 +248,7 @@ class _Learner:
             tokenizer=self.clip.tokenizer,
             preprocess=self.clip.preprocess,
             image_size=self.clip.image_size,
-            columns=self.objective.columns,
+            columns=(*self.objective.columns, *self.objective.vector_columns),
             caption_ids=self.objective.uses_caption_ids,
             rank=self.world.rank,
             world_size=self.world.size,
