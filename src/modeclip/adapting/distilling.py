@@ -210,47 +210,68 @@ def distill(
         ModeclipError: A model is unknown, a loss does not fit their dimensions, there are too few pairs, or the folder
             holds a model that was trained with other settings.
     """
-    out, student = home_path(out).resolve(), _find_student(expand_homes(str(student)))
-    asked = Teacher(
-        source=expand_homes(str(teacher)), rule=config.rule, temperature=config.temperature, encoder=encoder
+    job, work = plan_distillation(
+        teacher, catalog, config, student=student, out=out, selection=selection, encoder=encoder
     )
-    work = TeacherWork.of(asked, catalog, config, selection)
-    if wrong := COMPARE_VECTORS & losses_of(config.loss).keys():
-        check_dimensions(dict.fromkeys(sorted(wrong), 1.0), _dimension_of(student), _dimension_of(asked.refs[0].spec))
-    job = _make_job(student, work.stem, catalog, config, out, selection)
-    num_pairs = len(job_rows(job, catalog))
-    job = replace(job, pairs=hash_pairs(job, catalog))
-    prepare(job)
-    if done := _read_result(out, job):
-        log(f"distill: {out} is done")
+    if done := _read_result(job):
+        log(f"distill: {job.folder} is done")
         return done
     vectors = teach(catalog, work, ray=ray)
     job.save()
     result = train(job)
-    lines = (out / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    lines = (Path(job.folder) / LOG_FILE).read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     distilled = Distilled(
-        folder=str(out),
+        folder=job.folder,
         teacher=str(teacher),
-        student=student,
+        student=job.config.model,
         digest=job.digest,
         loss=config.loss,
         vectors=vectors,
-        num_pairs=num_pairs,
+        num_pairs=result.rows,
         samples=result.samples,
         seconds=result.seconds,
         first_loss=losses[0],
         last_loss=losses[-1],
     )
-    write_json(out / RESULT_FILE, asdict(distilled))
+    write_json(Path(job.folder) / RESULT_FILE, asdict(distilled))
     return distilled
 
 
-def _read_result(out: Path, job: TrainJob) -> Distilled | None:
+def plan_distillation(
+    teacher: str | Path,
+    catalog: Catalog,
+    config: DistillConfig,
+    *,
+    student: str | Path,
+    out: str | Path,
+    selection: Selection = ALL,
+    encoder: str | None = None,
+) -> tuple[TrainJob, TeacherWork]:
+    """Return the training of a student, and the work of its teacher that comes before it (`teach`).
+
+    Nothing is written. Arguments and errors are those of `distill`.
+    """
+    place, start = home_path(out).resolve(), _find_student(expand_homes(str(student)))
+    asked = Teacher(
+        source=expand_homes(str(teacher)), rule=config.rule, temperature=config.temperature, encoder=encoder
+    )
+    work = TeacherWork.of(asked, catalog, config, selection)
+    if wrong := COMPARE_VECTORS & losses_of(config.loss).keys():
+        check_dimensions(dict.fromkeys(sorted(wrong), 1.0), _dimension_of(start), _dimension_of(asked.refs[0].spec))
+    job = _make_job(start, work.stem, catalog, config, place, selection)
+    job_rows(job, catalog)  # what cannot be trained on is told before the teacher runs
+    job = replace(job, pairs=hash_pairs(job, catalog))
+    prepare(job)
+    return job, work
+
+
+def _read_result(job: TrainJob) -> Distilled | None:
     """Return the result of a finished job, if it is there."""
-    if TrainResult.read(job) is None or not (out / RESULT_FILE).is_file():
+    path = Path(job.folder) / RESULT_FILE
+    if TrainResult.read(job) is None or not path.is_file():
         return None
-    found = read_json(out / RESULT_FILE, Distilled, "remove it, and give the command again")
+    found = read_json(path, Distilled, "remove it, and give the command again")
     return found if found.digest == job.digest else None
 
 
@@ -445,7 +466,7 @@ class TeacherWork(Work):
         vectors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for ref in teacher.refs:
             if ref.digest not in vectors:  # the seed may stand in for several experts
-                vectors[ref.digest] = _encode_pairs(pool.get(ref), pictures, captions, self.precision)
+                vectors[ref.digest] = encode_pairs(pool.get(ref), pictures, captions, self.precision)
         images, texts = (np.hstack([vectors[ref.digest][side] for ref in teacher.refs]) for side in (0, 1))
         return images, texts, teacher.weigh(captions, pictures)
 
@@ -467,7 +488,7 @@ def _opened(teacher: Teacher, stem: str) -> tuple[Teacher, ModelPool]:
     return replace(teacher), ModelPool(device="auto")
 
 
-def _encode_pairs(
+def encode_pairs(
     clip: Clip, pictures: Sequence[Image], captions: Sequence[str], precision: str
 ) -> tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "n D"]]:
     """Return the unit vectors of pictures and captions by a model; captions of similar length go together."""

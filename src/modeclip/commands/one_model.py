@@ -110,34 +110,50 @@ def distill(
     ray: Annotated[
         bool, arg(help="Run the teacher on the Ray cluster of RAY_ADDRESS, or one that runs here, or a new one.")
     ] = False,
+    teacher_only: Annotated[
+        bool,
+        arg(
+            help="Run the teacher, write OUT/job.json and stop; torchrun ... modeclip train OUT/job.json trains in "
+            "many processes."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Teach one CLIP what a mixture, a CLIP-MoE or another CLIP knows; the teacher runs once for all students."""
     from modeclip.adapting.distilling import distill as run_distillation
+    from modeclip.adapting.distilling import plan_distillation, teach
     from modeclip.data.catalog import Catalog
     from modeclip.data.selection import Selection
 
-    result = run_distillation(
-        teacher,
-        Catalog.open(catalog),
-        config,
-        student=student,
-        out=out,
-        selection=Selection(where=where, mask=mask),
-        encoder=encoder,
-        ray=ray,
-    )
+    pairs, selection = Catalog.open(catalog), Selection(where=where, mask=mask)
+    given = {"student": student, "out": out, "selection": selection, "encoder": encoder}
+    if teacher_only:
+        job, work = plan_distillation(teacher, pairs, config, **given)  # type: ignore[arg-type]
+        vectors = teach(pairs, work, ray=ray)
+        path = job.save()
+        if as_json:
+            print_json({"vectors": asdict(vectors), "job": str(path)})
+        else:
+            print_lines(*_words_of(vectors), f"student: modeclip train {path}")
+        return
+    result = run_distillation(teacher, pairs, config, ray=ray, **given)  # type: ignore[arg-type]
     if as_json:
         print_json(asdict(result))
         return
-    vectors = result.vectors
-    kept = f"{vectors.computed:,} pairs in {vectors.seconds:.0f} s" if vectors.computed else "kept, no pair was run"
     print_lines(
-        f"teacher: {vectors.models} x {vectors.dimension} numbers, {vectors.bytes_per_pair:,} bytes a pair; {kept}",
-        f"columns: {vectors.columns}_images, _texts and _weights; train --teacher {vectors.columns} reads them too",
+        *_words_of(result.vectors),
         f"student: {result.samples:,} samples of {result.num_pairs:,} pairs in {result.seconds:.0f} s; {result.loss} "
         f"{result.first_loss:.4f}, at the end {result.last_loss:.4f}",
         f"model: {result.folder}",
+    )
+
+
+def _words_of(vectors: Taught) -> tuple[str, str]:
+    """Return what is to be said of a teacher's vectors."""
+    kept = f"{vectors.computed:,} pairs in {vectors.seconds:.0f} s" if vectors.computed else "kept, no pair was run"
+    return (
+        f"teacher: {vectors.models} x {vectors.dimension} numbers, {vectors.bytes_per_pair:,} bytes a pair; {kept}",
+        f"columns: {vectors.columns}_images, _texts and _weights; train --teacher {vectors.columns} reads them too",
     )
 
 
