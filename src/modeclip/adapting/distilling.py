@@ -476,9 +476,10 @@ def _stem(facts: dict[str, Any]) -> str:
 
 
 def _bits(packed: bytes, rows: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    """Return the bits of some rows."""
-    places = np.frombuffer(packed, np.uint8)[rows // 8]
-    return ((places >> (7 - rows % 8).astype(np.uint8)) & 1).astype(bool)
+    """Return the bits of ascending rows."""
+    whole = np.unpackbits(np.frombuffer(packed, np.uint8)[int(rows[0]) // 8 : int(rows[-1]) // 8 + 1])
+    chosen: np.ndarray = whole[rows - int(rows[0]) // 8 * 8].astype(bool)
+    return chosen
 
 
 @lru_cache(maxsize=1)
