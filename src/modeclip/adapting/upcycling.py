@@ -539,7 +539,10 @@ class _Maker:
                 f"upcycle: {self.source} is a CLIP-MoE already; add experts to it (--add), or give a plain CLIP"
             )
         if not self.add:
-            ffn_parameters(clip.model)  # raises where a tower has no feed-forward layers
+            try:
+                ffn_parameters(clip.model)
+            except ModeclipError as error:  # a ResNet
+                raise ModeclipError(f"upcycle: {self.source}: {error}") from error
         return clip
 
     # ------------------------------------------------ stages

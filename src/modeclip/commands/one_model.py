@@ -76,7 +76,7 @@ def upcycle(
 
 
 def _write_page(result: Upcycled, pairs: Catalog, out: Path, selection: Selection) -> Path:
-    """Write the page of the routers, unless it is there; topics are clusters of the stages or of a bundle, else words."""
+    """Write the page of the routers, unless it is there; topics are clusters, of the stages or a bundle, or words."""
     from modeclip.adapting.tracing import TraceConfig, trace
     from modeclip.pages.router_page import PAGE_FILE, write_routers
 
