@@ -28,6 +28,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -678,8 +679,8 @@ class _Maker:
                 seed=config.seed,
             )
         except ModeclipError as error:
-            names = ", ".join(f"expert {k} is {expert.name}" for k, expert in enumerate(experts, 1))
-            raise ModeclipError(f"upcycle: {self.source}: {error} ({names})") from error
+            found = re.sub(r"^expert (\d+)", lambda match: experts[int(match[1]) - 1].name, str(error))
+            raise ModeclipError(f"upcycle: {self.source}: {found}") from error
 
     def _rows_of(self, base: Clip, experts: Sequence[_Expert]) -> dict[str, Tensor] | None:
         """Return the routers' rows at the start; None: random ones."""
