@@ -203,7 +203,7 @@ def test_killed_and_run_again(
         ({"captions": "none"}, MODEL, r"unknown column of .*'none'"),
         ({}, "no-such-model", r"unknown model 'no-such-model'"),
         ({}, "BUNDLE", r"is a bundle; give a model in it"),
-        ({"samples": 16}, MODEL, r"distill\.samples must be at least 32"),
+        ({"samples": 16}, MODEL, r"distill\.samples: expected 32 or more, got 16"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_writes_nothing(
