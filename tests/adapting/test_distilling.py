@@ -197,7 +197,11 @@ def test_killed_and_run_again(
     [
         ({"loss": "clip"}, MODEL, r"distill\.loss clip has no teacher; expected at least one of reinforced"),
         ({"loss": "hints"}, MODEL, r"unknown train\.loss 'hints'; known: clip, siglip, reinforced"),
-        ({"loss": "clip-kd"}, "ViT-B-32", r"icl and mse compare vectors, and the student's have 512 numbers, the teac"),
+        (
+            {"loss": "clip-kd"},
+            "modeclip-icon-xxs",
+            r"compare vectors, and the student's have 48 numbers, the teacher's 32",
+        ),
         ({"rule": "best"}, MODEL, r"unknown rule 'best'"),
         ({"temperature": 0.0}, MODEL, r"distill\.temperature"),
         ({"captions": "none"}, MODEL, r"unknown column of .*'none'"),
