@@ -9,9 +9,9 @@ with a member before it is above a threshold, 1 - eps. Which of those before it 
   little from one to the next goes as a whole, except for its first, however unlike its ends are.
 
 Few cosines are computed exactly. A product in bfloat16 (where the processor multiplies it fast, else in float32) rules
-out all that the proven bound on its rounding errors allows; float64 decides the rest. So the answer is that of a
-brute-force search in float64, whatever the precision and the size of a block. Identical vectors, of which captions have
-many, are compared once.
+out all that the proven bound on its rounding errors allows; float64 decides the rest, as far as it matters. So the
+answer is that of a brute-force search in float64, whatever the precision and the size of a block. Identical vectors, of
+which captions have many, are compared once.
 
 Source: SemDeDup (arXiv 2303.09540), Sec. 3. The order by distance to the centre is theirs; that only those count which
 stay is ours.
@@ -66,18 +66,41 @@ def find_near_copies(
     for block in blocks(len(rows), MEMBERS_AT_ONCE):
         members = np.arange(block.start, block.stop)
         for earlier in (staying, members):
-            members = members[copy_of[members] < 0]
-            later, before = products.above(threshold, members, earlier)
-            exact = _cosines(rows, later, before)
-            near = np.flatnonzero(exact > threshold)
-            for pair, one, other in zip(near.tolist(), later[near].tolist(), before[near].tolist(), strict=True):
-                if copy_of[one] < 0 and copy_of[other] < 0:
-                    copy_of[one], cosine[one] = other, exact[pair]
+            members, earlier = (some[copy_of[some] < 0] for some in (members, earlier))
+            _drop(rows, threshold, *products.above(threshold, members, earlier), copy_of, cosine)
         staying = np.concatenate([staying, members[copy_of[members] < 0]])
     stays = copy_of < 0
     of = np.where(stays, first, first[copy_of])[inverse]
     of[first[stays]] = -1
     return of, np.where(of < 0, np.nan, np.where(stays, 1.0, cosine)[inverse])
+
+
+def _drop(
+    x: Float[np.ndarray, "n D"],
+    threshold: float,
+    later: Int[np.ndarray, " p"],
+    before: Int[np.ndarray, " p"],
+    copy_of: Int[np.ndarray, " n"],
+    cosine: Float[np.ndarray, " n"],
+) -> None:
+    """Note in ``copy_of`` and ``cosine`` which members are dropped, by pairs that may be near, sorted by both sides.
+
+    Exact cosines cost more than all else, and in a group of g near copies only g - 1 of g (g - 1) / 2 decide. So pairs
+    are taken in rounds: each decides the first pair of every member whose other side has no pair left and so stays.
+    What is dropped takes its pairs along.
+    """
+    while len(later):
+        first = np.flatnonzero(np.diff(later, prepend=-1))
+        is_open = np.zeros(len(x), bool)
+        is_open[later] = True
+        first = first[~is_open[before[first]]]
+        exact = _cosines(x, later[first], before[first])
+        near = exact > threshold
+        dropped = later[first[near]]
+        copy_of[dropped], cosine[dropped] = before[first[near]], exact[near]
+        left = (copy_of[later] < 0) & (copy_of[before] < 0)
+        left[first] = False
+        later, before = later[left], before[left]
 
 
 def nearest_before(x: Float[np.ndarray, "n D"]) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
@@ -186,10 +209,10 @@ def _pairs(
 ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
     """Return members and those before them from their places, sorted by both."""
     one, other = np.concatenate([np.empty((0, 2), np.int64), *found]).T
-    one, other = members[one], earlier[other]
-    order = np.lexsort((other, one))
-    order = order[other[order] < one[order]]
-    return one[order], other[order]
+    order = np.argsort(one, kind="stable") if len(found) > 1 else np.arange(len(one))  # each part is sorted
+    one, other = members[one[order]], earlier[other[order]]
+    is_before = other < one
+    return one[is_before], other[is_before]
 
 
 def _cosines(
