@@ -73,9 +73,13 @@ def averages(lines: Lines) -> dict[str, dict[int, float]]:
 
 
 def gains(lines: Lines) -> list[Gain]:
-    """Return what each selection gains on the raw pool, the most first; nothing without a raw pool."""
+    """Return what each selection gains on the raw pool, the most first; nothing without a raw pool.
+
+    A seed counts once more than half of the selections have it, so that one seed more takes no interval away.
+    """
     scores = averages(lines)
-    raw = scores.get(RAW, {})
+    common = [seed for seed in scores.get(RAW, {}) if 2 * sum(seed in own for own in scores.values()) > len(scores)]
+    raw = {seed: scores[RAW][seed] for seed in common}
     error, degrees = _error({name: values for name, values in scores.items() if values.keys() >= raw.keys()}, list(raw))
     found = []
     for name, values in scores.items():
@@ -132,11 +136,12 @@ def verdict(lines: Lines) -> str:
         names = ", ".join(f"{gain.selection} {_signed(gain.mean)}" for gain in chosen)
         return f"{len(chosen)} {kind.removesuffix('s') if len(chosen) > 1 else kind} ({names})" if chosen else otherwise
 
-    raw = averages(lines)[RAW]
+    own = averages(lines)[RAW]
+    raw = [own[seed] for seed in max((gain.of_seed for gain in tested), key=len)]
     still = sum(gain.verdict == "open" for gain in tested)
     oracle = next((gain for gain in found if gain.selection == ORACLE), None)
     return (
-        f"Of {len(tested)} selections against the raw pool ({interval(list(raw.values()))} %, {len(raw)} seeds; "
+        f"Of {len(tested)} selections against the raw pool ({interval(raw)} %, {len(raw)} seeds; "
         f"Holm's correction, {100 * LEVEL:.0f} %), {some('pays', 'none pays')}, {some('loses', 'none loses')}, and the "
         f"difference of {still} is within chance"
         + (f"; an oracle that trains on the clean pairs alone is at {_signed(oracle.mean)}." if oracle else ".")

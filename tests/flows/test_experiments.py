@@ -155,6 +155,11 @@ def test_the_sentence_says_what_pays_and_what_loses(scripts: dict[str, ModuleTyp
     assert sentence.startswith("Of 3 selections against the raw pool (5.0\u00a0±\u00a02.5 %, 3 seeds;")
     assert "1 pays (better +4.0), 1 loses (worse −2.0), and the difference of 1 is within chance" in sentence
     assert sentence.endswith("an oracle that trains on the clean pairs alone is at +3.0.")
+    fourth = studied({"raw": [0.0] * 3 + [9.0]})[3:]
+    assert (
+        report.verdict(studied(SCORES) + fourth).partition("; ")[2]
+        == report.verdict(studied(SCORES)).partition("; ")[2]
+    )
     assert "no verdict" in report.verdict(studied({name: values[:1] for name, values in SCORES.items()}))
     assert "no verdict" in report.verdict([])
 
