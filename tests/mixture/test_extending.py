@@ -265,6 +265,31 @@ def test_what_cannot_be_extended(bundle: Path, more: Catalog, old: Catalog, tmp_
     assert not (tmp_path / "out" / "extend.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        (Selection(mask="lost"), "lost"),
+        (Selection(where=("caption = 'nothing like it'",)), "has no pair"),
+        (Selection(where=("key =",)), "--where"),
+    ],
+)
+def test_a_selection_that_selects_nothing_assigns_nothing(
+    bundle: Path, old: Catalog, tmp_path: Path, selection: Selection, words: str
+) -> None:
+    pairs = catalog_of(tmp_path / "pairs", DISHES[:8])
+    before = pairs.columns
+    with pytest.raises(ModeclipError, match=words):
+        extend(bundle, pairs, tmp_path / "out", thresholds=THRESHOLDS, config=QUICK, fitted_on=old, selection=selection)
+    assert Catalog.open(pairs.path).columns == before
+    assert not (tmp_path / "out" / "extend.json").exists()
+
+
+def test_a_selection_may_ask_about_what_assigning_finds(bundle: Path, old: Catalog, tmp_path: Path) -> None:
+    pairs = catalog_of(tmp_path / "pairs", DISHES[:8])
+    found = assign(pairs, load_bundle(bundle), THRESHOLDS, fitted_on=old, selection=Selection(where=("novel",)))
+    assert found.num_pairs == found.num_novel > 0
+
+
 def run(*words: object) -> None:
     """Give a command as the command line does."""
     commands = {"assign": assign_command, "extend": extend_command, "bundle": bundle_command}

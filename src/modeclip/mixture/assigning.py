@@ -179,10 +179,14 @@ def assign(
         ray: Work on a Ray cluster, as `modeclip.data.mapping.map_columns` says.
 
     Raises:
-        ModeclipError: The bundle has no quantiles and ``fitted_on`` is not given, or the encoder cannot be loaded.
+        ModeclipError: The bundle has no quantiles and ``fitted_on`` is not given, the encoder cannot be loaded, or
+            nothing can be selected; then nothing is written.
     """
     quantiles = quantiles_of(bundle, fitted_on)
     if not _is_assigned(catalog, _facts(catalog, bundle, quantiles, config)):
+        named = " ".join((*selection.where, selection.mask or ""))
+        if not any(column in named for column in NoveltyWork.outputs):  # else it asks about what is not there yet
+            selection.mask_of(catalog)
         embed(catalog, _embed_config(catalog, bundle), ray=ray)
         facts = _facts(catalog, bundle, quantiles, config)
         work = NoveltyWork(bundle=bundle, quantiles=quantiles, novel_beyond=config.novel_beyond, facts=facts)
