@@ -38,7 +38,7 @@ def run_teacher(source: str, catalog: Catalog, rows: np.ndarray) -> Teachers:
     pictures, captions = catalog.images(rows), catalog.captions(rows)
     vectors = [encode_pairs(pool.get(ref), pictures, captions, "32-true") for ref in teacher.refs]
     images, texts = (torch.from_numpy(np.stack([pair[side] for pair in vectors], axis=1)) for side in (0, 1))
-    weights = torch.from_numpy(teacher.weigh(captions, pictures)).float()
+    weights = torch.tensor(teacher.weigh(captions, pictures), dtype=torch.float32)
     scales = tuple(float(pool.get(ref).model.logit_scale.detach().exp()) for ref in teacher.refs)
     return Teachers(images=images, texts=texts, weights=weights, scales=scales, weighs_images=teacher.weighs_images)
 

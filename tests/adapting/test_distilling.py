@@ -22,7 +22,7 @@ from modeclip.data.selection import Selection
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import save_bundle
 from modeclip.mixture.mode import MoDE
-from modeclip.models.clip import encode_image, encode_text, load_clip, save_clip
+from modeclip.models.clip import assemble_clip, encode_image, encode_text, load_clip, save_clip
 from modeclip.models.encoders import load_encoder
 from modeclip.models.encoders.text import fit_tfidf
 from modeclip.training.jobs import AugmentConfig, EngineConfig
@@ -161,8 +161,19 @@ def test_pairs_that_are_not_selected_are_not_run(bundle: Path, catalog: Catalog,
     images, _, weights = vectors_of(catalog, found.vectors.columns)
     is_selected = chosen.mask_of(catalog)
     assert ((images != 0).any(axis=1) == is_selected).all()
+    assert found.vectors.computed == is_selected.sum() == found.num_pairs
     np.testing.assert_allclose(weights[is_selected], 1 / 3, atol=1e-6)
     assert (weights[~is_selected] == 0).all()
+
+
+def test_a_clip_moe_teaches_and_learns(catalog: Catalog, tmp_path: Path) -> None:
+    base = load_clip(MODEL, seed=0)
+    other = {name: value * 1.1 if ".mlp." in name else value for name, value in base.model.state_dict().items()}
+    save_clip(assemble_clip(base, [other], top_k=1), tmp_path / "moe")
+    catalog, config = Catalog.open(catalog.path), replace(CONFIG, loss="affinity+0.5*clip", samples=32)
+    found = distill(tmp_path / "moe", catalog, config, student=tmp_path / "moe", out=tmp_path / "student")
+    assert found.vectors.computed == len(catalog)
+    assert load_clip(tmp_path / "student").config["moe"] == {"num_experts": 2, "top_k": 1}
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ class Taught:
     bytes_per_pair: int
     """What a pair takes on disk."""
     computed: int
-    """Rows of the catalog that were computed now; the others were there."""
+    """Pairs that the teacher was run over now; the vectors of the others were there, or nobody selected them."""
     seconds: float
     """Time that this took."""
 
@@ -527,6 +527,8 @@ def teach(catalog: Catalog, work: TeacherWork, *, ray: bool = False) -> Taught:
     else:
         try:
             computed = map_columns(catalog, _described(work, catalog), "run the teacher", ray=ray)
+            if work.selected is not None:
+                computed = min(computed, int(np.unpackbits(np.frombuffer(work.selected, np.uint8)).sum()))
         finally:
             _opened.cache_clear()  # the student needs the memory
     facts: dict[str, Any] = catalog.facts(work.outputs[0]) or {}
