@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import modeclip.mixture.routed_clip
+import modeclip.models.trunk
 from modeclip import MoDE
 from modeclip.clustering.distances import nearest_centers
 from modeclip.data.catalog import Catalog
@@ -64,14 +64,14 @@ def plain_model(name: str) -> tuple[Any, Any, Any]:
 def counted_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
     """Count the forward passes of each model's image tower."""
     counts: Counter[int] = Counter()
-    original = modeclip.mixture.routed_clip.encode_image
+    original = modeclip.models.trunk.encode
 
-    def counting(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-        counts[id(model)] += 1
-        return original(model, images)
+    def counting(model: torch.nn.Module, tower: str, x: torch.Tensor) -> torch.Tensor:
+        counts[id(model)] += tower == "image"
+        return original(model, tower, x)
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeclip.mixture.routed_clip.encode_image", counting)
+        patch.setattr("modeclip.models.trunk.encode", counting)
         yield counts
 
 

@@ -46,7 +46,8 @@ from modeclip.data.sources.options import parse_holdout
 from modeclip.data.tasks.task import Task
 from modeclip.errors import DamagedError, ModeclipError, check_above_zero, check_between, check_least
 from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
-from modeclip.models.clip import WEIGHTS_FILE, Clip, load_clip, save_clip
+from modeclip.models.clip import Clip, load_clip, save_clip
+from modeclip.models.deltas import WEIGHTS_FILE, weights_file
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, read_json, write_json, writing
 from modeclip.system.paths import expand_homes, home_path
@@ -438,7 +439,7 @@ def _make_job(
         name="finetune",
         folder=str(folder),
         catalog=catalog.path,
-        catalog_fingerprint=f"{catalog.fingerprint}-{hash_file(seed / WEIGHTS_FILE)}",
+        catalog_fingerprint=f"{catalog.fingerprint}-{hash_file(weights_file(seed))}",
         config=TrainConfig(
             model=str(seed),
             samples=steps * batch_size,

@@ -22,8 +22,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +35,8 @@ from modeclip.errors import ModeclipError, check_least
 from modeclip.evaluation.intervals import Outcome, average
 from modeclip.mixture.bundle import Bundle, check_files, load_bundle
 from modeclip.mixture.manifest import MANIFEST_FILE, SEED
-from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_model, load_clip, save_clip
+from modeclip.models.clip import CONFIG_FILE, Clip, check_model, load_clip, save_clip
+from modeclip.models.deltas import Weights, open_weights, weights_file
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, read_json, write_json, writing
 from modeclip.system.paths import expand_homes, home_path
@@ -338,7 +339,8 @@ class Ancestry:
         if not folder.is_dir():
             is_published = "@" in spec or spec.startswith("hf-hub:")
             return cls(known=frozenset({spec}), is_whole=True) if is_published else cls()
-        own = cls(known=frozenset({hash_file(folder / WEIGHTS_FILE)})) if (folder / WEIGHTS_FILE).is_file() else cls()
+        weights = weights_file(folder)
+        own = cls(known=frozenset({hash_file(weights)})) if weights.is_file() else cls()
         if depth > MOST_ANCESTORS:
             return own
         try:
@@ -425,7 +427,7 @@ def check_seeds(models: Sequence[tuple[str, str]], *, different: bool = False) -
 def as_folder(spec: str, folder: Path) -> Path:
     """Return a model's own folder of safetensors; a model without one is written to ``folder``."""
     own = Path(spec.removeprefix("local-dir:"))
-    if (own / WEIGHTS_FILE).is_file() and (own / CONFIG_FILE).is_file():
+    if weights_file(own).is_file() and (own / CONFIG_FILE).is_file():
         return own
     save_clip(load_clip(spec), folder)
     return folder
@@ -444,18 +446,18 @@ def check_alike(folders: Mapping[str, Path]) -> None:
     import torch
 
     (first, folder), *others = folders.items()
-    with _opened(folder) as one:
+    with open_weights(folder) as one:
         shapes, settings = _shapes(one), _settings(folder)
         for other, path in others:
-            with _opened(path) as two:
+            with open_weights(path) as two:
                 problem = _first_difference(settings, _settings(path)) or _first_difference(shapes, _shapes(two))
                 problem = problem or next(
                     (
                         f"{name} holds other numbers"
                         for name in shapes
                         if not name.endswith(_COUNTER)
-                        and not one.get_slice(name).get_dtype().startswith(("F", "BF"))
-                        and not torch.equal(one.get_tensor(name), two.get_tensor(name))
+                        and not one.kind(name).startswith(("F", "BF"))
+                        and not torch.equal(one.tensor(name), two.tensor(name))
                     ),
                     None,
                 )
@@ -525,29 +527,14 @@ def _accuracy(found: Mapping[str, Outcome] | None) -> dict[str, float]:
     return {task: outcome.score for task, outcome in (found or {}).items()}
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(folder / WEIGHTS_FILE, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ModeclipError(
-            f"model folder {folder}: {WEIGHTS_FILE} cannot be read ({' '.join(str(error).split())}); get it again"
-        ) from error
-    with file:
-        yield file
-
-
 def _tensor(folder: Path, name: str) -> torch.Tensor:
     """Read one tensor. The file is opened for it alone: all that was read of a mapped file stays in memory."""
-    with _opened(folder) as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
+    with open_weights(folder) as weights:
+        return weights.tensor(name)
 
 
-def _shapes(file: Any) -> dict[str, str]:
-    return {name: str(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+def _shapes(weights: Weights) -> dict[str, str]:
+    return {name: str(list(weights.shape(name))) for name in weights.names}
 
 
 def _settings(folder: Path) -> dict[str, str]:

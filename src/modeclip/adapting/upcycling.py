@@ -50,7 +50,8 @@ from modeclip.errors import ModeclipError, check_above_zero, check_between, chec
 from modeclip.mixture.bundle import Bundle, load_bundle
 from modeclip.mixture.manifest import MANIFEST_FILE, SEED
 from modeclip.models.blocks import blocks_of, ffn_parameters
-from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, assemble_clip, load_clip, save_clip
+from modeclip.models.clip import CONFIG_FILE, Clip, assemble_clip, load_clip, save_clip
+from modeclip.models.deltas import WEIGHTS_FILE, open_weights
 from modeclip.models.flops import TRAINING_FACTOR
 from modeclip.models.moe import count_parameters, moe_layers
 from modeclip.models.pool import ModelPool, ModelRef
@@ -901,9 +902,8 @@ def _ffns(clip: Clip) -> dict[str, str]:
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / WEIGHTS_FILE)
+    with open_weights(folder) as weights:
+        return {name: weights.tensor(name) for name in weights.names}
 
 
 def _write_inputs(inputs: Mapping[str, BlockInputs], path: Path) -> None:

@@ -7,7 +7,9 @@
                               near_captions (n, D) int8, their near_scale, and the quantiles of their distances to each
                               other, near_levels and near_distances, which tell what is out of domain
       clusters.json           size, key words and example captions of every fine cluster
-      seed/  expert-0/ ...    plain open_clip model folders; expert-pets/ if one was trained for class names
+      seed/  expert-0/ ...    plain open_clip model folders; expert-pets/ if one was trained for class names. An expert
+                              that has tensors of the seed, byte for byte, is stored as its settings and the others in
+                              delta.safetensors (`modeclip.models.deltas`); `export_expert` makes it a plain folder
       encoder/                only where the encoder was fitted to the captions
 
 The seed model stands in for an expert that is not trained yet, so a bundle works from the first finished expert on, and
@@ -62,7 +64,8 @@ from modeclip.mixture.manifest import (
     read_manifest,
 )
 from modeclip.mixture.rules import DEFAULT_RULE, DEFAULT_TEMPERATURE, RULES
-from modeclip.models.clip import CONFIG_FILE, PARITY_FILE, WEIGHTS_FILE
+from modeclip.models.clip import CONFIG_FILE, PARITY_FILE
+from modeclip.models.deltas import DELTA_FILE, WEIGHTS_FILE, check_delta, is_delta, save_delta, save_whole
 from modeclip.models.pool import ModelRef
 from modeclip.system.console import log
 from modeclip.system.files import hash_file, hash_files, read_json, replacing, versions, write_json
@@ -204,7 +207,7 @@ class Bundle:
         return replace(self, experts=(experts[name],), expert_of_fine=np.zeros_like(self.expert_of_fine))
 
     def model_folder(self, expert: int) -> Path:
-        """Return the open_clip folder that runs for an expert."""
+        """Return the folder of the model that runs for an expert, as ``clip.load_clip`` takes it."""
         return self.path / self.experts[expert].folder
 
     def job_digest(self, name: str) -> str | None:
@@ -214,9 +217,9 @@ class Bundle:
         return edits[-1] if edits else jobs.get(name)
 
     def weights_hash(self, folder: str) -> str | None:
-        """Return the SHA-256 that the weights in one of its folders must have."""
+        """Return the SHA-256 that the weights in one of its folders must have, or what differs from the seed's."""
         hashes: Mapping[str, str] = self.manifest["sha256"]
-        return hashes.get(f"{folder}/{WEIGHTS_FILE}")
+        return hashes.get(f"{folder}/{WEIGHTS_FILE}") or hashes.get(f"{folder}/{DELTA_FILE}")
 
 
 def hash_clusters(fine_centers: Float[np.ndarray, "M D"], expert_of_fine: Int[np.ndarray, " M"]) -> str:
@@ -270,13 +273,14 @@ def check_files(bundle: Bundle, folder: str | None = None) -> None:
 
     Args:
         bundle: An opened bundle.
-        folder: Compare only the files in this one of its folders.
+        folder: Compare only the files in this one of its folders, and those that its model is made of.
 
     Raises:
         ModeclipError: Files are missing or damaged; it names the first.
     """
     hashes = bundle.manifest["sha256"]
-    names = [name for name in hashes if folder is None or PurePosixPath(name).parts[0] == folder]
+    folders = {folder, SEED} if f"{folder}/{DELTA_FILE}" in hashes else {folder}
+    names = [name for name in hashes if folder is None or PurePosixPath(name).parts[0] in folders]
     _check_hashes(bundle.path, hashes, names)
 
 
@@ -386,7 +390,7 @@ def save_bundle(
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for name, source in models.items():
+    for name, source in sorted(models.items(), key=lambda item: item[0] != SEED):
         copy_model(source, part / name)
     encoder = str(manifest["encoder"])
     if encoder.startswith(FITTED):  # fitted to these captions, so nobody else has it
@@ -421,12 +425,56 @@ def save_bundle(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def copy_model(source: Path, target: Path) -> None:
-    """Copy an open_clip folder into a new one; a hard link would change with a source that is written to in place."""
+def copy_model(source: Path, target: Path, *, whole: bool = False) -> None:
+    """Copy a model's folder into a new one; a hard link would change with a source that is written to in place.
+
+    Args:
+        source: Its folder.
+        target: The new folder. Where a ``seed`` lies beside it that shares tensors, only the others are written.
+        whole: Whether to write all weights all the same.
+
+    Raises:
+        ModeclipError: A file is damaged, or the disk is full.
+    """
     target.mkdir()
-    for file in (CONFIG_FILE, WEIGHTS_FILE, PARITY_FILE):
-        if file != PARITY_FILE or (source / file).is_file():
+    for file in (CONFIG_FILE, PARITY_FILE):
+        if file == CONFIG_FILE or (source / file).is_file():
             shutil.copyfile(source / file, target / file)
+    seed = target.parent / SEED
+    if not whole and seed != target and (seed / WEIGHTS_FILE).is_file() and save_delta(source, seed, target):
+        return
+    if is_delta(source):
+        check_delta(source)
+        save_whole(source, target / WEIGHTS_FILE)
+    else:
+        shutil.copyfile(source / WEIGHTS_FILE, target / WEIGHTS_FILE)
+
+
+def export_expert(bundle: Bundle, name: str, folder: Path) -> None:
+    """Write one model of a bundle as a plain open_clip folder, whichever way the bundle stores it.
+
+    Args:
+        bundle: An opened bundle.
+        name: Name of an expert, or ``seed``.
+        folder: A new folder; it appears when all of it is there.
+
+    Raises:
+        ModeclipError: There is no such model, its files are damaged, the folder exists, or the disk is full.
+    """
+    folders = {SEED: SEED} | {expert.name: expert.folder for expert in (*bundle.experts, *bundle.class_experts)}
+    if name not in folders:
+        raise unknown(f"model of {bundle.path}", name, folders)
+    if folder.exists():
+        raise ModeclipError(f"export: {folder} exists already; give a new folder")
+    check_files(bundle, folders[name])
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        copy_model(bundle.path / folders[name], part, whole=True)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def save_centres(

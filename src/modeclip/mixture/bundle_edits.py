@@ -37,7 +37,8 @@ from modeclip.mixture.bundle import (
     save_centres,
 )
 from modeclip.mixture.manifest import FORMAT_VERSION, MANIFEST_FILE, SEED, Expert
-from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
+from modeclip.models.clip import CONFIG_FILE
+from modeclip.models.deltas import open_weights, weights_file
 from modeclip.system.files import hash_files, only_process, read_json, write_json, writing
 from modeclip.training.jobs import TrainJob, TrainResult, job_name
 
@@ -154,10 +155,10 @@ def check_model_fits(bundle: Bundle, model: Path) -> None:
     Raises:
         ModeclipError: A file is missing or damaged, or something differs; it says what.
     """
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (model / file).is_file():
-            raise ModeclipError(f"expert {model}: {file} is missing; expected a folder as open_clip saves it")
-    reference = next(folder for folder in _folders(bundle) if (folder / WEIGHTS_FILE).is_file())
+    for file in (model / CONFIG_FILE, weights_file(model)):
+        if not file.is_file():
+            raise ModeclipError(f"expert {model}: {file.name} is missing; expected a folder as open_clip saves it")
+    reference = next(folder for folder in _folders(bundle) if weights_file(folder).is_file())
     found, expected = (_flat(_read_config(folder)) for folder in (model, reference))
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
@@ -165,7 +166,7 @@ def check_model_fits(bundle: Bundle, model: Path) -> None:
                 f"expert {model}: {name} is {found.get(name)!r}, expected {expected.get(name)!r} as in {reference}; "
                 "experts of a bundle must have the same towers, tokenizer and preprocessing"
             )
-    shapes, expected_shapes = _shapes(model / WEIGHTS_FILE), _shapes(reference / WEIGHTS_FILE)
+    shapes, expected_shapes = _shapes(model), _shapes(reference)
     for name in sorted(shapes.keys() | expected_shapes.keys()):
         if shapes.get(name) != expected_shapes.get(name):
             raise ModeclipError(
@@ -302,12 +303,7 @@ def _flat(content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a file, from its header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise ModeclipError(f"expert {path.parent}: {path.name} is damaged ({error}); save the model again") from None
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a model, from the headers alone."""
+    with open_weights(folder) as weights:
+        return {name: weights.shape(name) for name in weights.names}

@@ -24,14 +24,16 @@ from typing import Any, ClassVar, NoReturn
 from modeclip.data.prompts import check_templates
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.rules import RULES
-from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE
-from modeclip.training.jobs import job_name
+from modeclip.models.clip import CONFIG_FILE
+from modeclip.models.deltas import DELTA_FILE, SEED_FOLDER, WEIGHTS_FILE
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+DELTAS_SINCE = 4
+"""First format whose experts may be stored as what differs from the seed."""
 MANIFEST_FILE = "mode.json"
 CENTRES_FILE = "centres.safetensors"
 CLUSTERS_FILE = "clusters.json"
-SEED = job_name("seed")
+SEED = SEED_FOLDER
 """Folder of the seed in a bundle; it stands in for every expert that is missing."""
 FITTED, ENCODER_FOLDER = "tfidf:", "encoder"
 """Start of the name of an encoder that was fitted to the captions, and the folder of a bundle that carries it."""
@@ -235,7 +237,16 @@ class Manifest:
                 raise ModeclipError(f"sha256: expected 64 hexadecimal digits for {place}, got {_shown(digest)}")
         needed = [self.files.centres, self.files.clusters]
         for expert in self.all_experts:
-            needed += [f"{expert.folder}/{CONFIG_FILE}", f"{expert.folder}/{WEIGHTS_FILE}"]
+            delta, whole = (f"{expert.folder}/{name}" for name in (DELTA_FILE, WEIGHTS_FILE))
+            needed += [f"{expert.folder}/{CONFIG_FILE}"]
+            if delta not in self.sha256:
+                needed += [whole]
+                continue
+            if whole in self.sha256 or expert.folder == SEED:
+                raise ModeclipError(f"sha256: names {delta}, but {expert.folder} has all its weights in {WEIGHTS_FILE}")
+            if self.format_version < DELTAS_SINCE:
+                raise ModeclipError(f"sha256: {delta} is no file of format {self.format_version}")
+            needed += [f"{SEED}/{CONFIG_FILE}", f"{SEED}/{WEIGHTS_FILE}"]
         if missing := [place for place in needed if place not in self.sha256]:
             raise ModeclipError(f"sha256: has no hash of {missing[0]}, expected one for every file of the bundle")
 

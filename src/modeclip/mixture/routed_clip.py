@@ -14,19 +14,22 @@ A routed CLIP owns no model. It asks the pool for each expert whenever it comput
 memory, and the pool alone decides which of them stay there.
 
 Source: MoDE Sec. 3.4, eq. 4; class embeddings as in CLIP: each template's text, normalised, averaged, normalised.
-Price: one image pass for each expert that has weight. ``docs/cost.md`` has what that comes to.
+Experts that share a trunk with their seed run it once for all that have weight (`modeclip.models.trunk`), as many of
+them as are in memory together.
+
+Price: one image pass for each expert that has weight, less what they share. ``docs/cost.md`` has what that comes to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from modeclip.data.prompts import check_templates, fill
@@ -34,12 +37,15 @@ from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.explain import ClassReason, Domain
 from modeclip.mixture.router import Route
 from modeclip.mixture.rules import MIXES, reweigh
-from modeclip.models.clip import Clip, encode_image, encode_text, logit_scale_of, without_gradients
-from modeclip.models.features import class_features
-from modeclip.models.pool import ModelPool
+from modeclip.models.clip import Clip, logit_scale_of, without_gradients
+from modeclip.models.features import all_class_features
+from modeclip.models.pool import ModelPool, ModelRef
+from modeclip.models.trunk import share
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from modeclip.models.blocks import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +132,11 @@ class RoutedClip(nn.Module):
             (B, D * active experts): concat(v_c), or concat(p_c v_c); one number more if normalised.
         """
         if not self.route.per_image:
-            return _plain([encode_image(self._model(expert), images) for expert in self._experts], normalize)
+            return _plain(self._encode("image", images), normalize)
         if weights is None:
             weights = self.route.weigh_images(_pictures(images, self._first.model.visual))
-        features = []
-        for expert in self._experts:
-            rows = torch.from_numpy(weights[:, expert] > 0).to(images.device)
-            part = images.new_zeros(len(images), self._dimension)
-            if rows.any():
-                part[rows] = encode_image(self._model(expert), images[rows]).to(part.dtype)
-            features.append(part)
-        return _weighted(features, weights[:, self.active], normalize)
+        own = weights[:, self.active]
+        return _weighted(self._encode("image", images, own > 0), own, normalize)
 
     def encode_text(
         self,
@@ -158,7 +158,7 @@ class RoutedClip(nn.Module):
             (B, D * active experts): concat(p_c u_c); one number more if normalised.
         """
         tokens = text if isinstance(text, Tensor) else self.tokenizer(list(text)).to(self.logit_scale.device)
-        features = [encode_text(self._model(expert), tokens) for expert in self._experts]
+        features = self._encode("text", tokens)
         if self.route.per_image:
             weights = None
         elif weights is None:
@@ -226,9 +226,33 @@ class RoutedClip(nn.Module):
         """One of the experts, for what they all share."""
         return self._clip(self._experts[0])
 
-    def _model(self, expert: int) -> nn.Module:
-        model: nn.Module = self._clip(expert).model
-        return model
+    def _groups(self, refs: Sequence[ModelRef]) -> Iterator[dict[str, Clip]]:
+        """Yield experts by digest, as many together as fit into memory, on this task's device."""
+        yield from self.pool.groups(refs, device=self.logit_scale.device, dtype=self.logit_scale.dtype)
+
+    def _encode(self, tower: Tower, x: Tensor, rows: Bool[np.ndarray, "B k"] | None = None) -> list[Tensor]:
+        """Return the vectors of a batch by each active expert, (B, D).
+
+        Args:
+            tower: Which tower.
+            x: Images or token ids.
+            rows: Which rows each expert is asked for; the others are zeros. None: all of them.
+        """
+        asked = np.ones((len(x), len(self._experts)), bool) if rows is None else rows
+        used = [place for place in range(len(self._experts)) if rows is None or asked[:, place].any()]
+        refs = [self.refs[expert] for expert in self._experts]
+        found: dict[int, Tensor] = {}
+        for clips in self._groups([refs[place] for place in used]):
+            here = [place for place in used if refs[place].digest in clips]
+            for shared in share([clips[refs[place].digest].model for place in here], tower):
+                places = [here[index] for index in shared.members]
+                some = asked[:, places].any(axis=1)
+                state = shared.trunk(x if some.all() else x[torch.from_numpy(some).to(x.device)])
+                for place, head in zip(places, shared.heads, strict=True):
+                    found[place] = _on_rows(head, state, asked[some, place], asked[:, place])
+        empty = [place for place in range(len(self._experts)) if place not in found]
+        found |= {place: x.new_zeros(len(x), self._dimension) for place in empty}
+        return [found[place] for place in range(len(self._experts))]
 
     @cached_property
     def _dimension(self) -> int:
@@ -246,10 +270,13 @@ class RoutedClip(nn.Module):
 
     def _class_vectors(self) -> list[Tensor]:
         """Return the vectors of the classes by each active expert, (L, D)."""
-        return [self._class_features(expert) for expert in self._experts]
-
-    def _class_features(self, expert: int) -> Tensor:
-        return class_features(self._clip(expert), self.classnames, self.templates)
+        found: dict[str, Tensor] = {}
+        refs = [self.refs[expert] for expert in self._experts]
+        for clips in self._groups(refs):
+            digests = list(clips)
+            vectors = all_class_features([clips[digest] for digest in digests], self.classnames, self.templates)
+            found |= dict(zip(digests, vectors, strict=True))
+        return [found[ref.digest] for ref in refs]
 
     @cached_property
     def _words(self) -> list[Tensor]:
@@ -258,8 +285,9 @@ class RoutedClip(nn.Module):
     def _log_probabilities(self, images: Tensor, weights: Float[np.ndarray, "K ..."]) -> Tensor:
         """Return the weighted sums of the experts' log-probabilities: (B, L); weights are (K, L) or (K, B, 1)."""
         total = torch.zeros((), device=images.device)
-        for expert, scale, words in zip(self._experts, self._scales, self._words, strict=True):
-            cosines = encode_image(self._model(expert), images) @ words.T
+        features = self._encode("image", images)
+        for expert, scale, words, own in zip(self._experts, self._scales, self._words, features, strict=True):
+            cosines = own @ words.T
             shares = torch.from_numpy(np.array(weights[expert])).to(cosines)
             total = total + shares * (scale * cosines).log_softmax(dim=-1)
         return total
@@ -289,6 +317,21 @@ class RoutedClip(nn.Module):
             is_active[self.active] = 1.0
             rows[strangers] = reweigh(own, is_active)
         return rows
+
+
+def _on_rows(
+    head: Callable[[tuple[Tensor, ...]], Tensor],
+    state: tuple[Tensor, ...],
+    asked: Bool[np.ndarray, " b"],
+    rows: Bool[np.ndarray, " B"],
+) -> Tensor:
+    """Return the vectors (B, D) of a head that is asked for some rows of a state; the others are zeros."""
+    if rows.all():
+        return head(state)
+    own = head(tuple(part[torch.from_numpy(asked).to(part.device)] for part in state))
+    whole = own.new_zeros(len(rows), own.shape[1])
+    whole[torch.from_numpy(rows).to(own.device)] = own
+    return whole
 
 
 def _plain(features: Sequence[Tensor], normalize: bool) -> Tensor:

@@ -2,8 +2,9 @@
 
 A model is named as open_clip users name it: ``ViT-B-32`` (random weights), ``ViT-B-32@laion2b_s34b_b79k`` (a pretrained
 tag or a checkpoint file), ``hf-hub:org/name``, ``local-dir:/path`` or just the path of such a folder. What is saved is
-such a folder (``open_clip_config.json`` + ``open_clip_model.safetensors``), which open_clip loads without modeclip. The
-folder of a CLIP-MoE (`modeclip.models.moe`) has a third section in its settings, ``moe``, and takes modeclip to load.
+such a folder (``open_clip_config.json`` + ``open_clip_model.safetensors``), which open_clip loads without modeclip. Two
+kinds of folders take modeclip to load: that of an expert in a bundle which holds only what differs from its seed
+(`modeclip.models.deltas`), and that of a CLIP-MoE (`modeclip.models.moe`), with ``moe`` in its settings.
 
 A folder or a Hub repository is opened only after `modeclip.models.settings` has seen every file that a library would
 follow; nothing in it runs as code. Weights are safetensors, or files of PyTorch that are read with
@@ -36,6 +37,7 @@ import numpy as np
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.models.checkpoints import numbers_allowed, write_tensors
+from modeclip.models.deltas import DELTA_FILE, WEIGHTS_FILE, check_delta, is_delta, open_weights, seed_of, weights_file
 from modeclip.models.settings import (
     CLIP_CONFIG,
     HUB_ID,
@@ -44,7 +46,7 @@ from modeclip.models.settings import (
     check_tokenizer_folder,
     check_transformer_folder,
 )
-from modeclip.models.trunk import is_exact_without_padding, split
+from modeclip.models.trunk import encode
 from modeclip.system.devices import choose_precision
 from modeclip.system.files import read_json, write_json
 from modeclip.system.importing import without_loading
@@ -56,7 +58,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE = CLIP_CONFIG
-WEIGHTS_FILE = "open_clip_model.safetensors"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # of the files that open_clip takes from a model folder
 PARITY_FILE = "parity.json"
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
@@ -155,6 +156,8 @@ def load_clip(
     open_clip.add_model_config(_OWN_CONFIGS)
     check_model(str(spec), random_weights=seed is not None)
     name, tag = _resolve(str(spec))
+    if is_delta(Path(name.removeprefix("local-dir:"))):
+        return _load_delta(Path(name.removeprefix("local-dir:")), patch_dropout, logit_start)
     if tag and not Path(tag).is_file():
         _check_tag(name, tag)
     start = _start_words(logit_start)
@@ -200,6 +203,8 @@ def model_shapes(spec: str, *, logit_start: LogitStart | None = None) -> dict[st
     open_clip.add_model_config(_OWN_CONFIGS)
     check_model(spec)
     name, tag = _resolve(spec)
+    if is_delta(Path(name.removeprefix("local-dir:"))):
+        return model_shapes(str(seed_of(Path(name.removeprefix("local-dir:")))), logit_start=logit_start)
     if tag and not Path(tag).is_file():
         _check_tag(name, tag)
     start = _start_words(logit_start)
@@ -361,19 +366,18 @@ def logit_scale_of(folder: Path) -> float:
     Raises:
         ModeclipError: The file with the weights is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            return float(file.get_tensor("logit_scale").float().exp())
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:  # also a scale that is no single number
-        raise ModeclipError(f"model {folder}: {WEIGHTS_FILE} cannot be read ({error}); get the model again") from None
+        with open_weights(folder) as weights:
+            return float(weights.tensor("logit_scale").float().exp())
+    except (SafetensorError, RuntimeError, ValueError) as error:  # also a scale that is no single number
+        raise ModeclipError(f"model {folder}: its logit_scale cannot be read ({error}); get the model again") from None
 
 
 def encode_image(model: Any, images: Tensor) -> Tensor:
     """Encode (B, 3, H, W) images into (B, D) unit vectors."""
-    features: Tensor = model.encode_image(images, normalize=True)
-    return features
+    return encode(model, "image", images)
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
@@ -382,11 +386,7 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     Cutting the padding is exact for open_clip's own text tower if it is causal and read at the end-of-text token. Any
     other tower gets the full length.
     """
-    if not is_exact_without_padding(model):
-        features: Tensor = model.encode_text(tokens, normalize=True)
-        return features
-    trunk, head = split(model, "text", 0)
-    return head(trunk(tokens))
+    return encode(model, "text", tokens)
 
 
 def resolve_precision(wanted: str) -> str:
@@ -508,6 +508,22 @@ def _text_tower(place: str, *, weights: bool) -> dict[str, Any]:
     folder = _download(settings["hf_model_name"], patterns)
     check_transformer_folder(folder)
     return {"text_cfg": settings | {"hf_model_name": str(folder), "hf_model_pretrained": weights}}
+
+
+def _load_delta(folder: Path, patch_dropout: float, logit_start: LogitStart | None) -> Clip:
+    """Load the seed beside a delta's folder, and put what differs in its place."""
+    check_delta(folder)
+    clip = load_clip(seed_of(folder), patch_dropout=patch_dropout, logit_start=logit_start)
+    state = clip.model.state_dict()
+    with without_gradients(), open_weights(folder) as weights:
+        for name in weights.own_names:
+            if name not in state or tuple(state[name].shape) != weights.shape(name):
+                raise ModeclipError(
+                    f"model folder {folder}: {DELTA_FILE} holds {name[:80]!r} of shape {weights.shape(name)}, which no "
+                    "model of its settings has; get the bundle again"
+                )
+            state[name].copy_(weights.tensor(name))
+    return clip
 
 
 def _moe_of(place: str) -> dict[str, int] | None:
@@ -657,7 +673,7 @@ def _check_folder(folder: Path) -> None:
     for file, is_there in ((CONFIG_FILE, (folder / CONFIG_FILE).is_file()), (WEIGHTS_FILE, has_weights)):
         if not is_there:
             raise ModeclipError(f"model folder {folder}: {file} is missing; expected a folder as open_clip saves it")
-    if check_clip_folder(folder).get("moe") and not (folder / WEIGHTS_FILE).is_file():
+    if check_clip_folder(folder).get("moe") and not weights_file(folder).is_file():
         raise ModeclipError(f"model folder {folder}: {WEIGHTS_FILE} is missing, which a CLIP-MoE needs")
 
 

@@ -8,8 +8,12 @@ Vectors are kept under the hash of the model's weights and settings, the precisi
 texts. A model that was trained further, or a picture that was changed, therefore never meets old vectors
 (`modeclip.models.feature_cache`).
 
-Price: one forward pass for each model and image, and 4 D bytes of disk. Models come from the cache's pool; where they
-do not all fit into memory together, the images are read once more for each group of models that does.
+Models of a bundle that share a trunk with their seed (`modeclip.models.trunk`) run it once for all of them, and each
+runs its own last blocks.
+
+Price: one forward pass for each model and image, less what models share, and 4 D bytes of disk. Models come from the
+cache's pool; where they do not all fit into memory together, the images are read once more for each group of models
+that does.
 """
 
 from __future__ import annotations
@@ -29,11 +33,12 @@ from jaxtyping import Float, Int
 from modeclip.data.prompts import fill
 from modeclip.data.tasks.task import Images
 from modeclip.errors import ModeclipError
-from modeclip.models.clip import Clip, computing, encode_image, encode_text, resolve_precision, without_gradients
+from modeclip.models.clip import Clip, computing, resolve_precision, without_gradients
 from modeclip.models.encoders import MINILM_PACKAGE, OWN, PREFIXES, SIMCSE_ID, Encoder, load_encoder
 from modeclip.models.encoders.hub import cached_folder
 from modeclip.models.feature_cache import FeatureCache, hash_texts
 from modeclip.models.pool import ModelRef
+from modeclip.models.trunk import Shared, share
 from modeclip.system.console import progress
 from modeclip.system.files import hash_files
 from modeclip.system.paths import home_path
@@ -42,6 +47,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor
+
+    from modeclip.models.blocks import Tower
 
 T = TypeVar("T")
 
@@ -210,17 +217,30 @@ def class_features(clip: Clip, classnames: Sequence[str], templates: Sequence[st
         classnames: L class names.
         templates: Prompts with ``{}`` where the name goes.
     """
+    return all_class_features([clip], classnames, templates)[0]
+
+
+def all_class_features(
+    clips: Sequence[Clip], classnames: Sequence[str], templates: Sequence[str]
+) -> list[Float[Tensor, "L D"]]:
+    """Return the vectors of `class_features` by each of some models with one tokenizer, on one device."""
     import torch
 
-    device = next(clip.model.parameters()).device
-    total = torch.zeros(())
+    device = next(clips[0].model.parameters()).device
+    found: dict[int, Tensor] = {}
     with torch.inference_mode(False), without_gradients():  # a gradient of images may pass through the result
-        for template in templates:
-            prompts = [fill(template, name) for name in classnames]
-            batches = [prompts[start : start + PROMPT_BATCH] for start in range(0, len(prompts), PROMPT_BATCH)]
-            parts = [encode_text(clip.model, clip.tokens(batch).to(device)) for batch in batches]
-            total = total.to(device) + torch.cat(parts)
-        return torch.nn.functional.normalize(total, dim=-1)
+        for shared in share([clip.model for clip in clips], "text"):
+            totals = [torch.zeros((), device=device) for _ in shared.members]
+            for template in templates:
+                prompts = [fill(template, name) for name in classnames]
+                parts: list[list[Tensor]] = []
+                for start in range(0, len(prompts), PROMPT_BATCH):
+                    tokens = clips[0].tokens(prompts[start : start + PROMPT_BATCH]).to(device)
+                    state = shared.trunk(tokens)
+                    parts.append([head(state) for head in shared.heads])
+                totals = [total + torch.cat(own) for total, own in zip(totals, zip(*parts, strict=True), strict=True)]
+            found |= dict(zip(shared.members, totals, strict=True))
+        return [torch.nn.functional.normalize(found[index], dim=-1) for index in range(len(clips))]
 
 
 def prompt_features(
@@ -271,8 +291,8 @@ def _encode_images(
     advance: Callable[[int], None],
 ) -> None:
     """Write the vectors of all images by some models, in one pass."""
-    kind_of = {digest: _preprocess_kind(clip) for digest, clip in clips.items()}
-    example = {kind_of[digest]: clip for digest, clip in clips.items()}
+    groups = _sharing(clips, {digest: _preprocess_kind(clip) for digest, clip in clips.items()}, "image")
+    example = {kind: clips[digests[0]] for kind, digests, _ in groups}
 
     def batches() -> Iterator[tuple[slice, dict[str, Tensor]]]:
         for start in range(0, len(images), batch_size):
@@ -284,13 +304,14 @@ def _encode_images(
         write = {digest: stack.enter_context(cache.writer(keys[digest], len(images))) for digest in clips}
         device = stack.enter_context(computing(next(iter(clips.values())), precision))  # all are on one device
         for rows, prepared in _ahead(batches()):
-            for digest, clip in clips.items():
-                pixels = prepared[kind_of[digest]].to(device)
+            for kind, digests, shared in groups:
+                pixels = prepared[kind].to(device)
                 step = CPU_BATCH if device.type == "cpu" else batch_size
-                parts = [pixels[start : start + step] for start in range(0, len(pixels), step)]
-                vectors = np.concatenate([_unit(encode_image(clip.model, part)) for part in parts])
-                write[digest](rows, vectors)
-                advance(len(vectors))
+                states = [shared.trunk(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+                for digest, head in zip(digests, shared.heads, strict=True):
+                    vectors = np.concatenate([_unit(head(state)) for state in states])
+                    write[digest](rows, vectors)
+                    advance(len(vectors))
 
 
 def _encoded_texts(
@@ -300,16 +321,29 @@ def _encoded_texts(
 
     The caller has entered `computing`, which keeps the casts of all models' weights until the last text.
     """
-    kind_of = {digest: _tokenizer_kind(digest, clip) for digest, clip in clips.items()}
+    groups = _sharing(clips, {digest: _tokenizer_kind(digest, clip) for digest, clip in clips.items()}, "text")
     order = np.argsort([len(text) for text in texts], kind="stable")
     for start in range(0, len(order), TEXT_BATCH):
         rows = order[start : start + TEXT_BATCH]
         tokens: dict[str, Tensor] = {}
-        for digest, clip in clips.items():
-            kind = kind_of[digest]
+        for kind, digests, shared in groups:
             if kind not in tokens:
-                tokens[kind] = clip.tokens([texts[row] for row in rows])
-            yield digest, rows, _unit(encode_text(clip.model, tokens[kind].to(device)))
+                tokens[kind] = clips[digests[0]].tokens([texts[row] for row in rows])
+            state = shared.trunk(tokens[kind].to(device))
+            for digest, head in zip(digests, shared.heads, strict=True):
+                yield digest, rows, _unit(head(state))
+
+
+def _sharing(
+    clips: Mapping[str, Clip], kind_of: Mapping[str, str], tower: Tower
+) -> list[tuple[str, list[str], Shared]]:
+    """Return the kind of input, the digests and the trunk and heads of models that run together."""
+    groups: list[tuple[str, list[str], Shared]] = []
+    for kind in dict.fromkeys(kind_of.values()):
+        alike = [digest for digest in clips if kind_of[digest] == kind]
+        for shared in share([clips[digest].model for digest in alike], tower):
+            groups.append((kind, [alike[index] for index in shared.members], shared))
+    return groups
 
 
 def _unit(vectors: Tensor) -> Float[np.ndarray, "n D"]:

@@ -6,6 +6,9 @@ model when it is first asked for and frees those that were used longest ago when
 works with a model for long asks the pool again each time and keeps no reference of its own; a model that somebody
 still holds stays in memory although the pool has let go of it.
 
+Experts that share tensors with their seed (`modeclip.models.deltas`) share them in memory too, with each other and with
+the seed, whichever of them are loaded; a budget counts what they share once. So nobody may change a pool's models.
+
 Expected file hashes, as the manifest of a bundle states them, are checked when the model is loaded and not before:
 opening a bundle of 10 GB to route a task reads none of its weights.
 
@@ -16,17 +19,27 @@ hashes adds about a second for each 1.5 GB to the first load of a model.
 from __future__ import annotations
 
 import json
-import math
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from modeclip.errors import ModeclipError
-from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, load_clip
+from modeclip.models.clip import CONFIG_FILE, Clip, load_clip
+from modeclip.models.deltas import (
+    DELTA_FILE,
+    WEIGHTS_FILE,
+    bytes_once_loaded,
+    is_delta,
+    seed_hash_of,
+    seed_of,
+    weights_file,
+)
 from modeclip.models.settings import check_clip_folder
 from modeclip.system.devices import choose_device, free_memory
 from modeclip.system.files import hash_file, hash_files
@@ -53,6 +66,11 @@ class ModelRef:
     """Hash of its preprocessing settings."""
     num_bytes: int = 0
     """Bytes that its weights take once they are loaded."""
+    own_bytes: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """Bytes of the tensors in which it differs from its base, by name; it shares the others with all of the base."""
+    base: str = field(default="", compare=False, repr=False)
+    """Hash of architecture and weights of the model that it shares tensors with: its seed, or itself where it is
+    no delta; empty: none."""
     seed: int | None = None
     """Seed of its random weights; None: its specification must name weights."""
     file_hashes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -106,20 +124,36 @@ class ModelRef:
         start = f"{folder}/"
         own = {path.removeprefix(start): digest for path, digest in hashes.items() if path.startswith(start)}
         own = {file: digest for file, digest in own.items() if _is_part(file)}
-        ref = cls._of_files(name, bundle / folder, bundle / folder, own)
-        if not (bundle / folder / WEIGHTS_FILE).is_file():
+        check_clip_folder(bundle / folder)
+        if not weights_file(bundle / folder).is_file():
             raise ModeclipError(f"model {name}: {bundle / folder / WEIGHTS_FILE} is missing; get the bundle again")
-        return replace(ref, file_hashes=own)
+        ref, seed = cls._of_files(name, bundle / folder, bundle / folder, own), seed_of(bundle / folder)
+        if not is_delta(bundle / folder):
+            return replace(ref, file_hashes=own)
+        stated = hashes.get(f"{seed.name}/{WEIGHTS_FILE}", "none")
+        if stated != (expected := seed_hash_of(bundle / folder)):
+            raise ModeclipError(
+                f"model {name}: {bundle / folder / DELTA_FILE} belongs to a seed whose weights have the hash "
+                f"{expected[:12]}, but those of the bundle's seed have {stated[:12]}; get the bundle again"
+            )
+        parts = {path.removeprefix(f"{seed.name}/"): path for path in hashes if path.startswith(f"{seed.name}/")}
+        return replace(
+            ref, file_hashes=own | {f"../{path}": hashes[path] for file, path in parts.items() if _is_part(file)}
+        )
 
     @classmethod
     def _of_files(cls, name: str, spec: str | Path, folder: Path, hashes: Mapping[str, str]) -> ModelRef:
         config = check_clip_folder(folder)
+        num_bytes, own_bytes = _bytes_of(folder)
+        weights = seed_hash_of(folder) if is_delta(folder) else hashes.get(WEIGHTS_FILE, "")
         return cls(
             name=name,
             spec=spec,
             digest=_digest_of(hashes),
             preprocess=_digest_of(config.get("preprocess_cfg", {}))[:16],
-            num_bytes=_bytes_once_loaded(folder),
+            num_bytes=num_bytes,
+            own_bytes=own_bytes,
+            base=_digest_of({**config, "preprocess_cfg": None, "weights": weights}) if weights else "",
         )
 
 
@@ -144,7 +178,8 @@ class ModelPool:
             if limit is not None and limit < 1:
                 raise ModeclipError(f"{name}: expected at least 1 {unit}, got {limit}")
         self.max_models, self.max_bytes, self.device = max_models, max_bytes, device
-        self._clips: OrderedDict[tuple[str, str, str], tuple[Clip, int]] = OrderedDict()
+        self._clips: OrderedDict[tuple[str, str, str], tuple[Clip, dict[int, int]]] = OrderedDict()
+        self._tensors: dict[tuple[str, str, str], WeakValueDictionary[str, torch.nn.Parameter]] = {}
         self._hash_of_file: dict[tuple[Path, int, int, int], str] = {}
         self._lock = threading.RLock()
 
@@ -166,7 +201,11 @@ class ModelPool:
         return self._load([ref], device, dtype)[ref.digest]
 
     def groups(
-        self, refs: Sequence[ModelRef], *, device: str | torch.device | None = None
+        self,
+        refs: Sequence[ModelRef],
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Iterator[dict[str, Clip]]:
         """Yield models by digest, as many together as fit, for one pass over images with many models.
 
@@ -175,17 +214,17 @@ class ModelPool:
         Args:
             refs: Which models; equal ones are loaded once.
             device: Where they are wanted; None: the pool's device.
+            dtype: Type of their weights; None: as they are loaded, float32.
         """
         left = list({ref.digest: ref for ref in refs}.values())
         while left:
-            budget, group, size = self._budget(device), left[:1], left[0].num_bytes
+            budget, group = self._budget(device), left[:1]
             for ref in left[1:]:
-                size += ref.num_bytes
-                if size > budget or len(group) == self.max_models:
+                if total_bytes([*group, ref]) > budget or len(group) == self.max_models:
                     break
                 group.append(ref)
             left = left[len(group) :]
-            clips = self._load(group, device, None)
+            clips = self._load(group, device, dtype)
             yield clips
             clips.clear()
 
@@ -200,18 +239,34 @@ class ModelPool:
             keys = {ref.digest: (ref.digest, where, str(dtype)) for ref in refs}
             missing = [ref for ref in refs if keys[ref.digest] not in self._clips]
             if missing:
-                self._make_room(missing, set(keys.values()), where)
+                self._make_room(missing, set(keys.values()), where, str(dtype))
             for ref in missing:
                 self._check_files(ref)
                 clip = load_clip(ref.spec, seed=ref.seed)
-                clip.model.eval().to(device=where, dtype=dtype)
-                size = sum(value.numel() * value.element_size() for value in clip.model.state_dict().values())
-                self._clips[keys[ref.digest]] = clip, size
+                self._place_weights(clip, ref, where, dtype)
+                tensors = clip.model.state_dict(keep_vars=True).values()
+                self._clips[keys[ref.digest]] = clip, {id(value): value.nbytes for value in tensors}
             for key in keys.values():
                 self._clips.move_to_end(key)
             return {digest: self._clips[key][0] for digest, key in keys.items()}
 
-    def _make_room(self, missing: Sequence[ModelRef], wanted: set[tuple[str, str, str]], where: str) -> None:
+    def _place_weights(self, clip: Clip, ref: ModelRef, where: str, dtype: torch.dtype) -> None:
+        """Put a model on its device; what it shares with its seed becomes the very tensors that are there already."""
+        shared: dict[str, torch.nn.Parameter] = {}
+        if ref.base:
+            here = self._tensors.setdefault((ref.base, where, str(dtype)), WeakValueDictionary())
+            shared = {name: value for name, value in clip.model.named_parameters() if name not in ref.own_bytes}
+            for name in shared:
+                if (known := here.get(name)) is not None:
+                    place, _, leaf = name.rpartition(".")
+                    setattr(clip.model.get_submodule(place), leaf, known)
+        clip.model.eval().to(device=where, dtype=dtype)
+        for name in shared:
+            here[name] = clip.model.get_parameter(name)
+
+    def _make_room(
+        self, missing: Sequence[ModelRef], wanted: set[tuple[str, str, str]], where: str, dtype: str
+    ) -> None:
         """Free what was used longest ago and is not wanted now, until the missing models fit."""
         for ref in missing:
             if self.max_bytes is not None and ref.num_bytes > self.max_bytes:
@@ -219,10 +274,14 @@ class ModelPool:
                     f"model {ref.name}: its weights take {ref.num_bytes:,} bytes, more than the {self.max_bytes:,} of "
                     "the memory budget; raise the budget"
                 )
-        budget, needed = self._budget(where), sum(ref.num_bytes for ref in missing)
+        budget = self._budget(where)
+
+        def sizes_there(base: str) -> dict[str, int]:
+            return {name: value.nbytes for name, value in self._tensors.get((base, where, dtype), {}).items()}
+
         for key in list(self._clips):
             too_many = self.max_models is not None and len(self._clips) + len(missing) > self.max_models
-            too_large = key[1] == where and self._bytes_on(where) + needed > budget
+            too_large = key[1] == where and self._bytes_on(where) + total_bytes(missing, sizes_there) > budget
             if key not in wanted and (too_many or too_large):
                 del self._clips[key]
 
@@ -235,7 +294,10 @@ class ModelPool:
 
     def _bytes_on(self, where: str) -> int:
         with self._lock:
-            return sum(size for (_, place, _), (_, size) in self._clips.items() if place == where)
+            sizes: dict[int, int] = {}
+            for (_, place, _), (_, own) in self._clips.items():
+                sizes |= own if place == where else {}
+            return sum(sizes.values())
 
     def _place(self, device: str | torch.device | None) -> str:
         """Return a device by its full name, the number of the GPU included."""
@@ -249,7 +311,7 @@ class ModelPool:
     def _check_files(self, ref: ModelRef) -> None:
         """Compare a model's files with the hashes that they must have; a file that did not change is read once."""
         for file, digest in ref.file_hashes.items():
-            path = Path(ref.spec) / file
+            path = Path(os.path.normpath(Path(ref.spec) / file))
             if not path.is_file():
                 raise ModeclipError(f"model {ref.name}: {path} is missing; get the bundle again")
             state = path.stat()
@@ -263,21 +325,39 @@ class ModelPool:
                 )
 
 
-def _bytes_once_loaded(folder: Path) -> int:
-    """Return what a folder's weights take once loaded, as float32 whatever the file holds; reads only headers."""
-    from safetensors import SafetensorError, safe_open
+def total_bytes(refs: Sequence[ModelRef], there: Callable[[str], Mapping[str, int]] = lambda _: {}) -> int:
+    """Return what the weights of models take that are in memory together.
 
-    weights = folder / WEIGHTS_FILE
+    Args:
+        refs: Which models, each once.
+        there: Returns the bytes of those tensors of a base that are there already, by name.
+    """
+    total, by_base = 0, dict[str, list[ModelRef]]()
+    for ref in refs:
+        by_base.setdefault(ref.base or ref.digest, []).append(ref)
+    for base, alike in by_base.items():
+        nobodys = set(alike[0].own_bytes).intersection(*(ref.own_bytes for ref in alike))  # tensors of the base
+        known = sum(size for name, size in there(base).items() if name not in nobodys)
+        total += alike[0].num_bytes - sum(alike[0].own_bytes[name] for name in nobodys) - known
+        total += sum(sum(ref.own_bytes.values()) for ref in alike)
+    return total
+
+
+def _bytes_of(folder: Path) -> tuple[int, dict[str, int]]:
+    """Return what a folder's weights take once loaded, and what of it is its own; reads only headers."""
     try:
-        with safe_open(weights, "numpy") as file:
-            return sum(4 * math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except (SafetensorError, OSError):  # another format, or damaged: loading will tell
-        return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and _is_part(path.name))
+        return bytes_once_loaded(folder)
+    except ModeclipError:  # another format, or damaged: loading will tell
+        if is_delta(folder):
+            raise
+        return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and _is_part(path.name)), {}
 
 
 def _is_part(file: str) -> bool:
     """Whether a file of a model folder decides what the model answers: settings, weights, tokenizer."""
-    return file.startswith(("open_clip", "token", "special_tokens", "vocab", "merges", "added_tokens", "spiece"))
+    return file == DELTA_FILE or file.startswith(
+        ("open_clip", "token", "special_tokens", "vocab", "merges", "added_tokens", "spiece")
+    )
 
 
 def _digest_of(parts: Mapping[str, object]) -> str:

@@ -19,19 +19,20 @@ Price: microseconds; nothing is copied. What is saved are the forward passes of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from modeclip.errors import ModeclipError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from modeclip.models.blocks import Tower
+
     State = tuple[Tensor, ...]
     """What a trunk gives to a head: hidden states, and for texts their token ids; the first axis are the samples."""
 
-Tower = Literal["image", "text"]
 _LOGITS = ("logit_scale", "logit_bias")
 _BERTS = {"bert", "roberta", "xlm-roberta"}
 """Kinds of text towers of transformers whose layers are a plain row."""
@@ -105,6 +106,69 @@ def head_depth(model: Any, tower: Tower, changed: Collection[str]) -> int | None
         elif not any(name == part or name.startswith(f"{part}.") for part in anatomy.after):
             return None
     return depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A trunk with the heads of the models that share it."""
+
+    members: tuple[int, ...]
+    """Which of the models these are, by index."""
+    trunk: Callable[[Tensor], State]
+    """Their trunk; of a model that shares none, it gives back its input."""
+    heads: tuple[Callable[[State], Tensor], ...]
+    """The head of each, which gives (B, D) unit vectors."""
+
+
+def share(models: Sequence[Any], tower: Tower) -> list[Shared]:
+    """Find out which models share a trunk: those that hold the very same parameters from the embeddings on.
+
+    Args:
+        models: CLIPs of open_clip, in evaluation mode.
+        tower: ``image`` or ``text``.
+
+    Returns:
+        Groups in which every model is once; a model that shares nothing is a group of its own, and runs as a whole.
+    """
+    groups: list[tuple[list[int], int]] = []
+    for index, model in enumerate(models):
+        for number, (members, depth) in enumerate(groups):
+            own = _depth_apart(models[members[0]], model, tower)
+            if own is not None:
+                groups[number] = [*members, index], max(depth, own)
+                break
+        else:
+            groups.append(([index], 0))
+    return [_shared(models, members, tower, depth) for members, depth in groups]
+
+
+def encode(model: Any, tower: Tower, x: Tensor) -> Tensor:
+    """Run a whole tower: unit vectors (B, D) of images, or of token ids without the padding that none of them uses."""
+    if tower == "text" and is_exact_without_padding(model):
+        trunk, head = split(model, "text", 0)
+        return head(trunk(x))
+    features: Tensor = getattr(model, f"encode_{tower}")(x, normalize=True)
+    return features
+
+
+def _shared(models: Sequence[Any], members: Sequence[int], tower: Tower, depth: int) -> Shared:
+    if len(members) == 1:
+        model = models[members[0]]
+        return Shared(members=tuple(members), trunk=lambda x: (x,), heads=(lambda state: encode(model, tower, *state),))
+    pairs = [split(models[index], tower, depth) for index in members]
+    return Shared(members=tuple(members), trunk=pairs[0][0], heads=tuple(head for _, head in pairs))
+
+
+def _depth_apart(one: Any, other: Any, tower: Tower) -> int | None:
+    """Return the depth of the heads that two models need to share a trunk; None if they share none."""
+    values = [dict(model.named_parameters()) for model in (one, other)]
+    if values[0].keys() != values[1].keys():
+        return None
+    changed = [name for name, value in values[0].items() if value is not values[1][name]]
+    if len(changed) == len(values[0]):
+        return None
+    anatomy, depth = _anatomy(one, tower), head_depth(one, tower, changed)
+    return None if anatomy is None or depth == anatomy.num_blocks else depth
 
 
 def is_exact_without_padding(model: Any) -> bool:

@@ -48,7 +48,8 @@ from modeclip.data.sources import DataSource, open_source, source_state
 from modeclip.data.storage import missing_fragments, open_dataset
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.mixture.bundle import EDITS
-from modeclip.models.clip import WEIGHTS_FILE, check_model
+from modeclip.models.clip import check_model
+from modeclip.models.deltas import WEIGHTS_FILE
 from modeclip.models.encoders import IMAGE_PREFIXES, check_trusted
 from modeclip.pipeline.recipe import CurateStep, Recipe, hash_of, plain_of, write_recipe
 from modeclip.pipeline.run_folder import EDITED, RunFolder

@@ -17,7 +17,7 @@ from modeclip.data.indexing import TASKS
 from modeclip.data.storage import open_dataset
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.mixture.manifest import MANIFEST_FILE, read_manifest
-from modeclip.models.clip import WEIGHTS_FILE
+from modeclip.models.deltas import WEIGHTS_FILE
 from modeclip.pipeline.run_folder import RunFolder
 from modeclip.pipeline.stages import read_record
 from modeclip.system.files import (

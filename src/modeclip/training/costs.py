@@ -21,7 +21,7 @@ from typing import Any
 
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
-from modeclip.models.clip import WEIGHTS_FILE
+from modeclip.models.deltas import WEIGHTS_FILE
 from modeclip.system.console import busy
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import LOG_FILE, TrainJob
