@@ -372,7 +372,10 @@ def logit_scale_of(folder: Path) -> float:
         with open_weights(folder) as weights:
             return float(weights.tensor("logit_scale").float().exp())
     except (SafetensorError, RuntimeError, ValueError) as error:  # also a scale that is no single number
-        raise ModeclipError(f"model {folder}: its logit_scale cannot be read ({error}); get the model again") from None
+        name = weights_file(folder).name
+        raise ModeclipError(
+            f"model {folder}: {name} cannot be read (logit_scale: {error}); get the model again"
+        ) from None
 
 
 def encode_image(model: Any, images: Tensor) -> Tensor:

@@ -216,15 +216,19 @@ def _check_fits(folder: Path, own: Weights, seed: Weights) -> None:
 def _opened(folder: Path, name: str) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    def damaged(error: Exception) -> ModeclipError:
+        reason = " ".join(str(error).split())[:200]
+        return ModeclipError(f"model folder {folder}: {name} is damaged and cannot be read ({reason}); get it again")
+
     try:
         file = safe_open(folder / name, "pt")
     except (SafetensorError, OSError) as error:
-        raise ModeclipError(
-            f"model folder {folder}: {name} is damaged and cannot be read ({' '.join(str(error).split())[:200]}); get "
-            "it again"
-        ) from None
-    with file:
-        yield file
+        raise damaged(error) from None
+    try:
+        with file:
+            yield file
+    except SafetensorError as error:  # in a tensor
+        raise damaged(error) from None
 
 
 def _stated_hash(folder: Path, file: Any) -> str:

@@ -161,14 +161,16 @@ def _shared(models: Sequence[Any], members: Sequence[int], tower: Tower, depth: 
 
 def _depth_apart(one: Any, other: Any, tower: Tower) -> int | None:
     """Return the depth of the heads that two models need to share a trunk; None if they share none."""
+    modules = [model.visual if tower == "image" else getattr(model, "text", model) for model in (one, other)]
+    first = [next(module.parameters()) for module in modules]  # of the embeddings
+    anatomy = _anatomy(one, tower) if first[0] is first[1] else None
+    if anatomy is None:
+        return None
     values = [dict(model.named_parameters()) for model in (one, other)]
     if values[0].keys() != values[1].keys():
         return None
-    changed = [name for name, value in values[0].items() if value is not values[1][name]]
-    if len(changed) == len(values[0]):
-        return None
-    anatomy, depth = _anatomy(one, tower), head_depth(one, tower, changed)
-    return None if anatomy is None or depth == anatomy.num_blocks else depth
+    depth = head_depth(one, tower, [name for name, value in values[0].items() if value is not values[1][name]])
+    return None if depth == anatomy.num_blocks else depth
 
 
 def is_exact_without_padding(model: Any) -> bool:
@@ -353,9 +355,18 @@ def _given() -> Any:
 
 def _cut_transformer(transformer: Any, first: int) -> tuple[Any, Any]:
     """Return a transformer of open_clip as two: one with its first blocks, and one with the others."""
-    parts = transformer.resblocks[:first], transformer.resblocks[first:]
-    before, behind = (_twin(transformer, resblocks=blocks) for blocks in parts)
-    return before, behind
+    blocks = transformer.resblocks
+    if first == 0:
+        return _unchanged, transformer
+    if first == len(blocks):
+        return transformer, _unchanged
+    return _twin(transformer, resblocks=blocks[:first]), _twin(transformer, resblocks=blocks[first:])
+
+
+def _unchanged(x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Stand for no block at all."""
+    del attn_mask
+    return x
 
 
 def _twin(module: Any, **parts: Any) -> Any:
