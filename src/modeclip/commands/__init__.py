@@ -42,6 +42,7 @@ COMMANDS = {
     "compare": "evaluation",
     "scaling": "evaluation",
     "report": "runs",
+    "search": "search",
     "assign": "mixture",
     "extend": "mixture",
     "bundle": "mixture",
@@ -99,8 +100,8 @@ def _drop_output() -> None:
 
 def _run(words: Sequence[str]) -> None:
     name = words[0].replace("_", "-") if words else ""
-    if name == "curate":
-        command, rest, prog = import_module(f"{__name__}.curation").choose(words[1:])
+    if name in {"curate", "search"}:
+        command, rest, prog = import_module(f"{__name__}.{COMMANDS[name]}").choose(words[1:])
         call(command, rest, prog=prog)
         return
     if name in COMMANDS:

@@ -225,6 +225,10 @@ class Fragments:
         """Return arrays that have a row for each row of their block, such as vectors, as one that is read in parts."""
         return FragmentRows(self._task, self._parts, name)
 
+    def forget(self) -> None:
+        """Remove what was kept: whoever computed it has written it elsewhere."""
+        self._task.ledger.clear()
+
     def total(self) -> dict[str, Shaped[np.ndarray, "..."]]:
         """Return the arrays of all fragments, merged; two fragments and the sum are in memory at a time."""
         total: dict[str, np.ndarray] = {}

@@ -1,0 +1,608 @@
+"""The index: a Lance dataset with a row per image, its vector in float16, and the columns that searches filter by.
+
+    INDEX/
+      index.json       format, model and its digests, catalogs, how strong known pairs are, the version of the dataset
+      images.lance     key, caption, path, digest, numbers and texts of the catalog, vector (D float16)
+
+Images are encoded once, with all experts of a mixture. A query is encoded, weighed by the router on the text side, and
+compared with all rows exactly (`modeclip.search.exact`); above ``exact_up_to`` rows an index of Lance finds candidates,
+if it finds enough: its recall is measured on captions when the index is built (`modeclip.search.approximate`).
+
+``index.json`` is written last and names the version of the dataset, so whoever opens the index sees what was finished,
+while images are added or after a process was killed. Encoding goes fragment by fragment over the catalog and continues
+where it was stopped; what it has computed lies beside the catalog until the rows are in the index.
+
+Scores. A hit's score is the mixture's, sum_c p_c <u_c, v_c>. What score is high differs from query to query. So each
+hit has its height too: by how many standard deviations its score lies above the mean of the query's scores over the
+index. And it has a strength: the share of known pairs, captions with their own images, whose height is lower. A hit of
+strength 0.03 is weaker than 97 of 100 captions are with the image that they describe.
+
+Several parts of one query (a text, a picture, texts that are not wanted) are divided by the spread of their scores
+before they are weighed, since cosines between pictures are several times as large as those with texts.
+
+Source: MoDE (arXiv 2404.16030) Sec. 3.4 for the score; reciprocal rank fusion: Cormack et al. (SIGIR 2009), k = 60.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float, Int, Shaped
+
+from modeclip.data.catalog import Catalog
+from modeclip.data.images import decode_image
+from modeclip.data.mapping import IMAGE, POSITION, Statistic, concatenate, map_fragments
+from modeclip.data.selection import ALL, Selection
+from modeclip.data.storage import KEEP_VERSIONS
+from modeclip.errors import DamagedError, ModeclipError
+from modeclip.search.approximate import Approximate, build_approximate, nearest
+from modeclip.search.asking import SearchModel
+from modeclip.search.exact import Rows
+from modeclip.search.query import Added, Found, Hit, Query, SearchConfig
+from modeclip.system.console import log
+from modeclip.system.files import only_process, read_json, write_json, writing
+from modeclip.system.paths import home_path, is_url
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT = 1
+INDEX_FILE, ROWS_FOLDER = "index.json", "images.lance"
+VECTOR = "vector"
+FIXED = {
+    "key": pa.string(),
+    "caption": pa.string(),
+    "path": pa.string(),
+    "digest": pa.binary(16),
+    "catalog": pa.int16(),
+    "row": pa.int64(),
+}
+"""Columns that every index has besides the vector; ``catalog`` and ``row`` say where the picture is."""
+LEFT_OUT = {"image", "offset", "size", VECTOR, *FIXED}
+SAMPLE = 4096
+"""Rows that the spread of a query's scores is measured on."""
+KNOWN_PAIRS = 512
+"""Captions that the strength of hits is measured by."""
+LEVELS = 101
+FUSED, FUSED_FROM = 60, 100
+"""Reciprocal rank fusion: the constant k, and how many hits of each ranking it looks at."""
+ROWS_AT_ONCE = 8192
+_AGAIN = "give the same modeclip search build command again"
+
+
+@dataclass(kw_only=True)
+class EncodeImages(Statistic):
+    """Encodes the images of a block; every process opens the model itself."""
+
+    spec: str
+    facts: dict[str, Any]
+    exif: Any
+    encoder: str | None
+    trusted: bool
+    inputs: tuple[str, ...] = (IMAGE, POSITION)
+    unit: str = "images"
+    _model: SearchModel | None = field(default=None, repr=False)
+
+    def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Return vectors and positions of the images of a block."""
+        if self._model is None:
+            self._model = SearchModel.open(self.spec, encoder=self.encoder, trust_encoder=self.trusted)
+        rows = block[POSITION]
+        if not len(rows):
+            return {"rows": rows, VECTOR: np.empty((0, sum(self._model.sizes)), np.float16)}
+        pictures = [decode_image(data, self.exif) for data in block[IMAGE]]
+        return {"rows": rows, VECTOR: self._model.encode_images(pictures).astype(np.float16)}
+
+    def merge(self, parts: Sequence[dict[str, Shaped[np.ndarray, "..."]]]) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Put blocks behind each other."""
+        return concatenate(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model here: a worker opens its own."""
+        return self.__dict__ | {"_model": None}
+
+
+class Index:
+    """An opened index. Threads may search it together; what is added later is seen by whoever opens it anew."""
+
+    def __init__(self, folder: Path, content: Mapping[str, Any], model: SearchModel) -> None:
+        import lance
+
+        self.folder, self.model = folder, model
+        self._content = dict(content)
+        self._dataset: Any = lance.dataset(str(folder / ROWS_FOLDER), version=content["version"])
+
+    @classmethod
+    def build(
+        cls,
+        catalog: Catalog,
+        model: str | Path | SearchModel,
+        folder: Path | str,
+        config: SearchConfig | None = None,
+        *,
+        selection: Selection = ALL,
+        ray: bool = False,
+    ) -> Index:
+        """Make an index of a catalog's images, or finish or bring up to date one that is there.
+
+        Args:
+            catalog: Whose images.
+            model: What encodes them: a specification as for `SearchModel.open`.
+            folder: Where the index goes.
+            config: How it answers.
+            selection: Which pairs.
+            ray: Encode on a Ray cluster, as for `map_fragments`.
+
+        Raises:
+            ModeclipError: The folder holds something else, or the index of another model; an image cannot be read.
+        """
+        folder, config = home_path(folder), config or SearchConfig()
+        model = model if isinstance(model, SearchModel) else SearchModel.open(model)
+        if (folder / INDEX_FILE).is_file():
+            index = cls.open(folder, model)
+        elif folder.exists() and any(path.name not in {ROWS_FOLDER, ".lock"} for path in folder.iterdir()):
+            raise ModeclipError(
+                f"--out {folder}: expected an index or an empty folder, found other files; choose another"
+            )
+        else:
+            index = None
+        folder.mkdir(parents=True, exist_ok=True)
+        _add(folder, index, model, catalog, config, selection, ray)
+        return cls.open(folder, model)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        model: SearchModel | None = None,
+        *,
+        encoder: str | None = None,
+        trust_encoder: bool = False,
+        device: str = "auto",
+    ) -> Index:
+        """Open an index and its model.
+
+        Args:
+            folder: Of the index.
+            model: The opened model, where somebody has it; None: the one that the index names.
+            encoder: As for `SearchModel.open`.
+            trust_encoder: As for `SearchModel.open`.
+            device: As for `SearchModel.open`.
+
+        Raises:
+            ModeclipError: There is no index, it is half built, its model is gone, or the model has changed since.
+        """
+        folder = home_path(folder)
+        path = folder / INDEX_FILE
+        if not path.is_file():
+            half = (folder / ROWS_FOLDER).is_dir()
+            raise ModeclipError(
+                f"index {folder}: it is half built; {_AGAIN}"
+                if half
+                else f"no index at {str(folder)!r}: make one with modeclip search build, or correct the path"
+            )
+        content = read_json(path, dict[str, Any], _AGAIN)
+        if content.get("format") != FORMAT:
+            raise ModeclipError(f"index {folder} has format {content.get('format')}, expected {FORMAT}; build it again")
+        try:
+            named = content["model"]["spec"]
+            digests, names = content["model"]["digests"], content["model"]["names"]
+            model = model or SearchModel.open(named, device=device, encoder=encoder, trust_encoder=trust_encoder)
+        except (KeyError, TypeError) as error:
+            raise DamagedError(f"index {folder}: {INDEX_FILE} has no {error}; {_AGAIN}") from error
+        if differing := [
+            name
+            for name, old, new in zip(names, digests, [*model.digests, *[""] * len(digests)], strict=False)
+            if old != new
+        ]:
+            raise ModeclipError(
+                f"index {folder}: was built with another model than {model.spec} is ({', '.join(differing)} differs); "
+                "build the index again in another folder, or give the model that it was built with"
+            )
+        try:
+            return cls(folder, content, model)
+        except (OSError, ValueError) as error:
+            raise DamagedError(
+                f"index {folder}: {ROWS_FOLDER} cannot be read ({' '.join(str(error).split())[:200]}); delete the"
+                f" folder and {_AGAIN}"
+            ) from error
+
+    def __len__(self) -> int:
+        return int(self._dataset.count_rows())
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that a condition may name."""
+        return [name for name in self._dataset.schema.names if name != VECTOR]
+
+    @property
+    def catalogs(self) -> list[str]:
+        """Paths of the catalogs that images came from."""
+        return list(self._content["catalogs"])
+
+    @property
+    def config(self) -> SearchConfig:
+        """How it answers."""
+        return SearchConfig(**self._content["config"])
+
+    @property
+    def approximate(self) -> Approximate | None:
+        """What the approximate index finds; None where there is none or searches are exact."""
+        content = self._content.get("approximate")
+        return None if content is None else Approximate(**content)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All vectors, in memory."""
+        column = self._dataset.to_table(columns=[VECTOR])[VECTOR].combine_chunks()
+        return Rows(np.asarray(column.flatten()).reshape(len(column), -1))
+
+    def add(self, catalog: Catalog, *, selection: Selection = ALL, ray: bool = False) -> Added:
+        """Add the images of a catalog, and encode those anew that have changed; arguments and errors as for `build`.
+
+        The opened index goes on as it was: open it again to see what was added.
+        """
+        return _add(self.folder, self, self.model, catalog, self.config, selection, ray)
+
+    def remove(self, where: Sequence[str]) -> int:
+        """Remove the images for which all conditions hold, and return how many; open the index again to see it.
+
+        Raises:
+            ModeclipError: No condition is given, one names no column, or all images would be removed.
+        """
+        if not where:
+            raise ModeclipError("search remove: no --where condition given; expected at least one")
+        chosen = self._chosen(where)
+        assert chosen is not None
+        count = int(chosen.sum())
+        if count == len(self):
+            raise ModeclipError(
+                f"index {self.folder}: that would remove all {count:,} images; delete the folder instead"
+            )
+        with writing(self.folder), only_process(self.folder):
+            dataset = _latest(self.folder, self._content["version"])
+            keys = self._take(["key"], np.flatnonzero(chosen))["key"].to_pylist()
+            for start in range(0, count, ROWS_AT_ONCE):
+                words = ", ".join("'" + key.replace("'", "''") + "'" for key in keys[start : start + ROWS_AT_ONCE])
+                dataset.delete(f"key IN ({words})")
+            _finish(self.folder, dataset, self.model, self._content)
+        return count
+
+    def search(
+        self,
+        query: Query | str,
+        *,
+        count: int = 10,
+        where: Sequence[str] = (),
+        least_strength: float = 0.0,
+        hybrid: bool = False,
+    ) -> Found:
+        """Find the images that fit a query best.
+
+        Args:
+            query: What is looked for; a string is a text.
+            count: Images that are wanted, 1 or more.
+            where: Conditions that they must fulfil, as for `Selection`.
+            least_strength: Leave out hits that are weaker, in [0, 1].
+            hybrid: Rank by the words of the captions too, joined by reciprocal ranks.
+
+        Raises:
+            ModeclipError: A condition is none, the expert is unknown, a number is out of range, or words of captions
+                are wanted for a query without a text.
+        """
+        query = Query(text=query) if isinstance(query, str) else query
+        if count < 1:
+            raise ModeclipError(f"search: count must be 1 or more, got {count}")
+        if not 0 <= least_strength <= 1:
+            raise ModeclipError(f"search: least_strength must lie in [0, 1], got {least_strength}")
+        if hybrid and query.text is None:
+            raise ModeclipError(
+                "search: hybrid needs a text, whose words are looked for in the captions; got a picture"
+            )
+        vector, weights = self._vector(query)
+        chosen = self._chosen(where)
+        searched = len(self) if chosen is None else int(chosen.sum())
+        approximate = self.approximate
+        if approximate is not None and chosen is None:
+            rows = nearest(self._dataset, vector, max(count, FUSED_FROM if hybrid else 0), approximate)
+        else:
+            rows = self.rows.best(vector[None], max(count, FUSED_FROM if hybrid else 0), chosen)[0][0]
+        if hybrid:
+            assert query.text is not None
+            rows = self._fuse(rows, query.text, chosen)
+        hits = self._hits(rows[:count], vector)
+        return Found(
+            hits=tuple(hit for hit in hits if hit.strength >= least_strength),
+            weights=tuple(weights.tolist()),
+            experts=self.model.names,
+            num_searched=searched,
+            exact=approximate is None or chosen is not None,
+        )
+
+    def pictures(self, hits: Sequence[Hit]) -> list[Image]:
+        """Return the pictures of some hits.
+
+        Raises:
+            ModeclipError: A catalog is gone, or holds another pair in the place of a hit.
+        """
+        found: list[Any] = [None] * len(hits)
+        for path in dict.fromkeys(hit.catalog for hit in hits):
+            places = [place for place, hit in enumerate(hits) if hit.catalog == path]
+            catalog, rows = Catalog.open(path), np.array([hits[place].row for place in places])
+            keys = catalog.read(["key"], rows)["key"]
+            for place, key, picture in zip(places, keys, catalog.images(rows), strict=True):
+                if key != hits[place].key:
+                    raise ModeclipError(
+                        f"index {self.folder}: {path} has {key!r} where {hits[place].key!r} was when it was indexed; "
+                        f"give modeclip search add {self.folder} {path}"
+                    )
+                found[place] = picture
+        return found
+
+    def _vector(self, query: Query) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, " K"]]:
+        """Return the one vector that a query is, and the weights of the experts for its text."""
+        texts = [*([query.text] if query.text is not None else []), *query.negatives]
+        weights = self.model.weigh(texts, query.expert) if texts else np.empty((0, len(self.model.refs)))
+        encoded = list(self.model.encode_texts(texts, weights)) if texts else []
+        own = self.model.weigh([""], query.expert)[0] if query.text is None else weights[0]
+        parts: list[tuple[float, np.ndarray]] = []
+        if query.text is not None:
+            parts.append((1 - query.image_weight if query.image is not None else 1.0, encoded.pop(0)))
+        if query.image is not None:
+            picture = self.model.encode_images([query.image.convert("RGB")])[0]
+            shares = np.full(len(own), 1 / len(own)) if query.expert is None else own
+            picture = picture * np.repeat(shares, self.model.sizes).astype(np.float32)
+            parts.append((query.image_weight if query.text is not None else 1.0, picture))
+        parts += [(-query.negative_weight, vector) for vector in encoded]
+        if len(parts) == 1:
+            return parts[0][1], own
+        return np.sum([weight / self._spread(vector)[1] * vector for weight, vector in parts], axis=0), own
+
+    def _spread(self, vector: Float[np.ndarray, " D"]) -> tuple[float, float]:
+        """Return mean and standard deviation of a query's scores over the index."""
+        scores = self._sample @ vector
+        return float(scores.mean()), float(scores.std()) or 1.0
+
+    @cached_property
+    def _sample(self) -> Float[np.ndarray, "n D"]:
+        """Vectors of rows that are spread over the whole index."""
+        rows = np.unique(np.linspace(0, len(self) - 1, min(SAMPLE, len(self))).astype(np.int64))
+        column = self._take([VECTOR], rows)[VECTOR].combine_chunks()
+        return np.asarray(column.flatten()).reshape(len(column), -1).astype(np.float32)
+
+    def _hits(self, rows: Int[np.ndarray, " k"], vector: Float[np.ndarray, " D"]) -> list[Hit]:
+        if not len(rows):
+            return []
+        table = self._take([*FIXED, VECTOR], rows)
+        vectors = np.asarray(table[VECTOR].combine_chunks().flatten()).reshape(len(rows), -1).astype(np.float32)
+        ends = np.cumsum(self.model.sizes)[:-1]
+        parts = np.stack([part.sum(axis=1) for part in np.split(vectors * vector, ends, axis=1)], axis=1)
+        mean, spread = self._spread(vector)
+        heights = (parts.sum(axis=1) - mean) / spread
+        strengths = np.interp(heights, self._content["heights"], np.linspace(0, 1, LEVELS))
+        return [
+            Hit(
+                key=pair["key"],
+                caption=pair["caption"],
+                path=pair["path"],
+                score=float(own.sum()),
+                height=float(height),
+                strength=float(strength),
+                parts=tuple(own.tolist()),
+                catalog=self.catalogs[pair["catalog"]],
+                row=pair["row"],
+            )
+            for pair, own, height, strength in zip(
+                table.drop_columns([VECTOR, "digest"]).to_pylist(), parts, heights, strengths, strict=True
+            )
+        ]
+
+    def _fuse(
+        self, rows: Int[np.ndarray, " n"], text: str, chosen: Bool[np.ndarray, " N"] | None
+    ) -> Int[np.ndarray, " n"]:
+        """Join a ranking by vectors with one by the words of captions: sum of 1 / (60 + rank)."""
+        words = self._dataset.to_table(
+            columns=["_rowoffset"], full_text_query=text, limit=None if chosen is not None else FUSED_FROM
+        )
+        ranked = np.asarray(words["_rowoffset"], np.int64)
+        if chosen is not None:
+            ranked = ranked[chosen[ranked]][:FUSED_FROM]
+        scores: dict[int, float] = {}
+        for ranking in (rows, ranked):
+            for rank, row in enumerate(ranking.tolist(), 1):
+                scores[row] = scores.get(row, 0.0) + 1 / (FUSED + rank)
+        return np.array(sorted(scores, key=lambda row: -scores[row]), np.int64)
+
+    def _chosen(self, where: Sequence[str]) -> Bool[np.ndarray, " N"] | None:
+        """Return which rows fulfil conditions; None: all."""
+        if not where:
+            return None
+        return Selection(where=tuple(where)).mask_of(Catalog(self._dataset, str(self.folder)))
+
+    def _take(self, columns: Sequence[str], rows: Int[np.ndarray, " n"]) -> pa.Table:
+        table: pa.Table = self._dataset.take(rows.tolist(), columns=list(columns))
+        return table
+
+
+def _add(
+    folder: Path,
+    index: Index | None,
+    model: SearchModel,
+    catalog: Catalog,
+    config: SearchConfig,
+    selection: Selection,
+    ray: bool,
+) -> Added:
+    """Encode what the index lacks of a catalog, and write it; a new index where there is none."""
+    with writing(folder), only_process(folder):
+        content: dict[str, Any] = (
+            {"format": FORMAT, "catalogs": [], "version": 0}
+            if index is None
+            else read_json(folder / INDEX_FILE, dict[str, Any], _AGAIN)
+        )
+        content["model"] = {"spec": model.spec, "names": list(model.names), "digests": list(model.digests)}
+        content["config"] = asdict(config)
+        dataset = _latest(folder, content["version"]) if index is not None else None
+        chosen, counts = _missing(catalog, selection, dataset)
+        if chosen.any():
+            path = catalog.path if is_url(catalog.path) else str(Path(catalog.path).resolve())
+            if path not in content["catalogs"]:
+                content["catalogs"].append(path)
+            work = EncodeImages(
+                spec=model.spec,
+                facts={"work": "search", **model.facts()},
+                exif=catalog.exif,
+                encoder=model.mode.bundle.encoder if model.mode and model.mode.bundle.trust_encoder else None,
+                trusted=bool(model.mode and model.mode.bundle.trust_encoder),
+            )
+            if not ray:
+                work._model = model
+            encoded = map_fragments(catalog, work, "encode images", ray=ray, selected=chosen)
+            schema = _schema(catalog, sum(model.sizes)) if dataset is None else dataset.schema
+            batches = _batches(catalog, encoded, schema, content["catalogs"].index(path))
+            dataset = _write(folder, dataset, schema, batches, has_old=counts["num_changed"] > 0)
+            _finish(folder, dataset, model, content)
+            encoded.forget()
+        elif dataset is None:
+            raise ModeclipError(f"catalog {catalog.path!r} has no pair to search; index some, or select others")
+        elif content.get("config") != index._content.get("config"):  # type: ignore[union-attr]
+            _finish(folder, dataset, model, content)
+        return Added(**counts, num_rows=int(dataset.count_rows()))
+
+
+def _missing(catalog: Catalog, selection: Selection, dataset: Any) -> tuple[Bool[np.ndarray, " N"], dict[str, int]]:
+    """Return which rows of a catalog an index lacks or has otherwise, and the counts."""
+    known: dict[str, bytes | None] = {}
+    if dataset is not None:
+        for batch in dataset.to_batches(columns=["key", "digest"]):
+            known |= dict(zip(batch["key"].to_pylist(), batch["digest"].to_pylist(), strict=True))
+    rows = selection.rows(catalog)
+    pairs = catalog.read(["key", "digest"], rows)
+    chosen = np.zeros(len(catalog), bool)
+    counts = {"num_new": 0, "num_changed": 0, "num_same": 0, "num_doubled": 0}
+    seen = set[str]()
+    for row, key, digest in zip(rows.tolist(), pairs["key"].tolist(), pairs["digest"].tolist(), strict=True):
+        if key in seen:
+            counts["num_doubled"] += 1
+            continue
+        seen.add(key)
+        kind = "new" if key not in known else "same" if known[key] == digest else "changed"
+        counts[f"num_{kind}"] += 1
+        chosen[row] = kind != "same"
+    if counts["num_doubled"]:
+        log(f"{counts['num_doubled']:,} pairs have the key of an earlier pair of {catalog.path}; they are left out")
+    return chosen, counts
+
+
+def _schema(catalog: Catalog, dimension: int) -> pa.Schema:
+    """Return the columns of an index: those that every one has, what a condition can be about, and the vector."""
+    plain = [
+        pa.field(name, catalog.dataset.schema.field(name).type)
+        for name in catalog.columns
+        if name not in LEFT_OUT and name not in catalog.damaged and _is_plain(catalog.dataset.schema.field(name).type)
+    ]
+    fixed = [pa.field(name, kind) for name, kind in FIXED.items()]
+    return pa.schema([*fixed, *plain, pa.field(VECTOR, pa.list_(pa.float16(), dimension))])
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_integer,
+            pa.types.is_floating,
+            pa.types.is_boolean,
+        )
+    )
+
+
+def _batches(catalog: Catalog, encoded: Any, schema: pa.Schema, number: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of the index for what was encoded of a catalog."""
+    own = [name for name in schema.names if name not in {"catalog", "row", VECTOR} and name in catalog.columns]
+    for arrays in encoded:
+        for start in range(0, len(arrays["rows"]), ROWS_AT_ONCE):
+            rows = arrays["rows"][start : start + ROWS_AT_ONCE]
+            vectors = arrays[VECTOR][start : start + ROWS_AT_ONCE]
+            table = catalog.dataset.take(rows.tolist(), columns=own)
+            values = {name: table[name].combine_chunks() for name in own}
+            values["catalog"] = pa.array(np.full(len(rows), number, np.int16))
+            values["row"] = pa.array(rows)
+            flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+            values[VECTOR] = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+            columns = [
+                values[item.name].cast(item.type) if item.name in values else pa.nulls(len(rows), item.type)
+                for item in schema
+            ]
+            yield pa.record_batch(columns, schema=schema)
+
+
+def _write(folder: Path, dataset: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch], *, has_old: bool) -> Any:
+    import lance
+
+    place, reader = str(folder / ROWS_FOLDER), pa.RecordBatchReader.from_batches(schema, batches)
+    if dataset is None:
+        return lance.write_dataset(reader, place, mode="overwrite", enable_stable_row_ids=True)
+    if has_old:
+        dataset.merge_insert("key").when_matched_update_all().when_not_matched_insert_all().execute(reader)
+        return dataset
+    return lance.write_dataset(reader, dataset, mode="append")
+
+
+def _latest(folder: Path, version: int) -> Any:
+    """Return the dataset as index.json names it, and make it the newest: later versions were never finished."""
+    import lance
+
+    dataset = lance.dataset(str(folder / ROWS_FOLDER))
+    if dataset.version != version:
+        dataset = dataset.checkout_version(version)
+        dataset.restore()
+    return dataset
+
+
+def _finish(folder: Path, dataset: Any, model: SearchModel, content: Mapping[str, Any]) -> None:
+    """Bring what belongs to the rows up to date, and show all of it at once by writing ``index.json``."""
+    config = SearchConfig(**content["config"])
+    if any(one["name"] == "caption_idx" for one in dataset.list_indices()):
+        dataset.optimize.optimize_indices()
+    else:
+        dataset.create_scalar_index("caption", "INVERTED")
+    new = dict(content) | {"version": dataset.version, "heights": [0.0] * LEVELS, "approximate": None}
+    index = Index(folder, new, model)
+    new["heights"] = _known_heights(index)
+    if len(index) > config.exact_up_to:
+        texts = [text for text in _some_captions(index)[1]]
+        weights = model.weigh(texts)
+        found = build_approximate(dataset, index.rows, model.encode_texts(texts, weights), config.recall)
+        new |= {"version": dataset.version, "approximate": None if found is None else asdict(found)}
+    write_json(folder / INDEX_FILE, new, indent=2)
+    dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
+
+
+def _some_captions(index: Index) -> tuple[Int[np.ndarray, " n"], list[str]]:
+    """Return rows spread over the index, and their captions, those that have one."""
+    rows = np.unique(np.linspace(0, len(index) - 1, min(KNOWN_PAIRS, len(index))).astype(np.int64))
+    captions = index._take(["caption"], rows)["caption"].to_pylist()
+    kept = [place for place, caption in enumerate(captions) if caption and caption.strip()]
+    return rows[kept], [captions[place] for place in kept]
+
+
+def _known_heights(index: Index) -> list[float]:
+    """Return the quantiles of how high captions are with their own images; 0 where there are no captions."""
+    rows, texts = _some_captions(index)
+    if not texts:
+        return [0.0] * LEVELS
+    vectors = index.model.encode_texts(texts, index.model.weigh(texts))
+    column = index._take([VECTOR], rows)[VECTOR].combine_chunks()
+    images = np.asarray(column.flatten()).reshape(len(rows), -1).astype(np.float32)
+    scores = index._sample @ vectors.T
+    spread = scores.std(axis=0)
+    heights = ((images * vectors).sum(axis=1) - scores.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    return [float(value) for value in np.quantile(heights, np.linspace(0, 1, LEVELS))]

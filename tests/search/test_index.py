@@ -1,0 +1,324 @@
+"""An index against its experts asked one by one, and what happens to it: kills, changes, other models, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+import torch
+from support import noise_picture, with_weights
+
+from modeclip import Catalog, MoDE, ModeclipError
+from modeclip.models.clip import encode_image, encode_text
+from modeclip.search import approximate as approximate_module
+from modeclip.search import index as index_module
+from modeclip.search.asking import SearchModel
+from modeclip.search.index import INDEX_FILE, Index
+from modeclip.search.query import Query, SearchConfig
+
+
+@pytest.fixture(scope="module")
+def catalog(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """The pairs of a finished run, in a copy."""
+    return Catalog.open(shutil.copytree(small_run / "catalog.lance", tmp_path_factory.mktemp("pairs") / "catalog.lance"))
+
+
+@pytest.fixture(scope="module")
+def bundle(small_run: Path) -> str:
+    """The bundle of that run."""
+    return str(small_run / "bundle")
+
+
+@pytest.fixture(scope="module")
+def index(catalog: Catalog, bundle: str, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """An index of these pairs, for reading."""
+    return Index.build(catalog, bundle, tmp_path_factory.mktemp("index") / "index")
+
+
+@pytest.fixture
+def own(index: Index, tmp_path: Path) -> Path:
+    """A copy of the index that may be changed."""
+    return Path(shutil.copytree(index.folder, tmp_path / "index"))
+
+
+@pytest.fixture(scope="module")
+def vectors(catalog: Catalog, bundle: str) -> Iterator[list[np.ndarray]]:
+    """Unit vectors of all pictures by each expert, each asked by itself."""
+    mode = MoDE.load(bundle)
+    pictures = catalog.images(np.arange(len(catalog)))
+    found = []
+    with torch.no_grad():
+        for ref in mode.bundle.models:
+            clip = mode.pool.get(ref)
+            found.append(encode_image(clip.model, clip.images(pictures)).numpy())
+    yield found
+
+
+@pytest.mark.parametrize("text", ["arrow left", "red heart", "a"])
+def test_scores_are_those_of_the_routed_experts(
+    index: Index, bundle: str, vectors: list[np.ndarray], catalog: Catalog, text: str
+) -> None:
+    mode = MoDE.load(bundle)
+    (weights,) = mode.route_queries([text])
+    expected = np.zeros(len(catalog))
+    with torch.no_grad():
+        for weight, ref, images in zip(weights, mode.bundle.models, vectors, strict=True):
+            clip = mode.pool.get(ref)
+            expected += weight * (images @ encode_text(clip.model, clip.tokens([text])).numpy()[0])
+    found = index.search(text, count=20)
+    assert found.weights == pytest.approx(weights)
+    assert found.exact
+    assert found.num_searched == len(catalog)
+    rows = [hit.row for hit in found.hits]
+    np.testing.assert_allclose([hit.score for hit in found.hits], expected[rows], atol=2e-3)  # float16
+    assert min(expected[rows]) >= np.sort(expected)[-20] - 2e-3
+    for hit in found.hits:
+        assert sum(hit.parts) == pytest.approx(hit.score, abs=1e-6)
+        assert 0 <= hit.strength <= 1
+        assert hit.height == pytest.approx((hit.score - expected.mean()) / expected.std(), abs=0.05)
+    assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
+
+
+def test_strength_is_the_share_of_captions_that_lie_lower(index: Index, catalog: Catalog) -> None:
+    """By definition the captions' own images have strengths that are spread evenly over [0, 1]."""
+    captions = catalog.captions()
+    found = []
+    for row in range(0, len(catalog), max(1, len(catalog) // 60)):
+        hits = index.search(captions[row], count=len(catalog)).hits
+        found.append(next(hit.strength for hit in hits if hit.row == row))
+    assert 0.3 < np.mean(found) < 0.7
+    assert min(found) < 0.3 < 0.7 < max(found)
+
+
+def test_one_expert_answers_alone(index: Index, vectors: list[np.ndarray]) -> None:
+    name = index.model.names[1]
+    found = index.search(Query(text="arrow", expert=name), count=5)
+    assert found.weights == tuple(float(one == name) for one in index.model.names)
+    assert all(hit.parts[0] == 0 and hit.parts[1] == pytest.approx(hit.score) for hit in found.hits)
+    with pytest.raises(ModeclipError, match="expert-99"):
+        index.search(Query(text="arrow", expert="expert-99"))
+
+
+def test_a_picture_finds_itself_and_pulls_a_text(index: Index, catalog: Catalog) -> None:
+    row = len(catalog) // 2
+    (picture,) = catalog.images(np.array([row]))
+    found = index.search(Query(image=picture), count=3)
+    assert found.hits[0].score == pytest.approx(1, abs=5e-3)
+    (same,) = index.pictures(found.hits[:1])
+    assert np.array_equal(np.asarray(same), np.asarray(picture))
+
+    def rank(share: float) -> int:
+        hits = index.search(Query(text="arrow", image=picture, image_weight=share), count=len(catalog)).hits
+        return [hit.row for hit in hits].index(row)
+
+    assert rank(1.0) <= rank(0.5) <= rank(0.0)
+    words = index.search("arrow", count=9).hits
+    assert [hit.row for hit in index.search(Query(text="arrow", image=picture, image_weight=0), count=9).hits] == [
+        hit.row for hit in words
+    ]
+
+
+def test_what_is_not_wanted_goes_down(index: Index, catalog: Catalog) -> None:
+    captions = catalog.captions()
+    worst = captions[index.search("arrow", count=1).hits[0].row]
+    before = index.search("arrow", count=len(catalog)).hits
+    after = index.search(Query(text="arrow", negatives=(worst,), negative_weight=1.0), count=len(catalog)).hits
+    places = [[hit.row for hit in hits].index(before[0].row) for hits in (before, after)]
+    assert places[0] == 0 < places[1]
+
+
+def test_conditions_and_strength_leave_images_out(index: Index, catalog: Catalog) -> None:
+    groups = catalog.read(["expert"])["expert"]
+    found = index.search("arrow", count=1000, where=("expert=1",))
+    assert {hit.row for hit in found.hits} == set(np.flatnonzero(groups == 1).tolist())
+    assert found.num_searched == int((groups == 1).sum())
+    assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
+    strong = index.search("arrow", count=1000, least_strength=0.5).hits
+    assert strong == tuple(hit for hit in index.search("arrow", count=1000).hits if hit.strength >= 0.5)
+
+
+def test_hybrid_joins_words_of_captions(index: Index, catalog: Catalog) -> None:
+    captions = catalog.captions()
+    row = len(catalog) - 1
+    found = index.search(captions[row], count=5, hybrid=True)
+    assert captions[row] in [hit.caption for hit in found.hits]  # its words are those of the query
+    one = index.search(captions[row], count=1000, where=("expert=0",), hybrid=True)
+    assert {catalog.read(["expert"], np.array([hit.row]))["expert"][0] for hit in one.hits} == {0}
+
+
+def test_removed_images_come_back_when_they_are_added(own: Path, catalog: Catalog) -> None:
+    index = Index.open(own)
+    before = index.search("arrow", count=1000)
+    groups = catalog.read(["expert"])["expert"]
+    assert index.remove(("expert=0",)) == int((groups == 0).sum())
+    assert len(index) == len(catalog)  # an opened index stays as it was
+    less = Index.open(own, index.model)
+    assert len(less) == int((groups != 0).sum())
+    assert {hit.row for hit in less.search("arrow", count=1000).hits} == set(np.flatnonzero(groups != 0).tolist())
+    added = less.add(catalog)
+    assert (added.num_new, added.num_same, added.num_changed) == (int((groups == 0).sum()), len(less), 0)
+    again = Index.open(own, index.model).search("arrow", count=1000)
+    assert [(hit.row, hit.score) for hit in again.hits] == pytest.approx([(hit.row, hit.score) for hit in before.hits])
+
+
+def test_a_changed_image_is_encoded_anew(tmp_path: Path, bundle: str) -> None:
+    from modeclip.data.indexing import index as make_catalog
+    from modeclip.data.sources import DataConfig
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(6):
+        noise_picture(number).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"noise {number}", encoding="utf-8")
+    make_catalog(DataConfig.from_flat({"source": str(folder)}), tmp_path / "data")
+    index = Index.build(Catalog.open(tmp_path / "data"), bundle, tmp_path / "index")
+    noise_picture(99).save(folder / "3.png")
+    make_catalog(DataConfig.from_flat({"source": str(folder)}), tmp_path / "data", replace=True)
+    added = index.add(Catalog.open(tmp_path / "data"))
+    assert (added.num_new, added.num_changed, added.num_same, added.num_rows) == (0, 1, 5, 6)
+    best = Index.open(tmp_path / "index").search(Query(image=noise_picture(99)), count=2).hits[0]
+    assert (best.caption, round(best.score, 2)) == ("noise 3", 1.0)
+
+
+def test_a_build_that_was_stopped_goes_on_and_ends_the_same(
+    tmp_path: Path, catalog: Catalog, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before anything is written, and between the rows and the note that names them."""
+    write = index_module.write_json
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_module, "_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(catalog, index.model, tmp_path / "new")
+    with pytest.raises(ModeclipError, match="no index at"):
+        Index.open(tmp_path / "new")
+    monkeypatch.undo()
+    monkeypatch.setattr(index_module, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(catalog, index.model, tmp_path / "new")
+    with pytest.raises(ModeclipError, match="half built; give the same"):
+        Index.open(tmp_path / "new")
+    monkeypatch.setattr(index_module, "write_json", write)
+    built = Index.build(catalog, index.model, tmp_path / "new")
+    assert len(built) == len(catalog)
+    assert built.search("arrow", count=30).hits == index.search("arrow", count=30).hits
+
+
+def test_a_stopped_addition_is_not_seen_and_done_again(
+    own: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Index.open(own)
+    index.remove(("expert=0",))
+    index = Index.open(own, index.model)
+    kept, write = len(index), index_module.write_json
+    monkeypatch.setattr(index_module, "write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        index.add(catalog)
+    monkeypatch.setattr(index_module, "write_json", write)
+    assert len(Index.open(own, index.model)) == kept
+    index.add(catalog)
+    assert len(Index.open(own, index.model)) == len(catalog)
+
+
+def test_an_approximate_index_says_what_it_finds(
+    tmp_path: Path, catalog: Catalog, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(approximate_module, "FIRST_PARTITIONS", 1)
+    built = Index.build(catalog, index.model, tmp_path / "new", SearchConfig(exact_up_to=0, recall=0.9))
+    found = built.approximate
+    assert found is not None
+    assert found.recall >= 0.9
+    hits = built.search("arrow", count=10)
+    assert not hits.exact
+    true = {hit.row for hit in index.search("arrow", count=10).hits}
+    assert len(true & {hit.row for hit in hits.hits}) >= 7
+    assert built.search("arrow", where=("expert=1",)).exact  # few rows are compared one by one
+
+
+def test_a_single_clip_is_an_index_of_one(tmp_path: Path, catalog: Catalog) -> None:
+    spec = with_weights("modeclip-icon-xxxs", tmp_path / "model")
+    index = Index.build(catalog, spec, tmp_path / "index")
+    hits = index.search("arrow", count=4).hits
+    assert all(hit.parts == pytest.approx((hit.score,)) for hit in hits)
+
+
+def test_an_index_of_another_model_says_which(own: Path, small_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_run / "bundle", tmp_path / "bundle"))
+    other = SearchModel.open(folder)
+    other = replace(other, refs=(replace(other.refs[0], digest="0" * 64), *other.refs[1:]))
+    with pytest.raises(ModeclipError, match=rf"another model than .*\({other.names[0]} differs\)"):
+        Index.open(own, other)
+    content = json.loads((own / INDEX_FILE).read_text())
+    (own / INDEX_FILE).write_text(json.dumps(content | {"model": content["model"] | {"spec": str(tmp_path / "gone")}}))
+    with pytest.raises(ModeclipError, match="gone"):
+        Index.open(own)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{index}"], "nothing to look for"),
+        (["{index}", " "], "text is empty"),
+        (["{index}", "arrow", "--where", "colour=red"], "unknown column"),
+        (["{index}", "arrow", "--where", "expert=77"], "has no pair"),
+        (["{index}", "arrow", "--count", "0"], "count must be 1 or more"),
+        (["{index}", "arrow", "--expert", "expert-77"], "expert-77"),
+        (["{index}", "arrow", "--image", "{tmp}/none.png"], "no such file"),
+        (["{index}", "arrow", "--image-weight", "2"], "must lie in [0, 1]"),
+        (["{index}", "--hybrid", "--image", "{tmp}/a.png"], "needs a text"),
+        (["{tmp}/nothing", "arrow"], "no index at"),
+        (["remove", "{index}"], "no --where condition"),
+        (["remove", "{index}", "--where", "width > 0"], "delete the folder instead"),
+        (["build", "{tmp}/nothing", "--model", "{bundle}", "--out", "{tmp}/i"], "no catalog at"),
+        (["build", "{catalog}", "--model", "{bundle}#expert-77", "--out", "{tmp}/i"], "expert-77"),
+        (["build", "{catalog}", "--model", "ViT-B-32", "--out", "{tmp}/i"], "names no weights"),
+        (["build", "{catalog}", "--model", "{bundle}", "--out", "{tmp}"], "expected an index or an empty folder"),
+        (["build", "{catalog}", "--model", "{bundle}", "--out", "{tmp}/i", "--recall", "0"], "must lie in (0, 1]"),
+    ],
+)
+def test_mistakes_are_one_line(
+    modeclip_command: Callable[..., CompletedProcess[str]],
+    index: Index,
+    catalog: Catalog,
+    bundle: str,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+) -> None:
+    noise_picture(0).save(tmp_path / "a.png")
+    places = {"index": str(index.folder), "tmp": str(tmp_path), "catalog": catalog.path, "bundle": bundle}
+    done = modeclip_command("search", *[word.format(**places) for word in words])
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "i" / INDEX_FILE).exists()
+
+
+def test_the_command_builds_searches_and_draws(
+    modeclip_command: Callable[..., CompletedProcess[str]], catalog: Catalog, bundle: str, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    index = tmp_path / "index"
+    done = modeclip_command("search", "build", catalog.path, "--model", bundle, "--out", index)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(catalog):,} images" in done.stdout
+    found = json.loads(
+        modeclip_command("search", index, "arrow", "--count", "3", "--json", "--sheet", tmp_path / "s.png").stdout
+    )
+    assert [len(found["hits"]), len(found["weights"])] == [3, len(found["experts"])]
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.width > 100
+    table = modeclip_command("search", index, "arrow", "--not", "left", "--count", "3").stdout
+    assert "strength" in table
+    assert found["hits"][0]["caption"][:20] in modeclip_command("search", index, "arrow", "--count", "3").stdout
+    again = modeclip_command("search", "add", index, catalog.path)
+    assert "0 images are new" in again.stdout
