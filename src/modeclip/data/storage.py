@@ -11,6 +11,7 @@ Price: no data are written twice; a commit reads the footer of each new file.
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,10 @@ from modeclip.errors import DamagedError, ModeclipError
 from modeclip.system.console import log
 from modeclip.system.files import only_process, parse_json, to_json, write_atomically
 from modeclip.system.paths import is_url, join
+
+# Lance reads this when it is first imported. By itself it leaves two cores to others, and on a machine that has no more
+# it can stand still while it builds an index.
+os.environ.setdefault("LANCE_CPU_THREADS", str(max(2, os.cpu_count() or 1)))
 
 T = TypeVar("T")
 
