@@ -1,4 +1,4 @@
-"""Make the tables of docs/results.md and docs/curation.md from the records of experiments; no model is needed.
+"""Make the tables of docs/results.md, docs/curation.md and README.md, and the words on them, from records.
 
 Usage: python runs/results.py [--records runs/experiments.jsonl] [--check]
 
@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import curation_report
+import findings
 import noise_found
 import numpy as np
 import one_model_report
@@ -33,7 +34,7 @@ from modeclip.pages.scaling_page import write_scaling
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-PAGES = (DOCS / "results.md", DOCS / "curation.md")
+PAGES = (DOCS / "results.md", DOCS / "curation.md", HERE.parent / "README.md")
 PAPER = {
     "main": "B/32, 26 tasks: MetaCLIP 58.2 / MoDE-2 58.6 / MoDE-4 59.0 (400M); 59.8 / 61.2 / 61.7 (2.5B)",
     "controls": "B/32, n = 2, 400M / 2.5B: Random 57.7 / 60.0, Full 58.3 / 60.0, OneStep 58.0 / 59.8, "
@@ -78,6 +79,12 @@ def main_table(records: Records, study: str) -> str:
 def controls_table(records: Records, study: str) -> str:
     """Several models without clusters, without parts of the data, without fine clusters."""
     base = base_arm()
+    logs = {
+        "MoDE-4": base,
+        "OneStep-4 (M = K)": base_arm(fine=4),
+        "Random-4 (uniform)": base_arm(kind="random"),
+        "Full-4 (uniform)": base_arm(kind="full"),
+    }
     rows = {
         "MoDE-4": f"{base.name} per_class",
         "MoDE-4, uniform": f"{base.name} uniform",
@@ -90,8 +97,15 @@ def controls_table(records: Records, study: str) -> str:
     }
     scores = {name: records.tasks(study, row) for name, row in rows.items()}
     dense, mixture = scores["dense"], scores["MoDE-4"]
-    cells = [[name, mean(s), against(s, mixture), against(s, dense)] for name, s in scores.items() if s]
-    return table(["at equal cost", "average", "against MoDE-4", "against dense"], cells)
+    by_logs = {name: records.mixed(study, arm, "log") for name, arm in logs.items()}
+    cells = []
+    for name, found in scores.items():
+        if found:
+            own = by_logs.get(name, {})
+            mixed = [against(own, by_logs["MoDE-4"]), against(own, dense)] if own else ["", ""]
+            cells.append([name, mean(found), against(found, mixture), against(found, dense), *mixed])
+    columns = ["at equal cost", "average", "against MoDE-4", "against dense"]
+    return table([*columns, "by log-probabilities, against MoDE-4", "against dense"], cells)
 
 
 def sweep_table(records: Records, study: str, arms: Mapping[str, Arm]) -> str:
@@ -130,7 +144,11 @@ def rules_table(records: Records, study: str, arm: Arm) -> str:
     found["best single expert (by the labels)"] = {s: v[v.mean(1).argmax()] for s, v in by_seed.items()}
     found["oracle expert a task (by the labels)"] = {s: v.max(0) for s, v in by_seed.items()}
     rows = [
-        [name, *(mean(scores, chosen) for chosen in (None, tuned, ~tuned)), against(scores, even, ~tuned)]
+        [
+            name,
+            *(mean(scores, chosen) for chosen in (None, tuned, records.confirmed)),
+            against(scores, even, records.confirmed),
+        ]
         for name, scores in found.items()
         if scores
     ]
@@ -143,7 +161,12 @@ def tuned_table(records: Records, what: str, found: Mapping[str, BY_SEED], base:
     found = {name: scores for name, scores in found.items() if scores}
     order = sorted(found, key=lambda name: -float(np.mean(list(averages(found[name], tuned).values()))))
     rows = [
-        [name, mean(found[name], tuned), mean(found[name], ~tuned), against(found[name], base, ~tuned)]
+        [
+            name,
+            mean(found[name], tuned),
+            mean(found[name], records.confirmed),
+            against(found[name], base, records.confirmed),
+        ]
         for name in order
     ]
     return table([what, "tuned", "confirmed", "against per_class 0.1 (confirmed)"], rows)
@@ -328,6 +351,12 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
     }
     return {
         "facts": lambda: facts_table(records),
+        "findings": lambda: f"\n{findings.findings(records)}\n",
+        "in-short": lambda: f"\n{findings.in_short(records)}\n",
+        "why-captions": lambda: f"\n{findings.why_captions(records)}\n",
+        "known-names": lambda: f"\n{findings.known_names(records)}\n",
+        "comparisons": lambda: findings.comparisons_table(records),
+        "clustering-cost": lambda: findings.clustering_cost_table(records),
         "main": lambda: main_table(records, study),
         "regime": lambda: regime_table(records),
         "controls": lambda: controls_table(records, study),

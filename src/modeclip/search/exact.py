@@ -34,7 +34,7 @@ class Rows:
     """Vectors of N images, in float16, from which the best for a query are taken."""
 
     def __init__(self, vectors: Float16[np.ndarray, "N D"]) -> None:
-        self._half = torch.from_numpy(np.ascontiguousarray(vectors, np.float16))
+        self._half = torch.from_numpy(np.require(vectors, np.float16, ["C", "W"]))
         self._norm = float(self.norms().max()) if len(vectors) else 0.0
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -408,7 +408,7 @@ class Index:
     ) -> Int[np.ndarray, " n"]:
         """Join a ranking by vectors with one by the words of captions: sum of 1 / (60 + rank)."""
         words = self._dataset.to_table(
-            columns=["_rowoffset"], full_text_query=text, limit=None if chosen is not None else FUSED_FROM
+            columns=["_rowoffset", "_score"], full_text_query=text, limit=None if chosen is not None else FUSED_FROM
         )
         ranked = np.asarray(words["_rowoffset"], np.int64)
         if chosen is not None:
@@ -549,7 +549,10 @@ def _write(folder: Path, dataset: Any, schema: pa.Schema, batches: Iterator[pa.R
 
     place, reader = str(folder / ROWS_FOLDER), pa.RecordBatchReader.from_batches(schema, batches)
     if dataset is None:
-        return lance.write_dataset(reader, place, mode="overwrite", enable_stable_row_ids=True)
+        mode: Literal["create", "overwrite"] = (
+            "overwrite" if Path(place).exists() else "create"
+        )  # a build that was stopped
+        return lance.write_dataset(reader, place, mode=mode, enable_stable_row_ids=True)
     if has_old:
         dataset.merge_insert("key").when_matched_update_all().when_not_matched_insert_all().execute(reader)
         return dataset
