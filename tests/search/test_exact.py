@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import unit_rows
 
 from modeclip.search import exact
 from modeclip.search.exact import Rows
+from support import unit_rows
 
 
 def sorted_products(vectors: np.ndarray, query: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -18,15 +18,15 @@ def sorted_products(vectors: np.ndarray, query: np.ndarray, allowed: np.ndarray)
 
 
 @pytest.fixture(params=["half", "blocks"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank in float16 first, or in small blocks of float32, whatever this processor does faster."""
     monkeypatch.setattr(exact, "half_is_fast", lambda: request.param == "half")
     monkeypatch.setattr(exact, "BLOCK_BYTES", 4 * 24 * 100)
-    return str(request.param)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.03])
-def test_best_are_those_of_all_products(way: str, share: float) -> None:
+def test_best_are_those_of_all_products(share: float) -> None:
     """Rows that differ by less than float16 resolves are told apart all the same."""
     draw = np.random.default_rng(0)
     vectors = unit_rows(1000, 24, draw).astype(np.float16)
@@ -43,7 +43,8 @@ def test_best_are_those_of_all_products(way: str, share: float) -> None:
         np.testing.assert_allclose(exact_scores, best, atol=1e-6)  # rows within 1e-6 may change places
 
 
-def test_several_queries_are_each_answered_alone(way: str) -> None:
+@pytest.mark.usefixtures("way")
+def test_several_queries_are_each_answered_alone() -> None:
     vectors = unit_rows(700, 24, 2).astype(np.float16)
     queries = unit_rows(9, 24, 3).astype(np.float32)
     rows = Rows(vectors)
@@ -52,14 +53,16 @@ def test_several_queries_are_each_answered_alone(way: str) -> None:
         np.testing.assert_array_equal(together[number], rows.best(query[None], 5)[0][0])
 
 
-def test_of_equal_rows_the_first_comes_first(way: str) -> None:
+@pytest.mark.usefixtures("way")
+def test_of_equal_rows_the_first_comes_first() -> None:
     vectors = np.tile(unit_rows(3, 24, 4).astype(np.float16), (300, 1))
     found, _ = Rows(vectors).best(vectors[1:2].astype(np.float32), 4)
     np.testing.assert_array_equal(found[0], [1, 4, 7, 10])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("count", [1, 7, 50])
-def test_no_more_rows_are_returned_than_may_be_chosen(way: str, count: int) -> None:
+def test_no_more_rows_are_returned_than_may_be_chosen(count: int) -> None:
     vectors = unit_rows(40, 24, 5).astype(np.float16)
     allowed = np.zeros(40, bool)
     allowed[[3, 5, 8]] = True

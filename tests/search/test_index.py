@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -12,7 +12,6 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 import torch
-from support import noise_picture, with_weights
 
 from modeclip import Catalog, MoDE, ModeclipError
 from modeclip.models.clip import encode_image, encode_text
@@ -21,12 +20,15 @@ from modeclip.search import index as index_module
 from modeclip.search.asking import SearchModel
 from modeclip.search.index import INDEX_FILE, Index
 from modeclip.search.query import Query, SearchConfig
+from support import noise_picture, with_weights
 
 
 @pytest.fixture(scope="module")
 def catalog(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     """The pairs of a finished run, in a copy."""
-    return Catalog.open(shutil.copytree(small_run / "catalog.lance", tmp_path_factory.mktemp("pairs") / "catalog.lance"))
+    return Catalog.open(
+        shutil.copytree(small_run / "catalog.lance", tmp_path_factory.mktemp("pairs") / "catalog.lance")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def own(index: Index, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vectors(catalog: Catalog, bundle: str) -> Iterator[list[np.ndarray]]:
+def vectors(catalog: Catalog, bundle: str) -> list[np.ndarray]:
     """Unit vectors of all pictures by each expert, each asked by itself."""
     mode = MoDE.load(bundle)
     pictures = catalog.images(np.arange(len(catalog)))
@@ -57,7 +59,7 @@ def vectors(catalog: Catalog, bundle: str) -> Iterator[list[np.ndarray]]:
         for ref in mode.bundle.models:
             clip = mode.pool.get(ref)
             found.append(encode_image(clip.model, clip.images(pictures)).numpy())
-    yield found
+    return found
 
 
 @pytest.mark.parametrize("text", ["arrow left", "red heart", "a"])
@@ -96,7 +98,7 @@ def test_strength_is_the_share_of_captions_that_lie_lower(index: Index, catalog:
     assert min(found) < 0.3 < 0.7 < max(found)
 
 
-def test_one_expert_answers_alone(index: Index, vectors: list[np.ndarray]) -> None:
+def test_one_expert_answers_alone(index: Index) -> None:
     name = index.model.names[1]
     found = index.search(Query(text="arrow", expert=name), count=5)
     assert found.weights == tuple(float(one == name) for one in index.model.names)
