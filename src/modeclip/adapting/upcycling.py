@@ -56,6 +56,7 @@ from modeclip.models.flops import TRAINING_FACTOR
 from modeclip.models.moe import count_parameters, moe_layers
 from modeclip.models.pool import ModelPool, ModelRef
 from modeclip.system.console import log, progress
+from modeclip.system.devices import choose_device
 from modeclip.system.files import only_process, read_json, remove, write_json, writing
 from modeclip.system.paths import expand_homes, home_path
 from modeclip.training.batches import steps_of_groups
@@ -719,8 +720,11 @@ class _Maker:
     ) -> dict[str, BlockInputs]:
         """Return what the plain model's layers see in some pairs."""
         most, seed = self.config.gate_pairs, self.config.seed
+        clip.model.to(choose_device())
         with progress(f"look at {what}", min(most, len(rows)), "pairs") as advance:
-            return look_at_inputs(clip, self.catalog, rows, most_pairs=most, seed=seed, keep=keep, advance=advance)
+            found = look_at_inputs(clip, self.catalog, rows, most_pairs=most, seed=seed, keep=keep, advance=advance)
+        clip.model.cpu()
+        return found
 
     def _names(self) -> tuple[str, ...]:
         """Return the names of the CLIP-MoE's experts, in the order of the routers' rows."""
