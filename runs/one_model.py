@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeclip import Catalog, cluster, embed, evaluate, index, merge, open_systems
+from modeclip.adapting.distilling import DistillConfig, distill
 from modeclip.adapting.merging import MergeConfig
 from modeclip.adapting.upcycling import UpcycleConfig, upcycle
 from modeclip.clustering.embedding import EmbedConfig
@@ -245,8 +246,6 @@ class Bench:
         return Made(spec=folder, cost=cost)
 
     def _distill(self, folder: Path, of: str, **given: Any) -> Made:
-        from modeclip.adapting.distilling import DistillConfig, distill
-
         teacher, base, common = self.make(of), self.make(BASE).spec, self._settings("continued")
         samples = _round(self.make(given["as"]).cost.samples, self._continued(self.pass_samples))
         common.pop("label_smoothing", None)
