@@ -290,3 +290,12 @@ def test_the_command_takes_scores_and_fractions(
     assert failed.returncode == 2
     assert "--random-weights" in failed.stderr
     assert failed.stderr.count("\n") == 1
+
+
+def test_help_leaves_training_to_the_command_that_trains(modeclip_command: Callable[..., Any]) -> None:
+    shown = modeclip_command("curate", "pool", "dfn", "--help").stdout
+    assert "--soft-cap" in shown
+    assert "--weight-decay" not in shown
+    assert "modeclip train" in shown
+    taken = modeclip_command("curate", "pool", "dfn", "--weight-decay", "much")
+    assert "--weight-decay: expected a number" in taken.stderr

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,30 @@ def test_a_pool_without_vectors_is_told_how_to_get_them(tmp_path: Path) -> None:
     catalog.add_columns({"caption_embedding": np.ones((20, 4), np.float16)}, {"encoder": "made"})
     with pytest.raises(ModeclipError, match="clusters is 1,000"):
         curate(catalog, DuplicatesConfig(by="semantic", clusters=1000))
+
+
+def test_the_command_marks_copies_shows_them_and_does_nothing_twice(
+    tmp_path: Path, modeclip_command: Callable[..., Any]
+) -> None:
+    catalog = write(tmp_path / "run" / "catalog.lance", pool())
+
+    def curate_by(*words: object) -> dict[str, Any]:
+        done = modeclip_command("curate", tmp_path / "run", "duplicates", *words, "--json")
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    tried = curate_by("--by", "perceptual", "--dry-run")
+    assert tried["num_kept"] == len(PERCEPTUAL)
+    assert Path(tried["page"]) == tmp_path / "run" / "curation" / "duplicates-dry-run" / "curate.html"
+    assert Catalog.open(catalog.path).columns == catalog.columns
+    found = curate_by("--pixels", "--column", "same")
+    assert (found["num_kept"], found["num_selected"]) == (len(PIXELS), len(pool()))
+    columns = Catalog.open(catalog.path).read(["key", "same_kept", "same_of"])
+    assert set(columns["key"][columns["same_kept"]]) == PIXELS
+    assert columns["key"][columns["same_of"][columns["key"].tolist().index("a00")]] == "b00"
+    assert "same image as a pair that stays" in Path(found["page"]).read_text()
+    after = modeclip_command("curate", tmp_path / "run", "duplicates", "--pixels", "--column", "same")
+    assert "nothing to do" in after.stderr
+    wrong = modeclip_command("curate", tmp_path / "run", "duplicates", "--by", "density")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "--kept-fraction" in wrong.stderr

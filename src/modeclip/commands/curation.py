@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from modeclip.curation.curating import METHODS, load_method
 from modeclip.data.checks import format_share
@@ -145,8 +145,23 @@ def choose(words: Sequence[str]) -> tuple[Callable[..., Any], list[str], str]:
     if place is None:
         return curate, list(words), "modeclip curate"
     rest = [word for index, word in enumerate(words) if index != place]
-    command = compare if words[place] == "compare" else command_of(load_method(words[place]))
+    if words[place] == "compare":
+        command = compare
+    else:
+        method = load_method(words[place])
+        command = command_of(briefly(method) if {"-h", "--help"} & set(rest) else method)
     return command, rest, f"modeclip curate {' '.join(words[: place + 1])}"
+
+
+def briefly(method: type[Any]) -> type[Any]:
+    """Return a method's config as help shows it: without what belongs to other commands, such as all of training."""
+    others = [
+        one for one in fields(method) if isinstance(one.default_factory, type) and is_dataclass(one.default_factory)
+    ]
+    content: dict[str, Any] = {one.name: field(default_factory=one.default_factory) for one in others}
+    content["__annotations__"] = {one.name: Suppress[one.default_factory] for one in others}  # type: ignore
+    content |= {"__module__": method.__module__, "__doc__": method.__doc__}
+    return dataclass(frozen=True, kw_only=True)(type(method.__name__, (method,), content))
 
 
 def command_of(config: type[Any]) -> Callable[..., None]:

@@ -82,7 +82,8 @@ class DfnConfig:
     """The filter: any CLIP with weights, such as ViT-B-32@openai, a model folder, or the folder of a finished job."""
     clean: str | None = None
     """Train the filter on these pairs: a condition such as a column of booleans, COLUMN:FRACTION for the top of a
-    column of scores, or the path of another catalog."""
+    column of scores, or the path of another catalog. How it is trained, the options of
+    `modeclip train` say: --model, --samples, --seed..."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How the filter is trained; its seed also decides the random batches of s-CLIPLoss."""
     threads: int = 1
