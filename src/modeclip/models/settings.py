@@ -309,13 +309,14 @@ _TOKENIZER: _Rules = (
     )
     | {"tokenizer_class": _TOKENIZER_CLASS}
 )
-_PROCESSOR: _Rules = {
+_IMAGE_PROCESSOR: _Rules = {
     "image_processor_type": _word(r"(CLIP|Siglip|Siglip2|ViT|Bit)\w*", "an image processor that transformers ships"),
     "feature_extractor_type": _word(r"(CLIP|Siglip|ViT)\w*", "a feature extractor that transformers ships"),
     "processor_class": _word(r"(CLIP|Siglip|Siglip2)\w*", "a processor that transformers ships"),
     "_valid_processor_keys": _FREE,
     **dict.fromkeys(("size", "crop_size", "image_mean", "image_std", "data_format", "patch_size"), _FREE),
 }
+_PROCESSOR: _Rules = _IMAGE_PROCESSOR | {"image_processor": _IMAGE_PROCESSOR}  # beside it, or in it, since version 5
 _ARGUMENTS: _Rules = _ATTENTION | {
     "dtype": _DTYPE,
     "torch_dtype": _DTYPE,

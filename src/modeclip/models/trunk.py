@@ -298,6 +298,10 @@ def _own_text(own: _OwnText) -> _Anatomy:
 
 
 def _without_padding(tokens: Tensor) -> Tensor:
+    import torch
+
+    if torch.compiler.is_exporting():  # a graph has no length that depends on values; whoever runs it cuts the padding
+        return tokens
     used = (tokens != 0).any(dim=0).nonzero()  # an id of 0 is padding, but also the token "!"
     return tokens[:, : int(used.max()) + 1] if len(used) else tokens
 
@@ -311,7 +315,7 @@ def _pool(x: Tensor, tokens: Tensor, own: _OwnText) -> Tensor:
     if own.pool == "none":
         return x
     at: Tensor = (tokens if own.pool == "argmax" else tokens.eq(own.end).int()).argmax(dim=-1)
-    return x[torch.arange(len(x), device=x.device), at]
+    return x[torch.arange(x.shape[0], device=x.device), at]  # len() would fix the batch of an exported graph
 
 
 def _hugging_text(text: Any) -> _Anatomy | None:
