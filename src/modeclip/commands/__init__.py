@@ -50,6 +50,7 @@ COMMANDS = {
     "merge": "adapting",
     "upcycle": "one_model",
     "distill": "one_model",
+    "export": "one_model",
 }
 """Module of each command, a function of the command's name in it."""
 

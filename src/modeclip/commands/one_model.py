@@ -1,4 +1,4 @@
-"""The commands that make one model of many: upcycle, distill."""
+"""The commands that make one model of many, and hand it on: upcycle, distill, export."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.adapting.distilling import DistillConfig, Taught
+from modeclip.adapting.exporting import ExportConfig
+from modeclip.adapting.model_card import CARD_FILE
 from modeclip.adapting.upcycling import RESULT_FILE, UpcycleConfig, Upcycled
 from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.system.console import log, print_json, print_lines, print_table
@@ -174,3 +176,60 @@ def _show(result: Upcycled) -> None:
         f"parameters: {result.parameters:,}, of which a token meets {result.active_parameters:,}",
         f"model: {result.folder}",
     )
+
+
+Exportable = Positional[
+    Annotated[
+        str,
+        arg(
+            help="A model (folder, BUNDLE#expert-1, NAME@TAG, hf-hub:...), a CLIPModel folder of transformers, "
+            "or for ONNX a bundle, whose graphs take the routing weights."
+        ),
+    ]
+]
+
+
+def export(
+    model: Exportable,
+    config: Annotated[OmitArgPrefixes[ExportConfig], arg(name="export")],
+    *,
+    out: Annotated[Path, arg(help="Folder of the export: new, empty, or an earlier export.")],
+    tasks: Annotated[str | None, arg(help="Catalog of held-out zero-shot tasks, such as tasks.lance of a run.")] = None,
+    where: Where = (),
+    mask: Mask = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export a model to ONNX, to CLIPModel of Hugging Face or to open_clip, with its parity and a model card."""
+    from modeclip.adapting.exporting import export as run_export
+    from modeclip.data.selection import Selection
+
+    result = run_export(model, config, out=out, tasks=tasks, selection=Selection(where=where, mask=mask))
+    if as_json:
+        print_json(asdict(result))
+        return
+    rows = [
+        (name, f"{found['max_abs']:.1e}", f"{found['min_cosine']:.6f}")
+        for name, found in result.parity.items()
+        if isinstance(found, dict) and "min_cosine" in found
+    ]
+    print_table("compared with the model", ["", "largest difference", "least cosine"], rows)
+    if result.graphs:
+        low = [
+            (
+                f"{graph.tower}.{graph.kind}.onnx",
+                "" if graph.speed is None else f"{graph.speed:.2f}",
+                f"{graph.num_bytes / max(1, graph.float_bytes):.2f}",
+                "" if graph.min_cosine is None else f"{graph.min_cosine:.6f}",
+                "kept" if graph.kept else f"not kept: {graph.reason}",
+            )
+            for graph in result.graphs
+        ]
+        print_table("lower precision", ["graph", "times as fast", "share of bytes", "least cosine", ""], low)
+    if result.accuracy:
+        names = list(result.accuracy)
+        scores = [
+            (task, *(f"{100 * result.accuracy[name][task]:.1f}" for name in names))
+            for task in result.accuracy[names[0]]
+        ]
+        print_table("accuracy in %", ["held-out task", *names], scores)
+    print_lines(f"export: {result.folder}", f"card: {Path(result.folder) / CARD_FILE}")

@@ -41,7 +41,15 @@ TOLERANCE = 1e-5
 """Largest difference between features of unit norm, of this model and its conversion."""
 GREY_LEVEL = 1 / 255 / 0.22
 """Largest difference between pixels: one grey level, divided by the least standard deviation that is in use."""
-PARITY_TEXTS = ("A red Heart", "!", "it's 12 o'clock, café", "an arrow that points to the left, " * 20, "", "x", "a dog")
+PARITY_TEXTS = (
+    "A red Heart",
+    "!",
+    "it's 12 o'clock, café",
+    "an arrow that points to the left, " * 20,
+    "",
+    "x",
+    "a dog",
+)
 LEGACY_END = 2
 """The ``eos_token_id`` that transformers takes for "the largest token id", as its first CLIPs had it."""
 _START_AND_END = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}

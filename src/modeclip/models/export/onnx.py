@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import statistics
 import time
 import warnings
@@ -36,7 +35,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from modeclip.errors import ModeclipError
@@ -232,11 +230,6 @@ def with_graphs(clip: Clip, graphs: Mapping[Tower, Path]) -> Clip:
     return replace(clip, model=OnnxModel(clip, graphs))
 
 
-def logit_scales(clips: Sequence[Clip]) -> Float[np.ndarray, " K"]:
-    """Return exp(logit scale) of each model."""
-    return np.array([float(clip.model.logit_scale.detach().float().exp().max()) for clip in clips])
-
-
 class _Graph(nn.Module):
     """What becomes one graph: a tower of each model, one after the other, maybe times the weights."""
 
@@ -304,7 +297,9 @@ def _name_axes(made: Any, names: Sequence[str]) -> None:
     """Call the free axes of inputs and outputs what they are; the exporter numbers them."""
     inputs = {value.name: value for value in made.model.graph.inputs}
     first = inputs[names[0]].shape
-    words = {str(size): word for size, word in zip(first, ("batch", "length"), strict=False) if not isinstance(size, int)}
+    words = {
+        str(size): word for size, word in zip(first, ("batch", "length"), strict=False) if not isinstance(size, int)
+    }
     for value in (*made.model.graph.inputs, *made.model.graph.outputs):
         for axis, size in enumerate(value.shape):
             if str(size) in words:
