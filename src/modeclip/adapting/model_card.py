@@ -26,7 +26,6 @@ _RECORDS = {
     "merge.json": "Average of weights",
     "upcycling.json": "Upcycling to a CLIP-MoE",
     "distillation.json": "Distillation",
-    "distilling.json": "Distillation",
 }
 """Files that say what a model was made from, in its folder or in the one around it."""
 _MOST_FACTS = 30
