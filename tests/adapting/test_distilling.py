@@ -239,3 +239,6 @@ def test_routing_is_for_bundles(bundle: Path, catalog: Catalog, tmp_path: Path) 
         distill(bundle / "expert-0", catalog, replace(CONFIG, rule="top1"), student=MODEL, out=tmp_path / "out")
     with pytest.raises(ModeclipError, match=r"names no weights, so they would be random"):
         distill(MODEL, catalog, CONFIG, student=MODEL, out=tmp_path / "out")
+    for names in ({"student": MODEL, "out": bundle / "expert-0"}, {"student": bundle / "seed", "out": bundle / "seed"}):
+        with pytest.raises(ModeclipError, match=r"is also the folder to write to; choose another --out"):
+            distill(bundle / "expert-0", catalog, CONFIG, **names)  # type: ignore[arg-type]
