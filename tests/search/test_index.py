@@ -84,7 +84,7 @@ def test_scores_are_those_of_the_routed_experts(
         assert sum(hit.parts) == pytest.approx(hit.score, abs=1e-6)
         assert 0 <= hit.strength <= 1
         assert hit.height == pytest.approx((hit.score - expected.mean()) / expected.std(), abs=0.05)
-    assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
+    assert np.diff([hit.score for hit in found.hits]).max() < 1e-6
 
 
 def test_strength_is_the_share_of_captions_that_lie_lower(index: Index, catalog: Catalog) -> None:
@@ -121,7 +121,7 @@ def test_a_picture_finds_itself_and_pulls_a_text(index: Index, catalog: Catalog)
 
     assert rank(1.0) <= rank(0.5) <= rank(0.0)
     words = index.search("arrow", count=9).hits
-    assert [hit.row for hit in index.search(Query(text="arrow", image=picture, image_weight=0), count=9).hits] == [
+    assert [hit.row for hit in index.search(Query(text="arrow", image=picture, image_weight=0.0), count=9).hits] == [
         hit.row for hit in words
     ]
 
@@ -140,7 +140,7 @@ def test_conditions_and_strength_leave_images_out(index: Index, catalog: Catalog
     found = index.search("arrow", count=1000, where=("expert=1",))
     assert {hit.row for hit in found.hits} == set(np.flatnonzero(groups == 1).tolist())
     assert found.num_searched == int((groups == 1).sum())
-    assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
+    assert np.diff([hit.score for hit in found.hits]).max() < 1e-6
     strong = index.search("arrow", count=1000, least_strength=0.5).hits
     assert strong == tuple(hit for hit in index.search("arrow", count=1000).hits if hit.strength >= 0.5)
 
@@ -166,7 +166,8 @@ def test_removed_images_come_back_when_they_are_added(own: Path, catalog: Catalo
     added = less.add(catalog)
     assert (added.num_new, added.num_same, added.num_changed) == (int((groups == 0).sum()), len(less), 0)
     again = Index.open(own, index.model).search("arrow", count=1000)
-    assert [(hit.row, hit.score) for hit in again.hits] == pytest.approx([(hit.row, hit.score) for hit in before.hits])
+    scores = {hit.row: hit.score for hit in again.hits}
+    assert scores == pytest.approx({hit.row: hit.score for hit in before.hits}, abs=1e-6)
 
 
 def test_a_changed_image_is_encoded_anew(tmp_path: Path, bundle: str) -> None:
@@ -212,6 +213,7 @@ def test_a_build_that_was_stopped_goes_on_and_ends_the_same(
     built = Index.build(catalog, index.model, tmp_path / "new")
     assert len(built) == len(catalog)
     assert built.search("arrow", count=30).hits == index.search("arrow", count=30).hits
+    assert not list(Path(catalog.path).rglob("fragments-*"))  # what was kept beside the catalog is in the index now
 
 
 def test_a_stopped_addition_is_not_seen_and_done_again(
@@ -246,7 +248,7 @@ def test_an_approximate_index_says_what_it_finds(
 
 
 def test_a_single_clip_is_an_index_of_one(tmp_path: Path, catalog: Catalog) -> None:
-    spec = with_weights("modeclip-icon-xxxs", tmp_path / "model")
+    spec = with_weights("modeclip-icon-xxxs", tmp_path)
     index = Index.build(catalog, spec, tmp_path / "index")
     hits = index.search("arrow", count=4).hits
     assert all(hit.parts == pytest.approx((hit.score,)) for hit in hits)

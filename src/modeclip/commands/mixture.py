@@ -389,6 +389,8 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
 
 def read_pictures(paths: Iterable[Path]) -> Iterator[tuple[Path, Image | str]]:
     """Yield each file with its picture, or with what is wrong with it, which is also said in a line."""
+    from modeclip.data.images import open_picture
+
     for path in paths:
         try:
             picture: Image | str = open_picture(path)
@@ -396,19 +398,3 @@ def read_pictures(paths: Iterable[Path]) -> Iterator[tuple[Path, Image | str]]:
             picture = str(error)
             log(picture)
         yield path, picture
-
-
-def open_picture(path: Path) -> Any:
-    """Decode a picture file.
-
-    Raises:
-        ModeclipError: There is no such file, or no image in it.
-    """
-    from modeclip.data.images import cause_of, decode_image
-
-    try:
-        return decode_image(path.read_bytes())
-    except FileNotFoundError:
-        raise ModeclipError(f"picture {path}: no such file; correct the path") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        raise ModeclipError(f"picture {path}: {cause_of(error)}; give another image file") from None

@@ -55,7 +55,7 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find images by words, by a picture or both, in an index; `modeclip search build` makes one."""
-    from modeclip.commands.mixture import open_picture
+    from modeclip.data.images import open_picture
     from modeclip.search.index import Index
     from modeclip.search.query import Query
 
@@ -153,7 +153,7 @@ def remove(index: IndexPath, *, where: Where = (), as_json: AsJson = False) -> N
 
 def choose(words: Sequence[str]) -> tuple[Callable[..., Any], list[str], str]:
     """Return what does the work of ``modeclip search`` with some words, its words, and what help calls it."""
-    others = {"build": build, "add": add, "remove": remove}
+    others: dict[str, Callable[..., Any]] = {"build": build, "add": add, "remove": remove}
     if words and words[0] in others and not Path(words[0]).is_dir():
         return others[words[0]], list(words[1:]), f"modeclip search {words[0]}"
     return search, list(words), "modeclip search"

@@ -25,6 +25,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -95,6 +96,20 @@ def decode_image(data: bytes, exif: Exif = "apply") -> Image.Image:
     rgb = _to_rgb(image)
     turn = _turn_of(image) if exif == "apply" else None
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Decode a picture file.
+
+    Raises:
+        ModeclipError: There is no such file, or no image in it.
+    """
+    try:
+        return decode_image(path.read_bytes())
+    except FileNotFoundError:
+        raise ModeclipError(f"picture {path}: no such file; correct the path") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+        raise ModeclipError(f"picture {path}: {cause_of(error)}; give another image file") from None
 
 
 def measure_image(data: bytes, exif: Exif = "apply") -> tuple[int, int]:

@@ -46,7 +46,7 @@ from modeclip.search.asking import SearchModel
 from modeclip.search.exact import Rows
 from modeclip.search.query import Added, Found, Hit, Query, SearchConfig
 from modeclip.system.console import log
-from modeclip.system.files import only_process, read_json, write_json, writing
+from modeclip.system.files import LOCK_FILE, only_process, read_json, write_json, writing
 from modeclip.system.paths import home_path, is_url
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Index:
         model = model if isinstance(model, SearchModel) else SearchModel.open(model)
         if (folder / INDEX_FILE).is_file():
             index = cls.open(folder, model)
-        elif folder.exists() and any(path.name not in {ROWS_FOLDER, ".lock"} for path in folder.iterdir()):
+        elif folder.exists() and any(path.name not in {ROWS_FOLDER, LOCK_FILE} for path in folder.iterdir()):
             raise ModeclipError(
                 f"--out {folder}: expected an index or an empty folder, found other files; choose another"
             )
@@ -405,7 +405,7 @@ class Index:
 
     def _fuse(
         self, rows: Int[np.ndarray, " n"], text: str, chosen: Bool[np.ndarray, " N"] | None
-    ) -> Int[np.ndarray, " n"]:
+    ) -> Int[np.ndarray, " m"]:
         """Join a ranking by vectors with one by the words of captions: sum of 1 / (60 + rank)."""
         words = self._dataset.to_table(
             columns=["_rowoffset", "_score"], full_text_query=text, limit=None if chosen is not None else FUSED_FROM
@@ -563,7 +563,7 @@ def _latest(folder: Path, version: int) -> Any:
     """Return the dataset as index.json names it, and make it the newest: later versions were never finished."""
     import lance
 
-    dataset = lance.dataset(str(folder / ROWS_FOLDER))
+    dataset: Any = lance.dataset(str(folder / ROWS_FOLDER))
     if dataset.version != version:
         dataset = dataset.checkout_version(version)
         dataset.restore()
@@ -573,7 +573,7 @@ def _latest(folder: Path, version: int) -> Any:
 def _finish(folder: Path, dataset: Any, model: SearchModel, content: Mapping[str, Any]) -> None:
     """Bring what belongs to the rows up to date, and show all of it at once by writing ``index.json``."""
     config = SearchConfig(**content["config"])
-    if any(one["name"] == "caption_idx" for one in dataset.list_indices()):
+    if any(one.name == "caption_idx" for one in dataset.describe_indices()):
         dataset.optimize.optimize_indices()
     else:
         dataset.create_scalar_index("caption", "INVERTED")
