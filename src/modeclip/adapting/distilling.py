@@ -256,6 +256,9 @@ def plan_distillation(
     asked = Teacher(
         source=expand_homes(str(teacher)), rule=config.rule, temperature=config.temperature, encoder=encoder
     )
+    for one in (asked.source, start):
+        if Path(one.removeprefix("local-dir:")).resolve() == place:
+            raise ModeclipError(f"distill: {one} is also the folder to write to; choose another --out")
     work = TeacherWork.of(asked, catalog, config, selection)
     if wrong := COMPARE_VECTORS & losses_of(config.loss).keys():
         check_dimensions(dict.fromkeys(sorted(wrong), 1.0), _dimension_of(start), _dimension_of(asked.refs[0].spec))
