@@ -45,6 +45,7 @@ from modeclip.clustering.fitting import ClusterConfig
 from modeclip.data.tasks.task import Task, catalog_retrieval, catalog_tasks
 from modeclip.evaluation.evaluate import EvaluateConfig
 from modeclip.mixture.bundle import RoutingConfig, load_bundle
+from modeclip.models.blocks import freeze
 from modeclip.models.clip import Clip, computing, encode_image, encode_text, load_clip, save_clip
 from modeclip.models.flops import count_flops
 from modeclip.models.moe import count_parameters
@@ -53,7 +54,6 @@ from modeclip.pipeline.run_folder import RunFolder, single_job
 from modeclip.system.console import log
 from modeclip.system.paths import RunPaths
 from modeclip.training.experts import ExpertsConfig
-from modeclip.training.gradients import freeze
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.trainer import train
 

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -410,3 +410,56 @@ u.s.a. n 1 0 1 0 00000500
     for name, text in files.items():
         (folder / name).write_text(licence + text if "." in name and name[0] in "di" else text, encoding="utf-8")
     return folder
+
+
+SMALL_VISION: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 3}
+SMALL_TEXT: dict[str, Any] = {"context_length": 12, "vocab_size": 600, "width": 32, "heads": 2, "layers": 3}
+SMALL_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 600,
+}
+CUSTOM_TEXT = {"custom_text": True}
+CLIP_KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "custom text": CUSTOM_TEXT,
+    "average, norm behind": {"vision_cfg": {"pool_type": "avg", "final_ln_after_pool": True}},
+    "attention pool": {"vision_cfg": {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}},
+    "class token": CUSTOM_TEXT | {"text_cfg": {"embed_cls": True}},
+    "sees all": CUSTOM_TEXT | {"text_cfg": {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}},
+    "end by id": {"text_cfg": {"pool_type": "eos", "eos_id": 599}},
+    "no projection": CUSTOM_TEXT | {"text_cfg": {"proj_type": "none"}},
+    "timm": {"vision_cfg": {"timm_model_name": "test_vit", "timm_model_pretrained": False}},
+    "timm, pooled by attention": {
+        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}
+    },
+    "BERT": CUSTOM_TEXT | {"text_cfg": {"hf": "bert", "hf_pooler_type": "cls_pooler", "hf_proj_type": "mlp"}},
+    "RoBERTa": CUSTOM_TEXT | {"text_cfg": {"hf": "roberta", "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}},
+}
+
+
+def build_clip(kind: str, folder: Path) -> Any:
+    """A model of one kind, with random weights in all of its parameters."""
+    import open_clip
+    import torch
+
+    changes = CLIP_KINDS[kind]
+    config = {"embed_dim": 32, "vision_cfg": SMALL_VISION | changes.get("vision_cfg", {})}
+    config |= {"text_cfg": SMALL_TEXT | changes.get("text_cfg", {}), "custom_text": changes.get("custom_text", False)}
+    if "timm_model_name" in config["vision_cfg"]:
+        config |= {"embed_dim": 64, "vision_cfg": config["vision_cfg"] | {"image_size": 160}}
+    if (hf := config["text_cfg"].pop("hf", None)) is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": hf, **SMALL_BERT}))
+        config["text_cfg"] |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
+    (folder / "small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "small.json")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model("small", pretrained_text=False).eval()
+        with torch.no_grad():
+            for value in model.parameters():
+                if value.ndim == 1:
+                    value.add_(torch.randn_like(value) * 0.1)
+    return model

@@ -49,6 +49,25 @@ def test_a_training_step_costs_three_forward_passes(spec: str) -> None:
     assert counted <= count_flops(spec, length).training + 3 * 2 * batch * 128
 
 
+@pytest.mark.parametrize("length", [5, 24])
+def test_what_is_frozen_costs_no_backward_pass(length: int) -> None:
+    """By hand: of the last block both products of each, of a block behind something trained the inputs' product."""
+    whole, last = count_flops("modeclip-icon", length), count_flops("modeclip-icon", length, trainable="last:1")
+    heads = 2 * 2 * 128 * 128
+    products = {tokens: by_hand(1, 128, tokens) for tokens in (17, length)}
+    first = {tokens: 3 * 2 * tokens * 128**2 for tokens in products}  # no gradient for what enters the last block
+    assert last.forward == whole.forward
+    assert last.backward == 2 * (sum(products.values()) + heads) - sum(first.values())
+    ffn = count_flops("modeclip-icon", length, trainable="ffn")
+    attention = {tokens: 2 * 2 * tokens**2 * 128 for tokens in products}
+    backward = 2 * heads // 2
+    for layers, tokens in ((4, 17), (3, length)):
+        mlp = 16 * tokens * 128**2
+        behind = 8 * tokens * 128**2 + 2 * attention[tokens]  # attention of a later block: for its input alone
+        backward += layers * 2 * mlp - mlp // 2 + (layers - 1) * behind
+    assert ffn.backward == backward
+
+
 def test_known_models_cost_what_is_published() -> None:
     """4.4 billion multiply-adds of a ViT-B/32 at 224 pixels."""
     assert count_flops("ViT-B-32", 10).image / 2e9 == pytest.approx(4.4, rel=0.02)

@@ -13,49 +13,7 @@ import torch
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import encode_text
 from modeclip.models.trunk import head_depth, split
-
-VISION: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 3}
-TEXT: dict[str, Any] = {"context_length": 12, "vocab_size": 600, "width": 32, "heads": 2, "layers": 3}
-BERT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 600}
-CUSTOM = {"custom_text": True}
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "custom text": CUSTOM,
-    "average, norm behind": {"vision_cfg": {"pool_type": "avg", "final_ln_after_pool": True}},
-    "attention pool": {"vision_cfg": {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}},
-    "class token": CUSTOM | {"text_cfg": {"embed_cls": True}},
-    "sees all": CUSTOM | {"text_cfg": {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}},
-    "end by id": {"text_cfg": {"pool_type": "eos", "eos_id": 599}},
-    "no projection": CUSTOM | {"text_cfg": {"proj_type": "none"}},
-    "timm": {"vision_cfg": {"timm_model_name": "test_vit", "timm_model_pretrained": False}},
-    "timm, pooled by attention": {
-        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}
-    },
-    "BERT": CUSTOM | {"text_cfg": {"hf": "bert", "hf_pooler_type": "cls_pooler", "hf_proj_type": "mlp"}},
-    "RoBERTa": CUSTOM | {"text_cfg": {"hf": "roberta", "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}},
-}
-
-
-def build(kind: str, folder: Path) -> Any:
-    """A model of one kind, with random weights in all of its parameters."""
-    changes = KINDS[kind]
-    config = {"embed_dim": 32, "vision_cfg": VISION | changes.get("vision_cfg", {})}
-    config |= {"text_cfg": TEXT | changes.get("text_cfg", {}), "custom_text": changes.get("custom_text", False)}
-    if "timm_model_name" in config["vision_cfg"]:
-        config |= {"embed_dim": 64, "vision_cfg": config["vision_cfg"] | {"image_size": 160}}
-    if (hf := config["text_cfg"].pop("hf", None)) is not None:
-        (folder / "config.json").write_text(json.dumps({"model_type": hf, **BERT}))
-        config["text_cfg"] |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
-    (folder / "small.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / "small.json")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.create_model("small", pretrained_text=False).eval()
-        with torch.no_grad():
-            for value in model.parameters():
-                if value.ndim == 1:
-                    value.add_(torch.randn_like(value) * 0.1)
-    return model
+from support import CLIP_KINDS, build_clip
 
 
 def inputs_of(model: Any, tower: str) -> torch.Tensor:
@@ -71,11 +29,11 @@ def inputs_of(model: Any, tower: str) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLIP_KINDS)
 def test_trunk_and_head_are_the_tower_at_every_depth(kind: str, tmp_path: Path) -> None:
-    model = build(kind, tmp_path)
+    model = build_clip(kind, tmp_path)
     for tower, own in (("image", "vision_cfg"), ("text", "text_cfg")):
-        if kind not in {"plain", "custom text"} and own not in KINDS[kind]:
+        if kind not in {"plain", "custom text"} and own not in CLIP_KINDS[kind]:
             continue
         x = inputs_of(model, tower)
         with torch.no_grad():
@@ -93,7 +51,7 @@ def test_trunk_and_head_are_the_tower_at_every_depth(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["plain", "custom text", "class token", "attention pool", "timm", "BERT", "RoBERTa"])
 def test_a_head_holds_what_changes_and_a_trunk_the_rest(kind: str, tmp_path: Path) -> None:
     """Oracle: the features of a changed model come from the old trunk and the new head, at no lesser depth."""
-    model, changed = build(kind, tmp_path), build(kind, tmp_path)
+    model, changed = build_clip(kind, tmp_path), build_clip(kind, tmp_path)
     names = [name for name, value in model.named_parameters() if value.numel() > 1]
     for tower in ("image", "text"):
         if "timm" in kind and tower == "text":
@@ -120,14 +78,14 @@ def test_a_head_holds_what_changes_and_a_trunk_the_rest(kind: str, tmp_path: Pat
 
 
 def test_embeddings_are_in_no_head(tmp_path: Path) -> None:
-    model = build("plain", tmp_path)
+    model = build_clip("plain", tmp_path)
     assert head_depth(model, "image", ["visual.conv1.weight"]) is None
     assert head_depth(model, "text", ["token_embedding.weight", "ln_final.bias"]) is None
     assert head_depth(model, "text", ["transformer.resblocks.1.mlp.c_fc.bias"]) == 2
 
 
 def test_gradients_reach_the_parameters_of_the_model(tmp_path: Path) -> None:
-    model = build("plain", tmp_path)
+    model = build_clip("plain", tmp_path)
     names = ("visual.transformer.resblocks.0.mlp.c_fc.weight", "visual.transformer.resblocks.2.mlp.c_fc.weight")
     x, found = inputs_of(model, "image"), []
     for encode in (
@@ -151,7 +109,7 @@ def test_gradients_reach_the_parameters_of_the_model(tmp_path: Path) -> None:
 
 
 def test_padding_is_cut_at_every_depth(tmp_path: Path) -> None:
-    model = build("plain", tmp_path)
+    model = build_clip("plain", tmp_path)
     tokens = inputs_of(model, "text")
     state = split(model, "text", 2)[0](tokens)
     assert [part.shape[1] for part in state] == [8, 8]
@@ -159,7 +117,7 @@ def test_padding_is_cut_at_every_depth(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
-    model = build("plain", tmp_path)
+    model = build_clip("plain", tmp_path)
     with pytest.raises(ModeclipError, match="image tower: expected 0 to 3 blocks in the head, got 4"):
         split(model, "image", 4)
     config = {"embed_dim": 32, "text_cfg": TEXT, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}

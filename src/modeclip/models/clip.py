@@ -197,6 +197,16 @@ def model_shapes(spec: str, *, logit_start: LogitStart | None = None) -> dict[st
     Raises:
         ModeclipError: As for ``load_clip``.
     """
+    state = hollow_model(spec, logit_start=logit_start).state_dict()
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def hollow_model(spec: str, *, logit_start: LogitStart | None = None) -> Any:
+    """Return a model whose tensors have shapes and no numbers, for questions about its parts.
+
+    Raises:
+        ModeclipError: As for ``load_clip``.
+    """
     import torch
 
     open_clip = _import_open_clip()
@@ -204,7 +214,7 @@ def model_shapes(spec: str, *, logit_start: LogitStart | None = None) -> dict[st
     check_model(spec)
     name, tag = _resolve(spec)
     if is_delta(Path(name.removeprefix("local-dir:"))):
-        return model_shapes(str(seed_of(Path(name.removeprefix("local-dir:")))), logit_start=logit_start)
+        return hollow_model(str(seed_of(Path(name.removeprefix("local-dir:")))), logit_start=logit_start)
     if tag and not Path(tag).is_file():
         _check_tag(name, tag)
     start = _start_words(logit_start)
@@ -217,7 +227,7 @@ def model_shapes(spec: str, *, logit_start: LogitStart | None = None) -> dict[st
             )
             if moe := _moe_of(place):
                 _with_experts(model, moe)
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return model
 
 
 def _start_words(start: LogitStart | None) -> dict[str, float]:

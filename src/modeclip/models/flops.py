@@ -3,7 +3,9 @@
 PyTorch's own counter watches one sample go through the functions that training calls. It counts matrix products,
 convolutions and attention in both towers, a multiplication and an addition each, so it works for every model that
 open_clip has, and captions cost what they cost after their padding is cut. The backward pass takes two products for
-each product of the forward pass, so a training sample counts as three forward passes.
+each product of the forward pass, so a training sample counts as three forward passes. Where a training changes a part
+of the model only (``train.trainable``), the counter watches its backward pass too: what is frozen has no product for
+its weights, and what lies before the first part that is trained has none at all.
 
 Not counted: normalisations, activations, softmax, the optimizer, the B x B similarities of a batch (2 * B * D a
 sample, under 1 % of a tower), and the additional forward pass of gradient caching.
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeclip.errors import ModeclipError
+from modeclip.models.blocks import freeze
 from modeclip.models.clip import encode_image, encode_text, load_clip
 
 TRAINING_FACTOR = 3
@@ -33,6 +36,8 @@ class Flops:
     """Operations of the image tower's forward pass."""
     text: int
     """Operations of the text tower's forward pass."""
+    backward: int
+    """Operations of the backward pass of both towers, for what the training changes."""
 
     @property
     def forward(self) -> int:
@@ -42,19 +47,20 @@ class Flops:
     @property
     def training(self) -> int:
         """Return the operations of a training sample, forward and backward."""
-        return TRAINING_FACTOR * self.forward
+        return self.forward + self.backward
 
 
-def count_flops(spec: str | Path, caption_length: int | None = None) -> Flops:
+def count_flops(spec: str | Path, caption_length: int | None = None, *, trainable: str = "all") -> Flops:
     """Count the floating-point operations that one image-caption pair costs.
 
     Args:
         spec: A model specification (see ``clip``); its pretrained tag is ignored, since weights change nothing.
         caption_length: Tokens that the text tower sees, start and end of text included: those of the longest caption
             of a batch. None: its full context. A tower whose padding cannot be cut sees its full context in any case.
+        trainable: What a training changes, as ``train.trainable`` says it.
 
     Raises:
-        ModeclipError: The model is unknown, or a caption is longer than its context.
+        ModeclipError: The model is unknown or lacks what is to be trained, or a caption is longer than its context.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -70,12 +76,19 @@ def count_flops(spec: str | Path, caption_length: int | None = None) -> Flops:
     tokens[:, :length] = 1
     width, height = clip.image_size
     image = torch.zeros(1, 3, height, width)
-    found = []
+    freeze(clip.model, trainable)
+    found, backward = [], 0
     # The counter does not see into fused kernels, which evaluation mode and other attention backends would use.
     with sdpa_kernel(SDPBackend.MATH):
         clip.model.train()
         for encode, batch in ((encode_image, image), (encode_text, tokens)):
             with FlopCounterMode(display=False) as counter:
-                encode(clip.model, batch)
+                vectors = encode(clip.model, batch)
             found.append(int(counter.get_total_flops()))
-    return Flops(image=found[0], text=found[1])
+            if trainable != "all" and vectors.requires_grad:
+                with FlopCounterMode(display=False) as counter:
+                    vectors.sum().backward()
+                backward += int(counter.get_total_flops())
+    if trainable == "all":  # with the gradient of the pixels, which nobody takes: the convention of scaling laws
+        backward = (TRAINING_FACTOR - 1) * sum(found)
+    return Flops(image=found[0], text=found[1], backward=backward)

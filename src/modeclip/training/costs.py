@@ -19,9 +19,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
+from modeclip.models.clip import load_clip
 from modeclip.models.deltas import WEIGHTS_FILE
+from modeclip.models.flops import count_flops
 from modeclip.system.console import busy
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import LOG_FILE, TrainJob
@@ -31,7 +36,21 @@ from modeclip.training.status import in_words, job_status
 MEASURED_STEPS = 10
 WARM_UP_STEPS = 3
 """First measured steps that do not count, since kernels, caches and memory are used for the first time."""
-COLUMNS = ("model", "rows", "steps", "samples", "passes", "s/step", "time", "memory GB", "disk GB", "done")
+CAPTIONS_COUNTED = 256
+"""Captions of which the longest says how many tokens the text tower sees; a batch has no more where it is smaller."""
+COLUMNS = (
+    "model",
+    "rows",
+    "steps",
+    "samples",
+    "passes",
+    "MFLOPs/sample",
+    "s/step",
+    "time",
+    "memory GB",
+    "disk GB",
+    "done",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +81,9 @@ class JobPlan:
     """Samples that it trains on in all."""
     share_done: float
     """Share of them that is done, in [0, 1]."""
+    flops_per_sample: int | None
+    """Floating-point operations of a training sample, forward and backward (`modeclip.models.flops`); None where
+    nothing is left to do."""
     seconds_per_step: float | None
     """Measured time of a step; None where nothing is left to do."""
     seconds: float
@@ -115,6 +137,7 @@ class Plan:
                 f"{job.steps:,}",
                 f"{job.samples:,}",
                 f"{job.passes:.2f}",
+                "" if job.flops_per_sample is None else f"{job.flops_per_sample / 1e6:,.1f}",
                 "" if job.seconds_per_step is None else f"{job.seconds_per_step:.3f}",
                 in_words(job.seconds) if job.seconds else "",
                 "" if job.memory_gb is None else f"{job.memory_gb:.2f}",
@@ -124,7 +147,7 @@ class Plan:
             for job in self.jobs
         ]
         total = sum(job.samples for job in self.jobs)
-        return [*rows, ("all", "", "", f"{total:,}", "", "", in_words(self.seconds), "", _gb(self.disk_bytes), "")]
+        return [*rows, ("all", "", "", f"{total:,}", "", "", "", in_words(self.seconds), "", _gb(self.disk_bytes), "")]
 
 
 def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, processes: int = 1) -> Plan:
@@ -140,6 +163,7 @@ def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, proces
         ModeclipError: A job cannot work: too few pairs, an unknown model, a precision that the device lacks.
     """
     measured: dict[str, Measurement] = {}
+    operations: dict[str, int] = {}
     plans = []
     for job in jobs:
         rows, status = job_rows(job, catalog), job_status(job)
@@ -150,6 +174,7 @@ def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, proces
             if kind not in measured:
                 with busy(f"measuring a few steps of {job.name}"):
                     measured[kind] = measure(job, processes)
+                    operations[kind] = _flops_per_sample(job, catalog, rows)
             known = measured[kind]
         kept = job.config.engine.keep_checkpoints + 1
         plans.append(
@@ -159,6 +184,7 @@ def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, proces
                 steps=job.last_step - job.first_step,
                 samples=(job.last_step - job.first_step) * job.config.batch_size,
                 share_done=status.share,
+                flops_per_sample=operations[_kind(job)] if known else None,
                 seconds_per_step=known.seconds_per_step if known else None,
                 seconds=left * known.seconds_per_step if known else 0.0,
                 memory_gb=known.memory_gb if known else None,
@@ -205,6 +231,15 @@ def measure(job: TrainJob, processes: int = 1) -> Measurement:
             checkpoint_bytes=max(checkpoints),
             model_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         )
+
+
+def _flops_per_sample(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> int:
+    """Return the operations of a sample in a batch of the job's captions."""
+    first = rows[: min(job.config.batch_size, CAPTIONS_COUNTED)]
+    captions = catalog.read(["caption"], first)["caption"].tolist()
+    tokens = load_clip(job.config.model.partition("@")[0], seed=0).tokens(captions)
+    length = int((tokens != 0).any(0).nonzero().max()) + 1  # as `modeclip.models.trunk` cuts the padding
+    return count_flops(job.config.model, length, trainable=job.config.trainable).training
 
 
 def wall_time(jobs: Sequence[TrainJob], seconds: Sequence[float], workers: int) -> float:

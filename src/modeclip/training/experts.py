@@ -32,8 +32,9 @@ from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import ALL, Selection
 from modeclip.errors import LIMIT, ModeclipError, check_between
+from modeclip.models.blocks import freeze
 from modeclip.models.checkpoints import checkpoint_files
-from modeclip.models.clip import check_model, load_clip, save_clip
+from modeclip.models.clip import check_model, hollow_model, load_clip, save_clip
 from modeclip.system.files import hash_file, holder_of
 from modeclip.training.batches import select_rows
 from modeclip.training.choosing import with_model
@@ -106,6 +107,8 @@ class Parting:
     """The job that trains the seed; None where the seed is given."""
     rest: TrainJob
     """The job that goes on from there to the end of the schedule on all data; every branch is a variation of it."""
+    trainable: str
+    """What the branches change, those apart that are dense: they, like the seed, train whole."""
 
     def branch(
         self, role: Role, index: int | None = None, *, name: str | None = None, steps: int | None = None
@@ -121,7 +124,9 @@ class Parting:
         last_step = self.rest.last_step if steps is None else self.rest.first_step + steps
         name = name or job_name(role, index)
         folder = str(Path(self.rest.folder).with_name(name))
-        return replace(self.rest, name=name, role=role, index=index, folder=folder, last_step=last_step)
+        is_dense = role in {"dense", "dense-total"}
+        config = self.rest.config if is_dense else replace(self.rest.config, trainable=self.trainable)
+        return replace(self.rest, name=name, role=role, index=index, folder=folder, config=config, last_step=last_step)
 
     @property
     def num_steps(self) -> int:
@@ -184,8 +189,13 @@ def part(
     experts: ExpertsConfig,
     selection: Selection = ALL,
 ) -> Parting:
-    """Return where the experts part from the seed, which is trained here or given; arguments as for `plan_jobs`."""
+    """Return where the experts part from the seed, which is trained here or given; arguments as for `plan_jobs`.
+
+    Raises:
+        ModeclipError: The experts cannot start from ``experts.start``, or the model lacks what they are to change.
+    """
     train = with_model(train, catalog, experts.start, folder / job_name("seed"))
+    trainable, train = train.trainable, replace(train, trainable="all")
     seed_steps = train.seed_parts * train.steps_per_part
     seed = TrainJob(
         name=job_name("seed"),
@@ -213,9 +223,11 @@ def part(
         start_from=seed.folder,
         start_digest=seed.digest,
     )
-    if experts.start is None:
-        return Parting(seed=seed, rest=rest)
-    return Parting(seed=None, rest=_given(rest, train, experts))
+    if experts.start is not None:
+        rest = _given(rest, train, experts)
+    if trainable != "all":  # told before hours of a seed
+        freeze(hollow_model(rest.config.model), trainable)
+    return Parting(seed=seed if experts.start is None else None, rest=rest, trainable=trainable)
 
 
 def _given(rest: TrainJob, train: TrainConfig, experts: ExpertsConfig) -> TrainJob:

@@ -20,15 +20,12 @@ Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory L
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from modeclip.errors import ModeclipError
-from modeclip.models.blocks import ffn_parameters
 from modeclip.models.clip import Clip, encode_image, encode_text
 from modeclip.models.moe import moe_layers, router_losses
 from modeclip.system.devices import free_memory
@@ -164,27 +161,6 @@ def finish_gradient(
         for value in parameters:
             value.grad.mul_(limit / norm)
     return torch.as_tensor(norm)
-
-
-def freeze(model: nn.Module, trainable: str) -> None:
-    """Freeze what ``train.trainable`` leaves out: it gets no gradient and no place in the optimizer.
-
-    Raises:
-        ModeclipError: The model has no such parts.
-    """
-    if trainable == "all":
-        return
-    parameters = dict(model.named_parameters())
-    if trainable == "ffn":
-        changed = set(ffn_parameters(model))
-    else:
-        router = {name for name in parameters if name.endswith(".router.weight")}
-        added = {name for name in parameters if re.search(r"\.experts\.[1-9]\d*\.", name)}
-        changed = router if trainable == "routers" else router | added
-    if not changed:
-        raise ModeclipError(f"train.trainable {trainable}: the model has no experts; give a CLIP-MoE, or all or ffn")
-    for name, value in parameters.items():
-        value.requires_grad_(name in changed)
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

@@ -32,8 +32,8 @@ from modeclip.training.objectives.objective import DISTILLING
 
 AUTO = "auto"
 """What stands for a model that the pairs decide (`modeclip.training.choosing`)."""
-TRAINABLE = ("all", "ffn", "routers", "added")
-"""What a training may be limited to."""
+TRAINABLE = ("all", "ffn", "last:N", "routers", "added")
+"""What a training may be limited to; N is a number of blocks."""
 RATE, TUNING_RATE = 1e-3, 1e-5
 """Default learning rates from random weights, for towers of minutes, and from trained ones (FLYP: 1e-5)."""
 MOST_PROCESSES = 4096
@@ -211,8 +211,9 @@ class TrainConfig:
     """Column of whole numbers: only pairs with the same number are each other's negatives, and batches are of one
     number as far as its pairs fill them. No pass leaves a pair out. None: every other pair is a negative."""
     trainable: str = "all"
-    """What training changes: ``all``; ``ffn``, the feed-forward layers of both towers; of a CLIP-MoE ``routers``, or
-    ``added``: the routers and every expert but the first."""
+    """What training changes: ``all``; ``ffn``, the feed-forward layers of both towers; ``last:N``, the last N blocks of
+    both with the norms and projections behind; of a CLIP-MoE ``routers``, or ``added``: the routers and every expert
+    but the first. In a run it holds for experts and their controls; the seed and the dense models train whole."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the pair itself and its negatives, in [0, 1)."""
     balance_loss: float = 0.01
@@ -252,7 +253,7 @@ class TrainConfig:
                 f"train.weight_decay: expected below 1 / train.learning_rate, here {1 / self.highest_rate:g}, since "
                 f"a step takes learning_rate * weight_decay of the weights away, got {self.weight_decay:g}"
             )
-        if self.trainable not in TRAINABLE:
+        if not re.fullmatch("|".join(TRAINABLE).replace("N", r"[1-9]\d{0,3}"), self.trainable):
             raise unknown("train.trainable", self.trainable, TRAINABLE)
         if not 0 <= self.label_smoothing < 1:
             raise ModeclipError(f"train.label_smoothing must lie in [0, 1), got {self.label_smoothing}")

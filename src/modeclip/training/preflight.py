@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modeclip.errors import ModeclipError, unknown
+from modeclip.models.blocks import freeze
 from modeclip.models.checkpoints import FOLDER, check_weights, find_checkpoint
-from modeclip.models.clip import model_shapes
+from modeclip.models.clip import hollow_model
 from modeclip.system.console import log
 from modeclip.system.processes import PARENT_VARIABLE
 from modeclip.training.batches import read_groups
@@ -58,7 +59,9 @@ def preflight(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"], worl
     _check_precision(job)
     check_reports(job.config.engine.report_to)
     objective = make_objective(job.config)
-    shapes = model_shapes(job.config.model, logit_start=objective.logit_start)
+    model = hollow_model(job.config.model, logit_start=objective.logit_start)
+    freeze(model, job.config.trainable)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     own = find_checkpoint(Path(job.folder), job.digest)
     if own is not None:
         check_weights(own, shapes)

@@ -40,6 +40,7 @@ from jaxtyping import Float, Int
 
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
+from modeclip.models.blocks import freeze
 from modeclip.models.checkpoints import (
     MOMENTS,
     Checkpoint,
@@ -196,7 +197,7 @@ class _Learner:
         groups: Int[np.ndarray, " N"] | None,
     ) -> None:
         """Build the model and bring it to where the job, or the job before it, has left off."""
-        from modeclip.training.gradients import Towers, freeze, make_optimizer
+        from modeclip.training.gradients import Towers, make_optimizer
 
         config = job.config
         self.job, self.world, self.rows = job, world, rows
