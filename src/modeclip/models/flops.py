@@ -87,7 +87,7 @@ def count_flops(spec: str | Path, caption_length: int | None = None, *, trainabl
             found.append(int(counter.get_total_flops()))
             if trainable != "all" and vectors.requires_grad:
                 with FlopCounterMode(display=False) as counter:
-                    vectors.sum().backward()
+                    torch.autograd.backward([vectors.sum()])
                 backward += int(counter.get_total_flops())
     if trainable == "all":  # with the gradient of the pixels, which nobody takes: the convention of scaling laws
         backward = (TRAINING_FACTOR - 1) * sum(found)

@@ -237,9 +237,11 @@ def _flops_per_sample(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N
     """Return the operations of a sample in a batch of the job's captions."""
     first = rows[: min(job.config.batch_size, CAPTIONS_COUNTED)]
     captions = catalog.read(["caption"], first)["caption"].tolist()
-    tokens = load_clip(job.config.model.partition("@")[0], seed=0).tokens(captions)
+    model = job.config.model
+    untrained = model if Path(model).exists() else model.partition("@")[0]
+    tokens = load_clip(untrained, seed=0).tokens(captions)
     length = int((tokens != 0).any(0).nonzero().max()) + 1  # as `modeclip.models.trunk` cuts the padding
-    return count_flops(job.config.model, length, trainable=job.config.trainable).training
+    return count_flops(model, length, trainable=job.config.trainable).training
 
 
 def wall_time(jobs: Sequence[TrainJob], seconds: Sequence[float], workers: int) -> float:
