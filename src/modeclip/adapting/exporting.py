@@ -43,7 +43,7 @@ from modeclip.system.files import read_json, versions, write_json, writing
 from modeclip.system.paths import expand_homes, home_path
 
 if TYPE_CHECKING:
-    from modeclip.models.trunk import Tower
+    from modeclip.models.blocks import Tower
 
 RESULT_FILE = "export.json"
 FORMATS = ("onnx", "hf", "open_clip")

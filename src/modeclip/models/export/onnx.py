@@ -38,8 +38,9 @@ import torch
 from torch import Tensor, nn
 
 from modeclip.errors import ModeclipError
+from modeclip.models.blocks import Tower
 from modeclip.models.clip import Clip, encode_image, encode_text, without_gradients
-from modeclip.models.trunk import Tower, is_exact_without_padding, split
+from modeclip.models.trunk import is_exact_without_padding, split
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 """What the extra ``export`` installs."""
