@@ -13,7 +13,7 @@ import torch
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import encode_text
 from modeclip.models.trunk import head_depth, split
-from support import CLIP_KINDS, build_clip
+from support import CLIP_KINDS, SMALL_TEXT, build_clip
 
 
 def inputs_of(model: Any, tower: str) -> torch.Tensor:
@@ -120,7 +120,11 @@ def test_what_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
     model = build_clip("plain", tmp_path)
     with pytest.raises(ModeclipError, match="image tower: expected 0 to 3 blocks in the head, got 4"):
         split(model, "image", 4)
-    config = {"embed_dim": 32, "text_cfg": TEXT, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}
+    config = {
+        "embed_dim": 32,
+        "text_cfg": SMALL_TEXT,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+    }
     (tmp_path / "resnet.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "resnet.json")
     resnet = open_clip.create_model("resnet")
