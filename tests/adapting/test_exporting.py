@@ -112,7 +112,6 @@ def test_what_no_format_takes_is_one_line(bundle: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
     for words, what in (
         ({"to": "hf", "int8": True}, r"int8: is for ONNX"),
-        ({"to": "tflite"}, r"unknown format 'tflite'; known: onnx"),
         ({"to": "hf", "license": "a b"}, r"license: expected a name"),
     ):
         with pytest.raises(ModeclipError, match=what):

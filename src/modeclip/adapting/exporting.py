@@ -277,7 +277,7 @@ def _write(source: _Source, config: ExportConfig, part: Path) -> tuple[dict[str,
     for kind in (kind for kind in _LOW if getattr(config, kind)):
         for tower in ("image", "text"):
             with busy(f"write and time the {kind} graph of {tower}s"):
-                graphs.append(_low_graph(source, tower, kind, part))  # type: ignore[arg-type]
+                graphs.append(_low_graph(source, tower, kind, part))
     return {item.file: {"max_abs": item.max_abs, "min_cosine": item.min_cosine} for item in parity}, graphs
 
 
@@ -321,8 +321,8 @@ def _low_graph(source: _Source, tower: Tower, kind: str, part: Path) -> LowGraph
         speed=speed,
         num_bytes=size,
         float_bytes=plain.stat().st_size,
-        max_abs=parity and parity.max_abs,
-        min_cosine=parity and parity.min_cosine,
+        max_abs=None if parity is None else parity.max_abs,
+        min_cosine=None if parity is None else parity.min_cosine,
         kept=not reason,
         reason=reason,
     )

@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ import numpy as np
 
 from modeclip.errors import ModeclipError
 from modeclip.models.checkpoints import write_tensors
-from modeclip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, load_clip, without_gradients
+from modeclip.models.clip import CONFIG_FILE, Clip, load_clip, without_gradients
+from modeclip.models.deltas import WEIGHTS_FILE
 from modeclip.models.settings import check_transformer_folder, read_settings
 from modeclip.system.files import write_json
 
@@ -102,17 +104,17 @@ def save_hf(clip: Clip, folder: Path) -> dict[str, Any]:
     Raises:
         ModeclipError: ``CLIPModel`` cannot express the model, or computes something else.
     """
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
-
+    library = _transformers()
     tower = _check_towers(clip)
     settings = _settings_of(clip, tower)
     state = _to_transformers(clip.model.state_dict(), "text." if tower is not clip.model else "")
     with _quiet():
-        model = CLIPModel(CLIPConfig(**settings))
+        model = library.CLIPModel(library.CLIPConfig(**settings))
         _load(model, state, "CLIPModel has no such part")
         model.save_pretrained(folder)
         processor_of(clip).save_pretrained(folder)
-        found, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+        found = library.CLIPModel.from_pretrained(folder)
+        processor = library.CLIPProcessor.from_pretrained(folder)
     return compare(clip, found, processor)
 
 
@@ -128,13 +130,12 @@ def load_hf(folder: Path) -> tuple[Clip, dict[str, Any]]:
     Raises:
         ModeclipError: The folder holds something else, its settings are refused, or open_clip cannot express them.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
+    library = _transformers()
     check_transformer_folder(folder)
     try:
         with _quiet():
-            model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype="float32")
-            processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+            model = library.CLIPModel.from_pretrained(folder, local_files_only=True, dtype="float32")
+            processor = library.CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # damaged files alone raise nearly anything
         raise ModeclipError(f"model folder {folder}: transformers cannot load it: {_first(error)}") from None
     tokenizer, config = processor.tokenizer, _clip_config(model.config, processor, folder)
@@ -217,8 +218,7 @@ def processor_of(clip: Clip) -> Any:
     Raises:
         ModeclipError: It has no such way to resize.
     """
-    from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
-
+    library = _transformers()
     settings = clip.model.visual.preprocess_cfg | clip.config.get("preprocess_cfg", {})
     mode, interpolation = settings.get("resize_mode") or "shortest", settings.get("interpolation") or "bicubic"
     width, height = clip.image_size
@@ -228,7 +228,7 @@ def processor_of(clip: Clip) -> Any:
             f"resize_mode {mode} and interpolation {interpolation}; prepare pictures with open_clip"
         )
     whole = {"height": height, "width": width}
-    images = CLIPImageProcessor(
+    images = library.CLIPImageProcessor(
         size={"shortest_edge": height} if mode == "shortest" else whole,
         crop_size=whole,
         do_center_crop=mode == "shortest",
@@ -240,11 +240,11 @@ def processor_of(clip: Clip) -> Any:
     if hasattr(own, "bpe_ranks"):  # open_clip's own
         vocabulary = {_START_AND_END.get(word, word): number for word, number in own.encoder.items()}
         merges = list(own.bpe_ranks)
-        tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=own.context_length)
+        tokenizer = library.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=own.context_length)
     else:
         tokenizer = own.tokenizer
         tokenizer.model_max_length = own.context_length
-    return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+    return library.CLIPProcessor(image_processor=images, tokenizer=tokenizer)
 
 
 def _check_towers(clip: Clip) -> Any:
@@ -467,6 +467,11 @@ def _token_ids(tokens: Tensor, end: int) -> list[list[int]]:
     return [row[: row.index(last) + 1] if last in row else row for row in rows]
 
 
+def _transformers() -> Any:
+    """Import transformers, whose types are in parts only."""
+    return import_module("transformers")
+
+
 def _first(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -474,8 +479,7 @@ def _first(error: Exception) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers while a model is built; what fails is raised."""
-    from transformers.utils import logging
-
+    logging = _transformers().utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -279,9 +279,10 @@ def _write_graph(
     try:
         with _quiet(), without_gradients():
             program = torch.export.export(graph, tuple(arguments), dynamic_shapes=tuple(shapes))
-            made = torch.onnx.export(
+            made: Any = torch.onnx.export(
                 program, dynamo=True, input_names=names, output_names=[OUTPUTS[tower]], verbose=False
             )
+            _merge_equal(made.model)
             _name_axes(made, names)
             stored = {id(value): value.numel() * value.element_size() for value in graph.parameters()}
             made.save(path, external_data=sum(stored.values()) > _MOST_BYTES)
@@ -292,6 +293,17 @@ def _write_graph(
             f"export: PyTorch {torch.__version__.partition('+')[0]} cannot write the {tower} tower "
             f"({_kind(clips[0].model, tower)}) as ONNX: {_reason(error)}"
         ) from error
+
+
+def _merge_equal(graph: Any) -> None:
+    """Store equal constants once, and compute equal products of equal inputs once.
+
+    What the exporter has folded into constants, such as small transposed matrices, is a new tensor for each expert.
+    """
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
+
+    DeduplicateInitializersPass(size_limit=1 << 20)(graph)  # no larger one is folded
+    CommonSubexpressionEliminationPass()(graph)
 
 
 def _name_axes(made: Any, names: Sequence[str]) -> None:
