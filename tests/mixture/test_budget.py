@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from safetensors.torch import load_file
 from modeclip import MoDE
 from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
+from modeclip.mixture import routed_clip
 from modeclip.mixture.bundle import load_bundle, save_bundle
 from modeclip.mixture.rules import RULES, route
+from modeclip.models.blocks import Tower
 from modeclip.models.clip import load_clip
 from modeclip.models.encoders import load_any_encoder
+from modeclip.models.trunk import Shared
 from support import encode_picture
 
 CLASSES = ["heart", "arrow left", "bell", "book", "an unheard-of thing"]
@@ -236,10 +240,19 @@ def test_every_image_has_its_own_weights(
 
 def test_budget_of_an_image(of_images: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = __import__("modeclip.mixture.routed_clip", fromlist=["encode_image"]).encode_image
-    monkeypatch.setattr(
-        "modeclip.mixture.routed_clip.encode_image", lambda m, x: (seen.append(len(x)), original(m, x))[1]
-    )
+    original = routed_clip.share
+
+    def counting(models: Sequence[Any], tower: Tower) -> list[Shared]:
+        def count(head: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return head(x)
+
+        found = original(models, tower)
+        if tower == "text":
+            return found
+        return [replace(one, heads=tuple(partial(count, head) for head in one.heads)) for one in found]
+
+    monkeypatch.setattr(routed_clip, "share", counting)
     mode = MoDE.load(of_images, max_experts=1)
     weights = mode.route_images(pictures)
     assert (weights > 0).sum(axis=1).tolist() == [1] * len(pictures)

@@ -284,8 +284,8 @@ def test_a_file_without_a_hash_is_refused(bundle: Path) -> None:
     [
         ({"format_version": 5}, r"format 5 is newer than this modeclip reads \(4\); upgrade"),
         ({"format_version": 10**30}, r"newer than this modeclip reads \(4\); upgrade"),
-        ({"format_version": "2"}, "format_version: expected a whole number of 1 to 3, got '2'"),
-        ({"format_version": 2.0}, "format_version: expected a whole number of 1 to 3, got 2.0"),
+        ({"format_version": "2"}, "format_version: expected a whole number of 1 to 4, got '2'"),
+        ({"format_version": 2.0}, "format_version: expected a whole number of 1 to 4, got 2.0"),
         ({"format_version": True}, "format_version: expected a whole number"),
         ({"format_version": 0}, "format_version: expected a whole number of 1 to 4, got 0"),
         ({"encoder": 3}, "encoder: .*string, got 3"),

@@ -53,7 +53,6 @@ from modeclip.models.blocks import blocks_of, ffn_parameters
 from modeclip.models.clip import CONFIG_FILE, Clip, assemble_clip, load_clip, save_clip
 from modeclip.models.deltas import WEIGHTS_FILE, open_weights
 from modeclip.models.flops import TRAINING_FACTOR
-from modeclip.models.moe import count_parameters, moe_layers
 from modeclip.models.pool import ModelPool, ModelRef
 from modeclip.system.console import log, progress
 from modeclip.system.devices import choose_device
@@ -497,6 +496,8 @@ class _Maker:
 
     def run(self) -> Upcycled:
         """Take all steps that are not done yet."""
+        from modeclip.models.moe import count_parameters
+
         stages: tuple[StageFacts, ...] = ()
         trainings: tuple[TrainedFacts, ...] = ()
         base = self._load_base()
@@ -533,6 +534,8 @@ class _Maker:
 
     def _load_base(self) -> Clip:
         """Return the plain model, or the CLIP-MoE that experts are added to."""
+        from modeclip.models.moe import moe_layers
+
         clip = ModelPool(1).get(self.ref)
         has_experts = bool(moe_layers(clip.model))
         if self.add and not has_experts:
@@ -738,6 +741,8 @@ class _Maker:
     def _with_added(self, clip: Clip) -> Clip:
         """Return a CLIP-MoE with further experts."""
         import torch
+
+        from modeclip.models.moe import moe_layers
 
         base, own = dense_of(clip, 0), clip.model.state_dict()
         blocks = [block for found in blocks_of(clip.model).values() for block in found]
