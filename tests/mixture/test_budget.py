@@ -243,9 +243,9 @@ def test_budget_of_an_image(of_images: Path, pictures: list[Image.Image], monkey
     original = routed_clip.share
 
     def counting(models: Sequence[Any], tower: Tower) -> list[Shared]:
-        def count(head: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-            seen.append(len(x))
-            return head(x)
+        def count(head: Callable[..., torch.Tensor], state: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            seen.append(len(state[0]))
+            return head(state)
 
         found = original(models, tower)
         if tower == "text":
