@@ -76,7 +76,7 @@ def nearest(
 ) -> Int[np.ndarray, " k"]:
     """Return the rows that the approximate index finds for a vector, best first."""
     table = dataset.to_table(
-        columns=["_rowoffset"],
+        columns=["_rowoffset", "_distance"],
         nearest={
             "column": "vector",
             "q": np.asarray(vector, np.float32),
