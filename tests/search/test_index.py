@@ -266,6 +266,15 @@ def test_an_index_of_another_model_says_which(own: Path, small_run: Path, tmp_pa
         Index.open(own)
 
 
+@pytest.mark.parametrize("name", index_module.CONTENT)
+def test_a_note_that_lacks_something_is_one_line(own: Path, index: Index, name: str) -> None:
+    content = json.loads((own / INDEX_FILE).read_text())
+    del content[name]
+    (own / INDEX_FILE).write_text(json.dumps(content))
+    with pytest.raises(ModeclipError, match=f"has no {name}; delete the folder and give the same"):
+        Index.open(own, index.model)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

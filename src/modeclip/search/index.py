@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 INDEX_FILE, ROWS_FOLDER = "index.json", "images.lance"
+CONTENT = ("model", "config", "catalogs", "version", "heights")
+"""What ``index.json`` must hold besides its format."""
 VECTOR = "vector"
 FIXED = {
     "key": pa.string(),
@@ -190,6 +192,8 @@ class Index:
         content = read_json(path, dict[str, Any], _AGAIN)
         if content.get("format") != FORMAT:
             raise ModeclipError(f"index {folder} has format {content.get('format')}, expected {FORMAT}; build it again")
+        if missing := [name for name in CONTENT if name not in content]:
+            raise DamagedError(f"index {folder}: {INDEX_FILE} has no {missing[0]}; delete the folder and {_AGAIN}")
         try:
             named = content["model"]["spec"]
             digests, names = content["model"]["digests"], content["model"]["names"]
