@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tests.data.test_mapping import METADATA
 
 from modeclip.curation.clustered import ImageVectors, cluster_pairs, to_unit
 from modeclip.curation.curating import Curated, curate
-from modeclip.curation.duplicates import DuplicatesConfig, correlations
+from modeclip.curation.duplicates import NOT_SEARCHED, SEARCHES_FOLDER, DuplicatesConfig, correlations
+from modeclip.curation.semdedup import find_near_copies
 from modeclip.data.catalog import PAIR_COLUMNS, Catalog
 from modeclip.data.images import hash_image
 from modeclip.data.selection import Selection
@@ -185,6 +187,32 @@ def test_semantic_copies_are_those_of_a_slow_search(embedded: Catalog, eps: floa
     dropped = curated.column("cause") == 1
     assert (curated.column("score")[dropped] > 1 - eps).all()
     assert np.isnan(curated.column("score")[~dropped]).all()
+
+
+def test_a_search_that_ended_early_goes_on_and_is_not_repeated(
+    embedded: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, searched, ends_at = DuplicatesConfig(by="semantic", eps=0.07), list[int](), [2]
+
+    def search(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        if len(searched) >= ends_at[0]:
+            raise RuntimeError("the machine is gone")
+        searched.append(len(x))
+        return find_near_copies(x, threshold)
+
+    monkeypatch.setattr("modeclip.curation.duplicates.find_near_copies", search)
+    with pytest.raises(RuntimeError, match="gone"):
+        curate(embedded, config, dry_run=True)
+    kept_files = (Path(embedded.path) / SEARCHES_FOLDER).iterdir()
+    open_pairs = {path: int((np.fromfile(path, np.int64)[::2] == NOT_SEARCHED).sum()) for path in kept_files}
+    ((kept_file, count),) = ((path, count) for path, count in open_pairs.items() if count)
+    assert count == 300 - sum(searched)
+    ends_at[0] = 1000
+    for _ in range(2):  # the second time all is known
+        assert kept(curate(embedded, config, dry_run=True)) == slow_semantic(embedded, 0.07)
+        assert sum(searched) == 300
+    assert kept(curate(embedded, replace(config, eps=0.2), dry_run=True)) == slow_semantic(embedded, 0.2)
+    assert kept_file not in kept_file.parent.iterdir()
 
 
 def test_dropped_pairs_drop_others_only_with_chain(embedded: Catalog) -> None:

@@ -24,6 +24,7 @@ from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLU
 from modeclip.data.mapping import POSITION, concatenate, map_columns, map_fragments
 from modeclip.data.storage import FileWriter, append, create
 from modeclip.errors import ModeclipError
+from support import with_weights, write_wordnet
 
 ROWS, FRAGMENT_ROWS = 60, 10
 METADATA = {FORMAT: FORMAT_VERSION, FINGERPRINT: "f" * 32}
@@ -305,6 +306,21 @@ class TestRay:
             made.append((curated.column("cause").tobytes(), catalog.facts("align_cause")))
         assert made[0] == made[1]
         assert catalog.read(["align_kept"])["align_kept"].tolist() == [len(text.split()) <= 3 for text in captions]
+
+    def test_a_filter_and_a_dictionary_say_the_same_here_and_there(self, tmp_path: Path):
+        from tests.curation.test_align import pair, write  # which imports from here
+
+        captions = ("a small dog", "a mouse and a dog", "two hot dogs", "nothing known", "a tiny mouse", "dog")
+        clip, words = with_weights("modeclip-icon-xxxs", tmp_path), f"wordnet:{write_wordnet(tmp_path / 'dict')}"
+        made = []
+        for ray in (True, False):
+            catalog = write(tmp_path / f"{ray}.lance", [pair(n, captions[n % 6]) for n in range(24)], max_rows=12)
+            scored = curate(catalog, "dfn", filter=clip, score="sclip", fraction=0.5, contrast=8, ray=ray)
+            explained = curate(catalog, "klite", knowledge=words, share=0.7, ray=ray)
+            columns = [scored.column("score"), scored.column("cause"), explained.column("caption")]
+            made.append([column.tolist() for column in columns] + [catalog.facts("klite_caption")])
+        assert made[0] == made[1]
+        assert 0 < sum(text is not None for text in made[0][2]) < 24
 
 
 @dataclass

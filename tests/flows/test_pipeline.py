@@ -23,6 +23,7 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file
+from tests.data.test_knowledge import gloss, word, write_dump
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
@@ -167,6 +168,29 @@ def test_only_what_is_stale_is_done_again(small_recipe: Path, small_run: Path, t
     assert json.loads((out / "bundle" / "mode.json").read_text())["rule"] == "eq6"
 
 
+def test_a_recipe_explains_class_names_and_notices_another_dictionary(
+    small_recipe: Path, small_run: Path, tmp_path: Path
+) -> None:
+    out, dump = shutil.copytree(small_run, tmp_path / "run"), tmp_path / "words.jsonl"
+    changed, before, trained = tmp_path / "changed.yaml", stage_times(out), weights(out)
+    changed.write_text(small_recipe.read_text().replace("per_class}", f"per_class, knowledge: [{dump}]}}"))
+    for known in ({"heart": "a muscle"}, {"heart": "a muscle", "home": "a dwelling"}):
+        write_dump(dump, [word(name, gloss(text)) for name, text in known.items()])
+        run(load_recipe(changed), out)
+        redone = {name for name, moment in stage_times(out).items() if moment != before[name]}
+        assert redone == {"evaluate", "report"}
+        assert json.loads((out / "results.json").read_text())["knowledge"] == [str(dump)]
+        explained = re.findall(r'"num_explained": (\d+)', "".join(p.read_text() for p in out.glob("results/**/*.json")))
+        assert max(map(int, explained)) == len(known)
+        before = stage_times(out)
+    run(load_recipe(changed), out)
+    assert stage_times(out) == before
+    assert weights(out) == trained
+    changed.write_text(small_recipe.read_text().replace("per_class}", "per_class, knowledge: [lost.jsonl]}"))
+    with pytest.raises(ModeclipError, match=r"lost\.jsonl"):
+        load_recipe(changed)
+
+
 def test_two_runs_in_one_folder(small_recipe: Path, tmp_path: Path, modeclip_process: Command) -> None:
     from modeclip.system.files import only_process
 
@@ -252,7 +276,9 @@ def test_own_pairs_with_a_given_seed_and_one_expert(own_pairs: Path, small_run: 
 
 
 @pytest.mark.slow
-def test_a_recipe_trains_on_what_its_curation_keeps(own_pairs: Path, small_run: Path) -> None:
+def test_a_recipe_trains_on_what_its_curation_keeps(
+    own_pairs: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, out = own_pairs / "curated.yaml", own_pairs / "runs" / "curated"
     text = (
         "data: {source: pairs.tsv, holdout_fraction: 0.1}\nembed: {encoder: tfidf, dimension: 32}\n"
@@ -275,6 +301,11 @@ def test_a_recipe_trains_on_what_its_curation_keeps(own_pairs: Path, small_run: 
     assert sum(card["size"] for card in cards["experts"]) == kept.sum()
     assert (out / "curation" / "once" / "curate.html").is_file()
     before = stage_times(out) | {"curate": (out / "stages" / "curate.json").stat().st_mtime_ns}
+    found = Measurement(seconds_per_step=2.0, memory_gb=1.0, checkpoint_bytes=3_000_000, model_bytes=1_000_000)
+    monkeypatch.setattr("modeclip.training.costs.measure", lambda *_: found)
+    assert all(stage.is_done for stage in plan_run(load_recipe(recipe), out).stages)
+    new = {stage.name: stage for stage in plan_run(load_recipe(recipe), own_pairs / "runs" / "none").stages}
+    assert (new["curate"].detail, new["curate"].is_done, new["curate"].seconds) == ("align, once", False, None)
     run(load_recipe(recipe), out)
     assert stage_times(out) | {"curate": (out / "stages" / "curate.json").stat().st_mtime_ns} == before
     recipe.write_text(text.replace("max_words: 2", "max_words: 1"))

@@ -14,17 +14,21 @@ compared one with the other, never through a third: what is dropped has a duplic
     balanced    a part of each cluster, as even as its size allows, drawn by chance; experts first, then clusters
 
 Price: exact reads the column of digests; perceptual decodes each image once; the others read all vectors once or twice.
+A search of vectors that is killed goes on, and one that is asked again is read: its answers take 16 bytes of disk a
+pair, for a kept fraction of each threshold that was tried.
 Memory: about 100 bytes a pair, and their captions and keys where vectors are equal, in one process. docs/scale.md has
 the rates.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -42,6 +46,8 @@ from modeclip.data.holdout import dhash, similar_pairs
 from modeclip.data.images import Exif, decode_image, hash_image
 from modeclip.data.mapping import IMAGE, Statistic, concatenate, map_fragments
 from modeclip.errors import ModeclipError, check_between, check_least
+from modeclip.system.files import remove, replacing
+from modeclip.system.paths import is_url
 
 Kind = Literal["exact", "perceptual", "semantic", "density", "balanced"]
 """What counts as a duplicate."""
@@ -59,6 +65,10 @@ SEARCHES = 10
 """Thresholds that are tried for a kept fraction: it is met within a thousandth of itself."""
 HIGHEST_THRESHOLD = 1 - 1e-6
 """Highest cosine that is tried: vectors that are equal up to rounding are always near copies."""
+SEARCHES_FOLDER = "_modeclip/searches"
+"""Folder in a local catalog where the answers of its searches are kept."""
+NOT_SEARCHED = -2
+"""Stands in the answers for a pair whose cluster is still to be searched."""
 PICTURE_SIDE = 16
 """Width and height of the grey pictures that are compared."""
 PICTURES_AT_ONCE = 1 << 12
@@ -377,29 +387,22 @@ def _find_by_vector(config: DuplicatesConfig, context: Context) -> _Found:
     label = np.repeat(np.arange(len(pairs.ends)), pairs.sizes)
     order = preferred(catalog, pairs.rows, label, -_distances(pairs))
 
-    def search(find: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], what: str) -> tuple[np.ndarray, np.ndarray]:
-        copy_of, cosine = np.full(len(order), -1), np.full(len(order), np.nan)
-
-        def in_cluster(cluster: int) -> None:
-            place = pairs.place(cluster)
-            members = order[place]
-            near, cosine[members] = find(pairs.unit_vectors(cluster)[members - place.start])
-            copy_of[members] = np.where(near < 0, -1, members[near])
-
-        pairs.for_each(in_cluster, what)
-        return copy_of, cosine
+    searches = _Searches(catalog, pairs, order)
 
     def search_at(threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        return search(partial(find_near_copies, threshold=threshold), f"find near copies, cosine {threshold:.4f}")
+        return searches.run(
+            partial(find_near_copies, threshold=threshold), f"find near copies, cosine {threshold:.4f}", repr(threshold)
+        )
 
     threshold = 1 - config.eps
     if config.chain or config.kept_fraction is not None:
-        copy_of, cosine = search(nearest_before, "find the nearest before each")
+        copy_of, cosine = searches.run(nearest_before, "find the nearest before each", "nearest")
         if config.kept_fraction is not None:
             wanted = max(1, round(config.kept_fraction * len(order)))
             threshold = _threshold(np.sort(cosine), wanted, None if config.chain else search_at)
     if not config.chain:
         copy_of, cosine = search_at(threshold)
+    searches.forget_others()
     dropped = np.flatnonzero((copy_of >= 0) & (cosine > threshold))
     found = cosine[~np.isnan(cosine) & (cosine >= 0)]
     counts, edges = np.histogram(found, BINS, (float(found.min()), 1.0) if found.size else (threshold, 1.0))
@@ -430,6 +433,62 @@ def _find_by_vector(config: DuplicatesConfig, context: Context) -> _Found:
             Histogram(title=title, edges=tuple(edges.tolist()), counts=tuple(counts.tolist()), threshold=threshold),
         ),
     )
+
+
+class _Searches:
+    """Searches for near copies in every cluster, whose answers are kept beside the catalog cluster by cluster.
+
+    So a search that was killed goes on, and one that is asked again is read. A file holds for each pair the position of
+    the pair that it is a copy of (-1: of none, `NOT_SEARCHED`: its turn has not come) and their cosine; it is written
+    through the page cache, so what a killed process had found is there. Its name is a digest of all that decides the
+    answers: the vectors, the clusters, the order of the pairs, and what was looked for.
+    """
+
+    def __init__(self, catalog: Catalog, pairs: Clustered, order: Int[np.ndarray, " n"]) -> None:
+        self._pairs, self._order, self._used = pairs, order, set[Path]()
+        self._folder = None if is_url(catalog.path) else Path(catalog.path) / SEARCHES_FOLDER
+        self._content = hashlib.blake2b(digest_size=16)
+        for part in (pairs.vectors, pairs.ends, order):
+            assert part is not None, "these pairs have vectors"
+            self._content.update(np.ascontiguousarray(part).data)
+
+    def run(
+        self, find: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], what: str, decided_by: str
+    ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Return what each pair is a copy of, and their cosine, NaN for a copy of none."""
+        found, pairs = self._open(decided_by), self._pairs
+
+        def in_cluster(cluster: int) -> None:
+            place = pairs.place(cluster)
+            members = self._order[place]
+            if (found["of"][members] != NOT_SEARCHED).all():
+                return
+            near, cosine = find(pairs.unit_vectors(cluster)[members - place.start])
+            found["cosine"][members] = cosine  # first, so that no pair is done without it
+            found["of"][members] = np.where(near < 0, -1, members[near])
+
+        pairs.for_each(in_cluster, what)
+        return np.array(found["of"]), np.array(found["cosine"])
+
+    def forget_others(self) -> None:
+        """Remove the answers of searches that this curation did not ask for."""
+        for path in set() if self._folder is None else set(self._folder.iterdir()) - self._used:
+            remove(path)
+
+    def _open(self, decided_by: str) -> np.ndarray:
+        new = np.zeros(len(self._order), [("of", np.int64), ("cosine", np.float64)])
+        new["of"], new["cosine"] = NOT_SEARCHED, np.nan
+        if self._folder is None or not len(new):
+            return new
+        self._folder.mkdir(parents=True, exist_ok=True)
+        content = self._content.copy()
+        content.update(decided_by.encode())
+        path = self._folder / content.hexdigest()
+        self._used.add(path)
+        if not path.is_file() or path.stat().st_size != new.nbytes:
+            with replacing(path) as part:
+                new.tofile(part)
+        return np.memmap(path, new.dtype, "r+")
 
 
 def _threshold(
