@@ -464,7 +464,7 @@ def fast_attention(device: torch.device, precision: str) -> Iterator[None]:
 
 @cache
 def _import_open_clip() -> Any:
-    """Import open_clip, once, without what a plain CLIP has no use for (a third of the time), and tell it our models."""
+    """Import open_clip once, without what a plain CLIP has no use for (a third of the time), and tell it our models."""
     with without_loading("timm", "timm.layers", "transformers", "transformers.modeling_outputs", "torch._dynamo.utils"):
         open_clip = import_module("open_clip")
     open_clip.add_model_config(_OWN_CONFIGS)
