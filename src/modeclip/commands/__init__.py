@@ -43,6 +43,7 @@ COMMANDS = {
     "scaling": "evaluation",
     "report": "runs",
     "search": "search",
+    "serve": "serving",
     "assign": "mixture",
     "extend": "mixture",
     "bundle": "mixture",

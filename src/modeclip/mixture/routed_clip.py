@@ -118,7 +118,11 @@ class RoutedClip(nn.Module):
         return self.route.explain()
 
     def encode_image(
-        self, images: Tensor, normalize: bool = False, weights: Float[np.ndarray, "B K"] | None = None
+        self,
+        images: Tensor,
+        normalize: bool = False,
+        weights: Float[np.ndarray, "B K"] | None = None,
+        asked: Bool[np.ndarray, "B k"] | None = None,
     ) -> Tensor:
         """Encode images with every active expert.
 
@@ -127,12 +131,14 @@ class RoutedClip(nn.Module):
             normalize: Whether to scale the result to unit norm, which takes one number more.
             weights: Weights of these images where every image has its own; None: the images are routed as the tensor
                 shows them.
+            asked: Which active experts each image is for; the others are not run for it, and their part is 0. None:
+                all. Not used where every image has its own weights.
 
         Returns:
             (B, D * active experts): concat(v_c), or concat(p_c v_c); one number more if normalised.
         """
         if not self.route.per_image:
-            return _plain(self._encode("image", images), normalize)
+            return _plain(self._encode("image", images, asked), normalize)
         if weights is None:
             weights = self.route.weigh_images(_pictures(images, self._first.model.visual))
         own = weights[:, self.active]

@@ -31,6 +31,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,6 +114,12 @@ class Clip:
         mean = torch.tensor(self.model.visual.image_mean).view(1, 3, 1, 1)
         std = torch.tensor(self.model.visual.image_std).view(1, 3, 1, 1)
         return batch.sub_(mean).div_(std)
+
+    def without_weights(self) -> Clip:
+        """Return what prepares pictures and texts, for whoever keeps it while the weights may be freed."""
+        visual = self.model.visual
+        about = {"image_size": visual.image_size, "image_mean": visual.image_mean, "image_std": visual.image_std}
+        return replace(self, model=SimpleNamespace(visual=SimpleNamespace(**about)))
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Turn texts into (B, context_length) int64 token ids."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import load_bundle
@@ -25,11 +25,14 @@ from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.mixture.mode import MoDE
 from modeclip.models.clip import Clip, encode_image, encode_text, without_gradients
 from modeclip.models.pool import ModelPool, ModelRef
+from modeclip.models.settings import CLIP_CONFIG, check_clip_folder
+from modeclip.search.query import Asked, Query
 from modeclip.system.devices import choose_device
 from modeclip.system.paths import expand_homes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from modeclip.mixture.routed_clip import RoutedClip
 
@@ -58,7 +61,13 @@ class SearchModel:
 
     @classmethod
     def open(
-        cls, spec: str | Path, *, device: str = "auto", encoder: str | None = None, trust_encoder: bool = False
+        cls,
+        spec: str | Path,
+        *,
+        device: str = "auto",
+        encoder: str | None = None,
+        trust_encoder: bool = False,
+        max_memory: int | None = None,
     ) -> SearchModel:
         """Open a model by its specification, without loading its weights where they lie in a folder.
 
@@ -67,16 +76,17 @@ class SearchModel:
             device: Where it computes.
             encoder: Encoder of a bundle's captions, as for `load_bundle`.
             trust_encoder: As for `load_bundle`.
+            max_memory: Bytes that the weights of members may take at a time, as for `MoDE`; None: any number.
 
         Raises:
-            ModeclipError: There is no such model, or it has no weights.
+            ModeclipError: There is no such model, it has no weights, or not even one member fits.
         """
         spec, device = expand_homes(str(spec)), str(choose_device(device))
         place, _, member = spec.partition("#")
-        pool = ModelPool(device=device)
+        pool = ModelPool(max_bytes=max_memory, device=device)
         if (Path(place) / MANIFEST_FILE).is_file():
             bundle = load_bundle(place, encoder=encoder, trust_encoder=trust_encoder)
-            mode = MoDE(bundle.choose(member) if member else bundle, pool=pool)
+            mode = MoDE(bundle.choose(member) if member else bundle, pool=pool, max_memory=max_memory)
             names = tuple(expert.name for expert in mode.bundle.experts)
             return cls(spec=spec, refs=mode.bundle.models, names=names, mode=mode, pool=pool, device=device)
         if member:
@@ -96,21 +106,40 @@ class SearchModel:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers in a vector of each member; all of them are loaded, since only they know."""
-        return tuple(int(self._clip(ref).config["model_cfg"]["embed_dim"]) for ref in self.refs)
+        """Numbers in a vector of each member; what lies in no folder is loaded, since only the model knows."""
+        folders = [Path(str(ref.spec).removeprefix("local-dir:")) for ref in self.refs]
+        configs = [
+            check_clip_folder(folder) if (folder / CLIP_CONFIG).is_file() else self._clip(ref).config
+            for ref, folder in zip(self.refs, folders, strict=True)
+        ]
+        return tuple(int(config["model_cfg"]["embed_dim"]) for config in configs)
 
-    @without_gradients()
+    @cached_property
+    def front(self) -> Clip:
+        """What prepares pictures and texts for all members, without weights."""
+        return self._clip(self.refs[0]).without_weights()
+
     def encode_images(self, pictures: Sequence[Image]) -> Float[np.ndarray, "n D"]:
         """Return concat(v_c) of RGB pictures, or concat(p_c v_c) where every image has weights of its own."""
-        parts = []
-        for start in range(0, len(pictures), IMAGES_AT_ONCE):
-            batch = self._clip(self.refs[0]).images(pictures[start : start + IMAGES_AT_ONCE]).to(self.device)
-            if self.mode is None:
-                vectors = encode_image(self._clip(self.refs[0]).model, batch)
-            else:
-                vectors = self._images.encode_image(batch)
-            parts.append(vectors.float().cpu().numpy())
-        return np.concatenate(parts)
+        starts = range(0, len(pictures), IMAGES_AT_ONCE)
+        return np.concatenate(
+            [self.encode_batch(self.front.images(pictures[start : start + IMAGES_AT_ONCE])) for start in starts]
+        )
+
+    @without_gradients()
+    def encode_batch(self, batch: Tensor, asked: Bool[np.ndarray, "n K"] | None = None) -> Float[np.ndarray, "n D"]:
+        """Return the vectors of prepared pictures, (n, 3, H, W).
+
+        Args:
+            batch: The pictures, as `front` prepares them.
+            asked: Which members each of them is for, as for `RoutedClip.encode_image`; None: all.
+        """
+        batch = batch.to(self.device)
+        if self.mode is None:
+            vectors = encode_image(self._clip(self.refs[0]).model, batch)
+        else:
+            vectors = self._images.encode_image(batch, asked=asked)
+        return np.asarray(vectors.float().cpu())
 
     def weigh(self, texts: Sequence[str], expert: str | None = None) -> Float[np.ndarray, "T K"]:
         """Return the weights of the members for each text: routed by itself, or all of it for one member.
@@ -125,6 +154,14 @@ class SearchModel:
         if self.mode is None or self.per_image:
             return np.full((len(texts), len(self.refs)), 1 / len(self.refs))
         return np.asarray(self.mode.route_queries(texts))
+
+    def shares(self, expert: str | None = None) -> Float[np.ndarray, "1 K"]:
+        """Return the weights for a picture: all members alike, or one of them alone.
+
+        Raises:
+            ModeclipError: There is no member of this name.
+        """
+        return self.weigh([ANY_TEXT], expert) if expert else np.full((1, len(self.refs)), 1 / len(self.refs))
 
     @without_gradients()
     def encode_texts(self, texts: Sequence[str], weights: Float[np.ndarray, "T K"]) -> Float[np.ndarray, "T D"]:
@@ -155,9 +192,52 @@ class SearchModel:
     def _images(self) -> RoutedClip:
         """The image side of the mixture, with all of its experts."""
         assert self.mode is not None
-        task = self.mode.task([ANY_TEXT], rule=None if self.per_image else "uniform")
+        everyone = len(self.refs)  # whatever the budget of a task
+        task = self.mode.task([ANY_TEXT], rule=None if self.per_image else "uniform", max_experts=everyone)
         task.to(self.device)
         return task
 
     def _clip(self, ref: ModelRef) -> Clip:
         return self.pool.get(ref)
+
+
+def encode_query(model: SearchModel, query: Query) -> Asked:
+    """Encode what is looked for."""
+    texts = texts_of(query)
+    weights = model.weigh(texts, query.expert) if texts else model.shares(query.expert)
+    vectors = model.encode_texts(texts, weights) if texts else np.empty((0, sum(model.sizes)), np.float32)
+    picture = None if query.image is None else model.encode_images([query.image.convert("RGB")])[0]
+    return join_parts(model, query, weights, vectors, picture)
+
+
+def texts_of(query: Query) -> list[str]:
+    """Return the texts of a query: what is wanted, then what is not."""
+    return [*([query.text] if query.text is not None else []), *query.negatives]
+
+
+def join_parts(
+    model: SearchModel,
+    query: Query,
+    weights: Float[np.ndarray, "T K"],
+    vectors: Float[np.ndarray, "T D"],
+    picture: Float[np.ndarray, " D"] | None,
+) -> Asked:
+    """Put the encoded parts of a query together.
+
+    Args:
+        model: What encoded them.
+        query: What is looked for.
+        weights: Weights of its texts.
+        vectors: Vectors of its texts, as `SearchModel.encode_texts` returns them.
+        picture: Vector of its picture, as `SearchModel.encode_images` returns it.
+    """
+    shares = model.shares(query.expert)[0]
+    own = shares if query.text is None else weights[0]
+    encoded, parts = list(vectors), list[tuple[float, np.ndarray]]()
+    if query.text is not None:
+        parts.append((1 - query.image_weight if picture is not None else 1.0, encoded.pop(0)))
+    if picture is not None:
+        picture = picture * np.repeat(shares, model.sizes).astype(np.float32)
+        parts.append((query.image_weight if query.text is not None else 1.0, picture))
+    parts += [(-query.negative_weight, vector) for vector in encoded]
+    return Asked(weights=own, parts=tuple(parts), text=query.text)

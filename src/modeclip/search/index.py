@@ -40,11 +40,11 @@ from modeclip.data.images import decode_image
 from modeclip.data.mapping import IMAGE, POSITION, Statistic, concatenate, map_fragments
 from modeclip.data.selection import ALL, Selection
 from modeclip.data.storage import KEEP_VERSIONS
-from modeclip.errors import DamagedError, ModeclipError
+from modeclip.errors import DamagedError, ModeclipError, unknown
 from modeclip.search.approximate import Approximate, build_approximate, nearest
-from modeclip.search.asking import SearchModel
+from modeclip.search.asking import SearchModel, encode_query
 from modeclip.search.exact import Rows
-from modeclip.search.query import Added, Found, Hit, Query, SearchConfig
+from modeclip.search.query import Added, Asked, Found, Hit, Query, SearchConfig
 from modeclip.system.console import log
 from modeclip.system.files import LOCK_FILE, only_process, read_json, write_json, writing
 from modeclip.system.paths import home_path, is_url
@@ -201,12 +201,12 @@ class Index:
         except (KeyError, TypeError) as error:
             raise DamagedError(f"index {folder}: {INDEX_FILE} has no {error}; {_AGAIN}") from error
         if differing := [
-            name
+            f"{name} has the hash {new[:12] or 'none'}, expected {old[:12]}"
             for name, old, new in zip(names, digests, [*model.digests, *[""] * len(digests)], strict=False)
             if old != new
         ]:
             raise ModeclipError(
-                f"index {folder}: was built with another model than {model.spec} is ({', '.join(differing)} differs); "
+                f"index {folder}: was built with another model than {model.spec} is ({'; '.join(differing)}); "
                 "build the index again in another folder, or give the model that it was built with"
             )
         try:
@@ -280,7 +280,7 @@ class Index:
 
     def search(
         self,
-        query: Query | str,
+        query: Query | Asked | str,
         *,
         count: int = 10,
         where: Sequence[str] = (),
@@ -290,7 +290,7 @@ class Index:
         """Find the images that fit a query best.
 
         Args:
-            query: What is looked for; a string is a text.
+            query: What is looked for; a string is a text, and `Asked` was encoded before.
             count: Images that are wanted, 1 or more.
             where: Conditions that they must fulfil, as for `Selection`.
             least_strength: Leave out hits that are weaker, in [0, 1].
@@ -309,7 +309,8 @@ class Index:
             raise ModeclipError(
                 "search: hybrid needs a text, whose words are looked for in the captions; got a picture"
             )
-        vector, weights = self._vector(query)
+        asked = query if isinstance(query, Asked) else encode_query(self.model, query)
+        vector, weights = self._vector(asked), asked.weights
         chosen = self._chosen(where)
         searched = len(self) if chosen is None else int(chosen.sum())
         approximate = self.approximate
@@ -329,6 +330,34 @@ class Index:
             exact=approximate is None or chosen is not None,
         )
 
+    def read(self, numbers: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Return columns of some rows of the index.
+
+        Raises:
+            ModeclipError: There is no such row or column.
+        """
+        for column in columns:
+            if column not in self.columns:
+                raise unknown(f"column of {self.folder}", column, self.columns)
+        for number in numbers:
+            if not 0 <= number < len(self):
+                raise ModeclipError(f"index {self.folder}: expected a row from 0 to {len(self) - 1:,}, got {number}")
+        found: list[dict[str, Any]] = self._take(columns, np.array(numbers, np.int64)).to_pylist()
+        return found
+
+    def encoded_picture(self, number: int) -> bytes:
+        """Return the encoded image of a row, as the catalog has it.
+
+        Raises:
+            ModeclipError: There is no such row, the catalog is gone, or it holds another pair there.
+        """
+        (pair,) = self.read([number], ["key", "catalog", "row"])
+        path = self.catalogs[pair["catalog"]]
+        catalog, row = Catalog.open(path), np.array([pair["row"]])
+        if catalog.read(["key"], row)["key"][0] != pair["key"]:
+            raise ModeclipError(_moved(self.folder, path, pair["key"]))
+        return catalog.encoded_images(row)[0]
+
     def pictures(self, hits: Sequence[Hit]) -> list[Image]:
         """Return the pictures of some hits.
 
@@ -342,31 +371,16 @@ class Index:
             keys = catalog.read(["key"], rows)["key"]
             for place, key, picture in zip(places, keys, catalog.images(rows), strict=True):
                 if key != hits[place].key:
-                    raise ModeclipError(
-                        f"index {self.folder}: {path} has {key!r} where {hits[place].key!r} was when it was indexed; "
-                        f"give modeclip search add {self.folder} {path}"
-                    )
+                    raise ModeclipError(_moved(self.folder, path, hits[place].key))
                 found[place] = picture
         return found
 
-    def _vector(self, query: Query) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, " K"]]:
-        """Return the one vector that a query is, and the weights of the experts for its text."""
-        texts = [*([query.text] if query.text is not None else []), *query.negatives]
-        weights = self.model.weigh(texts, query.expert) if texts else np.empty((0, len(self.model.refs)))
-        encoded = list(self.model.encode_texts(texts, weights)) if texts else []
-        own = self.model.weigh([""], query.expert)[0] if query.text is None else weights[0]
-        parts: list[tuple[float, np.ndarray]] = []
-        if query.text is not None:
-            parts.append((1 - query.image_weight if query.image is not None else 1.0, encoded.pop(0)))
-        if query.image is not None:
-            picture = self.model.encode_images([query.image.convert("RGB")])[0]
-            shares = np.full(len(own), 1 / len(own)) if query.expert is None else own
-            picture = picture * np.repeat(shares, self.model.sizes).astype(np.float32)
-            parts.append((query.image_weight if query.text is not None else 1.0, picture))
-        parts += [(-query.negative_weight, vector) for vector in encoded]
-        if len(parts) == 1:
-            return parts[0][1], own
-        return np.sum([weight / self._spread(vector)[1] * vector for weight, vector in parts], axis=0), own
+    def _vector(self, asked: Asked) -> Float[np.ndarray, " D"]:
+        """Return the one vector that a query is."""
+        if len(asked.parts) == 1:
+            return asked.parts[0][1]
+        total: np.ndarray = np.sum([w / self._spread(vector)[1] * vector for w, vector in asked.parts], axis=0)
+        return total
 
     def _spread(self, vector: Float[np.ndarray, " D"]) -> tuple[float, float]:
         """Return mean and standard deviation of a query's scores over the index."""
@@ -392,6 +406,7 @@ class Index:
         strengths = np.interp(heights, self._content["heights"], np.linspace(0, 1, LEVELS))
         return [
             Hit(
+                number=number,
                 key=pair["key"],
                 caption=pair["caption"],
                 path=pair["path"],
@@ -402,8 +417,13 @@ class Index:
                 catalog=self.catalogs[pair["catalog"]],
                 row=pair["row"],
             )
-            for pair, own, height, strength in zip(
-                table.drop_columns([VECTOR, "digest"]).to_pylist(), parts, heights, strengths, strict=True
+            for number, pair, own, height, strength in zip(
+                rows.tolist(),
+                table.drop_columns([VECTOR, "digest"]).to_pylist(),
+                parts,
+                heights,
+                strengths,
+                strict=True,
             )
         ]
 
@@ -478,6 +498,13 @@ def _add(
         elif content.get("config") != index._content.get("config"):  # type: ignore[union-attr]
             _finish(folder, dataset, model, content)
         return Added(**counts, num_rows=int(dataset.count_rows()))
+
+
+def _moved(folder: Path, path: str, key: str) -> str:
+    return (
+        f"index {folder}: {path} has another pair where {key!r} was when it was indexed; give modeclip search add"
+        f" {folder} {path}"
+    )
 
 
 def _missing(catalog: Catalog, selection: Selection, dataset: Any) -> tuple[Bool[np.ndarray, " N"], dict[str, int]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from jaxtyping import Float
+
 from modeclip.errors import ModeclipError
 
 if TYPE_CHECKING:
@@ -58,9 +61,24 @@ class Query:
             raise ModeclipError(f"negative_weight: expected 0 or more, got {self.negative_weight}")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asked:
+    """A query that was encoded."""
+
+    weights: Float[np.ndarray, " K"]
+    """Weight of each expert."""
+    parts: tuple[tuple[float, Float[np.ndarray, " D"]], ...]
+    """What the images should be near to, each with its weight; what is not wanted has one below 0."""
+    text: str | None = None
+    """The words, for the captions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hit:
     """One image that was found."""
+
+    number: int
+    """Position in the index, from 0."""
 
     key: str
     """Key of the pair in its catalog."""

@@ -1,0 +1,155 @@
+"""The process that serves: its port, its signals, and clients that send slowly.
+
+SIGTERM and SIGINT end it gracefully: no new connection is taken, what is under way is answered, and the exit code is 0.
+A second signal ends it at once. SIGHUP reloads the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from modeclip.errors import ModeclipError
+from modeclip.serving.app import create_app
+from modeclip.serving.service import Service
+from modeclip.system.console import log
+
+HEAD_SECONDS = 15.0
+"""How long a connection may take to send the head of a request."""
+DRAIN_SECONDS = 30
+"""How long what is under way may take once the service ends."""
+CONNECTIONS = 2048
+"""Connections that wait to be accepted."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take a port, before anything that costs time; 0: any that is free.
+
+    Raises:
+        ModeclipError: Another process has it, or the machine has no such address.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise ModeclipError(f"--host {host}: no address of this machine; give 127.0.0.1, or 0.0.0.0 for all") from None
+    family, kind, protocol, _, address = found
+    place = socket.socket(family, kind, protocol)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind(address)
+    except OSError as error:
+        place.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ModeclipError(f"--port {port}: another process listens there; give another port") from None
+        reason = (error.strerror or "refused").lower()
+        raise ModeclipError(f"--host {host} --port {port}: {reason}; give another host or port") from None
+    return place
+
+
+def is_local(host: str) -> bool:
+    """Say whether only this machine can ask a service at an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def address_of(place: socket.socket) -> str:
+    """Return the address that people open."""
+    host, port = place.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(service: Service, place: socket.socket, *, key: str = "", origins: Sequence[str] = ()) -> None:
+    """Answer until a signal comes.
+
+    Args:
+        service: What answers.
+        place: What `bind` has returned.
+        key: The key that clients must send; empty: none.
+        origins: As for `create_app`.
+    """
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    app = create_app(service, key=key, origins=origins, is_local=is_local(place.getsockname()[0]))
+    config = uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=CONNECTIONS,
+        timeout_keep_alive=int(HEAD_SECONDS),
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    gc.collect()
+    gc.freeze()  # models and libraries stay; a collection need not look at them
+    asyncio.run(_Server(config, service).serve(sockets=[place]))
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._service.reload))
+        try:
+            yield
+        finally:
+            self._service.close()
+
+    def _end(self) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = self._service.is_ending = True
+        if not self.force_exit:
+            log("ending: what is under way is answered")
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP whose clients have a while to send the head of a request, and no longer."""
+
+    _watch: asyncio.TimerHandle | None = None
+    _was_idle = False
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to watch."""
+        super().connection_made(transport)
+        self._look_later()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End to watch."""
+        if self._watch is not None:
+            self._watch.cancel()
+        super().connection_lost(exc)
+
+    def _look_later(self) -> None:
+        self._watch = self.loop.call_later(HEAD_SECONDS, self._look)
+
+    def _look(self) -> None:
+        """Close a connection that has sent no whole head since the last look."""
+        seen = None if self.cycle is None else id(self.cycle)
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and (seen is None or self._was_idle == seen):
+            self.transport.close()
+            return
+        self._was_idle = seen if is_idle else False  # type: ignore[assignment]
+        self._look_later()

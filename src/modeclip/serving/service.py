@@ -1,0 +1,363 @@
+"""What a service is made of: the model with its answers, the indexes, the run that they come from; opened and reloaded.
+
+``modeclip serve`` takes the folder of a run, a bundle, or a model. Of a run it serves the bundle and the index of its
+pairs, which it builds at the first start. A watcher compares what lies on disk once a second: when the bundle or an
+index was written anew, it is opened and tried beside what answers now, and takes its place if it works. If it does not,
+or is gone, the service goes on with what it has in memory and says so in ``trouble``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from modeclip.errors import ModeclipError, in_one_line, unknown
+from modeclip.mixture.manifest import MANIFEST_FILE
+from modeclip.search.asking import SearchModel
+from modeclip.search.index import INDEX_FILE, Index
+from modeclip.serving.answers import Answers
+from modeclip.serving.limits import Limits, RefusedError
+from modeclip.serving.shapes import Health
+from modeclip.system.console import log
+from modeclip.system.paths import RunPaths, expand_homes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from modeclip.search.query import Asked, Found
+
+Result = TypeVar("Result")
+
+WEB = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
+"""Formats that every browser shows."""
+
+INDEX_FOLDER = "index"
+"""Index in the folder of a run."""
+State = tuple[tuple[str, int, int, int], ...]
+"""Which files there are, with time, size and inode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is served, and how it is opened."""
+
+    name: str
+    """What clients call the model."""
+    model: str
+    """A bundle, a model folder or a name, as `SearchModel.open` takes it."""
+    run: Path | None = None
+    """The folder of the run, if it is one."""
+    indexes: Mapping[str, Path]
+    """Folder of each index by name."""
+    device: str = "auto"
+    encoder: str | None = None
+    trust_encoder: bool = False
+    max_memory: int | None = None
+    """Bytes that the weights of experts may take."""
+
+    def open(self, limits: Limits) -> tuple[Answers, dict[str, Index]]:
+        """Open the model and its indexes.
+
+        Raises:
+            ModeclipError: There is no such model or index, or an index is of another model.
+        """
+        model = SearchModel.open(
+            self.model,
+            device=self.device,
+            encoder=self.encoder,
+            trust_encoder=self.trust_encoder,
+            max_memory=self.max_memory,
+        )
+        indexes = {name: Index.open(folder, model) for name, folder in self.indexes.items()}
+        return Answers(model, limits), indexes
+
+    def state(self) -> State:
+        """Return what lies on disk; whatever changes it was written anew."""
+        folder = Path(self.model.partition("#")[0])
+        watched = [folder / MANIFEST_FILE] if (folder / MANIFEST_FILE).is_file() else []
+        if not watched and folder.is_dir():
+            watched = sorted(path for path in folder.iterdir() if path.is_file())
+        found = []
+        for path in [*watched, *(place / INDEX_FILE for place in self.indexes.values())]:
+            try:
+                about = path.stat()
+            except OSError:
+                continue
+            found.append((str(path), about.st_mtime_ns, about.st_size, about.st_ino))
+        return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """What answers at a moment. A request takes it once, and is answered by the same model and index throughout."""
+
+    answers: Answers
+    indexes: Mapping[str, Index]
+    number: int
+    """How many there were before."""
+    opened: float
+    """When, in seconds since 1970."""
+
+    def index(self, name: str | None = None) -> tuple[str, Index]:
+        """Return an index by its name, or the first.
+
+        Raises:
+            RefusedError: There is none of this name, or none at all.
+        """
+        if not self.indexes:
+            raise RefusedError("no index is served; start the service with --index INDEX", 409)
+        if name is None:
+            return next(iter(self.indexes.items()))
+        if name not in self.indexes:
+            raise RefusedError(str(unknown("index", name[:100], self.indexes)), 404)
+        return name, self.indexes[name]
+
+
+class Service:
+    """Everything that the routes share."""
+
+    def __init__(self, source: Source, limits: Limits) -> None:
+        self.source, self.limits, self.began = source, limits, time.time()
+        self.is_ending = False
+        """Whether it takes no new requests."""
+        self.trouble = ""
+        """Why what lies on disk is not what answers; empty: it is."""
+        self._state, self._lock = source.state(), Lock()
+        self._readers = ThreadPoolExecutor(2, "pictures")
+        self._searchers = ThreadPoolExecutor(2, "search")
+        answers, indexes = source.open(limits)
+        if source.max_memory is None:
+            answers.try_out()
+        self.now = Snapshot(answers=answers, indexes=indexes, number=0, opened=self.began)
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+        return self.source.name
+
+    @property
+    def answers(self) -> Answers:
+        """The model that answers now."""
+        return self.now.answers
+
+    @property
+    def indexes(self) -> Mapping[str, Index]:
+        """The indexes that are searched now."""
+        return self.now.indexes
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run, if one is served."""
+        return self.source.run
+
+    @property
+    def catalog(self) -> Path | None:
+        """The catalog of the run's training pairs."""
+        place = None if self.run is None else RunPaths(folder=self.run).catalog_path
+        return place if place is not None and place.exists() else None
+
+    def health(self, status: str) -> Health:
+        """Return how the service is."""
+        return Health(
+            status=status, model=self.name, trouble=self.trouble, uptime_seconds=round(time.time() - self.began, 3)
+        )
+
+    def reload(self, *, always: bool = True) -> bool:
+        """Open anew what lies on disk, and answer with it from now on; return whether that was done.
+
+        Args:
+            always: Do it although nothing has changed, and nothing was wrong.
+        """
+        with self._lock:
+            state = self.source.state()
+            if not always and state == self._state and not self.trouble:
+                return False
+            try:
+                answers, indexes = self.source.open(self.limits)
+                answers.try_out()
+            except (ModeclipError, OSError) as error:
+                trouble = in_one_line(error) if isinstance(error, OSError) else str(error)
+                if trouble != self.trouble:
+                    log(f"not reloaded, the service goes on with what it has: {trouble}")
+                self.trouble = trouble
+                return False
+            self._state, self.trouble, before = state, "", self.now
+            self.now = Snapshot(answers=answers, indexes=indexes, number=before.number + 1, opened=time.time())
+            log(f"reloaded {self.source.model}")
+            return True
+
+    # ---------------------------------------------------------------- pictures
+
+    async def read_pictures(self, what: str, texts: Sequence[str], now: Snapshot) -> list[Tensor]:
+        """Return pictures in base64 as the image towers take them.
+
+        Args:
+            what: What the client calls them.
+            texts: The pictures.
+            now: What will look at them.
+
+        Raises:
+            RefusedError: One is an address, too large, or no picture.
+        """
+        return await self._in(self._readers, self._read, what, texts, now.answers.prepare)
+
+    async def open_pictures(self, what: str, texts: Sequence[str]) -> list[Image]:
+        """Return pictures in base64, in RGB; arguments and errors as for `read_pictures`."""
+        return await self._in(self._readers, self._read, what, texts, _itself)
+
+    async def decode_picture(self, what: str, data: bytes) -> Image:
+        """Return the picture in the bytes of a file, in RGB; errors as for `read_pictures`."""
+
+        def decode() -> Image:
+            self.limits.measure(what, data)
+            return self.limits.decode(what, data)
+
+        return await self._in(self._readers, decode)
+
+    async def picture(self, index: Index, number: int, size: int | None = None) -> tuple[bytes, str]:
+        """Return a picture of an index as a browser shows it, and its media type.
+
+        Args:
+            index: The index.
+            number: Position in it.
+            size: Pixels of the longer side; None: as it is.
+
+        Raises:
+            RefusedError: The picture is not where it was indexed.
+        """
+        try:
+            return await self._in(self._readers, _for_browsers, index, number, size)
+        except ModeclipError as error:
+            raise RefusedError(str(error), 503) from None
+
+    # ---------------------------------------------------------------- search
+
+    async def search(self, index: Index, asked: Asked, **options: Any) -> Found:
+        """Search an index; arguments and errors as for `Index.search`."""
+        return await self._in(self._searchers, lambda: index.search(asked, **options))
+
+    def close(self) -> None:
+        """Compute no more."""
+        self.now.answers.retire()
+        for pool in (self._readers, self._searchers):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, what: str, texts: Sequence[str], then: Callable[[Image], Result]) -> list[Result]:
+        limits = self.limits
+        if len(texts) > limits.max_images:
+            raise RefusedError(f"{what}: expected at most {limits.max_images:,} pictures, got {len(texts):,}", 413)
+        names = [f"{what}[{number}]" for number in range(len(texts))] if len(texts) > 1 else [what]
+        files = [limits.read_base64(name, text) for name, text in zip(names, texts, strict=False)]
+        pixels = sum(limits.measure(name, data) for name, data in zip(names, files, strict=False))
+        if pixels > limits.max_pixels:
+            raise RefusedError(f"{what}: {pixels:,} pixels, expected at most {limits.max_pixels:,} together", 413)
+        return [then(limits.decode(name, data)) for name, data in zip(names, files, strict=False)]
+
+    async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., Result], *given: Any) -> Result:
+        def guarded() -> Result:
+            try:
+                return work(*given)
+            except Exception:
+                raise
+            except BaseException as error:  # a panic of a library in Rust is none of Python's exceptions
+                raise RefusedError(f"this cannot be computed ({type(error).__name__})", 422) from None
+
+        return await asyncio.get_running_loop().run_in_executor(pool, guarded)
+
+
+def _itself(picture: Image) -> Image:
+    return picture
+
+
+def _for_browsers(index: Index, number: int, size: int | None) -> tuple[bytes, str]:
+    import io
+
+    from PIL import Image
+
+    from modeclip.data.images import decode_image, strict_pillow
+
+    data = index.encoded_picture(number)
+    with strict_pillow():
+        with Image.open(io.BytesIO(data)) as image:
+            kind = image.format or ""
+        if size is None and kind in WEB:
+            return data, WEB[kind]
+        picture = decode_image(data)
+    if size is not None:
+        picture.thumbnail((size, size))
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return file.getvalue(), WEB["PNG"]
+
+
+def open_service(
+    what: str | Path,
+    *,
+    indexes: Sequence[Path | str] = (),
+    limits: Limits | None = None,
+    device: str = "auto",
+    encoder: str | None = None,
+    trust_encoder: bool = False,
+    max_memory: int | None = None,
+) -> Service:
+    """Open what is served.
+
+    Args:
+        what: The folder of a run, a bundle, a model folder, or the name of a model.
+        indexes: Folders of indexes of the same model; none: that of the run, which is built if it is not there.
+        limits: What clients may ask.
+        device: As for `SearchModel.open`.
+        encoder: As for `SearchModel.open`.
+        trust_encoder: As for `SearchModel.open`.
+        max_memory: Bytes that the weights of experts may take; None: any number.
+
+    Raises:
+        ModeclipError: There is no such model or index, an index is half built or of another model, or two have a name.
+    """
+    place = Path(expand_homes(str(what)))
+    paths = RunPaths(folder=place)
+    is_run = not (place / MANIFEST_FILE).is_file() and (paths.bundle.is_dir() or paths.catalog_path.is_dir())
+    if is_run and not (paths.bundle / MANIFEST_FILE).is_file():
+        raise ModeclipError(f"run {place}: {paths.bundle / MANIFEST_FILE} is missing; finish the run with modeclip run")
+    named: dict[str, Path] = {}
+    for folder in (Path(expand_homes(str(one))) for one in indexes):
+        name = place.resolve().name if folder.name == INDEX_FOLDER else folder.name.removesuffix(".index")
+        if name in named:
+            raise ModeclipError(f"--index: {named[name]} and {folder} are both called {name!r}; rename a folder")
+        named[name] = folder
+    model = paths.bundle if is_run else what
+    resolved = place.resolve() if is_run or place.exists() else place
+    source = Source(
+        name=resolved.parent.name if resolved.name == "bundle" else resolved.name,
+        model=expand_homes(str(model)),
+        run=paths.folder if is_run else None,
+        indexes=named,
+        device=device,
+        encoder=encoder,
+        trust_encoder=trust_encoder,
+        max_memory=max_memory,
+    )
+    if is_run and not named and paths.catalog_path.is_dir():
+        source = replace(source, indexes={source.name: _index_of_run(source, paths)})
+    return Service(source, limits or Limits())
+
+
+def _index_of_run(source: Source, paths: RunPaths) -> Path:
+    """Return the index of a run's pairs, built if it is not there or was not finished."""
+    from modeclip.data.catalog import Catalog
+
+    folder = paths.folder / INDEX_FOLDER
+    if not (folder / INDEX_FILE).is_file():
+        log(f"first start: encode the images of {paths.catalog_path} into {folder}")
+        model = SearchModel.open(
+            source.model, device=source.device, encoder=source.encoder, trust_encoder=source.trust_encoder
+        )
+        Index.build(Catalog.open(paths.catalog_path), model, folder)
+    return folder
