@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import webbrowser
 from dataclasses import asdict, replace
@@ -24,6 +25,8 @@ def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"
     from modeclip.pipeline.recipe import demo_recipe
 
     run(demo_recipe(), out, as_json=as_json)
+    if not as_json:
+        print_lines(f"modeclip serve {shlex.quote(str(out))}")
     if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         webbrowser.open(RunPaths(folder=out).report.resolve().as_uri())
 

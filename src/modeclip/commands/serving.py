@@ -36,6 +36,9 @@ def serve(
     allow_origin: Annotated[
         tuple[str, ...], arg(metavar="ORIGIN", help="Pages of these origins may ask (https://example.org).")
     ] = (),
+    dimension: Annotated[
+        int | None, arg(help="Numbers of an embedding: zeros are appended, for programs that expect so many.")
+    ] = None,
     device: Annotated[str, arg(help="Where it computes: auto, cpu, cuda.")] = "auto",
     encoder: UserEncoder = None,
     trust_encoder: Annotated[bool, arg(help="Run the bundle's own encoder, if that is Python code.")] = False,
@@ -61,6 +64,7 @@ def serve(
             encoder=encoder,
             trust_encoder=trust_encoder,
             max_memory=memory,
+            dimension=dimension,
         )
         log(f"{service.name}: {address_of(place)} (Ctrl-C ends it)")
         serve_until_told(service, place, key=key, origins=allow_origin)

@@ -204,7 +204,7 @@ class SearchModel:
 def encode_query(model: SearchModel, query: Query) -> Asked:
     """Encode what is looked for."""
     texts = texts_of(query)
-    weights = model.weigh(texts, query.expert) if texts else model.shares(query.expert)
+    weights = model.weigh(texts, query.expert) if texts else np.empty((0, len(model.refs)))
     vectors = model.encode_texts(texts, weights) if texts else np.empty((0, sum(model.sizes)), np.float32)
     picture = None if query.image is None else model.encode_images([query.image.convert("RGB")])[0]
     return join_parts(model, query, weights, vectors, picture)

@@ -308,7 +308,7 @@ class Answers:
             prepared: Its picture, as `prepare` returns it.
         """
         texts = texts_of(query)
-        weights = await self.weigh(texts, query.expert) if texts else self.model.shares(query.expert)
+        weights = await self.weigh(texts, query.expert) if texts else np.empty((0, len(self.model.refs)))
         vectors = np.empty((0, sum(self.model.sizes)), np.float32)
         if texts:
             vectors = await self.text_vectors(texts, None if self.model.per_image else _active(weights))

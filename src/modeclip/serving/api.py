@@ -145,7 +145,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         texts = [place for place in range(len(inputs)) if place not in set(places)]
         service.limits.check_texts("input", [inputs[place] for place in texts])
         pictures = await service.read_pictures("input", [inputs[place] for place in places], now)
-        dimension = _padded(body.dimensions, now)
+        dimension = padded(body.dimensions, service, now)
         found = np.zeros((len(inputs), dimension), np.float32)
         if pictures:
             found[places, : now.answers.dimension] = await now.answers.embed_images(pictures)
@@ -175,7 +175,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         limits.check_texts("negatives", body.negatives)
         limits.check_texts("where", body.where)
         opened = await service.open_pictures("image", [] if body.image is None else [body.image])
-        prepared = now.answers.prepare(opened[0]) if opened else None
+        prepared = await service.prepare(opened[0], now) if opened else None
         query = Query(
             text=body.text,
             image=opened[0] if opened else None,
@@ -284,12 +284,21 @@ def _check_model(name: str | None, service: Service) -> None:
         raise RefusedError(str(unknown("model", name[:100], [service.name])), 404)
 
 
-def _padded(wanted: int | None, now: Snapshot) -> int:
-    """Return the numbers of an embedding that was asked for with so many."""
+def padded(wanted: int | None, service: Service, now: Snapshot) -> int:
+    """Return how many numbers an embedding has: its own, those of the service, or those that were asked for.
+
+    Args:
+        wanted: What was asked for.
+        service: Whose embeddings all have a length, if it was started so.
+        now: What answers.
+
+    Raises:
+        RefusedError: The model's vectors are longer.
+    """
     own = now.answers.dimension
     if wanted is not None and wanted < own:
         raise RefusedError(f"dimensions: the model's vectors have {own:,} numbers, expected at least that", 422)
-    return wanted or own
+    return wanted or max(own, service.dimension or 0)
 
 
 def _reason(reason: ClassReason, experts: Sequence[str]) -> dict[str, Any]:

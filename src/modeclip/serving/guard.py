@@ -130,7 +130,7 @@ class Guard:
             async with _deadline(self._limits.timeout_seconds, 408):
                 await self._read(receive, headers, body)
             async with _deadline(self._limits.timeout_seconds, 503):
-                await self._app(scope, _replay(bytes(body), receive), answer.send)
+                await _while_there(self._app, scope, bytes(body), receive, answer.send)
         finally:
             self._requests -= 1
             self._bytes -= len(body)
@@ -245,15 +245,29 @@ class _deadline:  # noqa: N801 (it is used as a function)
             ) from None
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return what gives an app a request that was read, and then what the connection does."""
-    is_sent = False
+async def _while_there(app: App, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    """Have an app answer a request that was read, and stop it when the client closes the connection.
+
+    Raises:
+        _GoneError: The client has gone.
+    """
+    gone = asyncio.ensure_future(receive())
+    is_given = False
 
     async def again() -> MutableMapping[str, Any]:
-        nonlocal is_sent
-        if is_sent:
-            return await receive()
-        is_sent = True
+        nonlocal is_given
+        if is_given:
+            return await asyncio.shield(gone)
+        is_given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    answering = asyncio.ensure_future(app(scope, again, send))
+    try:
+        await asyncio.wait([gone, answering], return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise _GoneError
+        answering.result()
+    finally:
+        for task in (gone, answering):
+            task.cancel()
+        await asyncio.gather(gone, answering, return_exceptions=True)

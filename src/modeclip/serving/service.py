@@ -17,10 +17,13 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from modeclip.errors import ModeclipError, in_one_line, unknown
 from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.search.asking import SearchModel
 from modeclip.search.index import INDEX_FILE, Index
+from modeclip.search.query import Asked
 from modeclip.serving.answers import Answers
 from modeclip.serving.limits import Limits, RefusedError
 from modeclip.serving.shapes import Health
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from modeclip.search.query import Asked, Found
+    from modeclip.search.query import Found
 
 Result = TypeVar("Result")
 
@@ -76,6 +79,8 @@ class Source:
             max_memory=self.max_memory,
         )
         indexes = {name: Index.open(folder, model) for name, folder in self.indexes.items()}
+        for index in indexes.values():
+            index.search(Asked(weights=model.shares()[0], parts=((1.0, np.ones(sum(model.sizes), np.float32)),)))
         return Answers(model, limits), indexes
 
     def state(self) -> State:
@@ -123,8 +128,19 @@ class Snapshot:
 class Service:
     """Everything that the routes share."""
 
-    def __init__(self, source: Source, limits: Limits) -> None:
+    def __init__(self, source: Source, limits: Limits, *, dimension: int | None = None) -> None:
+        """Open it.
+
+        Args:
+            source: What is served.
+            limits: What clients may ask.
+            dimension: Numbers of an embedding, zeros appended; None: as many as the model has.
+
+        Raises:
+            ModeclipError: As for `Source.open`, or the model's embeddings are longer.
+        """
         self.source, self.limits, self.began = source, limits, time.time()
+        self.dimension = dimension
         self.is_ending = False
         """Whether it takes no new requests."""
         self.trouble = ""
@@ -133,6 +149,11 @@ class Service:
         self._readers = ThreadPoolExecutor(2, "pictures")
         self._searchers = ThreadPoolExecutor(2, "search")
         answers, indexes = source.open(limits)
+        if dimension is not None and dimension < answers.dimension:
+            raise ModeclipError(
+                f"--dimension {dimension:,}: the model's embeddings have {answers.dimension:,} numbers, and zeros can"
+                " only be appended; give at least that"
+            )
         if source.max_memory is None:
             answers.try_out()
         self.now = Snapshot(answers=answers, indexes=indexes, number=0, opened=self.began)
@@ -237,7 +258,15 @@ class Service:
         except ModeclipError as error:
             raise RefusedError(str(error), 503) from None
 
+    async def prepare(self, picture: Image, now: Snapshot) -> Tensor:
+        """Return a picture as the image towers take it."""
+        return await self._in(self._readers, now.answers.prepare, picture)
+
     # ---------------------------------------------------------------- search
+
+    async def read_rows(self, index: Index, numbers: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Read rows of an index; arguments and errors as for `Index.read`."""
+        return await self._in(self._searchers, index.read, numbers, columns)
 
     async def search(self, index: Index, asked: Asked, **options: Any) -> Found:
         """Search an index; arguments and errors as for `Index.search`."""
@@ -306,6 +335,7 @@ def open_service(
     encoder: str | None = None,
     trust_encoder: bool = False,
     max_memory: int | None = None,
+    dimension: int | None = None,
 ) -> Service:
     """Open what is served.
 
@@ -317,6 +347,7 @@ def open_service(
         encoder: As for `SearchModel.open`.
         trust_encoder: As for `SearchModel.open`.
         max_memory: Bytes that the weights of experts may take; None: any number.
+        dimension: Numbers of an embedding, zeros appended; None: as many as the model has.
 
     Raises:
         ModeclipError: There is no such model or index, an index is half built or of another model, or two have a name.
@@ -346,7 +377,7 @@ def open_service(
     )
     if is_run and not named and paths.catalog_path.is_dir():
         source = replace(source, indexes={source.name: _index_of_run(source, paths)})
-    return Service(source, limits or Limits())
+    return Service(source, limits or Limits(), dimension=dimension)
 
 
 def _index_of_run(source: Source, paths: RunPaths) -> Path:
