@@ -187,6 +187,10 @@ class ModelPool:
         """Return how many models are in memory."""
         return len(self._clips)
 
+    def __contains__(self, ref: ModelRef) -> bool:
+        """Tell whether a model is in memory, on any device."""
+        return any(digest == ref.digest for digest, _, _ in list(self._clips))
+
     def get(self, ref: ModelRef, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Clip:
         """Return a model in evaluation mode, loaded if need be.
 

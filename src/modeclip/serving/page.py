@@ -1,16 +1,304 @@
-"""The page: what a browser shows of a service."""
+"""The page that the service shows: its files, and what its views ask for besides the service's own answers.
+
+The page is plain HTML, CSS and ES modules in ``site/``, loads nothing from elsewhere, and its content security policy
+makes the browser refuse everything else. Search and Classify use the routes that any client uses; the routes here serve
+the atlas, the run and the state of the service. They are for the page alone, so they are not part of the OpenAPI.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import platform
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from modeclip import __version__
+from modeclip.errors import ModeclipError
+from modeclip.pages.html import fill_template
+from modeclip.serving.atlas import Atlas, TakenError
+from modeclip.serving.limits import RefusedError
+from modeclip.system.console import log
+from modeclip.system.devices import memory_gb
+from modeclip.system.paths import RunPaths
 
 if TYPE_CHECKING:
     from modeclip.serving.service import Service
 
+Json = dict[str, Any]
+
+SITE = Path(__file__).parent / "site"
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What the page may load: its own files, and pictures that somebody drops on it."""
+MOST_EXPERTS = 64
+"""Experts that have a colour in the style sheet; more share the colour of the last."""
+MOST_ROWS = 200
+"""Pairs that are described at once."""
+CHECK_FOLDER = "check"
+"""Folder of the run that the data check is written to."""
+
+
+class MaskRequest(BaseModel):
+    """A selection on the map, to be saved as a column."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(max_length=100)
+    polygons: list[Annotated[list[tuple[float, float]], Field(min_length=3, max_length=4000)]] = Field(
+        default=[], max_length=64
+    )
+    clusters: list[int] = Field(default=[], max_length=100_000)
+    rows: list[int] = Field(default=[], max_length=1_000_000)
+    replace: bool = False
+
+
+@dataclass
+class DataCheck:
+    """The data check of a run, which the page can start."""
+
+    running: bool = False
+    error: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
 
 def page_router(service: Service) -> APIRouter:
     """Return the routes of the page."""
-    del service  # nothing is shown yet
-    return APIRouter(include_in_schema=False)
+    router = APIRouter(include_in_schema=False)
+    _add_site(router)
+    _add_atlas(router, service)
+    _add_run(router, service)
+
+    @router.get("/system")
+    def system() -> Json:
+        return describe_system(service)
+
+    return router
+
+
+def _add_site(router: APIRouter) -> None:
+    files = {path.name: path for path in SITE.iterdir() if path.suffix in TYPES}
+
+    @router.get("/")
+    def index() -> Response:
+        return FileResponse(
+            files["index.html"],
+            media_type="text/html",
+            headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", **_SAFE},
+        )
+
+    @router.get("/site/colours.css")
+    def colours() -> Response:
+        style = fill_template("colours.css", num_experts=MOST_EXPERTS)
+        return Response(style, media_type="text/css", headers={"Cache-Control": "no-cache", **_SAFE})
+
+    @router.get("/site/{name}")
+    def site(name: str) -> Response:
+        if name not in files:
+            raise RefusedError(f"the page has no file {name!r}", 404)
+        kind = TYPES[files[name].suffix]
+        return FileResponse(files[name], media_type=kind, headers={"Cache-Control": "no-cache", **_SAFE})
+
+    @router.get("/favicon.ico")
+    def icon() -> Response:
+        return FileResponse(files["icon.svg"], media_type="image/svg+xml")
+
+
+_SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+def _add_atlas(router: APIRouter, service: Service) -> None:
+    atlas = None if service.run is None else Atlas(service.run)
+
+    def opened() -> Atlas:
+        if atlas is None or not atlas.paths.catalog_path.exists():
+            raise RefusedError(
+                "there is no atlas: it needs the catalog of a run; serve the folder of a run (modeclip serve RUN)", 404
+            )
+        return atlas
+
+    @router.get("/atlas/summary")
+    def summary() -> Json:
+        return opened().summary()
+
+    @router.get("/atlas/points")
+    def points() -> Response:
+        return Response(opened().points(), media_type="application/octet-stream")
+
+    @router.get("/atlas/colour/{name:path}")
+    def colour(name: str) -> Response:
+        legend, codes = opened().colour(name)
+        return Response(codes, media_type="application/octet-stream", headers={"X-Legend": json.dumps(legend)})
+
+    @router.get("/atlas/cluster/{index}")
+    def cluster(index: int, count: Annotated[int, Query(ge=0, le=MOST_ROWS)] = 12) -> Json:
+        card = opened().cluster(index)
+        return card | {"pairs": opened().pairs(opened().members(index, count))}
+
+    @router.get("/atlas/pairs")
+    def pairs(
+        row: Annotated[list[int], Query(max_length=MOST_ROWS)] = [],  # noqa: B006 - FastAPI copies it
+        key: Annotated[list[str], Query(max_length=MOST_ROWS)] = [],  # noqa: B006
+    ) -> Json:
+        return {"pairs": opened().pairs([*row, *opened().rows_of_keys(key)])}
+
+    @router.get("/atlas/pictures/{row}")
+    def picture(row: int, size: Annotated[int, Query(ge=16, le=1024)] = 256) -> Response:
+        data = opened().picture(row, size)
+        kind = "image/png" if data.startswith(b"\x89PNG") else "image/webp"
+        return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=600", **_SAFE})
+
+    @router.post("/atlas/masks")
+    def save(mask: MaskRequest) -> Json:
+        chosen = opened().selected(mask.polygons, mask.clusters, mask.rows)
+        try:
+            return opened().save_mask(mask.name, chosen, replace=mask.replace)
+        except TakenError as error:
+            raise RefusedError(str(error), 409) from None
+
+    @router.delete("/atlas/masks/{name}")
+    def remove(name: str) -> Json:
+        opened().remove_mask(name)
+        return {"name": name}
+
+    @router.get("/atlas/atlas.parquet")
+    def table() -> Response:
+        path = opened().write_table()
+        return FileResponse(path, media_type="application/vnd.apache.parquet", filename="atlas.parquet")
+
+
+def _add_run(router: APIRouter, service: Service) -> None:
+    checking = DataCheck()
+
+    @router.get("/runs")
+    def runs() -> Json:
+        if service.run is None:
+            return {"run": None}
+        return {"run": describe_run(service.run), "check": {"running": checking.running, "error": checking.error}}
+
+    @router.get("/runs/pages/{name:path}")
+    def page(name: str) -> Response:
+        found = {} if service.run is None else pages_of(service.run)
+        if name not in found:
+            raise RefusedError(f"the run has no page {name!r}", 404)
+        policy = {"Content-Security-Policy": "frame-ancestors 'self'", "Cache-Control": "no-cache", **_SAFE}
+        return FileResponse(found[name], media_type="text/html", headers=policy)
+
+    @router.post("/runs/check")
+    def check() -> Json:
+        if service.run is None:
+            raise RefusedError("there is no run to check; serve the folder of a run (modeclip serve RUN)", 404)
+        with checking.lock:
+            if not checking.running:
+                checking.running, checking.error = True, ""
+                threading.Thread(target=_check, args=(service.run, checking), daemon=True).start()
+        return {"running": True}
+
+
+def _check(run: Path, checking: DataCheck) -> None:
+    """Write the page of the data check."""
+    from modeclip.data.catalog import Catalog
+    from modeclip.data.checks import CheckConfig
+    from modeclip.data.checks import check as run_check
+    from modeclip.models.clip import load_clip
+    from modeclip.pages.check_page import write_check
+
+    try:
+        catalog, config = Catalog.open(RunPaths(folder=run).catalog_path), CheckConfig()
+        found = run_check(catalog, config, tokenize=load_clip("modeclip-icon", seed=0).tokenizer)
+        write_check(catalog, found, run / CHECK_FOLDER, config.seed)
+    except (ModeclipError, OSError) as error:
+        checking.error = str(error)
+        log(f"data check: {error}")
+    finally:
+        checking.running = False
+
+
+def pages_of(run: Path) -> dict[str, Path]:
+    """Return the pages of a run by the names that they have in addresses."""
+    paths = RunPaths(folder=run)
+    found = {
+        "report": paths.report,
+        "check": run / CHECK_FOLDER / "check.html",
+        "clusters": paths.clusters / "atlas.html",
+    }
+    found |= {f"curation/{path.parent.name}": path for path in sorted(paths.curation.glob("*/*.html"))}
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def describe_run(run: Path) -> Json:
+    """Return how far a run is: its stages, its models, its pages, and the headline of its results."""
+    from modeclip.pipeline.stages import STAGES, read_record
+    from modeclip.system.files import read_json
+    from modeclip.training.status import status
+
+    paths, stages, models, trouble = RunPaths(folder=run), [], [], []
+    for path in (path for name in STAGES if (path := paths.stages / f"{name}.json").is_file()):
+        try:
+            record = read_record(path, "run its recipe again")
+            stages.append({"name": record["name"], "seconds": record["seconds"], "detail": record["detail"]})
+        except ModeclipError as error:
+            trouble.append(str(error))
+    try:
+        models = [asdict(row) for row in status(run)]
+    except ModeclipError as error:
+        trouble.append(str(error))
+    results: list[Json] = []
+    if paths.results.is_file():
+        try:
+            table = read_json(paths.results, dict[str, Any], "evaluate again (modeclip evaluate)")
+            results = [
+                {name: model.get(name) for name in ("name", "rule", "default", "average", "interval", "samples")}
+                for model in table["models"]
+            ]
+        except (ModeclipError, KeyError) as error:
+            trouble.append(str(error))
+    return {
+        "name": run.resolve().name,
+        "folder": str(run),
+        "stages": stages,
+        "models": models,
+        "results": results,
+        "pages": list(pages_of(run)),
+        "trouble": trouble,
+    }
+
+
+def describe_system(service: Service) -> Json:
+    """Return what is served, and what it takes."""
+    import torch
+
+    model = service.answers.model
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": model.device,
+        "memory_bytes": round(1e9 * memory_gb()),
+        "began": service.began,
+        "uptime_seconds": time.time() - service.began,
+        "trouble": service.trouble,
+        "models": [
+            {"name": name, "loaded": ref in model.pool, "dimension": size, "digest": ref.digest}
+            for name, ref, size in zip(model.names, model.refs, model.sizes, strict=True)
+        ],
+        "indexes": [
+            {
+                "name": name,
+                "folder": str(index.folder),
+                "num_rows": len(index),
+                "exact": index.approximate is None,
+                "recall": None if index.approximate is None else index.approximate.recall,
+            }
+            for name, index in service.indexes.items()
+        ],
+        "limits": asdict(service.limits),
+    }

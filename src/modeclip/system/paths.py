@@ -73,6 +73,11 @@ class RunPaths:
         return self.folder / "clusters"
 
     @property
+    def atlas(self) -> Path:
+        """The folder with the places of all pairs on the atlas."""
+        return self.folder / "atlas"
+
+    @property
     def models(self) -> Path:
         """The folder with a folder for each model."""
         return self.folder / "models"
