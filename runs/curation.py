@@ -37,7 +37,7 @@ from noise import make_noisy
 
 from modeclip import Catalog, RunFolder, Selection, cluster, curate, embed, evaluate, index, open_systems
 from modeclip.clustering.embedding import EmbedConfig
-from modeclip.clustering.fitting import ClusterConfig
+from modeclip.clustering.fitting import ClusterConfig, ClusterResult
 from modeclip.curation.curating import columns_of, curations_of, make_method
 from modeclip.curation.dfn import FILTERS
 from modeclip.data.sources import DataConfig
@@ -83,11 +83,21 @@ class Mixture:
         if not run.catalog_path.exists():
             copy_pool(self.pool, run.catalog_path)
         if not run.clusters.exists():
-            config = ClusterConfig(num_experts=self.num_experts, seed=self.train.seed)
-            cluster(Catalog.open(run.catalog_path), config, selection=self.selection).save(run.clusters)
+            self._cluster(Catalog.open(run.catalog_path)).save(run.clusters)
         results = run.train(run.jobs, stop_on_failure=True)
         run.refresh_bundle()
         return str(run.bundle), results["seed"].rows, sum(result.samples for result in results.values())
+
+    def _cluster(self, catalog: Catalog) -> ClusterResult:
+        """Cluster with the seed of the training; where an expert's pairs fill no batch, with the next that does it."""
+        for more in range(10):
+            config = ClusterConfig(num_experts=self.num_experts, seed=self.train.seed + 1000 * more)
+            found = cluster(catalog, config, selection=self.selection)
+            expert = Catalog.open(catalog.path).read(["expert"])["expert"].reshape(len(catalog), -1)[:, 0]
+            sizes = np.bincount(expert[self.selection.mask_of(catalog)], minlength=self.num_experts)
+            if sizes.min() >= self.train.batch_size:
+                return found
+        raise SystemExit(f"{self.folder}: in ten clusterings some expert has fewer pairs than a batch")
 
 
 @dataclass(frozen=True, kw_only=True)
