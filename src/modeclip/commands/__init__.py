@@ -27,6 +27,7 @@ PIPE_CLOSED = 128 + 13
 COMMANDS = {
     "demo": "runs",
     "run": "runs",
+    "pilot": "pilot",
     "index": "data",
     "check": "data",
     "uids": "data",

@@ -55,7 +55,7 @@ MaxMemory = Annotated[float | None, arg(help="Use as many experts as fit into th
 
 STAGES = (
     "align|assign|bundle|check|cluster|data|dfn|diagnose|duplicates|embed|evaluate|experts|extend|finetune|klite|merge|"
-    "metaclip|scaling|serve|train"
+    "metaclip|pilot|scaling|serve|train"
 )
 """What stands before the name of a field in messages, as in a recipe: ``train.samples``."""
 KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path", "{None}": "None"}
