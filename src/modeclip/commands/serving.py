@@ -10,7 +10,6 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from modeclip.errors import ModeclipError
 from modeclip.serving.limits import Limits
-from modeclip.system.console import log
 from modeclip.system.options import MaxMemory, UserEncoder, to_bytes
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
@@ -50,7 +49,7 @@ def serve(
         raise ModeclipError(f'serve: {missing[0]} is not installed; pip install "modeclip[serve]"')
     key = "" if api_key_file is None else _read_key(api_key_file)
     memory = to_bytes(max_memory)
-    from modeclip.serving.server import address_of, bind
+    from modeclip.serving.server import bind
     from modeclip.serving.server import serve as serve_until_told
     from modeclip.serving.service import open_service
 
@@ -66,7 +65,6 @@ def serve(
             max_memory=memory,
             dimension=dimension,
         )
-        log(f"{service.name}: {address_of(place)} (Ctrl-C ends it)")
         serve_until_told(service, place, key=key, origins=allow_origin)
 
 

@@ -118,6 +118,7 @@ class Index:
 
         self.folder, self.model = folder, model
         self._content = dict(content)
+        self._opened: dict[str, Catalog] = {}
         self._dataset: Any = lance.dataset(str(folder / ROWS_FOLDER), version=content["version"])
 
     @classmethod
@@ -352,9 +353,12 @@ class Index:
             ModeclipError: There is no such row, the catalog is gone, or it holds another pair there.
         """
         (pair,) = self.read([number], ["key", "catalog", "row"])
-        path = self.catalogs[pair["catalog"]]
-        catalog, row = Catalog.open(path), np.array([pair["row"]])
-        if catalog.read(["key"], row)["key"][0] != pair["key"]:
+        path, row = self.catalogs[pair["catalog"]], np.array([pair["row"]])
+        if path not in self._opened:
+            self._opened[path] = Catalog.open(path)
+        catalog = self._opened[path]
+        if row[0] >= len(catalog) or catalog.read(["key"], row)["key"][0] != pair["key"]:
+            del self._opened[path]
             raise ModeclipError(_moved(self.folder, path, pair["key"]))
         return catalog.encoded_images(row)[0]
 

@@ -40,6 +40,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "The API key is missing or wrong.",
         403: "The page or host may not ask.",
         404: "There is no such thing.",
+        405: "The route takes another method.",
         408: "The request did not arrive in time.",
         409: "The model that is served cannot do it.",
         413: "The request holds too much.",
@@ -61,6 +62,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         """Name the classes of pictures, as the mixture is routed to these classes."""
         now = service.now
         service.limits.check_classes(body.classes, body.templates)
+        service.limits.check_distinct(body.classes)
         pictures = await service.read_pictures("images", body.images, now)
         classes = await now.answers.classes(
             body.classes,

@@ -14,9 +14,9 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from modeclip import __version__
-from modeclip.errors import ModeclipError
+from modeclip.errors import DamagedError, ModeclipError
 from modeclip.serving.api import api_router
-from modeclip.serving.guard import Guard, error_body
+from modeclip.serving.guard import RETRY_SECONDS, Guard, error_body
 from modeclip.serving.limits import RefusedError
 from modeclip.serving.metrics import Metrics
 from modeclip.serving.other_shapes import other_router
@@ -68,7 +68,10 @@ def create_app(
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ModeclipError, _refused)
     app.add_exception_handler(Exception, _failed)
-    if origins:
+    app.add_middleware(
+        Guard, limits=service.limits, metrics=metrics, key=key, origins=tuple(origins), is_local=is_local
+    )
+    if origins:  # around the guard, so that pages can read what it refuses
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(origins),
@@ -76,9 +79,6 @@ def create_app(
             allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(
-        Guard, limits=service.limits, metrics=metrics, key=key, origins=tuple(origins), is_local=is_local
-    )
     return app
 
 
@@ -120,11 +120,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    if not isinstance(error, RefusedError):
-        return _response(request, 422, str(error))
-    seconds = error.retry_after if error.retry_after is not None else 5 if error.status == 503 else None
+    status = error.status if isinstance(error, RefusedError) else 503 if isinstance(error, DamagedError) else 422
+    seconds = error.retry_after if isinstance(error, RefusedError) else None
+    if seconds is None and status == 503:
+        seconds = RETRY_SECONDS
     headers = {} if seconds is None else {"retry-after": str(max(1, round(seconds)))}
-    return _response(request, error.status, str(error), headers)
+    return _response(request, status, str(error), headers)
 
 
 async def _failed(request: Request, _: Exception) -> Response:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import re
 import time
-import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -24,13 +24,15 @@ from urllib.parse import urlsplit
 from modeclip.errors import ModeclipError
 from modeclip.serving.limits import Limits, RefusedError
 from modeclip.serving.metrics import Metrics
-from modeclip.system.console import log, printable
+from modeclip.system.console import printable
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+LOG = logging.getLogger("modeclip.serving")
+"""A line for each request, but for those that only watch the service."""
 OPEN = re.compile(r"/(?:health|ready|ping|site/.*)?")
 """Paths that take no key: what watches a service, and the page, which asks for the key itself."""
 CALM = re.compile(r"/(?:health|ready|ping|metrics|site/.*)?")
@@ -48,6 +50,8 @@ KINDS = {
     429: "rate_limit_error",
     503: "unavailable_error",
 }
+RETRY_SECONDS = 5.0
+"""When to come again where nothing better is known."""
 GONE = 499
 """Status in logs and metrics for a client that did not wait for its answer."""
 
@@ -102,7 +106,7 @@ class Guard:
             detail = str(error)
             await answer.refuse(503, detail)
         except Exception:  # a defect of ours must not end the service
-            log(f"{request_id} failed: {traceback.format_exc()}")
+            LOG.exception(f"{request_id} failed")
             await answer.refuse(500, "the service has failed; its log has more under this request id")
         finally:
             self._metrics.in_flight.dec()
@@ -113,7 +117,7 @@ class Guard:
             if not quiet:
                 detail = detail or scope["state"].get("detail", "")
                 end = f": {printable(detail)}" if detail else ""
-                log(f"{request_id} {scope['method']} {path!r} {answer.status} {1000 * seconds:.0f} ms{end}")
+                LOG.info(f"{request_id} {scope['method']} {path!r} {answer.status} {1000 * seconds:.0f} ms{end}")
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer, headers: dict[str, str]) -> None:
         self._check_origin(scope, headers)
@@ -208,7 +212,7 @@ class _Answer:
         body = error_body(status, message, self._id.decode())
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         if retry_after is None and status == 503:
-            retry_after = 5
+            retry_after = RETRY_SECONDS
         if retry_after is not None:
             headers.append((b"retry-after", str(max(1, round(retry_after))).encode()))
         if status == 401:
@@ -251,7 +255,7 @@ async def _while_there(app: App, scope: Scope, body: bytes, receive: Receive, se
     Raises:
         _GoneError: The client has gone.
     """
-    gone = asyncio.ensure_future(receive())
+    gone = asyncio.ensure_future(_until_gone(receive))
     is_given = False
 
     async def again() -> MutableMapping[str, Any]:
@@ -271,3 +275,11 @@ async def _while_there(app: App, scope: Scope, body: bytes, receive: Receive, se
         for task in (gone, answering):
             task.cancel()
         await asyncio.gather(gone, answering, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> MutableMapping[str, Any]:
+    """Wait until a client closes its connection, and return the message that says so."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return message

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from modeclip.data.prompts import check_texts
 from modeclip.data.samples import BOMB
 from modeclip.errors import ModeclipError, check_above_zero, check_least
 
@@ -74,6 +75,7 @@ class Limits:
         most = self.max_texts if most is None else most
         if len(texts) > most:
             raise RefusedError(f"{what}: expected at most {most:,}, got {len(texts):,}", 413)
+        check_texts(texts, what)
         for number, text in enumerate(texts):
             if not text.strip():
                 raise RefusedError(f"{what}[{number}] is empty; write some words", 422)
@@ -88,6 +90,9 @@ class Limits:
             raise RefusedError("classes: expected at least one name, got none", 422)
         self.check_texts("templates", templates)
         self.check_texts("classes", classes, self.max_classes // max(1, len(templates)))
+
+    def check_distinct(self, classes: Sequence[str]) -> None:
+        """Refuse a list of classes that names one twice, whose probability would be split."""
         if len(set(classes)) < len(classes):
             twice = next(name for name, count in Counter(classes).items() if count > 1)
             raise RefusedError(f"classes: {twice!r} stands there twice; name each class once", 422)

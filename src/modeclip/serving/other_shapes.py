@@ -137,7 +137,9 @@ async def _asked(service: Service, now: Snapshot, index: Index, body: KnnRequest
     if body.image is not None:
         (picture,) = await service.open_pictures("image", [body.image])
         return await now.answers.ask(Query(image=picture), await service.prepare(picture, now))
-    vector, own = np.array(body.embedding_input, np.float32), sum(index.model.sizes)
+    own = sum(index.model.sizes)
+    with np.errstate(over="ignore"):
+        vector = np.array(body.embedding_input, np.float32)
     if len(vector) < own or not np.isfinite(vector).all():
         raise RefusedError(
             f"embedding_input: expected {now.answers.dimension:,} finite numbers, as /v1/embeddings gives them, got"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import ipaddress
 import logging
 import signal
@@ -81,6 +80,10 @@ def serve(service: Service, place: socket.socket, *, key: str = "", origins: Seq
         key: The key that clients must send; empty: none.
         origins: As for `create_app`.
     """
+    lines = logging.getLogger("modeclip.serving")
+    lines.setLevel(logging.INFO)
+    lines.propagate = False
+    lines.addHandler(logging.StreamHandler())
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
     app = create_app(service, key=key, origins=origins, is_local=is_local(place.getsockname()[0]))
@@ -96,8 +99,6 @@ def serve(service: Service, place: socket.socket, *, key: str = "", origins: Seq
         timeout_keep_alive=int(HEAD_SECONDS),
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
-    gc.collect()
-    gc.freeze()  # models and libraries stay; a collection need not look at them
     asyncio.run(_Server(config, service).serve(sockets=[place]))
 
 
@@ -105,6 +106,12 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer, and say where."""
+        await super().startup(sockets)
+        for place in sockets or ():
+            log(f"{self._service.name}: {address_of(place)} (Ctrl-C ends it)")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

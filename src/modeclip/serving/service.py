@@ -9,6 +9,7 @@ or is gone, the service goes on with what it has in memory and says so in ``trou
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,6 +212,8 @@ class Service:
                 return False
             self._state, self.trouble, before = state, "", self.now
             self.now = Snapshot(answers=answers, indexes=indexes, number=before.number + 1, opened=time.time())
+            del before
+            gc.collect()  # the model before, unless a request still asks it
             log(f"reloaded {self.source.model}")
             return True
 
@@ -257,6 +260,9 @@ class Service:
             return await self._in(self._readers, _for_browsers, index, number, size)
         except ModeclipError as error:
             raise RefusedError(str(error), 503) from None
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            reason = " ".join(str(error).split())[:200]
+            raise RefusedError(f"picture {number} of the index cannot be shown ({reason})", 503) from None
 
     async def prepare(self, picture: Image, now: Snapshot) -> Tensor:
         """Return a picture as the image towers take it."""
@@ -266,11 +272,11 @@ class Service:
 
     async def read_rows(self, index: Index, numbers: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Read rows of an index; arguments and errors as for `Index.read`."""
-        return await self._in(self._searchers, index.read, numbers, columns)
+        return await self._in(self._searchers, _reading(index), lambda: index.read(numbers, columns))
 
     async def search(self, index: Index, asked: Asked, **options: Any) -> Found:
         """Search an index; arguments and errors as for `Index.search`."""
-        return await self._in(self._searchers, lambda: index.search(asked, **options))
+        return await self._in(self._searchers, _reading(index), lambda: index.search(asked, **options))
 
     def close(self) -> None:
         """Compute no more."""
@@ -299,6 +305,21 @@ class Service:
                 raise RefusedError(f"this cannot be computed ({type(error).__name__})", 422) from None
 
         return await asyncio.get_running_loop().run_in_executor(pool, guarded)
+
+
+def _reading(index: Index) -> Callable[[Callable[[], Result]], Result]:
+    """Return what does some work with the files of an index, which may be gone."""
+
+    def work(read: Callable[[], Result]) -> Result:
+        try:
+            return read()
+        except ModeclipError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RefusedError(f"index {index.folder}: cannot be read ({reason}); build it again", 503) from None
+
+    return work
 
 
 def _itself(picture: Image) -> Image:

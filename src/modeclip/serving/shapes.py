@@ -22,13 +22,19 @@ class Shape(BaseModel):
 class ClassifyRequest(Shape):
     """Pictures and the classes that they may show."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"images": [PICTURE], "classes": ["heart", "home", "star"], "top": 3}]}
+    )
+
     images: list[str] = Field(min_length=1, examples=[[PICTURE]], description="Pictures in base64, or as data URLs.")
     classes: list[str] = Field(min_length=1, examples=[["heart", "home", "star"]])
     templates: list[str] = Field(
         default=[], examples=[["a photo of {}."]], description="Prompts with {} for the name; none: the model's own."
     )
     rule: str | None = Field(default=None, examples=["per_class"], description="Routing rule; null: the bundle's.")
-    temperature: float | None = Field(default=None, gt=0, description="Temperature of the rule; null: its own.")
+    temperature: float | None = Field(
+        default=None, ge=1e-6, le=1e6, description="Temperature of the rule; null: its own."
+    )
     max_experts: int | None = Field(default=None, ge=1, description="Experts that may have weight; null: all.")
     top: int = Field(default=5, ge=1, description="Classes that are returned for each picture.")
 
@@ -57,10 +63,14 @@ class ClassifyResponse(BaseModel):
 class RouteRequest(Shape):
     """Class names, or texts that are each a task of its own."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"classes": ["heart", "home", "star"]}]})
+
     classes: list[str] = Field(min_length=1, examples=[["heart", "home", "star"]])
     templates: list[str] = Field(default=[], description="Prompts that are routed in place of the plain names.")
     rule: str | None = Field(default=None, examples=["per_class"], description="Routing rule; null: the bundle's.")
-    temperature: float | None = Field(default=None, gt=0, description="Temperature of the rule; null: its own.")
+    temperature: float | None = Field(
+        default=None, ge=1e-6, le=1e6, description="Temperature of the rule; null: its own."
+    )
     max_experts: int | None = Field(default=None, ge=1, description="Experts that may have weight; null: all.")
     each: bool = Field(default=False, description="Route every text by itself, as a query for images.")
 
@@ -68,9 +78,13 @@ class RouteRequest(Shape):
 class RouteImagesRequest(Shape):
     """Pictures, each routed by itself, where the clusters of a bundle are of images."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"images": [PICTURE]}]})
+
     images: list[str] = Field(min_length=1, examples=[[PICTURE]], description="Pictures in base64, or as data URLs.")
     rule: str | None = Field(default=None, description="Routing rule; null: the bundle's.")
-    temperature: float | None = Field(default=None, gt=0, description="Temperature of the rule; null: its own.")
+    temperature: float | None = Field(
+        default=None, ge=1e-6, le=1e6, description="Temperature of the rule; null: its own."
+    )
     max_experts: int | None = Field(default=None, ge=1, description="Experts that may have weight; null: all.")
 
 
@@ -107,6 +121,8 @@ class RouteResponse(BaseModel):
 class EmbeddingsRequest(BaseModel):
     """OpenAI's request: texts, and pictures as data URLs. Fields that it has besides are ignored."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a red umbrella", PICTURE]}]})
+
     model: str | None = Field(default=None, description="Name of the model, as /models has it.")
     input: str | list[str] = Field(examples=[["a red umbrella", PICTURE]])
     encoding_format: Literal["float", "base64"] = "float"
@@ -142,6 +158,8 @@ class EmbeddingsResponse(BaseModel):
 
 class SearchRequest(Shape):
     """What is looked for in an index."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red umbrella", "count": 5}]})
 
     text: str | None = Field(default=None, examples=["a red umbrella"])
     image: str | None = Field(default=None, description="A picture in base64, or as a data URL.")
@@ -248,10 +266,14 @@ class ErrorResponse(BaseModel):
 class KnnRequest(BaseModel):
     """clip-retrieval's request; what it asks besides (deduplication, safety, aesthetics) is ignored."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red umbrella", "num_images": 3}]})
+
     text: str | None = Field(default=None, examples=["a red umbrella"])
     image: str | None = Field(default=None, description="A picture in base64.")
     image_url: str | None = Field(default=None, description="Refused: no address is ever fetched.")
-    embedding_input: list[float] | None = Field(default=None, description="An embedding of this service.")
+    embedding_input: list[float] | None = Field(
+        default=None, max_length=65_536, description="An embedding of this service."
+    )
     modality: Literal["image", "text"] = "image"
     num_images: int = Field(default=100, ge=1, description="Hits with picture and caption.")
     num_result_ids: int | None = Field(default=None, ge=1, description="Hits in all; null: as many as num_images.")
@@ -270,6 +292,8 @@ class KnnHit(BaseModel):
 
 class MetadataRequest(BaseModel):
     """clip-retrieval's request for what belongs to hits."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"ids": [0, 1]}]})
 
     ids: list[int] = Field(examples=[[0, 1]])
     indice_name: str | None = None

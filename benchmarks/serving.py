@@ -1,0 +1,202 @@
+"""How many requests a second a service answers to 32 clients, beside the same model served one request at a time.
+
+Usage: python benchmarks/serving.py RUN|BUNDLE [--clients 32] [--seconds 10] [--rounds 5]
+
+Both are real processes that answer ``POST /classify`` with a picture of 64 pixels and ten classes. The peer is what
+anybody writes in twenty lines: FastAPI, a lock, and ``task.classify``, with the task of each list of classes kept, so
+no text is encoded again. The clients are one process that holds an open connection each and sends the next request when
+the last is answered. The two services are asked in turns; a round is a ratio, and the median of them is printed with
+p50 and p99 of both. Then a list of 1,000 classes is asked twice, with what the text towers and the router's encoder had
+to do for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ["heart", "arrow", "home", "star", "circle", "mail", "user", "cloud", "file", "lock"]
+
+
+def serve_one_at_a_time(bundle: str, port: int) -> None:
+    """Serve a bundle as one would without modeclip.serving."""
+    import threading
+    from functools import lru_cache
+
+    import uvicorn
+    from fastapi import FastAPI
+    from pydantic import BaseModel
+
+    from modeclip import MoDE
+    from modeclip.data.images import decode_image
+
+    class Asked(BaseModel):
+        images: list[str]
+        classes: list[str]
+
+    app, mode, lock = FastAPI(), MoDE.load(bundle), threading.Lock()
+    task_of = lru_cache(64)(lambda classes: mode.task(list(classes)))
+
+    def classify(body: Asked) -> dict[str, object]:
+        pictures = [decode_image(base64.b64decode(one)) for one in body.images]
+        with lock:
+            found = task_of(tuple(body.classes)).classify(pictures)
+        return {"pictures": [list(zip(one.classnames, one.probabilities, strict=True)) for one in found]}
+
+    classify.__annotations__["body"] = Asked
+    app.post("/classify")(classify)
+    app.get("/ready")(lambda: {})
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
+
+
+def request_of(body: dict[str, object], path: str = "/classify") -> bytes:
+    """Return a request as bytes."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    return head.encode() + b"\r\n\r\n" + data
+
+
+def picture_of(seed: int) -> str:
+    """Return a random picture in base64."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[int, bytes]:
+    """Send a request and read its answer."""
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    assert length, head
+    return int(head.split()[1]), await reader.readexactly(int(length[1]))
+
+
+async def ask(port: int, request: bytes) -> tuple[int, bytes]:
+    """Ask once."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        return await exchange(reader, writer, request)
+    finally:
+        writer.close()
+
+
+async def load(port: int, requests: list[bytes], clients: int, seconds: float) -> list[float]:
+    """Have clients ask for a while, and return how long each answer took."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+
+    async def client(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while (begun := time.perf_counter()) < end:
+            status, body = await exchange(reader, writer, requests[number % len(requests)])
+            assert status == 200, body
+            times.append(time.perf_counter() - begun)
+            number += clients
+        writer.close()
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return times
+
+
+def counters(port: int) -> dict[str, float]:
+    """Return what went through the towers."""
+    _, body = asyncio.run(ask(port, b"GET /metrics HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"))
+    found = re.findall(rb'modeclip_batch(es|_items)_total\{kind="(\w+)"\} (\S+)', body)
+    return {f"{kind.decode()} {what.decode()}": float(value) for what, kind, value in found}
+
+
+def start(words: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a service and wait until it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, *words, "--port", str(port)], stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        try:
+            asyncio.run(ask(port, b"GET /ready HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"))
+            return process, port
+        except OSError:
+            time.sleep(0.2)
+    raise SystemExit(f"{' '.join(words)} has ended with {process.returncode}")
+
+
+def main() -> None:
+    """Measure, and print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--one-at-a-time", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    bundle = next(
+        str(path) for path in (Path(given.what) / "bundle", Path(given.what)) if (path / "mode.json").is_file()
+    )
+    if given.one_at_a_time:
+        serve_one_at_a_time(bundle, given.port)
+        return
+    requests = [request_of({"images": [picture_of(seed)], "classes": CLASSES}) for seed in range(64)]
+    ours, port = start(["-m", "modeclip", "serve", bundle])
+    peer, peer_port = start([__file__, bundle, "--one-at-a-time"])
+    try:
+        rates: list[tuple[float, float]] = []
+        times: dict[str, list[float]] = {"ours": [], "peer": []}
+        for place in (port, peer_port):
+            asyncio.run(load(place, requests, given.clients, 2))  # both are warm then
+        for _ in range(given.rounds):
+            found = [asyncio.run(load(place, requests, given.clients, given.seconds)) for place in (port, peer_port)]
+            rates.append((len(found[0]) / given.seconds, len(found[1]) / given.seconds))
+            times["ours"] += found[0]
+            times["peer"] += found[1]
+        done = counters(port)
+        many = request_of({"images": [picture_of(0)], "classes": [f"thing number {one}" for one in range(1000)]})
+        texts = [counters(port)]
+        for _ in range(2):
+            assert asyncio.run(ask(port, many))[0] == 200
+            texts.append(counters(port))
+    finally:
+        for process in (ours, peer):
+            os.kill(process.pid, signal.SIGTERM)
+            process.wait()
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {datetime.now(UTC).date()}, seed 0, {given.clients} clients\n"
+    )
+    print("| | requests/s | p50, ms | p99, ms | p99 / p50 |")
+    print("|---|---|---|---|---|")
+    for number, (name, own) in enumerate(times.items()):
+        low, high = (1000 * value for value in np.quantile(own, [0.5, 0.99]))
+        rate = statistics.median(one[number] for one in rates)
+        title = "modeclip serve" if name == "ours" else "one request at a time"
+        print(f"| {title} | {rate:,.0f} | {low:.1f} | {high:.1f} | {high / low:.2f} |")
+    ratios = [own / other for own, other in rates]
+    print(f"\nratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in {given.rounds} rounds)")
+    print(f"pictures in a batch: {done['images _items'] / done['images es']:.1f}")
+    for number, name in enumerate(("first", "again")):
+        passed = {
+            kind: int(texts[number + 1][f"{kind} _items"] - texts[number][f"{kind} _items"])
+            for kind in ("texts", "router")
+        }
+        print(f"1,000 classes, {name}: {passed['texts']:,} texts encoded, {passed['router']:,} routed")
+
+
+if __name__ == "__main__":
+    main()

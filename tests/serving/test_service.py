@@ -1,0 +1,394 @@
+"""A real service on a real bundle: its answers against the library's, and what becomes of it when things go wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import TYPE_CHECKING
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeclip import MoDE, ModeclipError
+from modeclip.search.index import INDEX_FILE, Index
+from modeclip.serving import Client
+from modeclip.serving.client import ServiceError
+from support import encode_picture, noise_picture
+
+if TYPE_CHECKING:
+    from conftest import Server
+
+pytestmark = pytest.mark.slow
+CLASSES = ["heart", "arrow left", "home", "star", "circle"]
+
+
+def data_url(picture: Image.Image, kind: str = "PNG") -> str:
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encode_picture(picture, kind)).decode()}"
+
+
+PICTURES = [noise_picture(seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def mode(served_run: Path) -> MoDE:
+    return MoDE.load(served_run / "bundle")
+
+
+def test_classes_are_those_of_the_mixture(server: Server, mode: MoDE) -> None:
+    for options in ({}, {"rule": "eq6", "templates": ["a {}", "the {} icon"]}, {"rule": "top1"}, {"max_experts": 1}):
+        answer = server.ask(
+            "/classify", images=[data_url(one) for one in PICTURES], classes=CLASSES, top=len(CLASSES), **options
+        ).json()
+        task = mode.task(CLASSES, **options)
+        for found, expected in zip(answer["pictures"], task.classify(PICTURES), strict=True):
+            assert [one["name"] for one in found["classes"]] == list(expected.classnames)
+            shares = [one["probability"] for one in found["classes"]]
+            np.testing.assert_allclose(shares, expected.probabilities, atol=1e-5)
+            weights = task.route.class_weights[CLASSES.index(expected.classnames[0])]
+            np.testing.assert_allclose(list(found["weights"].values()), weights, atol=1e-9)
+
+
+def test_weights_and_reasons_are_those_of_the_mixture(server: Server, mode: MoDE) -> None:
+    for each in (False, True):
+        answer = server.ask("/route", classes=CLASSES, each=each).json()
+        route = mode.route(CLASSES, each=each)
+        for found, expected in zip(answer["classes"], route.explain(), strict=True):
+            assert found["name"] == expected.name
+            np.testing.assert_allclose(list(found["weights"].values()), expected.weights, atol=1e-6)
+            assert [near["cluster"] for near in found["nearest"]] == [near.index for near in expected.clusters]
+            assert found["out_of_domain"] == expected.out_of_domain
+        assert answer["entropy"] == pytest.approx(route.entropy, abs=1e-6)
+
+
+def test_embeddings_multiply_to_the_scores_of_the_mixture(server: Server, mode: MoDE) -> None:
+    import torch
+
+    texts = ["red heart", "arrow"]
+    answer = server.ask("/v1/embeddings", input=[texts[0], data_url(PICTURES[0]), texts[1]])
+    vectors = np.array([one["embedding"] for one in answer.json()["data"]])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    task = mode.task(texts, templates=["{}"], each=True)
+    with torch.no_grad():
+        image = task.encode_image(mode.pool.get(mode.bundle.models[0]).images(PICTURES[:1]), normalize=True).numpy()
+        words = task.encode_text(texts, normalize=True).numpy()
+    np.testing.assert_allclose(vectors[[0, 2]] @ vectors[1], words @ image[0], atol=1e-5)
+    packed = server.ask("/v1/embeddings", input=texts[0], encoding_format="base64", dimensions=1024).json()["data"][0]
+    plain = np.frombuffer(base64.b64decode(packed["embedding"]), "<f4")
+    np.testing.assert_allclose(plain[: vectors.shape[1]], vectors[0], atol=1e-6)
+    assert len(plain) == 1024
+    assert not plain[vectors.shape[1] :].any()
+
+
+def test_hits_are_those_of_the_index(server: Server, served_run: Path) -> None:
+    index = Index.open(served_run / "index")
+    answer = server.ask("/search", text="arrow left", count=5, where=["width >= 1"], negatives=["circle"]).json()
+    from modeclip.search.query import Query
+
+    found = index.search(Query(text="arrow left", negatives=("circle",)), count=5, where=["width >= 1"])
+    assert [hit["key"] for hit in answer["hits"]] == [hit.key for hit in found.hits]
+    np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], [hit.score for hit in found.hits], atol=1e-5)
+    np.testing.assert_allclose(list(answer["weights"].values()), found.weights, atol=1e-6)
+    (picture,) = index.pictures(found.hits[:1])
+    served = server.get(answer["hits"][0]["picture"])
+    assert served.headers["content-type"].startswith("image/")
+    again = server.ask("/search", image=base64.b64encode(served.content).decode(), count=1).json()
+    assert again["hits"][0]["score"] == pytest.approx(1, abs=5e-3)
+    small = server.get(f"{answer['hits'][0]['picture']}?size=16")
+    import io
+
+    assert max(Image.open(io.BytesIO(small.content)).size) == min(16, max(picture.size))
+
+
+def test_clip_retrieval_and_immich_get_their_shapes(server: Server) -> None:
+    (name,) = server.get("/indices-list").json()
+    ours = server.ask("/search", text="heart", count=4).json()["hits"]
+    theirs = server.ask("/knn-service", text="heart", num_images=2, num_result_ids=4, indice_name=name).json()
+    assert [one["id"] for one in theirs] == [hit["number"] for hit in ours]
+    assert [set(one) for one in theirs] == [{"id", "similarity", "caption", "image"}] * 2 + [{"id", "similarity"}] * 2
+    assert base64.b64decode(theirs[0]["image"])[:4] in {b"\x89PNG", b"\xff\xd8\xff\xe0"}
+    facts = server.ask("/metadata", ids=[theirs[1]["id"]], indice_name=name).json()
+    assert facts[0]["metadata"]["caption"] == ours[1]["caption"]
+    vector = server.ask("/v1/embeddings", input="heart").json()["data"][0]["embedding"]
+    by_vector = server.ask("/knn-service", embedding_input=vector, num_images=4).json()
+    assert [one["id"] for one in by_vector] == [one["id"] for one in theirs]
+
+    assert server.get("/ping").text == "pong"
+    entries = {"clip": {"textual": {"modelName": "ViT-B-32__openai"}}}
+    answer = httpx.post(f"{server.url}/predict", data={"entries": json.dumps(entries), "text": "heart"}, timeout=300)
+    np.testing.assert_allclose(json.loads(answer.json()["clip"]), vector, atol=1e-6)
+    entries = {"clip": {"visual": {"modelName": "ViT-B-32__openai", "options": {}}}}
+    file = encode_picture(PICTURES[0])
+    answer = httpx.post(
+        f"{server.url}/predict", data={"entries": json.dumps(entries)}, files={"image": file}, timeout=300
+    ).json()
+    assert (answer["imageHeight"], answer["imageWidth"]) == (32, 32)
+    expected = server.ask("/v1/embeddings", input=data_url(PICTURES[0])).json()["data"][0]["embedding"]
+    np.testing.assert_allclose(json.loads(answer["clip"]), expected, atol=1e-5)
+
+
+def test_requests_in_flight_are_computed_together_with_the_same_numbers(server: Server) -> None:
+    images = [data_url(noise_picture(100 + seed)) for seed in range(48)]
+
+    def classify(image: str) -> list[float]:
+        answer = server.ask("/classify", images=[image], classes=CLASSES, top=9).json()["pictures"][0]["classes"]
+        return [one["probability"] for one in sorted(answer, key=lambda one: one["name"])]
+
+    alone = [classify(image) for image in images]
+    batches, items = (server.counter(f'modeclip_batch{end}_total{{kind="images"}}') for end in ("es", "_items"))
+    with ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(classify, images))
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    batches = server.counter('modeclip_batches_total{kind="images"}') - batches
+    assert server.counter('modeclip_batch_items_total{kind="images"}') - items == len(images)
+    assert batches < len(images)
+
+
+def test_a_list_that_is_asked_again_costs_no_text_pass(server: Server) -> None:
+    classes = [f"thing number {number}" for number in range(1000)]
+    first = server.ask("/classify", images=[data_url(PICTURES[0])], classes=classes).json()
+    counters = [f'modeclip_batch_items_total{{kind="{kind}"}}' for kind in ("texts", "router")]
+    before = [server.counter(name) for name in counters]
+    assert server.ask("/classify", images=[data_url(PICTURES[0])], classes=classes).json() == first
+    assert [server.counter(name) for name in counters] == before
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/classify", {"images": ["https://example.org/a.png"], "classes": ["a"]}, 422, "never fetched"),
+        ("/classify", {"images": ["file:///etc/passwd"], "classes": ["a"]}, 422, "never fetched"),
+        ("/classify", {"images": ["/etc/passwd"], "classes": ["a"]}, 422, "picture"),
+        ("/classify", {"images": [data_url(PICTURES[0])], "classes": ["a", "a"]}, 422, "'a' stands there twice"),
+        ("/classify", {"images": [data_url(PICTURES[0])], "classes": ["a\ud800"]}, 422, "classes"),
+        ("/classify", {"images": [data_url(PICTURES[0])], "classes": ["a"], "rule": "best"}, 422, "eq6"),
+        ("/classify", {"images": [data_url(PICTURES[0])], "classes": ["a"], "templates": ["b"]}, 422, "{}"),
+        ("/classify", {"images": [data_url(PICTURES[0])] * 65, "classes": ["a"]}, 413, "at most 64"),
+        ("/classify", {"images": [data_url(PICTURES[0])], "classes": ["a" * 3000]}, 413, "3,000 letters"),
+        ("/classify", {"images": [data_url(PICTURES[0])], "clases": ["a"]}, 422, "classes"),
+        ("/route", {"classes": [str(number) for number in range(10_001)]}, 413, "at most 10,000"),
+        ("/search", {"text": "a", "count": 1001}, 413, "at most 1,000"),
+        ("/search", {"text": "a", "where": ["no_column > 3"]}, 422, "no_column"),
+        ("/search", {"text": "a", "where": ["1=1; drop table x"]}, 422, "single condition"),
+        ("/search", {"text": "a", "index": "other"}, 404, "known: "),
+        ("/search", {"text": "a", "expert": "expert-99"}, 422, "expert-0"),
+        ("/search", {}, 422, "nothing to look for"),
+        ("/v1/embeddings", {"input": "a", "model": "gpt"}, 404, "unknown model 'gpt'"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 3}, 422, "at least that"),
+        ("/knn-service", {"image_url": "http://localhost/"}, 422, "never fetched"),
+        ("/knn-service", {"embedding_input": [1.0]}, 422, "embedding_input"),
+        ("/metadata", {"ids": [-1]}, 404, "from 0 to"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line_that_says_what_to_do(
+    server: Server, path: str, body: dict[str, object], status: int, words: str
+) -> None:
+    answer = httpx.post(
+        server.url + path, content=json.dumps(body), headers={"content-type": "application/json"}, timeout=300
+    )
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert error["request_id"] == answer.headers["x-request-id"]
+
+
+def test_paths_keys_hosts_and_origins(
+    served_run: Path, tmp_path: Path, start: Callable[..., Server], server: Server
+) -> None:
+    assert "/openapi.json" in server.get("/nothing").json()["error"]["message"]
+    assert server.get("/classify").status_code == 405
+    foreign = {"host": "rebound.example"}
+    assert httpx.get(f"{server.url}/health", headers=foreign).status_code == 403
+    page = {"origin": "https://example.org"}
+    refused = httpx.post(f"{server.url}/route", json={"classes": ["a"]}, headers=page)
+    assert refused.status_code == 403
+    assert "--allow-origin https://example.org" in refused.text
+    assert "access-control-allow-origin" not in httpx.get(f"{server.url}/models", headers=page).headers
+
+    (tmp_path / "key").write_text("secret-secret\n")
+    words = ("--api-key-file", tmp_path / "key", "--allow-origin", "https://example.org", "--max-waiting", 1)
+    closed = start(served_run / "bundle", *words)
+    assert closed.get("/models").status_code == 401
+    assert closed.get("/ready").status_code == 200
+    for headers in ({"authorization": "Bearer secret-secret"}, {"x-api-key": "secret-secret"}):
+        answer = httpx.get(f"{closed.url}/models", headers={**headers, **page})
+        assert answer.json()["data"][0]["indexes"] == {}
+        assert answer.headers["access-control-allow-origin"] == "https://example.org"
+        found = httpx.post(f"{closed.url}/search", json={"text": "a"}, headers=headers)
+        assert (found.status_code, "--index" in found.text) == (409, True)
+    asked = {"origin": "https://example.org", "access-control-request-method": "POST"}
+    assert httpx.options(f"{closed.url}/route", headers=asked).status_code == 200
+    # a sender who never ends holds the only place in the queue, and others are told to come again
+    import socket
+
+    with socket.create_connection(("127.0.0.1", closed.port)) as slow:
+        slow.sendall(
+            b"POST /route HTTP/1.1\r\nhost: 127.0.0.1\r\nx-api-key: secret-secret\r\ncontent-length: 99\r\n\r\n{"
+        )
+        answers = iter(lambda: httpx.get(f"{closed.url}/models", headers={"x-api-key": "secret-secret"}), None)
+        busy = next(answer for answer in answers if answer.status_code != 200)
+        assert busy.status_code == 429
+        assert int(busy.headers["retry-after"]) >= 1
+    code, errors = closed.end()
+    assert code == 0
+    assert "secret-secret" not in errors
+
+
+def test_a_service_from_its_first_start_to_its_end(
+    served_run: Path,
+    tmp_path: Path,
+    start: Callable[..., Server],
+    modeclip_command: Callable[..., CompletedProcess[str]],
+) -> None:
+    """Builds the index, is killed, starts again, reloads what changes, goes on without what is gone, and drains."""
+    run = Path(shutil.copytree(served_run, tmp_path / "run", ignore=shutil.ignore_patterns("index")))
+    first = start(run, "--max-memory", 0.05)  # experts are loaded when they are asked for
+    index = run / "index" / INDEX_FILE
+    assert index.is_file()
+    assert first.counter("modeclip_models") <= 1
+    before = first.ask("/search", text="heart", count=3).json()["hits"]
+    busy = [threading.Thread(target=_ask_in_vain, args=(first,)) for _ in range(4)]
+    for thread in busy:
+        thread.start()
+    first.process.kill()
+    for thread in busy:
+        thread.join()
+
+    service = start(run)
+    assert service.ask("/search", text="heart", count=3).json()["hits"] == before
+    manifest, hidden = run / "bundle" / "mode.json", run / "gone.json"
+    content = json.loads(manifest.read_text())
+    routed = service.ask("/route", classes=CLASSES).json()
+
+    def wait(path: str, is_so: Callable[[dict[str, object]], object]) -> None:
+        end = time.monotonic() + 300
+        while not is_so(service.get(path).json()):
+            assert time.monotonic() < end, service.get(path).text
+            time.sleep(0.05)
+
+    manifest.rename(hidden)
+    wait("/health", lambda health: "mode.json" in str(health["trouble"]))
+    assert service.ask("/route", classes=CLASSES).json() == routed
+    content["routing"]["rule"] = "uniform"
+    hidden.write_text(json.dumps(content))
+    hidden.rename(manifest)
+    wait("/models", lambda models: models["data"][0]["routing"]["rule"] == "uniform")  # type: ignore[index]
+    assert service.get("/health").json()["trouble"] == ""
+    assert service.ask("/route", classes=CLASSES).json()["rule"] == "uniform"
+    # an index of another model: the service goes on with what it has, and says which hashes differ
+    whole = index.read_text()
+    index.write_text(whole.replace(json.loads(whole)["model"]["digests"][0], "0" * 64))
+    wait("/health", lambda health: "has the hash" in str(health["trouble"]))
+    assert service.ask("/search", text="heart", count=1).status_code == 200
+    done = modeclip_command("serve", run, "--port", 0)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "has the hash" in done.stderr
+    assert "expected 000000000000" in done.stderr
+    index.write_text(whole)
+    wait("/health", lambda health: health["trouble"] == "")
+    # what is under way is answered before the end
+    classes = [f"{number} things" for number in range(2000)]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(service.ask, "/route", classes=classes)
+        while service.counter("modeclip_requests_in_flight") < 2:  # this one, and the question
+            assert not answer.done()
+        os.kill(service.process.pid, signal.SIGTERM)
+        assert len(answer.result().json()["classes"]) == len(classes)
+    code, errors = service.end()
+    assert code == 0
+    assert "under way is answered" in errors
+    assert "Traceback" not in errors
+
+
+def _ask_in_vain(service: Server) -> None:
+    with suppress(httpx.TransportError):
+        service.ask("/route", classes=CLASSES)
+
+
+def test_what_cannot_be_served_is_one_line(
+    served_run: Path, server: Server, tmp_path: Path, modeclip_command: Callable[..., CompletedProcess[str]]
+) -> None:
+    half = tmp_path / "half"
+    (half / "images.lance").mkdir(parents=True)
+    (tmp_path / "short").write_text("abc")
+    bundle = served_run / "bundle"
+    for words, expected in [
+        ((bundle, "--port", server.port), "another process listens there"),
+        ((tmp_path / "no-bundle",), "no-bundle"),
+        ((bundle, "--index", half, "--port", 0), "half built"),
+        ((bundle, "--index", tmp_path / "none", "--port", 0), "no index at"),
+        ((bundle, "--host", "no.such.host.invalid"), "--host"),
+        ((bundle, "--port", 99_999), "--port"),
+        ((bundle, "--port", 0, "--max-memory", 1e-6), "memory"),
+        ((bundle, "--port", 0, "--dimension", 3), "--dimension"),
+        ((bundle, "--port", 0, "--api-key-file", tmp_path / "short"), "8 or more"),
+        ((bundle, "--port", 0, "--api-key-file", tmp_path / "nokey"), "nokey"),
+        ((bundle, "--max-bytes", 0), "--max-bytes"),
+        ((bundle, "--timeout-seconds", 0), "--timeout-seconds"),
+    ]:
+        done = modeclip_command("serve", *words)
+        assert done.returncode == 2, words
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("modeclip: error: ")
+        assert expected in done.stderr, done.stderr
+
+
+def test_a_missing_extra_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, modeclip_command: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    from modeclip.commands import serving
+
+    monkeypatch.setattr(serving, "NEEDED", ("no_such_package",))
+    done = modeclip_command("serve", tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert 'pip install "modeclip[serve]"' in done.stderr
+
+
+def test_a_client_has_the_methods_of_the_mixture(server: Server, mode: MoDE, served_run: Path) -> None:
+    with Client(server.url, timeout=300) as client:
+        own = {name for name in vars(MoDE) if not name.startswith("_")} - {"load", "request"}
+        assert own <= set(dir(client))
+        assert client.per_image == mode.per_image
+        assert client.experts == tuple(expert.name for expert in mode.bundle.experts)
+        route, expected = client.route(CLASSES, each=True), mode.route(CLASSES, each=True)
+        np.testing.assert_allclose(route.class_weights, expected.class_weights, atol=1e-6)
+        for reason, other in zip(route.explain(), expected.explain(), strict=True):
+            assert (reason.name, reason.out_of_domain) == (other.name, other.out_of_domain)
+            assert [near.index for near in reason.clusters] == [near.index for near in other.clusters]
+            assert [near.expert for near in reason.clusters] == [near.expert for near in other.clusters]
+        np.testing.assert_allclose(client.route_queries(CLASSES), mode.route_queries(CLASSES), atol=1e-6)
+        task, local = client.task(CLASSES, templates=["a {}"]), mode.task(CLASSES, templates=["a {}"])
+        for found, other in zip(task.classify(PICTURES), local.classify(PICTURES), strict=True):
+            assert found.classnames == other.classnames
+            np.testing.assert_allclose(found.probabilities, other.probabilities, atol=1e-5)
+        np.testing.assert_allclose(task.weights, local.route.class_weights, atol=1e-6)
+        scores = task.encode_image(PICTURES[:2]) @ task.encode_text(["heart"]).T
+        assert scores.shape == (2, 1)
+        index = Index.open(served_run / "index")
+        found, other = client.search("arrow", count=3), index.search("arrow", count=3)
+        assert [hit.key for hit in found.hits] == [hit.key for hit in other.hits]
+        assert found.experts == other.experts
+        (name,) = client.facts["indexes"]
+        (picture,) = index.pictures(other.hits[:1])
+        assert np.array_equal(np.asarray(client.picture(name, found.hits[0].number)), np.asarray(picture))
+        with pytest.raises(ServiceError, match=r"known: .*eq6") as refused:
+            client.route(CLASSES, rule="best")
+        assert refused.value.status == 422
+        with pytest.raises(ServiceError, match="not of images"):
+            client.route_images(PICTURES)
+    with pytest.raises(ServiceError, match="is modeclip serve running"), Client("http://127.0.0.1:9") as nobody:
+        nobody.route(["a"])
+    with pytest.raises(ModeclipError, match="expected an address"):
+        Client("localhost")
