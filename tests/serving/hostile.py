@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,8 @@ async def send(port: int, request: bytes, how: str = "wait") -> tuple[int, bytes
                 await asyncio.sleep(0.05)
             return 0, b""
         writer.write(request[: len(request) // 2] if how == "cut" else request)
-        try:
+        with suppress(ConnectionError):  # refused before all of it was sent; the answer may be there
             await writer.drain()
-        except ConnectionError:  # refused before all of it was sent; the answer may be there
-            pass
         if how != "wait":
             return 0, b""
         head = await reader.readuntil(b"\r\n\r\n")

@@ -112,6 +112,8 @@ async def _unfitting(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
+    if error.status_code == 400:
+        message = f"the request cannot be read ({message.lower()}); send JSON in UTF-8 that is not nested deeply"
     if error.status_code == 404:
         message = f"no {request.url.path[:100]} here; /openapi.json has the routes"
     if error.status_code == 405:

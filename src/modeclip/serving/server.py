@@ -12,15 +12,18 @@ import ipaddress
 import logging
 import signal
 import socket
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from modeclip.errors import ModeclipError
 from modeclip.serving.app import create_app
+from modeclip.serving.guard import error_body
 from modeclip.serving.service import Service
 from modeclip.system.console import log
 
@@ -80,12 +83,12 @@ def serve(service: Service, place: socket.socket, *, key: str = "", origins: Seq
         key: The key that clients must send; empty: none.
         origins: As for `create_app`.
     """
-    lines = logging.getLogger("modeclip.serving")
-    lines.setLevel(logging.INFO)
-    lines.propagate = False
-    lines.addHandler(logging.StreamHandler())
-    for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    handler = logging.StreamHandler()
+    for name, level in (("modeclip.serving", logging.INFO), ("uvicorn", logging.WARNING)):
+        lines = logging.getLogger(name)
+        lines.setLevel(level)
+        lines.propagate = False
+        lines.addHandler(handler)
     app = create_app(service, key=key, origins=origins, is_local=is_local(place.getsockname()[0]))
     config = uvicorn.Config(
         app,
@@ -147,6 +150,22 @@ class PatientProtocol(H11Protocol):
         if self._watch is not None:
             self._watch.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, in JSON as all errors are."""
+        body = error_body(400, f"{msg.rstrip('.').lower()}; send HTTP/1.1", uuid.uuid4().hex)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _look_later(self) -> None:
         self._watch = self.loop.call_later(HEAD_SECONDS, self._look)
