@@ -6,9 +6,10 @@
 
 The seed has random weights (seed 0), and so have the last blocks, the norm behind them and the projections of each
 expert: what they compute costs the same as trained ones. The same pictures run in turn, in each round in another order,
-through one model as open_clip runs it, through the experts of a bundle that stores what differs from the seed, and
-through the same experts from their full folders. Seconds are those of the processor, which a busy machine changes
-least; the figures are medians of the rounds' ratios. The features of the two mixtures are compared, too.
+through one model, through the experts of a bundle that stores what differs from the seed, and through the same experts
+from their full folders; and through one model that computes every token of its last block, as open_clip runs it.
+Ratios are to both models. Seconds are those of the processor, which a busy machine changes least; the figures are
+medians of the rounds' ratios. All features are compared, too.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from evaluate import machine
 
 from modeclip.mixture.bundle import copy_model
 from modeclip.models.checkpoints import write_tensors
-from modeclip.models.clip import CONFIG_FILE, encode_image, encode_text, load_clip, save_clip, without_gradients
+from modeclip.models.clip import CONFIG_FILE, load_clip, save_clip, without_gradients
 from modeclip.models.deltas import WEIGHTS_FILE
 from modeclip.models.pool import ModelPool, ModelRef, total_bytes
-from modeclip.models.trunk import head_depth, share
+from modeclip.models.trunk import encode, head_depth, share
 
 
 def main() -> None:
@@ -63,17 +64,18 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     print(f"{datetime.now(UTC).date()}, {machine()}; {arguments.rounds} rounds of batches of {arguments.batch}, seed 0")
     print(f"{arguments.model}, {arguments.experts} experts of last:{arguments.depth}")
     for tower, x in (("image", images), ("text", tokens)):
-        whole = encode_image if tower == "image" else encode_text
-        ways = {"one model": lambda whole=whole, x=x: [whole(one, x)]}
+        ways = {"one model": lambda tower=tower, x=x: [encode(one, tower, x)]}
+        ways |= {"every token": lambda tower=tower, x=x: [encode(one, tower, x, every_token=True)]}
         ways |= {name: lambda m=m, tower=tower, x=x: run(m, tower, x) for name, m in mixtures.items()}
         with without_gradients():
             ratios, features = compare(ways, arguments.rounds)
-        apart = max(
-            float((a - b).abs().max()) for a, b in zip(features["shared trunk"], features["full folders"], strict=True)
-        )
+        pairs = (("shared trunk", "full folders"), ("one model", "every token"))
+        apart = max(float((a - b).abs().max()) for x, y in pairs for a, b in zip(features[x], features[y], strict=True))
+        every = ratios["every token"]
         print(
             f"  {tower} features: shared trunk {ratios['shared trunk']:.2f} times one model, full folders "
-            f"{ratios['full folders']:.2f} times; they differ by at most {apart:.1e}"
+            f"{ratios['full folders']:.2f} times; with every token of the last block one model takes {every:.2f}, and "
+            f"the shared trunk {ratios['shared trunk'] / every:.2f} times that; they differ by at most {apart:.1e}"
         )
     disk = {kind: sum(f.stat().st_size for f in (folder / kind).rglob("*.safetensors")) for kind in ("bundle", "full")}
     seed = (folder / "bundle" / "seed" / "open_clip_model.safetensors").stat().st_size

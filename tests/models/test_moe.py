@@ -32,6 +32,7 @@ from modeclip.models.moe import (
     with_experts,
 )
 from modeclip.models.pool import ModelPool, ModelRef
+from modeclip.models.trunk import encode as encode_tower
 
 MODEL = "modeclip-icon-xxs"
 
@@ -312,6 +313,23 @@ def test_balance_is_1_where_all_experts_are_chosen_alike_and_their_number_where_
         logits = 50 * torch.eye(4)[1].expand(32, 4)
         layer.last = (torch.Size([32]), logits, logits.topk(2).indices, torch.ones(32, 2) / 2)
     assert float(router_losses(model)[0]) == pytest.approx(4)
+
+
+def test_the_last_block_routes_the_token_that_is_read(mixed: Clip) -> None:
+    tokens, images = mixed.tokens(["a red heart", "x", "two dogs"]), torch.randn(3, 3, *mixed.image_size)
+    with torch.no_grad():
+        for tower, x in (("image", images), ("text", tokens)):
+            routings = {}
+            for every in (True, False):
+                routings[every] = [encode_tower(mixed.model.eval(), tower, x, every_token=every)]
+                routings[every] += [routing for routing in routing_of(mixed.model) if routing.tower == tower]
+            torch.testing.assert_close(routings[True][0], routings[False][0], atol=1e-6, rtol=0)
+            whole, one = routings[True][-1], routings[False][-1]
+            at = tokens.argmax(1) if tower == "text" else torch.zeros(3, dtype=torch.long)
+            assert one.experts.shape == (3, 2)
+            assert torch.equal(one.experts, whole.experts[torch.arange(3), at])
+            for before in zip(routings[True][1:-1], routings[False][1:-1], strict=True):
+                assert torch.equal(before[0].experts, before[1].experts)
 
 
 def test_routing_names_what_each_token_chose(plain: Clip, mixed: Clip) -> None:

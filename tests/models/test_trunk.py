@@ -9,10 +9,11 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from torch import nn
 
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import encode_text
-from modeclip.models.trunk import head_depth, split
+from modeclip.models.trunk import encode, head_depth, split
 from support import CLIP_KINDS, SMALL_TEXT, build_clip
 
 
@@ -88,12 +89,12 @@ def test_gradients_reach_the_parameters_of_the_model(tmp_path: Path) -> None:
     model = build_clip("plain", tmp_path)
     names = ("visual.transformer.resblocks.0.mlp.c_fc.weight", "visual.transformer.resblocks.2.mlp.c_fc.weight")
     x, found = inputs_of(model, "image"), []
-    for encode in (
+    for way in (
         lambda: model.encode_image(x, normalize=True),
         lambda: (pair := split(model, "image", 1))[1](pair[0](x)),
     ):
         model.zero_grad()
-        encode()[:, 0].sum().backward()
+        way()[:, 0].sum().backward()
         found.append([model.get_parameter(name).grad.clone() for name in names])
     torch.testing.assert_close(found[0], found[1], atol=1e-7, rtol=1e-5)
     with torch.no_grad():
@@ -114,6 +115,89 @@ def test_padding_is_cut_at_every_depth(tmp_path: Path) -> None:
     state = split(model, "text", 2)[0](tokens)
     assert [part.shape[1] for part in state] == [8, 8]
     torch.testing.assert_close(encode_text(model, tokens), model.encode_text(tokens, normalize=True), atol=1e-6, rtol=0)
+
+
+class Watched(nn.Module):
+    """A layer that notes what it is given, with no hook that could be seen."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.shapes = layer, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(x.shape))
+        return self.layer(x)
+
+
+READ_AT_ONE = {
+    "image": {"plain": True, "average, norm behind": False, "attention pool": False, "timm": False},
+    "text": {"plain": True, "class token": True, "sees all": True, "end by id": True, "pools nothing": False},
+}
+
+
+@pytest.mark.parametrize(("tower", "kind"), [(tower, kind) for tower, kinds in READ_AT_ONE.items() for kind in kinds])
+def test_the_last_block_computes_the_token_that_is_read(tower: str, kind: str, tmp_path: Path) -> None:
+    model = build_clip("sees all" if kind == "pools nothing" else kind, tmp_path)
+    if kind == "pools nothing":
+        model.text.pool_type = "none"
+    if kind == "timm":
+        blocks: Any = model.visual.trunk.blocks
+    else:
+        blocks = (model.visual if tower == "image" else getattr(model, "text", model)).transformer.resblocks
+    x = inputs_of(model, tower)
+    ways: dict[str, Any] = {
+        "plain": lambda: encode(model, tower, x),
+        "every token": lambda: encode(model, tower, x, every_token=True),
+        "with a graph": lambda: torch.enable_grad()(encode)(model, tower, x),
+    }
+    watched = [Watched(block.mlp) for block in blocks[-2:]]
+    for block, layer in zip(blocks[-2:], watched, strict=True):
+        block.mlp = layer
+    found, seen = {}, {}
+    with torch.no_grad():
+        for name, way in ways.items():
+            found[name] = way()
+            seen[name] = [layer.shapes.pop() for layer in watched]
+        handle = blocks[-1].attn.register_forward_hook(lambda *_: None)
+        encode(model, tower, x)
+        seen["watched"] = [layer.shapes.pop() for layer in watched]
+        handle.remove()
+        model.train()
+        encode(model, tower, x)
+        seen["in training"] = [layer.shapes.pop() for layer in watched]
+    every = seen.pop("plain")
+    assert all(len(shape) == 3 and shape[1] > 1 for shapes in seen.values() for shape in shapes)
+    assert every == ([seen["every token"][0], (3, every[0][2])] if READ_AT_ONE[tower][kind] else seen["every token"])
+    for name in ("every token", "with a graph"):
+        torch.testing.assert_close(found["plain"], found[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("with_class_token", [False, True])
+def test_padding_that_is_masked_is_masked_in_both_parts(with_class_token: bool, tmp_path: Path) -> None:
+    model = build_clip("class token" if with_class_token else "sees all", tmp_path)
+    model.text.use_pad_mask, model.text.pool_type, tokens = True, "first", inputs_of(model, "text")
+    with torch.no_grad():
+        whole = model.encode_text(tokens, normalize=True)
+        for depth in (3, 1, 0):
+            trunk, head = split(model, "text", depth)
+            torch.testing.assert_close(head(trunk(tokens)), whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(encode(model, "text", tokens), whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_one_token_in_low_precision_is_as_near_as_all_of_them(tower: str, tmp_path: Path) -> None:
+    model = build_clip("plain", tmp_path)
+    x = inputs_of(model, tower)
+    with torch.no_grad():
+        exact = encode(model, tower, x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = [encode(model, tower, x, every_token=every) for every in (False, True)]
+        model.to(torch.bfloat16)
+        x = x.to(torch.bfloat16) if tower == "image" else x
+        pure = [encode(model, tower, x, every_token=every) for every in (False, True)]
+    for one, all_tokens in (mixed, pure):
+        apart = [float((value.float() - exact).square().mean().sqrt()) for value in (one, all_tokens)]
+        assert apart[0] <= 1.5 * apart[1]
 
 
 def test_what_cannot_be_cut_is_one_line(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.images import decode_image, strict_pillow
 from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError, check_least
-from modeclip.models.clip import Clip, computing, encode_image, encode_text, load_clip
+from modeclip.models.clip import Clip, computing, load_clip
 from modeclip.models.moe import Routing, moe_layers, routing_of
+from modeclip.models.trunk import encode
 from modeclip.system.devices import choose_device
 
 if TYPE_CHECKING:
@@ -287,8 +288,8 @@ def _follow(catalog: Catalog, clip: Clip, rows: Int[np.ndarray, " n"], counts: _
     images, tokens = clip.images(pictures), clip.tokens([sample.caption for _, sample in kept])
     pieces = clip.pieces(tokens)
     with computing(clip, "32-true") as device:
-        encode_image(clip.model, images.to(device))
-        encode_text(clip.model, tokens.to(device))
+        encode(clip.model, "image", images.to(device), every_token=True)
+        encode(clip.model, "text", tokens.to(device), every_token=True)
     routings = routing_of(clip.model)
     first: dict[Tower, list[np.ndarray]] = {"image": [], "text": []}
     for routing in routings:

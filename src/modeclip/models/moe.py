@@ -248,6 +248,9 @@ def router_losses(model: nn.Module) -> tuple[Tensor, Tensor]:
 def routing_of(model: nn.Module) -> list[Routing]:
     """Return what each token of the last forward pass chose, for each block; images first.
 
+    Without gradients, a tower's last block sees only the token that is read afterwards, unless ``trunk.encode`` is
+    asked for every token.
+
     Raises:
         ModeclipError: The model has no experts, or a tower has not run.
     """

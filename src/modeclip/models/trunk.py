@@ -14,7 +14,17 @@ pooling), Vision Transformers of timm, and BERT, RoBERTa and XLM-R; any other is
 A causal text tower is read at the end-of-text token, and no position sees a later one, so the padding that no text of
 a batch uses is cut off first: the same vectors to rounding, for a fraction of the work.
 
-Price: microseconds; nothing is copied. What is saved are the forward passes of the shared blocks.
+Without gradients, the last block of open_clip's own towers computes only the token that is read afterwards: the class
+token of an image, the end of a text. Of the other tokens it takes what its attention mixes. With one query q, and keys
+k_t = W_k x_t + b_k and values v_t = W_v x_t + b_v in each head,
+
+    softmax_t(q k_t) = softmax_t((W_k^T q) x_t)    and    sum_t a_t v_t = W_v (sum_t a_t x_t) + b_v,
+
+so W_k and W_v are multiplied once a sample and not once a token. Features are equal to rounding. A block that trains,
+that hooks watch, or that is built otherwise runs as it is.
+
+Price: microseconds; nothing is copied. What is saved are the forward passes of the shared blocks, and most of the last
+one (``benchmarks/shared_trunk.py``).
 """
 
 from __future__ import annotations
@@ -50,6 +60,8 @@ class _Anatomy:
     """How many there are."""
     cut: Callable[[int], tuple[Callable[[Tensor], State], Callable[..., Tensor]]]
     """Makes the trunk with the first so many blocks, and the head with the others, not normalised."""
+    reads_one: bool = False
+    """Whether a head without gradients computes one token of the last block."""
 
 
 def split(model: Any, tower: Tower, depth: int) -> tuple[Callable[[Tensor], State], Callable[[State], Tensor]]:
@@ -142,10 +154,19 @@ def share(models: Sequence[Any], tower: Tower) -> list[Shared]:
     return [_shared(models, members, tower, depth) for members, depth in groups]
 
 
-def encode(model: Any, tower: Tower, x: Tensor) -> Tensor:
-    """Run a whole tower: unit vectors (B, D) of images, or of token ids without the padding that none of them uses."""
-    if tower == "text" and is_exact_without_padding(model):
-        trunk, head = split(model, "text", 0)
+def encode(model: Any, tower: Tower, x: Tensor, *, every_token: bool = False) -> Tensor:
+    """Run a whole tower: unit vectors (B, D) of images, or of token ids without the padding that none of them uses.
+
+    Args:
+        model: A CLIP of open_clip.
+        tower: ``image`` or ``text``.
+        x: Images or token ids.
+        every_token: Compute every token of the last block, for those who look at them afterwards.
+    """
+    anatomy = _anatomy(model, tower)
+    reads_one = anatomy is not None and anatomy.reads_one and not every_token
+    if reads_one or (tower == "text" and is_exact_without_padding(model)):
+        trunk, head = split(model, tower, 1 if reads_one else 0)
         return head(trunk(x))
     features: Tensor = getattr(model, f"encode_{tower}")(x, normalize=True)
     return features
@@ -209,18 +230,31 @@ def _own_image(visual: Any) -> _Anatomy | None:
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     if blocks is None or getattr(visual, "output_tokens", False) or not hasattr(visual, "_embeds"):
         return None
+    import torch
+
+    reads_class = getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", None) == "tok"
 
     def cut(first: int) -> tuple[Callable[[Tensor], State], Callable[..., Tensor]]:
         before, behind = _cut_transformer(visual.transformer, first)
 
         def head(x: Tensor) -> Tensor:
-            pooled: Tensor = visual._pool(behind(x))[0]
+            if reads_class and _reads_one(behind):
+                x = _run_to(behind, x, torch.zeros(x.shape[0], dtype=torch.long, device=x.device))[:, None]
+            else:
+                x = behind(x)
+            pooled: Tensor = visual._pool(x)[0]
             return pooled if visual.proj is None else pooled @ visual.proj
 
         return lambda images: (before(visual._embeds(images)),), head
 
     after = ("visual.ln_post", "visual.proj", "visual.attn_pool", "visual.attn_pool_contrastive")
-    return _Anatomy(blocks="visual.transformer.resblocks", after=after, num_blocks=len(blocks), cut=cut)
+    return _Anatomy(
+        blocks="visual.transformer.resblocks",
+        after=after,
+        num_blocks=len(blocks),
+        cut=cut,
+        reads_one=reads_class and _reads_one(visual.transformer),
+    )
 
 
 def _timm_image(visual: Any) -> _Anatomy | None:
@@ -256,6 +290,8 @@ def _own_text_tower(model: Any) -> _OwnText | None:
 
 
 def _own_text(own: _OwnText) -> _Anatomy:
+    import torch
+
     tower, blocks = own.tower, own.tower.transformer.resblocks
 
     def embed(tokens: Tensor) -> Tensor:
@@ -269,7 +305,7 @@ def _own_text(own: _OwnText) -> _Anatomy:
     def mask_of(x: Tensor, tokens: Tensor) -> Tensor | None:
         length = x.shape[1]
         mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
-        if own.has_class_token:
+        if own.has_class_token or getattr(tower, "use_pad_mask", False):
             added: Tensor = tower._build_additive_mask(tokens, length, tower.transformer.get_cast_dtype())
             return added if mask is None else mask.unsqueeze(0) + added
         return mask
@@ -283,8 +319,14 @@ def _own_text(own: _OwnText) -> _Anatomy:
             return before(x, attn_mask=mask_of(x, tokens)), tokens
 
         def head(x: Tensor, tokens: Tensor) -> Tensor:
-            x = behind(x, attn_mask=mask_of(x, tokens))
-            x = tower.ln_final(x[:, -1]) if own.has_class_token else _pool(tower.ln_final(x), tokens, own)
+            mask, at = mask_of(x, tokens), _read_at(x, tokens, own)
+            if at is not None and _reads_one(behind):
+                x = tower.ln_final(_run_to(behind, x, at, mask))
+            elif own.has_class_token:
+                x = tower.ln_final(behind(x, attn_mask=mask)[:, -1])
+            else:
+                x = tower.ln_final(behind(x, attn_mask=mask))
+                x = x if at is None else x[torch.arange(x.shape[0], device=x.device), at]
             projection = tower.text_projection
             if projection is None:
                 return x
@@ -294,7 +336,13 @@ def _own_text(own: _OwnText) -> _Anatomy:
         return trunk, head
 
     after = (f"{own.prefix}ln_final", f"{own.prefix}text_projection")
-    return _Anatomy(blocks=f"{own.prefix}transformer.resblocks", after=after, num_blocks=len(blocks), cut=cut)
+    return _Anatomy(
+        blocks=f"{own.prefix}transformer.resblocks",
+        after=after,
+        num_blocks=len(blocks),
+        cut=cut,
+        reads_one=(own.has_class_token or own.pool != "none") and _reads_one(tower.transformer),
+    )
 
 
 def _without_padding(tokens: Tensor) -> Tensor:
@@ -306,16 +354,15 @@ def _without_padding(tokens: Tensor) -> Tensor:
     return tokens[:, : int(used.max()) + 1] if len(used) else tokens
 
 
-def _pool(x: Tensor, tokens: Tensor, own: _OwnText) -> Tensor:
-    """Return the state of the position that a text is read at; all of them where the tower pools nothing."""
-    import torch
-
-    if own.pool in ("first", "last"):
-        return x[:, 0 if own.pool == "first" else -1]
+def _read_at(x: Tensor, tokens: Tensor, own: _OwnText) -> Tensor | None:
+    """Return the position (B,) that each text is read at; None where the tower pools nothing."""
+    if own.has_class_token or own.pool in ("first", "last"):
+        last = own.has_class_token or own.pool == "last"
+        return tokens.new_full(tokens.shape[:1], x.shape[1] - 1 if last else 0)
     if own.pool == "none":
-        return x
+        return None
     at: Tensor = (tokens if own.pool == "argmax" else tokens.eq(own.end).int()).argmax(dim=-1)
-    return x[torch.arange(x.shape[0], device=x.device), at]  # len() would fix the batch of an exported graph
+    return at
 
 
 def _hugging_text(text: Any) -> _Anatomy | None:
@@ -365,6 +412,62 @@ def _cut_transformer(transformer: Any, first: int) -> tuple[Any, Any]:
     if first == len(blocks):
         return transformer, _unchanged
     return _twin(transformer, resblocks=blocks[:first]), _twin(transformer, resblocks=blocks[first:])
+
+
+def _reads_one(transformer: Any) -> bool:
+    """Whether the last block may compute one token alone: it neither trains nor is watched, and is open_clip's own."""
+    import torch
+
+    if torch.is_grad_enabled() or not hasattr(transformer, "resblocks"):
+        return False
+    block = transformer.resblocks[-1]
+    attention, kind = getattr(block, "attn", None), type(block)
+    return (
+        (kind.__module__, kind.__name__) == ("open_clip.transformer", "ResidualAttentionBlock")
+        and type(attention) is torch.nn.MultiheadAttention
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and not block.training
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules())
+    )
+
+
+def _run_to(transformer: Any, x: Tensor, at: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Run a transformer up to one token of each sample.
+
+    Args:
+        transformer: One that `_reads_one`.
+        x: (B, T, W) hidden states.
+        at: (B,) position of the token.
+        mask: What is added to the attention, (T, T) or (B * heads, T, T).
+
+    Returns:
+        (B, W): equal to ``transformer(x, attn_mask=mask)`` at these positions.
+    """
+    import torch
+
+    *before, block = transformer.resblocks
+    for earlier in before:
+        x = earlier(x, attn_mask=mask)
+    attention = block.attn
+    (batch, _, width), heads = x.shape, attention.num_heads
+    rows = torch.arange(batch, device=x.device)
+    of_query, of_key, of_value = attention.in_proj_weight.chunk(3)
+    bias = attention.in_proj_bias.chunk(3)
+    normed = block.ln_1(x)
+    query = torch.nn.functional.linear(normed[rows, at], of_query, bias[0]) * (width // heads) ** -0.5
+    in_head = query.view(batch, heads, -1)
+    scores = torch.einsum("bhd,hdw->bhw", in_head, of_key.view(heads, -1, width)) @ normed.mT
+    if mask is not None:
+        own = mask[at][:, None] if mask.ndim == 2 else mask.view(batch, heads, *mask.shape[1:])[rows, :, at]
+        scores = scores + own
+    mixed = scores.float().softmax(dim=-1).to(normed.dtype) @ normed
+    values = torch.einsum("bhw,hdw->bhd", mixed, of_value.view(heads, -1, width)).reshape(batch, width) + bias[2]
+    x = x[rows, at] + block.ls_1(attention.out_proj(values))
+    result: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return result
 
 
 def _unchanged(x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
