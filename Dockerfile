@@ -1,13 +1,14 @@
 # The service as a container: docker build -t modeclip . && docker run -p 8080:8080 -v ./runs/demo:/data modeclip /data
-# The folder must be writable for user 10001 where its index is still to be built. Without a GPU the image is a quarter
-# of the size with --build-arg EXTRA_INDEX=https://download.pytorch.org/whl/cpu
+# The folder must be writable for user 10001 where its index is still to be built. pip's own settings are build arguments:
+# with a PIP_EXTRA_INDEX_URL of PyTorch's CPU wheels the image has a quarter of the size.
 FROM python:3.11-slim-bookworm AS build
-ARG EXTRA_INDEX=https://pypi.org/simple
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY src src
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "$EXTRA_INDEX" ".[serve,demo]"
+    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt ".[serve,demo]"
 
 FROM python:3.11-slim-bookworm
 RUN useradd --create-home --uid 10001 modeclip

@@ -196,7 +196,7 @@ async def traffic(port: int, *, requests: int, clients: int = 32, seed: int = 0)
 async def memory(port: int) -> float:
     """Return the bytes of the service."""
     _, body = await send(port, b"GET /metrics HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
-    found = re.search(rb"process_resident_memory_bytes (\S+)", body)
+    found = re.search(rb"(?m)^process_resident_memory_bytes (\S+)", body)
     assert found, body[:200]
     return float(found[1])
 
