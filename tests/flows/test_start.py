@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"lance", "open_clip", "pyarrow", "scipy", "sentence_transformers", "sklearn", "timm", "torch", "transformers"}
+HEAVY = {
+    "fastapi",
+    "lance",
+    "open_clip",
+    "pyarrow",
+    "scipy",
+    "sentence_transformers",
+    "sklearn",
+    "timm",
+    "torch",
+    "transformers",
+}
 
 
 def heavy_modules(*words: str) -> set[str]:
@@ -25,8 +36,9 @@ def heavy_modules(*words: str) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
-def test_help_imports_nothing_heavy() -> None:
-    assert heavy_modules("--help") == set()
+@pytest.mark.parametrize("words", [("--help",), ("serve", "--help")])
+def test_help_imports_nothing_heavy(words: tuple[str, ...]) -> None:
+    assert heavy_modules(*words) == set()
 
 
 @pytest.mark.slow

@@ -48,7 +48,14 @@ def mode(served_run: Path) -> MoDE:
 
 
 def test_classes_are_those_of_the_mixture(server: Server, mode: MoDE) -> None:
-    for options in ({}, {"rule": "eq6", "templates": ["a {}", "the {} icon"]}, {"rule": "top1"}, {"max_experts": 1}):
+    for options in (
+        {},
+        {"rule": "eq6", "templates": ["a {}", "the {} icon"]},
+        {"rule": "top1"},
+        {"max_experts": 1},
+        {"each": True},
+        {"templates": ["the {}"], "route_by_prompts": True},
+    ):
         answer = server.ask(
             "/classify", images=[data_url(one) for one in PICTURES], classes=CLASSES, top=len(CLASSES), **options
         ).json()
@@ -322,10 +329,10 @@ def test_what_cannot_be_served_is_one_line(
     bundle = served_run / "bundle"
     for words, expected in [
         ((bundle, "--port", server.port), "another process listens there"),
-        ((tmp_path / "no-bundle",), "no-bundle"),
+        ((tmp_path / "no-bundle", "--port", 0), "no-bundle"),
         ((bundle, "--index", half, "--port", 0), "half built"),
         ((bundle, "--index", tmp_path / "none", "--port", 0), "no index at"),
-        ((bundle, "--host", "no.such.host.invalid"), "--host"),
+        ((bundle, "--host", "192.0.2.1", "--port", 0), "--host"),
         ((bundle, "--port", 99_999), "--port"),
         ((bundle, "--port", 0, "--max-memory", 1e-6), "memory"),
         ((bundle, "--port", 0, "--dimension", 3), "--dimension"),
@@ -353,11 +360,12 @@ def test_a_missing_extra_is_one_line(
 
 
 def test_a_client_has_the_methods_of_the_mixture(server: Server, mode: MoDE, served_run: Path) -> None:
-    with Client(server.url, timeout=1200) as client:
-        own = {name for name in vars(MoDE) if not name.startswith("_")} - {"load", "request"}
+    with Client.load(server.url, timeout=1200) as client:
+        own = {name for name in vars(MoDE) if not name.startswith("_")}
         assert own <= set(dir(client))
         assert client.per_image == mode.per_image
         assert client.experts == tuple(expert.name for expert in mode.bundle.experts)
+        assert client.request(rule="eq6", each=True) == mode.request(rule="eq6", each=True)
         route, expected = client.route(CLASSES, each=True), mode.route(CLASSES, each=True)
         np.testing.assert_allclose(route.class_weights, expected.class_weights, atol=1e-6)
         for reason, other in zip(route.explain(), expected.explain(), strict=True):

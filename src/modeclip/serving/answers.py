@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,17 +231,19 @@ class Answers:
         rule: str | None = None,
         temperature: float | None = None,
         max_experts: int | None = None,
+        each: bool = False,
+        route_by_prompts: bool = False,
     ) -> Classes:
         """Return classes as `MoDE.task` routes and encodes them; a list that was asked before costs nothing."""
         prompts = tuple(templates) or self.templates
-        key = (tuple(names), prompts, rule, temperature, max_experts)
+        routing: dict[str, Any] = {"rule": rule, "temperature": temperature, "max_experts": max_experts, "each": each}
+        routing["templates"] = prompts if route_by_prompts else ()
+        key = (tuple(names), prompts, *routing.values())
         if known := self.lists.find([key]):
             found: Classes = known[key]
             return found
         if key not in self._begun:  # whoever comes while the list is encoded waits for the same
-            self._begun[key] = asyncio.create_task(
-                self._encode_classes(names, prompts, rule=rule, temperature=temperature, max_experts=max_experts)
-            )
+            self._begun[key] = asyncio.create_task(self._encode_classes(names, prompts, routing))
             self._begun[key].add_done_callback(lambda done: self._keep_classes(key, done))
         return await asyncio.shield(self._begun[key])
 
@@ -363,20 +365,13 @@ class Answers:
         return found
 
     async def _encode_classes(
-        self,
-        names: Sequence[str],
-        templates: tuple[str, ...],
-        *,
-        rule: str | None,
-        temperature: float | None,
-        max_experts: int | None,
+        self, names: Sequence[str], templates: tuple[str, ...], routing: Mapping[str, Any]
     ) -> Classes:
         check_templates(templates, "templates")
         check_texts(names, "classes")
         weights = np.full((len(names), len(self.model.refs)), 1 / len(self.model.refs))
         if self.model.mode is not None and not self.model.per_image:
-            route = await self.route(names, rule=rule, temperature=temperature, max_experts=max_experts)
-            weights = np.array(route.class_weights)
+            weights = np.array((await self.route(names, **routing)).class_weights)
         members = _active(weights)
         prompts = [fill(template, name) for template in templates for name in names]
         vectors = (await self.text_vectors(prompts, members)).reshape(len(templates), len(names), -1)

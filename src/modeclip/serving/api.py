@@ -70,6 +70,8 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
             rule=body.rule,
             temperature=body.temperature,
             max_experts=body.max_experts,
+            each=body.each,
+            route_by_prompts=body.route_by_prompts,
         )
         found = await now.answers.classify(pictures, classes, top=body.top)
         experts = now.answers.model.names

@@ -20,7 +20,9 @@ import numpy as np
 from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
+from modeclip.mixture.bundle import RoutingConfig
 from modeclip.mixture.explain import ClassReason, NearCluster
+from modeclip.mixture.router import RouteRequest
 from modeclip.search.query import Found, Hit
 
 if TYPE_CHECKING:
@@ -94,6 +96,17 @@ class Client:
         self.url = url.rstrip("/")
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
+    @classmethod
+    def load(cls, url: str, *, key: str | None = None, timeout: float = 60.0) -> Client:
+        """Open a service, and find out whether it answers; arguments as for the class.
+
+        Raises:
+            ServiceError: There is none, or the key is wrong.
+        """
+        client = cls(url, key=key, timeout=timeout)
+        _ = client.facts
+        return client
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -119,6 +132,32 @@ class Client:
     def per_image(self) -> bool:
         """Whether the clusters are of images, so that every image has weights of its own."""
         return bool(self.facts["per_image"])
+
+    def request(
+        self,
+        *,
+        rule: str | None = None,
+        temperature: float | None = None,
+        max_experts: int | None = None,
+        each: bool = False,
+        templates: Sequence[str] | None = None,
+    ) -> RouteRequest:
+        """Fill in what is not given, as `MoDE.request` does, by what the service says of itself.
+
+        Raises:
+            ModeclipError: It serves one model, the rule is unknown, or the budget is below 1.
+        """
+        own = self.facts["routing"]
+        if own is None:
+            raise ModeclipError(f"service {self.url}: {self.facts['id']} is one model, with nothing to route to")
+        return RouteRequest.of(
+            RoutingConfig(rule=own["rule"], temperature=own["temperature"], templates=tuple(own["templates"])),
+            rule=rule,
+            temperature=temperature,
+            max_experts=own["max_experts"] if max_experts is None else max_experts,
+            each=each,
+            templates=templates,
+        )
 
     def route(
         self,
@@ -162,12 +201,15 @@ class Client:
         classnames: Sequence[str],
         *,
         templates: Sequence[str] | None = None,
+        route_by_prompts: bool = False,
         rule: str | None = None,
         temperature: float | None = None,
         max_experts: int | None = None,
+        each: bool = False,
     ) -> ServedTask:
         """Return the one CLIP that the mixture is for these classes; arguments as for `MoDE.task`."""
         request = _given(templates=templates, rule=rule, temperature=temperature, max_experts=max_experts)
+        request |= {"each": each, "route_by_prompts": route_by_prompts}
         return ServedTask(self, tuple(classnames), request)
 
     def embed(self, inputs: Sequence[str | Image]) -> Float[np.ndarray, "N E"]:
@@ -263,8 +305,11 @@ class ServedTask:
     @cached_property
     def route(self) -> ServedRoute:
         """How the task was routed."""
-        request = {name: value for name, value in self._request.items() if name != "templates"}
-        return self._client.route(self.classnames, **request)
+        request = dict(self._request)
+        templates, by_prompts = request.pop("templates", None), request.pop("route_by_prompts")
+        if by_prompts and templates is None:
+            templates = self._client.facts["routing"]["templates"]
+        return self._client.route(self.classnames, templates=templates if by_prompts else None, **request)
 
     @property
     def weights(self) -> Float[np.ndarray, "L K"]:

@@ -36,6 +36,8 @@ class ClassifyRequest(Shape):
         default=None, ge=1e-6, le=1e6, description="Temperature of the rule; null: its own."
     )
     max_experts: int | None = Field(default=None, ge=1, description="Experts that may have weight; null: all.")
+    each: bool = Field(default=False, description="Route every class by itself.")
+    route_by_prompts: bool = Field(default=False, description="Route the prompts in place of the plain names.")
     top: int = Field(default=5, ge=1, description="Classes that are returned for each picture.")
 
 
