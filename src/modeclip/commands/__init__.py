@@ -34,6 +34,7 @@ COMMANDS = {
     "embed": "data",
     "curate": "curation",
     "cluster": "data",
+    "atlas": "data",
     "train": "training",
     "train-experts": "training",
     "status": "training",

@@ -1,4 +1,4 @@
-"""The commands that make a catalog and work on it: index, check, uids, embed, cluster.
+"""The commands that make a catalog and work on it: index, check, uids, embed, cluster, atlas.
 
 Each adds what it computes to the catalog as columns, and computes only what is missing.
 """
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, PositionalRequiredArgs, arg
+from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
 
 from modeclip.clustering.diagnostics import DiagnoseConfig
 from modeclip.clustering.embedding import EmbedConfig
@@ -224,6 +224,17 @@ def cluster(
             f"stale models: {models}; modeclip train-experts --resume stale trains these anew and keeps the others"
         )
     print_lines(f"clustering: {out}", f"atlas: {page}")
+
+
+def atlas(
+    run: Positional[Annotated[Path, arg(help="Folder of a run, with its catalog and clusters.")]],
+    out: Annotated[Path | None, arg(help="The Parquet file; default: atlas/atlas.parquet in the run.")] = None,
+) -> None:
+    """Write the atlas of a run as a table with places, captions and pictures, which embedding-atlas opens."""
+    from modeclip.serving.atlas import Atlas
+
+    path = Atlas(run).write_table(out)
+    print_lines(f"atlas: {path}", f"open it with: embedding-atlas {path} --x x --y y --text text --image image")
 
 
 def _stale_models(run: Path) -> dict[str, str]:

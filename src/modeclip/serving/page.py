@@ -27,6 +27,8 @@ from modeclip.serving.limits import RefusedError
 from modeclip.system.console import log
 from modeclip.system.devices import memory_gb
 from modeclip.system.paths import RunPaths
+from modeclip.training.jobs import JOB_FILE, TrainJob
+from modeclip.training.status import JobStatus, job_status, status
 
 if TYPE_CHECKING:
     from modeclip.serving.service import Service
@@ -176,13 +178,16 @@ def _add_atlas(router: APIRouter, service: Service) -> None:
 
 
 def _add_run(router: APIRouter, service: Service) -> None:
-    checking = DataCheck()
+    checking, board = DataCheck(), Board()
 
     @router.get("/runs")
     def runs() -> Json:
         if service.run is None:
             return {"run": None}
-        return {"run": describe_run(service.run), "check": {"running": checking.running, "error": checking.error}}
+        return {
+            "run": describe_run(service.run, board),
+            "check": {"running": checking.running, "error": checking.error},
+        }
 
     @router.get("/runs/pages/{name:path}")
     def page(name: str) -> Response:
@@ -234,11 +239,50 @@ def pages_of(run: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path.is_file()}
 
 
-def describe_run(run: Path) -> Json:
+class Board:
+    """How far the models of a run are, for a page that asks every few seconds.
+
+    Whether finished models still fit their pairs takes seconds to find out. So it is looked up in the background, once
+    for each state of the catalog and the models; until then they are called finished.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._looked_at: Any = None
+        self._stale: dict[str, JobStatus] = {}
+
+    def read(self, run: Path) -> list[JobStatus]:
+        """Return the status of each model, the seed first; none where no model was planned.
+
+        Raises:
+            ModeclipError: A job's file is damaged.
+        """
+        paths = RunPaths(folder=run)
+        files = sorted(paths.models.glob(f"*/{JOB_FILE}"))
+        marks = [paths.catalog_path / "_versions", *files, *paths.models.glob("*/done.json")]
+        seen = [(str(path), path.stat().st_mtime_ns) for path in marks if path.exists()]
+        with self._lock:
+            if files and seen != self._looked_at:
+                self._looked_at, self._stale = seen, {}
+                threading.Thread(target=self._look, args=(run, seen), daemon=True).start()
+        rows = [job_status(TrainJob.load(path), path.parent) for path in files]
+        rows.sort(key=lambda row: (row.name != "seed", row.name))
+        return [self._stale.get(row.name, row) if row.state == "finished" else row for row in rows]
+
+    def _look(self, run: Path, seen: Any) -> None:
+        try:
+            stale = {row.name: row for row in status(run) if row.state == "stale"}
+        except (ModeclipError, OSError):  # what is wrong is said where it is read
+            return
+        with self._lock:
+            if self._looked_at == seen:
+                self._stale = stale
+
+
+def describe_run(run: Path, board: Board) -> Json:
     """Return how far a run is: its stages, its models, its pages, and the headline of its results."""
     from modeclip.pipeline.stages import STAGES, read_record
     from modeclip.system.files import read_json
-    from modeclip.training.status import status
 
     paths, stages, models, trouble = RunPaths(folder=run), [], [], []
     for path in (path for name in STAGES if (path := paths.stages / f"{name}.json").is_file()):
@@ -248,7 +292,7 @@ def describe_run(run: Path) -> Json:
         except ModeclipError as error:
             trouble.append(str(error))
     try:
-        models = [asdict(row) for row in status(run)]
+        models = [asdict(row) for row in board.read(run)]
     except ModeclipError as error:
         trouble.append(str(error))
     results: list[Json] = []

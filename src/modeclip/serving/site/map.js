@@ -1,8 +1,9 @@
 // The map of the atlas on a canvas: discs of clusters, a point for each pair, pictures when there is room for them.
-// Many points are written into a pixel buffer (375,000 take some milliseconds), few are drawn as circles.
+// While it moves, many points are written into a pixel buffer (375,000 take some milliseconds); at rest, and where they
+// are few, they are drawn as circles.
 import { picture } from "./api.js";
 
-const MOST_CIRCLES = 6000, PICTURE_ROOM = 46, MOST_PICTURES = 260, MOST_ZOOM = 4000, CLICK_PIXELS = 5;
+const MOST_CIRCLES = 6000, MOST_AT_REST = 60000, REST_MILLISECONDS = 140, PICTURE_ROOM = 40, MOST_PICTURES = 400, MOST_ZOOM = 4000, CLICK_PIXELS = 5;
 
 export class AtlasMap {
   /**
@@ -39,6 +40,7 @@ export class AtlasMap {
     this.observer.disconnect();
     document.removeEventListener("recolour", this.recolour);
     cancelAnimationFrame(this.frame);
+    clearTimeout(this.rest);
   }
 
   // ------------------------------------------------------------ colours
@@ -178,6 +180,9 @@ export class AtlasMap {
   // ------------------------------------------------------------ drawing
 
   draw() {
+    this.atRest = false;
+    clearTimeout(this.rest);
+    this.rest = setTimeout(() => { this.atRest = true; this.paint(); }, REST_MILLISECONDS);
     if (this.frame || !this.width) return;
     this.frame = requestAnimationFrame(() => { this.frame = 0; this.paint(); });
   }
@@ -191,7 +196,7 @@ export class AtlasMap {
     const room = Math.sqrt(width * height / Math.max(seen.length, 1));
     this.pictureSize = seen.length && seen.length <= MOST_PICTURES && room > PICTURE_ROOM ? Math.min(72, room * 0.62) : 0;
     if (this.pictureSize) this.paintPictures(seen);
-    else if (seen.length <= MOST_CIRCLES) this.paintCircles(seen);
+    else if (seen.length <= (this.atRest ? MOST_AT_REST : MOST_CIRCLES)) this.paintCircles(seen);
     else this.paintPixels(seen);
     this.paintWords();
     this.paintLasso();
