@@ -1,0 +1,93 @@
+"""The pairs of a pilot: a random sample of any source, and which captions hold one class name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+
+from modeclip.data.samples import DAMAGED_SHARD, NO_CAPTION, Sample, Skipped
+from modeclip.data.sources import DataSource, SourcePart
+from modeclip.pipeline import pilot_data
+from modeclip.pipeline.pilot_data import match_classes, sample_source
+
+
+def made_of(*sizes: int) -> tuple[DataSource, list[str]]:
+    """A source whose parts have so many pairs, an unusable one behind each and a word about the part; and its reads."""
+    reads: list[str] = []
+
+    def part(name: str, size: int) -> SourcePart:
+        def read() -> Iterator[Sample | Skipped]:
+            reads.append(name)
+            for number in range(size):
+                yield Sample(key=f"{number}", caption="a", image=b"1234")
+                yield Skipped(f"bad {number}", NO_CAPTION)
+            yield Skipped(name, DAMAGED_SHARD)
+
+        return SourcePart(name=name, state="1", read=read)
+
+    parts = tuple(part(f"part {place}", size) for place, size in enumerate(sizes))
+    return DataSource(kind="table", parts=parts, extra=pa.schema([]), what="parts"), reads
+
+
+def keys(source: DataSource) -> list[tuple[str, str]]:
+    return [(part.name, item.key) for part in source.parts for item in part.read() if isinstance(item, Sample)]
+
+
+def test_a_sample_has_about_as_many_pairs_as_wanted_from_all_parts_and_is_the_same_again() -> None:
+    source, reads = made_of(4000, 2000)
+    found = sample_source(source, 600, seconds=1e6, seed=0)
+    assert (found.num_pairs, found.is_counted) == (6000, True)
+    drawn = keys(found.source)
+    assert 520 < len(drawn) < 680
+    assert 320 < sum(name == "part 0" for name, _ in drawn) < 480
+    assert keys(found.source) == drawn
+    assert reads == ["part 0", "part 1"] * 2  # counted, then read once: what was drawn is kept for the second reading
+    assert keys(sample_source(source, 600, seconds=1e6, seed=0).source) == drawn
+    assert keys(sample_source(source, 600, seconds=1e6, seed=1).source) != drawn
+    skipped = [item for part in found.source.parts for item in part.read() if isinstance(item, Skipped)]
+    assert [item.key for item in skipped if item.cause == DAMAGED_SHARD] == ["part 0", "part 1"]
+    assert 520 < len(skipped) < 680  # what cannot be used has its share
+
+
+def test_a_small_source_is_taken_whole() -> None:
+    source, _ = made_of(30, 20)
+    assert len(keys(sample_source(source, 600, seconds=1e6, seed=0).source)) == 50
+
+
+def test_of_a_source_that_is_too_long_to_be_read_some_parts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, reads = made_of(*[1000] * 8)
+    monkeypatch.setattr(pilot_data, "LOOK_SECONDS", -1.0)  # the first pair ends the look
+    found = sample_source(source, 10, seconds=1e-9, seed=0)
+    assert reads == ["part 0"]
+    assert not found.is_counted
+    assert len(found.source.parts) == 1
+
+
+def test_images_that_take_much_memory_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot_data, "MOST_BYTES", 100)
+    source, reads = made_of(1000)
+    found = sample_source(source, 500, seconds=1e6, seed=0)
+    assert keys(found.source) == keys(found.source)
+    assert reads == ["part 0"] * 3
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("A CAT on a mat", "cat"),
+        ("cat_and_mat", "cat"),
+        ("cats", None),
+        ("a cat, a dog", None),
+        ("hot dog", "hot dog"),  # the longer name hides the shorter
+        ("hot dog dog", None),
+        ("dog hot", "dog"),
+        ("cat cat", "cat"),
+        ("", None),
+    ],
+)
+def test_a_caption_belongs_to_the_one_name_that_it_holds(caption: str, name: str | None) -> None:
+    names = ["cat", "dog", "Hot-Dog", "..."]
+    (label,) = match_classes([caption], names)
+    assert (None if label < 0 else names[label].lower().replace("-", " ")) == name
