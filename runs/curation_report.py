@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 from records import interval, table
-from scipy.stats import t
+from scipy.stats import t, ttest_1samp
 
 from modeclip.pages.charts import Axis
 from modeclip.pages.html import write_page
 
 Lines = Sequence[Mapping[str, Any]]
 RAW, ORACLE, CLEAN = "raw", "oracle", "clean"
+TWICE = "raw, twice the samples"
 LEVEL = 0.05
 """Chance of saying that anything pays, or loses, where nothing does."""
 FAMILIES = ("metaclip", "align", "dfn", "klite", "duplicates", "several")
@@ -124,9 +125,8 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 
 def verdict(lines: Lines) -> str:
-    """Return what pays, in one sentence."""
-    found = gains(lines)
-    tested = [gain for gain in found if gain.corrected is not None]
+    """Return what pays at equal samples, and whether that also pays for the training of a filter."""
+    found, tested = gains(lines), _tested(lines)
     if not tested:
         return "Not measured with several seeds yet, so there is no verdict."
 
@@ -141,11 +141,58 @@ def verdict(lines: Lines) -> str:
     still = sum(gain.verdict == "open" for gain in tested)
     oracle = next((gain for gain in found if gain.selection == ORACLE), None)
     return (
-        f"Of {len(tested)} selections against the raw pool ({interval(raw)} %, {len(raw)} seeds; "
+        f"Of {len(tested)} selections against the raw pool at equal samples ({interval(raw)} %, {len(raw)} seeds; "
         f"Holm's correction, {100 * LEVEL:.0f} %), {some('pays', 'none pays')}, {some('loses', 'none loses')}, and the "
         f"difference of {still} is within chance"
         + (f"; an oracle that trains on the clean pairs alone is at {_signed(oracle.mean)}." if oracle else ".")
+        + _cost_of_a_filter(tested, next((gain for gain in found if gain.selection == TWICE), None))
     )
+
+
+def _tested(lines: Lines) -> list[Gain]:
+    """Return the gains that were tested of dense models that saw as many samples as that of the raw pool."""
+    last = _last(lines)
+    equal = {name for name, line in last.items() if line["samples"] == last[RAW]["samples"]} if RAW in last else set()
+    return [
+        gain
+        for gain in gains(lines)
+        if gain.corrected is not None and gain.selection in equal and not is_mixture(gain.selection)
+    ]
+
+
+def brief(lines: Lines) -> str:
+    """Return the verdict for those who read one sentence."""
+    tested = _tested(lines)
+    if not tested:
+        return "Not measured with several seeds yet."
+    raw, best = averages(lines)[RAW], tested[0]
+    pays, loses = (sum(gain.verdict == kind for gain in tested) for kind in ("pays", "loses"))
+    return (
+        f"On a pool of icons with known noise, of {len(tested)} selections {pays} pay at equal samples, {loses} lose; "
+        f"the best is {best.selection}, {_signed(best.mean)} points on {interval(list(raw.values()))} of the raw pool "
+        f"({len(raw)} seeds, corrected for their number)."
+    )
+
+
+def _cost_of_a_filter(tested: list[Gain], twice: Gain | None) -> str:
+    """Return whether the best selection gains more than the samples that its filter was trained with would."""
+    if twice is None:
+        return ""
+    best = tested[0]
+    changes = [best.of_seed[seed] - value for seed, value in twice.of_seed.items() if seed in best.of_seed]
+    chance = 1.0 if len(changes) < 2 or not np.ptp(changes) else float(ttest_1samp(changes, 0).pvalue)
+    pays = "pays" if np.mean(changes) > 0 else "does not pay"
+    verdict = f"a filter of one's own {pays}" if chance < LEVEL else "whether a filter of one's own pays is open"
+    return (
+        f" Twice the samples of the raw pool, the cost of a filter and a model together, are worth "
+        f"{_signed(twice.mean)}; {best.selection} against that: {interval(changes)} over the seeds. So for a single "
+        f"model {verdict}; one that is there already, or that serves several models, costs nothing more."
+    )
+
+
+def is_mixture(name: str) -> bool:
+    """Return whether a row is a mixture of data experts."""
+    return name.startswith("MoDE")
 
 
 def _signed(value: float) -> str:
@@ -186,7 +233,7 @@ def mixtures_table(lines: Lines) -> str:
     """Return data experts beside the dense model that has seen as many samples of the same pairs."""
     scores, rows = averages(lines), []
     for name, line in _last(lines).items():
-        if line.get("of") and name.startswith("MoDE"):
+        if line.get("of") and is_mixture(name):
             own, dense = scores[name], scores[line["of"]]
             changes = [own[seed] - dense[seed] for seed in own if seed in dense]
             sides = [interval(list(side.values())) for side in (dense, own)]
@@ -280,7 +327,7 @@ def write_study(path: Path, lines: Lines, costs: Lines, selections: Mapping[str,
 
 def _tone(name: str, selections: Mapping[str, Any]) -> str:
     """Return the class of ``page.css`` that colours a selection."""
-    if name.startswith("MoDE"):
+    if is_mixture(name):
         return "m-mixture"
     if name in (RAW, ORACLE) or name.startswith(f"{RAW},"):
         return f"m-{ORACLE}"

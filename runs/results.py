@@ -401,6 +401,7 @@ def curation_tables() -> dict[str, Callable[[], str]]:
     lines, noise = (curation_report.read_lines(HERE / f"{name}.jsonl") for name in ("curation", "noise"))
     return {
         "curation-verdict": lambda: curation_report.verdict(lines),
+        "curation-brief": lambda: curation_report.brief(lines),
         "curation-gains": lambda: curation_report.gains_table(lines),
         "curation-kinds": lambda: curation_report.kinds_table(lines),
         "curation-mixtures": lambda: curation_report.mixtures_table(lines),

@@ -152,9 +152,23 @@ def test_correction_for_many_comparisons_is_holms(scripts: dict[str, ModuleType]
 def test_the_sentence_says_what_pays_and_what_loses(scripts: dict[str, ModuleType]) -> None:
     report = scripts["curation_report"]
     sentence = report.verdict(studied(SCORES | {"oracle": [7.0, 8.1, 9.0]}))
-    assert sentence.startswith("Of 3 selections against the raw pool (5.0\u00a0±\u00a02.5 %, 3 seeds;")
+    assert sentence.startswith("Of 3 selections against the raw pool at equal samples (5.0\u00a0±\u00a02.5 %, 3 seeds;")
     assert "1 pays (better +4.0), 1 loses (worse −2.0), and the difference of 1 is within chance" in sentence
     assert sentence.endswith("an oracle that trains on the clean pairs alone is at +3.0.")
+    for twice, words in (
+        (
+            [7.0, 8.0, 9.0],
+            "worth +3.0; better against that: 1.0\u00a0±\u00a00.2 over the seeds. "
+            "So for a single model a filter of one's own pays;",
+        ),
+        ([10.0, 11.0, 12.0], "So for a single model a filter of one's own does not pay;"),
+        ([8.1, 8.9, 10.1], "So for a single model whether a filter of one's own pays is open;"),
+    ):
+        lines = studied(SCORES | {"MoDE-4 of better": [20.0, 21.0, 22.0]}, **{"MoDE-4": "better"})
+        lines += [line | {"samples": 800} for line in studied({report.TWICE: twice})]
+        sentence = report.verdict(lines)
+        assert words in sentence
+        assert sentence.startswith("Of 3 selections")  # neither more samples nor a mixture is a selection
     fourth = studied({"raw": [0.0] * 3 + [9.0]})[3:]
     assert (
         report.verdict(studied(SCORES) + fourth).partition("; ")[2]
@@ -162,6 +176,10 @@ def test_the_sentence_says_what_pays_and_what_loses(scripts: dict[str, ModuleTyp
     )
     assert "no verdict" in report.verdict(studied({name: values[:1] for name, values in SCORES.items()}))
     assert "no verdict" in report.verdict([])
+    assert report.brief(studied(SCORES)).startswith(
+        "On a pool of icons with known noise, of 3 selections 1 pay at equal"
+    )
+    assert report.brief([]) == "Not measured with several seeds yet."
 
 
 @pytest.mark.parametrize("scores", [SCORES, {name: values[:1] for name, values in SCORES.items()}, {}])
