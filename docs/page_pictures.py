@@ -27,7 +27,7 @@ def save(page: Page, name: str) -> None:
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(1500)  # pictures on the map fade in, and the map comes to rest
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(ASSETS / name, "PNG", optimize=True)
+    picture.quantize(256, kmeans=2, dither=Image.Dither.NONE).save(ASSETS / name, "PNG", optimize=True)
 
 
 def main() -> None:
@@ -40,17 +40,19 @@ def main() -> None:
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
-        context = chromium.new_context(viewport={"width": 1200, "height": 760}, color_scheme="light")
+        context = chromium.new_context(viewport={"width": 1200, "height": 800}, color_scheme="light")
         context.set_default_timeout(120_000)
         context.add_init_script("if (top === self) localStorage.setItem('modeclip.tour', 'seen')")
         page = context.new_page()
         page.goto(f"{arguments.url}/#/search?q={arguments.words}")
         page.locator(".hit").first.wait_for()
         save(page, "page-search.png")
+        page.set_viewport_size({"width": 1200, "height": 1180})
         page.goto(f"{arguments.url}/#/classify")
         draw(page)
         page.locator(".why img").first.wait_for()
         save(page, "page-classify.png")
+        page.set_viewport_size({"width": 1200, "height": 800})
         page.goto(f"{arguments.url}/#/atlas")
         page.locator("summary", has_text="Clusters").click()
         page.get_by_label("Find a cluster by its words").fill(arguments.cluster)
@@ -58,8 +60,6 @@ def main() -> None:
         page.locator(".side .thumbs img").first.wait_for()
         page.locator("summary", has_text="Clusters").click()
         page.get_by_role("button", name="Show all").click()
-        for _ in range(2):
-            page.get_by_role("button", name="Zoom in").click()
         save(page, "page-atlas.png")
         chromium.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 import socket
 import threading
@@ -149,6 +150,11 @@ def test_search_answers_and_reload_and_back_find_it_again(open_page: Callable[..
     expect(words_of(page)).to_have_value("arrow")
     page.locator(".hit").first.click()
     expect(page.get_by_role("dialog")).to_contain_text("standard deviations")
+    page.go_forward()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    page.go_back()
+    expect(page.locator(".hit").first).to_have_attribute("aria-label", first)
+    page.locator(".hit").first.click()
     page.get_by_role("link", name="Similar pictures").click()
     expect(page.locator(".chosen img")).to_be_visible()
     expect(page.locator(".hit .caption").first).to_have_text(first.split(", strength")[0])  # it is most like itself
@@ -174,6 +180,7 @@ def test_a_dropped_picture_is_classified_with_reasons(open_page: Callable[..., P
     shares = [float(words.split()[0]) for words in page.locator(".classes li > b").all_inner_texts()]
     assert sum(shares) == pytest.approx(100, abs=2)
     expect(page.locator(".why img").first).to_be_visible()
+    assert not WRONG.search(page.locator("main").inner_text())
     verdict = page.locator(".verdict strong").inner_text()
     page.reload()
     expect(page.locator(".verdict strong")).to_have_text(verdict)
@@ -244,6 +251,8 @@ def test_the_tour_has_four_steps_at_the_first_visit(open_page: Callable[..., Pag
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
+WRONG = re.compile(r"\bnull\b|undefined|\[object|NaN")
+"""What a page shows where its script takes nothing for something."""
 VIEWS = ("#/search", "#/search?q=arrow", "#/classify", "#/atlas?cluster=1", "#/runs", "#/system")
 
 
@@ -258,6 +267,7 @@ def test_no_view_hinders_anybody_or_is_wider_than_its_screen(
         page.wait_for_load_state("networkidle")
         expect(page.locator(".waiting")).to_have_count(0)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, address
+        assert not WRONG.search(page.locator("main").inner_text()), address
         found = Axe().run(page, options={"iframes": False})
         serious = [one for one in found.response["violations"] if one["impact"] in {"serious", "critical"}]
         assert not serious, (address, [(one["id"], one["nodes"][0]["html"][:200]) for one in serious])

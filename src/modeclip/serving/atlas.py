@@ -454,7 +454,7 @@ def directions(centers: Float[np.ndarray, "M D"], plane: Float[np.ndarray, "M 2"
 
 
 def _unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
 
 
 def _ranks(fine: Int[np.ndarray, " N"], values: Float[np.ndarray, " N"], num_fine: int) -> Float[np.ndarray, " N"]:
@@ -463,7 +463,7 @@ def _ranks(fine: Int[np.ndarray, " N"], values: Float[np.ndarray, " N"], num_fin
     starts = np.cumsum(sizes) - sizes
     rank = np.empty(len(fine), np.int64)
     rank[order] = np.arange(len(fine)) - starts[fine[order]]
-    return ((rank + 0.5) / sizes[fine]).astype(np.float32)
+    return np.asarray((rank + 0.5) / sizes[fine], np.float32)
 
 
 def _spread(
@@ -478,7 +478,7 @@ def _spread(
     angle[idle] = np.flatnonzero(idle) * 2.399963 % (2 * np.pi) - np.pi
     angle = (angle + np.pi * (2 * _ranks(fine, angle, len(discs)) - 1)) / 2  # half of it even, so that discs fill
     radius = 0.96 * np.sqrt(novelty) * discs[fine, 2]
-    return (discs[fine, :2] + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)).astype(np.float32)
+    return np.asarray(discs[fine, :2] + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1), np.float32)
 
 
 def inside(points: Float[np.ndarray, "N 2"], polygon: Float[np.ndarray, "V 2"]) -> Bool[np.ndarray, " N"]:
@@ -510,7 +510,7 @@ def _step(num_pairs: int) -> int:
 
 def _colours(catalog: Catalog) -> list[Json]:
     """Return the columns that points can be coloured by: experts, novelty, then masks, numbers and texts."""
-    found = [{"name": "expert", "kind": "expert"}, {"name": "novelty", "kind": "number"}]
+    found: list[Json] = [{"name": "expert", "kind": "expert"}, {"name": "novelty", "kind": "number"}]
     for name in catalog.columns:
         kind = catalog.type_of(name)
         if name in {"expert", "novelty", "fine_cluster", "key", "caption", "path", "offset", "size", "task"}:

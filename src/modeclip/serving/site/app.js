@@ -27,6 +27,7 @@ export function go(view, values, { replace = false, quiet = false } = {}) {
 
 async function show({ anew = false } = {}) {
   const { view, state } = readAddress(), mine = ++turn;
+  for (const dialog of document.querySelectorAll("dialog.passing")) dialog.close();
   for (const link of document.querySelectorAll("[data-view]")) {
     if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");

@@ -2,7 +2,7 @@
 import { ask, picture } from "./api.js";
 import { go } from "./app.js";
 import { facts, someWords, wordsOfExperts } from "./facts.js";
-import { empty, failure, h, later, legend, percent, shortName, speak, stack, toneOf, waiting } from "./parts.js";
+import { empty, failure, fill, h, later, legend, percent, shortName, speak, stack, toneOf, waiting } from "./parts.js";
 import { chooser, drawingBoard, keep, kept, takePictures } from "./pictures.js";
 
 const STARTERS = "heart, home, star, cloud, arrow, user, camera, lock";
@@ -35,7 +35,7 @@ export function open(place, start) {
   field.addEventListener("input", soon);
   template.addEventListener("change", soon);
 
-  function fill() {
+  function showState() {
     if (document.activeElement !== field) field.value = state.get("classes") ?? STARTERS;
     template.value = state.get("template") ?? "";
     const source = kept(state.get("pic")) ?? state.get("like"), isDrawing = state.has("drawn") && drawn;
@@ -95,7 +95,7 @@ export function open(place, start) {
     speak(`${best.name}, ${percent(best.probability)}`);
     const mine = route?.of ?? reasons.get(best.name), what = route?.of ? "the picture" : `“${best.name}”`, weights = mine?.weights ?? answer.weights;
     const why = h("div", { class: "why" });
-    results.replaceChildren(
+    fill(results,
       h("p", { class: "verdict" }, h("span", {}, "Most probably"), h("strong", {}, best.name), h("b", {}, percent(best.probability))),
       h("ol", { class: "classes" }, answer.classes.map((one, place) => h("li", { class: place ? "" : "first" },
         h("span", { class: "name" }, one.name), h("span", { class: "bar" }, h("i", { style: { "--part": one.probability } })), h("b", {}, percent(one.probability)),
@@ -124,10 +124,10 @@ export function open(place, start) {
       soon();
     } }, `+ ${name}`)));
   });
-  fill();
+  showState();
   run();
   return {
-    update(now) { state = now; fill(); run(); },
+    update(now) { state = now; showState(); run(); },
     close() { closed = true; asked?.abort(); soon.cancel(); },
   };
 }

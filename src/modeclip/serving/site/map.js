@@ -27,6 +27,7 @@ export class AtlasMap {
     this.loading = 0;
     this.buffer = document.createElement("canvas");
     this.order = [...summary.clusters].filter(cluster => cluster.size).sort((one, other) => other.size - one.size);
+    this.apart = Math.sqrt(this.order.reduce((sum, { disc }) => sum + Math.PI * disc[2] ** 2, 0) / Math.max(1, this.count));
     this.observer = new ResizeObserver(() => this.resize());
     this.observer.observe(canvas.parentElement);
     this.recolour = () => { this.readColours(); this.draw(); };
@@ -235,10 +236,11 @@ export class AtlasMap {
     }
   }
 
-  get dot() { return Math.max(0.9, Math.min(5, 0.34 * this.scale * Math.sqrt(4 / Math.max(this.count, 1)) * 0.5)); }
+  /** Radius of a point in pixels: so that the points of a disc cover a third of it. */
+  get dot() { return Math.max(0.7, Math.min(5, 0.33 * this.apart * this.scale)); }
 
   paintCircles(seen) {
-    const { pen, codes, chosen } = this, r = Math.max(1.3, this.dot), groups = new Map();
+    const { pen, codes, chosen } = this, r = this.dot, groups = new Map();
     for (const place of seen) {
       const key = codes[place] + (chosen && !chosen[place] ? 256 : 0);
       if (!groups.has(key)) groups.set(key, new Path2D());
@@ -260,7 +262,7 @@ export class AtlasMap {
     const cells = new Uint32Array(this.image.data.buffer);
     cells.fill(0);
     const factor = this.scale * ratio, left = this.width * ratio / 2 - (this.middle[0] + this.view.x) * factor, top = this.height * ratio / 2 - (this.middle[1] + this.view.y) * factor;
-    const side = Math.max(1, Math.min(5, Math.round(1.7 * this.dot * ratio)));
+    const side = Math.max(1, Math.min(5, Math.round(1.8 * this.dot * ratio)));
     const write = (place, colour) => {
       const x = (points[2 * place] * factor + left) | 0, y = (points[2 * place + 1] * factor + top) | 0;
       if (x < 0 || y < 0 || x + side > wide || y + side > high) return;

@@ -15,6 +15,9 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** Put children in the place of those that an element has; null and false ones are left out. */
+export const fill = (element, ...children) => element.replaceChildren(...children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false));
+
 export const thousands = number => Math.round(number).toLocaleString("en");
 export const percent = share => `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)} %`;
 export const plural = (count, one, many = one + "s") => `${thousands(count)} ${count === 1 ? one : many}`;

@@ -155,6 +155,7 @@ export function open(place, start) {
           h("dt", {}, "Key"), h("dd", {}, h("code", {}, hit.key)),
           hit.path ? [h("dt", {}, "File"), h("dd", {}, h("code", {}, hit.path))] : null),
         h("div", { class: "row" }, again, classify, onMap))));
+    dialog.classList.add("passing");
   }
 
   facts.models().then(known => {
