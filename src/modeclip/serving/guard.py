@@ -126,17 +126,19 @@ class Guard:
             async with _deadline(self._limits.timeout_seconds, 503):
                 await self._app(scope, receive, answer.send)
             return
-        if self._requests >= self._limits.max_waiting:
-            raise RefusedError("too many requests are under way; try again in 1 s", 429, retry_after=1)
-        self._requests += 1
         body = bytearray()
         try:
             async with _deadline(self._limits.timeout_seconds, 408):
                 await self._read(receive, headers, body)
-            async with _deadline(self._limits.timeout_seconds, 503):
-                await _while_there(self._app, scope, bytes(body), receive, answer.send)
+            if self._requests >= self._limits.max_waiting:
+                raise RefusedError("too many requests are under way; try again in 1 s", 429, retry_after=1)
+            self._requests += 1
+            try:
+                async with _deadline(self._limits.timeout_seconds, 503):
+                    await _while_there(self._app, scope, bytes(body), receive, answer.send)
+            finally:
+                self._requests -= 1
         finally:
-            self._requests -= 1
             self._bytes -= len(body)
 
     async def _read(self, receive: Receive, headers: dict[str, str], body: bytearray) -> None:
