@@ -12,14 +12,15 @@ stage takes as ``--mask``.
     RUN/atlas/places.safetensors    the places, kept until the clustering or the pairs change
     RUN/atlas/atlas.parquet         the same with captions and pictures, for other viewers
 
-Rejected: UMAP or t-SNE of the pairs themselves (minutes at 375,000, and another picture for each seed and version).
-Price: one pass over the embeddings, about 5 s for 375,000 pairs of 384 numbers, and 5 s for 1,024 centres, once.
+Rejected: UMAP or t-SNE of the pairs themselves, which cost far more and draw another picture for each seed.
+Price: one pass over the embeddings, and the map of the centres (`neighbour_plane`), once.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -296,13 +297,13 @@ class Atlas:
         if not chosen.any():
             raise ModeclipError("nothing is selected: draw around some points, or add a cluster")
         catalog.add_columns({name: chosen}, {MADE_HERE: {"pairs": int(chosen.sum())}})
-        folder = self.paths.folder
+        folder, out = (shlex.quote(str(path)) for path in (self.paths.folder, f"{self.paths.folder}-{name}"))
         return {
             "name": name,
             "num_selected": int(chosen.sum()),
             "num_pairs": len(catalog),
             "commands": [
-                f"modeclip train {folder} --mask {name} --out {folder}-{name}",
+                f"modeclip train {folder} --mask {name} --out {out}",
                 f"modeclip check {folder} --mask {name}",
             ],
         }

@@ -5,7 +5,7 @@ import { facts } from "./facts.js";
 import { AtlasMap } from "./map.js";
 import { empty, failure, h, later, percent, plural, speak, thousands, waiting } from "./parts.js";
 
-const NAMES = { expert: "expert", novelty: "novelty (distance from the cluster's centre)", fine_distance: "distance to the centre", group: "source" };
+const NAMES = { fine_distance: "distance to the centre", group: "source" };
 const KINDS = { expert: "Made here", mask: "Masks", number: "Numbers", text: "Texts" };
 let known = null; // the points, kept while the page is open
 
@@ -137,7 +137,7 @@ export function open(place, start) {
 
   function shut() {
     side.hidden = true;
-    if (map) { map.picked = null; map.draw(); }
+    if (map) { map.picked = map.pickedRow = null; map.draw(); }
   }
   const shutter = () => h("button", { type: "button", class: "plain shut", "aria-label": "Close", onclick: () => { set({ cluster: null, row: null, key: null }); canvas.focus(); } }, "×");
 
@@ -145,6 +145,7 @@ export function open(place, start) {
     const card = summary.clusters[index];
     if (!card) { side.hidden = false; side.replaceChildren(shutter(), empty("There is no such cluster", `The run has the clusters 0 to ${summary.clusters.length - 1}.`)); return; }
     map.picked = index;
+    map.pickedRow = null;
     if (moveThere) map.show(card.disc, card.disc[2] * 1.5);
     side.hidden = false;
     side.className = `side e${Math.min(63, card.expert)}`;
@@ -189,6 +190,7 @@ export function open(place, start) {
       if (closed || state.get("row") !== String(row)) return;
       const card = summary.clusters[pair.cluster];
       map.picked = pair.cluster;
+      map.pickedRow = row;
       if (moveThere) map.show(pair.place, card.disc[2] * 0.4);
       map.draw();
       side.className = `side e${Math.min(63, pair.expert)}`;

@@ -1,6 +1,5 @@
 // The map of the atlas on a canvas: discs of clusters, a point for each pair, pictures when there is room for them.
-// While it moves, many points are written into a pixel buffer (375,000 take some milliseconds); at rest, and where they
-// are few, they are drawn as circles.
+// While it moves, many points are written into a pixel buffer; at rest, and where they are few, they are drawn as circles.
 import { picture } from "./api.js";
 
 const MOST_CIRCLES = 6000, MOST_AT_REST = 60000, REST_MILLISECONDS = 140, PICTURE_ROOM = 40, MOST_PICTURES = 400, MOST_ZOOM = 4000, CLICK_PIXELS = 5;
@@ -22,7 +21,7 @@ export class AtlasMap {
     this.mode = "move";
     this.lasso = null;
     this.polygons = [];
-    this.picked = null;
+    this.picked = this.pickedRow = null;
     this.pictures = new Map();
     this.loading = 0;
     this.buffer = document.createElement("canvas");
@@ -279,15 +278,16 @@ export class AtlasMap {
 
   paintPictures(seen) {
     const { pen, step = this.summary.step } = this, size = this.pictureSize;
-    for (const place of seen) {
+    const own = this.pickedRow === null ? -1 : this.pickedRow / step;
+    for (const place of [...seen].sort((one, other) => (one === own) - (other === own))) { // the picked one lies on top
       const [x, y] = this.toScreen(this.points[2 * place], this.points[2 * place + 1]), known = this.pictures.get(place);
       const faint = this.chosen && !this.chosen[place];
       pen.globalAlpha = faint ? 0.25 : 1;
       if (known?.complete && known.naturalWidth) {
         const longest = Math.max(known.naturalWidth, known.naturalHeight), w = size * known.naturalWidth / longest, t = size * known.naturalHeight / longest;
         pen.fillStyle = "#fff";
-        pen.strokeStyle = this.words[this.codes[place]];
-        pen.lineWidth = 1.5;
+        pen.strokeStyle = place === own ? `rgb(${this.ink.join(" ")})` : this.words[this.codes[place]];
+        pen.lineWidth = place === own ? 3 : 1.5;
         pen.beginPath();
         pen.roundRect(x - size / 2 - 3, y - size / 2 - 3, size + 6, size + 6, 6);
         pen.fill();
