@@ -21,7 +21,7 @@ from modeclip.training import trainer
 from support import encode_picture, noise_picture, parse_page, weights_of, write_pairs
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-SMALL = ("--samples", 384, "--seeds", 1, "--model", "modeclip-icon-xxxs", "--batch-size", 8, "--experts", 2)
+SMALL = ("--samples", 192, "--seeds", 1, "--model", "modeclip-icon-xxxs", "--batch-size", 8, "--experts", 2)
 HELD = ("--holdout-fraction", 0.3, "--holdout", "image")
 WAYS = ["dense", "captions", "images", "trunk", "names", "curated"]
 

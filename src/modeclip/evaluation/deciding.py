@@ -169,11 +169,11 @@ def decide(
 
 def _seed_half_width(scores: Float[np.ndarray, "R S"], level: float) -> float:
     """Return the half width that the seeds give to the difference of two ways' means; 0 for one seed."""
-    from scipy.stats import t
-
     rows, seeds = scores.shape
     if seeds < 2 or rows < 2:
         return 0.0
+    from scipy.stats import t
+
     left = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
     degrees = (rows - 1) * (seeds - 1)
     error = math.sqrt(2 * float((left**2).sum()) / degrees / seeds)

@@ -162,8 +162,9 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _claim(out: Path, data: DataConfig, config: PilotConfig, names: list[str]) -> None:
-    """Note the settings of a folder, or raise where it has others."""
+    """Note the settings of a folder, or raise where it has others; how many models train at a time decides nothing."""
     settings = plain_of(asdict(config) | {"data": data.flat(), "classes": names})
+    settings.pop("jobs")
     path = out / SETTINGS_FILE
     if not path.exists():
         if any(entry.name != "lock" for entry in out.iterdir()):
@@ -186,6 +187,8 @@ class _Pilot:
     def run(self) -> None:
         """Do what is missing, and write the result."""
         sample = self._sample()
+        if self.config.clean:
+            Selection(where=(self.config.clean,)).mask_of(self.catalog)  # a wrong condition is told before hours of it
         for line in self.plan.lines():
             log(line)
         seeds = [self._seed_job(number) for number in range(self.plan.seeds)]
