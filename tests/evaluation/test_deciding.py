@@ -105,6 +105,14 @@ def mean_of(scores: list[float]) -> np.ndarray:
     return mean_outcome([outcome(score, 10_000) for score in scores]).hits
 
 
+def test_few_answers_that_differ_decide_nothing() -> None:
+    for more, is_told in ((19, False), (20, True)):
+        found = gains_of({DENSE: [outcome(0.3)], "images": [outcome(0.3 + more / 1000)]})["images"]
+        assert (found.low > 0) == is_told
+        lost = gains_of({DENSE: [outcome(0.3)], "images": [outcome(0.3 - more / 1000)]})["images"]
+        assert (lost.high < 0) == is_told
+
+
 def test_recall_is_the_mean_of_r1_and_r5_both_ways() -> None:
     ranks = np.array([0, 3, 7, 0])  # two texts, then two images
     raw = Outcome(

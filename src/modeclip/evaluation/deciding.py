@@ -8,6 +8,7 @@ Every way has cost the same and was asked the same held-out pairs, with the same
    two or three seeds of one way tell little. Both are independent, so their half widths add up as squares.
 2. The intervals of all ways hold together with 95 % (Bonferroni: each has 1 - 0.05 / their number), so looking for the
    best one needs no further correction. A way *gains* if its interval lies above 0, and *loses* if it lies below.
+   Where fewer than 20 answers differ, an interval is taken to reach 0.
 3. If the dense model answers no better than guessing (its own interval reaches down to it), nothing can be told.
 4. If ways gain, the one with the largest gain is the answer. If all ways lose, the dense model is. Otherwise nothing
    can be told, and the sentence says how large a gain would have gone unseen.
@@ -33,6 +34,8 @@ from modeclip.evaluation.intervals import CONFIDENCE, Interval, Outcome, bootstr
 
 DENSE = "dense"
 """Name of the way that all others are compared with."""
+FEWEST_DIFFERING = 20
+"""With fewer answers that differ, a bootstrap is too sure of itself: six answers that all turn right would do."""
 RECALL_AT = (1, 5)
 """Numbers of answers that `recall_outcome` looks at."""
 
@@ -99,9 +102,13 @@ def gains_of(answers: Mapping[str, Sequence[Outcome]], *, confidence: float = CO
     half, dense = _seed_half_width(scores, level), {"held-out": mean_outcome(answers[DENSE])}
     gains = {}
     for name in others:
-        found = paired_interval({"held-out": mean_outcome(answers[name])}, dense, confidence=level)
+        own = mean_outcome(answers[name])
+        found = paired_interval({"held-out": own}, dense, confidence=level)
         below, above = (math.hypot(end - found.mean, half) for end in (found.low, found.high))
-        gains[name] = Interval(mean=found.mean, low=found.mean - below, high=found.mean + above)
+        low, high = found.mean - below, found.mean + above
+        if np.count_nonzero(own.hits != dense["held-out"].hits) < FEWEST_DIFFERING:
+            low, high = min(low, 0.0), max(high, 0.0)
+        gains[name] = Interval(mean=found.mean, low=low, high=high)
     return gains
 
 

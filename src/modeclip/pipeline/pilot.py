@@ -121,7 +121,7 @@ def pilot(data: DataConfig, config: PilotConfig, out: Path) -> dict[str, Any]:
     """Do what is missing of a pilot and return what ``pilot.json`` holds.
 
     Args:
-        data: Where the pairs come from; near-duplicates are held out together unless it says otherwise.
+        data: Where the pairs come from; near-duplicates of pictures in files are held out together unless it says otherwise.
         config: What is tried, and the minutes.
         out: Folder of the pilot.
 
@@ -208,11 +208,12 @@ class _Pilot:
         """Index a sample of the source, unless that is done, and return what is known of it."""
         path = self.out / SAMPLE_FILE
         if not path.is_file():
-            data = self.data
+            data, wanted = self.data, self.config.wanted_pairs
+            opened = open_source(data)
             if not data.holdout_fraction:
-                data = replace(data, holdout_fraction=HELD_FRACTION, holdout_seed=self.config.seed)
-                data = replace(data, holdout="similar") if data.holdout == "image" else data
-            opened, wanted = open_source(data), self.config.wanted_pairs
+                # small drawings have similar hashes without being copies, and chains of them
+                unit = "similar" if data.holdout == "image" and not opened.draws_images else data.holdout
+                data = replace(data, holdout_fraction=HELD_FRACTION, holdout_seed=self.config.seed, holdout=unit)
             found = sample_source(opened, wanted, seconds=6 * self.config.minutes, seed=self.config.seed)
             result = index(data, self.out, replace=True, source=found.source)
             write_json(

@@ -1,34 +1,35 @@
 """The pairs of a pilot: a random sample of a source, whatever its size, and what its held-out part asks.
 
-The pairs of the source are counted for some seconds. Of one with too many parts to be read, random parts are read; of
-these each pair is drawn by the hash of its part and key, so that the order of reading plays no part.
+The parts of the source are looked at in random order, for a tenth of the pilot's time at most. Of all pairs that were
+reached, those with the smallest hashes of part and key are taken, so that the order of reading plays no part.
 
 Two questions are made of the held-out pairs. In *retrieval*, each distinct caption searches its image among all, and
 each image its caption. In *class names*, images whose caption holds exactly one of the user's names are classified
 among all names. A longer name hides the shorter ones in it: "shopping cart" is no "cart".
 
-Price: a look of `LOOK_SECONDS`, and one read of the parts that are drawn from.
+Price: a read of the source without its images, where these lie in files, and 8 bytes for each pair; indexing reads
+again what was reached.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Int
 
 from modeclip.data.catalog import Catalog
-from modeclip.data.holdout import HOLDOUT, is_drawn
+from modeclip.data.holdout import HOLDOUT
 from modeclip.data.samples import Sample, Skipped
 from modeclip.data.sources import DataSource, SourcePart
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_retrieval
+from modeclip.system.console import progress
 
-LOOK_SECONDS = 10.0
-"""How long the pairs of a source are counted."""
 RETRIEVAL, CLASS_NAMES = "retrieval", "class names"
 """Names of the two tasks."""
 MOST_QUERIES = 2000
@@ -45,43 +46,58 @@ class SampledSource:
     source: DataSource
     """The source with the parts that are read, each of which yields the pairs that were drawn."""
     num_pairs: int
-    """Pairs of the whole source, extrapolated where not all were counted."""
+    """Pairs of the whole source, extrapolated from the parts that were counted where these are not all."""
     is_counted: bool
     """Whether all were counted."""
 
 
 def sample_source(source: DataSource, wanted: int, *, seconds: float, seed: int) -> SampledSource:
-    """Return a source that yields about so many of its pairs.
+    """Return a source that yields so many of its pairs, or all if they are fewer.
 
     Args:
         source: An opened source.
         wanted: Number of pairs.
-        seconds: About how long the reading of them may take.
+        seconds: How long its parts are looked at, in random order; what is not reached by then is left out.
         seed: Decides which pairs are drawn.
     """
-    count, finished, started = 0, 0, time.monotonic()
-    for part in source.parts:
-        for item in part.read():
-            count += isinstance(item, Sample)
-            if time.monotonic() - started > LOOK_SECONDS:
-                break
-        else:
-            finished += 1
-            continue
-        break
-    rate = max(count, 1) / max(time.monotonic() - started, 1e-3)
-    is_counted, num_parts = finished == len(source.parts), len(source.parts)
-    num_pairs = count if is_counted else round(count * num_parts / (finished + 0.5))
-    share = min(1.0, rate * seconds / max(num_pairs, 1))
-    number = min(num_parts, max(1, math.ceil(share * num_parts)))
-    drawn = sorted(np.random.default_rng(seed).permutation(num_parts)[:number].tolist())
-    fraction = wanted / max(num_pairs * number / num_parts, 1)
-    parts = tuple(_drawn(source.parts[place], fraction, seed) for place in drawn)
-    return SampledSource(source=replace(source, parts=parts), num_pairs=num_pairs, is_counted=is_counted)
+    end, order = time.monotonic() + seconds, np.random.default_rng(seed).permutation(len(source.parts)).tolist()
+    seen: dict[int, int | None] = {}  # how many items of a part were reached; None: all of them
+    draws, in_whole_parts = list[int](), 0
+    with progress("look at the source", None, "pairs") as advance:
+        for place in order:
+            seen[place] = None
+            for number, item in enumerate(source.parts[place].read(), 1):
+                if isinstance(item, Sample):
+                    draws.append(_draw(source.parts[place], item.key, seed))
+                    advance(1)
+                if time.monotonic() > end:
+                    seen[place] = number
+                    break
+            else:
+                in_whole_parts = len(draws)
+                continue
+            break
+    num_whole, num_parts = sum(number is None for number in seen.values()), len(source.parts)
+    is_counted = num_whole == num_parts
+    expected = round(in_whole_parts * num_parts / num_whole) if num_whole else len(draws)
+    limit = sorted(draws)[wanted - 1] if len(draws) > wanted else 2**64
+    parts = tuple(_drawn(source.parts[place], seen[place], limit, seed) for place in sorted(seen))
+    return SampledSource(
+        source=replace(source, parts=parts), num_pairs=max(expected, len(draws)), is_counted=is_counted
+    )
 
 
-def _drawn(part: SourcePart, fraction: float, seed: int) -> SourcePart:
-    """Return a part that yields a fraction of its pairs, those among them that cannot be used included."""
+def _draw(part: SourcePart, key: str, seed: int) -> int:
+    """Return a number of 64 bits that a pair is drawn by, the smallest first."""
+    digest = hashlib.blake2b(f"{part.name} {key}".encode(), digest_size=8, key=seed.to_bytes(8))
+    return int.from_bytes(digest.digest())
+
+
+def _drawn(part: SourcePart, seen: int | None, limit: int, seed: int) -> SourcePart:
+    """Return a part that yields the pairs drawn up to a number, and the same share of those that cannot be used.
+
+    What it yields is kept in memory for a second reading, if that is little.
+    """
     kept: list[Sample | Skipped] = []
 
     def read() -> Iterator[Sample | Skipped]:
@@ -89,9 +105,9 @@ def _drawn(part: SourcePart, fraction: float, seed: int) -> SourcePart:
             yield from kept
             return
         found, size = list[Sample | Skipped](), 0
-        for item in part.read():
+        for item in islice(part.read(), seen):
             is_whole_part = isinstance(item, Skipped) and item.key == part.name
-            if is_whole_part or is_drawn(f"pilot {part.name} {item.key}".encode(), fraction, seed):
+            if is_whole_part or _draw(part, item.key, seed) <= limit:
                 yield item
                 size += len(item.image or b"") if isinstance(item, Sample) else 0
                 found += [item] if size <= MOST_BYTES else []
