@@ -121,7 +121,7 @@ def pilot(data: DataConfig, config: PilotConfig, out: Path) -> dict[str, Any]:
     """Do what is missing of a pilot and return what ``pilot.json`` holds.
 
     Args:
-        data: Where the pairs come from; near-duplicates of pictures in files are held out together unless it says otherwise.
+        data: Where the pairs come from; near-duplicates are held out together, of icons equal ones.
         config: What is tried, and the minutes.
         out: Folder of the pilot.
 
