@@ -25,6 +25,7 @@ from modeclip.mixture.rules import RULES, route
 from modeclip.models.blocks import Tower
 from modeclip.models.clip import load_clip
 from modeclip.models.encoders import load_any_encoder
+from modeclip.models.pool import ModelRef, most_together
 from modeclip.models.trunk import Shared
 from support import encode_picture
 
@@ -152,6 +153,26 @@ def test_memory_decides_how_many_experts(four: Path) -> None:
     for ask in (MoDE.load(four).route, MoDE.load(four).task):
         with pytest.raises(ModeclipError, match="max_experts: expected 1 or more, got 0"):
             ask(CLASSES, max_experts=0)
+
+
+def test_what_experts_share_counts_once_in_a_budget() -> None:
+    def delta(number: int, own: int) -> ModelRef:
+        sizes = {"head": own, "norm": 5}
+        return ModelRef(
+            name=f"{number}",
+            spec="",
+            digest=f"{number}",
+            preprocess="",
+            num_bytes=95 + own,
+            own_bytes=sizes,
+            base="seed",
+        )
+
+    experts = [delta(0, 10), delta(1, 10), delta(2, 30), delta(3, 10)]  # 90 bytes are those of the seed
+    assert [most_together(experts, budget) for budget in (124, 125, 139, 140, 154, 155, 170)] == [0, 1, 1, 2, 2, 3, 4]
+    assert most_together([experts[0]] * 4, 105) == 4
+    full = [ModelRef(name=name, spec="", digest=name, preprocess="", num_bytes=100) for name in "abc"]
+    assert [most_together(full, budget) for budget in (99, 100, 299, 300)] == [0, 1, 2, 3]
 
 
 # --- queries, prompts, the seed ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import Bundle, load_bundle
 from modeclip.mixture.router import ClusterRouter, Route, Router, RouteRequest
 from modeclip.models.encoders import Encoder, PairEncoder
-from modeclip.models.pool import ModelPool
+from modeclip.models.pool import ModelPool, most_together
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +51,8 @@ class MoDE:
             pool: Where models come from; None: a pool of its own, on the CPU.
             max_experts: How many experts a task may use. A pool of its own keeps no more than that in memory, for all
                 tasks together. None: all of them.
-            max_memory: Bytes that the weights of these experts may take; None: any number.
+            max_memory: Bytes that the weights of these experts may take, where what they share with their seed counts
+                once; None: any number.
 
         Raises:
             ModeclipError: Not even one expert fits.
@@ -59,12 +60,13 @@ class MoDE:
         if max_experts is not None and max_experts < 1:
             raise ModeclipError(f"max_experts: expected 1 or more, got {max_experts}")
         if max_memory is not None:
-            largest = max(ref.num_bytes for ref in bundle.models)
-            if max_memory < largest:
+            fitting = most_together(bundle.models, max_memory)
+            if not fitting:
+                largest = max(ref.num_bytes for ref in bundle.models)
                 raise ModeclipError(
                     f"max_memory: an expert takes {largest:,} bytes, more than the {max_memory:,} given"
                 )
-            max_experts = min(max_memory // largest, max_experts or bundle.num_experts)
+            max_experts = min(fitting, max_experts or bundle.num_experts)
         self.bundle, self.max_experts = bundle, max_experts
         self.router: Router = ClusterRouter(bundle) if router is None else router
         self.pool = ModelPool(max_models=max_experts) if pool is None else pool  # an empty pool is false

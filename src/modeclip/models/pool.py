@@ -347,6 +347,19 @@ def total_bytes(refs: Sequence[ModelRef], there: Callable[[str], Mapping[str, in
     return total
 
 
+def most_together(refs: Sequence[ModelRef], budget: int) -> int:
+    """Return how many of some models fit into a budget together, the largest first.
+
+    Args:
+        refs: Which models; equal ones count as often as they are named, and take no more than one.
+        budget: Bytes that their weights may take.
+    """
+    distinct = {ref.digest: ref for ref in refs}.values()
+    largest_first = sorted(distinct, key=lambda ref: -(sum(ref.own_bytes.values()) if ref.own_bytes else ref.num_bytes))
+    fitting = [count for count in range(len(distinct) + 1) if total_bytes(largest_first[:count]) <= budget]
+    return len(refs) if fitting[-1] == len(distinct) else fitting[-1]
+
+
 def _bytes_of(folder: Path) -> tuple[int, dict[str, int]]:
     """Return what a folder's weights take once loaded, and what of it is its own; reads only headers."""
     try:
