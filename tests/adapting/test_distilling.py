@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import shutil
 import time
@@ -13,10 +14,11 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from modeclip.adapting import distilling
-from modeclip.adapting.distilling import DistillConfig, Distilled, distill
+from modeclip.adapting.distilling import DistillConfig, Distilled, distill, encode_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import Selection
 from modeclip.errors import ModeclipError
@@ -131,6 +133,32 @@ def test_another_student_runs_no_teacher_and_the_same_again_nothing(
     assert other.num_pairs == len(chosen.rows(catalog)) < done.num_pairs
     with pytest.raises(ModeclipError, match=r"trained with other settings: loss was 'reinforced', now 'mse'"):
         distill(bundle, catalog, replace(CONFIG, loss="mse"), student=MODEL, out=done.folder)
+
+
+def test_what_experts_share_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distilling, "BATCH", 3)
+    first = load_clip("modeclip-icon-xs", seed=0)
+    first.model.eval()
+    own = [first.model.get_submodule(f"{tower}transformer.resblocks.1") for tower in ("visual.", "")]
+    apart = {id(value) for block in own for value in block.parameters()}
+    memo = {id(value): value for value in first.model.parameters() if id(value) not in apart}
+    clips, runs = [first, replace(first, model=copy.deepcopy(first.model, memo))], list[int]()
+    with torch.no_grad():
+        for name in ("visual.transformer.resblocks.1", "transformer.resblocks.1"):
+            for value in clips[1].model.get_submodule(name).parameters():
+                value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    pictures = [Image.new("RGB", (32, 32), (40 * number, 0, 90)) for number in range(5)]
+    captions = ["a red heart", "x", "two dogs", "x", "an arrow to the left"]
+    alone = [encode_pairs([clip], pictures, captions, "32-true")[0] for clip in clips]
+    for index, clip in enumerate(clips):
+        for name in ("visual.transformer.resblocks.0", "transformer.resblocks.0"):
+            clip.model.get_submodule(name).register_forward_hook(lambda *_, index=index: runs.append(index))
+    together = encode_pairs(clips, pictures, captions, "32-true")
+    assert np.abs(alone[0][0] - alone[1][0]).max() > 0.01
+    for found, expected in zip(together, alone, strict=True):
+        for side in (0, 1):
+            np.testing.assert_allclose(found[side], expected[side], atol=1e-6)
+    assert runs == [0] * 4  # five pictures and four captions, in batches of three, through the first model alone
 
 
 def test_a_batch_in_parts_gives_the_same_student(

@@ -28,7 +28,7 @@ from modeclip.adapting.finetuning import (
     warnings_after,
     warnings_of,
 )
-from modeclip.adapting.merging import interpolate
+from modeclip.adapting.merging import interpolate, interpolate_into
 from modeclip.adapting.validation import Split, draw_units, own_task, split_rows
 from modeclip.commands.adapting import finetune as finetune_command
 from modeclip.commands.adapting import merge as merge_command
@@ -39,6 +39,8 @@ from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.intervals import bootstrap_interval
+from modeclip.models.blocks import ffn_parameters, last_parameters
+from modeclip.models.clip import load_clip
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import EngineConfig, TrainJob
@@ -391,7 +393,31 @@ def test_requests_that_cannot_work(
         finetune(model, catalog, CONFIG, out=out, tasks=str(folder / "catalog"))
     with pytest.raises(ModeclipError, match="is also the folder to write to"):
         finetune(tuned.folder, catalog, CONFIG, out=tuned.folder)
+    with pytest.raises(
+        ModeclipError, match=r"train.trainable last:9: the (text|image) tower has 3 blocks; expected last:1 to"
+    ):
+        finetune(model, catalog, replace(CONFIG, trainable="last:9"), out=out)
+    with pytest.raises(ModeclipError, match="trainable routers: the model has no experts"):
+        finetune(model, catalog, replace(CONFIG, trainable="routers"), out=out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("trainable", ["ffn", "last:1"])
+def test_what_is_not_trained_keeps_its_bytes(model: str, catalog: Catalog, tmp_path: Path, trainable: str) -> None:
+    config = replace(CONFIG, epochs=1, checks=1, alphas=3, trainable=trainable)
+    finetune(model, catalog, config, out=tmp_path / "out")
+    plain = load_clip(model).model
+    changes = set(ffn_parameters(plain) if trainable == "ffn" else last_parameters(plain, 1))
+    start = {name: value.clone() for name, value in plain.state_dict().items()}
+    tuned = load_file(tmp_path / "out" / "best" / "open_clip_model.safetensors")
+    chosen = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    between = load_clip(model)
+    interpolate_into(between, tmp_path / "out" / "seed", tmp_path / "out" / "best", 1 / 3)
+    for name, value in start.items():
+        for state in (tuned, chosen, between.model.state_dict()):
+            assert name in changes or torch.equal(state[name], value), name
+    assert {name for name, value in start.items() if not torch.equal(tuned[name], value)} == changes
+    assert TrainJob.load(tmp_path / "out" / "train" / "job.json").config.trainable == trainable
 
 
 @pytest.mark.parametrize(
@@ -404,6 +430,7 @@ def test_requests_that_cannot_work(
         ({"learning_rate": 0.0}, "learning_rate: .*above 0"),
         ({"learning_rate": float("nan")}, "learning_rate: .*finite.*above 0, got nan"),
         ({"templates": ("x",)}, "template 'x' has no {}"),
+        ({"trainable": "last:0"}, "unknown finetune.trainable 'last:0'.*last:N"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:

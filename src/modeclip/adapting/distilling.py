@@ -13,8 +13,9 @@ Vectors are kept with 16 bits: ``benchmarks/distillation.py`` prints by how much
 
 Source: MobileCLIP (arXiv 2311.17049) for vectors that are stored instead of teachers that run; here they are of the
 plain picture alone, and the student's pictures are augmented.
-Price: a forward pass of each expert over all pairs, once; 4 K (D + 1) bytes of disk a pair for K experts with D
-dimensions; in memory what a fragment of the catalog has of that. Training costs as much as that of any student.
+Price: a forward pass of each expert over all pairs, once, less what experts share with their seed; 4 K (D + 1) bytes of
+disk a pair for K experts with D dimensions; in memory what a fragment of the catalog has of that. Training costs as
+much as that of any student.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -33,6 +34,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from modeclip.adapting.merging import find_model
+from modeclip.adapting.schedule import losses_of_job, one_schedule
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import IMAGES_AT_ONCE, POSITION, Work, map_columns
 from modeclip.data.selection import ALL, Selection
@@ -46,24 +48,21 @@ from modeclip.models.clip import (
     Clip,
     check_model,
     computing,
-    encode_image,
-    encode_text,
     load_clip,
     resolve_precision,
 )
 from modeclip.models.pool import ModelPool, ModelRef
 from modeclip.models.settings import check_clip_folder
+from modeclip.models.trunk import share
 from modeclip.system.console import log
 from modeclip.system.files import read_json, write_json
 from modeclip.system.paths import expand_homes, home_path, is_url
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import hash_pairs
 from modeclip.training.jobs import (
-    LOG_FILE,
     MOST_PROCESSES,
     AugmentConfig,
     EngineConfig,
-    TrainConfig,
     TrainJob,
     TrainResult,
     prepare,
@@ -74,6 +73,9 @@ from modeclip.training.trainer import train
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
+
+    from modeclip.models.blocks import Tower
 
 RESULT_FILE = "distillation.json"
 """What a distillation leaves beside the student's files, written last."""
@@ -219,8 +221,7 @@ def distill(
     vectors = teach(catalog, work, ray=ray)
     job.save()
     result = train(job)
-    lines = (Path(job.folder) / LOG_FILE).read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = losses_of_job(job)
     distilled = Distilled(
         folder=job.folder,
         teacher=str(teacher),
@@ -296,40 +297,22 @@ def _dimension_of(spec: str | Path) -> int:
 def _make_job(
     student: str, columns: str, catalog: Catalog, config: DistillConfig, out: Path, selection: Selection
 ) -> TrainJob:
-    import torch
-
     batch_size = max(2, min(config.batch_size, len(selection.rows(catalog))))
-    steps = max(2, config.samples // batch_size)
-    train_config = TrainConfig(
+    return one_schedule(
+        out,
+        catalog,
+        config,
+        name="distill",
         model=student,
-        samples=steps * batch_size,
+        steps=config.samples // batch_size,
         batch_size=batch_size,
-        total_parts=2,
-        seed_parts=1,
-        learning_rate=config.learning_rate,
+        selection=selection,
         warmup_fraction=config.warmup_fraction,
-        weight_decay=config.weight_decay,
         clip_grad_norm=config.clip_grad_norm,
         loss=config.loss,
         teacher=columns,
         captions=config.captions,
         mask_same_captions=config.mask_same_captions,
-        seed=config.seed,
-        augment=config.augment,
-        engine=config.engine,
-    )
-    return TrainJob(
-        name="distill",
-        folder=str(out),
-        catalog=catalog.path,
-        catalog_fingerprint=catalog.fingerprint,
-        config=train_config.decided(),
-        first_step=0,
-        last_step=steps,
-        first_share=0.0,
-        last_share=1.0,
-        selection=selection.absolute(),
-        threads=config.threads or torch.get_num_threads(),
     )
 
 
@@ -467,9 +450,9 @@ class TeacherWork(Work):
         pictures = catalog.images(rows)
         captions = [caption or "" for caption in catalog.captions(rows, self.captions)]
         vectors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for ref in teacher.refs:
-            if ref.digest not in vectors:  # the seed may stand in for several experts
-                vectors[ref.digest] = encode_pairs(pool.get(ref), pictures, captions, self.precision)
+        for clips in pool.groups(teacher.refs):
+            found = encode_pairs(list(clips.values()), pictures, captions, self.precision)
+            vectors |= dict(zip(clips, found, strict=True))
         images, texts = (np.hstack([vectors[ref.digest][side] for ref in teacher.refs]) for side in (0, 1))
         return images, texts, teacher.weigh(captions, pictures)
 
@@ -493,24 +476,44 @@ def _opened(teacher: Teacher, stem: str) -> tuple[Teacher, ModelPool]:
 
 
 def encode_pairs(
-    clip: Clip, pictures: Sequence[Image], captions: Sequence[str], precision: str
-) -> tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "n D"]]:
-    """Return the unit vectors of pictures and captions by a model; captions of similar length go together."""
-    import torch
+    clips: Sequence[Clip], pictures: Sequence[Image], captions: Sequence[str], precision: str
+) -> list[tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "n D"]]]:
+    """Return the unit vectors of pictures and captions by each model; captions of similar length go together.
 
+    Args:
+        clips: Models with one tokenizer and one preprocessing, on one device; what they share runs once.
+        pictures: N pictures.
+        captions: N captions.
+        precision: Precision of the models, as `resolve_precision` returns it.
+    """
     distinct, caption_of_row = np.unique(np.array(captions, object), return_inverse=True)
     order = np.argsort([len(caption) for caption in distinct], kind="stable")
-    with computing(clip, precision) as device:
-        images = [
-            encode_image(clip.model, clip.images(pictures[start : start + BATCH]).to(device)).float()
-            for start in range(0, len(pictures), BATCH)
-        ]
-        texts = [
-            encode_text(clip.model, clip.tokens(distinct[order[start : start + BATCH]].tolist()).to(device)).float()
-            for start in range(0, len(order), BATCH)
-        ]
-        found = [torch.nn.functional.normalize(torch.cat(parts), dim=-1).cpu().numpy() for parts in (images, texts)]
-    return found[0], found[1][np.argsort(order)][caption_of_row]
+    starts = {"image": range(0, len(pictures), BATCH), "text": range(0, len(order), BATCH)}
+    with computing(clips[0], precision) as device:
+        images = _encode(
+            clips, "image", (clips[0].images(pictures[at : at + BATCH]).to(device) for at in starts["image"])
+        )
+        texts = _encode(
+            clips,
+            "text",
+            (clips[0].tokens(distinct[order[at : at + BATCH]].tolist()).to(device) for at in starts["text"]),
+        )
+    back = np.argsort(order)[caption_of_row]
+    return [(image, text[back]) for image, text in zip(images, texts, strict=True)]
+
+
+def _encode(clips: Sequence[Clip], tower: Tower, batches: Iterable[Tensor]) -> list[Float[np.ndarray, "n D"]]:
+    """Return the unit vectors of batches by each model."""
+    import torch
+
+    parts: list[list[Tensor]] = [[] for _ in clips]
+    groups = share([clip.model for clip in clips], tower)
+    for batch in batches:
+        for group in groups:
+            state = group.trunk(batch)
+            for index, head in zip(group.members, group.heads, strict=True):
+                parts[index].append(head(state).float())
+    return [torch.nn.functional.normalize(torch.cat(own), dim=-1).cpu().numpy() for own in parts]
 
 
 def teach(catalog: Catalog, work: TeacherWork, *, ray: bool = False) -> Taught:

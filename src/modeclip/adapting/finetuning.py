@@ -31,6 +31,7 @@ from jaxtyping import Bool, Int
 from typing_extensions import TypedDict
 
 from modeclip.adapting.merging import FINETUNE_FILE, as_folder, find_model, interpolate_into
+from modeclip.adapting.schedule import one_schedule
 from modeclip.adapting.validation import (
     HOLDOUT_UNITS,
     Examiner,
@@ -46,13 +47,22 @@ from modeclip.data.sources.options import parse_holdout
 from modeclip.data.tasks.task import Task
 from modeclip.errors import DamagedError, ModeclipError, check_above_zero, check_between, check_least
 from modeclip.evaluation.intervals import Interval, average, bootstrap_interval, paired_interval
-from modeclip.models.clip import Clip, load_clip, save_clip
+from modeclip.models.blocks import freeze
+from modeclip.models.clip import Clip, hollow_model, load_clip, save_clip
 from modeclip.models.deltas import WEIGHTS_FILE, weights_file
 from modeclip.system.console import log, progress
 from modeclip.system.files import hash_file, only_process, read_json, write_json, writing
 from modeclip.system.paths import expand_homes, home_path
 from modeclip.training.batches import read_probability
-from modeclip.training.jobs import LATER_FIELDS, MOST_PROCESSES, AugmentConfig, EngineConfig, TrainConfig, TrainJob
+from modeclip.training.jobs import (
+    LATER_FIELDS,
+    MOST_PROCESSES,
+    AugmentConfig,
+    EngineConfig,
+    TrainConfig,
+    TrainJob,
+    check_trainable,
+)
 from modeclip.training.trainer import train
 
 RESULT_FILE, NOTES_FILE = FINETUNE_FILE, "notes.json"
@@ -104,6 +114,10 @@ class FinetuneConfig:
     """Column of texts that stand in the place of the captions, and so of the classes, where it has one."""
     probability: str | None = None
     """Column of numbers in [0, 1]: every pass over the training rows draws afresh which of them it reads."""
+    trainable: str = "all"
+    """What training changes: ``all``; ``ffn``, the feed-forward layers of both towers; ``last:N``, the last N blocks of
+    both with the norms and projections behind; of a CLIP-MoE ``routers``, or ``added``: the routers and every expert
+    but the first. All else keeps its bytes."""
     threads: int = 0
     """Threads that compute; 0: as many as PyTorch takes on this machine."""
     seed: int = 0
@@ -126,6 +140,7 @@ class FinetuneConfig:
             raise ModeclipError(f"finetune.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
         if not 0 <= self.weight_decay < math.inf:
             raise ModeclipError(f"finetune.weight_decay must be 0 or more and finite, got {self.weight_decay}")
+        check_trainable("finetune.trainable", self.trainable)
         parse_holdout(self.holdout, HOLDOUT_UNITS, "finetune.holdout")
         check_templates(self.templates, "finetune")
 
@@ -240,6 +255,8 @@ def finetune(
     """
     out = home_path(out)
     start = find_model(expand_homes(str(model)), "finetune")
+    if config.trainable != "all":  # told before anything is written
+        freeze(hollow_model(start), config.trainable)
     general = open_tasks(tasks, config.templates, 256) if tasks else None
     asked = general.tasks if general else ()
     chosen = selection.part_of(catalog)
@@ -331,7 +348,6 @@ def warnings_after(result: FinetuneResult) -> list[str]:
         best = max(point.own for point in result.curve)
         reason = (
             f"no model on the line is better than the start on the {own.num_images:,} held-out images "
-            f"({100 * best:.1f} %)"
             f"({100 * best:.1f} %)"
             if best <= start.own
             else f"what is better on the own set (up to {100 * best:.1f} % against {100 * start.own:.1f} %) loses "
@@ -429,41 +445,26 @@ def _make_job(
     folder: Path,
     selection: Selection,
 ) -> TrainJob:
-    import torch
-
     probability = read_probability(TrainConfig(probability=config.probability), catalog, rows)
     pairs = len(rows) if probability is None else int(probability.sum(dtype=np.float64))
     batch_size = max(2, min(config.batch_size, pairs))
-    steps = max(2, config.epochs * (pairs // batch_size))
-    return TrainJob(
+    job = one_schedule(
+        folder,
+        catalog,
+        config,
         name="finetune",
-        folder=str(folder),
-        catalog=catalog.path,
-        catalog_fingerprint=f"{catalog.fingerprint}-{hash_file(weights_file(seed))}",
-        config=TrainConfig(
-            model=str(seed),
-            samples=steps * batch_size,
-            batch_size=batch_size,
-            total_parts=2,
-            seed_parts=1,
-            learning_rate=config.learning_rate,
-            warmup_fraction=config.warmup_fraction,
-            weight_decay=config.weight_decay,
-            clip_grad_norm=GRADIENT_NORM,
-            probability=config.probability,
-            captions=config.captions,
-            mask_same_captions=True,
-            seed=config.seed,
-            augment=config.augment,
-            engine=config.engine,
-        ),
-        first_step=0,
-        last_step=steps,
-        first_share=0.0,
-        last_share=1.0,
+        model=seed,
+        steps=config.epochs * (pairs // batch_size),
+        batch_size=batch_size,
         mask=_mark(catalog, rows, config, selection),
-        threads=config.threads or torch.get_num_threads(),
+        warmup_fraction=config.warmup_fraction,
+        clip_grad_norm=GRADIENT_NORM,
+        probability=config.probability,
+        captions=config.captions,
+        mask_same_captions=True,
+        trainable=config.trainable,
     )
+    return replace(job, catalog_fingerprint=f"{catalog.fingerprint}-{hash_file(weights_file(seed))}")
 
 
 def _mark(catalog: Catalog, rows: Int[np.ndarray, " n"], config: FinetuneConfig, selection: Selection) -> str:
@@ -487,8 +488,8 @@ def _mark(catalog: Catalog, rows: Int[np.ndarray, " n"], config: FinetuneConfig,
 
 
 def _digest(job: TrainJob, config: FinetuneConfig, tasks: str | None) -> str:
-    unsaid = {"engine", "threads", *(name for name in LATER_FIELDS if getattr(config, name, None) is None)}
-    settings = {key: value for key, value in asdict(config).items() if key not in unsaid}
+    said = {key: value for key, value in asdict(config).items() if key not in {"engine", "threads"}}
+    settings = {key: value for key, value in said.items() if LATER_FIELDS.get(key, ...) != value}
     general = Catalog.open(tasks).fingerprint if tasks else None
     content = json.dumps([FORMAT, job.digest, settings, general], sort_keys=True)
     return sha256(content.encode()).hexdigest()[:16]

@@ -43,6 +43,7 @@ from tyro.conf import arg
 from modeclip.adapting.gating import BlockInputs, centre_row, centroid_rows, look_at_inputs
 from modeclip.adapting.merging import as_folder, find_model
 from modeclip.adapting.multistage import refine_clusters
+from modeclip.adapting.schedule import losses_of_job, one_schedule
 from modeclip.curation.dfn import embed_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import ALL, Selection
@@ -62,11 +63,9 @@ from modeclip.training.batches import steps_of_groups
 from modeclip.training.costs import Plan, plan
 from modeclip.training.experts import hash_pairs
 from modeclip.training.jobs import (
-    LOG_FILE,
     MOST_PROCESSES,
     AugmentConfig,
     EngineConfig,
-    TrainConfig,
     TrainJob,
     TrainResult,
     prepare,
@@ -799,36 +798,20 @@ class _Maker:
 
     def _job(self, name: str, model: Path, *, steps: int, **changes: Any) -> TrainJob:
         """Return a job of one schedule over the selected pairs."""
-        import torch
-
         config, steps = self.config, max(2, steps)
-        train = TrainConfig(
-            model=str(model),
-            samples=steps * self.batch_size,
+        return one_schedule(
+            self.out / name,
+            self.catalog,
+            config,
+            name=name,
+            model=model,
+            steps=steps,
             batch_size=self.batch_size,
-            total_parts=2,
-            seed_parts=1,
-            learning_rate=config.learning_rate,
+            selection=self.selection,
             warmup_fraction=min(config.warmup_steps / steps, 0.5),
-            weight_decay=config.weight_decay,
             clip_grad_norm=GRADIENT_NORM,
             label_smoothing=config.label_smoothing,
-            seed=config.seed,
-            augment=config.augment,
-            engine=config.engine,
-        )
-        return TrainJob(
-            name=name,
-            folder=str(self.out / name),
-            catalog=self.catalog.path,
-            catalog_fingerprint=self.catalog.fingerprint,
-            config=replace(train, **changes),
-            first_step=0,
-            last_step=steps,
-            first_share=0.0,
-            last_share=1.0,
-            selection=self.selection.absolute(),
-            threads=config.threads or torch.get_num_threads(),
+            **changes,
         )
 
     def _train(self, job: TrainJob) -> TrainedFacts:
@@ -838,8 +821,7 @@ class _Maker:
             prepare(job)
             job.save()
         result = train(job)
-        lines = (Path(job.folder) / LOG_FILE).read_text(encoding="utf-8").splitlines()
-        losses = [json.loads(line)["loss"] for line in lines]
+        losses = losses_of_job(job)
         return TrainedFacts(
             name=job.name,
             steps=job.last_step,

@@ -253,8 +253,7 @@ class TrainConfig:
                 f"train.weight_decay: expected below 1 / train.learning_rate, here {1 / self.highest_rate:g}, since "
                 f"a step takes learning_rate * weight_decay of the weights away, got {self.weight_decay:g}"
             )
-        if not re.fullmatch("|".join(TRAINABLE).replace("N", r"[1-9]\d{0,3}"), self.trainable):
-            raise unknown("train.trainable", self.trainable, TRAINABLE)
+        check_trainable("train.trainable", self.trainable)
         if not 0 <= self.label_smoothing < 1:
             raise ModeclipError(f"train.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.label_smoothing and "clip" not in losses:
@@ -299,6 +298,12 @@ class TrainConfig:
     def steps_per_part(self) -> int:
         """Optimizer steps in one part of the schedule."""
         return self.samples // (self.batch_size * self.total_parts)
+
+
+def check_trainable(name: str, value: str) -> None:
+    """Raise unless a setting of this name says what a training may be limited to."""
+    if not re.fullmatch("|".join(TRAINABLE).replace("N", r"[1-9]\d{0,3}"), value):
+        raise unknown(name, value, TRAINABLE)
 
 
 def brings_weights(model: str) -> bool:
