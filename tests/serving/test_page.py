@@ -206,6 +206,10 @@ def test_a_lasso_becomes_a_mask_of_the_catalog(open_page: Callable[..., Page], s
     expect(page.locator("#colour")).to_have_value("all_of_it")
     shown = int(page.locator(".said").inner_text().split("Saved: ")[1].split(" ")[0].replace(",", ""))
     assert len(Catalog.open(server.run).select("all_of_it")) == shown > 0
+    page.get_by_role("button", name="Delete this mask").click()
+    page.get_by_role("button", name="Delete it for good?").click()
+    expect(page.locator("#colour")).to_have_value("expert")
+    assert "all_of_it" not in Catalog.open(server.run).columns
 
 
 def test_a_cluster_opens_by_its_name_and_the_map_by_keys(open_page: Callable[..., Page]) -> None:

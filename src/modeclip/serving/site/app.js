@@ -13,16 +13,17 @@ export function readAddress() {
   return { view: view in TITLES ? view : "search", state: new URLSearchParams(query) };
 }
 
-/** Change the address: empty values are left out. With `replace` the back button does not stop here. */
+/** Change the address: empty values are left out. With `replace` the back button does not stop here. Returns whether it has changed. */
 export function go(view, values, { replace = false, quiet = false } = {}) {
   const state = new URLSearchParams();
   for (const [name, value] of values instanceof URLSearchParams ? values : Object.entries(values)) {
     for (const one of Array.isArray(value) ? value : [value]) if (one !== null && one !== undefined && one !== "" && one !== false) state.append(name, one === true ? "1" : one);
   }
   const query = state.toString(), address = `#/${view}${query ? "?" + query : ""}`;
-  if (address === location.hash) return;
+  if (address === location.hash) return false;
   history[replace ? "replaceState" : "pushState"](null, "", address);
   if (!quiet) show();
+  return true;
 }
 
 async function show({ anew = false } = {}) {
@@ -72,6 +73,6 @@ addEventListener("popstate", () => show());
 addEventListener("hashchange", () => show());
 life.addEventListener("restarted", () => { facts.forget(); show({ anew: true }); });
 
-facts.run().then(summary => { document.getElementById("served").textContent = summary?.run ?? ""; }, () => {});
+facts.models().then(models => { document.getElementById("served").textContent = models.data[0].id; }, () => {});
 watch();
 show().then(() => { if (tourIsNew()) startTour(); });

@@ -118,6 +118,24 @@ export function open(place, start) {
     for (const code of codes) counts[code]++;
     keyOf.replaceChildren(h("ul", {}, legend.categories.map((words, code) => h("li", { class: legend.kind === "mask" ? (code ? "is" : "not") : `e${Math.min(63, code)}` },
       h("i", { class: "key" }), words, h("small", {}, thousands(counts[code] * summary.step))))));
+    if (summary.colours.find(one => one.name === colour)?.own) keyOf.append(remover(colour));
+  }
+
+  function remover(mask) {
+    const button = h("button", { type: "button", class: "quietly", onclick: async () => {
+      if (!button.dataset.sure) { button.dataset.sure = "yes"; button.textContent = "Delete it for good?"; return; }
+      try {
+        await ask(`/atlas/masks/${encodeURIComponent(mask)}`, { method: "DELETE" });
+        facts.forget();
+        summary.colours = (await facts.run()).colours;
+        fillChoice();
+        set({ colour: null });
+        speak(`The mask ${mask} is deleted`);
+      } catch (error) {
+        keyOf.append(h("p", { class: "warn", role: "alert" }, error.message));
+      }
+    } }, "Delete this mask");
+    return button;
   }
 
   // ------------------------------------------------------------ what is picked
@@ -254,7 +272,7 @@ export function open(place, start) {
       map.chosen = null;
       map.polygons = [];
       clusters = new Set();
-      set({ colour: done.name });
+      if (!set({ colour: done.name })) apply(false);
       speak(`Saved as mask ${done.name}`);
     } catch (error) {
       if (closed) return;

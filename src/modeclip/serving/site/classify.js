@@ -3,7 +3,7 @@ import { ask, picture } from "./api.js";
 import { go } from "./app.js";
 import { facts, someWords, wordsOfExperts } from "./facts.js";
 import { empty, failure, fill, h, later, legend, percent, shortName, speak, stack, toneOf, waiting } from "./parts.js";
-import { chooser, drawingBoard, keep, kept, takePictures } from "./pictures.js";
+import { chooser, drawingBoard, fetchPicture, keep, kept, takePictures } from "./pictures.js";
 
 const STARTERS = "heart, home, star, cloud, arrow, user, camera, lock";
 
@@ -49,8 +49,7 @@ export function open(place, start) {
   async function dataOf() {
     const own = kept(state.get("pic"));
     if (own || !state.get("like")) return own;
-    const blob = await (await ask(state.get("like"), { as: "response" })).blob();
-    return new Promise(done => { const reader = new FileReader(); reader.onload = () => done(reader.result); reader.readAsDataURL(blob); });
+    return fetchPicture(state.get("like"));
   }
 
   async function run() {

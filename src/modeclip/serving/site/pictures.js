@@ -1,4 +1,5 @@
 // Pictures that people bring: chosen, dropped, pasted, or drawn. They stay in this tab, so that reload and back find them.
+import { ask, ServiceError } from "./api.js";
 import { h, speak } from "./parts.js";
 
 const MOST_PIXELS = 1024, MOST_BYTES = 1_500_000, SVG_PIXELS = 512;
@@ -37,6 +38,12 @@ export async function readPicture(file) {
   } finally {
     URL.revokeObjectURL(address);
   }
+}
+
+/** Return a picture that the service shows as the data URL that is sent. */
+export async function fetchPicture(address) {
+  if (!/^\/(atlas\/)?pictures\//.test(address)) throw new ServiceError("the address names no picture of this service", 400);
+  return toDataUrl(await (await ask(address, { as: "response" })).blob());
 }
 
 /** Keep a picture in this tab and return the name that addresses have for it. */

@@ -3,7 +3,7 @@ import { ask, picture } from "./api.js";
 import { go } from "./app.js";
 import { facts, someWords, wordsOfExperts } from "./facts.js";
 import { empty, failure, h, later, legend, openDialog, percent, plural, shortName, speak, stack, thousands, toneOf, waiting } from "./parts.js";
-import { chooser, keep, kept, takePictures } from "./pictures.js";
+import { chooser, fetchPicture, keep, kept, takePictures } from "./pictures.js";
 
 const COUNT = 48;
 
@@ -44,10 +44,11 @@ export function open(place, start) {
 
   const set = (changes, options) => go("search", { ...Object.fromEntries(state), where: state.getAll("where"), ...changes }, options);
   function submit(options) {
-    set({
+    const changed = set({
       q: field.value.trim(), least: Number(least.value) || null, expert: expert.value, index: index.value === index.options[0]?.value ? null : index.value, n: Number(count.value) === COUNT ? null : count.value,
       not: negatives.value.trim(), where: where.value.split(";").map(word => word.trim()).filter(Boolean), hybrid: hybrid.checked, w: Number(weight.value) === 0.5 ? null : weight.value,
     }, options);
+    if (!changed) run();
   }
   const soon = later(() => submit({ replace: true }), 250);
   least.addEventListener("input", soon);
@@ -76,8 +77,7 @@ export function open(place, start) {
   async function imageOf() {
     if (kept(state.get("pic"))) return kept(state.get("pic"));
     if (!state.get("like")) return null;
-    const blob = await (await ask(state.get("like"), { as: "response" })).blob();
-    return new Promise(done => { const reader = new FileReader(); reader.onload = () => done(reader.result); reader.readAsDataURL(blob); });
+    return fetchPicture(state.get("like"));
   }
 
   async function run() {
@@ -131,7 +131,7 @@ export function open(place, start) {
     }
     results.replaceChildren(line, h("ul", { class: "grid" }, hits.map((hit, place) => h("li", {},
       h("button", { type: "button", class: "hit", "aria-label": `${hit.caption || hit.key}, strength ${percent(hit.strength)}`, onclick: () => detail(hit, found) },
-        picture(hit.picture, { loading: place < 24 ? "eager" : "lazy" }),
+        picture(`${hit.picture}?size=320`, { loading: place < 24 ? "eager" : "lazy" }),
         h("span", { class: "caption" }, hit.caption || hit.key),
         h("span", { class: "figures" }, h("b", {}, percent(hit.strength)), ` ${hit.score.toFixed(3)}`),
         h("span", { class: "meter", style: { "--whole": hit.strength } }, stack(hit.parts, { label: "What each expert adds" })))))));
@@ -139,12 +139,12 @@ export function open(place, start) {
 
   function detail(hit, found) {
     const parts = Object.entries(hit.parts), most = Math.max(...parts.map(([, share]) => Math.abs(share)), 1e-9);
-    const again = h("a", { class: "button", href: `#/search?${new URLSearchParams({ like: hit.picture, ...(state.has("index") ? { index: state.get("index") } : {}) })}`, onclick: () => dialog.close() }, "Similar pictures");
-    const classify = h("a", { class: "button", href: `#/classify?${new URLSearchParams({ like: hit.picture })}`, onclick: () => dialog.close() }, "Classify it");
+    const again = h("a", { class: "button", href: `#/search?${new URLSearchParams({ like: `${hit.picture}?size=1024`, ...(state.has("index") ? { index: state.get("index") } : {}) })}`, onclick: () => dialog.close() }, "Similar pictures");
+    const classify = h("a", { class: "button", href: `#/classify?${new URLSearchParams({ like: `${hit.picture}?size=1024` })}`, onclick: () => dialog.close() }, "Classify it");
     const onMap = h("a", { class: "button", href: `#/atlas?${new URLSearchParams({ key: hit.key })}`, onclick: () => dialog.close(), hidden: true }, "Show on the atlas");
     facts.run().then(run => { onMap.hidden = !run; }, () => {});
     const dialog = openDialog(hit.caption || hit.key, h("div", { class: "detail" },
-      h("div", { class: "frame" }, picture(hit.picture, { alt: hit.caption || hit.key, loading: "eager" })),
+      h("div", { class: "frame" }, picture(`${hit.picture}?size=1024`, { alt: hit.caption || hit.key, loading: "eager" })),
       h("div", {}, h("h2", {}, hit.caption || hit.key),
         h("dl", {},
           h("dt", {}, "Strength"), h("dd", {}, h("b", {}, percent(hit.strength)), " of known pairs fit their own picture less well"),
