@@ -408,6 +408,7 @@ def curation_tables() -> dict[str, Callable[[], str]]:
         "curation-facts": lambda: curation_report.facts(lines),
         "noise": lambda: noise_found.noise_table([line for line in noise if not line.get("study")]),
         "noise-study": lambda: noise_found.noise_table([line for line in noise if line.get("study")]),
+        "poisoning-verdict": lambda: poisoning.verdict(poisoning.read(HERE / "poisoning.jsonl")),
         "poisoning": lambda: poisoning.tables(poisoning.read(HERE / "poisoning.jsonl")),
     }
 
