@@ -171,11 +171,6 @@ def _add_atlas(router: APIRouter, service: Service) -> None:
         opened().remove_mask(name)
         return {"name": name}
 
-    @router.get("/atlas/atlas.parquet")
-    def table() -> Response:
-        path = opened().write_table()
-        return FileResponse(path, media_type="application/vnd.apache.parquet", filename="atlas.parquet")
-
 
 def _add_run(router: APIRouter, service: Service) -> None:
     checking, board = DataCheck(), Board()
