@@ -517,14 +517,17 @@ class _Pilot:
         return flops, seconds, pairs
 
 
-MEASURES = {CLASS_NAMES: "of zero-shot accuracy", RETRIEVAL: "of retrieval (mean of R@1 and R@5, both ways)"}
+MEASURES = {
+    CLASS_NAMES: "of zero-shot accuracy, averaged over the names",
+    RETRIEVAL: "of retrieval (mean of R@1 and R@5, both ways)",
+}
 """What the sentence calls the measures."""
 
 
 def _chance(task: Task) -> float:
-    """Return what guessing reaches: the most frequent class, or any order of the candidates."""
+    """Return what guessing reaches: always the same class, or any order of the candidates."""
     if task.kind == "classification":
-        return float(task.majority or 0.0)
+        return 1 / len(np.unique(np.asarray(task.labels)))
     return float(np.mean([min(1.0, k / len(task.texts)) for k in (1, 5)]))
 
 

@@ -5,7 +5,8 @@ reached, those with the smallest hashes of part and key are taken, so that the o
 
 Two questions are made of the held-out pairs. In *retrieval*, each distinct caption searches its image among all, and
 each image its caption. In *class names*, images whose caption holds exactly one of the user's names are classified
-among all names. A longer name hides the shorter ones in it: "shopping cart" is no "cart".
+among all names, and each name that has images counts as much as any other, however frequent. A longer name hides the
+shorter ones in it: "shopping cart" is no "cart".
 
 Price: a read of the source without its images, where these lie in files, and 8 bytes for each pair; indexing reads
 again what was reached.
@@ -140,6 +141,7 @@ def held_out_tasks(held: Catalog, classnames: Sequence[str], *, seed: int) -> tu
         images=CatalogImages(catalog=held, rows=rows[chosen]),
         classnames=tuple(classnames),
         labels=label[chosen],
+        metric="mean_per_class_recall",
         source=held.path,
     )
     return retrieval, classes
