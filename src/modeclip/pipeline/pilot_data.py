@@ -8,8 +8,8 @@ each image its caption. In *class names*, images whose caption holds exactly one
 among all names, and each name that has images counts as much as any other, however frequent. A longer name hides the
 shorter ones in it: "shopping cart" is no "cart".
 
-Price: a read of the source without its images, where these lie in files, and 8 bytes for each pair; indexing reads
-again what was reached.
+Price: a read of the source without its images, where these lie in files; 8 bytes for each pair, and 256 MB. What does
+not fit into these is read again to be indexed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -35,8 +36,9 @@ RETRIEVAL, CLASS_NAMES = "retrieval", "class names"
 """Names of the two tasks."""
 MOST_QUERIES = 2000
 """Most captions of the retrieval task: more make every recall smaller and tell little more."""
-MOST_BYTES = 1 << 28
-"""Images of a part that are kept in memory between two readings of it: some sources draw them, which takes time."""
+MOST_BYTES, BYTES_OF_ITEM = 1 << 28, 512
+"""Memory for what was looked at, so that it need not be read again (some sources draw their images, which takes time),
+and what a pair takes besides its image."""
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -62,30 +64,39 @@ def sample_source(source: DataSource, wanted: int, *, seconds: float, seed: int)
         seed: Decides which pairs are drawn.
     """
     end, order = time.monotonic() + seconds, np.random.default_rng(seed).permutation(len(source.parts)).tolist()
-    seen: dict[int, int | None] = {}  # how many items of a part were reached; None: all of them
-    draws, in_whole_parts = list[int](), 0
+    items: dict[int, Callable[[], Iterable[Sample | Skipped]]] = {}
+    draws, in_whole_parts, num_whole, size = list[int](), 0, 0, 0
     with progress("look at the source", None, "pairs") as advance:
         for place in order:
-            seen[place] = None
-            for number, item in enumerate(source.parts[place].read(), 1):
+            part, kept, number = source.parts[place], list[Sample | Skipped](), 0
+            for item in part.read():
+                number += 1
                 if isinstance(item, Sample):
-                    draws.append(_draw(source.parts[place], item.key, seed))
+                    draws.append(_draw(part, item.key, seed))
                     advance(1)
+                size += BYTES_OF_ITEM + len((isinstance(item, Sample) and item.image) or b"")
+                kept += [item] if size <= MOST_BYTES else []
                 if time.monotonic() > end:
-                    seen[place] = number
                     break
             else:
-                in_whole_parts = len(draws)
-                continue
-            break
-    num_whole, num_parts = sum(number is None for number in seen.values()), len(source.parts)
+                num_whole, in_whole_parts = num_whole + 1, len(draws)
+            is_kept = len(kept) == number
+            items[place] = partial(iter, kept) if is_kept else partial(_first, part, number)
+            if time.monotonic() > end:
+                break
+    num_parts = len(source.parts)
     is_counted = num_whole == num_parts
     expected = round(in_whole_parts * num_parts / num_whole) if num_whole else len(draws)
     limit = sorted(draws)[wanted - 1] if len(draws) > wanted else 2**64
-    parts = tuple(_drawn(source.parts[place], seen[place], limit, seed) for place in sorted(seen))
+    parts = tuple(_drawn(source.parts[place], items[place], limit, seed) for place in sorted(items))
     return SampledSource(
         source=replace(source, parts=parts), num_pairs=max(expected, len(draws)), is_counted=is_counted
     )
+
+
+def _first(part: SourcePart, number: int) -> Iterator[Sample | Skipped]:
+    """Read a part again as far as it was looked at."""
+    return islice(part.read(), number)
 
 
 def _draw(part: SourcePart, key: str, seed: int) -> int:
@@ -94,25 +105,14 @@ def _draw(part: SourcePart, key: str, seed: int) -> int:
     return int.from_bytes(digest.digest())
 
 
-def _drawn(part: SourcePart, seen: int | None, limit: int, seed: int) -> SourcePart:
-    """Return a part that yields the pairs drawn up to a number, and the same share of those that cannot be used.
-
-    What it yields is kept in memory for a second reading, if that is little.
-    """
-    kept: list[Sample | Skipped] = []
+def _drawn(part: SourcePart, items: Callable[[], Iterable[Sample | Skipped]], limit: int, seed: int) -> SourcePart:
+    """Return a part that yields the pairs drawn up to a number, and the same share of those that cannot be used."""
 
     def read() -> Iterator[Sample | Skipped]:
-        if kept:
-            yield from kept
-            return
-        found, size = list[Sample | Skipped](), 0
-        for item in islice(part.read(), seen):
+        for item in items():
             is_whole_part = isinstance(item, Skipped) and item.key == part.name
             if is_whole_part or _draw(part, item.key, seed) <= limit:
                 yield item
-                size += len(item.image or b"") if isinstance(item, Sample) else 0
-                found += [item] if size <= MOST_BYTES else []
-        kept.extend(found if size <= MOST_BYTES else ())
 
     return replace(part, read=read)
 
