@@ -60,6 +60,8 @@ class Source:
     """The folder of the run, if it is one."""
     indexes: Mapping[str, Path]
     """Folder of each index by name."""
+    is_bundle: bool = False
+    """Whether the model was a bundle when the service began."""
     device: str = "auto"
     encoder: str | None = None
     trust_encoder: bool = False
@@ -72,6 +74,9 @@ class Source:
         Raises:
             ModeclipError: There is no such model or index, or an index is of another model.
         """
+        place = Path(self.model.partition("#")[0])
+        if self.is_bundle and not (place / MANIFEST_FILE).is_file():
+            raise ModeclipError(f"bundle {place}: {MANIFEST_FILE} is missing; get the bundle again")
         model = SearchModel.open(
             self.model,
             device=self.device,
@@ -390,6 +395,7 @@ def open_service(
         name=resolved.parent.name if resolved.name == "bundle" else resolved.name,
         model=expand_homes(str(model)),
         run=paths.folder if is_run else None,
+        is_bundle=(Path(expand_homes(str(model)).partition("#")[0]) / MANIFEST_FILE).is_file(),
         indexes=named,
         device=device,
         encoder=encoder,
