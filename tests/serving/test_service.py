@@ -290,7 +290,7 @@ def test_a_service_from_its_first_start_to_its_end(
     manifest.rename(hidden)
     wait("/health", lambda health: "mode.json" in str(health["trouble"]))
     assert service.ask("/route", classes=CLASSES).json() == routed
-    content["routing"]["rule"] = "uniform"
+    content["rule"] = "uniform"
     hidden.write_text(json.dumps(content))
     hidden.rename(manifest)
     wait("/models", lambda models: models["data"][0]["routing"]["rule"] == "uniform")  # type: ignore[index]
