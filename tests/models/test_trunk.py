@@ -158,10 +158,12 @@ def test_the_last_block_computes_the_token_that_is_read(tower: str, kind: str, t
         for name, way in ways.items():
             found[name] = way()
             seen[name] = [layer.shapes.pop() for layer in watched]
-        handle = blocks[-1].attn.register_forward_hook(lambda *_: None)
-        encode(model, tower, x)
-        seen["watched"] = [layer.shapes.pop() for layer in watched]
-        handle.remove()
+        whole = model.visual if tower == "image" else blocks[-1]
+        for number, part in enumerate((blocks[-1].attn, whole)):
+            handle = part.register_forward_hook(lambda *_: None)
+            encode(model, tower, x)
+            seen[f"watched {number}"] = [layer.shapes.pop() for layer in watched]
+            handle.remove()
         model.train()
         encode(model, tower, x)
         seen["in training"] = [layer.shapes.pop() for layer in watched]

@@ -232,7 +232,8 @@ def _own_image(visual: Any) -> _Anatomy | None:
         return None
     import torch
 
-    reads_class = getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", None) == "tok"
+    pools_class = getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", None) == "tok"
+    reads_class = pools_class and not _is_watched(visual)
 
     def cut(first: int) -> tuple[Callable[[Tensor], State], Callable[..., Tensor]]:
         before, behind = _cut_transformer(visual.transformer, first)
@@ -430,8 +431,14 @@ def _reads_one(transformer: Any) -> bool:
         and attention.bias_k is None
         and not attention.add_zero_attn
         and not block.training
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules())
+        and not _is_watched(transformer)
+        and not any(_is_watched(part) for part in block.modules())
     )
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether somebody sees, or does otherwise, what runs through a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _run_to(transformer: Any, x: Tensor, at: Tensor, mask: Tensor | None = None) -> Tensor:

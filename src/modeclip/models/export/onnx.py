@@ -24,7 +24,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 from modeclip.errors import ModeclipError
 from modeclip.models.blocks import Tower
-from modeclip.models.clip import Clip, encode_image, encode_text, without_gradients
-from modeclip.models.trunk import is_exact_without_padding, split
+from modeclip.models.clip import Clip, without_gradients
+from modeclip.models.trunk import encode, is_exact_without_padding
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 """What the extra ``export`` installs."""
@@ -112,8 +112,7 @@ def compare(clips: Sequence[Clip], tower: Tower, path: Path, *, weighed: bool = 
             feed = {INPUTS[tower]: values.numpy()}
             weights = np.random.default_rng(size).dirichlet(np.ones(len(clips)), size).astype(np.float32)
             with without_gradients():
-                encode = encode_image if tower == "image" else encode_text
-                parts = [encode(clip.model.eval(), values).float().numpy() for clip in clips]
+                parts = [encode(clip.model.eval(), tower, values).float().numpy() for clip in clips]
             if weighed:
                 feed[WEIGHTS_INPUT] = weights
                 parts = [part * weights[:, [index]] for index, part in enumerate(parts)]
@@ -235,24 +234,15 @@ class _Graph(nn.Module):
     def __init__(self, models: Sequence[nn.Module], tower: Tower, dtype: torch.dtype) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
-        self._encoders = [_encoder(model, tower) for model in models]
+        self._tower: Tower = tower
         self._dtype = dtype
 
     def forward(self, values: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         values = values.to(self._dtype) if values.is_floating_point() else values
-        parts = [encode(values).float() for encode in self._encoders]
+        parts = [encode(model, self._tower, values).float() for model in self.models]
         if routing_weights is not None:
             parts = [routing_weights[:, index : index + 1] * part for index, part in enumerate(parts)]
         return torch.cat(parts, dim=-1)
-
-
-def _encoder(model: Any, tower: Tower) -> Callable[[Tensor], Tensor]:
-    if tower == "image":
-        return lambda images: model.encode_image(images, normalize=True)
-    if not is_exact_without_padding(model):
-        return lambda tokens: model.encode_text(tokens, normalize=True)
-    trunk, head = split(model, "text", 0)
-    return lambda tokens: head(trunk(tokens))
 
 
 def _write_graph(
