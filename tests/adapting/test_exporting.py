@@ -7,15 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 import yaml
 
 from modeclip.adapting import exporting
 from modeclip.adapting.exporting import ExportConfig, export
 from modeclip.adapting.model_card import Score, write_card
 from modeclip.errors import ModeclipError
-from modeclip.mixture.bundle import save_bundle
+from modeclip.mixture.bundle import copy_model, save_bundle
 from modeclip.models.clip import load_clip, save_clip
+from modeclip.models.deltas import is_delta
 from modeclip.models.export import onnx as graphs
 from support import make_clip_moe, weights_of
 
@@ -69,6 +72,22 @@ def test_an_expert_becomes_a_folder_with_a_card(
     again = export(f"{bundle}#expert-0", ExportConfig(to="open_clip"), out=out)  # in the place of the one before
     assert weights_of(again.folder) == weights_of(bundle / "expert-0")
     assert [path.name for path in out.parent.iterdir()] == ["expert"]
+
+
+def test_an_expert_that_is_stored_as_a_difference_becomes_a_whole_folder(tmp_path: Path) -> None:
+    clip = load_clip("modeclip-icon-xs", seed=0)
+    save_clip(clip, tmp_path / "seed")
+    with torch.no_grad():
+        clip.model.visual.proj.add_(0.1)
+    save_clip(clip, tmp_path / "full")
+    (tmp_path / "bundle").mkdir()
+    copy_model(tmp_path / "seed", tmp_path / "bundle" / "seed")
+    copy_model(tmp_path / "full", tmp_path / "bundle" / "expert-0")
+    assert is_delta(tmp_path / "bundle" / "expert-0")
+    export(tmp_path / "bundle" / "expert-0", ExportConfig(to="open_clip"), out=tmp_path / "out")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "full")
+    alone = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
+    assert torch.equal(alone.visual.proj, clip.model.visual.proj)
 
 
 def test_other_folders_stay_as_they_are(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
