@@ -66,6 +66,7 @@ def test_what_nobody_can_tell_is_said_with_what_would_have_gone_unseen() -> None
     assert (verdict.choice, verdict.certainty) == (None, "open")
     assert "Nothing can be told" in verdict.sentence
     assert "up to 4.0 points" in verdict.sentence
+    assert "Nearest to it: 4 experts on clusters of captions, +1.0 points" in verdict.sentence
     assert "train one dense model" in verdict.sentence
 
 

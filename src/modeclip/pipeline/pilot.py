@@ -518,7 +518,7 @@ class _Pilot:
 
 
 MEASURES = {
-    CLASS_NAMES: "of zero-shot accuracy, averaged over the names",
+    CLASS_NAMES: "of zero-shot accuracy (mean over the names)",
     RETRIEVAL: "of retrieval (mean of R@1 and R@5, both ways)",
 }
 """What the sentence calls the measures."""
