@@ -6,8 +6,8 @@ Both are real processes that answer ``POST /classify`` with a picture of 64 pixe
 anybody writes in twenty lines: FastAPI, a lock, and ``task.classify``, with the task of each list of classes kept, so
 no text is encoded again. The clients are one process that holds an open connection each and sends the next request when
 the last is answered. The two services are asked in turns; a round is a ratio, and the median of them is printed with
-p50 and p99 of both, and with the processor time of a request, which a busy machine disturbs less. Then a list of 1,000 classes is asked twice, with what the text towers and the router's encoder had
-to do for each.
+p50 and p99 of both, and with the processor time of a request, which a busy machine disturbs less. Then a list of 1,000
+classes is asked twice, with what the text towers and the router's encoder had to do for each.
 """
 
 from __future__ import annotations
