@@ -165,14 +165,14 @@ def decide(
         )
     unseen = max((gains[name].high for name in gains if name not in lost), default=0.0)
     first = max(gains, key=lambda name: gains[name].mean, default=DENSE)
-    best = f" Nearest to it: {title[first]}, {_words(gains[first])}." if gains and gains[first].mean > 0 else ""
+    nearest = f" Nearest to it: {title[first]}, {_words(gains[first])}." if gains and gains[first].mean > 0 else ""
     losing = f" Certain losses: {_names(lost, title)}." if lost else ""
     return Verdict(
         choice=None,
         certainty="open",
         sentence=f"Nothing can be told: no way gains more than chance over one dense model of the same cost, and a "
         f"gain of up to {100 * unseen:.1f} points {measure} would have gone unseen. Until more minutes or pairs tell, "
-        f"train {title[DENSE]}, the simplest.{best}{losing}",
+        f"train {title[DENSE]}, the simplest.{nearest}{losing}",
     )
 
 

@@ -116,6 +116,12 @@ class _Server(uvicorn.Server):
         for place in sockets or ():
             log(f"{self._service.name}: {address_of(place)} (Ctrl-C ends it)")
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, also when told twice, without the complaint of a task that was cut off."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
