@@ -559,3 +559,22 @@ def test_a_plan_knows_the_models_that_other_clusters_keep(small_recipe: Path, sm
     done = {model.name for model in plan_run(other, out).models if model.is_done}
     assert "seed" in done
     assert not {name for name in done if name.startswith("expert")}
+
+
+def test_a_run_prints_what_is_compared_and_says_what_it_left_out(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from modeclip.commands.runs import _print_results
+
+    results = json.loads((small_run / "results.json").read_text())
+    _print_results(results)
+    printed = capsys.readouterr().out
+    names = re.findall(r"^│ (\S.*?) +│", printed, re.MULTILINE)
+    left_out = [
+        model
+        for model in results["models"]
+        if model["kind"] == "expert" or model["rule"] not in (None, "uniform", "per_class")
+    ]
+    assert len(names) == len(results["models"]) - len(left_out) + 2  # with the majority class and chance
+    assert {"seed", "best single", "mixture, uniform", "mixture, per_class *", "chance"} <= set(names)
+    assert f"{len(left_out)} more rows" in printed

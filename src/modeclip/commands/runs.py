@@ -96,13 +96,14 @@ def _print_plan(plan: RunPlan, as_json: bool) -> None:
 
 
 def _print_results(results: dict[str, Any]) -> None:
-    """Print the table of results: a row for each model, accuracies in percent."""
+    """Print accuracies in percent: the default rule beside what it is compared with. The report has all rows."""
     tasks = [task["name"] for task in results["tasks"]]
     if not tasks:
         log("no held-out tasks in the recipe (data.tasks or data.holdout_fraction): nothing was evaluated")
         return
+    shown = [model for model in results["models"] if _is_compared(model)]
     rows = []
-    for model in results["models"]:
+    for model in shown:
         name = f"{model['name']}, {model['rule']}" if model["rule"] else model["name"]
         low, high = model["interval"]
         entropy = f"{sum(model['entropy'].values()) / len(tasks):.2f}" if model["entropy"] else ""
@@ -125,3 +126,11 @@ def _print_results(results: dict[str, Any]) -> None:
         "the images; *: default rule; best single and oracle look at the labels)"
     )
     print_table(title, ["model", "samples", "average", "95 %", *tasks, "entropy"], rows, in_parts=True)
+    if more := len(results["models"]) - len(shown):
+        print_lines(f"{more} more rows, of each expert and of the other rules, are in the report")
+
+
+def _is_compared(model: dict[str, Any]) -> bool:
+    """Say whether readers compare a row: no expert by itself, and of the rules the default and uniform."""
+    is_chosen = model["default"] or model["rule"] == "uniform"
+    return model["kind"] != "expert" and (model["kind"] != "mixture" or is_chosen)
