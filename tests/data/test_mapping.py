@@ -24,7 +24,6 @@ from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLU
 from modeclip.data.mapping import POSITION, concatenate, map_columns, map_fragments
 from modeclip.data.storage import FileWriter, append, create
 from modeclip.errors import ModeclipError
-from support import with_weights, write_wordnet
 
 ROWS, FRAGMENT_ROWS = 60, 10
 METADATA = {FORMAT: FORMAT_VERSION, FINGERPRINT: "f" * 32}
@@ -215,6 +214,7 @@ def test_a_killed_map_goes_on_where_it_was(tmp_path: Path, catalog: Catalog, wor
     for wanted in (2, 4):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while not Path(work.log).exists() or ended(work).total() < wanted:
+            assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -310,17 +310,21 @@ class TestRay:
     def test_a_filter_and_a_dictionary_say_the_same_here_and_there(self, tmp_path: Path):
         from tests.curation.test_align import pair, write  # which imports from here
 
+        from support import with_weights, write_wordnet  # which the processes of other tests here cannot
+
         captions = ("a small dog", "a mouse and a dog", "two hot dogs", "nothing known", "a tiny mouse", "dog")
         clip, words = with_weights("modeclip-icon-xxxs", tmp_path), f"wordnet:{write_wordnet(tmp_path / 'dict')}"
-        made = []
+        made, scores = [], []
         for ray in (True, False):
             catalog = write(tmp_path / f"{ray}.lance", [pair(n, captions[n % 6]) for n in range(24)], max_rows=12)
             scored = curate(catalog, "dfn", filter=clip, score="sclip", fraction=0.5, contrast=8, ray=ray)
             explained = curate(catalog, "klite", knowledge=words, share=0.7, ray=ray)
-            columns = [scored.column("score"), scored.column("cause"), explained.column("caption")]
+            columns = [scored.column("cause"), explained.column("caption")]
             made.append([column.tolist() for column in columns] + [catalog.facts("klite_caption")])
+            scores.append(scored.column("score"))
         assert made[0] == made[1]
-        assert 0 < sum(text is not None for text in made[0][2]) < 24
+        np.testing.assert_allclose(*scores, atol=0.01)  # of vectors in bfloat16, which depend on the number of threads
+        assert 0 < sum(text is not None for text in made[0][1]) < 24
 
 
 @dataclass

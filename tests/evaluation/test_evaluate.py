@@ -39,11 +39,11 @@ WEIGHTS = "open_clip_model.safetensors"
 
 @contextmanager
 def counting() -> Iterator[list[tuple[str, int]]]:
-    """Note what goes through any image tower, text tower, or encoder of class names: its kind, and how many at once."""
+    """Note what goes into any tower or encoder, by the layer that every pass begins with, and how many at once."""
     ran: list[tuple[str, int]] = []
 
     def note(module: nn.Module, inputs: tuple[object, ...], _: object) -> None:
-        if type(module).__name__ in {"VisionTransformer", "Transformer", "SentenceBert"}:
+        if type(module).__name__ in {"Conv2d", "Embedding", "SentenceBert"}:  # patches, tokens
             ran.append((type(module).__name__, len(inputs[0]) if inputs else 0))  # type: ignore[arg-type]
 
     handle = nn.modules.module.register_module_forward_hook(note)
@@ -231,7 +231,7 @@ def test_changed_checkpoint_is_evaluated_anew(
     with counting() as ran:
         cache = FeatureCache(folder)
         [new] = evaluate(open_systems([str(model)], cache), tasks[:1], EvaluateConfig(), cache)
-    assert sum(count for kind, count in ran if kind == "VisionTransformer") == len(tasks[0].images)
+    assert sum(count for kind, count in ran if kind == "Conv2d") == len(tasks[0].images)
     assert new.provenance["models"] != old.provenance["models"]
     assert np.array_equal(new.outcome.prediction, by_hand(model, tasks[0]).argmax(1))
 
@@ -244,7 +244,7 @@ def test_expert_without_weight_is_not_run(small_run: Path, tasks: list[Task]) ->
     with counting() as ran:
         [result] = evaluate([system], tasks[:1], EvaluateConfig(), cache)
     assert len(cache.pool) == 1
-    assert sum(count for kind, count in ran if kind == "VisionTransformer") == len(tasks[0].images)
+    assert sum(count for kind, count in ran if kind == "Conv2d") == len(tasks[0].images)
     expert = small_run / "bundle" / f"expert-{weights.argmax()}"
     assert np.array_equal(result.outcome.prediction, by_hand(expert, tasks[0]).argmax(1))
     assert result.provenance["max_experts"] == 1

@@ -233,7 +233,9 @@ def test_no_process_outlives_the_one_that_started_it(
 def test_a_caller_that_is_asked_to_end_has_its_jobs_save(catalog: Path, tmp_path: Path, ending: signal.Signals) -> None:
     config = replace(CONFIG, engine=replace(CONFIG.engine, save_every="10h"))
     job = replace(make_job(catalog, tmp_path / "job", FOREVER), config=config)
+    before = signal.signal(ending, signal.SIG_DFL)  # what nohup has told this process to ignore, its children would too
     launcher = launch(job, 1)
+    signal.signal(ending, before)
     try:
         deadline = time.monotonic() + 180
         while not job_status(job).step:
