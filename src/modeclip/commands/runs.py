@@ -132,5 +132,6 @@ def _print_results(results: dict[str, Any]) -> None:
 
 def _is_compared(model: dict[str, Any]) -> bool:
     """Say whether readers compare a row: no expert by itself, and of the rules the default and uniform."""
-    is_chosen = model["default"] or model["rule"] == "uniform"
-    return model["kind"] != "expert" and (model["kind"] != "mixture" or is_chosen)
+    if model["kind"] == "mixture":
+        return bool(model["default"]) or model["rule"] == "uniform"
+    return bool(model["kind"] != "expert")
