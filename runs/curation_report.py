@@ -169,8 +169,8 @@ def brief(lines: Lines) -> str:
     pays, loses = (sum(gain.verdict == kind for gain in tested) for kind in ("pays", "loses"))
     return (
         f"On a pool of icons with known noise, of {len(tested)} selections {pays} pay at equal samples, {loses} lose; "
-        f"the best is {best.selection}, {_signed(best.mean)} points on {interval(list(raw.values()))} of the raw pool "
-        f"({len(raw)} seeds, corrected for their number)."
+        f"the best is {best.selection}, {_signed(best.mean)} points on the raw pool's {interval(list(raw.values()))} % "
+        f"({len(raw)} seeds; corrected for the number of selections)."
     )
 
 
