@@ -67,9 +67,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         classes = await now.answers.classes(
             body.classes,
             templates=body.templates,
-            rule=body.rule,
-            temperature=body.temperature,
-            max_experts=body.max_experts,
+            **body.routing(),
             each=body.each,
             route_by_prompts=body.route_by_prompts,
         )
@@ -99,9 +97,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         found = await now.answers.route(
             body.classes,
             templates=body.templates,
-            rule=body.rule,
-            temperature=body.temperature,
-            max_experts=body.max_experts,
+            **body.routing(),
             each=body.each,
         )
         reasons = await now.answers.compute(found.explain)
@@ -123,7 +119,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         if mode is None or not mode.per_image:
             raise RefusedError("the clusters are not of images, so pictures have no weights; use /route", 409)
         pictures = await service.open_pictures("images", body.images)
-        request = mode.request(rule=body.rule, temperature=body.temperature, max_experts=body.max_experts)
+        request = mode.request(**body.routing())
         names = [f"images[{number}]" for number in range(len(pictures))]
         found = await now.answers.compute(mode.router.route_images, pictures, request, names)
         reasons = await now.answers.compute(found.explain)

@@ -19,7 +19,21 @@ class Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class ClassifyRequest(Shape):
+class Routed(Shape):
+    """A request whose experts are weighed by a rule."""
+
+    rule: str | None = Field(default=None, examples=["per_class"], description="Routing rule; null: the bundle's.")
+    temperature: float | None = Field(
+        default=None, ge=1e-6, le=1e6, description="Temperature of the rule; null: its own."
+    )
+    max_experts: int | None = Field(default=None, ge=1, description="Experts that may have weight; null: all.")
+
+    def routing(self) -> dict[str, Any]:
+        """Return the rule's settings as arguments of `MoDE.request`."""
+        return {"rule": self.rule, "temperature": self.temperature, "max_experts": self.max_experts}
+
+
+class ClassifyRequest(Routed):
     """Pictures and the classes that they may show."""
 
     model_config = ConfigDict(
@@ -31,11 +45,6 @@ class ClassifyRequest(Shape):
     templates: list[str] = Field(
         default=[], examples=[["a photo of {}."]], description="Prompts with {} for the name; none: the model's own."
     )
-    rule: str | None = Field(default=None, examples=["per_class"], description="Routing rule; null: the bundle's.")
-    temperature: float | None = Field(
-        default=None, ge=1e-6, le=1e6, description="Temperature of the rule; null: its own."
-    )
-    max_experts: int | None = Field(default=None, ge=1, description="Experts that may have weight; null: all.")
     each: bool = Field(default=False, description="Route every class by itself.")
     route_by_prompts: bool = Field(default=False, description="Route the prompts in place of the plain names.")
     top: int = Field(default=5, ge=1, description="Classes that are returned for each picture.")
@@ -62,32 +71,22 @@ class ClassifyResponse(BaseModel):
     pictures: list[PictureClasses]
 
 
-class RouteRequest(Shape):
+class RouteRequest(Routed):
     """Class names, or texts that are each a task of its own."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"classes": ["heart", "home", "star"]}]})
 
     classes: list[str] = Field(min_length=1, examples=[["heart", "home", "star"]])
     templates: list[str] = Field(default=[], description="Prompts that are routed in place of the plain names.")
-    rule: str | None = Field(default=None, examples=["per_class"], description="Routing rule; null: the bundle's.")
-    temperature: float | None = Field(
-        default=None, ge=1e-6, le=1e6, description="Temperature of the rule; null: its own."
-    )
-    max_experts: int | None = Field(default=None, ge=1, description="Experts that may have weight; null: all.")
     each: bool = Field(default=False, description="Route every text by itself, as a query for images.")
 
 
-class RouteImagesRequest(Shape):
+class RouteImagesRequest(Routed):
     """Pictures, each routed by itself, where the clusters of a bundle are of images."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"images": [PICTURE]}]})
 
     images: list[str] = Field(min_length=1, examples=[[PICTURE]], description="Pictures in base64, or as data URLs.")
-    rule: str | None = Field(default=None, description="Routing rule; null: the bundle's.")
-    temperature: float | None = Field(
-        default=None, ge=1e-6, le=1e6, description="Temperature of the rule; null: its own."
-    )
-    max_experts: int | None = Field(default=None, ge=1, description="Experts that may have weight; null: all.")
 
 
 class Near(BaseModel):
