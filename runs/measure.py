@@ -6,6 +6,9 @@ A line is one row of one study and random seed: `values` holds `tasks`, the accu
 or other numbers by name. A row that is there already is not measured again, so the file grows as models are trained,
 on one machine or on several; `runs/results.py` makes the tables from it without any model. Every model sees the
 held-out images once, whatever is asked of it.
+
+What is new is recorded for paired tests and for where it comes from: `hits` (which held-out images were right, task
+after task, `packed`), the digest, seconds, last loss and logit scale of each training, and the commit.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -45,6 +49,7 @@ from modeclip.models.pool import ModelRef
 from modeclip.system.console import log
 from modeclip.training.jobs import TrainJob
 
+HERE = Path(__file__).parent
 OF_IMAGES = ("clip-image", "clip-both")  # encoders whose mixtures are routed image by image
 PROBE_NAMES, PROBE_ICONS = 100, 20
 RATE_PAIRS, RATE_ROUNDS = 8192, 3
@@ -149,7 +154,8 @@ class Bench:
                 yield row, make()
 
     def _plain(self, members: Sequence[Path], weigh: Weigh | None = None, per_image: bool = False) -> Values:
-        return self.exam.tasks_of(self.exam.hits(members, weigh, per_image))
+        hits = self.exam.hits(members, weigh, per_image)
+        return self.exam.tasks_of(hits) | {"hits": packed(hits)}
 
     def _arm_rows(self, arm: Arm, members: list[Path]) -> list[tuple[str, Callable[[], Values]]]:
         if arm.is_single:
@@ -442,9 +448,26 @@ class Bench:
 
 
 def trained(members: Sequence[Path]) -> Values:
-    """Return how many pairs the models of an arm have to learn from."""
-    pairs = [json.loads((member / "done.json").read_text(encoding="utf-8"))["rows"] for member in members]
-    return {"pairs": pairs}
+    """Return what each training of an arm was: pairs, digest, seconds, and the loss and scale that it ended with."""
+    done = [json.loads((member / "done.json").read_text(encoding="utf-8")) for member in members]
+    last = [json.loads((member / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]) for member in members]
+    return {
+        "pairs": [one["rows"] for one in done],
+        "digest": [one["digest"] for one in done],
+        "seconds": [round(one["seconds"], 1) for one in done],
+        "loss": [one["loss"] for one in last],
+        "logit_scale": [one["logit_scale"] for one in last],
+    }
+
+
+def packed(hits: np.ndarray) -> str:
+    """Return which images were right as base64 of bits, the first image in the highest bit.
+
+    Examples:
+        >>> packed(np.array([True, False, False, False, False, False, False, True, True]))
+        'gYA='
+    """
+    return b64encode(np.packbits(hits).tobytes()).decode("ascii")
 
 
 def tower_rates(workshop: Workshop, studies: Sequence[Study]) -> Values:
@@ -483,7 +506,15 @@ def machine() -> dict[str, str]:
     if cpu.is_file():
         lines = cpu.read_text(encoding="utf-8").splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return {"machine": model, "torch": version("torch"), "date": str(datetime.now(UTC).date())}
+    git = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return {
+        "machine": model,
+        "torch": version("torch"),
+        "date": str(datetime.now(UTC).date()),
+        "commit": git.stdout.strip(),
+    }
 
 
 def main() -> None:

@@ -19,6 +19,9 @@ from modeclip.system.paths import RunPaths
 if TYPE_CHECKING:
     from modeclip.pipeline.planning import RunPlan
 
+WORDS = ("umbrella", "shopping cart", "heart", "camera", "bicycle", "calendar")
+"""What the demo looks for, and what it tells apart."""
+
 
 def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: AsJson = False) -> None:
     """Run the whole method on real icons, from a recipe that ships with modeclip, and open the report."""
@@ -26,7 +29,7 @@ def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"
 
     run(demo_recipe(), out, as_json=as_json)
     if not as_json:
-        print_lines(f"modeclip serve {shlex.quote(str(out))}")
+        _print_first_use(out)
     if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         webbrowser.open(RunPaths(folder=out).report.resolve().as_uri())
 
@@ -70,6 +73,32 @@ def report(
     from modeclip.pipeline.stages import rewrite_report
 
     print_lines(write_report(folder, out) if out else rewrite_report(folder))
+
+
+def _print_first_use(out: Path) -> None:
+    """Print what words find among the held-out pictures, what some of these show, and what to type next."""
+    from modeclip.pipeline.first_use import first_use
+
+    tried = first_use(RunPaths(folder=out), WORDS)
+    print_table(
+        f"what words find among {tried.pictures:,} pictures that no model has seen",
+        ["words", "expert", "first", "second", "third"],
+        [(one.words, f"{one.expert} {one.weight:.2f}", *one.captions) for one in tried.looked],
+    )
+    print_table(
+        "what a picture shows, which expert says so, and the captions that it was chosen for",
+        ["picture", "answer", "share", "expert", "captions near the answer"],
+        [
+            (one.picture, one.answer, f"{one.probability:.2f}", f"{one.expert} {one.weight:.2f}", ", ".join(one.near))
+            for one in tried.named
+        ],
+    )
+    folder, names = shlex.quote(str(out)), shlex.quote(",".join(WORDS))
+    print_lines(
+        f'modeclip search {folder}/held-out.index "a red umbrella" --sheet found.png',
+        f"modeclip classify {folder}/bundle PICTURE --classes {names}",
+        f"modeclip serve {folder}",
+    )
 
 
 def _print_plan(plan: RunPlan, as_json: bool) -> None:

@@ -42,8 +42,8 @@ Result = TypeVar("Result")
 WEB = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 """Formats that every browser shows."""
 
-INDEX_FOLDER = "index"
-"""Index in the folder of a run."""
+HELD_OUT = "held-out pictures"
+"""Name of the index of a run's held-out pictures, if it has one."""
 State = tuple[tuple[str, int, int, int], ...]
 """Which files there are, with time, size and inode."""
 
@@ -385,7 +385,7 @@ def open_service(
         raise ModeclipError(f"run {place}: {paths.bundle / MANIFEST_FILE} is missing; finish the run with modeclip run")
     named: dict[str, Path] = {}
     for folder in (Path(expand_homes(str(one))) for one in indexes):
-        name = place.resolve().name if folder.name == INDEX_FOLDER else folder.name.removesuffix(".index")
+        name = place.resolve().name if folder.name == paths.index.name else folder.name.removesuffix(".index")
         if name in named:
             raise ModeclipError(f"--index: {named[name]} and {folder} are both called {name!r}; rename a folder")
         named[name] = folder
@@ -403,7 +403,10 @@ def open_service(
         max_memory=max_memory,
     )
     if is_run and not named and paths.catalog_path.is_dir():
-        source = replace(source, indexes={source.name: _index_of_run(source, paths)})
+        built = {source.name: _index_of_run(source, paths)}
+        if (paths.held_out_index / INDEX_FILE).is_file():
+            built[HELD_OUT] = paths.held_out_index
+        source = replace(source, indexes=built)
     return Service(source, limits or Limits(), dimension=dimension)
 
 
@@ -411,7 +414,7 @@ def _index_of_run(source: Source, paths: RunPaths) -> Path:
     """Return the index of a run's pairs, built if it is not there or was not finished."""
     from modeclip.data.catalog import Catalog
 
-    folder = paths.folder / INDEX_FOLDER
+    folder = paths.index
     if not (folder / INDEX_FILE).is_file():
         log(f"first start: encode the images of {paths.catalog_path} into {folder}")
         model = SearchModel.open(

@@ -78,6 +78,16 @@ class RunPaths:
         return self.folder / "atlas"
 
     @property
+    def index(self) -> Path:
+        """The folder of the index of the training pairs' images."""
+        return self.folder / "index"
+
+    @property
+    def held_out_index(self) -> Path:
+        """The folder of the index of the held-out images."""
+        return self.folder / "held-out.index"
+
+    @property
     def models(self) -> Path:
         """The folder with a folder for each model."""
         return self.folder / "models"
