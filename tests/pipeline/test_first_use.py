@@ -11,6 +11,7 @@ import torch
 from modeclip.data.catalog import Catalog
 from modeclip.mixture.mode import MoDE
 from modeclip.pipeline.first_use import first_use
+from modeclip.serving.service import open_service
 from modeclip.system.paths import RunPaths
 
 WORDS = ("heart", "calendar", "no caption has these words")
@@ -45,3 +46,10 @@ def test_words_and_pictures_are_answered_as_by_the_mixture(small_run: Path, tmp_
         assert abs(named.probability - answer.probabilities[0]) < 1e-5
         assert named.near
         assert named.expert in task.route.members
+
+    service = open_service(paths.folder)  # what serves the run searches them too
+    assert {name: len(index) for name, index in service.indexes.items()} == {
+        "run": len(Catalog.open(paths.catalog_path)),
+        "held-out pictures": len(tasks),
+    }
+    service.close()

@@ -18,6 +18,7 @@ from modeclip.system.paths import RunPaths
 
 if TYPE_CHECKING:
     from modeclip.pipeline.planning import RunPlan
+    from modeclip.pipeline.stages import RunResult
 
 WORDS = ("umbrella", "shopping cart", "heart", "camera", "bicycle", "calendar")
 """What the demo looks for, and what it tells apart."""
@@ -25,11 +26,16 @@ WORDS = ("umbrella", "shopping cart", "heart", "camera", "bicycle", "calendar")
 
 def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: AsJson = False) -> None:
     """Run the whole method on real icons, from a recipe that ships with modeclip, and open the report."""
-    from modeclip.pipeline.recipe import demo_recipe
+    from modeclip.pipeline import stages
+    from modeclip.pipeline.recipe import demo_recipe, load_recipe
 
-    run(demo_recipe(), out, as_json=as_json)
-    if not as_json:
+    result = stages.run(load_recipe(demo_recipe()), out)
+    if as_json:
+        print_json(result.results)
+    else:
         _print_first_use(out)
+        _print_run(result)
+        _print_commands(out)
     if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         webbrowser.open(RunPaths(folder=out).report.resolve().as_uri())
 
@@ -59,9 +65,8 @@ def run(
     result = stages.run(loaded, out, trust_encoder=trusts)
     if as_json:
         print_json(result.results)
-        return
-    _print_results(result.results)
-    print_lines(f"bundle: {result.bundle}", f"report: {result.report}")
+    else:
+        _print_run(result)
 
 
 def report(
@@ -76,7 +81,7 @@ def report(
 
 
 def _print_first_use(out: Path) -> None:
-    """Print what words find among the held-out pictures, what some of these show, and what to type next."""
+    """Print what words find among the held-out pictures, and what some of these show."""
     from modeclip.pipeline.first_use import first_use
 
     tried = first_use(RunPaths(folder=out), WORDS)
@@ -93,6 +98,15 @@ def _print_first_use(out: Path) -> None:
             for one in tried.named
         ],
     )
+
+
+def _print_run(result: RunResult) -> None:
+    _print_results(result.results)
+    print_lines(f"bundle: {result.bundle}", f"report: {result.report}")
+
+
+def _print_commands(out: Path) -> None:
+    """Print what to type after the demo."""
     folder, names = shlex.quote(str(out)), shlex.quote(",".join(WORDS))
     print_lines(
         f'modeclip search {folder}/held-out.index "a red umbrella" --sheet found.png',
