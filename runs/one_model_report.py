@@ -13,6 +13,8 @@ from records import interval, table
 
 HERE = Path(__file__).parent
 BASE, DMU, EQUAL_COST = "base", "CLIP-MoE, DMU", "dense, equal cost"
+OF_EXPERTS, DISTILLED, SOUP = "CLIP-MoE, data experts", "distilled from the mixture", "soup of data experts"
+SPARSE, SPARSE_COST = "sparse upcycling", "dense, equal cost to sparse upcycling"
 MEASURES = {
     "tasks": "zero-shot",
     "image_retrieval_recall@1": "text to image, R@1",
@@ -73,10 +75,9 @@ def score_table(lines: Lines, cells: Sequence[str], reference: str, words: str) 
     for cell in cells:
         row = [cell]
         for measure in MEASURES:
-            text = interval(gains(lines, cell, measure, reference)) if cell != reference else ""
             row += [
                 interval(list(scores(lines, cell, measure).values())),
-                text if text[:1] in {"", "-"} else f"+{text}",
+                _gain(lines, cell, measure, reference) if cell != reference else "",
             ]
         if row[1]:
             rows.append(row)
@@ -107,6 +108,27 @@ def verdict(lines: Lines) -> str:
     return f"DMU's claim is fine detail, which retrieval must show. {'; '.join(parts)} (95 % intervals over the seeds)."
 
 
+def brief(lines: Lines) -> str:
+    """Say in one sentence what the ways are worth at equal training cost."""
+    if len(scores(lines, SPARSE_COST, "tasks")) < 2:
+        return "Not measured with several seeds yet."
+    ways = [f"{cell} {_gain(lines, cell, 'tasks', EQUAL_COST)}" for cell in (DMU, OF_EXPERTS, SOUP, DISTILLED)]
+    base, dense, large = (
+        interval(list(scores(lines, cell, "tasks").values())) for cell in (BASE, EQUAL_COST, SPARSE_COST)
+    )
+    seeds, own = len(scores(lines, BASE, "tasks")), _gain(lines, SPARSE, "tasks", SPARSE_COST)
+    return (
+        f"From a small CLIP of {base} % on held-out icon sets, {seeds} seeds, in points against one dense model that cost "
+        f"as many operations as base and DMU together ({dense} %): {', '.join(ways)}. Sparse upcycling costs more and "
+        f"stands at {own} against a dense model of its own cost ({large} %)."
+    )
+
+
+def _gain(lines: Lines, cell: str, measure: str, reference: str) -> str:
+    text = interval(gains(lines, cell, measure, reference))
+    return text if text[:1] in {"", "-"} else f"+{text}"
+
+
 def named_tables(lines: Lines, plan: Mapping[str, Any]) -> dict[str, str]:
     """Return the tables by the names that pages know them by."""
     return {
@@ -114,6 +136,7 @@ def named_tables(lines: Lines, plan: Mapping[str, Any]) -> dict[str, str]:
         "one-model-costs": cost_table(lines, list(plan["models"])),
         "one-model-ablations": score_table(lines, [DMU, *plan["ablations"]], DMU, "against DMU"),
         "one-model-verdict": verdict(lines),
+        "one-model-brief": brief(lines),
     }
 
 

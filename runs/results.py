@@ -1,11 +1,10 @@
-"""Make the tables of docs/results.md, docs/curation.md and README.md, and the words on them, from records.
+"""Make the tables of docs/ and README.md, and the words on them, from records.
 
 Usage: python runs/results.py [--records runs/experiments.jsonl] [--check]
 
 The records are those of `runs/measure.py`, `runs/curation.py`, `runs/noise_found.py`, `runs/poisoning.py` and
-`runs/one_model.py`. Tables
-stand in the pages between `<!-- table: NAME -->` and `<!-- end -->` and are replaced; `--check` only says
-whether they are those of the records. Intervals are 95 % t-intervals over the random seeds, differences are taken seed
+`runs/one_model.py`. Tables stand in the pages (`PAGES`) between `<!-- table: NAME -->` and `<!-- end -->` and are
+replaced; `--check` only says whether they are those of the records. Intervals are 95 % t-intervals over the random seeds, differences are taken seed
 by seed. Beside the records lies `scaling.jsonl` then, which `modeclip scaling` reads, and beside the page its picture.
 """
 
@@ -34,7 +33,7 @@ from modeclip.pages.scaling_page import write_scaling
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-PAGES = (DOCS / "results.md", DOCS / "curation.md", HERE.parent / "README.md")
+PAGES = (DOCS / "results.md", DOCS / "curation.md", DOCS / "one-model.md", HERE.parent / "README.md")
 PAPER = {
     "main": "B/32, 26 tasks: MetaCLIP 58.2 / MoDE-2 58.6 / MoDE-4 59.0 (400M); 59.8 / 61.2 / 61.7 (2.5B)",
     "controls": "B/32, n = 2, 400M / 2.5B: Random 57.7 / 60.0, Full 58.3 / 60.0, OneStep 58.0 / 59.8, "

@@ -30,7 +30,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     sys.path.remove(str(RUNS))
 
 
-@pytest.mark.parametrize("page", ["results.md", "curation.md"])
+@pytest.mark.parametrize("page", ["results.md", "curation.md", "one-model.md"])
 def test_tables_are_those_of_the_records(scripts: dict[str, ModuleType], page: str) -> None:
     results = scripts["results"]
     text = (RUNS.parent / "docs" / page).read_text(encoding="utf-8")
