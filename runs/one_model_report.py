@@ -119,8 +119,8 @@ def brief(lines: Lines) -> str:
     seeds, own = len(scores(lines, BASE, "tasks")), _gain(lines, SPARSE, "tasks", SPARSE_COST)
     return (
         f"From a small CLIP of {base} % on held-out icon sets, {seeds} seeds, in points against one dense model that "
-        f"cost as many operations as base and DMU together ({dense} %): {', '.join(ways)}. Sparse upcycling costs more and "
-        f"stands at {own} against a dense model of its own cost ({large} %)."
+        f"cost as many operations as base and DMU together ({dense} %): {', '.join(ways)}. Sparse upcycling costs more "
+        f"and stands at {own} against a dense model of its own cost ({large} %)."
     )
 
 

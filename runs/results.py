@@ -5,7 +5,8 @@ Usage: python runs/results.py [--records runs/experiments.jsonl] [--check]
 The records are those of `runs/measure.py`, `runs/curation.py`, `runs/noise_found.py`, `runs/poisoning.py` and
 `runs/one_model.py`. Tables stand in the pages (`PAGES`) between `<!-- table: NAME -->` and `<!-- end -->` and are
 replaced; `--check` only says whether they are those of the records. Intervals are 95 % t-intervals over the random
-seeds, differences are taken seed by seed. Beside the records lies `scaling.jsonl` then, which `modeclip scaling` reads, and beside the page its picture.
+seeds, differences are taken seed by seed. Beside the records lies `scaling.jsonl` then, which `modeclip scaling`
+reads, and beside the page its picture.
 """
 
 from __future__ import annotations
