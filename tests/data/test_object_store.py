@@ -12,10 +12,13 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.checksums import data_files, find_damaged, unknown_files
 from modeclip.data.indexing import index
 from modeclip.data.mapping import map_columns
+from modeclip.data.selection import Selection
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
-from modeclip.system.paths import read_bytes
-from support import plain_png, tar_of
+from modeclip.search.asking import SearchModel
+from modeclip.search.index import INDEX_FILE, Index
+from modeclip.system.paths import filesystem, read_bytes
+from support import plain_png, tar_of, with_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 
@@ -68,6 +71,35 @@ def test_a_catalog_lives_in_an_object_store_from_its_shards_to_its_columns(bucke
     content = read_bytes(f"{catalog.path}/{name}")
     upload(f"{catalog.path}/{name}", content[:-1] + bytes([content[-1] ^ 1]))
     assert [one["file"] for one in find_damaged(catalog.dataset, deep=True)] == [name]
+
+
+def test_an_index_lives_in_an_object_store(bucket: str, tmp_path: Path):
+    """It is that of a folder, whether it is built, added to, thinned out or opened anew."""
+    upload(f"{bucket}/pictures/0.tar", shard(0, 8))
+    index(DataConfig(source=f"{bucket}/pictures/"), f"{bucket}/pairs")
+    (tmp_path / "0.tar").write_bytes(shard(0, 8))
+    index(DataConfig(source=str(tmp_path)), tmp_path / "pairs")
+    model = SearchModel.open(with_weights("modeclip-icon-xxxs", tmp_path))
+    far, place = Catalog.open(f"{bucket}/pairs"), f"{bucket}/found/pool.index"
+    built = Index.build(far, model, place, selection=Selection(where=("caption < 'caption 6'",)))
+    assert (len(built), built.folder) == (6, place)
+    assert built.add(far).num_new == 2
+    near = Index.build(Catalog.open(tmp_path / "pairs"), model, tmp_path / "index")
+    again = Index.open(place, model)
+    found, expected = (one.search("caption 3", count=8).hits for one in (again, near))
+    assert {hit.key: hit.score for hit in found} == pytest.approx({hit.key: hit.score for hit in expected}, abs=1e-6)
+    assert again.pictures(found[:1])[0].size == near.pictures(expected[:1])[0].size
+    found, expected = (one.search("caption 3", hybrid=True).hits for one in (again, near))
+    assert {hit.key for hit in found} == {hit.key for hit in expected}
+    assert again.remove(("caption = 'caption 3'",)) == 1
+    assert len(Index.open(place, model)) == 7
+    with pytest.raises(ModeclipError, match="no index at"):
+        Index.open(f"{bucket}/found")
+    with pytest.raises(ModeclipError, match="found other files"):
+        Index.build(far, model, f"{bucket}/pictures")
+    filesystem(place).rm_file(f"{place}/{INDEX_FILE}")
+    with pytest.raises(ModeclipError, match="half built"):
+        Index.open(place)
 
 
 def test_what_is_not_in_the_store_is_said_in_one_line(bucket: str, tmp_path: Path):

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 CAPTION_WIDTH = 60
 """Letters of a caption in the table."""
 SHEET_COLUMNS = 5
-IndexPath = Positional[Annotated[Path, arg(metavar="INDEX", help="Folder that `modeclip search build` wrote.")]]
+IndexPath = Positional[
+    Annotated[str, arg(metavar="INDEX", help="Folder that `modeclip search build` wrote, or its address (s3://...).")]
+]
 Trust = Annotated[bool, arg(help="Run the bundle's own encoder, if that is Python code.")]
 
 
@@ -84,7 +86,7 @@ def build(
     config: Annotated[OmitArgPrefixes[SearchConfig], arg(name="searching")],
     *,
     model: Annotated[str, arg(help="A bundle, BUNDLE#expert-1, a model folder, NAME@TAG or hf-hub:...")],
-    out: Annotated[Path, arg(help="Folder of the index.")],
+    out: Annotated[str, arg(help="Folder of the index, here or in an object store (s3://...).")],
     where: Where = (),
     mask: Mask = None,
     encoder: UserEncoder = None,
@@ -101,7 +103,7 @@ def build(
     opened, selection = Catalog.open(catalog), Selection(where=where, mask=mask)
     asked = SearchModel.open(model, encoder=encoder, trust_encoder=trust_encoder)
     index = Index.build(opened, asked, out, config, selection=selection, ray=ray)
-    facts = {"index": str(index.folder), "images": len(index), "experts": list(index.model.names)}
+    facts = {"index": index.folder, "images": len(index), "experts": list(index.model.names)}
     if as_json:
         print_json(facts | {"approximate": None if index.approximate is None else asdict(index.approximate)})
         return

@@ -23,8 +23,11 @@ def serve(
     limits: Annotated[OmitArgPrefixes[Limits], arg(name="limits")],
     *,
     index: Annotated[
-        tuple[Path, ...],
-        arg(metavar="INDEX", help="Folders of indexes; default: that of the run, built at the first start."),
+        tuple[str, ...],
+        arg(
+            metavar="INDEX",
+            help="Folders or addresses of indexes; default: that of the run, built at the first start.",
+        ),
     ] = (),
     host: Annotated[str, arg(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, arg(help="Port to listen at; 0: any that is free.")] = 8080,

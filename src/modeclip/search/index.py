@@ -26,6 +26,7 @@ Source: MoDE (arXiv 2404.16030) Sec. 3.4 for the score; reciprocal rank fusion: 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,15 +40,15 @@ from modeclip.data.catalog import Catalog
 from modeclip.data.images import decode_image
 from modeclip.data.mapping import IMAGE, POSITION, Statistic, concatenate, map_fragments
 from modeclip.data.selection import ALL, Selection
-from modeclip.data.storage import KEEP_VERSIONS
+from modeclip.data.storage import KEEP_VERSIONS, exists
 from modeclip.errors import DamagedError, ModeclipError, unknown
 from modeclip.search.approximate import Approximate, build_approximate, nearest
 from modeclip.search.asking import SearchModel, encode_query
 from modeclip.search.exact import Rows
 from modeclip.search.query import Added, Asked, Found, Hit, Query, SearchConfig
 from modeclip.system.console import log
-from modeclip.system.files import LOCK_FILE, only_process, read_json, write_json, writing
-from modeclip.system.paths import home_path, is_url
+from modeclip.system.files import LOCK_FILE, only_process, parse_json, read_json, to_json, write_json, writing
+from modeclip.system.paths import filesystem, home_path, is_url, join, list_folder, reaching, read_bytes, state
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,13 +114,13 @@ class EncodeImages(Statistic):
 class Index:
     """An opened index. Threads may search it together; what is added later is seen by whoever opens it anew."""
 
-    def __init__(self, folder: Path, content: Mapping[str, Any], model: SearchModel) -> None:
+    def __init__(self, folder: str, content: Mapping[str, Any], model: SearchModel) -> None:
         import lance
 
         self.folder, self.model = folder, model
         self._content = dict(content)
         self._opened: dict[str, Catalog] = {}
-        self._dataset: Any = lance.dataset(str(folder / ROWS_FOLDER), version=content["version"])
+        self._dataset: Any = lance.dataset(join(folder, ROWS_FOLDER), version=content["version"])
 
     @classmethod
     def build(
@@ -137,7 +138,7 @@ class Index:
         Args:
             catalog: Whose images.
             model: What encodes them: a specification as for `SearchModel.open`.
-            folder: Where the index goes.
+            folder: Where the index goes, on this machine or in an object store (``s3://...``).
             config: How it answers.
             selection: Which pairs.
             ray: Encode on a Ray cluster, as for `map_fragments`.
@@ -145,17 +146,18 @@ class Index:
         Raises:
             ModeclipError: The folder holds something else, or the index of another model; an image cannot be read.
         """
-        folder, config = home_path(folder), config or SearchConfig()
+        folder, config = _place(folder), config or SearchConfig()
         model = model if isinstance(model, SearchModel) else SearchModel.open(model)
-        if (folder / INDEX_FILE).is_file():
+        if state(join(folder, INDEX_FILE)):
             index = cls.open(folder, model)
-        elif folder.exists() and any(path.name not in {ROWS_FOLDER, LOCK_FILE} for path in folder.iterdir()):
+        elif _holds_more(folder):
             raise ModeclipError(
                 f"--out {folder}: expected an index or an empty folder, found other files; choose another"
             )
         else:
             index = None
-        folder.mkdir(parents=True, exist_ok=True)
+        if not is_url(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         _add(folder, index, model, catalog, config, selection, ray)
         return cls.open(folder, model)
 
@@ -181,16 +183,15 @@ class Index:
         Raises:
             ModeclipError: There is no index, it is half built, its model is gone, or the model has changed since.
         """
-        folder = home_path(folder)
-        path = folder / INDEX_FILE
-        if not path.is_file():
-            half = (folder / ROWS_FOLDER).is_dir()
+        folder = _place(folder)
+        if not state(join(folder, INDEX_FILE)):
+            half = exists(join(folder, ROWS_FOLDER)) if is_url(folder) else Path(folder, ROWS_FOLDER).is_dir()
             raise ModeclipError(
                 f"index {folder}: it is half built; {_AGAIN}"
                 if half
-                else f"no index at {str(folder)!r}: make one with modeclip search build, or correct the path"
+                else f"no index at {folder!r}: make one with modeclip search build, or correct the path"
             )
-        content = read_json(path, dict[str, Any], _AGAIN)
+        content = _read_note(folder)
         if content.get("format") != FORMAT:
             raise ModeclipError(f"index {folder} has format {content.get('format')}, expected {FORMAT}; build it again")
         if missing := [name for name in CONTENT if name not in content]:
@@ -270,7 +271,7 @@ class Index:
             raise ModeclipError(
                 f"index {self.folder}: that would remove all {count:,} images; delete the folder instead"
             )
-        with writing(self.folder), only_process(self.folder):
+        with _alone(self.folder):
             dataset = _latest(self.folder, self._content["version"])
             keys = self._take(["key"], np.flatnonzero(chosen))["key"].to_pylist()
             for start in range(0, count, ROWS_AT_ONCE):
@@ -451,15 +452,60 @@ class Index:
         """Return which rows fulfil conditions; None: all."""
         if not where:
             return None
-        return Selection(where=tuple(where)).mask_of(Catalog(self._dataset, str(self.folder)))
+        return Selection(where=tuple(where)).mask_of(Catalog(self._dataset, self.folder))
 
     def _take(self, columns: Sequence[str], rows: Int[np.ndarray, " n"]) -> pa.Table:
         table: pa.Table = self._dataset.take(rows.tolist(), columns=list(columns))
         return table
 
 
+def _place(folder: Path | str) -> str:
+    """Return where an index lies: an address as it is, or a path of this machine."""
+    return str(folder).rstrip("/") if is_url(str(folder)) else str(home_path(folder))
+
+
+def _holds_more(folder: str) -> bool:
+    """Say whether a folder holds anything besides an index that was not finished."""
+    if is_url(folder):
+        folders, files = list_folder(folder)
+        return any(name != ROWS_FOLDER for name in [*folders, *files])
+    place = Path(folder)
+    return place.exists() and any(path.name not in {ROWS_FOLDER, LOCK_FILE} for path in place.iterdir())
+
+
+def _read_note(folder: str) -> dict[str, Any]:
+    """Return what ``index.json`` says; errors as for `read_json`."""
+    path = join(folder, INDEX_FILE)
+    if not is_url(path):
+        return read_json(Path(path), dict[str, Any], _AGAIN)
+    try:
+        return parse_json(read_bytes(path), dict[str, Any])
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: damaged ({' '.join(str(error).split())}); {_AGAIN}") from None
+
+
+def _write_note(folder: str, content: Mapping[str, Any]) -> None:
+    path = join(folder, INDEX_FILE)
+    if not is_url(path):
+        write_json(Path(path), content, indent=2)
+        return
+    with reaching(path):
+        filesystem(path).pipe_file(path, to_json(content, indent=2).encode())
+
+
+@contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """Let no other process of this machine change an index; in an object store only Lance's commits protect it."""
+    with writing(folder):
+        if is_url(folder):
+            yield
+            return
+        with only_process(Path(folder)):
+            yield
+
+
 def _add(
-    folder: Path,
+    folder: str,
     index: Index | None,
     model: SearchModel,
     catalog: Catalog,
@@ -468,11 +514,9 @@ def _add(
     ray: bool,
 ) -> Added:
     """Encode what the index lacks of a catalog, and write it; a new index where there is none."""
-    with writing(folder), only_process(folder):
+    with _alone(folder):
         content: dict[str, Any] = (
-            {"format": FORMAT, "catalogs": [], "version": 0}
-            if index is None
-            else read_json(folder / INDEX_FILE, dict[str, Any], _AGAIN)
+            {"format": FORMAT, "catalogs": [], "version": 0} if index is None else _read_note(folder)
         )
         content["model"] = {"spec": model.spec, "names": list(model.names), "digests": list(model.digests)}
         content["config"] = asdict(config)
@@ -504,7 +548,7 @@ def _add(
         return Added(**counts, num_rows=int(dataset.count_rows()))
 
 
-def _moved(folder: Path, path: str, key: str) -> str:
+def _moved(folder: str, path: str, key: str) -> str:
     return (
         f"index {folder}: {path} has another pair where {key!r} was when it was indexed; give modeclip search add"
         f" {folder} {path}"
@@ -579,14 +623,13 @@ def _batches(catalog: Catalog, encoded: Any, schema: pa.Schema, number: int) -> 
             yield pa.record_batch(columns, schema=schema)
 
 
-def _write(folder: Path, dataset: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch], *, has_old: bool) -> Any:
+def _write(folder: str, dataset: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch], *, has_old: bool) -> Any:
     import lance
 
-    place, reader = str(folder / ROWS_FOLDER), pa.RecordBatchReader.from_batches(schema, batches)
+    place, reader = join(folder, ROWS_FOLDER), pa.RecordBatchReader.from_batches(schema, batches)
     if dataset is None:
-        mode: Literal["create", "overwrite"] = (
-            "overwrite" if Path(place).exists() else "create"
-        )  # a build that was stopped
+        stopped = exists(place) if is_url(place) else Path(place).exists()
+        mode: Literal["create", "overwrite"] = "overwrite" if stopped else "create"
         return lance.write_dataset(reader, place, mode=mode, enable_stable_row_ids=True)
     if has_old:
         dataset.merge_insert("key").when_matched_update_all().when_not_matched_insert_all().execute(reader)
@@ -594,18 +637,18 @@ def _write(folder: Path, dataset: Any, schema: pa.Schema, batches: Iterator[pa.R
     return lance.write_dataset(reader, dataset, mode="append")
 
 
-def _latest(folder: Path, version: int) -> Any:
+def _latest(folder: str, version: int) -> Any:
     """Return the dataset as index.json names it, and make it the newest: later versions were never finished."""
     import lance
 
-    dataset: Any = lance.dataset(str(folder / ROWS_FOLDER))
+    dataset: Any = lance.dataset(join(folder, ROWS_FOLDER))
     if dataset.version != version:
         dataset = dataset.checkout_version(version)
         dataset.restore()
     return dataset
 
 
-def _finish(folder: Path, dataset: Any, model: SearchModel, content: Mapping[str, Any]) -> None:
+def _finish(folder: str, dataset: Any, model: SearchModel, content: Mapping[str, Any]) -> None:
     """Bring what belongs to the rows up to date, and show all of it at once by writing ``index.json``."""
     config = SearchConfig(**content["config"])
     if any(one.name == "caption_idx" for one in dataset.describe_indices()):
@@ -620,7 +663,7 @@ def _finish(folder: Path, dataset: Any, model: SearchModel, content: Mapping[str
         weights = model.weigh(texts)
         found = build_approximate(dataset, index.rows, model.encode_texts(texts, weights), config.recall)
         new |= {"version": dataset.version, "approximate": None if found is None else asdict(found)}
-    write_json(folder / INDEX_FILE, new, indent=2)
+    _write_note(folder, new)
     dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
 
 

@@ -332,7 +332,7 @@ def describe_system(service: Service) -> Json:
         "indexes": [
             {
                 "name": name,
-                "folder": str(index.folder),
+                "folder": index.folder,
                 "num_rows": len(index),
                 "exact": index.approximate is None,
                 "recall": None if index.approximate is None else index.approximate.recall,

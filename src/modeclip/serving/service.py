@@ -29,7 +29,7 @@ from modeclip.serving.answers import Answers
 from modeclip.serving.limits import Limits, RefusedError
 from modeclip.serving.shapes import Health
 from modeclip.system.console import log
-from modeclip.system.paths import RunPaths, expand_homes
+from modeclip.system.paths import RunPaths, expand_homes, is_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,8 +58,8 @@ class Source:
     """A bundle, a model folder or a name, as `SearchModel.open` takes it."""
     run: Path | None = None
     """The folder of the run, if it is one."""
-    indexes: Mapping[str, Path]
-    """Folder of each index by name."""
+    indexes: Mapping[str, str]
+    """Folder or address of each index by name."""
     is_bundle: bool = False
     """Whether the model was a bundle when the service began."""
     device: str = "auto"
@@ -90,13 +90,14 @@ class Source:
         return Answers(model, limits), indexes
 
     def state(self) -> State:
-        """Return what lies on disk; whatever changes it was written anew."""
+        """Return what lies on disk; whatever changes it was written anew. In an object store nobody looks."""
         folder = Path(self.model.partition("#")[0])
         watched = [folder / MANIFEST_FILE] if (folder / MANIFEST_FILE).is_file() else []
         if not watched and folder.is_dir():
             watched = sorted(path for path in folder.iterdir() if path.is_file())
         found = []
-        for path in [*watched, *(place / INDEX_FILE for place in self.indexes.values())]:
+        indexes = [Path(place, INDEX_FILE) for place in self.indexes.values() if not is_url(place)]
+        for path in [*watched, *indexes]:
             try:
                 about = path.stat()
             except OSError:
@@ -383,9 +384,10 @@ def open_service(
     is_run = not (place / MANIFEST_FILE).is_file() and (paths.bundle.is_dir() or paths.catalog_path.is_dir())
     if is_run and not (paths.bundle / MANIFEST_FILE).is_file():
         raise ModeclipError(f"run {place}: {paths.bundle / MANIFEST_FILE} is missing; finish the run with modeclip run")
-    named: dict[str, Path] = {}
-    for folder in (Path(expand_homes(str(one))) for one in indexes):
-        name = place.resolve().name if folder.name == paths.index.name else folder.name.removesuffix(".index")
+    named: dict[str, str] = {}
+    for folder in (expand_homes(str(one)).rstrip("/") for one in indexes):
+        last = folder.rpartition("/")[2]
+        name = place.resolve().name if last == paths.index.name else last.removesuffix(".index")
         if name in named:
             raise ModeclipError(f"--index: {named[name]} and {folder} are both called {name!r}; rename a folder")
         named[name] = folder
@@ -403,9 +405,9 @@ def open_service(
         max_memory=max_memory,
     )
     if is_run and not named and paths.catalog_path.is_dir():
-        built = {source.name: _index_of_run(source, paths)}
+        built = {source.name: str(_index_of_run(source, paths))}
         if (paths.held_out_index / INDEX_FILE).is_file():
-            built[HELD_OUT] = paths.held_out_index
+            built[HELD_OUT] = str(paths.held_out_index)
         source = replace(source, indexes=built)
     return Service(source, limits or Limits(), dimension=dimension)
 
