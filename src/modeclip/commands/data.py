@@ -230,7 +230,7 @@ def atlas(
     run: Positional[Annotated[Path, arg(help="Folder of a run, with its catalog and clusters.")]],
     out: Annotated[Path | None, arg(help="The Parquet file; default: atlas/atlas.parquet in the run.")] = None,
 ) -> None:
-    """Write the atlas of a run as a table with places, captions and pictures, which embedding-atlas opens."""
+    """Write the atlas of a run as a table with places, captions and pictures, which embedding-atlas (0.26) opens."""
     from modeclip.serving.atlas import Atlas
 
     path = Atlas(run).write_table(out)

@@ -3,7 +3,7 @@ import { ask, picture } from "./api.js";
 import { go } from "./app.js";
 import { facts } from "./facts.js";
 import { AtlasMap } from "./map.js";
-import { empty, failure, h, later, percent, plural, speak, thousands, waiting } from "./parts.js";
+import { empty, failure, h, icon, later, percent, plural, speak, thousands, waiting } from "./parts.js";
 
 const NAMES = { fine_distance: "distance to the centre", group: "source" };
 const KINDS = { expert: "Made here", mask: "Masks", number: "Numbers", text: "Texts" };
@@ -26,19 +26,19 @@ export function open(place, start) {
     action("Zoom in", "M12 5v14M5 12h14", () => map.zoomAt(1.6)), action("Zoom out", "M5 12h14", () => map.zoomAt(1 / 1.6)), action("Show all", "M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5", () => map.reset()));
   const name = h("input", { id: "mask", placeholder: "name, such as weather_icons", pattern: "[A-Za-z][A-Za-z0-9_]{0,62}", required: true, autocomplete: "off", spellcheck: "false", "aria-label": "Name of the selection" });
   const size = h("strong", {});
-  const said = h("p", { class: "said", role: "status" });
+  const said = h("p", { class: "said", role: "status" }), clearer = h("button", { type: "button", onclick: clear }, "Clear");
   const selection = h("form", { class: "selection", hidden: true, "aria-label": "Selection", onsubmit: event => { event.preventDefault(); save(); } },
-    size, name, h("button", { class: "main", type: "submit" }, "Save as mask"), h("button", { type: "button", onclick: clear }, "Clear"), said);
+    size, name, h("button", { class: "main", type: "submit" }, "Save as mask"), clearer, said);
   const finder = h("input", { type: "search", placeholder: "Find a cluster", "aria-label": "Find a cluster by its words", autocomplete: "off", oninput: () => list() });
   const names = h("ul", { class: "names" });
   const index = h("details", { class: "index" }, h("summary", {}, "Clusters"), finder, names);
   const hint = h("p", { class: "hint" });
 
   const set = (changes, options) => go("atlas", { ...Object.fromEntries(state), ...changes }, options);
-  const note = later(() => { if (!closed && map) set({ x: map.view.x ? map.view.x.toFixed(4) : null, y: map.view.y ? map.view.y.toFixed(4) : null, zoom: map.view.zoom === 1 ? null : map.view.zoom.toPrecision(4) }, { replace: true, quiet: true }); state = new URLSearchParams(location.hash.split("?")[1] ?? ""); }, 300);
+  const note = later(() => { if (!closed && map) set({ x: map.isHome ? null : map.view.x.toFixed(4), y: map.isHome ? null : map.view.y.toFixed(4), zoom: map.isHome ? null : map.view.zoom.toPrecision(4) }, { replace: true, quiet: true }); state = new URLSearchParams(location.hash.split("?")[1] ?? ""); }, 300);
 
   function tool(mode, label, path) {
-    return h("button", { type: "button", class: "plain", "aria-pressed": mode === "move", "data-mode": mode, "aria-label": label, title: label + (mode === "lasso" ? " (or hold Shift)" : ""), onclick: () => setMode(mode) }, icon(path));
+    return h("button", { type: "button", class: "plain", "aria-pressed": mode === "move", "data-mode": mode, title: mode === "lasso" ? "Draw around points to select them; holding Shift does it too" : "Drag to move the map", onclick: () => setMode(mode) }, icon(path), h("small", {}, label));
   }
   function action(label, path, work) {
     return h("button", { type: "button", class: "plain", "aria-label": label, title: label, onclick: work }, icon(path));
@@ -245,11 +245,18 @@ export function open(place, start) {
     map.chosen = any ? map.inside(map.polygons, clusters) : null;
     map.draw();
     selection.hidden = !any;
+    selection.classList.remove("saved");
+    clearer.textContent = "Clear";
     said.textContent = "";
     if (!any) return;
     const count = map.chosen.reduce((sum, one) => sum + one, 0);
     size.textContent = plural(count * summary.step, "pair") + " selected";
     speak(size.textContent);
+  }
+
+  function copier(command) {
+    const button = h("button", { type: "button", hidden: !navigator.clipboard, onclick: async () => { await navigator.clipboard.writeText(command); button.textContent = "Copied"; } }, "Copy");
+    return button;
   }
 
   function clear() {
@@ -264,7 +271,9 @@ export function open(place, start) {
     try {
       const done = await ask("/atlas/masks", { body: { name: name.value.trim(), polygons: map.polygons, clusters: [...clusters], replace } });
       if (closed) return;
-      said.replaceChildren(`Saved: ${plural(done.num_selected, "pair")} in the column `, h("code", {}, done.name), ". Train on it: ", h("code", { class: "command" }, done.commands[0]));
+      said.replaceChildren(`Saved: ${plural(done.num_selected, "pair")} in the column `, h("code", {}, done.name), ". Train on it: ", h("code", { class: "command" }, done.commands[0]), copier(done.commands[0]));
+      selection.classList.add("saved");
+      clearer.textContent = "Close";
       facts.forget();
       summary.colours = (await facts.run()).colours;
       fillChoice();
@@ -280,18 +289,15 @@ export function open(place, start) {
     }
   }
 
+  place.addEventListener("keydown", event => { // closes the card, as it would a dialog
+    if (event.key !== "Escape" || side.hidden) return;
+    set({ cluster: null, row: null, key: null });
+    canvas.focus();
+  });
+
   load();
   return {
     update(now) { state = now; if (map) apply(); },
     close() { closed = true; note.cancel(); map?.close(); },
   };
-}
-
-function icon(path) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), line = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  svg.setAttribute("viewBox", "0 0 24 24");
-  svg.setAttribute("aria-hidden", "true");
-  line.setAttribute("d", path);
-  svg.append(line);
-  return svg;
 }

@@ -14,7 +14,7 @@ export function open(place, start) {
   const field = h("textarea", { id: "classes", rows: 2, spellcheck: "false", placeholder: STARTERS });
   const template = h("input", { id: "template", placeholder: "the model's own, such as a photo of a {}", autocomplete: "off" });
   const shown = h("div", { class: "shown" });
-  const results = h("div", { class: "results" });
+  const results = h("div", { class: "results" }), quick = h("p", { class: "quick", "aria-hidden": "true" });
   const complain = error => { results.replaceChildren(failure(error)); speak(error.message); };
   const board = drawingBoard(data => { drawn = Boolean(data); set({ pic: data ? keep(data) : null, like: null, drawn: Boolean(data) }, { replace: state.has("drawn") }); });
   const read = takePictures(place, data => { drawn = false; set({ pic: keep(data), like: null, drawn: null }); }, complain);
@@ -23,7 +23,7 @@ export function open(place, start) {
     h("p", { class: "lead" }, "Draw something or drop a picture, and type the classes that it may belong to, with commas between.")),
   h("div", { class: "two" },
     h("section", { class: "card give", "aria-label": "The picture" },
-      h("h2", {}, "Picture"), board, shown,
+      h("h2", {}, "Picture"), quick, board, shown,
       h("div", { class: "row" }, chooser("Choose a picture", read), h("small", {}, "or drop or paste one anywhere on this page"))),
     h("section", { class: "answer", "aria-label": "The classes and the answer" },
       h("div", { class: "names-of" }, h("h2", {}, h("label", { for: "classes" }, "Classes")), field, chips,
@@ -56,6 +56,7 @@ export function open(place, start) {
     asked?.abort();
     asked = new AbortController();
     const { signal } = asked, classes = classesOf(field.value);
+    if (!state.has("pic") && !state.has("like")) quick.textContent = "";
     if (!state.has("pic") && !state.has("like")) {
       results.replaceChildren(empty("What is it?", "Draw something, for example a heart: the answer comes with every stroke. Nothing that you draw or drop leaves your service."));
       return;
@@ -92,6 +93,7 @@ export function open(place, start) {
   function show(answer, route, total) {
     const best = answer.classes[0], reasons = route?.by ?? new Map();
     speak(`${best.name}, ${percent(best.probability)}`);
+    quick.replaceChildren(h("b", {}, best.name), ` ${percent(best.probability)}`);
     const mine = route?.of ?? reasons.get(best.name), what = route?.of ? "the picture" : `“${best.name}”`, weights = mine?.weights ?? answer.weights;
     const why = h("div", { class: "why" });
     fill(results,

@@ -2,7 +2,7 @@
 // While it moves, many points are written into a pixel buffer; at rest, and where they are few, they are drawn as circles.
 import { picture } from "./api.js";
 
-const MOST_CIRCLES = 6000, MOST_AT_REST = 60000, REST_MILLISECONDS = 140, PICTURE_ROOM = 40, MOST_PICTURES = 400, MOST_ZOOM = 4000, CLICK_PIXELS = 5;
+const MOST_CIRCLES = 6000, MOST_AT_REST = 60000, REST_MILLISECONDS = 140, PICTURE_ROOM = 40, MOST_PICTURES = 400, MOST_ZOOM = 4000, CLICK_PIXELS = 5, HINT_PIXELS = 60;
 
 export class AtlasMap {
   /**
@@ -17,7 +17,7 @@ export class AtlasMap {
     this.count = points.length / 2;
     this.codes = new Uint8Array(this.count);
     this.chosen = null;
-    this.view = { x: 0, y: 0, zoom: 1 };
+    this.isHome = true;
     this.mode = "move";
     this.lasso = null;
     this.polygons = [];
@@ -93,8 +93,11 @@ export class AtlasMap {
     this.canvas.height = this.buffer.height = Math.round(box.height * ratio);
     this.image = null;
     const [low, high] = this.order.reduce(([low, high], { disc: [x, y, r] }) => [[Math.min(low[0], x - r), Math.min(low[1], y - r)], [Math.max(high[0], x + r), Math.max(high[1], y + r)]], [[9, 9], [-9, -9]]);
+    const bottom = box.height > 400 ? HINT_PIXELS : 0;
     this.middle = this.order.length ? [(low[0] + high[0]) / 2, (low[1] + high[1]) / 2] : [0, 0];
-    this.fit = 0.94 * Math.min(box.width / Math.max(high[0] - low[0], 0.01), box.height / Math.max(high[1] - low[1], 0.01)) || 1;
+    this.fit = 0.96 * Math.min(box.width / Math.max(high[0] - low[0], 0.01), (box.height - bottom) / Math.max(high[1] - low[1], 0.01)) || 1;
+    this.home = { x: 0, y: bottom / 2 / this.fit, zoom: 1 }; // what stands at the lower edge hides no disc
+    if (this.isHome) this.view = { ...this.home };
     this.draw();
   }
 
@@ -103,6 +106,7 @@ export class AtlasMap {
   toMap(x, y) { return [(x - this.width / 2) / this.scale + this.view.x + this.middle[0], (y - this.height / 2) / this.scale + this.view.y + this.middle[1]]; }
 
   setView(view) {
+    this.isHome = false;
     this.view = { x: Math.max(-1.2, Math.min(1.2, view.x)), y: Math.max(-1.2, Math.min(1.2, view.y)), zoom: Math.max(0.5, Math.min(MOST_ZOOM, view.zoom)) };
     this.draw();
   }
@@ -121,7 +125,8 @@ export class AtlasMap {
   }
 
   reset() {
-    this.setView({ x: 0, y: 0, zoom: 1 });
+    this.setView(this.home);
+    this.isHome = true;
     this.hear.moved(this.view);
   }
 
@@ -298,6 +303,11 @@ export class AtlasMap {
         pen.beginPath();
         pen.arc(x, y, 5, 0, 2 * Math.PI);
         pen.fill();
+        if (place === own) {
+          pen.strokeStyle = `rgb(${this.ink.join(" ")})`;
+          pen.lineWidth = 3;
+          pen.stroke();
+        }
         if (!known && this.loading < 24) {
           if (this.pictures.size > 1500) this.pictures.clear();
           this.loading++;

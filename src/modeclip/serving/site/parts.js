@@ -66,9 +66,9 @@ export function legend(weights, words = {}) {
 
 /** What a view shows where it has nothing yet, or cannot show it: a heading, a sentence, and what can be done. */
 export const empty = (heading, text, ...more) => h("div", { class: "empty" }, h("h2", {}, heading), text ? h("p", {}, text) : null, ...more);
-export const failure = (error, again) => h("div", { class: "empty wrong", role: "alert" }, h("h2", {}, "That did not work"),
+export const failure = (error, again, ...more) => h("div", { class: "empty wrong", role: "alert" }, h("h2", {}, "That did not work"),
   h("p", {}, error.message), error.requestId ? h("p", {}, h("small", {}, `Request ${error.requestId}`)) : null,
-  again ? h("button", { type: "button", onclick: again }, "Try again") : null);
+  again ? h("button", { type: "button", onclick: again }, "Try again") : null, ...more);
 export const waiting = text => h("div", { class: "waiting", role: "status" }, h("i", { class: "spinner" }), text);
 
 export function speak(text) {
@@ -83,6 +83,16 @@ export function later(work, delay = 200) {
   const ask = (...words) => { clearTimeout(timer); timer = setTimeout(() => work(...words), delay); };
   ask.cancel = () => clearTimeout(timer);
   return ask;
+}
+
+/** Draw an icon from the path of its lines. */
+export function icon(path) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("aria-hidden", "true");
+  line.setAttribute("d", path);
+  svg.append(line);
+  return svg;
 }
 
 /** Open a dialog over the page; it is removed when it is closed. */

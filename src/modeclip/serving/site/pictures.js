@@ -1,8 +1,9 @@
 // Pictures that people bring: chosen, dropped, pasted, or drawn. They stay in this tab, so that reload and back find them.
 import { ask, ServiceError } from "./api.js";
-import { h, speak } from "./parts.js";
+import { h, icon, speak } from "./parts.js";
 
 const MOST_PIXELS = 1024, MOST_BYTES = 1_500_000, SVG_PIXELS = 512;
+const PICTURE = "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M15.5 9.5v.01";
 
 const load = address => new Promise((done, fail) => {
   const image = new Image();
@@ -99,7 +100,7 @@ export function takePictures(element, use, complain) {
 export function chooser(words, read, attributes = {}) {
   const field = h("input", { type: "file", accept: "image/*", hidden: true,
     onchange: () => { if (field.files[0]) read(field.files[0]); field.value = ""; } });
-  return h("span", { class: "chooser" }, h("button", { type: "button", ...attributes, onclick: () => field.click() }, words), field);
+  return h("span", { class: "chooser" }, h("button", { type: "button", ...attributes, onclick: () => field.click() }, icon(PICTURE), words), field);
 }
 
 /** A small canvas to draw on with a pen of the width that icons have; `use` gets the drawing after each stroke. */

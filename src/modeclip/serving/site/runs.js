@@ -37,7 +37,9 @@ export function open(place, start) {
       results(run.results),
       h("section", {}, h("h2", {}, "Training"), run.models.length ? models(run.models) : h("p", { class: "absent" }, "No model has been planned yet.")),
       run.stages.length ? h("section", {}, h("h2", {}, "Stages"), h("ol", { class: "stages" }, run.stages.map(stage => h("li", {}, h("b", {}, stage.name), h("span", {}, stage.detail), h("small", {}, duration(stage.seconds)))))) : "");
+    const isFirst = shown === null;
     showPages(run.pages, check);
+    if (isFirst && start.has("page")) pages.scrollIntoView();
   }
 
   function results(rows) {

@@ -6,10 +6,12 @@ import { empty, failure, h, later, legend, openDialog, percent, plural, shortNam
 import { chooser, fetchPicture, keep, kept, takePictures } from "./pictures.js";
 
 const COUNT = 48;
+const PLACEHOLDER = "for example umbrella", BESIDE = "and words, if you like";
+const FILTERS = ["least", "expert", "not", "where", "hybrid", "n", "index"];
 
 export function open(place, start) {
   let state = start, asked = null, words = {}, closed = false;
-  const field = h("input", { id: "q", type: "search", name: "q", autocomplete: "off", spellcheck: "false", maxlength: 2000, placeholder: "umbrella", "aria-label": "What the pictures should show" });
+  const field = h("input", { id: "q", type: "search", name: "q", autocomplete: "off", spellcheck: "false", maxlength: 2000, placeholder: PLACEHOLDER, "aria-label": "What the pictures should show" });
   const chosen = h("div", { class: "chosen", hidden: true });
   const results = h("div", { class: "results", "aria-live": "off" });
   const least = h("input", { id: "least", type: "range", min: 0, max: 0.99, step: 0.01, oninput: () => { leastShown.textContent = percent(Number(least.value)); } });
@@ -27,8 +29,8 @@ export function open(place, start) {
   const usePicture = data => set({ pic: keep(data), like: null });
   const form = h("form", { class: "ask", role: "search", onsubmit: event => { event.preventDefault(); submit(); } },
     h("div", { class: "line" }, chosen, field, h("button", { class: "main", type: "submit" }, "Search")));
-  const filters = h("details", { class: "filters" },
-    h("summary", {}, "Filters"),
+  const heading = h("summary", {}, "Filters");
+  const filters = h("details", { class: "filters" }, heading,
     h("div", { class: "fields" },
       h("label", { class: "field" }, h("span", {}, "Cut-off: leave out hits weaker than ", leastShown, " of known pairs"), least),
       h("label", { class: "field" }, "Experts", expert), indexField,
@@ -69,9 +71,12 @@ export function open(place, start) {
     const source = kept(state.get("pic")) ?? state.get("like");
     chosen.hidden = !source;
     weightField.hidden = !source || !field.value;
+    field.placeholder = source ? BESIDE : PLACEHOLDER;
     chosen.replaceChildren(...(source ? [picture(source, { alt: "The picture that is searched by", loading: "eager" }),
       h("button", { type: "button", class: "plain", "aria-label": "Search without the picture", onclick: () => set({ pic: null, like: null }) }, "×")] : []));
-    if (["least", "expert", "not", "where", "hybrid", "n", "index"].some(name => state.has(name))) filters.open = true;
+    const used = FILTERS.filter(name => state.has(name)).length;
+    heading.textContent = used ? `Filters: ${used}` : "Filters";
+    if (used && matchMedia("(min-width: 761px)").matches) filters.open = true; // on a phone they would hide the hits
   }
 
   async function imageOf() {
@@ -99,7 +104,7 @@ export function open(place, start) {
       const found = await ask("/search", { body, signal });
       if (!closed && !signal.aborted) show(found);
     } catch (error) {
-      if (error.name !== "AbortError" && !closed) { results.replaceChildren(failure(error, error.status >= 500 ? run : null)); speak(error.message); }
+      if (error.name !== "AbortError" && !closed) { results.replaceChildren(failure(error, error.status >= 500 ? run : null, state.has("where") ? without() : null)); speak(error.message); }
     } finally {
       clearTimeout(slow);
     }
@@ -118,6 +123,8 @@ export function open(place, start) {
       h("div", { class: "chips" }, names.map(name => h("button", { type: "button", onclick: () => { field.value = name; submit(); } }, name)))));
   }
 
+  const without = () => h("button", { type: "button", onclick: () => set({ least: null, where: null }) }, "Without filters");
+
   function show(found) {
     const hits = found.hits, weaker = state.has("least") ? ` at or above ${percent(Number(state.get("least")))}` : "";
     const line = h("div", { class: "summary" },
@@ -126,7 +133,7 @@ export function open(place, start) {
     speak(`${plural(hits.length, "hit")} among ${thousands(found.num_searched)} pictures`);
     if (!hits.length) {
       results.replaceChildren(line, empty("Nothing is that close", state.has("least") || state.has("where") ? "Lower the cut-off, or leave out a condition." : "Try other words.",
-        h("button", { type: "button", onclick: () => set({ least: null, where: null }) }, "Without filters")));
+        without()));
       return;
     }
     results.replaceChildren(line, h("ul", { class: "grid" }, hits.map((hit, place) => h("li", {},
