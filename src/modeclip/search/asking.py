@@ -127,18 +127,24 @@ class SearchModel:
         )
 
     @without_gradients()
-    def encode_batch(self, batch: Tensor, asked: Bool[np.ndarray, "n K"] | None = None) -> Float[np.ndarray, "n D"]:
+    def encode_batch(
+        self,
+        batch: Tensor,
+        asked: Bool[np.ndarray, "n K"] | None = None,
+        weights: Float[np.ndarray, "n K"] | None = None,
+    ) -> Float[np.ndarray, "n D"]:
         """Return the vectors of prepared pictures, (n, 3, H, W).
 
         Args:
             batch: The pictures, as `front` prepares them.
             asked: Which members each of them is for, as for `RoutedClip.encode_image`; None: all.
+            weights: Weights of these pictures, where every image has its own, as for `RoutedClip.encode_image`.
         """
         batch = batch.to(self.device)
         if self.mode is None:
             vectors = encode_image(self._clip(self.refs[0]).model, batch)
         else:
-            vectors = self._images.encode_image(batch, asked=asked)
+            vectors = self._images.encode_image(batch, asked=asked, weights=weights)
         return np.asarray(vectors.float().cpu())
 
     def weigh(self, texts: Sequence[str], expert: str | None = None) -> Float[np.ndarray, "T K"]:

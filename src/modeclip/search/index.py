@@ -211,6 +211,13 @@ class Index:
                 f"index {folder}: was built with another model than {model.spec} is ({'; '.join(differing)}); "
                 "build the index again in another folder, or give the model that it was built with"
             )
+        own = {name: value for name, value in model.facts().items() if name != "digests"}
+        if "rule" in content["model"] and own != {name: content["model"].get(name) for name in own}:
+            raise ModeclipError(
+                f"index {folder}: its images were weighed by {content['model']['rule']} at temperature"
+                f" {content['model'].get('temperature')}, but {model.spec} weighs by {own.get('rule')} at"
+                f" {own.get('temperature')} now; build the index again in another folder"
+            )
         try:
             return cls(folder, content, model)
         except (OSError, ValueError) as error:
@@ -518,7 +525,7 @@ def _add(
         content: dict[str, Any] = (
             {"format": FORMAT, "catalogs": [], "version": 0} if index is None else _read_note(folder)
         )
-        content["model"] = {"spec": model.spec, "names": list(model.names), "digests": list(model.digests)}
+        content["model"] = {"spec": model.spec, "names": list(model.names), **model.facts()}
         content["config"] = asdict(config)
         dataset = _latest(folder, content["version"]) if index is not None else None
         chosen, counts = _missing(catalog, selection, dataset)

@@ -131,16 +131,21 @@ class Answers:
     # ---------------------------------------------------------------- vectors
 
     async def image_vectors(
-        self, prepared: Sequence[Tensor], members: Sequence[int] | None = None
+        self,
+        prepared: Sequence[Tensor],
+        members: Sequence[int] | None = None,
+        weights: Float[np.ndarray, "n K"] | None = None,
     ) -> Float[np.ndarray, "n D"]:
         """Return concat(v_c) of pictures; concat(p_c v_c) where every image has weights of its own.
 
         Args:
             prepared: Pictures as `prepare` returns them.
             members: Experts that are asked; the parts of others are 0. None: all.
+            weights: Weights of the pictures where every image has its own; None: as the bundle's rule has them.
         """
         asked = tuple(range(len(self.model.refs)) if members is None else members)
-        return np.stack(await self.image_batches.ask([(one, asked) for one in prepared]))
+        own = [None] * len(prepared) if weights is None else list(weights)
+        return np.stack(await self.image_batches.ask([(one, asked, w) for one, w in zip(prepared, own, strict=True)]))
 
     async def text_vectors(
         self, texts: Sequence[str], members: Sequence[int] | None = None
@@ -247,9 +252,16 @@ class Answers:
             self._begun[key].add_done_callback(lambda done: self._keep_classes(key, done))
         return await asyncio.shield(self._begun[key])
 
-    async def classify(self, prepared: Sequence[Tensor], classes: Classes, *, top: int = 5) -> list[Classified]:
-        """Name the classes of pictures, as `RoutedClip.classify` does."""
-        images = await self.image_vectors(prepared, None if self.model.per_image else classes.members)
+    async def classify(
+        self,
+        prepared: Sequence[Tensor],
+        classes: Classes,
+        *,
+        top: int = 5,
+        weights: Float[np.ndarray, "n K"] | None = None,
+    ) -> list[Classified]:
+        """Name the classes of pictures, as `RoutedClip.classify` does; weights as for `image_vectors`."""
+        images = await self.image_vectors(prepared, None if self.model.per_image else classes.members, weights)
         logits = images @ classes.words.T
         top = min(top, len(classes.names))
         found = []
@@ -257,14 +269,14 @@ class Answers:
             best = np.argpartition(-row, top - 1)[:top] if top < len(row) else np.arange(len(row))
             order = best[np.lexsort((best, -row[best]))]
             shares = np.exp(row - row[order[0]], dtype=np.float64)
-            weights = classes.weights[order[0]]
+            own = classes.weights[order[0]]
             if self.model.per_image:
-                weights = np.array([np.linalg.norm(part) for part in self._parts(vector[None])])
+                own = np.array([np.linalg.norm(part) for part in self._parts(vector[None])])
             found.append(
                 Classified(
                     classes=tuple(classes.names[index] for index in order),
                     probabilities=tuple((shares[order] / shares.sum()).tolist()),
-                    weights=tuple(weights.tolist()),
+                    weights=tuple(own.tolist()),
                 )
             )
         return found
@@ -338,10 +350,19 @@ class Answers:
         """Compute no more once what waits is done."""
         self._executor.shutdown(wait=False)
 
-    def _encode_images(self, items: list[tuple[Tensor, tuple[int, ...]]]) -> Float[np.ndarray, "n D"]:
-        batch = torch.stack([picture for picture, _ in items])
-        whole = self.model.mode is None or self.model.per_image
-        return self.model.encode_batch(batch, None if whole else self._mask([members for _, members in items]))
+    def _encode_images(self, items: list[tuple[Tensor, tuple[int, ...], Any]]) -> Float[np.ndarray, "n D"]:
+        batch = torch.stack([picture for picture, _, _ in items])
+        if not self.model.per_image:
+            mask = None if self.model.mode is None else self._mask([members for _, members, _ in items])
+            return self.model.encode_batch(batch, mask)
+        found = np.zeros((len(items), sum(self.model.sizes)), np.float32)
+        given = np.array([weights is not None for *_, weights in items])
+        if given.any():
+            own = np.stack([weights for *_, weights in items if weights is not None])
+            found[given] = self.model.encode_batch(batch[given], weights=own)
+        if not given.all():
+            found[~given] = self.model.encode_batch(batch[~given])
+        return found
 
     def _encode_texts(self, items: list[tuple[str, tuple[int, ...]]]) -> Float[np.ndarray, "n D"]:
         mask = self._mask([members for _, members in items])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -33,6 +33,11 @@ from modeclip.serving.shapes import (
     SearchResponse,
 )
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from modeclip.mixture.router import Route
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": about}
     for status, about in {
@@ -53,6 +58,14 @@ MOST_SIDE = 2048
 """Pixels of the longer side of a picture that was asked for with a size."""
 
 
+async def route_pictures(now: Snapshot, pictures: Sequence[Image], routing: dict[str, Any]) -> Route:
+    """Weigh the experts for each picture by itself; arguments and errors as for `MoDE.route_images`."""
+    mode = now.answers.model.mode
+    assert mode is not None
+    names = [f"images[{number}]" for number in range(len(pictures))]
+    return await now.answers.compute(mode.router.route_images, pictures, mode.request(**routing), names)
+
+
 def api_router(service: Service, metrics: Metrics) -> APIRouter:
     """Return the routes."""
     router = APIRouter(responses=ERRORS)
@@ -63,7 +76,13 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         now = service.now
         service.limits.check_classes(body.classes, body.templates)
         service.limits.check_distinct(body.classes)
-        pictures = await service.read_pictures("images", body.images, now)
+        weights = None
+        if now.answers.model.per_image and any(value is not None for value in body.routing().values()):
+            opened = await service.open_pictures("images", body.images)
+            pictures = [await service.prepare(one, now) for one in opened]
+            weights = (await route_pictures(now, opened, body.routing())).class_weights
+        else:
+            pictures = await service.read_pictures("images", body.images, now)
         classes = await now.answers.classes(
             body.classes,
             templates=body.templates,
@@ -71,7 +90,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
             each=body.each,
             route_by_prompts=body.route_by_prompts,
         )
-        found = await now.answers.classify(pictures, classes, top=body.top)
+        found = await now.answers.classify(pictures, classes, top=body.top, weights=weights)
         experts = now.answers.model.names
         return ClassifyResponse.model_validate(
             {
@@ -119,15 +138,13 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         if mode is None or not mode.per_image:
             raise RefusedError("the clusters are not of images, so pictures have no weights; use /route", 409)
         pictures = await service.open_pictures("images", body.images)
-        request = mode.request(**body.routing())
-        names = [f"images[{number}]" for number in range(len(pictures))]
-        found = await now.answers.compute(mode.router.route_images, pictures, request, names)
+        found = await route_pictures(now, pictures, body.routing())
         reasons = await now.answers.compute(found.explain)
         return RouteResponse.model_validate(
             {
                 "model": service.name,
-                "rule": request.rule,
-                "temperature": request.temperature,
+                "rule": found.request.rule,
+                "temperature": found.request.temperature,
                 "entropy": found.entropy,
                 "classes": [_reason(one, now.answers.model.names) for one in reasons],
             }

@@ -3,7 +3,7 @@ import { h, openDialog } from "./parts.js";
 
 const PING_SECONDS = 4, GONE_SECONDS = 1, PATIENCE = 6;
 const banner = document.getElementById("banner");
-let gone = false, uptime = null, trouble = "", waiters = [], keyAsked = null;
+let gone = false, uptime = null, trouble = "", waiters = [], keyAsked = null, wasGiven = false;
 
 /** What hears "restarted" when the service has come back as another process. */
 export const life = new EventTarget();
@@ -33,7 +33,10 @@ export async function ask(path, { body, method, signal, as = "json" } = {}) {
     }
     if (response.ok) return as === "json" ? response.json() : as === "text" ? response.text() : response;
     const problem = await problemOf(response);
-    if (response.status === 401 && await askForKey(problem.message)) continue;
+    if (response.status === 401) {
+      if (await askForKey()) continue;
+      problem.message = "The service answers only with its key.";
+    }
     if ((response.status === 429 || response.status === 503) && attempt < PATIENCE) {
       await pause(Math.min(10, Number(response.headers.get("Retry-After")) || 1), signal);
       continue;
@@ -69,13 +72,14 @@ export function picture(address, attributes = {}) {
 }
 
 /** Ask for the API key, which goes along as a cookie of this session, since img elements send no header. */
-function askForKey(message) {
+function askForKey() {
   keyAsked ??= new Promise(done => {
-    const field = h("input", { type: "password", id: "key", autocomplete: "off", required: true });
+    const field = h("input", { type: "password", id: "key", autocomplete: "off", required: true, autofocus: true });
     let answer = false;
-    const dialog = openDialog("API key", h("h2", {}, "This service asks for a key"), h("p", {}, message),
-      h("form", { method: "dialog", onsubmit: () => { document.cookie = `modeclip-key=${field.value.trim()}; path=/; SameSite=Strict`; answer = true; } },
+    const dialog = openDialog("API key", h("h2", {}, "This service asks for a key"), h("p", {}, wasGiven ? "This key is not the right one." : "Whoever has started the service has it: it is in the file that --api-key-file names."),
+      h("form", { method: "dialog", onsubmit: () => { wasGiven = true; document.cookie = `modeclip-key=${field.value.trim()}; path=/; SameSite=Strict`; answer = true; } },
         h("label", { for: "key" }, "API key"), field, h("button", { class: "main" }, "Go on")));
+    dialog.classList.add("locked");
     dialog.addEventListener("close", () => { keyAsked = null; done(answer); });
   });
   return keyAsked;

@@ -104,7 +104,7 @@ export function open(place, start) {
       const found = await ask("/search", { body, signal });
       if (!closed && !signal.aborted) show(found);
     } catch (error) {
-      if (error.name !== "AbortError" && !closed) { results.replaceChildren(failure(error, error.status >= 500 ? run : null, state.has("where") ? without() : null)); speak(error.message); }
+      if (error.name !== "AbortError" && !closed) { results.replaceChildren(failure(error, error.status >= 500 || error.status === 401 ? run : null, state.has("where") ? without() : null)); speak(error.message); }
     } finally {
       clearTimeout(slow);
     }
