@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file
 from torch import Tensor
 
 from modeclip.errors import ModeclipError
@@ -23,7 +25,7 @@ from modeclip.training.jobs import AugmentConfig, EngineConfig, TrainConfig
 from modeclip.training.objectives import make_objective
 from modeclip.training.objectives.objective import TrainingBatch
 from modeclip.training.trainer import train
-from support import make_job, weights_of
+from support import WEIGHTS, Python, make_job, weights_of
 
 MODEL = "modeclip-icon-xxxs"
 CONFIG = TrainConfig(
@@ -68,9 +70,9 @@ def batch_of(clip: Clip, count: int = 6) -> TrainingBatch:
     return TrainingBatch(images=images.to(torch.uint8), tokens=clip.tokens(texts[:count]))
 
 
-def by_hand(clip: Clip, batch: TrainingBatch, parts: list[slice], monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The loss of a batch: CLIP's over all pairs, and the mean of the routers' losses over the parts."""
-    penalties, outputs, seen = [], [], list[Tensor]()
+def by_hand(clip: Clip, batch: TrainingBatch, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The loss of a batch: CLIP's over all pairs, and the routers' losses over all tokens that are no padding."""
+    seen: list[Tensor] = []
     forward = MoeFfn.forward
 
     def note(layer: MoeFfn, x: Tensor) -> Tensor:
@@ -78,37 +80,34 @@ def by_hand(clip: Clip, batch: TrainingBatch, parts: list[slice], monkeypatch: p
         return forward(layer, x)
 
     monkeypatch.setattr(MoeFfn, "forward", note)
-    towers = Towers(clip)
-    for part in parts:
-        seen.clear()
-        outputs.append(towers(batch.images[part], batch.tokens[part]))
-        blocks = []
-        for logits in seen:
-            shares = torch.bincount(logits.argmax(1), minlength=3) / len(logits)
-            balance = 3 * (shares * logits.softmax(1).mean(0)).sum()
-            blocks.append(BALANCE * balance + Z * (logits.exp().sum(1).log() ** 2).mean())
-        penalties.append(sum(blocks) / len(blocks))
+    images, texts, scale, *_ = Towers(clip)(batch.images, batch.tokens)
     monkeypatch.undo()
-    images, texts = (torch.cat([output[index] for output in outputs]) for index in (0, 1))
-    logits = outputs[0][2] * images @ texts.T
+    lengths = batch.tokens.argmax(1) + 1
+    within = torch.arange(int(lengths.max())) < lengths[:, None]
+    blocks = []
+    for number, logits in enumerate(seen):
+        if number >= len(seen) // 2:  # texts come second
+            logits = logits[within.flatten()]
+        shares = torch.bincount(logits.argmax(1), minlength=3) / len(logits)
+        balance = 3 * (shares * logits.softmax(1).mean(0)).sum()
+        blocks.append(BALANCE * balance + Z * (logits.exp().sum(1).log() ** 2).mean())
+    logits = scale * images @ texts.T
     labels = torch.arange(len(logits))
     loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-    return loss + sum(penalties) / len(penalties)
+    return loss + sum(blocks) / len(blocks)
 
 
-@pytest.mark.parametrize("micro_batch", [6, 2])
-def test_gradient_has_the_routers_losses(micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("micro_batch", [6, 4, 1])
+def test_gradient_has_the_routers_losses_of_the_whole_batch(micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = made()
     clip.model.train()
     batch = batch_of(clip)
-    expected = by_hand(
-        clip, batch, [slice(i, i + micro_batch) for i in range(0, 6, micro_batch)], monkeypatch
-    )  # fmt: skip
+    expected = by_hand(clip, batch, monkeypatch)
     expected.backward()
     grads = {name: value.grad.clone() for name, value in clip.model.named_parameters()}
     clip.model.zero_grad()
     towers = Towers(clip, balance_loss=BALANCE, router_z_loss=Z)
-    found = backward(towers, one_process(), batch, make_objective(CONFIG), micro_batch=micro_batch, seed=(0,))
+    found, _ = backward(towers, one_process(), batch, make_objective(CONFIG), micro_batch=micro_batch, seed=(0,))
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
     for name, value in clip.model.named_parameters():
         torch.testing.assert_close(value.grad, grads[name], atol=1e-5, rtol=1e-4, msg=name)
@@ -116,28 +115,62 @@ def test_gradient_has_the_routers_losses(micro_batch: int, monkeypatch: pytest.M
     assert all(bool(grad.any()) for grad in routers)
 
 
-def test_shares_of_processes_add_up_to_the_loss() -> None:
-    """Two processes with the same part: each reports half of the penalty, and the mean of their gradients is its."""
-    clip = made()
-    batch = batch_of(clip)
-    towers = Towers(clip, balance_loss=BALANCE, router_z_loss=Z)
-
-    def run(size: int) -> tuple[Tensor, Tensor]:
-        clip.model.zero_grad()
-        value = backward(towers, one_process(size), batch, make_objective(CONFIG), micro_batch=2, seed=(0,))
-        return value, moe_layers(clip.model)[0].router.weight.grad.clone()
-
-    (whole, grad), (share, other) = run(1), run(2)
-    with torch.no_grad():
-        penalties = [towers(batch.images[i : i + 2], batch.tokens[i : i + 2])[4] for i in (0, 2, 4)]
-    assert float(whole - share) == pytest.approx(float(sum(penalties)) / 3 / 2, rel=1e-4)
-    assert torch.equal(grad, other)
-
-
-def test_a_plain_clip_has_no_penalty() -> None:
+def test_a_plain_clip_has_no_routers_losses() -> None:
     clip = load_clip(MODEL, seed=0)
     batch = batch_of(clip)
-    assert float(Towers(clip, balance_loss=1.0, router_z_loss=1.0)(batch.images, batch.tokens)[4]) == 0
+    assert Towers(clip, balance_loss=1.0, router_z_loss=1.0)(batch.images, batch.tokens)[4].shape == (0,)
+
+
+RANK = """
+import sys
+from pathlib import Path
+from modeclip.training.distributed import leave_processes
+from modeclip.training.jobs import TrainJob
+from modeclip.training.trainer import train
+for path in sys.argv[1:]:
+    train(TrainJob.load(Path(path)))
+leave_processes()
+"""
+
+
+def test_two_processes_train_what_one_does(icons_catalog: Path, folder: Path, tmp_path: Path) -> None:
+    """A CLIP-MoE with the losses of its routers: whole and its last block alone, with ddp and with fsdp."""
+    config = replace(CONFIG, model=str(folder), learning_rate=1e-3)
+    part = replace(config, trainable="last:1", seed=1)
+    ddp = {"strategy": "ddp", "micro_batch": 4}
+    settings = {
+        "all-ddp": (config, ddp),
+        "all-fsdp": (config, {"strategy": "fsdp"}),
+        "last-fsdp": (part, {"strategy": "fsdp"}),
+    }
+    for name in ("all", "last"):
+        train(make_job(icons_catalog, tmp_path / name, settings[f"{name}-fsdp"][0], last_step=2))
+    paths = []
+    for name, (own, engine) in settings.items():
+        own = replace(own, engine=replace(own.engine, **engine))
+        paths.append(make_job(icons_catalog, tmp_path / name, own, last_step=2).save())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world |= {"GROUP_RANK": "0", "ROLE_RANK": "0", "ROLE_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    world |= {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    ranks = [Python("-c", RANK, *paths, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    for process in ranks:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+    for name in settings:
+        folders = tmp_path / name.partition("-")[0], tmp_path / name
+        alone, two = (load_file(path / WEIGHTS) for path in folders)
+        for tensor, value in alone.items():
+            if tensor.endswith(
+                "in_proj_bias"
+            ):  # a key's bias shifts all logits, so that its gradient is rounding alone
+                value, two[tensor] = (x.view(3, -1)[[0, 2]] for x in (value, two[tensor]))
+            torch.testing.assert_close(two[tensor], value, atol=2e-5, rtol=1e-4, msg=f"{name}: {tensor}")
+        one, many = (json.loads((path / "log.jsonl").read_text().splitlines()[-1]) for path in folders)
+        for number in ("loss", "balance", "router_z"):
+            assert many[number] == pytest.approx(one[number], abs=2e-4), name
 
 
 class Killed(BaseException):

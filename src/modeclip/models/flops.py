@@ -17,12 +17,14 @@ Price: the model is built once and runs once on the CPU: tenths of a second for 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from modeclip.errors import ModeclipError
 from modeclip.models.blocks import freeze
 from modeclip.models.clip import encode_image, encode_text, load_clip
+from modeclip.models.trunk import split
 
 TRAINING_FACTOR = 3
 """Forward passes that a training sample is worth."""
@@ -38,6 +40,8 @@ class Flops:
     """Operations of the text tower's forward pass."""
     backward: int
     """Operations of the backward pass of both towers, for what the training changes."""
+    trunk: int = 0
+    """Operations of the forward pass before the last blocks of ``last:N``, in towers that can be cut there."""
 
     @property
     def forward(self) -> int:
@@ -77,7 +81,7 @@ def count_flops(spec: str | Path, caption_length: int | None = None, *, trainabl
     width, height = clip.image_size
     image = torch.zeros(1, 3, height, width)
     freeze(clip.model, trainable)
-    found, backward = [], 0
+    found, backward, trunk = [], 0, 0
     # The counter does not see into fused kernels, which evaluation mode and other attention backends would use.
     with sdpa_kernel(SDPBackend.MATH):
         clip.model.train()
@@ -89,6 +93,11 @@ def count_flops(spec: str | Path, caption_length: int | None = None, *, trainabl
                 with FlopCounterMode(display=False) as counter:
                     torch.autograd.backward([vectors.sum()])
                 backward += int(counter.get_total_flops())
+        if trainable.startswith("last:"):
+            with FlopCounterMode(display=False) as counter, torch.no_grad(), suppress(ModeclipError):
+                for tower, batch in (("image", image), ("text", tokens)):
+                    split(clip.model, tower, int(trainable.removeprefix("last:")))[0](batch)  # type: ignore[arg-type]
+            trunk = int(counter.get_total_flops())
     if trainable == "all":  # with the gradient of the pixels, which nobody takes: the convention of scaling laws
         backward = (TRAINING_FACTOR - 1) * sum(found)
-    return Flops(image=found[0], text=found[1], backward=backward)
+    return Flops(image=found[0], text=found[1], backward=backward, trunk=trunk)

@@ -12,9 +12,10 @@ Tokens are sorted by their expert, so that each expert computes one product over
 goes through an expert that it did not choose. An accelerator takes one grouped product for all experts instead, which
 knows on the device where an expert's tokens end.
 
-Two numbers of a forward pass belong to a training's loss (`router_losses`). With f_k the share of tokens whose first
-choice is k and P_k the mean of softmax(r)_k over all tokens, the balance is E * sum_k f_k P_k, the mean over blocks: 1
-where all experts are chosen alike, E where all tokens choose one. The z-loss is the mean of logsumexp(r)^2.
+Two numbers of a batch belong to a training's loss (`router_losses`). With f_k the share of tokens whose first choice is
+k and P_k the mean of softmax(r)_k over all tokens, the balance is E * sum_k f_k P_k, the mean over blocks: 1 where all
+experts are chosen alike, E where all tokens choose one. The z-loss is the mean of logsumexp(r)^2. Both follow from sums
+over tokens (`router_sums`), which parts of a batch add up, on one device or on many.
 
 Source: CLIP-MoE (arXiv 2409.19291), Sec. 3.2; its released code counts all choices in f and so has K in the place of
 1. The z-loss is that of ST-MoE (arXiv 2202.08906), Eq. 5, which CLIP-UP (arXiv 2502.00965) takes to CLIP.
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name that PyTorch's own documents use)
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from modeclip.errors import ModeclipError
@@ -229,20 +230,43 @@ def moe_layers(model: nn.Module) -> list[MoeFfn]:
     return [layer for _, layer in _layers(model)]
 
 
-def router_losses(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the balance and the z-loss of the last forward pass of both towers, as means over blocks.
+def router_sums(model: nn.Module, read: Bool[Tensor, "B T"] | None = None) -> Float[Tensor, "blocks sums"]:
+    """Return what `router_losses` needs of the last forward pass of both towers, as sums over tokens for each block.
+
+    Args:
+        model: A CLIP-MoE.
+        read: Which tokens of the texts count. None: all that the tower has computed.
+
+    Returns:
+        For each block the sums of the E probabilities, the number of first choices of each of the E experts, the sum of
+        the squared logsumexp, and the number of tokens.
 
     Raises:
         ModeclipError: The model has no experts, or has not run.
     """
-    balance, z = [], []
+    rows = []
     for routing in routing_of(model):
-        logits = routing.logits.flatten(0, -2)
+        logits, first = routing.logits.flatten(0, -2), routing.experts[..., 0].flatten()
+        if read is not None and routing.tower == "text" and routing.logits.ndim == 3:
+            counted = read[:, : routing.logits.shape[1]].flatten()
+            logits, first = logits[counted], first[counted]
         num_experts = logits.shape[1]
-        first = F.one_hot(routing.experts[..., 0].flatten(), num_experts).to(logits.dtype).mean(dim=0)
-        balance.append(num_experts * (first * logits.softmax(dim=1).mean(dim=0)).sum())
-        z.append(logits.logsumexp(dim=1).square().mean())
-    return torch.stack(balance).mean(), torch.stack(z).mean()
+        probabilities, choices = logits.softmax(dim=1).sum(dim=0), torch.bincount(first, minlength=num_experts)
+        others = torch.stack([logits.logsumexp(dim=1).square().sum(), logits.new_tensor(len(logits))])
+        rows.append(torch.cat([probabilities, choices.to(logits.dtype), others]))
+    return torch.stack(rows)
+
+
+def router_losses(sums: Float[Tensor, "blocks sums"]) -> tuple[Tensor, Tensor]:
+    """Return the balance and the z-loss of a batch, as means over blocks.
+
+    Args:
+        sums: What `router_sums` returned, added up over the parts of the batch.
+    """
+    num_experts, count = sums.shape[1] // 2 - 1, sums[:, -1]
+    probabilities, choices = sums[:, :num_experts], sums[:, num_experts : 2 * num_experts]
+    balance = num_experts * (probabilities * choices).sum(dim=1) / count.square()
+    return balance.mean(), (sums[:, -2] / count).mean()
 
 
 def routing_of(model: nn.Module) -> list[Routing]:

@@ -200,6 +200,13 @@ def is_exact_without_padding(model: Any) -> bool:
     return own is not None and own.is_exact_without_padding
 
 
+def tokens_read(model: Any, tokens: Tensor) -> Tensor | None:
+    """Return which of (B, T) token ids are no padding behind a text, (B, T) booleans; None where padding is not cut."""
+    if not is_exact_without_padding(model):
+        return None
+    return tokens.ne(0).flip(1).cumsum(1).flip(1) > 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class _OwnText:
     """open_clip's own text tower, which lies in the model itself or beside it."""

@@ -58,6 +58,8 @@ from modeclip.training.objectives.objective import CAPTION_IDS, TrainingBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from modeclip.training.trunk_outputs import TrunkOutputs
+
 PIECE_SAMPLES = 256
 """Samples that are prepared at a time."""
 PREFETCH_THREADS = 2
@@ -515,6 +517,8 @@ class Feed:
     """Processes of the job; each takes an equal part of every batch."""
     kept: dict[int, DecodedSample] | None = None
     """Samples by row that earlier jobs of this process have kept, with the same catalog and tokenizer."""
+    trunk: TrunkOutputs | None = None
+    """What the frozen trunk has given for pairs, which need no picture then. None: nothing is kept."""
 
     @cached_property
     def _opened(self) -> Catalog:
@@ -534,7 +538,7 @@ class Feed:
     def _kept(self) -> dict[int, DecodedSample] | None:
         """The samples read so far, by row. None where the job's do not all fit, or where several processes read."""
         room, rows = self.config.engine.keep_pictures_gb * 1e9, self.rows.numpy()
-        if self.config.engine.workers or len(rows) * KEPT_BYTES > room:
+        if self.trunk or self.config.engine.workers or len(rows) * KEPT_BYTES > room:
             return None
         sizes = self._opened.read(["width", "height"], rows)
         pixels = int((sizes["width"].astype(np.int64) * sizes["height"]).sum())
@@ -572,36 +576,79 @@ class Feed:
 
         config = self.config
         rows = self._order.batch(step, slice(first, last))
+        if self.trunk is not None:
+            return self._piece_of_trunk(step, first, rows, self.trunk)
         samples = self._samples(rows)
-        draws = draws_of(config.seed, step, first, last)
+        pixels = self._pixels(samples, draws_of(config.seed, step, first, last))
+        return TrainingBatch(
+            images=pixels,
+            tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
+            extras=self._extras(rows, [sample.caption_id for sample in samples]),
+        )
+
+    def _pixels(self, samples: Sequence[DecodedSample], draws: Float[np.ndarray, "b 11"]) -> Tensor:
+        """Return (b, 3, H, W) pictures as a step sees them."""
+        import torch
+
         pictures: Sequence[Image] = augment(
-            [sample.picture for sample in samples], self.image_size, config.augment, draws
+            [sample.picture for sample in samples], self.image_size, self.config.augment, draws
         )
         pixels = torch.from_numpy(np.stack([np.asarray(self._fit(picture)) for picture in pictures]))
+        return pixels.permute(0, 3, 1, 2).contiguous()
+
+    def _piece_of_trunk(self, step: int, first: int, rows: Int[np.ndarray, " b"], trunk: TrunkOutputs) -> TrainingBatch:
+        """Return samples with the pictures of those alone whose trunk's output is not kept yet."""
+        import torch
+
+        places, captions = np.searchsorted(self.rows.numpy(), rows), self._opened.captions(rows, self.config.captions)
+        tokens, fresh = np.stack(self._tokens(captions)).astype(np.int64), ~trunk.has(places)
+        images, texts = torch.empty(0), None
+        if fresh.any():
+            draws = draws_of(self.config.seed, step, first, first + len(rows))[fresh]
+            images = self._pixels(self._samples(rows[fresh]), draws)
+        else:
+            images, texts = trunk.read(places, trunk.lengths(tokens))
+        return TrainingBatch(
+            images=images,
+            tokens=torch.from_numpy(tokens),
+            extras=self._extras(rows, [_hash(caption) for caption in captions]),
+            texts=texts,
+            places=torch.from_numpy(places),
+            fresh=torch.from_numpy(fresh),
+        )
+
+    def _extras(self, rows: Int[np.ndarray, " b"], caption_ids: Sequence[int]) -> dict[str, Tensor]:
+        """Return what the objective reads besides."""
+        import torch
+
         read = self._opened.read(self.columns, rows) if self.columns else {}
         extras = {name: torch.tensor(values) for name, values in read.items()}
         if self.caption_ids:
-            extras[CAPTION_IDS] = torch.tensor([sample.caption_id for sample in samples], dtype=torch.int64)
-        return TrainingBatch(
-            images=pixels.permute(0, 3, 1, 2).contiguous(),
-            tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
-            extras=extras,
-        )
+            extras[CAPTION_IDS] = torch.tensor(caption_ids, dtype=torch.int64)
+        return extras
 
-    def batches(self, steps: range) -> Iterator[tuple[TrainingBatch, float]]:
-        """Yield this process's part of each step's batch, and the seconds that the caller waited for it."""
+    def batches(
+        self, steps: range, finish: Callable[[TrainingBatch], TrainingBatch] | None = None
+    ) -> Iterator[tuple[TrainingBatch, float]]:
+        """Yield this process's part of each step's batch, and the seconds that the caller waited for it.
+
+        Args:
+            steps: Steps.
+            finish: What is done with each piece of a batch in this thread, in the order of the steps.
+        """
         import torch
 
         pieces: list[TrainingBatch] = []
         waited = 0.0
         for piece, seconds in _timed(self._pieces(_Pieces(self, steps))):
-            pieces.append(piece)
+            pieces.append(piece if finish is None else finish(piece))
             waited += seconds
             if sum(len(piece.tokens) for piece in pieces) == self.config.batch_size // self.world_size:
                 batch = TrainingBatch(
                     images=torch.cat([piece.images for piece in pieces]),
                     tokens=torch.cat([piece.tokens for piece in pieces]),
                     extras={name: torch.cat([piece.extras[name] for piece in pieces]) for name in pieces[0].extras},
+                    texts=_of_one_length([piece.texts for piece in pieces if piece.texts is not None]),
                 )
                 pieces.clear()  # before the step, which takes its time, not after it
                 del piece
@@ -675,6 +722,16 @@ def _start_worker(_: int) -> None:
 
     end_with_owner()
     torch.set_num_threads(1)
+
+
+def _of_one_length(states: Sequence[Tensor]) -> Tensor | None:
+    """Join (b, T, W) states, with zeros behind those that are shorter; None if there are none."""
+    import torch
+
+    if len(states) < 2:
+        return states[0] if states else None
+    longest = max(part.shape[1] for part in states)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in states])
 
 
 def _hash(caption: str) -> int:

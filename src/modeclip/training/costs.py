@@ -26,12 +26,13 @@ from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import load_clip
 from modeclip.models.deltas import WEIGHTS_FILE
-from modeclip.models.flops import count_flops
+from modeclip.models.flops import Flops, count_flops
 from modeclip.system.console import busy
 from modeclip.training.batches import job_rows
 from modeclip.training.jobs import LOG_FILE, TrainJob
 from modeclip.training.launching import start_job
 from modeclip.training.status import in_words, job_status
+from modeclip.training.trunk_outputs import measure_outputs
 
 MEASURED_STEPS = 10
 WARM_UP_STEPS = 3
@@ -82,12 +83,13 @@ class JobPlan:
     share_done: float
     """Share of them that is done, in [0, 1]."""
     flops_per_sample: int | None
-    """Floating-point operations of a training sample, forward and backward (`modeclip.models.flops`); None where
-    nothing is left to do."""
+    """Floating-point operations of a training sample, forward and backward (`modeclip.models.flops`), as the mean over
+    the job: where the trunk's outputs are kept, the trunk counts once for each pair. None where nothing is left."""
     seconds_per_step: float | None
     """Measured time of a step; None where nothing is left to do."""
     seconds: float
-    """Time that is left."""
+    """Time that is left. Where the trunk's outputs are kept, measured steps have run it; later ones are taken to be
+    faster as their operations are fewer."""
     memory_gb: float | None
     """Highest memory of one process in 10^9 bytes; None where nothing is left to do."""
     disk_bytes: int
@@ -163,7 +165,7 @@ def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, proces
         ModeclipError: A job cannot work: too few pairs, an unknown model, a precision that the device lacks.
     """
     measured: dict[str, Measurement] = {}
-    operations: dict[str, int] = {}
+    operations: dict[str, Flops] = {}
     plans = []
     for job in jobs:
         rows, status = job_rows(job, catalog), job_status(job)
@@ -177,18 +179,25 @@ def plan(jobs: Sequence[TrainJob], catalog: Catalog, *, workers: int = 1, proces
                     operations[kind] = _flops_per_sample(job, catalog, rows)
             known = measured[kind]
         kept = job.config.engine.keep_checkpoints + 1
+        steps = job.last_step - job.first_step
+        every = operations[_kind(job)] if known else None  # of a sample whose trunk runs
+        mean = every.training if every else None
+        if every and job.config.engine.keep_trunk:
+            mean = every.training - round(every.trunk * (1 - min(1.0, len(rows) / (steps * job.config.batch_size))))
         plans.append(
             JobPlan(
                 name=job.name,
                 rows=len(rows),
-                steps=job.last_step - job.first_step,
-                samples=(job.last_step - job.first_step) * job.config.batch_size,
+                steps=steps,
+                samples=steps * job.config.batch_size,
                 share_done=status.share,
-                flops_per_sample=operations[_kind(job)] if known else None,
+                flops_per_sample=mean,
                 seconds_per_step=known.seconds_per_step if known else None,
-                seconds=left * known.seconds_per_step if known else 0.0,
+                seconds=left * known.seconds_per_step * mean / every.training if known and every and mean else 0.0,
                 memory_gb=known.memory_gb if known else None,
-                disk_bytes=kept * known.checkpoint_bytes + known.model_bytes if known else 0,
+                disk_bytes=kept * known.checkpoint_bytes + known.model_bytes + _trunk_bytes(job, catalog, rows)
+                if known
+                else 0,
             )
         )
     folder = Path(jobs[0].folder).parent
@@ -209,7 +218,9 @@ def measure(job: TrainJob, processes: int = 1) -> Measurement:
     """
     with tempfile.TemporaryDirectory(prefix="modeclip-plan-") as temporary:
         folder = Path(temporary) / job.name
-        engine = replace(job.config.engine, log_every=1, save_every="24h", keep_checkpoints=1, report_to=())
+        engine = replace(
+            job.config.engine, log_every=1, save_every="24h", keep_checkpoints=1, report_to=(), keep_trunk=False
+        )
         probe = replace(
             job,
             folder=str(folder),
@@ -233,15 +244,30 @@ def measure(job: TrainJob, processes: int = 1) -> Measurement:
         )
 
 
-def _flops_per_sample(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> int:
+def _trunk_bytes(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> int:
+    """Return what the trunk's outputs will take on disk; 0 where they are not kept."""
+    depth = job.config.depth
+    if depth is None:
+        return 0
+    from modeclip.training.gradients import Towers
+
+    clip = load_clip(_untrained(job), seed=0)
+    return measure_outputs(job, catalog, rows, clip, Towers(clip, depth=depth).run_trunks)[1]
+
+
+def _untrained(job: TrainJob) -> str:
+    """Return the model of a job without its weights, unless it is a folder."""
+    model = job.config.model
+    return model if Path(model).exists() else model.partition("@")[0]
+
+
+def _flops_per_sample(job: TrainJob, catalog: Catalog, rows: Int[np.ndarray, " N"]) -> Flops:
     """Return the operations of a sample in a batch of the job's captions."""
     first = rows[: min(job.config.batch_size, CAPTIONS_COUNTED)]
     captions = catalog.read(["caption"], first)["caption"].tolist()
-    model = job.config.model
-    untrained = model if Path(model).exists() else model.partition("@")[0]
-    tokens = load_clip(untrained, seed=0).tokens(captions)
+    tokens = load_clip(_untrained(job), seed=0).tokens(captions)
     length = int((tokens != 0).any(0).nonzero().max()) + 1  # as `modeclip.models.trunk` cuts the padding
-    return count_flops(model, length, trainable=job.config.trainable).training
+    return count_flops(job.config.model, length, trainable=job.config.trainable)
 
 
 def wall_time(jobs: Sequence[TrainJob], seconds: Sequence[float], workers: int) -> float:

@@ -85,10 +85,12 @@ def shard(towers: torch.nn.Module, mesh: Any) -> torch.nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     data = mesh["data_parallel"]
+    within: set[torch.nn.Module] = set()  # of blocks that are split, such as the list of a CLIP-MoE's experts
     for module in towers.modules():
-        if isinstance(module, torch.nn.ModuleList):
+        if isinstance(module, torch.nn.ModuleList) and module not in within:
             for block in module:
                 fully_shard(block, mesh=data)
+                within.update(block.modules())
     numbers = {
         value for value in towers.parameters() if value.ndim == 0
     }  # such as the logit scale; every process has them

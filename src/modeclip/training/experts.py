@@ -109,6 +109,8 @@ class Parting:
     """The job that goes on from there to the end of the schedule on all data; every branch is a variation of it."""
     trainable: str
     """What the branches change, those apart that are dense: they, like the seed, train whole."""
+    keep_trunk: bool = False
+    """Whether these branches keep what their frozen blocks give."""
 
     def branch(
         self, role: Role, index: int | None = None, *, name: str | None = None, steps: int | None = None
@@ -125,7 +127,10 @@ class Parting:
         name = name or job_name(role, index)
         folder = str(Path(self.rest.folder).with_name(name))
         is_dense = role in {"dense", "dense-total"}
-        config = self.rest.config if is_dense else replace(self.rest.config, trainable=self.trainable)
+        config = self.rest.config
+        if not is_dense:
+            engine = replace(config.engine, keep_trunk=self.keep_trunk)
+            config = replace(config, trainable=self.trainable, engine=engine)
         return replace(self.rest, name=name, role=role, index=index, folder=folder, config=config, last_step=last_step)
 
     @property
@@ -195,7 +200,8 @@ def part(
         ModeclipError: The experts cannot start from ``experts.start``, or the model lacks what they are to change.
     """
     train = with_model(train, catalog, experts.start, folder / job_name("seed"))
-    trainable, train = train.trainable, replace(train, trainable="all")
+    trainable, keep_trunk = train.trainable, train.engine.keep_trunk
+    train = replace(train, trainable="all", engine=replace(train.engine, keep_trunk=False))
     seed_steps = train.seed_parts * train.steps_per_part
     seed = TrainJob(
         name=job_name("seed"),
@@ -227,7 +233,8 @@ def part(
         rest = _given(rest, train, experts)
     if trainable != "all":  # told before hours of a seed
         freeze(hollow_model(rest.config.model), trainable)
-    return Parting(seed=seed if experts.start is None else None, rest=rest, trainable=trainable)
+    seed_job = seed if experts.start is None else None
+    return Parting(seed=seed_job, rest=rest, trainable=trainable, keep_trunk=keep_trunk)
 
 
 def _given(rest: TrainJob, train: TrainConfig, experts: ExpertsConfig) -> TrainJob:

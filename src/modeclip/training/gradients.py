@@ -6,8 +6,9 @@ all features, then runs each micro-batch again, keeps the activations this time,
 through them. The result is the gradient of the whole batch, so the batch size is chosen for the method and not for the
 memory.
 
-The losses of a CLIP-MoE's routers are those of each micro-batch, and their mean is added to the loss: shares of tokens
-are counted within a micro-batch.
+The losses of a CLIP-MoE's routers are those of the whole batch too. They follow from sums over tokens, which the
+micro-batches and the processes add up. Padding behind captions is left out of them: each part of a batch is cut to its
+own longest caption.
 
 What is random in the towers (patch dropout) is seeded by step, process and micro-batch, so both passes agree and a
 resumed job repeats it.
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from modeclip.models.clip import Clip, encode_image, encode_text
-from modeclip.models.moe import moe_layers, router_losses
+from modeclip.models.moe import moe_layers, router_losses, router_sums
+from modeclip.models.trunk import split, tokens_read
 from modeclip.system.devices import free_memory
 from modeclip.training.distributed import whole
 from modeclip.training.jobs import TrainConfig
@@ -48,26 +50,61 @@ class Towers(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: Clip, *, balance_loss: float = 0.0, router_z_loss: float = 0.0) -> None:
-        """Take a model, and the weights of the losses that the routers of a CLIP-MoE have."""
+    def __init__(
+        self, clip: Clip, *, balance_loss: float = 0.0, router_z_loss: float = 0.0, depth: int | None = None
+    ) -> None:
+        """Take a model.
+
+        Args:
+            clip: The model.
+            balance_loss: Weight of the loss for balance of a CLIP-MoE's routers.
+            router_z_loss: Weight of their z-loss.
+            depth: How many of the last blocks may run by themselves, from what the trunk gave before. None: none.
+
+        Raises:
+            ModeclipError: A tower cannot be cut.
+        """
         super().__init__()
+        self._image = self._text = None
+        if depth is not None:
+            self._image, self._text = (split(clip.model, tower, depth) for tower in ("image", "text"))
         self.model = clip.model
-        self.weights = (balance_loss, router_z_loss) if moe_layers(clip.model) else (0.0, 0.0)
+        self.weights = balance_loss, router_z_loss
+        self.is_moe = bool(moe_layers(clip.model))
         visual = clip.model.visual
         self.register_buffer("mean", torch.tensor(visual.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(visual.image_std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the fields of `Features` for (b, 3, H, W) uint8 pictures and their tokens."""
-        images = (pixels.float() / 255 - self.mean) / self.std
-        features = encode_image(self.model, images).float(), encode_text(self.model, tokens).float()
+    def run_trunks(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (b, T, W) hidden states before the last blocks, of pictures and of their tokens."""
+        assert self._image is not None
+        assert self._text is not None
+        return self._image[0](self._normed(pixels))[0], self._text[0](tokens)[0]
+
+    def forward(
+        self, pixels: Tensor, tokens: Tensor, texts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the fields of `Features`.
+
+        Args:
+            pixels: (b, 3, H, W) uint8 pictures, or, with ``texts``, the hidden states that `run_trunks` gave for them.
+            tokens: Their tokens.
+            texts: What it gave for the tokens.
+        """
+        if texts is None:
+            features = encode_image(self.model, self._normed(pixels)).float(), encode_text(self.model, tokens).float()
+        else:
+            assert self._image is not None
+            assert self._text is not None
+            tokens = tokens[:, : texts.shape[1]]
+            features = self._image[1]((pixels,)).float(), self._text[1]((texts, tokens)).float()
         bias = getattr(self.model, "logit_bias", None)
         scale = self.model.logit_scale.exp()
-        penalty = torch.zeros((), device=scale.device)
-        if any(self.weights):
-            balance, z = router_losses(self.model)
-            penalty = self.weights[0] * balance + self.weights[1] * z
-        return *features, scale, torch.zeros_like(scale) if bias is None else bias.clone(), penalty
+        sums = router_sums(self.model, tokens_read(self.model, tokens)) if self.is_moe else scale.new_empty(0)
+        return *features, scale, torch.zeros_like(scale) if bias is None else bias.clone(), sums
+
+    def _normed(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
 
 
 def backward(
@@ -78,10 +115,10 @@ def backward(
     *,
     micro_batch: int,
     seed: tuple[int, ...],
-) -> Tensor:
-    """Add the gradient of a batch's loss to the parameters' ``grad`` and return this process's share of the loss.
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a batch's loss to the parameters' ``grad``.
 
-    The penalty of the model itself (`Features.penalty`) is part of the loss.
+    The losses of a CLIP-MoE's routers are part of the loss, with their weights.
 
     Args:
         towers: ``Towers`` as Lightning Fabric set it up.
@@ -91,16 +128,22 @@ def backward(
         objective: What is minimised.
         micro_batch: Samples that go through the towers at once; all of them if it is at least their number.
         seed: Non-negative numbers that decide what is random in the towers.
+
+    Returns:
+        This process's share of the loss, and the sums of the whole batch's routers (`modeclip.models.moe.router_sums`),
+        empty for a plain CLIP.
     """
-    count = len(batch.tokens)
+    count, processes = len(batch.tokens), fabric.world_size
     with torch.no_grad():
         targets = objective.targets(batch, fabric.device)
     if micro_batch >= count:
         _seed([*seed, 0])
         features = _encode(towers, fabric, batch, slice(0, count))
         value = objective.loss(features, targets)
-        fabric.backward(value + features.penalty)
-        return value.detach() + features.penalty.detach() / fabric.world_size
+        sums = _over_processes(fabric, features.routing)
+        penalty = _penalty(towers, sums)
+        fabric.backward(value + processes * penalty)
+        return value.detach() + penalty.detach() / processes, sums.detach()
     parts = [slice(first, first + micro_batch) for first in range(0, count, micro_batch)]
     outputs: list[Features] = []
     with torch.no_grad():
@@ -112,21 +155,42 @@ def backward(
         texts=torch.cat([output.texts for output in outputs]).requires_grad_(),
         scale=outputs[0].scale.clone().requires_grad_(),
         bias=outputs[0].bias.clone().requires_grad_(),
-        penalty=torch.stack([output.penalty for output in outputs]).mean().requires_grad_(),
+        routing=torch.stack([output.routing for output in outputs]).sum(dim=0).requires_grad_(),
     )
     del outputs
     value = objective.loss(features, targets)
-    found = torch.autograd.grad(value + features.penalty, features, allow_unused=True)
+    sums = _over_processes(fabric, features.routing)
+    penalty = _penalty(towers, sums)
+    found = torch.autograd.grad(value + processes * penalty, features, allow_unused=True)
     grads = Features(*(torch.zeros_like(x) if grad is None else grad for x, grad in zip(features, found, strict=True)))
     for index, part in enumerate(parts):
         _seed([*seed, index])
         with fabric.no_backward_sync(towers, enabled=index < len(parts) - 1):
             output = _encode(towers, fabric, batch, part)
-            shares = (grad / len(parts) for grad in (grads.scale, grads.bias, grads.penalty))
-            own = (grads.images[part], grads.texts[part], *shares)
+            shares = (grad / len(parts) for grad in (grads.scale, grads.bias))
+            own = (grads.images[part], grads.texts[part], *shares, grads.routing)
             products: list[Tensor] = [(x * grad).sum() for x, grad in zip(output, own, strict=True)]
             fabric.backward(torch.stack(products).sum())
-    return value.detach() + features.penalty.detach() / fabric.world_size
+    return value.detach() + penalty.detach() / processes, sums.detach()
+
+
+def _over_processes(fabric: Fabric, sums: Tensor) -> Tensor:
+    """Return the sums of all processes, with the gradient of this one's part."""
+    if fabric.world_size == 1 or not sums.numel():
+        return sums
+    own = sums.detach()
+    everywhere: Any = fabric.all_reduce(own.clone(), reduce_op="sum")
+    added: Tensor = everywhere - own
+    return sums + added
+
+
+def _penalty(towers: Any, sums: Tensor) -> Tensor:
+    """Return what the routers add to the loss of a batch with these sums."""
+    if not sums.numel():
+        return sums.sum()
+    balance, z = router_losses(sums)
+    penalty: Tensor = towers.weights[0] * balance + towers.weights[1] * z
+    return penalty
 
 
 def finish_gradient(
@@ -197,8 +261,8 @@ def find_micro_batch(towers: Any, fabric: Fabric, batch: TrainingBatch, processe
 
 def _encode(towers: Any, fabric: Fabric, batch: TrainingBatch, part: slice) -> Features:
     """Run a part of a batch through the towers, on the device."""
-    images, tokens = batch.images[part], batch.tokens[part]
-    return Features(*towers(images.to(fabric.device, non_blocking=True), tokens.to(fabric.device, non_blocking=True)))
+    given = [values for values in (batch.images, batch.tokens, batch.texts) if values is not None]
+    return Features(*towers(*(values[part].to(fabric.device, non_blocking=True) for values in given)))
 
 
 def _bytes_kept(towers: Any, fabric: Fabric, batch: TrainingBatch, samples: int) -> int:

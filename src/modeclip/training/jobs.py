@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -47,6 +48,8 @@ MEMBER_ROLES: tuple[Role, ...] = ("expert", "random", "full", "one-step")
 """Roles of which a run has one model for each expert; their jobs have an index."""
 JOB_FILE, LOG_FILE, DONE_FILE = "job.json", "log.jsonl", "done.json"
 """Files of a job's folder: what to do, a line of numbers every few steps, and the record that is written last."""
+TRUNK_FOLDER = "trunk"
+"""Folder of a job's folder with what its frozen blocks gave, while it trains."""
 ERRORS_FILE = "errors.txt"
 """What a job's process has printed, kept only when the job fails."""
 UNHASHED_FIELDS = frozenset({"folder", "start_from", "catalog", "role", "index"})
@@ -115,6 +118,9 @@ class EngineConfig:
     keep_pictures_gb: float = 1.0
     """Memory in 10^9 bytes for decoded pictures. They are kept if all of a job's fit and ``workers`` is 0; 0 decodes
     them anew in every pass."""
+    keep_trunk: bool = False
+    """With ``train.trainable`` ``last:N`` and no augmentation: keep what the frozen blocks give for each pair on disk,
+    in the job's folder while it trains, so that they run once for a pair and not in every pass."""
     save_every: str = "auto"
     """Time, steps or passes over the pairs between two checkpoints: ``30min``, ``1000steps``, ``1epoch``. ``auto``: a
     fiftieth of the job's time, within 20 s and 30 min, and at least 20 times what a checkpoint takes."""
@@ -254,6 +260,8 @@ class TrainConfig:
                 f"a step takes learning_rate * weight_decay of the weights away, got {self.weight_decay:g}"
             )
         check_trainable("train.trainable", self.trainable)
+        if self.engine.keep_trunk:
+            self._check_keeps_trunk()
         if not 0 <= self.label_smoothing < 1:
             raise ModeclipError(f"train.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.label_smoothing and "clip" not in losses:
@@ -272,6 +280,29 @@ class TrainConfig:
             )
         if not 0 <= self.warmup_fraction < 1:
             raise ModeclipError(f"train.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
+
+    def _check_keeps_trunk(self) -> None:
+        """Raise unless the same blocks are frozen all the time and see the same pictures."""
+        if not self.trainable.startswith("last:"):
+            raise ModeclipError(
+                "train.engine.keep_trunk keeps what the frozen blocks of train.trainable last:N give, got "
+                f"train.trainable {self.trainable}; set it to last:N, or keep_trunk to false"
+            )
+        augment = self.augment
+        jitter = augment.color_jitter if augment.color_jitter_probability else 0.0
+        values = {"min_crop_share": 1 - augment.min_crop_share, "color_jitter": jitter}
+        values |= {name: getattr(augment, name) for name in ("grayscale_probability", "patch_dropout")}
+        if wrong := [name for name, value in values.items() if value]:
+            plain = 1 if wrong[0] == "min_crop_share" else 0
+            raise ModeclipError(
+                "train.engine.keep_trunk needs the same pictures in every pass, got "
+                f"train.augment.{wrong[0]} {getattr(augment, wrong[0])}; set it to {plain}, or keep_trunk to false"
+            )
+
+    @property
+    def depth(self) -> int | None:
+        """Blocks behind the trunk that is kept; None where none is."""
+        return int(self.trainable.removeprefix("last:")) if self.engine.keep_trunk else None
 
     @property
     def highest_rate(self) -> float:
@@ -528,6 +559,7 @@ def prepare(job: TrainJob, resume: str = "latest") -> None:
     if resume == "never" or (resume == "stale" and differs):
         for path in (*checkpoint_files(folder), folder / LOG_FILE, folder / DONE_FILE, folder / ERRORS_FILE):
             path.unlink(missing_ok=True)
+        shutil.rmtree(folder / TRUNK_FOLDER, ignore_errors=True)
     elif before is not None and differs and (checkpoint_files(folder) or (folder / DONE_FILE).is_file()):
         raise ModeclipError(
             f"{folder} holds a model that was trained with other settings: {', '.join(changes(before, job))}; "

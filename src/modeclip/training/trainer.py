@@ -61,10 +61,12 @@ from modeclip.training.jobs import DONE_FILE, ERRORS_FILE, JOB_FILE, TrainJob, T
 from modeclip.training.journal import Journal
 from modeclip.training.objectives import make_objective
 from modeclip.training.preflight import preflight
+from modeclip.training.trunk_outputs import TrunkOutputs, complete, forget, measure_outputs, open_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from modeclip.training.gradients import Towers
     from modeclip.training.objectives.objective import TrainingBatch
 
 LOCK_PATIENCE_SECONDS = 30.0
@@ -133,6 +135,7 @@ def train(
             save_clip(model, folder)
             result = replace(result, files=note_files(folder, [*_model_files(folder), *checkpoint_files(folder)]))
             write_json(folder / DONE_FILE, asdict(result), indent=2)
+            forget(folder)
     return result
 
 
@@ -160,7 +163,8 @@ def _follow_schedule(
         progress(f"train {job.name}", left, "samples") if has_bar else nullcontext() as advance,
         _Pauses(learner) as pauses,
     ):
-        for batch, waited in learner.feed(kept).batches(range(learner.step, job.last_step)):
+        steps = range(learner.step, job.last_step)
+        for batch, waited in learner.feed(kept).batches(steps, learner.trunk[1] if learner.trunk else None):
             looks = (learner.step + 1) % config.engine.log_every == 0 or learner.step + 1 == job.last_step
             learner.take_step(batch, with_norm=looks)
             if journal:
@@ -216,7 +220,8 @@ class _Learner:
         freeze(self.clip.model, config.trainable)
         self.clip.model.train()
         weights = {"balance_loss": config.balance_loss, "router_z_loss": config.router_z_loss}
-        self.towers: Any = self.fabric.setup_module(Towers(self.clip, **weights))
+        towers = Towers(self.clip, **weights, depth=config.depth)
+        self.towers: Any = self.fabric.setup_module(towers)
         self.parameters = {name: value for name, value in self.clip.model.named_parameters() if value.requires_grad}
         self.optimizer: Any = self.fabric.setup_optimizers(make_optimizer(self.parameters, config))
         self.objective.open(self.fabric.device, Catalog.open(job.catalog))
@@ -225,11 +230,40 @@ class _Learner:
         self.micro_batch = 0 if wanted == "auto" else wanted or config.batch_size  # 0: found at the first step
         self._losses: list[Tensor] = []  # since the last look, on the device, so that no step waits for its loss
         self._norm: Tensor | None = None
+        self._routing: Tensor | None = None
         if start is None and job.start_from is not None:
             names = [(name, value.ndim) for name, value in self.clip.model.named_parameters()]
             start = load_open_clip_train(Path(job.start_from), names)
         if start is not None:
             self._restore(start)
+        self.trunk = None if config.depth is None else self._open_trunk(towers)
+
+    def _open_trunk(self, towers: Towers) -> tuple[TrunkOutputs, Callable[[TrainingBatch], TrainingBatch]]:
+        """Return what the trunk has given for pairs so far, and what makes it for those of a batch.
+
+        Raises:
+            ModeclipError: There are several machines, or weights in parts, or too little disk.
+        """
+        import torch
+
+        job, world = self.job, self.world
+        if self.is_sharded or world.here < world.size:
+            what = "strategy fsdp" if self.is_sharded else f"{world.size // world.here} machines"
+            raise ModeclipError(
+                f"{job.name}: train.engine.keep_trunk needs processes of one machine with the whole model, got {what}; "
+                "set it to false, or take ddp on one machine"
+            )
+
+        def run(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad(), self.fabric.autocast():
+                states = towers.run_trunks(pixels.to(self.fabric.device), tokens.to(self.fabric.device))
+            return states[0].cpu(), states[1].cpu()
+
+        kept, needed = measure_outputs(job, Catalog.open(job.catalog), self.rows, self.clip, run)
+        if world.is_first:
+            open_outputs(job, kept, needed)
+        self.fabric.barrier()
+        return kept, lambda batch: complete(batch, kept, run)
 
     @property
     def is_sharded(self) -> bool:
@@ -254,6 +288,7 @@ class _Learner:
             rank=self.world.rank,
             world_size=self.world.size,
             kept=kept,
+            trunk=self.trunk[0] if self.trunk else None,
         )
 
     def take_step(self, batch: TrainingBatch, *, with_norm: bool) -> None:
@@ -270,7 +305,9 @@ class _Learner:
         self.optimizer.zero_grad(set_to_none=True)
         seed = (config.seed, self.step, self.world.rank)
         try:
-            loss = backward(self.towers, self.fabric, batch, self.objective, micro_batch=self.micro_batch, seed=seed)
+            loss, self._routing = backward(
+                self.towers, self.fabric, batch, self.objective, micro_batch=self.micro_batch, seed=seed
+            )
         except torch.OutOfMemoryError as error:
             raise ModeclipError(
                 f"{self.job.name}: {self.micro_batch:,} samples at once do not fit into the device's memory; set "
@@ -304,7 +341,7 @@ class _Learner:
             "loss": round(loss, 6),
             "lr": self.job.learning_rate(self.step - 1),
             **self.objective.values(self.clip.model),
-            **_routers(self.clip.model),
+            **_routers(self._routing),
             "grad_norm": round(float(whole(self._norm)), 4) if self._norm is not None else math.nan,
             "memory_gb": round(self._memory_gb(), 3),
         }
@@ -411,13 +448,13 @@ class _Learner:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _routers(model: Any) -> dict[str, float]:
-    """Return what the log says of the routers of a CLIP-MoE: their losses in the last forward pass, without weights."""
-    from modeclip.models.moe import moe_layers, router_losses
+def _routers(sums: Tensor | None) -> dict[str, float]:
+    """Return what the log says of the routers of a CLIP-MoE: their losses in the last batch, without weights."""
+    from modeclip.models.moe import router_losses
 
-    if not moe_layers(model):
+    if sums is None or not sums.numel():
         return {}
-    balance, z = (float(value.detach()) for value in router_losses(model))
+    balance, z = (float(value) for value in router_losses(sums))
     return {"balance": round(balance, 4), "router_z": round(z, 4)}
 
 

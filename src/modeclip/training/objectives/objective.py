@@ -43,11 +43,17 @@ class TrainingBatch:
     """A process's part of the samples of one step."""
 
     images: Tensor
-    """(b, 3, H, W) uint8."""
+    """(b, 3, H, W) uint8; with ``train.engine.keep_trunk`` what the frozen trunk gave for them, (b, T, W)."""
     tokens: Tensor
     """(b, context_length) int64."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """What the objective reads besides, by name, a row for each sample: (b,) or (b, ...)."""
+    texts: Tensor | None = None
+    """(b, T, W) what the frozen trunk gave for the captions. None: the images are pictures."""
+    places: Tensor | None = None
+    """(b,) place of each pair among the job's rows. None: no trunk is kept."""
+    fresh: Tensor | None = None
+    """(b,) whether the images hold a pair's picture: not where the trunk's output is kept already."""
 
 
 class Features(NamedTuple):
@@ -61,9 +67,9 @@ class Features(NamedTuple):
     """Factor on the cosines, already exponentiated."""
     bias: Tensor
     """Added to the logits; 0 in a model that has no bias."""
-    penalty: Tensor
-    """What the model itself adds to the loss of this part of the batch, weighed: the routers' losses of a CLIP-MoE (see
-    `modeclip.models.moe`), else 0. No objective looks at it."""
+    routing: Tensor
+    """(blocks, sums) what the losses of a CLIP-MoE's routers need of this part of the batch
+    (`modeclip.models.moe.router_sums`); (0,) of a plain CLIP. No objective looks at it."""
 
 
 @runtime_checkable
