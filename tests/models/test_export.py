@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import support
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import Clip, assemble_clip, encode_text, load_clip, save_clip
 from modeclip.models.export import onnx as graphs
@@ -234,6 +235,24 @@ def test_experts_of_a_bundle_take_routing_weights_and_share_their_trunk(tmp_path
     nodes = [node.op_type for node in onnx.load(tmp_path / "image.onnx").graph.node]
     assert nodes.count("Conv") == 1
     assert nodes.count("Softmax") == 3  # of attention: one shared block and two of their own
+
+
+@pytest.mark.parametrize(
+    ("kind", "tower"), [("BERT", "text"), ("timm", "image"), ("ResNet", "image")]
+)  # fmt: skip
+def test_towers_of_other_libraries_become_graphs(
+    kind: str, tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resnet = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "patch_size": None}}
+    monkeypatch.setitem(support.CLIP_KINDS, "ResNet", resnet)
+    monkeypatch.setattr(graphs, "INPUTS", {tower: graphs.INPUTS[tower]})  # type: ignore[index]
+    clip = load_clip("modeclip-icon-xxxs", seed=0)
+    (tmp_path / "model").mkdir()
+    model, size = support.build_clip(kind, tmp_path / "model"), support.SMALL_BERT["vocab_size"]
+    other = Clip(**{**vars(clip), "model": model, "tokenizer": lambda texts: clip.tokenizer(texts) % size})
+    (parity,) = graphs.save_onnx([other], tmp_path)
+    assert parity.file == f"{tower}.onnx"
+    assert parity.max_abs < 1e-5
 
 
 def test_clip_moe_becomes_graphs(tmp_path: Path) -> None:
