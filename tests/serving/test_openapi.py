@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+
+from modeclip.serving import shapes
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -40,14 +43,30 @@ def test_answers_are_as_the_openapi_says(server: Server, mode: GenerationMode) -
 
 def test_every_example_is_answered(server: Server) -> None:
     content = server.get("/openapi.json").json()
-    shapes, tried = content["components"]["schemas"], 0
+    schemas, tried = content["components"]["schemas"], 0
     for path, methods in content["paths"].items():
         kinds = methods.get("post", {}).get("requestBody", {}).get("content", {})
         if "application/json" not in kinds:
             continue
         name = kinds["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        for example in shapes[name]["examples"]:
+        for example in schemas[name]["examples"]:
             answer = server.ask(path, **example)
             assert answer.status_code == (409 if path == "/route-images" else 200), (path, answer.text)
             tried += 1
     assert tried >= 7
+
+
+def test_every_shape_of_an_answer_has_an_example_that_fits_it(server: Server) -> None:
+    content = server.get("/openapi.json").json()
+    shown = set()
+    for methods in content["paths"].values():
+        for answers in (method["responses"] for method in methods.values()):
+            for answer in answers.values():
+                shape = answer.get("content", {}).get("application/json", {}).get("schema", {})
+                if place := (shape.get("items", shape)).get("$ref"):
+                    shown.add(place.rpartition("/")[2])
+    assert len(shown) >= 10
+    for name in shown:
+        (example,) = content["components"]["schemas"][name]["examples"]
+        given = getattr(shapes, name).model_validate(example).model_dump(by_alias=True, exclude_none=True)
+        assert json.loads(json.dumps(given)).keys() <= example.keys()

@@ -425,7 +425,14 @@ def _run_on_ray(task: _Task | _Partial, parts: Sequence[int]) -> Iterator[int]:
     except ImportError:
         raise ModeclipError('--ray needs the package ray: pip install "modeclip[ray]"') from None
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray's own, of many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise ModeclipError(
+                f"--ray: Ray cannot be started or reached ({reason}); give the same command again, correct RAY_ADDRESS,"
+                " or leave out --ray"
+            ) from error
     processors = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     log(f"on Ray with {processors} processors")
     shared, ahead = ray.put(task), TASKS_AHEAD * max(1, processors)

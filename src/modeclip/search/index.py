@@ -185,7 +185,11 @@ class Index:
         """
         folder = _place(folder)
         if not state(join(folder, INDEX_FILE)):
-            half = exists(join(folder, ROWS_FOLDER)) if is_url(folder) else Path(folder, ROWS_FOLDER).is_dir()
+            half = (
+                exists(join(folder, ROWS_FOLDER))
+                if is_url(folder)
+                else any(Path(folder, name).exists() for name in (ROWS_FOLDER, LOCK_FILE))
+            )
             raise ModeclipError(
                 f"index {folder}: it is half built; {_AGAIN}"
                 if half

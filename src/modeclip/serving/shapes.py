@@ -13,6 +13,14 @@ PICTURE = (
 """A PNG of 8 by 8 pixels with a line, for examples."""
 
 
+WEIGHTS = {"expert-0": 0.08, "expert-1": 0.92}
+
+
+def example(**content: Any) -> ConfigDict:
+    """Return the settings of a shape that shows an example of itself."""
+    return ConfigDict(json_schema_extra={"examples": [content]})
+
+
 class Shape(BaseModel):
     """A request: unknown fields are refused, so that a typo is not ignored."""
 
@@ -36,9 +44,7 @@ class Routed(Shape):
 class ClassifyRequest(Routed):
     """Pictures and the classes that they may show."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"images": [PICTURE], "classes": ["heart", "home", "star"], "top": 3}]}
-    )
+    model_config = example(images=[PICTURE], classes=["heart", "home", "star"], top=3)
 
     images: list[str] = Field(min_length=1, examples=[[PICTURE]], description="Pictures in base64, or as data URLs.")
     classes: list[str] = Field(min_length=1, examples=[["heart", "home", "star"]])
@@ -67,6 +73,11 @@ class PictureClasses(BaseModel):
 class ClassifyResponse(BaseModel):
     """The classes of each picture, in the order of the request."""
 
+    model_config = example(
+        model="demo",
+        pictures=[{"classes": [{"name": "heart", "probability": 0.93}], "weights": WEIGHTS}],
+    )
+
     model: str
     pictures: list[PictureClasses]
 
@@ -74,7 +85,7 @@ class ClassifyResponse(BaseModel):
 class RouteRequest(Routed):
     """Class names, or texts that are each a task of its own."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"classes": ["heart", "home", "star"]}]})
+    model_config = example(classes=["heart", "home", "star"])
 
     classes: list[str] = Field(min_length=1, examples=[["heart", "home", "star"]])
     templates: list[str] = Field(default=[], description="Prompts that are routed in place of the plain names.")
@@ -84,7 +95,7 @@ class RouteRequest(Routed):
 class RouteImagesRequest(Routed):
     """Pictures, each routed by itself, where the clusters of a bundle are of images."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"images": [PICTURE]}]})
+    model_config = example(images=[PICTURE])
 
     images: list[str] = Field(min_length=1, examples=[[PICTURE]], description="Pictures in base64, or as data URLs.")
 
@@ -112,6 +123,25 @@ class Reason(BaseModel):
 class RouteResponse(BaseModel):
     """Weights with reasons."""
 
+    model_config = example(
+        model="demo",
+        rule="per_class",
+        temperature=0.1,
+        entropy=0.28,
+        classes=[
+            {
+                "name": "heart",
+                "weights": WEIGHTS,
+                "nearest": [
+                    {"cluster": 7, "distance": 0.31, "expert": "expert-1", "captions": ["heart", "broken heart"]}
+                ],
+                "out_of_domain": False,
+                "distance": 0.31,
+                "quantile": 0.12,
+            }
+        ],
+    )
+
     model: str
     rule: str
     temperature: float
@@ -122,15 +152,15 @@ class RouteResponse(BaseModel):
 class EmbeddingsRequest(BaseModel):
     """OpenAI's request: texts, and pictures as data URLs. Fields that it has besides are ignored."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a red umbrella", PICTURE]}]})
+    model_config = example(input=["a red umbrella", PICTURE])
 
     model: str | None = Field(default=None, description="Name of the model, as /models has it.")
     input: str | list[str] = Field(examples=[["a red umbrella", PICTURE]])
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] = Field(default="float", description="How vectors are written.")
     dimensions: int | None = Field(
         default=None, ge=1, le=65_536, description="Numbers of each vector; zeros are appended, none are dropped."
     )
-    user: str | None = None
+    user: str | None = Field(default=None, description="Not looked at.")
 
 
 class Embedding(BaseModel):
@@ -151,6 +181,13 @@ class Usage(BaseModel):
 class EmbeddingsResponse(BaseModel):
     """OpenAI's response. All vectors have unit norm, so a product is a cosine."""
 
+    model_config = example(
+        object="list",
+        data=[{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}],
+        model="demo",
+        usage={"prompt_tokens": 1, "total_tokens": 1},
+    )
+
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
@@ -160,7 +197,7 @@ class EmbeddingsResponse(BaseModel):
 class SearchRequest(Shape):
     """What is looked for in an index."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red umbrella", "count": 5}]})
+    model_config = example(text="a red umbrella", count=5)
 
     text: str | None = Field(default=None, examples=["a red umbrella"])
     image: str | None = Field(default=None, description="A picture in base64, or as a data URL.")
@@ -193,6 +230,26 @@ class SearchHit(BaseModel):
 
 class SearchResponse(BaseModel):
     """The images, best first."""
+
+    model_config = example(
+        index="demo",
+        weights=WEIGHTS,
+        num_searched=23_537,
+        exact=True,
+        hits=[
+            {
+                "number": 15_109,
+                "key": "phosphor/umbrella",
+                "caption": "umbrella",
+                "path": "icons/umbrella.png",
+                "score": 0.82,
+                "height": 3.1,
+                "strength": 0.52,
+                "parts": {"expert-0": 0.05, "expert-1": 0.77},
+                "picture": "/pictures/demo/15109",
+            }
+        ],
+    )
 
     index: str
     weights: dict[str, float] = Field(description="Weight of each expert.")
@@ -237,12 +294,33 @@ class ModelFacts(BaseModel):
 class ModelsResponse(BaseModel):
     """OpenAI's list of models."""
 
+    model_config = example(
+        object="list",
+        data=[
+            {
+                "id": "demo",
+                "object": "model",
+                "created": 1_795_907_284,
+                "owned_by": "modeclip",
+                "experts": list(WEIGHTS),
+                "digests": ["1a9cd5ad", "4191a228"],
+                "dimension": 257,
+                "per_image": False,
+                "logit_scale": 18.9,
+                "routing": {"rule": "per_class", "temperature": 0.1, "templates": ["{}"], "max_experts": 2},
+                "indexes": {"demo": {"images": 23_537, "columns": ["key", "caption", "width"], "exact": True}},
+            }
+        ],
+    )
+
     object: Literal["list"] = "list"
     data: list[ModelFacts]
 
 
 class Health(BaseModel):
     """Whether the service lives."""
+
+    model_config = example(status="ready", model="demo", trouble="", uptime_seconds=12.5)
 
     status: str
     model: str
@@ -261,13 +339,21 @@ class Trouble(BaseModel):
 class ErrorResponse(BaseModel):
     """Every error looks so."""
 
+    model_config = example(
+        error={
+            "message": "count: expected at most 1,000, got 5,000",
+            "type": "invalid_request_error",
+            "request_id": "7a3d699ceb2649a68623cc6ab682338a",
+        }
+    )
+
     error: Trouble
 
 
 class KnnRequest(BaseModel):
     """clip-retrieval's request; what it asks besides (deduplication, safety, aesthetics) is ignored."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red umbrella", "num_images": 3}]})
+    model_config = example(text="a red umbrella", num_images=3)
 
     text: str | None = Field(default=None, examples=["a red umbrella"])
     image: str | None = Field(default=None, description="A picture in base64.")
@@ -275,14 +361,16 @@ class KnnRequest(BaseModel):
     embedding_input: list[float] | None = Field(
         default=None, max_length=65_536, description="An embedding of this service."
     )
-    modality: Literal["image", "text"] = "image"
+    modality: Literal["image", "text"] = Field(default="image", description="What the index holds: images alone.")
     num_images: int = Field(default=100, ge=1, description="Hits with picture and caption.")
     num_result_ids: int | None = Field(default=None, ge=1, description="Hits in all; null: as many as num_images.")
-    indice_name: str | None = None
+    indice_name: str | None = Field(default=None, description="Name of the index; null: the first.")
 
 
 class KnnHit(BaseModel):
     """A hit as clip-retrieval gives it; beyond num_images only number and similarity."""
+
+    model_config = example(id=15_109, similarity=0.82, caption="umbrella", image="iVBORw0KGgo=")
 
     id: int
     similarity: float
@@ -294,14 +382,16 @@ class KnnHit(BaseModel):
 class MetadataRequest(BaseModel):
     """clip-retrieval's request for what belongs to hits."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"ids": [0, 1]}]})
+    model_config = example(ids=[0, 1])
 
     ids: list[int] = Field(examples=[[0, 1]])
-    indice_name: str | None = None
+    indice_name: str | None = Field(default=None, description="Name of the index; null: the first.")
 
 
 class Metadata(BaseModel):
     """What an index knows of an image."""
+
+    model_config = example(id=0, metadata={"key": "phosphor/umbrella", "caption": "umbrella", "width": 32})
 
     id: int
     metadata: dict[str, Any]
@@ -309,6 +399,8 @@ class Metadata(BaseModel):
 
 class Predicted(BaseModel):
     """immich's response."""
+
+    model_config = example(clip="[0.6, -0.8]", imageHeight=32, imageWidth=32)
 
     clip: str = Field(description="The vector, as JSON in a text.")
     image_height: int | None = Field(default=None, alias="imageHeight")
