@@ -432,6 +432,7 @@ def test_models_that_cannot_be_upcycled(done: Upcycled, catalog: Catalog, model:
     save_clip(changed, tmp_path / "changed")
     with pytest.raises(ModeclipError, match=r"positional_embedding differs.*train\.trainable: ffn"):
         upcycle(done.folder, catalog, CONFIG, out=tmp_path / "bad", add=[str(tmp_path / "changed")])
+    assert not (tmp_path / "bad" / "inputs.safetensors").exists(), "told before a pair is looked at"
 
 
 def test_plan_says_what_it_costs(

@@ -673,11 +673,15 @@ class _Maker:
 
     def _assemble(self, base: Clip) -> Clip:
         """Return the CLIP-MoE before it is trained."""
+        from modeclip.models.moe import check_experts
+
         config, experts = self.config, self._experts()
+        states = [expert.state() for expert in experts]
         try:
+            check_experts(base.model, states)  # before a pair is looked at
             return assemble_clip(
                 base,
-                [expert.state() for expert in experts],
+                states,
                 top_k=config.top_k,
                 routers=self._rows_of(base, experts),
                 seed=config.seed,
@@ -741,7 +745,7 @@ class _Maker:
         """Return a CLIP-MoE with further experts."""
         import torch
 
-        from modeclip.models.moe import moe_layers
+        from modeclip.models.moe import check_experts, moe_layers
 
         base, own = dense_of(clip, 0), clip.model.state_dict()
         blocks = [block for found in blocks_of(clip.model).values() for block in found]
@@ -762,6 +766,10 @@ class _Maker:
                 new = {name: value[1:] - value[:1] for name, value in rows.items() if value is not None}
             else:
                 states.append(joining.model.state_dict())
+                try:
+                    check_experts(base.model, states[-1:])  # before a pair is looked at
+                except ModeclipError as error:
+                    raise ModeclipError(f"upcycle --add {source}: {str(error).partition(': ')[2]}") from error
                 of_all = of_all or _read_inputs(Path(self._spec).parent / INPUTS_FILE)
                 of_all = of_all or self._look(base, np.arange(len(self.catalog)), "all pairs")
                 of_domain = self._look(base, self.rows, f"pairs of {source}")

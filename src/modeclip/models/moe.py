@@ -178,10 +178,8 @@ def assemble(
             layers, or the routers do not fit.
     """
     config = MoeConfig(num_experts=1 + len(experts), top_k=top_k)
+    check_experts(base, experts)
     blocks = _blocks(base)
-    own = base.state_dict()
-    for number, state in enumerate(experts, start=1):
-        _check_expert(number, state, own, [name for block in blocks for name in block.ffn_names])
     model = with_experts(copy.deepcopy(base), config)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(seed)
@@ -346,11 +344,21 @@ def _layers(model: nn.Module) -> Iterator[tuple[Block, MoeFfn]]:
             yield block, layer
 
 
+def check_experts(model: nn.Module, experts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise unless the experts' states have a plain model's shapes, and its values outside of feed-forward layers.
+
+    Raises:
+        ModeclipError: It names the expert by its number, from 1, or says that the model has no such layers.
+    """
+    may_differ = tuple(f"{name}." for block in _blocks(model) for name in block.ffn_names)
+    base = model.state_dict()
+    for number, state in enumerate(experts, start=1):
+        _check_expert(number, state, base, may_differ)
+
+
 def _check_expert(
-    number: int, state: Mapping[str, Tensor], base: Mapping[str, Tensor], ffn_names: Sequence[str]
+    number: int, state: Mapping[str, Tensor], base: Mapping[str, Tensor], may_differ: tuple[str, ...]
 ) -> None:
-    """Raise unless an expert's state has the base's shapes, and its values outside of the feed-forward layers."""
-    may_differ = tuple(f"{name}." for name in ffn_names)
     if strange := sorted(base.keys() ^ state.keys()):
         where = "the base" if strange[0] in base else "the expert"
         raise ModeclipError(

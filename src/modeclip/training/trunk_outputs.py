@@ -9,7 +9,7 @@ pairs, and after the boot of the machine: what was not yet on the disk when a ma
 The pairs of a piece of a batch count as kept at once, when the states of all are written, and these are never written
 again. So a job that was killed goes on with the same bits.
 
-Price: 4 T W bytes a pair and tower, for T tokens of width W, of texts up to their end: 17 kB a pair for modeclip-icon,
+Price: 4 T W bytes a pair and tower, for T tokens of width W, of texts up to their end: 13 kB a pair for modeclip-icon,
 180 kB for ViT-B-32. Rejected: a pass over all pairs beforehand, which a plan of a few steps would have to pay, and
 columns of the catalog, which would outlive the one training that they are for.
 """
