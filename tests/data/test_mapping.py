@@ -24,6 +24,7 @@ from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLU
 from modeclip.data.mapping import POSITION, concatenate, map_columns, map_fragments
 from modeclip.data.storage import FileWriter, append, create
 from modeclip.errors import ModeclipError
+from modeclip.search.index import Index
 
 ROWS, FRAGMENT_ROWS = 60, 10
 METADATA = {FORMAT: FORMAT_VERSION, FINGERPRINT: "f" * 32}
@@ -307,14 +308,14 @@ class TestRay:
         assert made[0] == made[1]
         assert catalog.read(["align_kept"])["align_kept"].tolist() == [len(text.split()) <= 3 for text in captions]
 
-    def test_a_filter_and_a_dictionary_say_the_same_here_and_there(self, tmp_path: Path):
+    def test_a_filter_a_dictionary_and_an_index_say_the_same_here_and_there(self, tmp_path: Path):
         from tests.curation.test_align import pair, write  # which imports from here
 
         from support import with_weights, write_wordnet  # which the processes of other tests here cannot
 
         captions = ("a small dog", "a mouse and a dog", "two hot dogs", "nothing known", "a tiny mouse", "dog")
         clip, words = with_weights("modeclip-icon-xxxs", tmp_path), f"wordnet:{write_wordnet(tmp_path / 'dict')}"
-        made, scores = [], []
+        made, scores, found = [], [], []
         for ray in (True, False):
             catalog = write(tmp_path / f"{ray}.lance", [pair(n, captions[n % 6]) for n in range(24)], max_rows=12)
             scored = curate(catalog, "dfn", filter=clip, score="sclip", fraction=0.5, contrast=8, ray=ray)
@@ -322,7 +323,11 @@ class TestRay:
             columns = [scored.column("cause"), explained.column("caption")]
             made.append([column.tolist() for column in columns] + [catalog.facts("klite_caption")])
             scores.append(scored.column("score"))
+            index = Index.build(catalog, clip, tmp_path / f"{ray}.index", ray=ray)
+            hits = index.search("a small dog", count=24).hits
+            found.append([hit.score for hit in sorted(hits, key=lambda hit: hit.row)])
         assert made[0] == made[1]
+        np.testing.assert_allclose(*found, atol=1e-3)  # of vectors in float16
         np.testing.assert_allclose(*scores, atol=0.01)  # of vectors in bfloat16, which depend on the number of threads
         assert 0 < sum(text is not None for text in made[0][1]) < 24
 
