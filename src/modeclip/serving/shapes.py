@@ -16,7 +16,7 @@ PICTURE = (
 WEIGHTS = {"expert-0": 0.08, "expert-1": 0.92}
 
 
-def example(**content: Any) -> ConfigDict:
+def _example(**content: Any) -> ConfigDict:
     """Return the settings of a shape that shows an example of itself."""
     return ConfigDict(json_schema_extra={"examples": [content]})
 
@@ -44,7 +44,7 @@ class Routed(Shape):
 class ClassifyRequest(Routed):
     """Pictures and the classes that they may show."""
 
-    model_config = example(images=[PICTURE], classes=["heart", "home", "star"], top=3)
+    model_config = _example(images=[PICTURE], classes=["heart", "home", "star"], top=3)
 
     images: list[str] = Field(min_length=1, examples=[[PICTURE]], description="Pictures in base64, or as data URLs.")
     classes: list[str] = Field(min_length=1, examples=[["heart", "home", "star"]])
@@ -73,7 +73,7 @@ class PictureClasses(BaseModel):
 class ClassifyResponse(BaseModel):
     """The classes of each picture, in the order of the request."""
 
-    model_config = example(
+    model_config = _example(
         model="demo",
         pictures=[{"classes": [{"name": "heart", "probability": 0.93}], "weights": WEIGHTS}],
     )
@@ -85,7 +85,7 @@ class ClassifyResponse(BaseModel):
 class RouteRequest(Routed):
     """Class names, or texts that are each a task of its own."""
 
-    model_config = example(classes=["heart", "home", "star"])
+    model_config = _example(classes=["heart", "home", "star"])
 
     classes: list[str] = Field(min_length=1, examples=[["heart", "home", "star"]])
     templates: list[str] = Field(default=[], description="Prompts that are routed in place of the plain names.")
@@ -95,7 +95,7 @@ class RouteRequest(Routed):
 class RouteImagesRequest(Routed):
     """Pictures, each routed by itself, where the clusters of a bundle are of images."""
 
-    model_config = example(images=[PICTURE])
+    model_config = _example(images=[PICTURE])
 
     images: list[str] = Field(min_length=1, examples=[[PICTURE]], description="Pictures in base64, or as data URLs.")
 
@@ -123,7 +123,7 @@ class Reason(BaseModel):
 class RouteResponse(BaseModel):
     """Weights with reasons."""
 
-    model_config = example(
+    model_config = _example(
         model="demo",
         rule="per_class",
         temperature=0.1,
@@ -152,7 +152,7 @@ class RouteResponse(BaseModel):
 class EmbeddingsRequest(BaseModel):
     """OpenAI's request: texts, and pictures as data URLs. Fields that it has besides are ignored."""
 
-    model_config = example(input=["a red umbrella", PICTURE])
+    model_config = _example(input=["a red umbrella", PICTURE])
 
     model: str | None = Field(default=None, description="Name of the model, as /models has it.")
     input: str | list[str] = Field(examples=[["a red umbrella", PICTURE]])
@@ -181,7 +181,7 @@ class Usage(BaseModel):
 class EmbeddingsResponse(BaseModel):
     """OpenAI's response. All vectors have unit norm, so a product is a cosine."""
 
-    model_config = example(
+    model_config = _example(
         object="list",
         data=[{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}],
         model="demo",
@@ -197,7 +197,7 @@ class EmbeddingsResponse(BaseModel):
 class SearchRequest(Shape):
     """What is looked for in an index."""
 
-    model_config = example(text="a red umbrella", count=5)
+    model_config = _example(text="a red umbrella", count=5)
 
     text: str | None = Field(default=None, examples=["a red umbrella"])
     image: str | None = Field(default=None, description="A picture in base64, or as a data URL.")
@@ -231,7 +231,7 @@ class SearchHit(BaseModel):
 class SearchResponse(BaseModel):
     """The images, best first."""
 
-    model_config = example(
+    model_config = _example(
         index="demo",
         weights=WEIGHTS,
         num_searched=23_537,
@@ -294,7 +294,7 @@ class ModelFacts(BaseModel):
 class ModelsResponse(BaseModel):
     """OpenAI's list of models."""
 
-    model_config = example(
+    model_config = _example(
         object="list",
         data=[
             {
@@ -320,7 +320,7 @@ class ModelsResponse(BaseModel):
 class Health(BaseModel):
     """Whether the service lives."""
 
-    model_config = example(status="ready", model="demo", trouble="", uptime_seconds=12.5)
+    model_config = _example(status="ready", model="demo", trouble="", uptime_seconds=12.5)
 
     status: str
     model: str
@@ -339,7 +339,7 @@ class Trouble(BaseModel):
 class ErrorResponse(BaseModel):
     """Every error looks so."""
 
-    model_config = example(
+    model_config = _example(
         error={
             "message": "count: expected at most 1,000, got 5,000",
             "type": "invalid_request_error",
@@ -353,7 +353,7 @@ class ErrorResponse(BaseModel):
 class KnnRequest(BaseModel):
     """clip-retrieval's request; what it asks besides (deduplication, safety, aesthetics) is ignored."""
 
-    model_config = example(text="a red umbrella", num_images=3)
+    model_config = _example(text="a red umbrella", num_images=3)
 
     text: str | None = Field(default=None, examples=["a red umbrella"])
     image: str | None = Field(default=None, description="A picture in base64.")
@@ -370,7 +370,7 @@ class KnnRequest(BaseModel):
 class KnnHit(BaseModel):
     """A hit as clip-retrieval gives it; beyond num_images only number and similarity."""
 
-    model_config = example(id=15_109, similarity=0.82, caption="umbrella", image="iVBORw0KGgo=")
+    model_config = _example(id=15_109, similarity=0.82, caption="umbrella", image="iVBORw0KGgo=")
 
     id: int
     similarity: float
@@ -382,7 +382,7 @@ class KnnHit(BaseModel):
 class MetadataRequest(BaseModel):
     """clip-retrieval's request for what belongs to hits."""
 
-    model_config = example(ids=[0, 1])
+    model_config = _example(ids=[0, 1])
 
     ids: list[int] = Field(examples=[[0, 1]])
     indice_name: str | None = Field(default=None, description="Name of the index; null: the first.")
@@ -391,7 +391,7 @@ class MetadataRequest(BaseModel):
 class Metadata(BaseModel):
     """What an index knows of an image."""
 
-    model_config = example(id=0, metadata={"key": "phosphor/umbrella", "caption": "umbrella", "width": 32})
+    model_config = _example(id=0, metadata={"key": "phosphor/umbrella", "caption": "umbrella", "width": 32})
 
     id: int
     metadata: dict[str, Any]
@@ -400,7 +400,7 @@ class Metadata(BaseModel):
 class Predicted(BaseModel):
     """immich's response."""
 
-    model_config = example(clip="[0.6, -0.8]", imageHeight=32, imageWidth=32)
+    model_config = _example(clip="[0.6, -0.8]", imageHeight=32, imageWidth=32)
 
     clip: str = Field(description="The vector, as JSON in a text.")
     image_height: int | None = Field(default=None, alias="imageHeight")
