@@ -45,6 +45,7 @@ def write_shards(folder: Path, shards: list[list[tuple[int, int]]]) -> str:
     return str(folder)
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 39), st.integers(0, 5)), min_size=4, max_size=12), min_size=2, max_size=4

@@ -31,7 +31,7 @@ def scored(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     names = ["seed", *(f"{kind}-{k}" for kind in ("expert", "random", "full", "one-step") for k in range(2))]
     models = []
     for seed, name in enumerate(names):
-        save_clip(load_clip("modeclip-icon", seed=seed), root / name)
+        save_clip(load_clip("modeclip-icon-xxxs", seed=seed), root / name)
         samples, start = (1000, None) if name == "seed" else (10 + seed, root / "seed")
         models.append(TrainedModel(name=name, role=role_of(name)[0], folder=root / name, samples=samples, start=start))
     centers = bundle.fine_centers[[0, 9]]

@@ -349,7 +349,8 @@ def test_bundle_holds_what_was_trained_and_clustered(small_run: Path) -> None:
 def test_full_disk(small_recipe: Path, tmp_path: Path, megabytes: int, words: str) -> None:
     """On a real file system of that size: full while the catalog is written, and too small for a model."""
     recipe = tmp_path.parent / f"disk-{megabytes}.yaml"
-    recipe.write_text(small_recipe.read_text() + "embed: {encoder: tfidf, dimension: 32}\nexperts: {jobs: 1}\n")
+    settings = small_recipe.read_text().replace("modeclip-icon-xxxs", "modeclip-icon")
+    recipe.write_text(settings + "embed: {encoder: tfidf, dimension: 32}\nexperts: {jobs: 1}\n")
     script = (
         f"mount -t tmpfs -o size={megabytes}m tmpfs {tmp_path} && "
         f"exec {sys.executable} -m modeclip run {recipe} --out {tmp_path}/run"
@@ -388,7 +389,7 @@ RECIPE_A = {
     "name": "a",
     "embed": {"encoder": "tfidf", "dimension": 16},
     "cluster": {"num_fine": 6, "num_experts": 2},
-    "train": {"samples": 64, "batch_size": 16, "total_parts": 4, "seed_parts": 2},
+    "train": {"model": "modeclip-icon-xxxs", "samples": 64, "batch_size": 16, "total_parts": 4, "seed_parts": 2},
     "experts": {"dense": False, "dense_total": False, "controls": ["random"]},
 }
 OTHERS = {
@@ -532,7 +533,8 @@ def test_a_plan_says_all_that_a_run_trains_and_a_run_says_it_first(
     assert (whole.seconds, whole.disk_bytes, whole.samples) == (0, 0, 160)
     other = plan_run(recipe_of(pair_folder, OTHERS["cluster"]), clean)
     assert [stage.name for stage in other.stages if stage.is_done] == ["index", "embed"]
-    reason, rate = plan.notes
+    unnamed = {name: value for name, value in RECIPE_A["train"].items() if name != "model"}
+    reason, rate = plan_run(recipe_of(pair_folder, {"train": unnamed}), tmp_path / "new").notes
     assert "train.model is not given: modeclip-icon, which sees 32 x 32 pixels" in reason
     assert rate == "train.learning_rate is not given: 0.001, since modeclip-icon has no trained weights"
     assert yaml.safe_load((clean / "recipe.yaml").read_text())["train"]["learning_rate"] == 0.001
@@ -553,7 +555,11 @@ def test_a_report_that_is_written_again_is_whole(small_recipe: Path, small_run: 
     assert (out / "stages" / "report.json").stat().st_mtime_ns == before, "nothing is done again"
 
 
-def test_a_plan_knows_the_models_that_other_clusters_keep(small_recipe: Path, small_run: Path, tmp_path: Path) -> None:
+def test_a_plan_knows_the_models_that_other_clusters_keep(
+    small_recipe: Path, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Measurement(seconds_per_step=2.0, memory_gb=1.0, checkpoint_bytes=3_000_000, model_bytes=1_000_000)
+    monkeypatch.setattr("modeclip.training.costs.measure", lambda *_: found)
     out, recipe = shutil.copytree(small_run, tmp_path / "run"), load_recipe(small_recipe)
     other = replace(recipe, cluster=replace(recipe.cluster, num_experts=recipe.cluster.num_experts + 1))
     done = {model.name for model in plan_run(other, out).models if model.is_done}

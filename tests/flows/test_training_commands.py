@@ -30,12 +30,16 @@ from modeclip.models.pool import ModelRef
 from modeclip.pipeline.run_folder import RunFolder
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows
+from modeclip.training.costs import Measurement
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
 from support import weights_of, with_weights
 
 pytestmark = pytest.mark.usefixtures("trains_here")
-SETTINGS = ("--samples", "512", "--batch-size", "16", "--precision", "32-true", "--log-every", "1")
+MODEL = "modeclip-icon-xxxs"
+SETTINGS = (
+    *("--model", MODEL, "--samples", "512", "--batch-size", "16", "--precision", "32-true", "--log-every", "1"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +63,11 @@ def run(command: Callable[..., None], *words: object) -> Any:
     return call(command, [str(word) for word in words])
 
 
-@pytest.mark.slow
-def test_a_plan_stops_there(clustered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_stops_there(
+    clustered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Measurement(seconds_per_step=2.0, memory_gb=1.0, checkpoint_bytes=3_000_000, model_bytes=1_000_000)
+    monkeypatch.setattr("modeclip.training.costs.measure", lambda *_: found)
     copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
     run(train_experts, copy, *SETTINGS, "--budget", "matched", "--controls", "random", "one-step", "--plan", "--json")
     content = json.loads(capsys.readouterr().out)
@@ -101,7 +108,7 @@ def test_the_same_again_does_only_what_is_missing(trained: Path, capsys: pytest.
 
 def test_a_bundle_that_was_edited_is_left_alone(trained: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(trained, tmp_path / "copy")
-    config = TrainConfig(samples=512, batch_size=16, engine=EngineConfig(precision="32-true"))
+    config = TrainConfig(model=MODEL, samples=512, batch_size=16, engine=EngineConfig(precision="32-true"))
     folder = RunFolder(folder=copy, training=config, experts=ExpertsConfig(dense=False, dense_total=False))
     assert [job.name for job in folder.jobs if TrainResult.read(job) is None] == ["expert-0"]
     path = copy / "bundle" / "mode.json"
@@ -282,9 +289,7 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_as_the_start_stands_in_for_missing_experts(clustered: Path, tmp_path: Path) -> None:
     """Fine-tuning: the start is exported, the expert has a schedule of its own, the bundle has both."""
     copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
-    run(
-        train_experts, copy, *SETTINGS, "--start", with_weights("modeclip-icon", tmp_path), "--only", "0", "--jobs", "1"
-    )
+    run(train_experts, copy, *SETTINGS, "--start", with_weights(MODEL, tmp_path), "--only", "0", "--jobs", "1")
     job = TrainJob.load(copy / "models" / "expert-0" / "job.json")
     assert (job.first_step, job.first_share, job.last_share, job.start_from) == (0, 0.0, 1.0, None)
     assert [expert.folder for expert in load_bundle(copy / "bundle").experts] == ["expert-0", "seed"]
