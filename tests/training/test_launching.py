@@ -22,6 +22,7 @@ from modeclip.system.files import holder_of
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import commands_for, run_jobs
 from modeclip.training.status import job_status
+from modeclip.training.trainer import train
 
 CONFIG = TrainConfig(
     model="modeclip-icon-xxxs",
@@ -357,7 +358,7 @@ def test_ray_repeats_a_job_whose_worker_died(catalog: Path, tmp_path: Path) -> N
     assert killed
     assert [job_status(job).state for job in (seed, expert, wrong)] == ["finished", "finished", "failed"]
     alone = replace(seed, folder=str(tmp_path / "alone"))
-    run_jobs([alone], 1)
+    train(alone)
     assert support.weights_of(alone.folder) == support.weights_of(seed.folder)
     too_wide = replace(make_job(catalog, tmp_path / "wide"), threads=3)
     with pytest.raises(ModeclipError, match=r"wide needs 3 CPU.*has 2 .*lower experts"):
