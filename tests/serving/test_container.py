@@ -52,6 +52,8 @@ def test_the_container_runs_as_a_user_and_takes_only_what_it_needs() -> None:
 def test_the_demo_ends_with_the_command_that_serves_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(runs, "run", lambda *_, **__: None)
+    monkeypatch.setattr("modeclip.pipeline.stages.run", lambda *_: None)
+    for told_before in ("_print_first_use", "_print_run"):
+        monkeypatch.setattr(runs, told_before, lambda _: None)
     runs.demo(tmp_path / "my demo")
     assert capsys.readouterr().out.splitlines()[-1] == f"modeclip serve '{tmp_path / 'my demo'}'"
