@@ -286,7 +286,7 @@ class TrainConfig:
         if not self.trainable.startswith("last:"):
             raise ModeclipError(
                 "train.engine.keep_trunk keeps what the frozen blocks of train.trainable last:N give, got "
-                f"train.trainable {self.trainable}; set it to last:N, or keep_trunk to false"
+                f"train.trainable {self.trainable}; set it to last:N, or leave keep_trunk out"
             )
         augment = self.augment
         jitter = augment.color_jitter if augment.color_jitter_probability else 0.0
@@ -296,7 +296,7 @@ class TrainConfig:
             plain = 1 if wrong[0] == "min_crop_share" else 0
             raise ModeclipError(
                 "train.engine.keep_trunk needs the same pictures in every pass, got "
-                f"train.augment.{wrong[0]} {getattr(augment, wrong[0])}; set it to {plain}, or keep_trunk to false"
+                f"train.augment.{wrong[0]} {getattr(augment, wrong[0])}; set it to {plain}, or leave keep_trunk out"
             )
 
     @property

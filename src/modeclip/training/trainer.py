@@ -251,7 +251,7 @@ class _Learner:
             what = "strategy fsdp" if self.is_sharded else f"{world.size // world.here} machines"
             raise ModeclipError(
                 f"{job.name}: train.engine.keep_trunk needs processes of one machine with the whole model, got {what}; "
-                "set it to false, or take ddp on one machine"
+                "leave it out, or take ddp on one machine"
             )
 
         def run(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

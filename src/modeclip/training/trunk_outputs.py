@@ -228,7 +228,7 @@ def measure_outputs(
     if not (torch.equal(images, again[0]) and torch.equal(texts, again[1])):
         raise ModeclipError(
             f"{job.name}: train.engine.keep_trunk: the frozen blocks do not give the same twice (they have dropout), "
-            "so that nothing can be kept; set it to false"
+            "so that nothing can be kept; leave it out"
         )
     shapes: Any = tuple(images.shape[1:]), tuple(texts.shape[1:])
     kept = TrunkOutputs(
@@ -259,7 +259,7 @@ def open_outputs(job: TrainJob, kept: TrunkOutputs, needed: int) -> None:
     if needed - present > free:
         raise ModeclipError(
             f"{job.name}: train.engine.keep_trunk takes {needed / 1e9:,.2f} GB for {kept.num_pairs:,} pairs in "
-            f"{where}, which has {free / 1e9:,.2f} GB; free some space, or set it to false"
+            f"{where}, which has {free / 1e9:,.2f} GB; free some space, or leave it out"
         )
     log(
         f"{job.name}: what the frozen blocks give for {kept.num_pairs:,} pairs is kept in {where} while it trains, "
