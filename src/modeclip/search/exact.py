@@ -2,8 +2,8 @@
 
 The rows are kept as they are stored, in float16. One query reads each row once, so the time is that of reading them.
 Where the processor multiplies float16 by itself, rows are ranked in float16 first, and all that could be among the
-best, by a bound on its rounding, are scored again in float32: the result is that of float32. Several queries are taken
-in blocks of rows, which are turned into float32 once for all of them.
+best, by a bound on its rounding, are scored again in float32: the result is that of float32. Several queries share one
+pass over the rows. Elsewhere rows are taken in blocks, which are turned into float32 once for all queries.
 
 Price: 2 D bytes of memory a row. ``benchmarks/search.py`` prints the time of a query beside that of faiss.
 """
@@ -26,6 +26,8 @@ ROUNDING = 2.0**-9
 result (2^-11) can come to, if it is summed in float32. A processor that does worse is not used (`half_is_fast`)."""
 BLOCK_BYTES = 1 << 24
 """Bytes of the float32 rows of a block, so that it stays in the processor's cache."""
+TOGETHER = 32
+"""Queries that share a pass over the rows in float16, each of which keeps a score of every row meanwhile."""
 FEW = 16
 """One row in so many, or fewer, may be chosen: then only these are read."""
 
@@ -72,27 +74,38 @@ class Rows:
         chosen = None if allowed is None else np.flatnonzero(allowed)
         count = min(count, len(self) if chosen is None else len(chosen))
         asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
-        if not count:
-            return np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+        if not count or not len(queries):
+            return np.empty((len(queries), count), np.int64), np.empty((len(queries), count), np.float32)
         if chosen is not None and len(chosen) * FEW <= len(self):
             scores = torch.from_numpy(self.take(chosen)) @ asked.T
             rows, values = _largest(scores.T, count)
             return chosen[rows], values
-        if len(queries) == 1 and half_is_fast():
-            return self._best_of_one(asked[0], count, allowed)
+        if half_is_fast():
+            starts = range(0, len(asked), TOGETHER)
+            parts = [self._best_in_half(asked[start : start + TOGETHER], count, allowed) for start in starts]
+            return np.concatenate([rows for rows, _ in parts]), np.concatenate([values for _, values in parts])
         return self._best_in_blocks(asked, count, allowed)
 
-    def _best_of_one(
-        self, query: Tensor, count: int, allowed: Bool[np.ndarray, " N"] | None
-    ) -> tuple[Int[np.ndarray, "1 k"], Float[np.ndarray, "1 k"]]:
-        scores = torch.mv(self._half, query.half())
-        if allowed is not None:
-            scores[~torch.from_numpy(allowed)] = -torch.inf
-        least = float(torch.topk(scores, count).values[-1])
-        bound = 2 * ROUNDING * float(query.norm()) * self._norm
-        rows = torch.nonzero(scores >= least - bound).flatten()
-        found, values = _largest((self._half[rows].float() @ query)[None], count)
-        return rows.numpy()[found], values
+    def _best_in_half(
+        self, queries: Tensor, count: int, allowed: Bool[np.ndarray, " N"] | None
+    ) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
+        ranked = (
+            torch.mm(queries.half(), self._half.T)
+            if len(queries) > 1
+            else torch.mv(self._half, queries[0].half())[None]
+        )
+        found: list[np.ndarray] = []
+        values: list[np.ndarray] = []
+        for query, scores in zip(queries, ranked, strict=True):
+            if allowed is not None:
+                scores[~torch.from_numpy(allowed)] = -torch.inf
+            least = float(torch.topk(scores, count).values[-1])
+            bound = 2 * ROUNDING * float(query.norm()) * self._norm
+            rows = torch.nonzero(scores >= least - bound).flatten()
+            places, own = _largest((self._half[rows].float() @ query)[None], count)
+            found.append(rows.numpy()[places[0]])
+            values.append(own[0])
+        return np.stack(found), np.stack(values)
 
     def _best_in_blocks(
         self, queries: Tensor, count: int, allowed: Bool[np.ndarray, " N"] | None
@@ -135,9 +148,10 @@ def half_is_fast() -> bool:
     rows = torch.nn.functional.normalize(torch.randn(16_384, 256, generator=draw), dim=1)
     query = torch.nn.functional.normalize(torch.randn(256, generator=draw), dim=0)
     half, short = rows.half(), query.half()
-    error = (torch.mv(half, short).float() - half.float() @ query).abs().max()
-    if float(error) > ROUNDING / 2:
-        return False
+    exact = half.float() @ query
+    for found in (torch.mv(half, short), torch.mm(torch.stack([short, -short]), half.T)[0]):
+        if float((found.float() - exact).abs().max()) > ROUNDING / 2:
+            return False
 
     def seconds(matrix: Tensor, vector: Tensor) -> float:
         found = []
