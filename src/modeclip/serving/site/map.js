@@ -2,7 +2,7 @@
 // While it moves, many points are written into a pixel buffer; at rest, and where they are few, they are drawn as circles.
 import { picture } from "./api.js";
 
-const MOST_CIRCLES = 6000, MOST_AT_REST = 60000, REST_MILLISECONDS = 140, PICTURE_ROOM = 40, MOST_PICTURES = 400, MOST_ZOOM = 4000, CLICK_PIXELS = 5, HINT_PIXELS = 60;
+const MOST_CIRCLES = 1500, MOST_AT_REST = 60000, REST_MILLISECONDS = 140, PICTURE_ROOM = 40, MOST_PICTURES = 400, MOST_ZOOM = 4000, CLICK_PIXELS = 5, HINT_PIXELS = 60;
 
 export class AtlasMap {
   /**
