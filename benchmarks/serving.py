@@ -2,12 +2,13 @@
 
 Usage: python benchmarks/serving.py RUN|BUNDLE [--clients 32] [--seconds 10] [--rounds 5]
 
-Both are real processes that answer ``POST /classify`` with a picture of 64 pixels and ten classes. The peer is what
-anybody writes in twenty lines: FastAPI, a lock, and ``task.classify``, with the task of each list of classes kept, so
-no text is encoded again. The clients are one process that holds an open connection each and sends the next request when
-the last is answered. The two services are asked in turns; a round is a ratio, and the median of them is printed with
-p50 and p99 of both, and with the processor time of a request, which a busy machine disturbs less. Then a list of 1,000
-classes is asked twice, with what the text towers and the router's encoder had to do for each.
+All are real processes that answer ``POST /classify`` with a picture of 64 pixels and ten classes. The first peer is the
+same service with batches of one picture, so everything but the batches is equal. The second is what anybody writes in
+twenty lines: FastAPI, a lock, and ``task.classify``, with the task of each list of classes kept, so no text is encoded
+again. The clients are one process of their own that holds an open connection each and sends the next request, whose
+bytes are ready, when the last is answered. The services are asked in turns; a round is a ratio, and the median of them
+is printed with p50 and p99, and with the processor time of a request, which a busy machine disturbs less. Then a list
+of 1,000 classes is asked twice, with what the text towers and the router's encoder had to do for each.
 """
 
 from __future__ import annotations
@@ -32,7 +33,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+NAMES = ["modeclip serve", "the same with batches of one", "FastAPI and a lock"]
 CLASSES = ["heart", "arrow", "home", "star", "circle", "mail", "user", "cloud", "file", "lock"]
+
+
+def serve_alone(bundle: str, port: int) -> None:
+    """Serve a bundle with modeclip, one picture in a batch."""
+    from modeclip.__main__ import main as modeclip
+    from modeclip.serving import answers
+
+    answers.BATCH = 1
+    sys.argv = ["modeclip", "serve", bundle, "--port", str(port)]
+    modeclip()
 
 
 def serve_one_at_a_time(bundle: str, port: int) -> None:
@@ -151,30 +163,32 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one-at-a-time", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--as-peer", choices=["batches of one", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     bundle = next(
         str(path) for path in (Path(given.what) / "bundle", Path(given.what)) if (path / "mode.json").is_file()
     )
-    if given.one_at_a_time:
-        serve_one_at_a_time(bundle, given.port)
+    if given.as_peer:
+        (serve_alone if given.as_peer == "batches of one" else serve_one_at_a_time)(bundle, given.port)
         return
     requests = [request_of({"images": [picture_of(seed)], "classes": CLASSES}) for seed in range(64)]
-    ours, port = start(["-m", "modeclip", "serve", bundle])
-    peer, peer_port = start([__file__, bundle, "--one-at-a-time"])
+    started = [start(["-m", "modeclip", "serve", bundle])]
+    started += [start([__file__, bundle, "--as-peer", peer]) for peer in ("batches of one", "plain")]
+    processes, ports = zip(*started, strict=True)
+    port = ports[0]
     try:
-        rates: list[tuple[float, float]] = []
-        times: dict[str, list[float]] = {"ours": [], "peer": []}
-        for place in (port, peer_port):
-            asyncio.run(load(place, requests, given.clients, 2))  # both are warm then
-        used = [-processor_seconds(process) for process in (ours, peer)]
+        rates: list[list[float]] = []
+        times: list[list[float]] = [[] for _ in ports]
+        for place in ports:
+            asyncio.run(load(place, requests, given.clients, 2))  # all are warm then
+        used = [-processor_seconds(process) for process in processes]
         for _ in range(given.rounds):
-            found = [asyncio.run(load(place, requests, given.clients, given.seconds)) for place in (port, peer_port)]
-            rates.append((len(found[0]) / given.seconds, len(found[1]) / given.seconds))
-            times["ours"] += found[0]
-            times["peer"] += found[1]
-        used = [before + processor_seconds(process) for before, process in zip(used, (ours, peer), strict=True)]
+            found = [asyncio.run(load(place, requests, given.clients, given.seconds)) for place in ports]
+            rates.append([len(own) / given.seconds for own in found])
+            for all_times, own in zip(times, found, strict=True):
+                all_times += own
+        used = [before + processor_seconds(process) for before, process in zip(used, processes, strict=True)]
         done = counters(port)
         many = request_of({"images": [picture_of(0)], "classes": [f"thing number {one}" for one in range(1000)]})
         texts = [counters(port)]
@@ -182,23 +196,26 @@ def main() -> None:
             assert asyncio.run(ask(port, many))[0] == 200
             texts.append(counters(port))
     finally:
-        for process in (ours, peer):
+        for process in processes:
             os.kill(process.pid, signal.SIGTERM)
             process.wait()
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {datetime.now(UTC).date()}, seed 0, {given.clients} clients\n"
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {datetime.now(UTC).date()},"
+        f" seed 0, {given.clients} clients\n"
     )
     print("| | requests/s | p50, ms | p99, ms | p99 / p50 | processor, ms a request |")
     print("|---|---|---|---|---|---|")
-    cost = [1000 * seconds / len(own) for seconds, own in zip(used, times.values(), strict=True)]
-    for number, (name, own) in enumerate(times.items()):
+    cost = [1000 * seconds / len(own) for seconds, own in zip(used, times, strict=True)]
+    for number, (name, own) in enumerate(zip(NAMES, times, strict=True)):
         low, high = (1000 * value for value in np.quantile(own, [0.5, 0.99]))
         rate = statistics.median(one[number] for one in rates)
-        title = "modeclip serve" if name == "ours" else "one request at a time"
-        print(f"| {title} | {rate:,.0f} | {low:.1f} | {high:.1f} | {high / low:.2f} | {cost[number]:.1f} |")
-    ratios = [own / other for own, other in rates]
-    print(f"\nratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in {given.rounds} rounds)")
-    print(f"ratio of processor time: {cost[1] / cost[0]:.2f}")
+        print(f"| {name} | {rate:,.0f} | {low:.1f} | {high:.1f} | {high / low:.2f} | {cost[number]:.1f} |")
+    for number, name in enumerate(NAMES[1:], 1):
+        ratios = [one[0] / one[number] for one in rates]
+        print(
+            f"\nratio to {name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in"
+            f" {given.rounds} rounds), of processor time: {cost[number] / cost[0]:.2f}"
+        )
     print(f"pictures in a batch: {done['images _items'] / done['images es']:.1f}")
     for number, name in enumerate(("first", "again")):
         passed = {

@@ -371,6 +371,8 @@ def test_batch_of_images_equals_preprocess_of_each() -> None:
     for pictures in (right, wrong):
         expected = torch.stack([clip.preprocess(picture) for picture in pictures])
         torch.testing.assert_close(clip.images(pictures), expected, atol=1e-6, rtol=0)
+        cut = clip.images([clip.cut(picture) for picture in pictures])
+        torch.testing.assert_close(cut, expected, atol=1e-6, rtol=0)
 
 
 def test_saved_model_is_a_plain_open_clip_folder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from modeclip.errors import ModeclipError
 from modeclip.models.clip import encode_text
-from modeclip.models.trunk import encode, head_depth, split
+from modeclip.models.trunk import encode, head_depth, record, split
 from support import CLIP_KINDS, SMALL_TEXT, build_clip
 
 
@@ -218,3 +218,28 @@ def test_what_cannot_be_cut_is_one_line(tmp_path: Path) -> None:
         split(resnet, "image", 1)
     assert head_depth(resnet, "image", ["visual.layer4.0.conv1.weight"]) is None
     assert head_depth(resnet, "text", ["visual.layer4.0.conv1.weight"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["plain", "class token"])
+def test_a_recorded_tower_is_the_tower_and_runs_without_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_clip(kind, tmp_path)
+    images = inputs_of(model, "image")
+    with torch.no_grad():
+        whole = [encode(model, "image", images[:count]) for count in (1, 2, 3)]
+        assert record(model)
+        monkeypatch.setattr(model.visual, "forward", None)  # nobody runs the tower itself any more
+        for count, expected in enumerate(whole, 1):
+            torch.testing.assert_close(encode(model, "image", images[:count]), expected, atol=1e-6, rtol=0)
+
+
+def test_a_tower_that_depends_on_its_batch_is_not_recorded(tmp_path: Path) -> None:
+    model = build_clip("plain", tmp_path)
+    inner, images = model.visual.forward, inputs_of(model, "image")
+    model.visual.forward = lambda images: inner(images) if len(images) == 2 else inner(images).flip(1)
+    with torch.no_grad():
+        before = encode(model, "image", images)
+        assert not record(model)
+        torch.testing.assert_close(encode(model, "image", images), before)

@@ -12,7 +12,7 @@ from modeclip.errors import ModeclipError
 from modeclip.serving.limits import Limits
 from modeclip.system.options import MaxMemory, UserEncoder, to_bytes
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
+NEEDED = ("fastapi", "uvicorn", "uvloop", "prometheus_client", "multipart")
 """Packages of the extra ``serve``."""
 
 

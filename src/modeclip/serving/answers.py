@@ -21,7 +21,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 
 from modeclip.data.prompts import check_templates, check_texts, fill
@@ -29,6 +28,7 @@ from modeclip.mixture.mode import MoDE
 from modeclip.mixture.router import ClusterRouter, Route, RouteRequest
 from modeclip.mixture.rules import embed_classes
 from modeclip.models.clip import logit_scale_of
+from modeclip.models.trunk import record
 from modeclip.search.asking import SearchModel, join_parts, texts_of
 from modeclip.search.query import Asked, Query
 from modeclip.serving.batching import Batcher
@@ -36,7 +36,6 @@ from modeclip.serving.limits import Limits, RefusedError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -132,7 +131,7 @@ class Answers:
 
     async def image_vectors(
         self,
-        prepared: Sequence[Tensor],
+        prepared: Sequence[Image],
         members: Sequence[int] | None = None,
         weights: Float[np.ndarray, "n K"] | None = None,
     ) -> Float[np.ndarray, "n D"]:
@@ -183,9 +182,9 @@ class Answers:
                 self.texts.keep((ROUTER, text), known[text], vector.nbytes + 2 * len(text) + 200)
         return known
 
-    def prepare(self, picture: Image) -> Tensor:
-        """Return a picture as the image towers take it, (3, H, W)."""
-        return self.model.front.images([picture])[0]
+    def prepare(self, picture: Image) -> Image:
+        """Return a picture in RGB and in the size that the image towers take."""
+        return self.model.front.cut(picture)
 
     # ---------------------------------------------------------------- routing
 
@@ -254,7 +253,7 @@ class Answers:
 
     async def classify(
         self,
-        prepared: Sequence[Tensor],
+        prepared: Sequence[Image],
         classes: Classes,
         *,
         top: int = 5,
@@ -263,11 +262,9 @@ class Answers:
         """Name the classes of pictures, as `RoutedClip.classify` does; weights as for `image_vectors`."""
         images = await self.image_vectors(prepared, None if self.model.per_image else classes.members, weights)
         logits = images @ classes.words.T
-        top = min(top, len(classes.names))
         found = []
         for row, vector in zip(logits, images, strict=True):
-            best = np.argpartition(-row, top - 1)[:top] if top < len(row) else np.arange(len(row))
-            order = best[np.lexsort((best, -row[best]))]
+            order = np.argsort(-row, kind="stable")[:top]
             shares = np.exp(row - row[order[0]], dtype=np.float64)
             own = classes.weights[order[0]]
             if self.model.per_image:
@@ -297,7 +294,7 @@ class Answers:
         """Numbers of an embedding: the experts' vectors side by side, and one more for a mixture."""
         return sum(self.model.sizes) + (self.model.mode is not None)
 
-    async def embed_images(self, prepared: Sequence[Tensor]) -> Float[np.ndarray, "n E"]:
+    async def embed_images(self, prepared: Sequence[Image]) -> Float[np.ndarray, "n E"]:
         """Return pictures as embeddings of unit norm."""
         vectors = await self.image_vectors(prepared)
         if self.model.mode is None:
@@ -314,7 +311,7 @@ class Answers:
             return self._alike(vectors)
         return _completed(vectors * np.repeat(weights, self.model.sizes, axis=1).astype(np.float32))
 
-    async def ask(self, query: Query, prepared: Tensor | None = None) -> Asked:
+    async def ask(self, query: Query, prepared: Image | None = None) -> Asked:
         """Encode a query, as `encode_query` does.
 
         Args:
@@ -337,10 +334,17 @@ class Answers:
         """Do some work in the thread of the model."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *given)
 
-    def try_out(self) -> None:
-        """Have every expert see a picture and a text, so that what is damaged is found before anybody asks."""
+    def try_out(self, *, stay: bool) -> None:
+        """Have every expert see a picture and a text, so that what is damaged is found before anybody asks.
+
+        Args:
+            stay: Whether the experts stay in memory, so that recording their image towers pays.
+        """
         from PIL import Image
 
+        if stay and self.model.device == "cpu":
+            for ref in self.model.refs:
+                record(self.model.pool.get(ref).model)
         self.model.encode_images([Image.new("RGB", self.model.front.image_size)])
         self.model.encode_texts(["a"], np.ones((1, len(self.model.refs))))
         if self.model.mode is not None and not self.model.per_image:
@@ -350,8 +354,8 @@ class Answers:
         """Compute no more once what waits is done."""
         self._executor.shutdown(wait=False)
 
-    def _encode_images(self, items: list[tuple[Tensor, tuple[int, ...], Any]]) -> Float[np.ndarray, "n D"]:
-        batch = torch.stack([picture for picture, _, _ in items])
+    def _encode_images(self, items: list[tuple[Image, tuple[int, ...], Any]]) -> Float[np.ndarray, "n D"]:
+        batch = self.model.front.images([picture for picture, _, _ in items])
         if not self.model.per_image:
             mask = None if self.model.mode is None else self._mask([members for _, members, _ in items])
             return self.model.encode_batch(batch, mask)

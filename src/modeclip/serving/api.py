@@ -70,8 +70,8 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
     """Return the routes."""
     router = APIRouter(responses=ERRORS)
 
-    @router.post("/classify", tags=["mixture"])
-    async def classify(body: ClassifyRequest) -> ClassifyResponse:
+    @router.post("/classify", tags=["mixture"], response_model=ClassifyResponse)
+    async def classify(body: ClassifyRequest) -> Response:
         """Name the classes of pictures, as the mixture is routed to these classes."""
         now = service.now
         service.limits.check_classes(body.classes, body.templates)
@@ -92,7 +92,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         )
         found = await now.answers.classify(pictures, classes, top=body.top, weights=weights)
         experts = now.answers.model.names
-        return ClassifyResponse.model_validate(
+        return JSONResponse(
             {
                 "model": service.name,
                 "pictures": [
@@ -180,8 +180,8 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         }
         return JSONResponse(content)
 
-    @router.post("/search", tags=["search"])
-    async def search(body: SearchRequest) -> SearchResponse:
+    @router.post("/search", tags=["search"], response_model=SearchResponse)
+    async def search(body: SearchRequest) -> Response:
         """Find images of an index by words, by a picture or both."""
         now = service.now
         name, index = now.index(body.index)
@@ -213,7 +213,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
             }
             for hit in found.hits
         ]
-        return SearchResponse.model_validate(
+        return JSONResponse(
             {
                 "index": name,
                 "weights": dict(zip(found.experts, found.weights, strict=True)),

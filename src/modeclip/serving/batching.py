@@ -1,9 +1,10 @@
 """Requests in flight are computed together: what waits when the model is free goes through it as one batch.
 
 No request waits for others to come. While one batch is computed, the next requests gather; so batches grow with the
-load by themselves, and a lone request is answered at once. One thread computes for all batchers of a service, since a
-model uses all cores anyway. A request that does not fit into the queue is refused at once, and one that
-was given up (its client has gone, its time is over) is taken out before it costs anything.
+load by themselves, and a lone request is answered at once. One thread computes for all batchers of a service, on all
+cores for a lone request, and on all but one under load, since the event loop has work then too. A request that does not
+fit into the queue is refused at once, and one that was given up (its client has gone, its time is over) is taken out
+before it costs anything.
 
 Price: a request that comes while a batch is computed waits for that batch.
 """
@@ -20,6 +21,7 @@ from typing import Generic, TypeVar
 
 from modeclip.errors import ModeclipError
 from modeclip.serving.limits import RefusedError
+from modeclip.system.devices import leave_a_core
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -101,9 +103,10 @@ class Batcher(Generic[Item, Result]):
         while self._queue:
             batch = self._take()
             items = [item for request in batch for item in request.items]
+            is_loaded = len(batch) > 1 or bool(self._queue)
             begun = time.perf_counter()
             try:
-                results = list(await loop.run_in_executor(self._executor, self._work, items))
+                results = await loop.run_in_executor(self._executor, self._compute, items, is_loaded)
             except Exception as error:
                 if len(batch) > 1:  # the others of a batch must not suffer from one that cannot be computed
                     self._queue.extendleft(reversed(batch))
@@ -119,6 +122,10 @@ class Batcher(Generic[Item, Result]):
                 if not request.answer.done():  # its client may have gone
                     request.answer.set_result(results[start:end])
                 start = end
+
+    def _compute(self, items: list[Item], is_loaded: bool) -> list[Result]:
+        leave_a_core(is_loaded)
+        return list(self._work(items))
 
     def _take(self) -> list[_Request[Item, Result]]:
         """Take requests from the queue, oldest first, until the next would not fit into the batch."""

@@ -14,9 +14,9 @@ import asyncio
 import hmac
 import json
 import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -90,7 +90,7 @@ class Guard:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
-        request_id = given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+        request_id = given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         answer = _Answer(send, request_id)
         begun, detail = time.perf_counter(), ""
@@ -135,7 +135,7 @@ class Guard:
             self._requests += 1
             try:
                 async with _deadline(self._limits.timeout_seconds, 503):
-                    await _while_there(self._app, scope, bytes(body), receive, answer.send)
+                    await _while_there(self._app, scope, bytes(body), receive, answer)
             finally:
                 self._requests -= 1
         finally:
@@ -200,11 +200,14 @@ class _Answer:
 
     def __init__(self, send: Send, request_id: str) -> None:
         self.status, self._send, self._id = 0, send, request_id.encode()
+        self.is_complete = False
+        """Whether all of it was sent."""
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id)]
+        self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
     async def refuse(self, status: int, message: str, retry_after: float | None = None) -> None:
@@ -222,7 +225,12 @@ class _Answer:
         if status in {408, 413}:
             headers.append((b"connection", b"close"))  # what is still to come of the request is not read
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        await self.send({"type": "http.response.body", "body": body})
+
+
+def new_request_id() -> str:
+    """Return a name for a request; it is no secret, so it costs no call of the system."""
+    return f"{random.getrandbits(128):032x}"
 
 
 def error_body(status: int, message: str, request_id: str) -> bytes:
@@ -251,32 +259,39 @@ class _deadline:  # noqa: N801 (it is used as a function)
             ) from None
 
 
-async def _while_there(app: App, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+async def _while_there(app: App, scope: Scope, body: bytes, receive: Receive, answer: _Answer) -> None:
     """Have an app answer a request that was read, and stop it when the client closes the connection.
 
     Raises:
         _GoneError: The client has gone.
     """
-    gone = asyncio.ensure_future(_until_gone(receive))
-    is_given = False
+    answering, is_given, has_gone = asyncio.current_task(), False, False
+    assert answering is not None
+
+    async def watch() -> MutableMapping[str, Any]:
+        nonlocal has_gone
+        message = await _until_gone(receive)
+        if not answer.is_complete:
+            has_gone = True
+            answering.cancel()
+        return message
 
     async def again() -> MutableMapping[str, Any]:
         nonlocal is_given
         if is_given:
-            return await asyncio.shield(gone)
+            return await asyncio.shield(watching)
         is_given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    answering = asyncio.ensure_future(app(scope, again, send))
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait([gone, answering], return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise _GoneError
-        answering.result()
+        await app(scope, again, answer.send)
+    except asyncio.CancelledError:
+        if has_gone and not answering.uncancel():  # else it was cancelled for another reason too
+            raise _GoneError from None
+        raise
     finally:
-        for task in (gone, answering):
-            task.cancel()
-        await asyncio.gather(gone, answering, return_exceptions=True)
+        watching.cancel()
 
 
 async def _until_gone(receive: Receive) -> MutableMapping[str, Any]:

@@ -12,18 +12,18 @@ import ipaddress
 import logging
 import signal
 import socket
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import h11
 import uvicorn
+import uvloop
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from modeclip.errors import ModeclipError
 from modeclip.serving.app import create_app
-from modeclip.serving.guard import error_body
+from modeclip.serving.guard import error_body, new_request_id
 from modeclip.serving.service import Service
 from modeclip.system.console import log
 
@@ -102,7 +102,7 @@ def serve(service: Service, place: socket.socket, *, key: str = "", origins: Seq
         timeout_keep_alive=int(HEAD_SECONDS),
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
-    asyncio.run(_Server(config, service).serve(sockets=[place]))
+    uvloop.run(_Server(config, service).serve(sockets=[place]))
 
 
 class _Server(uvicorn.Server):
@@ -159,7 +159,7 @@ class PatientProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, in JSON as all errors are."""
-        body = error_body(400, f"{msg.rstrip('.').lower()}; send HTTP/1.1", uuid.uuid4().hex)
+        body = error_body(400, f"{msg.rstrip('.').lower()}; send HTTP/1.1", new_request_id())
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

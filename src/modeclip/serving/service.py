@@ -33,7 +33,6 @@ from modeclip.system.paths import RunPaths, expand_homes, is_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from modeclip.search.query import Found
 
@@ -44,6 +43,8 @@ WEB = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "im
 
 HELD_OUT = "held-out pictures"
 """Name of the index of a run's held-out pictures, if it has one."""
+SMALL_LETTERS, SMALL_PIXELS = 1 << 16, 1 << 16
+"""Pictures of a request that are decoded at once, in base64 and decoded: handing them to a thread would take longer."""
 State = tuple[tuple[str, int, int, int], ...]
 """Which files there are, with time, size and inode."""
 
@@ -162,7 +163,7 @@ class Service:
                 " only be appended; give at least that"
             )
         if source.max_memory is None:
-            answers.try_out()
+            answers.try_out(stay=True)
         self.now = Snapshot(answers=answers, indexes=indexes, number=0, opened=self.began)
 
     @property
@@ -209,7 +210,7 @@ class Service:
                 return False
             try:
                 answers, indexes = self.source.open(self.limits)
-                answers.try_out()
+                answers.try_out(stay=self.source.max_memory is None)
             except (ModeclipError, OSError) as error:
                 trouble = in_one_line(error) if isinstance(error, OSError) else str(error)
                 if trouble != self.trouble:
@@ -225,8 +226,8 @@ class Service:
 
     # ---------------------------------------------------------------- pictures
 
-    async def read_pictures(self, what: str, texts: Sequence[str], now: Snapshot) -> list[Tensor]:
-        """Return pictures in base64 as the image towers take them.
+    async def read_pictures(self, what: str, texts: Sequence[str], now: Snapshot) -> list[Image]:
+        """Return pictures in base64 in the size that the image towers take.
 
         Args:
             what: What the client calls them.
@@ -236,11 +237,11 @@ class Service:
         Raises:
             RefusedError: One is an address, too large, or no picture.
         """
-        return await self._in(self._readers, self._read, what, texts, now.answers.prepare)
+        return await self._read(what, texts, now.answers.prepare)
 
     async def open_pictures(self, what: str, texts: Sequence[str]) -> list[Image]:
         """Return pictures in base64, in RGB; arguments and errors as for `read_pictures`."""
-        return await self._in(self._readers, self._read, what, texts, _itself)
+        return await self._read(what, texts, _itself)
 
     async def decode_picture(self, what: str, data: bytes) -> Image:
         """Return the picture in the bytes of a file, in RGB; errors as for `read_pictures`."""
@@ -270,8 +271,8 @@ class Service:
             reason = " ".join(str(error).split())[:200]
             raise RefusedError(f"picture {number} of the index cannot be shown ({reason})", 503) from None
 
-    async def prepare(self, picture: Image, now: Snapshot) -> Tensor:
-        """Return a picture as the image towers take it."""
+    async def prepare(self, picture: Image, now: Snapshot) -> Image:
+        """Return a picture in the size that the image towers take."""
         return await self._in(self._readers, now.answers.prepare, picture)
 
     # ---------------------------------------------------------------- search
@@ -290,27 +291,37 @@ class Service:
         for pool in (self._readers, self._searchers):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, what: str, texts: Sequence[str], then: Callable[[Image], Result]) -> list[Result]:
+    async def _read(self, what: str, texts: Sequence[str], then: Callable[[Image], Result]) -> list[Result]:
         limits = self.limits
         if len(texts) > limits.max_images:
             raise RefusedError(f"{what}: expected at most {limits.max_images:,} pictures, got {len(texts):,}", 413)
         names = [f"{what}[{number}]" for number in range(len(texts))] if len(texts) > 1 else [what]
-        files = [limits.read_base64(name, text) for name, text in zip(names, texts, strict=False)]
-        pixels = sum(limits.measure(name, data) for name, data in zip(names, files, strict=False))
+
+        def look() -> tuple[list[bytes], int]:
+            files = [limits.read_base64(name, text) for name, text in zip(names, texts, strict=False)]
+            return files, sum(limits.measure(name, data) for name, data in zip(names, files, strict=False))
+
+        def decode() -> list[Result]:
+            return [then(limits.decode(name, data)) for name, data in zip(names, files, strict=False)]
+
+        is_short = sum(map(len, texts)) <= SMALL_LETTERS
+        files, pixels = _guarded(look) if is_short else await self._in(self._readers, look)
         if pixels > limits.max_pixels:
             raise RefusedError(f"{what}: {pixels:,} pixels, expected at most {limits.max_pixels:,} together", 413)
-        return [then(limits.decode(name, data)) for name, data in zip(names, files, strict=False)]
+        return _guarded(decode) if is_short and pixels <= SMALL_PIXELS else await self._in(self._readers, decode)
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., Result], *given: Any) -> Result:
-        def guarded() -> Result:
-            try:
-                return work(*given)
-            except Exception:
-                raise
-            except BaseException as error:  # a panic of a library in Rust is none of Python's exceptions
-                raise RefusedError(f"this cannot be computed ({type(error).__name__})", 422) from None
+        return await asyncio.get_running_loop().run_in_executor(pool, _guarded, work, *given)
 
-        return await asyncio.get_running_loop().run_in_executor(pool, guarded)
+
+def _guarded(work: Callable[..., Result], *given: Any) -> Result:
+    """Do some work, and refuse the request if a library ends it in a way that is none of Python's."""
+    try:
+        return work(*given)
+    except Exception:
+        raise
+    except BaseException as error:  # a panic of a library in Rust
+        raise RefusedError(f"this cannot be computed ({type(error).__name__})", 422) from None
 
 
 def _reading(index: Index) -> Callable[[Callable[[], Result]], Result]:

@@ -13,6 +13,7 @@ import os
 import resource
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,25 @@ def choose_device(wanted: str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModeclipError(f"device {wanted!r}: this machine has no GPU that PyTorch can use; give --device cpu")
     return device
+
+
+def leave_a_core(is_left: bool) -> None:
+    """Have PyTorch compute on all cores in this thread, or on all but one, at least one.
+
+    A thread that computes on every core stops for each other thread that has something to do, since every product
+    waits for its slowest part.
+    """
+    import torch
+
+    torch.set_num_threads(max(1, _num_threads() - is_left))
+
+
+@cache
+def _num_threads() -> int:
+    """Return how many threads PyTorch was set to use."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def choose_precision(wanted: str) -> str:
