@@ -18,6 +18,7 @@ export class AtlasMap {
     this.codes = new Uint8Array(this.count);
     this.chosen = null;
     this.isHome = true;
+    this.flight = 0; // of the way to a place that `show` has begun; whoever moves the map ends it
     this.mode = "move";
     this.lasso = null;
     this.polygons = [];
@@ -112,11 +113,13 @@ export class AtlasMap {
   }
 
   move(dx, dy) {
+    this.flight++;
     this.setView({ ...this.view, x: this.view.x - dx / this.scale, y: this.view.y - dy / this.scale });
     this.hear.moved(this.view);
   }
 
   zoomAt(factor, x = this.width / 2, y = this.height / 2) {
+    this.flight++;
     const before = this.toMap(x, y);
     this.setView({ ...this.view, zoom: this.view.zoom * factor });
     const after = this.toMap(x, y);
@@ -125,6 +128,7 @@ export class AtlasMap {
   }
 
   reset() {
+    this.flight++;
     this.setView(this.home);
     this.isHome = true;
     this.hear.moved(this.view);
@@ -133,8 +137,9 @@ export class AtlasMap {
   /** Move to a place so that a circle around it fills a third of the map. */
   show([x, y], radius) {
     const goal = { x: x - this.middle[0], y: y - this.middle[1], zoom: Math.min(MOST_ZOOM, Math.min(this.width, this.height) / 3 / Math.max(radius, 1e-4) / this.fit) };
-    const from = this.view, began = performance.now(), calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const mine = ++this.flight, from = this.view, began = performance.now(), calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const step = now => {
+      if (mine !== this.flight) return;
       const part = calm ? 1 : Math.min(1, (now - began) / 380), soft = 1 - (1 - part) ** 3;
       this.setView({ x: from.x + (goal.x - from.x) * soft, y: from.y + (goal.y - from.y) * soft, zoom: from.zoom * (goal.zoom / from.zoom) ** soft });
       if (part < 1) requestAnimationFrame(step);
