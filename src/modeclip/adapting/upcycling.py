@@ -85,7 +85,7 @@ INPUTS_FILE = "inputs.safetensors"
 """Mean and variance of what the plain model's layers see in all pairs, where rows were made of it."""
 BASE, START, MODEL = "base", "start", "model"
 """Folders of the plain model, of the CLIP-MoE before it is trained, and of the CLIP-MoE."""
-FORMAT = 1
+FORMAT = 2
 """Raised when the same settings start to give something else."""
 GRADIENT_NORM = 1.0
 """Largest norm of a gradient, as in fine-tuning."""
