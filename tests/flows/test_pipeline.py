@@ -84,6 +84,7 @@ def test_settings_are_known_by_what_they_were() -> None:
     train = replace(recipe.train, model="modeclip-icon")  # which was the default, and which a folder that has it keeps
     sections = recipe.plain() | {"train": train.decided().plain()}  # what a stage's digest has, as it had before
     sections["train"]["engine"]["save_every"] = "20s"
+    assert not sections["train"]["engine"].pop("keep_trunk")
     assert not sections["evaluate"].pop("knowledge")
     assert {name: sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:16] for name, section in
             sections.items()} == {
@@ -568,10 +569,11 @@ def test_a_plan_knows_the_models_that_other_clusters_keep(
 
 
 def test_a_run_prints_what_is_compared_and_says_what_it_left_out(
-    small_run: Path, capsys: pytest.CaptureFixture[str]
+    small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from modeclip.commands.runs import _print_results
 
+    monkeypatch.setenv("COLUMNS", "200")
     results = json.loads((small_run / "results.json").read_text())
     _print_results(results)
     printed = capsys.readouterr().out

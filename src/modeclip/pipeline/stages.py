@@ -285,6 +285,7 @@ class Stages:
         self.controls_stage()
         train = recipe.train.decided().plain()
         train["engine"]["save_every"] = "20s"  # it decides nothing; a constant keeps the digests of earlier versions
+        del train["engine"]["keep_trunk"]  # nor does this, to rounding
         training = [train, asdict(recipe.experts), folder.fingerprint, *chosen_by]
         self.stage("train", self.train, training, made.models)
         bundled = asdict(recipe.evaluate)
