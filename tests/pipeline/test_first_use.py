@@ -50,6 +50,6 @@ def test_words_and_pictures_are_answered_as_by_the_mixture(small_run: Path, tmp_
     service = open_service(paths.folder)  # what serves the run searches them too
     assert {name: len(index) for name, index in service.indexes.items()} == {
         "run": len(Catalog.open(paths.catalog_path)),
-        "held-out pictures": len(tasks),
+        "held-out": len(tasks),
     }
     service.close()

@@ -41,8 +41,6 @@ Result = TypeVar("Result")
 WEB = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 """Formats that every browser shows."""
 
-HELD_OUT = "held-out pictures"
-"""Name of the index of a run's held-out pictures, if it has one."""
 SMALL_LETTERS, SMALL_PIXELS = 1 << 16, 1 << 16
 """Pictures of a request that are decoded at once, in base64 and decoded: handing them to a thread would take longer."""
 State = tuple[tuple[str, int, int, int], ...]
@@ -418,7 +416,7 @@ def open_service(
     if is_run and not named and paths.catalog_path.is_dir():
         built = {source.name: str(_index_of_run(source, paths))}
         if (paths.held_out_index / INDEX_FILE).is_file():
-            built[HELD_OUT] = str(paths.held_out_index)
+            built[paths.held_out_index.stem] = str(paths.held_out_index)
         source = replace(source, indexes=built)
     return Service(source, limits or Limits(), dimension=dimension)
 
