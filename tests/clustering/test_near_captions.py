@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from modeclip.clustering import novelty
-from modeclip.clustering.novelty import LEVELS, NearCaptions
+from modeclip.clustering.novelty import CAPTIONS_IN_MEMORY, LEVELS, NearCaptions
 from support import grouped_rows
 
 
@@ -47,3 +49,21 @@ def test_joined_captions_are_near_to_what_either_is_near_to() -> None:
 def test_one_caption_says_nothing() -> None:
     assert NearCaptions.fit(np.ones((5, 4), np.float32)) is None
     assert NearCaptions.fit(np.zeros((5, 4), np.float32)) is None
+
+
+def test_distances_take_little_memory_and_are_those_of_all_captions_at_once() -> None:
+    draw = np.random.default_rng(0)
+    number = 8 * CAPTIONS_IN_MEMORY + 3
+    found = NearCaptions.fit(draw.normal(size=(number, 64)).astype(np.float32))
+    assert found is not None
+    x = draw.normal(size=(5, 64)).astype(np.float32)
+    x[0] = found.vectors[-1] * np.float32(found.scale)  # in the last block
+    known = (found.vectors * np.float32(found.scale)).astype(np.float64)
+    tracemalloc.start()
+    try:
+        distance = found.distance(x)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(distance, np.linalg.norm(x[:, None] - known, axis=2).min(axis=1), rtol=1e-12, atol=1e-12)
+    assert most < known.nbytes, most

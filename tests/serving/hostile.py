@@ -240,6 +240,7 @@ def main() -> int:
     )
     print(f"good: p50 {1000 * times[len(times) // 2]:.0f} ms, p99 {1000 * times[int(0.99 * len(times))]:.0f} ms")
     print(f"memory {outcome.memory[0] / 1e6:,.0f} MB, then at most {100 * growth:+.1f} %; exit code {code}")
+    print(f"MB, ten times on the way: {', '.join(f'{one / 1e6:,.0f}' for one in outcome.memory)}")
     for line in outcome.lost[:10]:
         print(line)
     return int(bool(outcome.lost or outcome.errors or growth > 0.05 or code))

@@ -33,7 +33,7 @@ from hashlib import sha256
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int8
 
-from modeclip.clustering.distances import nearest_centers
+from modeclip.clustering.distances import blocks, nearest_centers
 from modeclip.clustering.embedding import COLUMN, read_embeddings
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import ALL, Selection
@@ -49,6 +49,8 @@ KEPT_CAPTIONS = 32_768
 """Most rows whose captions are kept, each once."""
 COMPARED_CAPTIONS = 4_096
 """Most of the kept captions that are compared with all of them, to know how near captions lie to each other."""
+CAPTIONS_IN_MEMORY = 512
+"""Kept captions that are float64 at a time, some megabytes; with what is made of them all of the demo's take 150."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,7 +156,11 @@ class NearCaptions:
 
     def distance(self, x: Float[np.ndarray, "L D"]) -> Float[np.ndarray, " L"]:
         """Return the Euclidean distance of each vector to the nearest caption."""
-        return nearest_centers(x, self.vectors * np.float32(self.scale))[1][:, 0]
+        found = np.full(len(x), np.inf)
+        for block in blocks(len(self.vectors), CAPTIONS_IN_MEMORY):
+            captions = self.vectors[block] * np.float32(self.scale)
+            np.minimum(found, nearest_centers(x, captions)[1][:, 0], out=found)
+        return found
 
     def joined(self, others: NearCaptions) -> NearCaptions:
         """Return the captions of both. What is far is what is far for both: the larger quantiles."""

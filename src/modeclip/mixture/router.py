@@ -17,9 +17,9 @@ Price: the vectors of the names, then a product with the centres. No weights of 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -131,8 +131,13 @@ class Route:
     """Bundle with the experts; None where only a clustering is known, so that no model can be run."""
     embeddings: Float[np.ndarray, "L D"] | None = field(default=None, repr=False)
     """Vectors that were compared with the centres; None where the router does not look at clusters."""
-    domain: Domain | None = field(default=None, repr=False)
-    """Whether the names lie where the captions of the bundle lie; None where that is not known."""
+    find_domain: Callable[[], Domain | None] | None = field(default=None, repr=False)
+    """What `domain` asks once it is wanted: the weights do not need it, and it takes longer than they do."""
+
+    @cached_property
+    def domain(self) -> Domain | None:
+        """Whether the names lie where the captions of the bundle lie; None where that is not known."""
+        return None if self.find_domain is None else self.find_domain()
 
     @property
     def per_image(self) -> bool:
@@ -301,7 +306,9 @@ class ClusterRouter:
             router=self,
             bundle=self.bundle,
             embeddings=vectors,
-            domain=Domain.of(vectors, found.nearest_fine, found.distance, self._quantiles) if is_whole else None,
+            find_domain=partial(Domain.of, vectors, found.nearest_fine, found.distance, self._quantiles)
+            if is_whole
+            else None,
         )
 
     def embed_images(self, pictures: Sequence[Image]) -> Float[np.ndarray, "N D"]:
