@@ -220,15 +220,19 @@ class Workshop:
             self.catalog.add_columns({name: chosen})
         return name
 
+    def class_names(self, task: str) -> list[str]:
+        """Return the class names of a task, or of ``all``."""
+        tasks = Catalog.open(self.out / "data" / "tasks.lance").read(["task", "caption"])
+        asked = (tasks["task"] == task) | (task == "all")
+        return sorted(set(tasks["caption"][asked].astype(str)))
+
     def prior_column(self, arm: Arm, study: Study, seed: int) -> str:
         """Return the column that marks the pairs of the fine clusters nearest to a task's class names."""
         name = f"prior_{arm.task}_s{seed}".replace("-", "_")
         if name not in self.catalog.columns:
             clustering, _ = self.clustering(arm, study, seed)
-            tasks = Catalog.open(self.out / "data" / "tasks.lance").read(["task", "caption"])
-            asked = (tasks["task"] == arm.task) | (arm.task == "all")
-            names = sorted(set(tasks["caption"][asked].astype(str)))
-            chosen = nearest_centers(load_any_encoder("minilm").encode(names), clustering.fine_centers)[0]
+            names = load_any_encoder("minilm").encode(self.class_names(arm.task))
+            chosen = nearest_centers(names, clustering.fine_centers)[0]
             fine, _ = assign_nearest(self.embeddings("minilm"), clustering.fine_centers)
             self.catalog.add_columns({name: np.isin(fine, chosen)})
         return name

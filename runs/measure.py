@@ -36,7 +36,7 @@ from experiments import MAIN, PARTINGS, PARTS, Arm, Study, Workshop, base_arm, r
 from modeclip import Catalog
 from modeclip.clustering.distances import nearest_centers
 from modeclip.clustering.negatives import measure_negatives
-from modeclip.data.tasks.task import CatalogImages, catalog_tasks
+from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.evaluation.probing import ProbeConfig, linear_probe
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
@@ -65,11 +65,13 @@ class Exam:
     """The held-out tasks, and the features of every model on them."""
 
     out: Path
+    tasks: list[Task] = field(default_factory=list)
+    """Those asked; by default all that are held out."""
     vectors: dict[Path, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cache = FeatureCache(self.out / "features")
-        self.tasks = catalog_tasks(Catalog.open(self.out / "data" / "tasks.lance"))
+        self.tasks = self.tasks or catalog_tasks(Catalog.open(self.out / "data" / "tasks.lance"))
         self.names = sorted({name for task in self.tasks for name in task.classnames})
         number = {name: index for index, name in enumerate(self.names)}
         self.classes = [np.array([number[name] for name in task.classnames]) for task in self.tasks]

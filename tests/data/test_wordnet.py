@@ -20,7 +20,12 @@ def wordnet(tmp_path_factory: pytest.TempPathFactory) -> WordNet:
 
 def test_a_synset_has_name_words_definition_examples_and_counts(wordnet: WordNet) -> None:
     assert wordnet.synsets[0] == Synset(
-        "dog.n.01", ("dog", "domestic dog"), "a member of the genus Canis", ("the dog barked",), (42, 0)
+        "dog.n.01",
+        ("dog", "domestic dog"),
+        "a member of the genus Canis",
+        ("the dog barked",),
+        (42, 0),
+        ("animal.n.01",),
     )
     names = [synset.name for synset in wordnet.synsets]
     assert names == [
@@ -33,6 +38,7 @@ def test_a_synset_has_name_words_definition_examples_and_counts(wordnet: WordNet
     assert hot_dog.definition == 'a sausage on a bun (called a "dog" at fairs)'
     assert wordnet.synsets[1].examples == ("animals eat", "it is an animal")
     assert tiny.words == ("tiny", "asleep")  # without the mark of its place
+    assert hot_dog.hypernyms == tiny.hypernyms == ()
     assert tiny.counts == (7, 0)  # counted by a key that names the cluster's first word
 
 

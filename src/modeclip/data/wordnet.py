@@ -40,6 +40,8 @@ ENDINGS = {
 """The endings of regular forms and what takes their place: the rules of detachment of WordNet's morphy(7)."""
 KEY_NUMBERS = {"n": 1, "v": 2, "a": 3, "r": 4, "s": 5}
 """What stands for a part of speech in the key of a sense, such as ``dog%1:05:00::``."""
+HYPERNYM_SIGNS = ("@", "@i")
+"""Pointers from a synset to what it is a kind of, and to what it is an instance of."""
 _EXAMPLE = re.compile(r'(?:^|[;:,]) *"([^"]*)"')
 """An example in a gloss: in quotes, behind a semicolon (in a few glosses another sign)."""
 
@@ -58,6 +60,8 @@ class Synset:
     """Examples of use."""
     counts: tuple[int, ...]
     """How often each word was found with this sense in tagged texts; all 0 where the files have no counts."""
+    hypernyms: tuple[str, ...]
+    """Names of the synsets that it is a kind or an instance of; adjectives and adverbs have none."""
 
 
 @dataclass(frozen=True)
@@ -195,12 +199,16 @@ def _parse(offset: str, lines: dict[str, str], number_of: dict[tuple[str, str], 
         for key, number in zip(keys, rest[1 : 2 * int(many, 16) : 2], strict=True)
     ]
     definition = gloss[: found.start()] if (found := _EXAMPLE.search(gloss)) else gloss
+    pointers = rest[2 * int(many, 16) + 1 :]
+    broader = [at for sign, at in zip(pointers[::4], pointers[1::4], strict=False) if sign in HYPERNYM_SIGNS]
+    firsts = [(_without_marker(lines[at].split(" ", 5)[4]).lower(), at) for at in broader]
     return Synset(
         name=f"{keys[0]}.{kind}.{number_of[keys[0], offset]:02d}",
         words=tuple(word.replace("_", " ") for word in written),
         definition=definition.strip(" ;:,"),
         examples=tuple(_EXAMPLE.findall(gloss)),
         counts=tuple(counts.get(sense, 0) for sense in senses),
+        hypernyms=tuple(f"{first}.{kind}.{number_of[first, at]:02d}" for first, at in firsts),
     )
 
 
