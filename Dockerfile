@@ -8,7 +8,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY src src
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt ".[serve,demo]"
+    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt ".[serve,search,demo]"
 
 FROM python:3.11-slim-bookworm
 RUN useradd --create-home --uid 10001 modeclip

@@ -193,7 +193,7 @@ def test_a_build_that_was_stopped_goes_on_and_ends_the_same(
     tmp_path: Path, catalog: Catalog, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped before anything is written, and between the rows and the note that names them."""
-    write = index_module.write_json
+    write = index_module._write_file
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -204,12 +204,12 @@ def test_a_build_that_was_stopped_goes_on_and_ends_the_same(
     with pytest.raises(ModeclipError, match="half built"):
         Index.open(tmp_path / "new")
     monkeypatch.undo()
-    monkeypatch.setattr(index_module, "write_json", stop)
+    monkeypatch.setattr(index_module, "_write_file", stop)
     with pytest.raises(KeyboardInterrupt):
         Index.build(catalog, index.model, tmp_path / "new")
     with pytest.raises(ModeclipError, match="half built; give the same"):
         Index.open(tmp_path / "new")
-    monkeypatch.setattr(index_module, "write_json", write)
+    monkeypatch.setattr(index_module, "_write_file", write)
     built = Index.build(catalog, index.model, tmp_path / "new")
     assert len(built) == len(catalog)
     assert built.search("arrow", count=30).hits == index.search("arrow", count=30).hits
@@ -222,11 +222,11 @@ def test_a_stopped_addition_is_not_seen_and_done_again(
     index = Index.open(own)
     index.remove(("expert=0",))
     index = Index.open(own, index.model)
-    kept, write = len(index), index_module.write_json
-    monkeypatch.setattr(index_module, "write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    kept, write = len(index), index_module._write_file
+    monkeypatch.setattr(index_module, "_write_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         index.add(catalog)
-    monkeypatch.setattr(index_module, "write_json", write)
+    monkeypatch.setattr(index_module, "_write_file", write)
     assert len(Index.open(own, index.model)) == kept
     index.add(catalog)
     assert len(Index.open(own, index.model)) == len(catalog)
@@ -235,7 +235,7 @@ def test_a_stopped_addition_is_not_seen_and_done_again(
 def test_an_approximate_index_says_what_it_finds(
     tmp_path: Path, catalog: Catalog, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(approximate_module, "FIRST_PARTITIONS", 1)
+    monkeypatch.setattr(approximate_module, "FIRST_LOOKED_AT", 1)
     built = Index.build(catalog, index.model, tmp_path / "new", SearchConfig(exact_up_to=0, recall=0.9))
     found = built.approximate
     assert found is not None

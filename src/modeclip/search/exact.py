@@ -86,6 +86,20 @@ class Rows:
             return np.concatenate([rows for rows, _ in parts]), np.concatenate([values for _, values in parts])
         return self._best_in_blocks(asked, count, allowed)
 
+    def best_among(
+        self, query: Float[np.ndarray, " D"], chosen: Int[np.ndarray, " n"], count: int
+    ) -> Int[np.ndarray, " k"]:
+        """Return those of some rows that have the largest products with a query, largest first; ties as in `best`.
+
+        Args:
+            query: A vector.
+            chosen: The rows, ascending.
+            count: How many are wanted, at least 1.
+        """
+        scores = torch.from_numpy(self.take(chosen)) @ torch.from_numpy(np.ascontiguousarray(query, np.float32))
+        best: np.ndarray = chosen[_largest(scores[None], min(count, len(chosen)))[0][0]]
+        return best
+
     def _best_in_half(
         self, queries: Tensor, count: int, allowed: Bool[np.ndarray, " N"] | None
     ) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:

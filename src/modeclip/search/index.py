@@ -2,11 +2,12 @@
 
     INDEX/
       index.json       format, model and its digests, catalogs, how strong known pairs are, the version of the dataset
+      candidates-V.faiss    of a large index: faiss's, of the dataset's version V
       images.lance     key, caption, path, digest, numbers and texts of the catalog, vector (D float16)
 
 Images are encoded once, with all experts of a mixture. A query is encoded, weighed by the router on the text side, and
-compared with all rows exactly (`modeclip.search.exact`); above ``exact_up_to`` rows an index of Lance finds candidates,
-if it finds enough: its recall is measured on captions when the index is built (`modeclip.search.approximate`).
+compared with all rows exactly (`modeclip.search.exact`); above ``exact_up_to`` rows faiss names candidates, if it finds
+enough: its recall is measured on captions when the index is built (`modeclip.search.approximate`).
 
 ``index.json`` is written last and names the version of the dataset, so whoever opens the index sees what was finished,
 while images are added or after a process was killed. Encoding goes fragment by fragment over the catalog and continues
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,19 +43,19 @@ from modeclip.data.mapping import IMAGE, POSITION, Statistic, concatenate, map_f
 from modeclip.data.selection import ALL, Selection
 from modeclip.data.storage import KEEP_VERSIONS, exists
 from modeclip.errors import DamagedError, ModeclipError, unknown
-from modeclip.search.approximate import Approximate, build_approximate, nearest
+from modeclip.search.approximate import Approximate, Candidates, build_approximate, faiss_is_there
 from modeclip.search.asking import SearchModel, encode_query
 from modeclip.search.exact import Rows
 from modeclip.search.query import Added, Asked, Found, Hit, Query, SearchConfig
 from modeclip.system.console import log
-from modeclip.system.files import LOCK_FILE, only_process, parse_json, read_json, to_json, write_json, writing
+from modeclip.system.files import LOCK_FILE, only_process, parse_json, read_json, to_json, write_atomically, writing
 from modeclip.system.paths import filesystem, home_path, is_url, join, list_folder, reaching, read_bytes, state
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = 1
-INDEX_FILE, ROWS_FOLDER = "index.json", "images.lance"
+INDEX_FILE, ROWS_FOLDER, CANDIDATES = "index.json", "images.lance", "candidates-"
 CONTENT = ("model", "config", "catalogs", "version", "heights")
 """What ``index.json`` must hold besides its format."""
 VECTOR = "vector"
@@ -250,15 +251,26 @@ class Index:
 
     @property
     def approximate(self) -> Approximate | None:
-        """What the approximate index finds; None where there is none or searches are exact."""
+        """What the approximate index finds; None where searches are exact: there is none, or no faiss to read it."""
         content = self._content.get("approximate")
-        return None if content is None else Approximate(**content)
+        return Approximate(**content) if content and content.get("file") and faiss_is_there() else None
 
     @cached_property
     def rows(self) -> Rows:
         """All vectors, in memory."""
         column = self._dataset.to_table(columns=[VECTOR])[VECTOR].combine_chunks()
         return Rows(np.asarray(column.flatten()).reshape(len(column), -1))
+
+    @cached_property
+    def _candidates(self) -> Candidates:
+        """The approximate index, in memory."""
+        assert self.approximate is not None
+        path = join(self.folder, self.approximate.file)
+        try:
+            return Candidates.of_bytes(read_bytes(path) if is_url(path) else Path(path).read_bytes())
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DamagedError(f"{path}: it cannot be read ({reason}); delete {self.folder} and {_AGAIN}") from error
 
     def add(self, catalog: Catalog, *, selection: Selection = ALL, ray: bool = False) -> Added:
         """Add the images of a catalog, and encode those anew that have changed; arguments and errors as for `build`.
@@ -328,7 +340,8 @@ class Index:
         searched = len(self) if chosen is None else int(chosen.sum())
         approximate = self.approximate
         if approximate is not None and chosen is None:
-            rows = nearest(self._dataset, vector, max(count, FUSED_FROM if hybrid else 0), approximate)
+            wanted = max(count, FUSED_FROM if hybrid else 0)
+            rows = self._candidates.best(self.rows, vector, wanted, approximate.looked_at)
         else:
             rows = self.rows.best(vector[None], max(count, FUSED_FROM if hybrid else 0), chosen)[0][0]
         if hybrid:
@@ -479,9 +492,10 @@ def _holds_more(folder: str) -> bool:
     """Say whether a folder holds anything besides an index that was not finished."""
     if is_url(folder):
         folders, files = list_folder(folder)
-        return any(name != ROWS_FOLDER for name in [*folders, *files])
-    place = Path(folder)
-    return place.exists() and any(path.name not in {ROWS_FOLDER, LOCK_FILE} for path in place.iterdir())
+        names = [*folders, *files]
+    else:
+        names = [path.name for path in Path(folder).iterdir()] if Path(folder).exists() else []
+    return any(name not in {ROWS_FOLDER, LOCK_FILE} and not name.startswith(CANDIDATES) for name in names)
 
 
 def _read_note(folder: str) -> dict[str, Any]:
@@ -495,13 +509,25 @@ def _read_note(folder: str) -> dict[str, Any]:
         raise DamagedError(f"{path}: damaged ({' '.join(str(error).split())}); {_AGAIN}") from None
 
 
-def _write_note(folder: str, content: Mapping[str, Any]) -> None:
-    path = join(folder, INDEX_FILE)
+def _write_file(path: str, content: bytes) -> None:
+    """Write a file of an index as a whole."""
     if not is_url(path):
-        write_json(Path(path), content, indent=2)
+        write_atomically(Path(path), content)
         return
     with reaching(path):
-        filesystem(path).pipe_file(path, to_json(content, indent=2).encode())
+        filesystem(path).pipe_file(path, content)
+
+
+def _delete_candidates(folder: str, kept: set[str]) -> None:
+    """Delete the approximate indexes of earlier versions but for those that are kept."""
+    names = list_folder(folder)[1] if is_url(folder) else [path.name for path in Path(folder).iterdir()]
+    for name in names:
+        if name.startswith(CANDIDATES) and name not in kept:
+            path = join(folder, name)
+            if is_url(path):
+                filesystem(path).rm_file(path)
+            else:
+                Path(path).unlink()
 
 
 @contextmanager
@@ -670,12 +696,16 @@ def _finish(folder: str, dataset: Any, model: SearchModel, content: Mapping[str,
     index = Index(folder, new, model)
     new["heights"] = _known_heights(index)
     if len(index) > config.exact_up_to:
-        texts = [text for text in _some_captions(index)[1]]
+        texts = _some_captions(index)[1]
         weights = model.weigh(texts)
-        found = build_approximate(dataset, index.rows, model.encode_texts(texts, weights), config.recall)
-        new |= {"version": dataset.version, "approximate": None if found is None else asdict(found)}
-    _write_note(folder, new)
+        if found := build_approximate(index.rows, model.encode_texts(texts, weights), config.recall):
+            facts = replace(found[0], file=f"{CANDIDATES}{dataset.version}.faiss")
+            _write_file(join(folder, facts.file), found[1].to_bytes())
+            new["approximate"] = asdict(facts)
+    _write_file(join(folder, INDEX_FILE), to_json(new, indent=2).encode())
     dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
+    # the one before stays for those who have opened it
+    _delete_candidates(folder, {(each.get("approximate") or {}).get("file", "") for each in (content, new)})
 
 
 def _some_captions(index: Index) -> tuple[Int[np.ndarray, " n"], list[str]]:
