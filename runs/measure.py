@@ -37,11 +37,11 @@ from modeclip import Catalog
 from modeclip.clustering.distances import nearest_centers
 from modeclip.clustering.negatives import measure_negatives
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
-from modeclip.evaluation.probing import ProbeConfig, linear_probe
+from modeclip.evaluation.probing import ProbeConfig, ProbeResult, linear_probe
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
 from modeclip.mixture.rules import DEFAULT_TEMPERATURE, RULES, route
-from modeclip.models.clip import load_clip, save_clip
+from modeclip.models.clip import load_clip, logit_scale_of, save_clip
 from modeclip.models.encoders import load_any_encoder
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.models.features import image_features, text_features
@@ -101,9 +101,15 @@ class Exam:
             self.vectors |= {Path(s.spec): pair for s, pair in zip(sources, pairs, strict=True)}
         return [self.vectors[folder] for folder in folders]
 
-    def hits(self, members: Sequence[Path], weigh: Weigh | None = None, per_image: bool = False) -> np.ndarray:
-        """Return which of all images a mixture (uniform, unless it is weighed) classifies correctly."""
+    def hits(
+        self, members: Sequence[Path], weigh: Weigh | None = None, per_image: bool = False, logs: bool = False
+    ) -> np.ndarray:
+        """Return which of all images a mixture (uniform, unless it is weighed) classifies correctly.
+
+        It mixes cosines, or log-probabilities (``logs``).
+        """
         found, even = self.load(members), np.full(len(members), 1 / len(members))
+        scales = np.array([logit_scale_of(member) for member in members]) if logs else None
         predicted = []
         for number, (rows, classes) in enumerate(zip(self.slices, self.classes, strict=True)):
             similarity = Similarity(
@@ -111,6 +117,7 @@ class Exam:
                 texts=[words[classes] for _, words in found],
                 weights=even if weigh is None else weigh(number),
                 per_image=per_image,
+                scales=scales,
             )
             predicted += [block.argmax(1) for _, block in similarity.blocks()]
         return np.concatenate(predicted) == self.labels
@@ -118,6 +125,45 @@ class Exam:
     def tasks_of(self, hits: np.ndarray) -> Values:
         """Return the accuracy on each task in percent."""
         return {"tasks": [round(100 * float(hits[rows].mean()), 3) for rows in self.slices]}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Labelled:
+    """Icons of frequent names: some that are trained on to fit a classifier, those of held-out sets to test it."""
+
+    names: np.ndarray
+    """The names, the classes."""
+    train: CatalogImages
+    labels: np.ndarray
+    test: np.ndarray
+    """Which of the held-out images have one of the names."""
+    test_labels: np.ndarray
+
+    @classmethod
+    def of(cls, exam: Exam, catalog: Catalog) -> Labelled:
+        """Draw them, the same for every model."""
+        captions = catalog.read(["caption"])["caption"].astype(str)
+        shown = np.concatenate([np.array(task.classnames)[task.labels] for task in exam.tasks])
+        values, counts = np.unique(captions, return_counts=True)
+        usable = np.isin(values, shown)
+        chosen = values[usable][np.argsort(-counts[usable], kind="stable")[:PROBE_NAMES]]
+        generator = np.random.default_rng(0)
+        rows = [generator.permutation(np.flatnonzero(captions == value))[:PROBE_ICONS] for value in chosen]
+        test = np.flatnonzero(np.isin(shown, chosen))
+        place = {value: index for index, value in enumerate(chosen)}
+        return cls(
+            names=chosen,
+            train=CatalogImages(catalog=catalog, rows=np.concatenate(rows)),
+            labels=np.repeat(np.arange(len(chosen)), [len(found) for found in rows]),
+            test=test,
+            test_labels=np.array([place[value] for value in shown[test]]),
+        )
+
+    def probe(self, exam: Exam, models: Sequence[Path], config: ProbeConfig | None = None) -> ProbeResult:
+        """Fit a linear classifier on the models' features and test it."""
+        fitted = image_features([ModelRef.of(m.name, m) for m in models], self.train, exam.cache)
+        tested = [visual[self.test] for visual, _ in exam.load(models)]
+        return linear_probe(fitted, self.labels, tested, self.test_labels, config)
 
 
 @dataclass
@@ -281,13 +327,7 @@ class Bench:
 
     def _averaged(self, arm: Arm, members: list[Path]) -> Values:
         """One model whose weights are the mean of the experts'."""
-        folder = self.model(f"mean-of-{arm.name}")
-        if not (folder / "open_clip_model.safetensors").exists():
-            clips = [load_clip(member) for member in members]
-            states = [clip.model.state_dict() for clip in clips]
-            clips[0].model.load_state_dict({key: sum(s[key] for s in states) / len(states) for key in states[0]})
-            save_clip(clips[0], folder)
-        return self._plain([folder])
+        return self._plain([average(members, self.model(f"mean-of-{arm.name}"))])
 
     def _confident(self, arm: Arm, members: list[Path]) -> Values:
         """Weigh each expert by how well it tells pairs of its own cluster apart."""
@@ -420,31 +460,16 @@ class Bench:
 
     def _probe(self, arm: Arm, members: list[Path]) -> Values:
         """Linear probe: frequent names, fitted on training icons, tested on the icons of held-out sets."""
-        exam, catalog = self.exam, self.workshop.catalog
-        captions = catalog.read(["caption"])["caption"].astype(str)
-        shown = np.concatenate([np.array(task.classnames)[task.labels] for task in exam.tasks])
-        values, counts = np.unique(captions, return_counts=True)
-        usable = np.isin(values, shown)
-        chosen = values[usable][np.argsort(-counts[usable], kind="stable")[:PROBE_NAMES]]
-        generator = np.random.default_rng(0)
-        rows = [generator.permutation(np.flatnonzero(captions == value))[:PROBE_ICONS] for value in chosen]
-        labels = np.repeat(np.arange(len(chosen)), [len(found) for found in rows])
-        train = CatalogImages(catalog=catalog, rows=np.concatenate(rows))
-        test = np.flatnonzero(np.isin(shown, chosen))
-        place = {value: index for index, value in enumerate(chosen)}
-        test_labels = np.array([place[value] for value in shown[test]])
+        labelled = Labelled.of(self.exam, self.workshop.catalog)
 
-        def accuracy(models: Sequence[Path], combine: str = "concatenate") -> float:
-            fitted = image_features([ModelRef.of(m.name, m) for m in models], train, exam.cache)
-            tested = [visual[test] for visual, _ in exam.load(models)]
-            config = ProbeConfig(combine=combine)  # type: ignore[arg-type]
-            return 100 * linear_probe(fitted, labels, tested, test_labels, config).outcome.metrics["acc1"]
+        def accuracy(models: Sequence[Path], config: ProbeConfig | None = None) -> float:
+            return 100 * labelled.probe(self.exam, models, config).outcome.metrics["acc1"]
 
-        found: Values = {"fitted": len(labels), "tested": len(test)}
+        found: Values = {"fitted": len(labelled.labels), "tested": len(labelled.test)}
         for label, name in (("seed", f"part-{arm.part}"), ("dense", f"part-{PARTS}"), ("dense-total", "total-80")):
             if self.finished(name):
                 found[label] = accuracy([self.model(name)])
-        found |= {"MoDE-4": accuracy(members), "MoDE-4, sum": accuracy(members, "sum")}
+        found |= {"MoDE-4": accuracy(members), "MoDE-4, sum": accuracy(members, ProbeConfig(combine="sum"))}
         full = self.members(base_arm(kind="full"))
         return found | ({"Full-4": accuracy(full)} if full else {})
 
@@ -460,6 +485,16 @@ def trained(members: Sequence[Path]) -> Values:
         "loss": [one["loss"] for one in last],
         "logit_scale": [one["logit_scale"] for one in last],
     }
+
+
+def average(members: Sequence[Path], folder: Path) -> Path:
+    """Return the folder of one model whose weights are the mean of the members', made where it is missing."""
+    if not (folder / "open_clip_model.safetensors").exists():
+        clips = [load_clip(member) for member in members]
+        states = [clip.model.state_dict() for clip in clips]
+        clips[0].model.load_state_dict({key: sum(s[key] for s in states) / len(states) for key in states[0]})
+        save_clip(clips[0], folder)
+    return folder
 
 
 def packed(hits: np.ndarray) -> str:

@@ -2,11 +2,11 @@
 
 Usage: python runs/results.py [--records runs/experiments.jsonl] [--check]
 
-The records are those of `runs/measure.py`, `runs/curation.py`, `runs/noise_found.py`, `runs/poisoning.py` and
-`runs/one_model.py`. Tables stand in the pages (`PAGES`) between `<!-- table: NAME -->` and `<!-- end -->` and are
-replaced; `--check` only says whether they are those of the records. Intervals are 95 % t-intervals over the random
-seeds, differences are taken seed by seed. Beside the records lies `scaling.jsonl` then, which `modeclip scaling`
-reads, and beside the page its picture.
+The records are those of `runs/measure.py`, `runs/claims.py`, `runs/curation.py`, `runs/noise_found.py`,
+`runs/poisoning.py` and `runs/one_model.py`. Tables stand in the pages (`PAGES`) between `<!-- table: NAME -->` and
+`<!-- end -->` and are replaced; `--check` only says whether they are those of the records. Intervals are 95 %
+t-intervals over the random seeds, differences are taken seed by seed. Beside the records lies `scaling.jsonl` then,
+which `modeclip scaling` reads, and beside the page its picture.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import claims_report
 import curation_report
 import findings
 import noise_found
@@ -391,8 +392,20 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "sizes": lambda: size_table(records),
         "headline": lambda: headline_table(records),
         "scaling": lambda: scaling_table(records),
+        **claims_tables(records),
         **curation_tables(),
         **one_model_tables(),
+    }
+
+
+def claims_tables(records: Records) -> dict[str, Callable[[], str]]:
+    """Return what makes each table about the claims of the paper."""
+    measured = claims_report.Measured(HERE / "claims.jsonl")
+    return {
+        "claims-count": lambda: claims_report.claims_count(records, measured),
+        "claims": lambda: claims_report.claims_table(records, measured),
+        "claims-shifts": lambda: claims_report.shifts_table(measured),
+        "claims-experts": lambda: claims_report.experts_table(measured),
     }
 
 
