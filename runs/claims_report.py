@@ -160,13 +160,12 @@ def _mixtures(records: Records, _: Measured) -> Iterator[Claim]:
         "MoDE-8 against MoDE-4 at equal cost (`matched`)",
         Gain.of(records.mixed("main", base_arm(experts=8)), records.mixed("main", CAPTIONS)),
     )
-    many, few = (
-        {
-            seed: Gain.of({seed: scores}, {seed: records.tasks(study, "part-32")[seed]}).mean
-            for seed, scores in records.mixed(study, PAPER).items()
-        }
-        for study in ("main", "few")
-    )
+
+    def gains(study: str) -> dict[int, float]:
+        mine, dense = averages(records.mixed(study, PAPER)), averages(records.tasks(study, "part-32"))
+        return {seed: mine[seed] - dense[seed] for seed in mine if seed in dense}
+
+    many, few = gains("main"), gains("few")
     yield Claim(
         "They gain more where there are more data",
         "Table 2 against 1",
