@@ -42,7 +42,11 @@ class Gain:
 
     @property
     def p(self) -> float:
-        """Two-sided probability of such a mean by chance, by Student's t."""
+        """Two-sided probability of such a mean by chance, by Student's t; 1 where a single seed says nothing of it."""
+        if len(self.values) < 2:
+            return 1.0
+        if len(set(self.values)) == 1:
+            return 0.0 if self.mean else 1.0
         return float(ttest_1samp(self.values, 0).pvalue)
 
     @property

@@ -80,11 +80,11 @@ def against(scores: BY_SEED, other: BY_SEED, chosen: np.ndarray | None = None) -
     return text if not text or text.startswith("-") else f"+{text}"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Return a Markdown table, whose first columns hold words and the others numbers."""
     if not rows:
         return "Not computed yet."
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * words + "|---:" * (len(columns) - words) + "|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
