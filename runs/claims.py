@@ -337,7 +337,8 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe, studies = read_studies(arguments.plan)
     study = next(study for study in studies if study.name == arguments.study)
-    exam, thin, workshop = Exam(arguments.out), Exam(arguments.out, thinned(exam.tasks)), Workshop(arguments.out, recipe)
+    exam, workshop = Exam(arguments.out), Workshop(arguments.out, recipe)
+    thin = Exam(arguments.out, thinned(exam.tasks))
     lines = arguments.records.read_text(encoding="utf-8").splitlines() if arguments.records.exists() else []
     recorded = {(record["study"], record["seed"], record["row"]) for record in map(json.loads, lines)}
     names: dict[str, list[np.ndarray]] = {}
