@@ -245,6 +245,29 @@ def test_an_approximate_index_says_what_it_finds(
     true = {hit.row for hit in index.search("arrow", count=10).hits}
     assert len(true & {hit.row for hit in hits.hits}) >= 7
     assert built.search("arrow", where=("expert=1",)).exact  # few rows are compared one by one
+    # the index before stays for those who have it open, older ones go
+    files = [found.file]
+    assert [path.name for path in (tmp_path / "new").glob("candidates-*")] == files
+    for _ in range(2):
+        now = Index.open(tmp_path / "new", index.model)
+        now.remove([f"key = '{now.read([0], ['key'])[0]['key']}'"])
+        now = Index.open(tmp_path / "new", index.model)
+        assert now.approximate is not None
+        files = [*files[-1:], now.approximate.file]
+        assert {path.name for path in (tmp_path / "new").glob("candidates-*")} == set(files)
+        assert not now.search("arrow").exact
+    # without faiss, and as an earlier modeclip has left it, the same index answers exactly
+    with monkeypatch.context() as patched:
+        patched.setattr(index_module, "faiss_is_there", lambda: False)
+        assert Index.open(tmp_path / "new", index.model).search("arrow").exact
+    path = tmp_path / "new" / files[-1]
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ModeclipError, match=rf"{path.name}: it cannot be read .*give the same modeclip search build"):
+        Index.open(tmp_path / "new", index.model).search("arrow")
+    content = json.loads((tmp_path / "new" / INDEX_FILE).read_text())
+    del content["approximate"]["file"]
+    (tmp_path / "new" / INDEX_FILE).write_text(json.dumps(content))
+    assert Index.open(tmp_path / "new", index.model).search("arrow").exact
 
 
 def test_a_single_clip_is_an_index_of_one(tmp_path: Path, catalog: Catalog) -> None:
