@@ -9,6 +9,9 @@ again. The clients are one process of their own that holds an open connection ea
 bytes are ready, when the last is answered. The services are asked in turns; a round is a ratio, and the median of them
 is printed with p50 and p99, and with the processor time of a request, which a busy machine disturbs less. Then a list
 of 1,000 classes is asked twice, with what the text towers and the router's encoder had to do for each.
+
+``python benchmarks/serving.py RUN --searches`` compares searches of a run's index, which are joined while they are in
+flight, with the same service where each search reads the index by itself.
 """
 
 from __future__ import annotations
@@ -27,8 +30,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -44,6 +49,19 @@ def serve_alone(bundle: str, port: int) -> None:
 
     answers.BATCH = 1
     sys.argv = ["modeclip", "serve", bundle, "--port", str(port)]
+    modeclip()
+
+
+def serve_searches_alone(run: str, port: int) -> None:
+    """Serve a run with modeclip, each search by itself in one of two threads."""
+    from modeclip.__main__ import main as modeclip
+    from modeclip.serving import service
+
+    async def search(own: service.Service, index: Any, asked: Any, **options: Any) -> Any:
+        return await own._in(own._searchers, service._reading(index), lambda: index.search(asked, **options))
+
+    service.Service.search = search  # type: ignore[method-assign]
+    sys.argv = ["modeclip", "serve", run, "--port", str(port)]
     modeclip()
 
 
@@ -156,6 +174,68 @@ def start(words: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     raise SystemExit(f"{' '.join(words)} has ended with {process.returncode}")
 
 
+def measure(
+    ports: Sequence[int], processes: Sequence[subprocess.Popen[bytes]], requests: list[bytes], given: argparse.Namespace
+) -> tuple[list[list[float]], list[list[float]], list[float]]:
+    """Ask services in turns; return rates by round, seconds of all answers, and processor milliseconds a request."""
+    rates: list[list[float]] = []
+    times: list[list[float]] = [[] for _ in ports]
+    for place in ports:
+        asyncio.run(load(place, requests, given.clients, 2))  # all are warm then
+    used = [-processor_seconds(process) for process in processes]
+    for _ in range(given.rounds):
+        found = [asyncio.run(load(place, requests, given.clients, given.seconds)) for place in ports]
+        rates.append([len(own) / given.seconds for own in found])
+        for all_times, own in zip(times, found, strict=True):
+            all_times += own
+    used = [before + processor_seconds(process) for before, process in zip(used, processes, strict=True)]
+    return rates, times, [1000 * seconds / len(own) for seconds, own in zip(used, times, strict=True)]
+
+
+def show(
+    names: Sequence[str], rates: list[list[float]], times: list[list[float]], cost: list[float], clients: int
+) -> None:
+    """Print what was measured as Markdown."""
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {datetime.now(UTC).date()},"
+        f" seed 0, {clients} clients\n"
+    )
+    print("| | requests/s | p50, ms | p99, ms | p99 / p50 | processor, ms a request |")
+    print("|---|---|---|---|---|---|")
+    for number, (name, own) in enumerate(zip(names, times, strict=True)):
+        low, high = (1000 * value for value in np.quantile(own, [0.5, 0.99]))
+        rate = statistics.median(one[number] for one in rates)
+        print(f"| {name} | {rate:,.0f} | {low:.1f} | {high:.1f} | {high / low:.2f} | {cost[number]:.1f} |")
+    for number, name in enumerate(names[1:], 1):
+        ratios = [one[0] / one[number] for one in rates]
+        print(
+            f"\nratio to {name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in"
+            f" {len(rates)} rounds), of processor time: {cost[number] / cost[0]:.2f}"
+        )
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End services."""
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def measure_searches(given: argparse.Namespace) -> None:
+    """Compare searches of several clients that are joined with searches of their own."""
+    words = [f"{kind} {name}" for kind in ("", "small", "open", "new", "round", "two") for name in CLASSES]
+    requests = [request_of({"text": one.strip(), "count": 10}, "/search") for one in words]
+    started = [start(["-m", "modeclip", "serve", given.what]), start([__file__, given.what, "--as-peer", "alone"])]
+    processes, ports = zip(*started, strict=True)
+    try:
+        found = measure(ports, processes, requests, given)
+        done = counters(ports[0])
+    finally:
+        end(processes)
+    show(["modeclip serve, searches joined", "each search by itself"], *found, given.clients)
+    print(f"searches in a batch: {done['searches _items'] / done['searches es']:.1f}")
+
+
 def main() -> None:
     """Measure, and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -163,9 +243,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--as-peer", choices=["batches of one", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--searches", action="store_true", help="measure searches of a run's index")
+    parser.add_argument("--as-peer", choices=["batches of one", "plain", "alone"], help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.as_peer == "alone":
+        serve_searches_alone(given.what, given.port)
+        return
+    if given.searches:
+        measure_searches(given)
+        return
     bundle = next(
         str(path) for path in (Path(given.what) / "bundle", Path(given.what)) if (path / "mode.json").is_file()
     )
@@ -178,17 +265,7 @@ def main() -> None:
     processes, ports = zip(*started, strict=True)
     port = ports[0]
     try:
-        rates: list[list[float]] = []
-        times: list[list[float]] = [[] for _ in ports]
-        for place in ports:
-            asyncio.run(load(place, requests, given.clients, 2))  # all are warm then
-        used = [-processor_seconds(process) for process in processes]
-        for _ in range(given.rounds):
-            found = [asyncio.run(load(place, requests, given.clients, given.seconds)) for place in ports]
-            rates.append([len(own) / given.seconds for own in found])
-            for all_times, own in zip(times, found, strict=True):
-                all_times += own
-        used = [before + processor_seconds(process) for before, process in zip(used, processes, strict=True)]
+        found = measure(ports, processes, requests, given)
         done = counters(port)
         many = request_of({"images": [picture_of(0)], "classes": [f"thing number {one}" for one in range(1000)]})
         texts = [counters(port)]
@@ -196,26 +273,8 @@ def main() -> None:
             assert asyncio.run(ask(port, many))[0] == 200
             texts.append(counters(port))
     finally:
-        for process in processes:
-            os.kill(process.pid, signal.SIGTERM)
-            process.wait()
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {datetime.now(UTC).date()},"
-        f" seed 0, {given.clients} clients\n"
-    )
-    print("| | requests/s | p50, ms | p99, ms | p99 / p50 | processor, ms a request |")
-    print("|---|---|---|---|---|---|")
-    cost = [1000 * seconds / len(own) for seconds, own in zip(used, times, strict=True)]
-    for number, (name, own) in enumerate(zip(NAMES, times, strict=True)):
-        low, high = (1000 * value for value in np.quantile(own, [0.5, 0.99]))
-        rate = statistics.median(one[number] for one in rates)
-        print(f"| {name} | {rate:,.0f} | {low:.1f} | {high:.1f} | {high / low:.2f} | {cost[number]:.1f} |")
-    for number, name in enumerate(NAMES[1:], 1):
-        ratios = [one[0] / one[number] for one in rates]
-        print(
-            f"\nratio to {name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in"
-            f" {given.rounds} rounds), of processor time: {cost[number] / cost[0]:.2f}"
-        )
+        end(processes)
+    show(NAMES, *found, given.clients)
     print(f"pictures in a batch: {done['images _items'] / done['images es']:.1f}")
     for number, name in enumerate(("first", "again")):
         passed = {

@@ -17,7 +17,7 @@ from modeclip import Catalog, MoDE, ModeclipError
 from modeclip.models.clip import encode_image, encode_text
 from modeclip.search import approximate as approximate_module
 from modeclip.search import index as index_module
-from modeclip.search.asking import SearchModel
+from modeclip.search.asking import SearchModel, encode_query
 from modeclip.search.index import INDEX_FILE, Index
 from modeclip.search.query import Query, SearchConfig
 from support import noise_picture, with_weights
@@ -143,6 +143,20 @@ def test_conditions_and_strength_leave_images_out(index: Index, catalog: Catalog
     assert np.diff([hit.score for hit in found.hits]).max() < 1e-6
     strong = index.search("arrow", count=1000, least_strength=0.5).hits
     assert strong == tuple(hit for hit in index.search("arrow", count=1000).hits if hit.strength >= 0.5)
+
+
+def test_queries_together_are_each_answered_as_alone(index: Index, catalog: Catalog) -> None:
+    picture = catalog.images(np.array([0]))[0]
+    queries = [Query(text="arrow left"), Query(text="home", negatives=("heart",)), Query(text="star", image=picture)]
+    asked = [encode_query(index.model, query) for query in queries]
+    together = index.search_together(asked, count=4, least_strength=0.1)
+    for one, found in zip(asked, together, strict=True):
+        alone = index.search(one, count=4, least_strength=0.1)
+        assert [hit.key for hit in found.hits] == [hit.key for hit in alone.hits]
+        np.testing.assert_allclose([hit.score for hit in found.hits], [hit.score for hit in alone.hits], atol=1e-6)
+        assert (found.weights, found.num_searched, found.exact) == (alone.weights, alone.num_searched, alone.exact)
+    with pytest.raises(ModeclipError, match="count must be 1 or more"):
+        index.search_together(asked, count=0)
 
 
 def test_hybrid_joins_words_of_captions(index: Index, catalog: Catalog) -> None:

@@ -162,6 +162,23 @@ def test_requests_in_flight_are_computed_together_with_the_same_numbers(server: 
     assert batches < len(images)
 
 
+def test_searches_in_flight_share_a_pass_with_the_same_numbers(server: Server) -> None:
+    words = ["heart", "arrow left", "home", "star", "circle", "mail"]
+    bodies = [{"text": word, "count": count} for word in words for count in (2, 3)] * 3
+    alone = [server.ask("/search", **body).json() for body in bodies[: len(bodies) // 3]] * 3
+    names = ('modeclip_batches_total{kind="searches"}', 'modeclip_batch_items_total{kind="searches"}')
+    before = [server.counter(name) for name in names]
+    with ThreadPoolExecutor(24) as pool:
+        found = [one.json() for one in pool.map(lambda body: server.ask("/search", **body), bodies)]
+    batches, items = (server.counter(name) - then for name, then in zip(names, before, strict=True))
+    assert items == len(bodies) > batches
+    for one, expected in zip(found, alone, strict=True):
+        assert [hit["number"] for hit in one["hits"]] == [hit["number"] for hit in expected["hits"]]
+        for hit, other in zip(one["hits"], expected["hits"], strict=True):
+            assert hit["score"] == pytest.approx(other["score"], abs=1e-5)
+            assert hit["strength"] == pytest.approx(other["strength"], abs=1e-5)
+
+
 def test_a_list_that_is_asked_again_costs_no_text_pass(server: Server) -> None:
     classes = [f"thing number {number}" for number in range(1000)]
     first = server.ask("/classify", images=[data_url(PICTURES[0])], classes=classes).json()

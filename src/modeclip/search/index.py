@@ -326,10 +326,7 @@ class Index:
                 are wanted for a query without a text.
         """
         query = Query(text=query) if isinstance(query, str) else query
-        if count < 1:
-            raise ModeclipError(f"search: count must be 1 or more, got {count}")
-        if not 0 <= least_strength <= 1:
-            raise ModeclipError(f"search: least_strength must lie in [0, 1], got {least_strength}")
+        _check_wanted(count, least_strength)
         if hybrid and query.text is None:
             raise ModeclipError(
                 "search: hybrid needs a text, whose words are looked for in the captions; got a picture"
@@ -347,14 +344,29 @@ class Index:
         if hybrid:
             assert query.text is not None
             rows = self._fuse(rows, query.text, chosen)
-        hits = self._hits(rows[:count], vector)
-        return Found(
-            hits=tuple(hit for hit in hits if hit.strength >= least_strength),
-            weights=tuple(weights.tolist()),
-            experts=self.model.names,
-            num_searched=searched,
-            exact=approximate is None or chosen is not None,
-        )
+        is_exact = approximate is None or chosen is not None
+        return self._found(rows[:count], vector, weights, least_strength, searched, is_exact)
+
+    def search_together(self, queries: Sequence[Asked], *, count: int = 10, least_strength: float = 0.0) -> list[Found]:
+        """Find the images that fit each of several queries best, in one pass over the vectors if all are compared.
+
+        Args:
+            queries: What is looked for, encoded; each is answered as `search` answers it alone.
+            count: As for `search`.
+            least_strength: As for `search`.
+
+        Raises:
+            ModeclipError: A number is out of range.
+        """
+        if len(queries) < 2 or self.approximate is not None:
+            return [self.search(asked, count=count, least_strength=least_strength) for asked in queries]
+        _check_wanted(count, least_strength)
+        vectors = [self._vector(asked) for asked in queries]
+        best, _ = self.rows.best(np.stack(vectors), count)
+        return [
+            self._found(rows, vector, asked.weights, least_strength, len(self), True)
+            for rows, vector, asked in zip(best, vectors, queries, strict=True)
+        ]
 
     def read(self, numbers: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return columns of some rows of the index.
@@ -403,6 +415,24 @@ class Index:
                     raise ModeclipError(_moved(self.folder, path, hits[place].key))
                 found[place] = picture
         return found
+
+    def _found(
+        self,
+        rows: Int[np.ndarray, " k"],
+        vector: Float[np.ndarray, " D"],
+        weights: Float[np.ndarray, " K"],
+        least_strength: float,
+        searched: int,
+        is_exact: bool,
+    ) -> Found:
+        hits = self._hits(rows, vector)
+        return Found(
+            hits=tuple(hit for hit in hits if hit.strength >= least_strength),
+            weights=tuple(weights.tolist()),
+            experts=self.model.names,
+            num_searched=searched,
+            exact=is_exact,
+        )
 
     def _vector(self, asked: Asked) -> Float[np.ndarray, " D"]:
         """Return the one vector that a query is."""
@@ -481,6 +511,13 @@ class Index:
     def _take(self, columns: Sequence[str], rows: Int[np.ndarray, " n"]) -> pa.Table:
         table: pa.Table = self._dataset.take(rows.tolist(), columns=list(columns))
         return table
+
+
+def _check_wanted(count: int, least_strength: float) -> None:
+    if count < 1:
+        raise ModeclipError(f"search: count must be 1 or more, got {count}")
+    if not 0 <= least_strength <= 1:
+        raise ModeclipError(f"search: least_strength must lie in [0, 1], got {least_strength}")
 
 
 def _place(folder: Path | str) -> str:

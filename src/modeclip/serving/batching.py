@@ -1,10 +1,10 @@
 """Requests in flight are computed together: what waits when the model is free goes through it as one batch.
 
 No request waits for others to come. While one batch is computed, the next requests gather; so batches grow with the
-load by themselves, and a lone request is answered at once. One thread computes for all batchers of a service, on all
-cores for a lone request, and on all but one under load, since the event loop has work then too. A request that does not
-fit into the queue is refused at once, and one that was given up (its client has gone, its time is over) is taken out
-before it costs anything.
+load by themselves, and a lone request is answered at once. One thread computes for all batchers of a model, another for
+searches, on all cores for a lone request, and on all but one under load, since the event loop has work then too. A
+request that does not fit into the queue is refused at once, and one that was given up (its client has gone, its time is
+over) is taken out before it costs anything.
 
 Price: a request that comes while a batch is computed waits for that batch.
 """
@@ -151,4 +151,5 @@ class Batcher(Generic[Item, Result]):
 
 def _as_refusal(error: Exception) -> Exception:
     """Return what a client is told: what modeclip says is wrong with the model, which may be mended."""
-    return RefusedError(str(error), 503) if isinstance(error, ModeclipError) else error
+    is_told = isinstance(error, ModeclipError) and not isinstance(error, RefusedError)
+    return RefusedError(str(error), 503) if is_told else error

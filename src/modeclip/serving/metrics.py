@@ -18,6 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
+    from modeclip.serving.batching import Batcher
     from modeclip.serving.service import Service
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -61,14 +62,15 @@ class _ModelCollector:
     def collect(self) -> Iterator[Any]:
         service = self._service
         answers = service.answers
-        batchers = {
+        batchers: dict[str, Batcher[Any, Any]] = {
             "images": answers.image_batches,
             "texts": answers.text_batches,
             "router": answers.router_batches,
+            "searches": service.search_batches,
         }
         for name, about, own in (
-            ("batches", "Batches that the model has computed.", "batches"),
-            ("batch_items", "Pictures and texts in them.", "items"),
+            ("batches", "Batches that were computed.", "batches"),
+            ("batch_items", "Pictures, texts and searches in them.", "items"),
             ("batch_seconds", "Seconds that they took.", "seconds"),
             ("batch_refused", "Requests that found the queue full.", "refused"),
         ):
@@ -76,7 +78,7 @@ class _ModelCollector:
             for kind, batcher in batchers.items():
                 family.add_metric([kind], getattr(batcher.counts, own))
             yield family
-        waiting = GaugeMetricFamily("modeclip_waiting", "Pictures and texts that wait.", labels=["kind"])
+        waiting = GaugeMetricFamily("modeclip_waiting", "Pictures, texts and searches that wait.", labels=["kind"])
         largest = GaugeMetricFamily("modeclip_largest_batch", "Items of the largest batch.", labels=["kind"])
         for kind, batcher in batchers.items():
             waiting.add_metric([kind], batcher.waiting)

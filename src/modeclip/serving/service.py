@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,9 +24,11 @@ import numpy as np
 from modeclip.errors import ModeclipError, in_one_line, unknown
 from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.search.asking import SearchModel
+from modeclip.search.exact import TOGETHER
 from modeclip.search.index import INDEX_FILE, Index
-from modeclip.search.query import Asked
+from modeclip.search.query import Asked, Found
 from modeclip.serving.answers import Answers
+from modeclip.serving.batching import Batcher
 from modeclip.serving.limits import Limits, RefusedError
 from modeclip.serving.shapes import Health
 from modeclip.system.console import log
@@ -33,8 +36,6 @@ from modeclip.system.paths import RunPaths, expand_homes, is_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from modeclip.search.query import Found
 
 Result = TypeVar("Result")
 
@@ -45,6 +46,8 @@ SMALL_LETTERS, SMALL_PIXELS = 1 << 16, 1 << 16
 """Pictures of a request that are decoded at once, in base64 and decoded: handing them to a thread would take longer."""
 State = tuple[tuple[str, int, int, int], ...]
 """Which files there are, with time, size and inode."""
+Wanted = tuple[Asked, tuple[Index, int, float]]
+"""An encoded query with the index that is searched, the number of hits that are wanted, and their least strength."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,9 @@ class Service:
         self._state, self._lock = source.state(), Lock()
         self._readers = ThreadPoolExecutor(2, "pictures")
         self._searchers = ThreadPoolExecutor(2, "search")
+        self.search_batches = Batcher[Wanted, Found](
+            _search_together, self._searchers, most=TOGETHER, waiting=limits.max_waiting
+        )
         answers, indexes = source.open(limits)
         if dimension is not None and dimension < answers.dimension:
             raise ModeclipError(
@@ -279,9 +285,25 @@ class Service:
         """Read rows of an index; arguments and errors as for `Index.read`."""
         return await self._in(self._searchers, _reading(index), lambda: index.read(numbers, columns))
 
-    async def search(self, index: Index, asked: Asked, **options: Any) -> Found:
-        """Search an index; arguments and errors as for `Index.search`."""
-        return await self._in(self._searchers, _reading(index), lambda: index.search(asked, **options))
+    async def search(
+        self,
+        index: Index,
+        asked: Asked,
+        *,
+        count: int = 10,
+        where: Sequence[str] = (),
+        least_strength: float = 0.0,
+        hybrid: bool = False,
+    ) -> Found:
+        """Search an index, together with whoever searches it now; arguments and errors as for `Index.search`.
+
+        Under conditions, where words of captions are looked for too, and where not all vectors are compared, there is
+        no pass that several could share: such a query is a search of its own.
+        """
+        if where or hybrid or index.approximate is not None:
+            work = partial(index.search, asked, count=count, where=where, least_strength=least_strength, hybrid=hybrid)
+            return await self._in(self._searchers, _reading(index), work)
+        return (await self.search_batches.ask([(asked, (index, count, least_strength))]))[0]
 
     def close(self) -> None:
         """Compute no more."""
@@ -320,6 +342,20 @@ def _guarded(work: Callable[..., Result], *given: Any) -> Result:
         raise
     except BaseException as error:  # a panic of a library in Rust
         raise RefusedError(f"this cannot be computed ({type(error).__name__})", 422) from None
+
+
+def _search_together(items: Sequence[Wanted]) -> list[Found]:
+    """Answer searches; those of an index that want as many hits share a pass over its vectors."""
+    groups: dict[tuple[Index, int, float], list[int]] = {}
+    for place, (_, options) in enumerate(items):
+        groups.setdefault(options, []).append(place)
+    found: dict[int, Found] = {}
+    for (index, count, least_strength), places in groups.items():
+        work = partial(
+            index.search_together, [items[place][0] for place in places], count=count, least_strength=least_strength
+        )
+        found |= zip(places, _guarded(_reading(index), work), strict=True)
+    return [found[place] for place in range(len(items))]
 
 
 def _reading(index: Index) -> Callable[[Callable[[], Result]], Result]:
