@@ -352,7 +352,7 @@ class Bench:
         visual, words = zip(*exam.load(members), strict=True)
         scales = np.array([float(load_clip(member).model.logit_scale.detach().exp()) for member in members])
         draw = np.random.default_rng(0)
-        some, others = draw.choice(len(visual[0]), 2000, False), draw.choice(len(words[0]), 2000, False)
+        some, others = (draw.choice(len(all_of), min(2000, len(all_of)), False) for all_of in (visual[0], words[0]))
         sample = np.stack([v[some] @ u[others].T for v, u in zip(visual, words, strict=True)])
         mean, spread = (x[:, None, None] for x in (sample.mean((1, 2)), sample.std((1, 2))))
         found: dict[str, list[float]] = {}

@@ -26,6 +26,7 @@ import noise_found
 import numpy as np
 import one_model_report
 import poisoning
+import subjects_report
 from costs import headline_table, laws_of, scaling_lines, scaling_table, size_table
 from experiments import MAIN, PARTS, Arm, base_arm
 from records import BY_SEED, Records, against, averages, interval, label, mean, plain_arms, short, table
@@ -342,6 +343,7 @@ def facts_table(records: Records) -> str:
 def all_tables(records: Records) -> dict[str, Callable[[], str]]:
     """Return what makes each table."""
     study, base, paper = MAIN, base_arm(), base_arm(budget="paper")
+    subjects = subjects_report.read(HERE / "subjects.jsonl")
     encoders = {
         "MiniLM": "minilm",
         "TF-IDF": "tfidf",
@@ -353,7 +355,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
     return {
         "facts": lambda: facts_table(records),
         "findings": lambda: f"\n{findings.findings(records)}\n",
-        "in-short": lambda: f"\n{findings.in_short(records)}\n",
+        "in-short": lambda: f"\n{subjects_report.in_short(subjects)}\n{findings.in_short(records)}\n",
         "why-captions": lambda: f"\n{findings.why_captions(records)}\n",
         "known-names": lambda: f"\n{findings.known_names(records)}\n",
         "comparisons": lambda: findings.comparisons_table(records),
@@ -395,6 +397,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         **claims_tables(records),
         **curation_tables(),
         **one_model_tables(),
+        **{name: (lambda text=text: text) for name, text in subjects_report.tables(subjects).items()},
     }
 
 

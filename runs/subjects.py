@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 from experiments import PARTS, Study, Workshop, all_jobs, base_arm, read_studies, run_all
-from measure import Bench, Exam, Values, machine, packed
+from measure import Bench, Exam, Values, Weigh, machine, packed
 
 from modeclip import Catalog
 from modeclip.data.tasks.task import CatalogImages, Task, catalog_classification
@@ -179,11 +179,29 @@ def negatives(bench: Bench) -> Values:
     return found
 
 
+def strongest(weigh: Weigh, count: int) -> Weigh:
+    """Return weights of the experts that weigh most for each image, so many of them, which sum to 1."""
+
+    def weights(task: int) -> np.ndarray:
+        found = weigh(task)
+        least = np.sort(found, axis=1)[:, -count]
+        found = np.where(found >= least[:, None], found, 0)
+        return found / found.sum(axis=1, keepdims=True)
+
+    return weights
+
+
 def rows_of(bench: Bench, grouping: str) -> Iterator[tuple[str, Values]]:
     """Yield the rows of a study and seed by a grouping of the tasks."""
     yield from bench.rows()
-    if grouping == "sets" and "negatives" not in bench.recorded and bench.members(base_arm(encoder="clip-image")):
-        yield "negatives", negatives(bench)
+    of_images = base_arm(encoder="clip-image")
+    if members := bench.members(of_images):
+        for count in (1, 2):
+            if (row := f"{of_images.name} strongest {count}") not in bench.recorded:
+                hits = bench.exam.hits(members, strongest(bench.weigh(of_images), count), per_image=True)
+                yield row, bench.exam.tasks_of(hits) | {"hits": packed(hits)}
+        if grouping == "sets" and "negatives" not in bench.recorded:
+            yield "negatives", negatives(bench)
 
 
 def measure(workshop: SubjectWorkshop, studies: list[Study], path: Path) -> None:

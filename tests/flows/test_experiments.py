@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from modeclip.data.wordnet import load_wordnet
+from support import write_wordnet
 
 RUNS = Path(__file__).parents[2] / "runs"
 
@@ -22,10 +26,12 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     import candidates
     import curation_report
     import results
+    import subjects
+    import subjects_report
 
     import curation
 
-    modules = (candidates, curation, curation_report, results)
+    modules = (candidates, curation, curation_report, results, subjects, subjects_report)
     yield {module.__name__: module for module in modules}
     sys.path.remove(str(RUNS))
 
@@ -211,3 +217,43 @@ def test_what_follows_waits_for_all_selections_and_takes_the_best(
     assert list(experiment.then_cells(lines[:-1], None, [0])) == []
     assert curation.best_of(lines, [name for name in names if name != "oracle"]) == names[6]
     assert report.averages(lines)["oracle"] == {0: 90.0, 1: 90.0, 2: 90.0}
+
+
+def test_subjects_are_what_the_first_sense_is_a_kind_of(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects, wordnet = scripts["subjects"], load_wordnet(write_wordnet(tmp_path / "dict"))
+    above = {synset.name: synset.hypernyms for synset in wordnet.synsets}
+    assert subjects.subject_of("dogs", wordnet, above) == "animals"  # a dog is an animal
+    assert subjects.subject_of("animal", wordnet, above) == "animals"
+    assert subjects.subject_of("hot dog", wordnet, above) is None  # nothing stands above it here
+    assert subjects.subject_of("unicorn", wordnet, above) is None
+    # a name belongs to the first subject that holds it
+    monkeypatch.setattr(subjects, "KINDS", {"pets": ("dog.n.01",), "animals": ("animal.n.01",)})
+    assert subjects.subject_of("dog", wordnet, above) == "pets"
+
+
+def test_gains_by_subject_leave_out_near_copies_and_have_two_intervals(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    report, packed = scripts["subjects_report"], scripts["subjects"].packed
+    near = np.array([1, 0, 0, 0, 0, 1], bool)
+    facts = {"tasks": ["food", "sky"], "images": [4, 2], "classes": [2, 2], "near": packed(near)}
+    dense = {0: [1, 0, 0, 0, 0, 1], 1: [1, 1, 0, 0, 0, 1]}
+    mine = {0: [1, 1, 1, 0, 1, 0], 1: [0, 1, 1, 1, 1, 0]}
+    lines = [{"tasks": "wordnet", "seed": 0, "row": "tasks", "values": facts}]
+    for row, hits in ((report.DENSE, dense), (f"{report.CAPTIONS} per_class", mine)):
+        for seed, right in hits.items():
+            accuracies = [100 * float(np.mean(right[:4])), 100 * float(np.mean(right[4:]))]
+            values = {"tasks": accuracies, "hits": packed(np.array(right, bool))}
+            lines.append({"tasks": "wordnet", "seed": seed, "row": row, "values": values})
+    path = tmp_path / "subjects.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, row = report.read(path), f"{report.CAPTIONS} per_class"
+    np.testing.assert_allclose(report.gains(found, "wordnet", row), [[50, 0], [25, 0]])
+    # without the first and the last image
+    np.testing.assert_allclose(report.gains(found, "wordnet", row, far=True), [[200 / 3, 100], [200 / 3, 100]])
+    # seeds: 25 and 12.5, t(0.975, 1) = 12.706, half width 12.706 * 6.25; tasks: 37.5 and 0, 12.706 * 18.75
+    assert report.both(report.gains(found, "wordnet", row)) == "+18.8\u00a0±\u00a079.4, 238.2"
+    assert not report.is_certain(report.gains(found, "wordnet", row))
+    assert report.is_certain(np.array([[9.9, 10.0], [10.1, 10.2]]))
