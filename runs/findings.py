@@ -305,14 +305,6 @@ def in_short(records: Records) -> str:
     large = records.equal("xs", PARTS)
     four, eight = (Gain.of(records.mixed("long-xxxs", arm), large) for arm in (IMAGE_ARM, EIGHT_IMAGES))
     passes = records.studies["long-xxxs"].train.samples / records.data["pairs"]
-    health, emoji = (
-        Gain.of(
-            records.tasks("main", f"prior-{task}"),
-            records.equal("main", PARTS),
-            np.array([name == task for name in records.data["tasks"]]),
-        )
-        for task in ("healthicons", "twemoji")
-    )
     paper = base_arm(budget="paper")
     own = Gain.of(records.mixed("main", paper), records.tasks("main", "part-32"))
     rule = Gain.of(records.mixed("main", paper), records.tasks("main", f"{paper.name} uniform"), records.confirmed)
@@ -323,9 +315,7 @@ def in_short(records: Records) -> str:
         f"towers of "
         f"about that cost they stand at {four} and {eight};",
         f"experts on clusters of captions stand at {at_equal_cost(records, 'long-xxxs', main)} there and at "
-        f"{at_equal_cost(records, 'main', main)} on larger towers after 3.1 passes; one expert for names that are "
-        f"known "
-        f"beforehand gains {health.size} (health icons) and {emoji.size} (emoji);",
+        f"{at_equal_cost(records, 'main', main)} on larger towers after 3.1 passes;",
         f"against the dense model on its own, shorter schedule, which is the paper's comparison, four experts of "
         f"captions gain "
         f"{own.size}, and `per_class` gains {rule.size} on uniform weights where the published rules gain nothing.",

@@ -26,6 +26,7 @@ WAYS = {
     "Full-4": (f"{FULL} uniform", "tasks"),
 }
 """What is held against the dense model: the row of the records, and the name of its accuracies there."""
+SPLIT = "What the split itself brings, experts of captions against Full-4, both by log-probabilities"
 GROUPINGS = {
     "sets": "{} icon sets",
     "wordnet": "{} subjects of WordNet",
@@ -176,10 +177,17 @@ def verdict(found: Found) -> str:
             if points.size:
                 sure = "certain" if is_certain(points) else "not certain"
                 told.append((name, f"{both(points)} on {words.format(len(facts[0]['tasks']))} ({sure})"))
+        parts = [gains(found, grouping, f"{arm} mixing", LOG) for arm in (CAPTIONS, FULL)]
+        if parts[0].size and parts[0].shape == parts[1].shape:
+            points = parts[0] - parts[1]
+            sure = "certain" if is_certain(points) else "not certain"
+            told.append((SPLIT, f"{both(points)} on {words.format(len(facts[0]['tasks']))} ({sure})"))
     lines = []
     for name in WAYS:
         if found_there := [text for one, text in told if one == name]:
             lines.append(f"- **{name[0].upper()}{name[1:]}** against the dense model: {', '.join(found_there)}.")
+    if split := [text for one, text in told if one == SPLIT]:
+        lines.append(f"- **{SPLIT}**: {', '.join(split)}.")
     return "\n".join(lines) if lines else "Not computed yet."
 
 
