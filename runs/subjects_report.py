@@ -47,6 +47,8 @@ def gains(found: Found, grouping: str, row: str, name: str = "tasks", far: bool 
     """Return what a row gains on the dense model, (seeds, tasks) in points; far: on images without a near-copy."""
     dense, mine = found.get((grouping, DENSE), {}), found.get((grouping, row), {})
     seeds = [seed for seed in sorted(mine) if seed in dense]
+    if not seeds:
+        return np.empty((0, 1))
     if not far:
         return np.array([np.array(mine[seed][name]) - dense[seed]["tasks"] for seed in seeds])
     facts = found[grouping, "tasks"][0]
