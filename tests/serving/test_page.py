@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from modeclip.data.catalog import Catalog
 from modeclip.serving.app import create_app
 from modeclip.serving.service import open_service
+from modeclip.system.files import only_process
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -35,8 +36,8 @@ HEART = ROOT / "docs" / "assets" / "heart.png"
 class Server:
     """The service in a thread, at a port that it takes again when it is restarted."""
 
-    def __init__(self, run: Path) -> None:
-        self.run, self.port = run, 0
+    def __init__(self, run: Path, key: str = "") -> None:
+        self.run, self.port, self.key = run, 0, key
         self.start()
 
     def start(self) -> None:
@@ -46,7 +47,10 @@ class Server:
         self.port = place.getsockname()[1]
         self.service = open_service(self.run)
         config = uvicorn.Config(
-            create_app(self.service, look=False), log_config=None, access_log=False, timeout_graceful_shutdown=1
+            create_app(self.service, key=self.key, look=False),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
         )
         self._server, self._place = uvicorn.Server(config), place
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [place]}, daemon=True)
@@ -84,7 +88,7 @@ def open_page(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]
     """Open an address as a visitor who has seen the tour; whatever goes wrong in a script fails the test."""
     contexts, wrong = [], []
 
-    def open_at(address: str = "", *, new: bool = False, **options: Any) -> Page:
+    def open_at(address: str = "", *, new: bool = False, of: Server = server, **options: Any) -> Page:
         context = browser.new_context(**options)
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
@@ -92,7 +96,7 @@ def open_page(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]
             context.add_init_script("if (top === self) localStorage.setItem('modeclip.tour', 'seen')")
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(f"{server.url}/{address}")
+        page.goto(f"{of.url}/{address}")
         return page
 
     expect.set_options(timeout=PATIENCE)
@@ -206,6 +210,8 @@ def test_a_lasso_becomes_a_mask_of_the_catalog(open_page: Callable[..., Page], s
     page.get_by_role("button", name="Save as mask").click()
     expect(page.locator(".said")).to_contain_text("--mask all_of_it")
     expect(page.locator("#colour")).to_have_value("all_of_it")
+    expect(page.locator(".keys li.is")).to_have_count(1)  # the colours are those of the mask
+    expect(page.locator(".keys li.not")).to_have_count(1)
     shown = int(page.locator(".said").inner_text().split("Saved: ")[1].split(" ")[0].replace(",", ""))
     assert len(Catalog.open(server.run).select("all_of_it")) == shown > 0
     page.get_by_role("button", name="Delete this mask").click()
@@ -248,6 +254,44 @@ def test_a_restart_is_said_and_mended(open_page: Callable[..., Page], server: Se
     expect(page.locator("#banner")).to_be_hidden()
     expect(page.locator(".hit").first).to_be_visible()
     expect(words_of(page)).to_have_value("heart")
+
+
+def test_a_service_with_a_key_asks_for_it_and_takes_only_the_right_one(
+    open_page: Callable[..., Page], served_run: Path
+) -> None:
+    locked = Server(served_run / "bundle", key="open-sesame")
+    try:
+        page = open_page("#/classify", of=locked)
+        dialog, field = page.get_by_role("dialog"), page.get_by_label("API key", exact=True)
+        expect(dialog).to_contain_text("asks for a key")
+        dialog.locator("#key").fill("sesame")
+        dialog.get_by_role("button", name="Go on").click()
+        expect(dialog).to_contain_text("not the right one")
+        dialog.locator("#key").fill("open-sesame")
+        dialog.get_by_role("button", name="Go on").click()
+        expect(page.locator("form, canvas").first).to_be_visible()
+        expect(field).to_have_count(0)
+        page.reload()  # the key of this session is kept
+        expect(page.locator("form, canvas").first).to_be_visible()
+        expect(page.get_by_role("dialog")).to_have_count(0)
+    finally:
+        locked.stop()
+
+
+def test_a_model_in_training_is_shown_until_it_is_trained(open_page: Callable[..., Page], server: Server) -> None:
+    folder = server.run / "models" / "expert-1"
+    done = folder / "done.json"
+    content = done.read_text()
+    done.unlink()
+    try:
+        with only_process(folder):
+            page = open_page("#/runs")
+            expect(page.locator(".lead")).to_contain_text("1 model in training")
+            expect(page.locator(".state.running")).to_have_count(1)
+    finally:
+        done.write_text(content)
+    expect(page.locator(".lead")).to_contain_text("all trained")  # without a reload
+    expect(page.locator(".state.running")).to_have_count(0)
 
 
 def test_the_tour_has_four_steps_at_the_first_visit(open_page: Callable[..., Page]) -> None:
