@@ -154,8 +154,8 @@ def in_short(found: Found) -> str:
     verb = "beats" if own.mean() > half else "may beat" if own.mean() > 0 else "does not beat"
     return (
         f"- **one expert for names that are known beforehand {verb} a dense model of the same cost**: by "
-        f"{signed(own).lstrip('+')} points on {', '.join(most)} and {last}, four subjects of the held-out icons (three "
-        f"seeds); on other subjects it stands at {signed(others)};"
+        f"{signed(own).lstrip('+')} points on {', '.join(most)} and {last}, the {len(gained)} largest subjects of the "
+        f"held-out icons ({len(own)} seeds); on other subjects it stands at {signed(others)};"
     )
 
 

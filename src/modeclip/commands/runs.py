@@ -111,6 +111,7 @@ def _print_commands(out: Path) -> None:
     print_lines(
         f'modeclip search {folder}/held-out.index "a red umbrella" --sheet found.png',
         f"modeclip classify {folder}/bundle PICTURE --classes {names}",
+        "modeclip pilot YOUR_PAIRS --classes NAMES",
         f"modeclip serve {folder}",
     )
 
