@@ -133,8 +133,9 @@ def known_table(found: Found) -> str:
         cells = [subject, f"{images:,}", f"{trained:,.0f}", *map(interval, levels)]
         rows.append([*cells, signed(points), signed(others)])
     if len(gained) > 1 and len({len(points) for points, _ in gained.values()}) == 1:
-        means = [np.mean([each[side] for each in gained.values()], axis=0) for side in (0, 1)]
-        rows.append(["mean", "", "", "", "", *map(signed, means)])
+        # of the subjects, with the intervals over seeds and over subjects
+        means = [np.stack([each[side] for each in gained.values()], axis=1) for side in (0, 1)]
+        rows.append(["mean", "", "", "", "", *map(both, means)])
     columns = ["names of", "images", "pairs trained on", "dense", "expert", "gain", "gain on the other subjects"]
     return table(columns, rows)
 
@@ -148,14 +149,14 @@ def signed(points: np.ndarray) -> str:
 def in_short(found: Found) -> str:
     """Return the point that README has."""
     gained = known(found)
-    own, others = (np.mean([each[side] for each in gained.values()], axis=0) for side in (0, 1))
-    half = float(t.ppf(0.975, len(own) - 1) * np.std(own, ddof=1) / len(own) ** 0.5)
+    own, others = (np.stack([each[side] for each in gained.values()], axis=1) for side in (0, 1))
     *most, last = gained
-    verb = "beats" if own.mean() > half else "may beat" if own.mean() > 0 else "does not beat"
+    verb = "does not beat" if own.mean() <= 0 else "beats" if is_certain(own) else "may beat"
     return (
         f"- **one expert for names that are known beforehand {verb} a dense model of the same cost**: by "
-        f"{signed(own).lstrip('+')} points on {', '.join(most)} and {last}, the {len(gained)} largest subjects of the "
-        f"held-out icons ({len(own)} seeds); on other subjects it stands at {signed(others)};"
+        f"{both(own).lstrip('+')} points on {', '.join(most)} and {last}, the {len(gained)} largest subjects of the "
+        f"held-out icons (intervals over {len(own)} seeds and over the subjects); on other subjects it stands at "
+        f"{both(others)};"
     )
 
 

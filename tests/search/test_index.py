@@ -260,7 +260,7 @@ def test_an_approximate_index_says_what_it_finds(
     assert len(true & {hit.row for hit in hits.hits}) >= 7
     assert built.search("arrow", where=("expert=1",)).exact  # few rows are compared one by one
     # the index before stays for those who have it open, older ones go
-    files = [found.file]
+    files, opened = [found.file], Index.open(tmp_path / "new", index.model)
     assert [path.name for path in (tmp_path / "new").glob("candidates-*")] == files
     for _ in range(2):
         now = Index.open(tmp_path / "new", index.model)
@@ -270,6 +270,8 @@ def test_an_approximate_index_says_what_it_finds(
         files = [*files[-1:], now.approximate.file]
         assert {path.name for path in (tmp_path / "new").glob("candidates-*")} == set(files)
         assert not now.search("arrow").exact
+    with pytest.raises(ModeclipError, match="has changed since it was opened; open it again"):
+        opened.search("arrow")
     # without faiss, and as an earlier modeclip has left it, the same index answers exactly
     with monkeypatch.context() as patched:
         patched.setattr(index_module, "faiss_is_there", lambda: False)

@@ -139,6 +139,19 @@ def build_approximate(
         return None
     with busy(f"building an approximate index of {len(rows):,} images"):
         candidates = Candidates.fit(rows)
+        facts = _measured(candidates, rows, queries, recall)
+    if facts is None:
+        log(f"the approximate index does not reach a recall of {recall:g}; searches stay exact")
+        return None
+    share = f"{100 * facts.recall:.1f} % of the best {COUNT}"
+    log(f"approximate index: {facts.looked_at} of {facts.partitions} cells hold {share}")
+    return facts, candidates
+
+
+def _measured(
+    candidates: Candidates, rows: Rows, queries: Float[np.ndarray, "T D"], recall: float
+) -> Approximate | None:
+    """Return the fewest cells tried that reach a recall; None where all of them do not."""
     best, partitions, looked_at = rows.best(queries, COUNT)[0], candidates.partitions, FIRST_LOOKED_AT
     while True:
         looked_at = min(looked_at, partitions)
@@ -148,10 +161,7 @@ def build_approximate(
         ]
         chosen, measured = float(np.mean(shares[::2])), float(np.mean(shares[1::2]))
         if min(chosen, measured) >= recall:
-            log(f"approximate index: {looked_at} of {partitions} cells hold {100 * measured:.1f} % of the best {COUNT}")
-            facts = Approximate(partitions=partitions, looked_at=looked_at, recall=measured, queries=len(shares[1::2]))
-            return facts, candidates
+            return Approximate(partitions=partitions, looked_at=looked_at, recall=measured, queries=len(shares[1::2]))
         if looked_at == partitions:
-            log(f"the approximate index does not reach a recall of {recall:g}; searches stay exact")
             return None
         looked_at = max(looked_at + 1, round(GROWTH * looked_at))

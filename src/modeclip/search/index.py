@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = 1
-INDEX_FILE, ROWS_FOLDER, CANDIDATES = "index.json", "images.lance", "candidates-"
+INDEX_FILE, ROWS_FOLDER, CANDIDATES_PREFIX = "index.json", "images.lance", "candidates-"
 CONTENT = ("model", "config", "catalogs", "version", "heights")
 """What ``index.json`` must hold besides its format."""
 VECTOR = "vector"
@@ -269,6 +269,8 @@ class Index:
         try:
             return Candidates.of_bytes(read_bytes(path) if is_url(path) else Path(path).read_bytes())
         except (OSError, RuntimeError) as error:
+            if _read_note(self.folder).get("version") != self._content["version"]:
+                raise ModeclipError(f"index {self.folder}: it has changed since it was opened; open it again") from None
             reason = " ".join(str(error).split())[:200]
             raise DamagedError(f"{path}: it cannot be read ({reason}); delete {self.folder} and {_AGAIN}") from error
 
@@ -532,7 +534,7 @@ def _holds_more(folder: str) -> bool:
         names = [*folders, *files]
     else:
         names = [path.name for path in Path(folder).iterdir()] if Path(folder).exists() else []
-    return any(name not in {ROWS_FOLDER, LOCK_FILE} and not name.startswith(CANDIDATES) for name in names)
+    return any(name not in {ROWS_FOLDER, LOCK_FILE} and not name.startswith(CANDIDATES_PREFIX) for name in names)
 
 
 def _read_note(folder: str) -> dict[str, Any]:
@@ -559,7 +561,7 @@ def _delete_candidates(folder: str, kept: set[str]) -> None:
     """Delete the approximate indexes of earlier versions but for those that are kept."""
     names = list_folder(folder)[1] if is_url(folder) else [path.name for path in Path(folder).iterdir()]
     for name in names:
-        if name.startswith(CANDIDATES) and name not in kept:
+        if name.startswith(CANDIDATES_PREFIX) and name not in kept:
             path = join(folder, name)
             if is_url(path):
                 filesystem(path).rm_file(path)
@@ -736,7 +738,7 @@ def _finish(folder: str, dataset: Any, model: SearchModel, content: Mapping[str,
         texts = _some_captions(index)[1]
         weights = model.weigh(texts)
         if found := build_approximate(index.rows, model.encode_texts(texts, weights), config.recall):
-            facts = replace(found[0], file=f"{CANDIDATES}{dataset.version}.faiss")
+            facts = replace(found[0], file=f"{CANDIDATES_PREFIX}{dataset.version}.faiss")
             _write_file(join(folder, facts.file), found[1].to_bytes())
             new["approximate"] = asdict(facts)
     _write_file(join(folder, INDEX_FILE), to_json(new, indent=2).encode())
