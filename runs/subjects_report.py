@@ -26,7 +26,6 @@ WAYS = {
     "Full-4": (f"{FULL} uniform", "tasks"),
 }
 """What is held against the dense model: the row of the records, and the name of its accuracies there."""
-SPLIT = "What the split itself brings, experts of captions against Full-4, both by log-probabilities"
 GROUPINGS = {
     "sets": "{} icon sets",
     "wordnet": "{} subjects of WordNet",
@@ -81,6 +80,11 @@ def both(points: np.ndarray) -> str:
     return f"{points.mean():+.1f}\u00a0±\u00a0" + ", ".join(f"{half:.1f}" for half in halves)
 
 
+def marked(points: np.ndarray) -> str:
+    """Return a mean gain with its intervals, in bold where it is certain."""
+    return f"**{both(points)}**" if is_certain(points) else both(points)
+
+
 def is_certain(points: np.ndarray) -> bool:
     """Tell whether neither interval holds 0."""
     if len(points) < 2:
@@ -101,11 +105,13 @@ def gains_table(found: Found) -> str:
         if not facts or not dense:
             continue
         count, images = len(facts[0]["tasks"]), sum(facts[0]["images"])
-        cells = [both(gains(found, grouping, *way)) for way in WAYS.values()]
+        cells = [marked(gains(found, grouping, *way)) for way in WAYS.values()]
         level = interval([float(np.mean(values["tasks"])) for values in dense.values()])
         rows.append([words.format(count), f"{images:,}", level, *cells])
         far = int((~unpacked(facts[0]["near"], images)).sum())
-        cells = [both(gains(found, grouping, row, far=True)) if name == "tasks" else "" for row, name in WAYS.values()]
+        cells = [
+            marked(gains(found, grouping, row, far=True)) if name == "tasks" else "" for row, name in WAYS.values()
+        ]
         rows.append(["without images that have a near-copy", f"{far:,}", "", *cells])
     return table(["tasks", "images", "dense", *WAYS], rows)
 
@@ -168,36 +174,26 @@ def negatives_table(found: Found) -> str:
     return table(["batches of", "captions that fit at least as well as an image's own, of 255"], rows)
 
 
-def verdict(found: Found) -> str:
-    """Say what the tables hold."""
+def split(found: Found) -> str:
+    """Say what experts of captions gain on as many models of all data, both mixed by log-probabilities."""
     told = []
     for grouping, words in GROUPINGS.items():
-        facts = found.get((grouping, "tasks"))
-        if not facts:
-            continue
-        for name, way in WAYS.items():
-            points = gains(found, grouping, *way)
-            if points.size:
-                sure = "certain" if is_certain(points) else "not certain"
-                told.append((name, f"{both(points)} on {words.format(len(facts[0]['tasks']))} ({sure})"))
-        parts = [gains(found, grouping, f"{arm} mixing", LOG) for arm in (CAPTIONS, FULL)]
-        if parts[0].size and parts[0].shape == parts[1].shape:
-            points = parts[0] - parts[1]
-            sure = "certain" if is_certain(points) else "not certain"
-            told.append((SPLIT, f"{both(points)} on {words.format(len(facts[0]['tasks']))} ({sure})"))
-    lines = []
-    for name in WAYS:
-        if found_there := [text for one, text in told if one == name]:
-            lines.append(f"- **{name[0].upper()}{name[1:]}** against the dense model: {', '.join(found_there)}.")
-    if split := [text for one, text in told if one == SPLIT]:
-        lines.append(f"- **{SPLIT}**: {', '.join(split)}.")
-    return "\n".join(lines) if lines else "Not computed yet."
+        experts, full = (gains(found, grouping, f"{arm} mixing", LOG) for arm in (CAPTIONS, FULL))
+        if experts.size and experts.shape == full.shape:
+            count = len(found[grouping, "tasks"][0]["tasks"])
+            told.append(f"{marked(experts - full)} on {words.format(count)}")
+    if not told:
+        return "Not computed yet."
+    return (
+        "What the split itself brings, experts of captions against Full-4, both by log-probabilities: "
+        f"{', '.join(told)}."
+    )
 
 
 def tables(found: Found) -> dict[str, str]:
     """Return each table by its name."""
     return {
-        "subjects-verdict": verdict(found),
+        "subjects-split": split(found),
         "subjects": gains_table(found),
         "subjects-known": known_table(found),
         "subjects-negatives": negatives_table(found),
