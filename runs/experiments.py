@@ -54,7 +54,9 @@ class Arm:
     """Several models that make one mixture, or one model of its own."""
 
     kind: str
-    """``mode``, ``random``, ``full``, ``total`` (a dense model) or ``prior`` (one expert for a task's class names)."""
+    """``mode``, ``random``, ``full``, ``total`` (a dense model), ``prior`` (one expert for a task's class names), or one
+    dense model whose batches from the parting on are of other pairs: ``pure``, each of one cluster alone; ``batch``, as
+    before."""
     experts: int = 4
     fine: int = 1024
     encoder: str = "minilm"
@@ -64,11 +66,13 @@ class Arm:
     parts: int = PARTS
     task: str = ""
     """Of a prior; ``all``: those of all tasks."""
+    batch: int = 0
+    """Pairs in a batch from the parting on; 0: those of the study."""
 
     @property
     def is_single(self) -> bool:
         """Whether it is one model, with the arm's name."""
-        return self.kind in {"total", "prior"}
+        return self.kind in {"total", "prior", "pure", "batch"}
 
     @property
     def cost(self) -> int:
@@ -76,7 +80,7 @@ class Arm:
         if self.kind == "total":
             return self.parts
         left = PARTS - self.part
-        return self.part + (left if self.budget == "matched" or self.kind == "prior" else left * self.experts)
+        return self.part + (left if self.budget == "matched" or self.is_single else left * self.experts)
 
     @property
     def name(self) -> str:
@@ -85,11 +89,12 @@ class Arm:
             return f"total-{self.parts}"
         if self.kind == "prior":
             return f"prior-{self.task}"
-        words = [f"{self.kind}-k{self.experts}"]
-        if self.kind == "mode":
+        words = [self.kind] if self.kind == "batch" else [f"{self.kind}-k{self.experts}"]
+        if self.kind in {"mode", "pure"}:
             words += [f"m{self.fine}", self.encoder.partition(":")[0]]
-        words += [f"p{self.part}", self.budget]
-        return "-".join(words + ([f"o{self.outside:g}"] if self.outside else []))
+        words += [f"p{self.part}"] if self.is_single else [f"p{self.part}", self.budget]
+        words += [f"o{self.outside:g}"] if self.outside else []
+        return "-".join(words + ([f"b{self.batch}"] if self.batch else []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,8 @@ class Study:
     arms: tuple[Arm, ...]
     pairs: int = 0
     """Pairs drawn from all of them, which alone are trained on; 0: all."""
+    partings: tuple[int, ...] = PARTINGS
+    """Parts at which the state of the seed model is kept; the last is the dense model."""
 
 
 def base_arm(**changes: Any) -> Arm:
@@ -125,6 +132,7 @@ def read_studies(path: Path = HERE / "experiments.yaml") -> tuple[Path, list[Stu
         )
         arms = [Arm(**fields) for arm in study["arms"] for fields in expand(arm)]
         fields = {"name": study["name"], "seeds": tuple(study["seeds"]), "pairs": study.get("pairs", 0)}
+        fields["partings"] = tuple(study.get("partings", PARTINGS))
         studies.append(Study(train=config, arms=tuple(arms), **fields))
     return path.parent / content["data"], studies
 
@@ -240,7 +248,7 @@ class Workshop:
     def trunk(self, study: Study, seed: int) -> dict[int, TrainJob]:
         """Return the jobs of the seed model by the part at which they end; the last is the dense model."""
         config, jobs, before = replace(study.train, seed=seed), {}, None
-        for part in PARTINGS:
+        for part in study.partings:
             first = 0 if before is None else before.last_step
             job = TrainJob(
                 name=f"part-{part}",
@@ -264,7 +272,7 @@ class Workshop:
         trunk = self.trunk(study, seed)
         if arm.kind == "total":
             steps = arm.parts * study.train.steps_per_part
-            start = trunk[16]
+            start = trunk[min(trunk)]
             whole = replace(start, name=arm.name, folder=str(self.folder(study, seed) / arm.name), last_step=steps)
             return [replace(whole, last_share=1.0)]
         start = trunk[arm.part]
@@ -288,6 +296,8 @@ class Workshop:
                 job = replace(job, config=replace(job.config, seed=seed + 100 * (k + 1)))
             elif arm.kind == "prior":
                 job = replace(job, mask=self.prior_column(arm, study, seed))
+            elif arm.kind in {"pure", "batch"}:
+                job = self.in_batches(job, arm, study, seed)
             elif arm.kind == "random":
                 job = replace(job, where={self.random_column(arm, study, seed): k})
             else:
@@ -296,6 +306,15 @@ class Workshop:
                 job = replace(job, where={column: k}, catalog_fingerprint=fingerprint)
             found.append(job)
         return found
+
+    def in_batches(self, job: TrainJob, arm: Arm, study: Study, seed: int) -> TrainJob:
+        """Return a job whose batches are of an arm's size and, if it asks for that, of one cluster each."""
+        size = arm.batch or job.config.batch_size
+        factor = job.config.batch_size // size
+        config = replace(job.config, batch_size=size)
+        if arm.kind == "pure":
+            config = replace(config, groups=self.clustering(arm, study, seed)[1])
+        return replace(job, config=config, first_step=job.first_step * factor, last_step=job.last_step * factor)
 
 
 def all_jobs(workshop: Workshop, studies: list[Study], seeds: set[int] | None) -> Iterator[TrainJob]:

@@ -31,7 +31,7 @@ from typing import Any
 
 import candidates
 import numpy as np
-from experiments import MAIN, PARTINGS, PARTS, Arm, Study, Workshop, base_arm, read_studies
+from experiments import MAIN, PARTS, Arm, Study, Workshop, base_arm, read_studies
 
 from modeclip import Catalog
 from modeclip.clustering.distances import nearest_centers
@@ -192,7 +192,10 @@ class Bench:
 
     def rows(self) -> Iterator[tuple[str, Values]]:
         """Yield what is not recorded yet, as far as its models are there."""
-        plan = [(f"part-{part}", lambda part=part: self._plain([self.model(f"part-{part}")])) for part in PARTINGS]
+        plan = [
+            (f"part-{part}", lambda part=part: self._plain([self.model(f"part-{part}")]))
+            for part in self.study.partings
+        ]
         plan = [(name, make) for name, make in plan if self.finished(name)]
         for arm in self.study.arms:
             if (members := self.members(arm)) is not None:
