@@ -54,9 +54,8 @@ class Arm:
     """Several models that make one mixture, or one model of its own."""
 
     kind: str
-    """``mode``, ``random``, ``full``, ``total`` (a dense model), ``prior`` (one expert for a task's class names), or one
-    dense model whose batches from the parting on are of other pairs: ``pure``, each of one cluster alone; ``batch``, as
-    before."""
+    """``mode``, ``random``, ``full``, ``total`` (a dense model), ``prior`` (one expert for a task's class names), or a
+    dense model that changes at the parting: ``pure``, to batches of one cluster each; ``batch``, to another size."""
     experts: int = 4
     fine: int = 1024
     encoder: str = "minilm"

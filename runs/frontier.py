@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from costs import training_flops
-from experiments import Study, base_arm
+from experiments import base_arm
 from records import Records, averages, interval, short, table
 from scipy.stats import t
 
@@ -38,12 +38,13 @@ ARMS = {
     "captions": (base_arm(), "log"),
 }
 """Kinds of experts, and how they are mixed: captions by log-probabilities, which their records favour."""
-LAWS: Mapping[str, Callable[[Study, int], list[float]]] = {
-    "fullness": lambda study, pairs: [np.log2(study.train.samples / training_flops(study.train.model))],
-    "passes": lambda study, pairs: [np.log2(study.train.samples / pairs)],
-    "both": lambda study, pairs: [np.log2(study.train.samples), np.log2(training_flops(study.train.model))],
+LAWS: Mapping[str, Callable[[float, float, float], list[float]]] = {
+    "fullness": lambda samples, flops, _: [samples / flops],
+    "passes": lambda samples, _, pairs: [samples / pairs],
+    "both": lambda samples, flops, _: [samples, flops],
 }
-"""What each law knows of a study with so many pairs."""
+"""What each law knows of a training, of which it takes the logarithm to the base 2: samples, floating-point operations
+of a sample, pairs."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Law:
         """Points of gain for each doubling."""
         return [float(value) for value in self.weights[1:]]
 
-    def foresee(self, features: list[float], count: int) -> tuple[float, float]:
+    def foresee(self, features: list[float]) -> tuple[float, float]:
         """Return the gain of a new study, and the half width of its 95 % interval."""
         row = np.array([1.0, *features])
         leverage = float(row @ np.linalg.pinv(self.design.T @ self.design) @ row)
@@ -83,7 +84,7 @@ def gains_of(records: Records, kind: str) -> dict[str, list[float]]:
     """Return the gain of a kind of experts over the dense model of equal cost, by study, for each seed."""
     arm, how = ARMS[kind]
     found = {}
-    for name, study in records.studies.items():
+    for name in records.studies:
         own, dense = averages(records.mixed(name, arm, how)), averages(records.equal(name, arm.cost))
         if gains := [own[seed] - dense[seed] for seed in own if seed in dense]:
             found[name] = gains
@@ -93,7 +94,8 @@ def gains_of(records: Records, kind: str) -> dict[str, list[float]]:
 def features_of(records: Records, law: str, study: str) -> list[float]:
     """Return what a law knows of a study."""
     plan = records.studies[study]
-    return [float(value) for value in LAWS[law](plan, plan.pairs or records.data["pairs"])]
+    flops, pairs = training_flops(plan.train.model), plan.pairs or records.data["pairs"]
+    return np.log2(LAWS[law](plan.train.samples, flops, pairs)).tolist()
 
 
 def inputs(records: Records, law: str, gains: Mapping[str, list[float]]) -> dict[str, tuple[list[float], float]]:
@@ -106,7 +108,7 @@ def error_of(records: Records, law: str, gains: Mapping[str, list[float]]) -> fl
     wrong = []
     for name, values in gains.items():
         others = {other: found for other, found in gains.items() if other != name}
-        foreseen, _ = fit(law, inputs(records, law, others)).foresee(features_of(records, law, name), len(values))
+        foreseen, _ = fit(law, inputs(records, law, others)).foresee(features_of(records, law, name))
         wrong.append(np.mean(values) - foreseen)
     return float(np.sqrt(np.mean(np.square(wrong))))
 
@@ -127,7 +129,7 @@ def predict(records: Records) -> list[dict[str, Any]]:
         law, errors = choose(records, kind)
         for name, study in records.studies.items():
             if name not in gains and arm in study.arms:
-                gain, half = law.foresee(features_of(records, law.name, name), len(study.seeds))
+                gain, half = law.foresee(features_of(records, law.name, name))
                 found.append(
                     {
                         "kind": kind,
