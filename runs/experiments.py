@@ -127,7 +127,9 @@ def read_studies(path: Path = HERE / "experiments.yaml") -> tuple[Path, list[Stu
             learning_rate=study.get("learning_rate", content["learning_rate"]),
             total_parts=PARTS,
             augment=AugmentConfig(min_crop_share=content["min_crop_share"]),
-            engine=EngineConfig(precision="bf16-mixed", save_every="60s", keep_pictures_gb=2.0),
+            engine=EngineConfig(
+                precision=study.get("precision", content["precision"]), save_every="60s", keep_pictures_gb=2.0
+            ),
         )
         arms = [Arm(**fields) for arm in study["arms"] for fields in expand(arm)]
         fields = {"name": study["name"], "seeds": tuple(study["seeds"]), "pairs": study.get("pairs", 0)}
