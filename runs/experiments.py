@@ -54,8 +54,9 @@ class Arm:
     """Several models that make one mixture, or one model of its own."""
 
     kind: str
-    """``mode``, ``random``, ``full``, ``total`` (a dense model), ``prior`` (one expert for a task's class names), or a
-    dense model that changes at the parting: ``pure``, to batches of one cluster each; ``batch``, to another size."""
+    """``mode``, ``random``, ``full``, ``total`` (a dense model), ``prior`` (one expert for a task's class names, of the
+    clusters nearest to them), ``named`` (one of the pairs whose caption is such a name), or a dense model that changes
+    at the parting: ``pure``, to batches of one cluster each; ``batch``, to another size."""
     experts: int = 4
     fine: int = 1024
     encoder: str = "minilm"
@@ -64,14 +65,14 @@ class Arm:
     outside: float = 0.0
     parts: int = PARTS
     task: str = ""
-    """Of a prior; ``all``: those of all tasks."""
+    """Whose class names ``prior`` and ``named`` are for; ``all``: those of all tasks."""
     batch: int = 0
     """Pairs in a batch from the parting on; 0: those of the study."""
 
     @property
     def is_single(self) -> bool:
         """Whether it is one model, with the arm's name."""
-        return self.kind in {"total", "prior", "pure", "batch"}
+        return self.kind in {"total", "prior", "named", "pure", "batch"}
 
     @property
     def cost(self) -> int:
@@ -86,8 +87,8 @@ class Arm:
         """Name of the arm, that of its models without their numbers."""
         if self.kind == "total":
             return f"total-{self.parts}"
-        if self.kind == "prior":
-            return f"prior-{self.task}"
+        if self.kind in {"prior", "named"}:
+            return f"{self.kind}-{self.task}"
         words = [self.kind] if self.kind == "batch" else [f"{self.kind}-k{self.experts}"]
         if self.kind in {"mode", "pure"}:
             words += [f"m{self.fine}", self.encoder.partition(":")[0]]
@@ -246,6 +247,14 @@ class Workshop:
             self.catalog.add_columns({name: np.isin(fine, chosen)})
         return name
 
+    def named_column(self, task: str) -> str:
+        """Return the column that marks the pairs whose caption is a class name of a task."""
+        name = f"named_{task}".replace("-", "_")
+        if name not in self.catalog.columns:
+            captions = self.catalog.read(["caption"])["caption"].astype(str)
+            self.catalog.add_columns({name: np.isin(captions, self.class_names(task))})
+        return name
+
     def trunk(self, study: Study, seed: int) -> dict[int, TrainJob]:
         """Return the jobs of the seed model by the part at which they end; the last is the dense model."""
         config, jobs, before = replace(study.train, seed=seed), {}, None
@@ -297,6 +306,8 @@ class Workshop:
                 job = replace(job, config=replace(job.config, seed=seed + 100 * (k + 1)))
             elif arm.kind == "prior":
                 job = replace(job, mask=self.prior_column(arm, study, seed))
+            elif arm.kind == "named":
+                job = replace(job, mask=self.named_column(arm.task))
             elif arm.kind in {"pure", "batch"}:
                 job = self.in_batches(job, arm, study, seed)
             elif arm.kind == "random":
