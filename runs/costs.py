@@ -61,7 +61,7 @@ def entries(records: Records) -> list[Entry]:
     """Return all dense models and plain mixtures on all pairs, the cheapest first."""
     found = []
     for study in records.studies.values():
-        if study.pairs:
+        if study.pairs or not plain_arms(study):
             continue
         dense = {PARTS: records.equal(study.name, PARTS)}
         dense |= {arm.parts: records.tasks(study.name, arm.name) for arm in study.arms if arm.kind == "total"}

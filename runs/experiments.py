@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 
 from modeclip import Catalog
-from modeclip.clustering.clusters import Clustering
+from modeclip.clustering.clusters import Clustering, group
 from modeclip.clustering.distances import assign_nearest, nearest_centers
 from modeclip.clustering.embedding import EmbedConfig, embed
 from modeclip.clustering.fitting import ClusterConfig, fit_embeddings
@@ -60,6 +60,7 @@ class Arm:
     experts: int = 4
     fine: int = 1024
     encoder: str = "minilm"
+    """What is clustered by; ``clip-sets``: whole icon sets, by the mean of their images, a control for style."""
     part: int = 16
     budget: str = "matched"
     outside: float = 0.0
@@ -202,14 +203,26 @@ class Workshop:
         name = "_".join(words).replace("-", "_")
         folder, column = self.out / "clusterings" / name, f"expert_{name}"
         config = ClusterConfig(num_fine=arm.fine, num_experts=arm.experts, seed=seed)
+        by_set = arm.encoder == "clip-sets"
+        spec = spec.replace("clip-sets", "clip-image")
         if not (folder / "clustering.safetensors").exists():
             log(f"clustering {name}")
-            fit_embeddings(self.embeddings(spec), config).save(folder)
+            vectors = self.embeddings(spec)
+            if by_set:
+                made = group(mean_of_sets(vectors, self.sets), arm.experts, seed=seed)
+            else:
+                made = fit_embeddings(vectors, config)
+            made.save(folder)
         clustering = Clustering.load(folder)
         if column not in self.catalog.columns:
-            fine, _ = assign_nearest(self.embeddings(spec), clustering.fine_centers)
+            fine = self.sets if by_set else assign_nearest(self.embeddings(spec), clustering.fine_centers)[0]
             self.catalog.add_columns({column: clustering.expert_of_fine[fine].astype(np.int32)})
         return clustering, column
+
+    @property
+    def sets(self) -> np.ndarray:
+        """The number of the icon set of each pair."""
+        return np.unique(self.catalog.read(["group"])["group"].astype(str), return_inverse=True)[1]
 
     def random_column(self, arm: Arm, study: Study, seed: int) -> str:
         """Return the column of a random split in the sizes of an arm's clusters."""
@@ -327,6 +340,12 @@ class Workshop:
         if arm.kind == "pure":
             config = replace(config, groups=self.clustering(arm, study, seed)[1])
         return replace(job, config=config, first_step=job.first_step * factor, last_step=job.last_step * factor)
+
+
+def mean_of_sets(vectors: np.ndarray, sets: np.ndarray) -> np.ndarray:
+    """Return the mean vector of each icon set as a direction."""
+    means = np.stack([vectors[sets == number].mean(0) for number in range(sets.max() + 1)]).astype(np.float32)
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
 def all_jobs(workshop: Workshop, studies: list[Study], seeds: set[int] | None) -> Iterator[TrainJob]:

@@ -111,7 +111,7 @@ def clustering_cost_table(records: Records) -> str:
     words = pairs * MINILM_TOKENS * 2 * MINILM_LAYERS * 12 * MINILM_WIDTH**2
     rows = []
     for study in records.studies.values():
-        if study.pairs:
+        if study.pairs or not plain_arms(study):
             continue
         model, training = study.train.model, study.train.samples * training_flops(study.train.model)
         images = pairs * count_flops(model, CAPTION_TOKENS).image

@@ -50,7 +50,7 @@ from modeclip.system.console import log
 from modeclip.training.jobs import TrainJob
 
 HERE = Path(__file__).parent
-OF_IMAGES = ("clip-image", "clip-both")  # encoders whose mixtures are routed image by image
+OF_IMAGES = ("clip-image", "clip-sets", "clip-both")  # encoders whose mixtures are routed image by image
 PROBE_NAMES, PROBE_ICONS = 100, 20
 RATE_PAIRS, RATE_ROUNDS = 8192, 3
 PLAIN_CANDIDATES: dict[str, dict[str, Any]] = {

@@ -22,6 +22,8 @@ from pathlib import Path
 import claims_report
 import curation_report
 import findings
+import frontier
+import names_report
 import noise_found
 import numpy as np
 import one_model_report
@@ -327,6 +329,21 @@ def regime_table(records: Records) -> str:
     return table([*columns, "gain", "gain by log-probabilities"], rows)
 
 
+def batches_table(records: Records, study: str) -> str:
+    """Dense models whose batches are of one cluster each from the parting on, against random batches of their size."""
+    dense, rows = records.equal(study, PARTS), []
+    rows.append(["random", "", "", "256", mean(dense), "", ""])
+    for arm in records.studies[study].arms:
+        if scores := records.tasks(study, arm.name):
+            same = records.tasks(study, f"batch-p{arm.part}-b{arm.batch}") if arm.batch else dense
+            of = {"minilm": "captions", "clip-image": "images"}[arm.encoder] if arm.kind == "pure" else ""
+            what = [f"of one cluster of {of}", str(arm.experts)] if of else ["random", ""]
+            cells = [f"{arm.part} of {PARTS}", str(arm.batch or 256), mean(scores)]
+            rows.append([*what, *cells, against(scores, same) if of else "", against(scores, dense)])
+    columns = ["batches of the last part", "clusters", "from part", "pairs in a batch", "average"]
+    return table([*columns, "against random ones of that size", "against dense"], rows)
+
+
 def facts_table(records: Records) -> str:
     """Return where and when the records were made."""
     lines = [line for line in records.lines if "machine" in line]
@@ -363,6 +380,11 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "main": lambda: main_table(records, study),
         "regime": lambda: regime_table(records),
         "controls": lambda: controls_table(records, study),
+        "batches": lambda: batches_table(records, "batches"),
+        "frontier-laws": lambda: frontier.laws_table(records),
+        "frontier-tests": lambda: frontier.tests_table(records),
+        "names": lambda: names_report.names_table(records),
+        "names-found": lambda: f"\n{names_report.found(records)}\n",
         "negatives": lambda: negatives_table(
             records,
             study,

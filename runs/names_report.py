@@ -1,0 +1,104 @@
+"""One expert for known names on every held-out icon set: what each gains on its own set, in tables and words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from experiments import PARTS
+from findings import Gain
+from records import Records, table
+from scipy.stats import spearmanr
+
+STUDY = "names"
+KINDS: Mapping[str, str] = {
+    "prior": "an expert of the clusters nearest to the names",
+    "named": "an expert of the pairs whose caption is a name",
+}
+"""Kinds of arms, and what they train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnSet:
+    """What an expert for the names of a set does, a number for each random seed."""
+
+    task: str
+    pairs: float
+    """Pairs that it was trained on after the seed model."""
+    own: list[float]
+    """Gain over the dense model of equal cost on its own set, in points."""
+    others: list[float]
+    """The same in the mean over all other sets."""
+
+
+def read(records: Records, kind: str) -> list[OnSet]:
+    """Return the experts of a kind that were measured, in the order of the plan."""
+    dense, names, found = records.equal(STUDY, PARTS), records.data["tasks"], []
+    for arm in records.studies[STUDY].arms:
+        rows = records.values(STUDY, arm.name) if arm.kind == kind else {}
+        if seeds := sorted(seed for seed in rows if seed in dense):
+            own = np.array([arm.task == name for name in names])
+            gains = [np.array(rows[seed]["tasks"]) - dense[seed] for seed in seeds]
+            on_set = OnSet(
+                task=arm.task,
+                pairs=float(np.mean([rows[seed]["pairs"][0] for seed in seeds])),
+                own=[float(gain[own][0]) for gain in gains],
+                others=[float(gain[~own].mean()) for gain in gains],
+            )
+            found.append(on_set)
+    return found
+
+
+def names_table(records: Records) -> str:
+    """Return what each expert gains on its own set, the largest gain first."""
+    by_kind = {kind: {one.task: one for one in read(records, kind)} for kind in KINDS}
+    classes = dict(zip(records.data["tasks"], records.data["classes"], strict=True))
+    dense = {
+        name: float(np.mean([values[index] for values in records.equal(STUDY, PARTS).values()]))
+        for index, name in enumerate(records.data["tasks"])
+    }
+    rows = []
+    for task in sorted(by_kind["prior"], key=lambda task: -np.mean(by_kind["prior"][task].own)):
+        cells = [task, f"{classes[task]:,}", f"{dense[task]:.1f}"]
+        for kind in KINDS:
+            one = by_kind[kind].get(task)
+            cells += [f"{one.pairs:,.0f}", f"{np.mean(one.own):+.1f}"] if one else ["", ""]
+        rows.append(cells)
+    columns = ["set", "names", "dense", "pairs of the clusters", "gain", "pairs with such a caption", "gain"]
+    return table(columns, rows)
+
+
+def found(records: Records) -> str:
+    """Return what the experts gain on average over the sets."""
+    parts = []
+    for kind, words in KINDS.items():
+        if experts := read(records, kind):
+            own = Gain([float(np.mean(one.own)) for one in experts])
+            others = Gain([float(np.mean(one.others)) for one in experts])
+            seeds = sorted({len(one.own) for one in experts})
+            better = sum(gain > 0 for gain in own.values)
+            rank = spearmanr([one.pairs for one in experts], own.values)
+            verdict = "it helps" if own.is_certain and own.mean > 0 else "it does not help for certain"
+            spearman = f"Spearman {rank.statistic:+.2f}, p {rank.pvalue:.3f}"
+            narrow = "the number of pairs that the names choose says nothing certain of it"
+            if rank.pvalue < 0.05:
+                narrow = f"the fewer pairs the names choose, the {'more' if rank.statistic < 0 else 'less'} it gains"
+            parts.append(
+                f"- **{words[0].upper()}{words[1:]}** stands at {own} points against the dense model of equal cost on "
+                f"its own set (95 % over {len(own.values)} sets, {_seeds(seeds)}), is better on {better} of them, and "
+                f"stands at {others} on the other sets: {verdict}; {narrow} ({spearman})."
+            )
+    both = {kind: {one.task: float(np.mean(one.own)) for one in read(records, kind)} for kind in KINDS}
+    shared = sorted(both["prior"].keys() & both["named"].keys())
+    if len(shared) > 1:
+        apart = Gain([both["named"][task] - both["prior"][task] for task in shared])
+        parts.append(f"- Against each other: named pairs {apart} against clusters, over {len(shared)} sets.")
+    return "\n".join(parts)
+
+
+def _seeds(counts: list[int]) -> str:
+    """Return how many random seeds the experts have."""
+    if counts == [1]:
+        return "one random seed"
+    return f"{counts[0]} random seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} random seeds"
