@@ -29,6 +29,7 @@ import numpy as np
 import one_model_report
 import poisoning
 import subjects_report
+import ways_report
 from costs import headline_table, laws_of, scaling_lines, scaling_table, size_table
 from experiments import MAIN, PARTS, Arm, base_arm
 from records import BY_SEED, Records, against, averages, interval, label, mean, plain_arms, short, table
@@ -383,6 +384,14 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "batches": lambda: batches_table(records, "batches"),
         "frontier-laws": lambda: frontier.laws_table(records),
         "frontier-tests": lambda: frontier.tests_table(records),
+        "ways": lambda: ways_report.ways_table(
+            ways_report.rows_of(
+                records,
+                subjects,
+                one_model_report.read_lines(HERE / "one_model.jsonl"),
+                curation_report.read_lines(HERE / "curation.jsonl"),
+            )
+        ),
         "names": lambda: names_report.names_table(records),
         "names-found": lambda: f"\n{names_report.found(records)}\n",
         "negatives": lambda: negatives_table(
