@@ -60,6 +60,15 @@ def test_the_same_classes_write_nothing_anew(clustered: tuple[Catalog, Clusterin
     assert catalog.dataset.version > version
 
 
+def test_many_names_make_a_short_name(tmp_path: Path) -> None:
+    many = ["arrow left", *(f"name {number}" for number in range(19))]
+    assert name_of([",".join(many)]) == name_of(many) == "arrow_left_and_19_more"
+    assert name_of(["heart,home"]) == "heart_home"
+    assert name_of([",".join(["\N{GREEK SMALL LETTER ALPHA}" * 3, "b" * 50])]) == "classes_and_1_more"
+    (tmp_path / f"{'long' * 20}.txt").write_text("a\nb\n")
+    assert name_of([str(tmp_path / f"{'long' * 20}.txt")]) == ("long" * 20)[:40]
+
+
 def test_several_tasks_are_one_selection(clustered: tuple[Catalog, Clustering], tmp_path: Path) -> None:
     (tmp_path / "arrows.txt").write_text("arrow left\narrow right\n\n")
     (tmp_path / "my-people.txt").write_text("person\n")

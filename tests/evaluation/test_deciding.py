@@ -9,7 +9,17 @@ import pytest
 from scipy.stats import t
 
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.deciding import DENSE, Verdict, Way, decide, gains_of, mean_outcome, recall_outcome
+from modeclip.evaluation.deciding import (
+    DENSE,
+    Verdict,
+    Way,
+    average_gains,
+    caution,
+    decide,
+    gains_of,
+    mean_outcome,
+    recall_outcome,
+)
 from modeclip.evaluation.intervals import Interval, Outcome
 
 WAYS = (
@@ -74,6 +84,32 @@ def test_a_dense_model_that_guesses_decides_nothing() -> None:
     # 30 of 1,000 right: the interval reaches from about 2.0 to 4.1 %
     assert told(gain(0.05, 0.01), gain(0.02, 0.01), dense=0.03, chance=0.025).choice is None
     assert told(gain(0.05, 0.01), gain(0.02, 0.01), dense=0.03, chance=0.01).choice == "captions"
+
+
+def test_a_gain_over_several_tasks_is_one_of_their_plain_means() -> None:
+    """A task of ten images counts as much as one of a thousand; the seeds' scatter is that of the means."""
+    dense = [{"large": outcome(0.3), "small": outcome(0.5, 10)}, {"large": outcome(0.3), "small": outcome(0.5, 10)}]
+    own = [{"large": outcome(0.32), "small": outcome(0.7, 10)}, {"large": outcome(0.36), "small": outcome(0.7, 10)}]
+    found = average_gains({DENSE: dense, "captions": own})["captions"]
+    assert found.mean == pytest.approx((0.04 + 0.2) / 2)
+    # gains of 0.11 and 0.13: half of their difference, squared, twice over one degree of freedom
+    half = t.ppf(0.975, 1) * math.sqrt(2 * (4 * 0.005**2) / 1 / 2)
+    assert found.low < found.mean - half < found.mean + half < found.high
+    alone = gains_of({DENSE: [each["large"] for each in dense], "captions": [each["large"] for each in own]})
+    assert alone == average_gains(
+        {way: [{"any": each["large"]} for each in tasks] for way, tasks in {DENSE: dense, "captions": own}.items()}
+    )
+
+
+def test_what_a_way_does_with_all_other_names_is_said_as_surely_as_it_is_known() -> None:
+    loses = "loses, \N{MINUS SIGN}9.0 points (\N{MINUS SIGN}10.0 to \N{MINUS SIGN}8.0)"
+    chosen, other = (caution(WAYS[1], gain(-0.09, 0.01), choice) for choice in ("captions", None))
+    assert chosen.startswith("Ask it about these names alone")
+    assert other.startswith("Where all names are asked, 4 experts")
+    assert loses in chosen
+    assert loses in other
+    assert "is not told from the dense model" in caution(WAYS[1], gain(-0.09, 0.1), None)
+    assert "gains too" in caution(WAYS[1], gain(0.09, 0.01), "captions")
 
 
 def test_intervals_of_one_seed_are_those_of_the_images_alone() -> None:

@@ -86,6 +86,7 @@ def test_settings_are_known_by_what_they_were() -> None:
     sections["train"]["engine"]["save_every"] = "20s"
     assert not sections["train"]["engine"].pop("keep_trunk")
     assert not sections["evaluate"].pop("knowledge")
+    assert (sections["experts"].pop("for_classes"), sections["experts"].pop("nearest")) == ([], 1)
     assert {name: sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:16] for name, section in
             sections.items()} == {
         "name": "d6d13014ef18d450",
@@ -523,7 +524,7 @@ def test_a_plan_says_all_that_a_run_trains_and_a_run_says_it_first(
     assert plan.samples == sum(trained) == 160
     assert "5 models, 160 samples in all: seed 32, 2 x expert 32, 2 x random 32" in plan.announcement
     stages = {stage.name: stage for stage in plan.stages}
-    assert list(stages) == [name for name in pipeline_stages.STAGES if name != "curate"]
+    assert list(stages) == [name for name in pipeline_stages.STAGES if name not in {"curate", "names"}]
     assert not any(stage.is_done for stage in plan.stages)
     assert (plan.num_pairs, plan.is_counted, plan.num_fine) == (64, True, 6)
     steps = 2 + 2 * 2  # seed, then two experts and two controls, two at a time

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from modeclip.pages.pilot_page import draw_gains, write_pilot
+from modeclip.pages.charts import draw_gains
+from modeclip.pages.pilot_page import write_pilot
 from support import parse_page
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from modeclip.data.samples import DAMAGED_SHARD, NO_CAPTION, Sample, Skipped
 from modeclip.data.sources import DataSource, SourcePart
+from modeclip.data.tasks.names import match_classes
 from modeclip.pipeline import pilot_data
-from modeclip.pipeline.pilot_data import match_classes, sample_source
+from modeclip.pipeline.pilot_data import sample_source
 
 
 def made_of(*sizes: int) -> tuple[DataSource, list[str]]:

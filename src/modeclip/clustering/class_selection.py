@@ -24,12 +24,14 @@ from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.distances import nearest_centers
 from modeclip.clustering.embedding import COLUMN
 from modeclip.data.catalog import Catalog
-from modeclip.data.prompts import is_file
+from modeclip.data.prompts import is_file, read_classes
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders import load_encoder
 
 PREFIX = "prior_"
 """First part of the columns' names."""
+LONGEST_NAME, LONGEST_WORD = 40, 30
+"""Most letters of a selection's name, which also names a folder, and of the first class in a name that is cut short."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,12 +124,34 @@ def _marks(catalog: Catalog, selection: PriorSelection) -> Iterator[dict[str, Bo
         yield {selection.column: np.isin(block["fine_cluster"], selection.fine)}
 
 
+def read_names(sources: Sequence[str]) -> list[str]:
+    """Return the class names in files (one on each line) and in lists with commas, each once.
+
+    Raises:
+        ModeclipError: A file cannot be read, or there are no names.
+    """
+    return list(dict.fromkeys(name for source in sources for name in read_classes(source)))
+
+
 def name_of(sources: Sequence[str]) -> str:
     """Make the name of a selection from the files or lists that its class names came from.
 
     Examples:
         >>> name_of(["tasks/food-101.txt", "tasks/pets.txt"])
         'food_101_pets'
+        >>> name_of(["arrow,calendar,cloud,file,folder,heart,home,lock"])
+        'arrow_and_7_more'
     """
-    stems = [Path(source).stem if is_file(Path(source)) or Path(source).suffix else source for source in sources]
-    return re.sub(r"\W+", "_", "_".join(stems), flags=re.ASCII).strip("_")[:60].rstrip("_") or "classes"
+    words = []
+    for source in sources:
+        is_path = is_file(Path(source)) or Path(source).suffix
+        words += [Path(source).stem] if is_path else [word for word in source.split(",") if word.strip()]
+    name = _plain("_".join(words))
+    if len(name) > LONGEST_NAME:
+        first, others = _plain(words[0])[:LONGEST_WORD].rstrip("_"), len(words) - 1
+        name = f"{first or 'classes'}_and_{others}_more" if others else name[:LONGEST_NAME].rstrip("_")
+    return name or "classes"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from modeclip.system.console import log, print_json, print_lines, print_table
+from modeclip.system.files import read_json
 from modeclip.system.options import AsJson, UserEncoder
 from modeclip.system.paths import RunPaths
 
@@ -35,7 +36,7 @@ def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"
     else:
         _print_first_use(out)
         _print_run(result)
-        _print_commands(out)
+        _print_commands(result)
     if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         webbrowser.open(RunPaths(folder=out).report.resolve().as_uri())
 
@@ -101,17 +102,52 @@ def _print_first_use(out: Path) -> None:
 
 
 def _print_run(result: RunResult) -> None:
-    _print_results(result.results)
-    print_lines(f"bundle: {result.bundle}", f"report: {result.report}")
+    """Print what was decided, where class names were asked for, else the table; and where all of it is."""
+    decision = result.results.get("decision")
+    if decision is None:
+        _print_results(result.results)
+    else:
+        _print_decision(decision, result.results["seed"])
+        records = [RunPaths(folder=result.folder).stages / f"{name}.json" for name in ("embed", "cluster")]
+        seconds = sum(read_json(path, dict[str, Any], "give the same run again")["seconds"] for path in records)
+        print_lines(f"the same cost: as many training samples; the clusters of experts took {seconds:.0f} s besides")
+    rows = len(result.results["models"])
+    table = f" (every rule and every model on every held-out task, {rows} rows)" if decision else ""
+    print_lines(f"bundle: {result.bundle}", f"report: {result.report}{table}")
 
 
-def _print_commands(out: Path) -> None:
-    """Print what to type after the demo."""
-    folder, names = shlex.quote(str(out)), shlex.quote(",".join(WORDS))
+def _print_decision(decision: dict[str, Any], seed: int) -> None:
+    """Print what each way to train gains and costs, and what to train."""
+    measures = list(decision["questions"])
+    rows = []
+    for row in decision["rows"]:
+        found = []
+        for measure in measures:
+            gain = row["gain"].get(measure)
+            words = gain and f"{100 * gain['mean']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
+            found += [f"{100 * row['score'][measure]:.1f}", words or ""]
+        costs = (f"{row['samples']:,}", f"{row['seconds']:,.0f}", f"{row['towers']:.3g}", f"{row['megabytes']:.1f}")
+        rows.append((row["title"], *found, *costs))
+    asked, total = decision["questions"].values()
+    title = (
+        f"what to train for {len(decision['classnames'])} known names? accuracy in % on {asked:,} held-out pictures of "
+        f"them, and on all {total:,} of all names; gains over one dense model of the same cost (seed {seed}; 95 % for "
+        "all rows together)"
+    )
+    columns = [head for measure in measures for head in (measure.replace(" ", "\n"), "gain")]
+    print_table(title, ["way to train", *columns, "samples", "seconds", "towers", "MB"], rows)
+    print_lines(decision["verdict"]["sentence"], decision["caution"])
+
+
+def _print_commands(result: RunResult) -> None:
+    """Print what to type after the demo: the same decision on one's own pairs, then what the models can do."""
+    folder, decision = shlex.quote(str(result.folder)), result.results["decision"]
+    names = shlex.quote(",".join(decision["classnames"]))
     print_lines(
+        "next:",
+        "modeclip pilot YOUR_PAIRS --classes NAMES.txt --minutes 30",
+        f"modeclip classify {folder}/bundle PICTURE --expert {decision['expert']} --classes {names}",
         f'modeclip search {folder}/held-out.index "a red umbrella" --sheet found.png',
-        f"modeclip classify {folder}/bundle PICTURE --classes {names}",
-        "modeclip pilot YOUR_PAIRS --classes NAMES",
         f"modeclip serve {folder}",
     )
 

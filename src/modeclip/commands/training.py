@@ -83,10 +83,6 @@ def train_experts(
     run: RunPath,
     training: OmitArgPrefixes[TrainConfig],
     experts: OmitArgPrefixes[ExpertsConfig] = WITHOUT_DENSE,
-    for_classes: Annotated[
-        tuple[str, ...], arg(help="Files of class names: one expert for the fine clusters nearest to them.")
-    ] = (),
-    nearest: Annotated[int, arg(help="Fine clusters that each class name takes.")] = 1,
     where: Where = (),
     mask: Mask = None,
     resume: Annotated[
@@ -123,9 +119,9 @@ def train_experts(
         encoder=encoder,
         selection=Selection(where=where, mask=mask),
     )
-    if not for_classes:
+    if not experts.for_classes:
         folder.add_controls()
-    jobs = folder.jobs_for_classes(for_classes, nearest) if for_classes else folder.jobs
+    jobs = folder.jobs_for_classes(experts.for_classes, experts.nearest) if experts.for_classes else folder.jobs
     folder.reuse_models(jobs)
     if not (plan and resume != "latest"):
         for job in jobs:

@@ -30,12 +30,14 @@ import numpy as np
 from jaxtyping import Float
 
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.intervals import CONFIDENCE, Interval, Outcome, bootstrap_interval, paired_interval
+from modeclip.evaluation.intervals import CONFIDENCE, Interval, Outcome, average, bootstrap_interval, paired_interval
 
 DENSE = "dense"
 """Name of the way that all others are compared with."""
 FEWEST_DIFFERING = 20
 """With fewer answers that differ, a bootstrap is too sure of itself: six answers that all turn right would do."""
+OF_NAMES = "of zero-shot accuracy (mean over the names)"
+"""The measure of a classification among class names, as the sentence has it."""
 RECALL_AT = (1, 5)
 """Numbers of answers that `recall_outcome` looks at."""
 
@@ -92,21 +94,37 @@ def gains_of(answers: Mapping[str, Sequence[Outcome]], *, confidence: float = CO
     Raises:
         ModeclipError: The dense model is missing, or ways have other seeds or other samples.
     """
+    one_task = {name: [{"held-out": outcome} for outcome in outcomes] for name, outcomes in answers.items()}
+    return average_gains(one_task, confidence=confidence)
+
+
+def average_gains(
+    answers: Mapping[str, Sequence[Mapping[str, Outcome]]], *, confidence: float = CONFIDENCE
+) -> dict[str, Interval]:
+    """Return what each way gains on the dense model in the plain mean over several tasks; see `gains_of`.
+
+    Args:
+        answers: What each way did, for each seed an outcome of each task.
+        confidence: As in `gains_of`.
+
+    Raises:
+        ModeclipError: As in `gains_of`.
+    """
     if DENSE not in answers or len({len(outcomes) for outcomes in answers.values()}) != 1:
         raise ModeclipError(f"gains: expected the same seeds of every way and of {DENSE!r}, got {sorted(answers)}")
     others = [name for name in answers if name != DENSE]
     if not others:
         return {}
     level = 1 - (1 - confidence) / len(others)
-    scores = np.array([[outcome.score for outcome in outcomes] for outcomes in answers.values()])
-    half, dense = _seed_half_width(scores, level), {"held-out": mean_outcome(answers[DENSE])}
+    scores = np.array([[average(tasks) for tasks in of_seed] for of_seed in answers.values()])
+    half, dense = _seed_half_width(scores, level), _mean_outcomes(answers[DENSE])
     gains = {}
     for name in others:
-        own = mean_outcome(answers[name])
-        found = paired_interval({"held-out": own}, dense, confidence=level)
+        own = _mean_outcomes(answers[name])
+        found = paired_interval(own, dense, confidence=level)
         below, above = (math.hypot(end - found.mean, half) for end in (found.low, found.high))
         low, high = found.mean - below, found.mean + above
-        if np.count_nonzero(own.hits != dense["held-out"].hits) < FEWEST_DIFFERING:
+        if sum(np.count_nonzero(own[task].hits != dense[task].hits) for task in own) < FEWEST_DIFFERING:
             low, high = min(low, 0.0), max(high, 0.0)
         gains[name] = Interval(mean=found.mean, low=low, high=high)
     return gains
@@ -119,6 +137,7 @@ def decide(
     *,
     chance: float,
     measure: str,
+    remedy: str = "more minutes buy more",
 ) -> Verdict:
     """Return what to train, by the rule at the top of this module.
 
@@ -128,6 +147,7 @@ def decide(
         dense: What the dense model did, for each seed.
         chance: What guessing reaches in that measure.
         measure: Its name in the sentence.
+        remedy: What would tell more than one seed does.
     """
     title = {way.name: way.title for way in ways}
     own = bootstrap_interval({"held-out": mean_outcome(dense)})
@@ -142,7 +162,7 @@ def decide(
     basis = (
         f"sure as far as {len(dense)} seeds and these held-out pairs go"
         if len(dense) > 1
-        else "likely, since the held-out pairs say so, but it is one seed and another may differ; more minutes buy more"
+        else f"likely, since the held-out pairs say so, but it is one seed and another may differ; {remedy}"
     )
     won = sorted((name for name in gains if gains[name].low > 0), key=lambda name: -gains[name].mean)
     lost = sorted((name for name in gains if gains[name].high < 0), key=lambda name: gains[name].mean)
@@ -174,6 +194,28 @@ def decide(
         f"gain of up to {100 * unseen:.1f} points {measure} would have gone unseen. Until more minutes or pairs tell, "
         f"train {title[DENSE]}, the simplest.{nearest}{losing}",
     )
+
+
+def caution(way: Way, gain: Interval, choice: str | None) -> str:
+    """Return a sentence about what a way that is made for some names does with all others.
+
+    Args:
+        way: The way.
+        gain: What it gains on the dense model where all names are asked.
+        choice: Name of the way that the verdict has chosen, if any.
+    """
+    if gain.high < 0 and choice == way.name:
+        return f"Ask it about these names alone: where all names are asked, it loses, {_words(gain)}."
+    if gain.high < 0:
+        return f"Where all names are asked, {way.title} loses, {_words(gain)}."
+    if gain.low > 0:
+        return f"Where all names are asked, {way.title} gains too, {_words(gain)}."
+    return f"Where all names are asked, {way.title} is not told from the dense model, {_words(gain)}."
+
+
+def _mean_outcomes(of_seed: Sequence[Mapping[str, Outcome]]) -> dict[str, Outcome]:
+    """Return what several seeds of a model did on several tasks, averaged sample by sample."""
+    return {task: mean_outcome([tasks[task] for tasks in of_seed]) for task in of_seed[0]}
 
 
 def _seed_half_width(scores: Float[np.ndarray, "R S"], level: float) -> float:

@@ -47,6 +47,7 @@ from modeclip.models.features import CachedEncoder, embed_images
 from modeclip.models.pool import ModelRef
 from modeclip.system.paths import expand_homes
 from modeclip.training.jobs import JOB_FILE, Role, TrainJob, TrainResult, job_name
+from modeclip.training.journal import training_seconds
 
 BEST_SINGLE, ORACLE = "best single", "oracle"
 """Names of the two systems that look at the labels, behind the name of their mixture."""
@@ -333,6 +334,8 @@ class TrainedModel:
     """Samples that its own training has seen, without those of the model that it continues."""
     start: Path | None = None
     """Folder of the model that it continues."""
+    seconds: float = 0.0
+    """How long its own training took; 0 where that is not known."""
 
     @classmethod
     def of(cls, job: TrainJob) -> TrainedModel | None:
@@ -341,7 +344,14 @@ class TrainedModel:
         if result is None:
             return None
         start = None if job.start_from is None else Path(job.start_from).resolve()
-        return cls(name=job.name, role=job.role, folder=Path(job.folder).resolve(), samples=result.samples, start=start)
+        return cls(
+            name=job.name,
+            role=job.role,
+            folder=Path(job.folder).resolve(),
+            samples=result.samples,
+            start=start,
+            seconds=training_seconds(job, result),
+        )
 
     @classmethod
     def given(cls, folder: Path) -> TrainedModel:
@@ -434,7 +444,8 @@ def run_systems(
         if model.role not in CONTROL_TITLES
     ]
     mixtures = [weighed("mixture", "mixture", "expert", rule, clusters, rule == config.rule) for rule in RULES]
-    bounds = make_bounds([one.name for one in singles if one.kind == "expert"], samples=mixtures[0].samples)
+    members = [model.name for model in ordered if model.role == "expert"]
+    bounds = make_bounds(members, samples=mixtures[0].samples)
     controls = []
     for role, title in CONTROL_TITLES.items():
         if all(job_name(role, k) in known for k in range(num_experts)):
@@ -446,11 +457,16 @@ def run_systems(
 
 def count_samples(used: Sequence[TrainedModel], models: Sequence[TrainedModel]) -> int:
     """Return the samples that training some models has taken, each model that they continue counted once."""
+    return sum(model.samples for model in models_behind(used, models))
+
+
+def models_behind(used: Sequence[TrainedModel], models: Sequence[TrainedModel]) -> list[TrainedModel]:
+    """Return some models and those among all models that they continue, each once."""
     model_of_folder = {model.folder: model for model in models}
-    counted: dict[str, int] = {}
+    found: dict[str, TrainedModel] = {}
     for first in used:
         model: TrainedModel | None = first
-        while model is not None and model.name not in counted:
-            counted[model.name] = model.samples
+        while model is not None and model.name not in found:
+            found[model.name] = model
             model = None if model.start is None else model_of_folder.get(model.start)
-    return sum(counted.values())
+    return list(found.values())

@@ -21,6 +21,8 @@ MAX_CURVE_POINTS = 160
 """Most points of a curve; more would be finer than a screen shows."""
 MAP_SIZE = (940.0, 640.0)
 """Width and height of the map of clusters."""
+GAINS_WIDTH, GAIN_HEIGHT = 1080.0, 34.0
+"""Width of a chart of gains, and height of each."""
 MAX_LABELS = 64
 """Most words on the map; more would hide it."""
 
@@ -342,6 +344,43 @@ def draw_trials(
             (round(across.place(numbers[index]), 1), round(up.place(values[index]), 1), numbers[index], values[index])
             for index in order
         ],
+    }
+
+
+def draw_gains(rows: Sequence[Mapping[str, Any]], measure: str) -> Json:
+    """Place the gain of each way, with its interval, on an axis that has the dense model at 0.
+
+    Args:
+        rows: Rows of a pilot or of a run's decision.
+        measure: Which of their gains is drawn.
+    """
+    left, top, right = 330.0, 10.0, 30.0
+    shown = [row for row in rows if measure in row["gain"]]
+    ends = [row["gain"][measure][end] for row in shown for end in ("low", "high")]
+    reach = 1.06 * max([0.001, *map(abs, ends)])
+    across = Axis(-reach, reach, left, GAINS_WIDTH - right)
+    bottom = top + GAIN_HEIGHT * len(shown)
+    marks = []
+    for place, row in enumerate(shown):
+        gain = row["gain"][measure]
+        tone = "win" if gain["low"] > 0 else "loss" if gain["high"] < 0 else "none"
+        marks.append(
+            {
+                "title": row["title"],
+                "y": top + GAIN_HEIGHT * (place + 0.5),
+                "low": across.place(gain["low"]),
+                "mean": across.place(gain["mean"]),
+                "high": across.place(gain["high"]),
+                "tone": tone,
+            }
+        )
+    return {
+        "size": (GAINS_WIDTH, bottom + 34),
+        "frame": (left, top, GAINS_WIDTH - right, bottom),
+        "x_ticks": across.ticks(7),
+        "y_ticks": [],
+        "zero": across.place(0.0),
+        "rows": marks,
     }
 
 

@@ -23,7 +23,7 @@ from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.fitting import CARDS_FILE
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.mixture.explain import flag
-from modeclip.pages.charts import Axis, draw_curves, draw_map, neighbour_plane
+from modeclip.pages.charts import Axis, draw_curves, draw_gains, draw_map, neighbour_plane
 from modeclip.pages.html import embed_picture, family_of, is_control, write_page
 from modeclip.system.files import read_json
 from modeclip.system.paths import RunPaths, home_path
@@ -72,6 +72,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         results=results,
         num_experts=len(experts),
         headline=find_headline(models),
+        decision=(decision := results.get("decision")),
+        charts={name: draw_gains(decision["rows"], name) for name in decision["questions"]} if decision else {},
         table=build_table(results),
         training=build_training(run, models),
         atlas=atlas,

@@ -20,7 +20,6 @@ Price: the minutes that the user gives.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -41,9 +40,10 @@ from modeclip.data.indexing import index
 from modeclip.data.prompts import read_classes
 from modeclip.data.selection import Selection
 from modeclip.data.sources import DataConfig, open_source
+from modeclip.data.tasks.names import CLASS_NAMES, chance_of_names, distinct_names
 from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
-from modeclip.evaluation.deciding import DENSE, decide, gains_of, mean_outcome, recall_outcome
+from modeclip.evaluation.deciding import DENSE, OF_NAMES, decide, gains_of, mean_outcome, recall_outcome
 from modeclip.evaluation.evaluate import EvaluateConfig, evaluate
 from modeclip.evaluation.intervals import Outcome
 from modeclip.evaluation.results import read_predictions, write_results
@@ -52,7 +52,7 @@ from modeclip.mixture.bundle import RoutingConfig
 from modeclip.models.clip import check_model
 from modeclip.models.deltas import WEIGHTS_FILE
 from modeclip.models.feature_cache import FeatureCache
-from modeclip.pipeline.pilot_data import CLASS_NAMES, RETRIEVAL, held_out_tasks, match_classes, sample_source
+from modeclip.pipeline.pilot_data import RETRIEVAL, held_out_tasks, sample_source
 from modeclip.pipeline.pilot_plan import (
     CAPTIONS,
     CURATED,
@@ -74,7 +74,8 @@ from modeclip.system.files import only_process, read_json, write_atomically, wri
 from modeclip.system.paths import RunPaths, home_path
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs
-from modeclip.training.jobs import AUTO, LOG_FILE, TrainConfig, TrainJob, TrainResult, settings_changes
+from modeclip.training.jobs import AUTO, TrainConfig, TrainJob, TrainResult, settings_changes
+from modeclip.training.journal import training_seconds
 from modeclip.training.launching import run_jobs
 from modeclip.training.preflight import check_negatives
 
@@ -136,7 +137,7 @@ def pilot(data: DataConfig, config: PilotConfig, out: Path) -> dict[str, Any]:
         )
     if config.model != AUTO:
         check_model(config.model)
-    names = _distinct(read_classes(config.classes)) if config.classes else []
+    names = distinct_names(read_classes(config.classes)) if config.classes else []
     if config.classes and len(names) < 2:
         raise ModeclipError(f"pilot.classes: expected at least 2 different class names, got {len(names)}; give more")
     out.mkdir(parents=True, exist_ok=True)
@@ -153,12 +154,6 @@ def _write_page(result: dict[str, Any], out: Path) -> None:
     from modeclip.pages.pilot_page import write_pilot
 
     write_pilot(result, out)
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Return class names that differ in more than case and signs, each as it stands first."""
-    labels = match_classes(names, names)
-    return [name for row, name in enumerate(names) if labels[row] in (-1, row)]
 
 
 def _claim(out: Path, data: DataConfig, config: PilotConfig, names: list[str]) -> None:
@@ -512,13 +507,13 @@ class _Pilot:
             result = TrainResult.read(job)
             assert result is not None, job.folder
             flops += result.samples * self.plan.flops(trainable).training
-            seconds += _training_seconds(job, result)
+            seconds += training_seconds(job, result)
             pairs += 0 if job is seed else result.rows
         return flops, seconds, pairs
 
 
 MEASURES = {
-    CLASS_NAMES: "of zero-shot accuracy (mean over the names)",
+    CLASS_NAMES: OF_NAMES,
     RETRIEVAL: "of retrieval (mean of R@1 and R@5, both ways)",
 }
 """What the sentence calls the measures."""
@@ -527,7 +522,7 @@ MEASURES = {
 def _chance(task: Task) -> float:
     """Return what guessing reaches: always the same class, or any order of the candidates."""
     if task.kind == "classification":
-        return 1 / len(np.unique(np.asarray(task.labels)))
+        return chance_of_names(task)
     return float(np.mean([min(1.0, k / len(task.texts)) for k in (1, 5)]))
 
 
@@ -535,16 +530,6 @@ def _recalls(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Return R@1 and R@5 both ways, averaged over the seeds."""
     names = [f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5)]
     return {name: float(np.mean([outcome.metrics[name] for outcome in outcomes])) for name in names}
-
-
-def _training_seconds(job: TrainJob, result: TrainResult) -> float:
-    """Return how long a training took over all of its runs, as its log tells; without one, its last run."""
-    try:
-        lines = [json.loads(line) for line in (Path(job.folder) / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-        steps = np.diff([job.first_step, *(line["step"] for line in lines)])
-        return float(sum(steps * job.config.batch_size / [line["samples_per_second"] for line in lines]))
-    except (OSError, ValueError, LookupError, ZeroDivisionError):
-        return result.seconds
 
 
 def _bytes_of(model: Path) -> int:

@@ -5,8 +5,7 @@ reached, those with the smallest hashes of part and key are taken, so that the o
 
 Two questions are made of the held-out pairs. In *retrieval*, each distinct caption searches its image among all, and
 each image its caption. In *class names*, images whose caption holds exactly one of the user's names are classified
-among all names, and each name that has images counts as much as any other, however frequent. A longer name hides the
-shorter ones in it: "shopping cart" is no "cart".
+among all names (`modeclip.data.tasks.names`).
 
 Price: a read of the source without its images, where these lie in files; 8 bytes for each pair, and 256 MB. What does
 not fit into these is read again to be indexed.
@@ -15,7 +14,6 @@ not fit into these is read again to be indexed.
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,23 +21,22 @@ from functools import partial
 from itertools import islice
 
 import numpy as np
-from jaxtyping import Int
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.holdout import HOLDOUT
 from modeclip.data.samples import Sample, Skipped
 from modeclip.data.sources import DataSource, SourcePart
-from modeclip.data.tasks.task import CatalogImages, Task, catalog_retrieval
+from modeclip.data.tasks.names import names_task
+from modeclip.data.tasks.task import Task, catalog_retrieval
 from modeclip.system.console import progress
 
-RETRIEVAL, CLASS_NAMES = "retrieval", "class names"
-"""Names of the two tasks."""
+RETRIEVAL = "retrieval"
+"""Name of the task."""
 MOST_QUERIES = 2000
 """Most captions of the retrieval task: more make every recall smaller and tell little more."""
 MOST_BYTES, BYTES_OF_ITEM = 1 << 28, 512
 """Memory for what was looked at, so that it need not be read again (some sources draw their images, which takes time),
 and what a pair takes besides its image."""
-_WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,47 +128,4 @@ def held_out_tasks(held: Catalog, classnames: Sequence[str], *, seed: int) -> tu
     if len(first) > MOST_QUERIES:
         first = np.random.default_rng(seed).choice(first, MOST_QUERIES, replace=False)
     retrieval = catalog_retrieval(held, rows[np.sort(first)], RETRIEVAL)
-    label = match_classes(captions.tolist(), classnames)
-    chosen = label >= 0
-    if not chosen.any():
-        return retrieval, None
-    classes = Task(
-        name=CLASS_NAMES,
-        kind="classification",
-        images=CatalogImages(catalog=held, rows=rows[chosen]),
-        classnames=tuple(classnames),
-        labels=label[chosen],
-        metric="mean_per_class_recall",
-        source=held.path,
-    )
-    return retrieval, classes
-
-
-def match_classes(captions: Sequence[str], classnames: Sequence[str]) -> Int[np.ndarray, " N"]:
-    """Return for each caption which one class name it holds, as whole words in any case; -1 for none and for several.
-
-    Examples:
-        >>> match_classes(["A red Shopping-Cart", "cart and dog", "carts"], ["cart", "shopping cart", "dog"]).tolist()
-        [1, -1, -1]
-    """
-    names: dict[tuple[str, ...], int] = {}
-    for index, name in enumerate(classnames):
-        names.setdefault(_words(name), index)
-    names.pop((), None)
-    longest = max(map(len, names), default=0)
-    labels = np.full(len(captions), -1, np.int64)
-    for row, caption in enumerate(captions):
-        words, found, place = _words(caption), set[int](), 0
-        while place < len(words):
-            lengths = range(min(longest, len(words) - place), 0, -1)
-            taken = next((length for length in lengths if words[place : place + length] in names), 0)
-            if taken:
-                found.add(names[words[place : place + taken]])
-            place += taken or 1
-        if len(found) == 1:
-            labels[row] = found.pop()
-    return labels
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(text.casefold()))
+    return retrieval, names_task(held, rows, classnames)

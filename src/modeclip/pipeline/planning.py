@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from modeclip.clustering.class_selection import read_names
 from modeclip.clustering.embedding import embed
 from modeclip.clustering.fitting import (
     choose_num_fine,
@@ -27,8 +28,6 @@ from modeclip.data.indexing import index
 from modeclip.data.samples import Sample
 from modeclip.data.selection import ALL
 from modeclip.data.sources import DataConfig, DataSource, SourcePart, open_source, open_task
-from modeclip.models.clip import check_model
-from modeclip.models.encoders import check_trusted
 from modeclip.pipeline.recipe import Recipe, hash_of, plain_of
 from modeclip.pipeline.run_folder import EDITED
 from modeclip.pipeline.stages import (
@@ -39,6 +38,7 @@ from modeclip.pipeline.stages import (
     Stages,
     announced_jobs,
     announcement,
+    check_recipe,
     choices,
     open_run,
     samples_of,
@@ -122,21 +122,21 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
     """
     from modeclip.training.costs import MEASURED_STEPS, free_bytes, measure, wall_time
 
-    check_trusted(recipe.embed.encoder, trust_encoder)
-    if recipe.train.model != AUTO:
-        check_model(recipe.train.model)
+    check_recipe(recipe, trust_encoder=trust_encoder)
     out = home_path(out)
     folder = open_run(recipe, out)
     stages = _Outlook(recipe, folder)
     source = open_source(recipe.data)
     done = stages.look(source)
     folder = stages.folder  # with what a curation that is done has selected
-    if "cluster" in done and ("controls" in done or not folder.split_controls):
+    named = recipe.experts.for_classes
+    has_columns = ("controls" in done or not folder.split_controls) and ("names" in done or not named)
+    if "cluster" in done and has_columns:
         jobs = folder.jobs
     elif "index" in done and ("curate" in done or not recipe.curate):
         # models that read no clusters may be trained already
         known = announced_jobs(stages.recipe, out, folder.selection)
-        jobs = pin_jobs([job for job in known if not job.where], Catalog.open(folder.catalog_path))
+        jobs = pin_jobs([job for job in known if not job.where and not job.mask], Catalog.open(folder.catalog_path))
     else:
         jobs = []
     with tempfile.TemporaryDirectory(prefix="modeclip-plan-") as temporary:
@@ -185,7 +185,7 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
     model_bytes = max((size for *_, size in probes.values()), default=0)
     per_sample = max((step / recipe.train.batch_size for _, step, *_ in probes.values()), default=0.0)
     num_fine = recipe.cluster.num_fine or choose_num_fine(looked.num_pairs, recipe.cluster.num_experts)
-    bundled = recipe.cluster.num_experts + 1
+    bundled = recipe.cluster.num_experts + 1 + bool(named)
     pairs = f"{'' if looked.is_counted else 'about '}{looked.num_pairs:,} pairs"
     training = wall_time(announced, seconds, recipe.experts.jobs)
     estimates: dict[str, tuple[str, float | None, int]] = {
@@ -206,6 +206,7 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
             ("one-step" in folder.split_controls) * looked.num_pairs * ONE_STEP_SECONDS,
             4 * looked.num_pairs,
         ),
+        "names": (f"{len(read_names(named))} class names" if named else "", looked.load_seconds, looked.num_pairs),
         "train": (f"{len(announced)} models", training, sum(model.disk_bytes for model in models)),
         "bundle": (
             f"the seed and {bundled - 1} experts",
@@ -226,7 +227,8 @@ def plan_run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunPl
     ]
     rows = []
     for name in STAGES:
-        if (name == "controls" and not folder.split_controls) or (name == "curate" and not recipe.curate):
+        is_wanted = {"controls": folder.split_controls, "curate": recipe.curate, "names": named}
+        if not is_wanted.get(name, True):
             continue
         detail, time_left, size = estimates[name]
         samples = sum(model.samples for model in models) if name == "train" else 0
@@ -368,3 +370,7 @@ class _Outlook(Stages):
         """Look at the stage of the controls, if there is one."""
         if self.folder.split_controls:
             super().controls_stage()
+
+    def names_stage(self) -> list[str]:
+        """Look at the stage of the class names, if there are some."""
+        return super().names_stage() if self.recipe.experts.for_classes else []

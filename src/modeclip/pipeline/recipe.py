@@ -133,6 +133,9 @@ def load_recipe(path: Path) -> Recipe:
         for section, name in (("train", "model"), ("embed", "encoder")):
             if isinstance(content.get(section), dict) and isinstance(content[section].get(name), str):
                 content[section][name] = _folder_beside(path, content[section][name])
+        experts = content.get("experts")
+        if isinstance(experts, dict) and isinstance(experts.get("for_classes"), list):
+            experts["for_classes"] = _beside(path, experts["for_classes"])
         for step in content["curate"] if isinstance(content.get("curate"), list) else []:
             for name, value in step.items() if isinstance(step, dict) else []:
                 step[name] = _beside(path, value)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from modeclip.clustering.class_selection import mark_prior, name_of, select_for_classes
+from modeclip.clustering.class_selection import PriorSelection, mark_prior, name_of, read_names, select_for_classes
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER, add_controls
 from modeclip.clustering.fitting import (
@@ -29,16 +29,16 @@ from modeclip.clustering.fitting import (
 )
 from modeclip.clustering.novelty import fitted_quantiles
 from modeclip.data.catalog import Catalog
-from modeclip.data.prompts import read_classes
 from modeclip.data.selection import ALL, Selection
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.evaluation.evaluate import EvaluateConfig, evaluate, run_table
-from modeclip.evaluation.results import write_results
-from modeclip.evaluation.systems import TrainedModel, run_systems
+from modeclip.evaluation.results import Result, write_results
+from modeclip.evaluation.systems import System, TrainedModel, run_systems
 from modeclip.mixture.bundle import EDITS, RoutingConfig, assemble_bundle, encoder_of, is_bundled
 from modeclip.mixture.manifest import MANIFEST_FILE
 from modeclip.models.feature_cache import FeatureCache
+from modeclip.pipeline.known_names import Contest
 from modeclip.system.console import log
 from modeclip.system.files import (
     only_process,
@@ -48,7 +48,16 @@ from modeclip.system.files import (
 )
 from modeclip.system.paths import RunPaths
 from modeclip.training.batches import job_rows
-from modeclip.training.experts import ExpertsConfig, fingerprint_of, part, pin_jobs, plan_jobs, reuse_models, seed_model
+from modeclip.training.experts import (
+    ExpertsConfig,
+    fingerprint_of,
+    names_job,
+    part,
+    pin_jobs,
+    plan_jobs,
+    reuse_models,
+    seed_model,
+)
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import run_jobs
 from modeclip.training.preflight import check_negatives
@@ -136,17 +145,17 @@ class RunFolder(RunPaths):
 
         Raises:
             ModeclipError: The settings fit neither the clustering nor each other, or the catalog lacks the column of a
-            control (`add_controls`).
+            control (`add_controls`) or that of the expert for class names (`mark_classes`).
         """
         return self._plan(self.experts)
 
     @cached_property
     def members(self) -> list[TrainJob]:
         """The seed and every expert of the clusters, those of other machines and earlier calls included."""
-        jobs = (
-            self._plan(replace(self.experts, only=(), order="index", controls=())) if self.experts.only else self.jobs
-        )
-        return sorted(filter(is_bundled, jobs), key=lambda job: -1 if job.index is None else job.index)
+        every = replace(self.experts, only=(), order="index", controls=(), for_classes=())
+        jobs = self._plan(every) if self.experts.only else self.jobs
+        members = [job for job in jobs if is_bundled(job) and job.role != "prior"]
+        return sorted(members, key=lambda job: -1 if job.index is None else job.index)
 
     @property
     def class_experts(self) -> list[TrainJob]:
@@ -160,8 +169,8 @@ class RunFolder(RunPaths):
                     found.append(job)
         return found
 
-    def jobs_for_classes(self, classes: Sequence[str], nearest: int = 1) -> list[TrainJob]:
-        """Return the job of one expert for class names, behind the seed's; its rows are marked in the catalog.
+    def mark_classes(self, classes: Sequence[str], nearest: int = 1) -> PriorSelection:
+        """Mark the rows of an expert for class names in the catalog, and return which fine clusters they are of.
 
         Args:
             classes: Files of class names, or lists with commas; one expert is trained for all of them.
@@ -170,15 +179,25 @@ class RunFolder(RunPaths):
         Raises:
             ModeclipError: A file cannot be read, or the captions were not embedded by an encoder of texts.
         """
-        names = [name for source in classes for name in read_classes(source)]
-        prior = select_for_classes(
-            self.catalog, self.clustering, names, name=name_of(classes), count=nearest, encoder=self.encoder
-        )
+        names, name = read_names(classes), name_of(classes)
+        prior = select_for_classes(self.catalog, self.clustering, names, name=name, count=nearest, encoder=self.encoder)
         mark_prior(self.catalog, prior)
+        return prior
+
+    def jobs_for_classes(self, classes: Sequence[str], nearest: int = 1) -> list[TrainJob]:
+        """Return the job of one expert for class names, behind the seed's; its rows are marked in the catalog.
+
+        Args:
+            classes: As for `mark_classes`.
+            nearest: As for `mark_classes`.
+
+        Raises:
+            ModeclipError: As for `mark_classes`.
+        """
+        prior = self.mark_classes(classes, nearest)
         models = self.models.resolve()
         parting = part(Path(self.catalog.path), self.fingerprint, models, self.training, self.experts, self.selection)
-        expert = parting.branch("prior", name=f"expert-{prior.name}")
-        expert = replace(expert, mask=prior.column, catalog_fingerprint=f"{self.fingerprint}-{prior.digest}")
+        expert = replace(names_job(parting, prior.name), catalog_fingerprint=f"{self.fingerprint}-{prior.digest}")
         return pin_jobs([expert] if parting.seed is None else [parting.seed, expert], self.catalog)
 
     def train(
@@ -316,8 +335,9 @@ class RunFolder(RunPaths):
             one_step, cache = self.clusters / ONE_STEP_FOLDER, FeatureCache(self.features)
             tasks = catalog_tasks(Catalog.open(self.tasks_path))
             encoder = encoder_of(self.catalog)
+            models = self._trained_models()
             systems = run_systems(
-                self._trained_models(),
+                models,
                 self.clustering,
                 encoder,
                 self.routing,
@@ -330,11 +350,37 @@ class RunFolder(RunPaths):
             found = evaluate(systems, tasks, config, cache, done=lambda part: write_results(self.answers, part))
             results |= run_table(systems, tasks, found)
             results |= {"knowledge": list(knowledge)} if knowledge else {}
+            if self.experts.for_classes:
+                results |= self._decision(systems, models, found, config, cache)
             cache.remove_unused()
         else:
             results |= {"tasks": [], "chance": {}, "majority": {}, "models": [], "routing": {}}
         write_json(self.results, results)
         return results
+
+    def _decision(
+        self,
+        systems: Sequence[System],
+        models: Sequence[TrainedModel],
+        found: Sequence[Result],
+        config: EvaluateConfig,
+        cache: FeatureCache,
+    ) -> dict[str, Any]:
+        """Ask what the expert for class names gains; return the part ``decision`` of the results, if there is one."""
+        sources = self.experts.for_classes
+        held, expert = Catalog.open(self.tasks_path), f"expert-{name_of(sources)}"
+        contest = Contest.of(held, read_names(sources), expert, systems)
+        if contest is None:
+            return {}
+        asked = evaluate(list(contest.systems.values()), [contest.task], config, cache)
+        write_results(self.names_answers, asked)
+        of_system = {result.system: result.outcome for result in asked}
+        answers = {way: [of_system[system.name]] for way, system in contest.systems.items()}
+        elsewhere = {
+            way: [{result.task.name: result.outcome for result in found if result.system == system.name}]
+            for way, system in contest.systems.items()
+        }
+        return {"decision": contest.decision(answers, elsewhere, models)}
 
     def _trained_models(self) -> list[TrainedModel]:
         """Return the finished models of the run and of its bundle, the seed among them also where it was given."""

@@ -1,13 +1,13 @@
 """The stages of a recipe do the whole method in one folder.
 
-    index -> embed -> curate -> cluster -> controls -> train -> bundle -> evaluate -> report
+    index -> embed -> curate -> cluster -> controls -> names -> train -> bundle -> evaluate -> report
 
 Each stage leaves a record in ``stages/`` with two hashes. One is of everything that decided its result: its own
 settings, the digests of the stages before it, the state of the source. The other is of what it made: rows and columns
 of the catalog, files. The same command again runs only the stages whose inputs have changed, or whose output is gone or
 is another one, as after an earlier recipe, another that was interrupted, and the earlier one again. The stages
-``curate`` and ``controls`` exist only where the recipe names methods of curation, or controls with a column of their
-own.
+``curate``, ``controls`` and ``names`` exist only where the recipe names methods of curation, controls with a column of
+their own, or class names that get an expert.
 
 A run that is killed at any moment continues with the same numbers, because no stage leaves anything half-written that a
 later run would take for whole.
@@ -29,6 +29,7 @@ from typing import Any, NotRequired
 import numpy as np
 from typing_extensions import TypedDict
 
+from modeclip.clustering.class_selection import PREFIX, name_of, read_names
 from modeclip.clustering.clusters import CLUSTERING_FILE
 from modeclip.clustering.controls import CONTROL_COLUMNS, ONE_STEP_FOLDER
 from modeclip.clustering.embedding import COLUMN, embed
@@ -71,7 +72,7 @@ from modeclip.training.choosing import Fit, with_model
 from modeclip.training.experts import plan_jobs
 from modeclip.training.jobs import AUTO, JOB_FILE, TrainConfig, TrainJob, TrainResult, brings_weights, job_name
 
-STAGES = ("index", "embed", "curate", "cluster", "controls", "train", "bundle", "evaluate", "report")
+STAGES = ("index", "embed", "curate", "cluster", "controls", "names", "train", "bundle", "evaluate", "report")
 STAGE_FORMAT = 2
 """Part of every stage's digest; raise it when a stage starts to produce something else from the same settings."""
 FINE_BEFORE = 256
@@ -107,9 +108,7 @@ def run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunResult:
     Raises:
         ModeclipError: A stage cannot do its work, or another process is running in the folder.
     """
-    check_trusted(recipe.embed.encoder, trust_encoder)
-    if recipe.train.model != AUTO:
-        check_model(recipe.train.model)  # at once, not after an hour of embedding
+    check_recipe(recipe, trust_encoder=trust_encoder)
     if recipe.embed.encoder.partition(":")[0] in IMAGE_PREFIXES:
         raise ModeclipError(
             f"embed.encoder {recipe.embed.encoder!r} looks at images, but a recipe routes tasks by class names: give an"
@@ -126,6 +125,27 @@ def run(recipe: Recipe, out: Path, *, trust_encoder: bool = False) -> RunResult:
         Stages(recipe, folder).run_all(open_source(recipe.data))
     results = read_json(folder.results, dict[str, Any], "give the same modeclip run again")
     return RunResult(folder=out, results=results, report=folder.report, bundle=folder.bundle)
+
+
+def check_recipe(recipe: Recipe, *, trust_encoder: bool = False) -> None:
+    """Check at once what would else be noticed after an hour of embedding.
+
+    Args:
+        recipe: What will be run.
+        trust_encoder: As for `run`.
+
+    Raises:
+        ModeclipError: The encoder, the model or the class names cannot be used.
+    """
+    check_trusted(recipe.embed.encoder, trust_encoder)
+    if recipe.train.model != AUTO:
+        check_model(recipe.train.model)
+    names = read_names(recipe.experts.for_classes)
+    if len(names) == 1:
+        raise ModeclipError(
+            f"experts.for_classes: expected at least 2 different class names, got {names[0]!r} alone; give more, or a "
+            "file with one on each line"
+        )
 
 
 def open_run(recipe: Recipe, out: Path) -> RunFolder:
@@ -175,8 +195,9 @@ def announcement(jobs: Sequence[TrainJob], train: TrainConfig) -> str:
     groups: dict[str, list[int]] = {}
     for job in jobs:
         groups.setdefault(job.role, []).append(samples_of(job))
+    named = {"prior": "expert for class names"}
     parts = [
-        f"{role} {sizes[0]:,}" if len(sizes) == 1 else f"{len(sizes)} x {role} {sizes[0]:,}"
+        f"{named.get(role, role)} {sizes[0]:,}" if len(sizes) == 1 else f"{len(sizes)} x {role} {sizes[0]:,}"
         for role, sizes in groups.items()
     ]
     total = sum(sum(sizes) for sizes in groups.values())
@@ -283,10 +304,13 @@ class Stages:
         self.stage("cluster", self.cluster, inputs, clusters)
         self.note_choices()
         self.controls_stage()
+        named = self.names_stage()
         train = recipe.train.decided().plain()
         train["engine"]["save_every"] = "20s"  # it decides nothing; a constant keeps the digests of earlier versions
         del train["engine"]["keep_trunk"]  # nor does this, to rounding
-        training = [train, asdict(recipe.experts), folder.fingerprint, *chosen_by]
+        experts = asdict(recipe.experts)
+        del experts["for_classes"], experts["nearest"]  # the stage `names` stands for them
+        training = [train, experts, folder.fingerprint, *chosen_by, *named]
         self.stage("train", self.train, training, made.models)
         bundled = asdict(recipe.evaluate)
         knowledge = bundled.pop("knowledge")
@@ -349,6 +373,20 @@ class Stages:
             self.stage("controls", self.controls, [controls, self.digests["cluster"]], made)
         else:
             (self.folder.stages / "controls.json").unlink(missing_ok=True)
+
+    def names_stage(self) -> list[str]:
+        """Do the stage of the expert for class names; without names, leave no record of an earlier one.
+
+        Returns:
+            The digests that the training depends on because of it.
+        """
+        if not (sources := self.recipe.experts.for_classes):
+            (self.folder.stages / "names.json").unlink(missing_ok=True)
+            return []
+        made, name = Made(self.folder), name_of(sources)
+        inputs = [name, read_names(sources), self.recipe.experts.nearest, self.digests["cluster"]]
+        self.stage("names", self.names, inputs, partial(made.columns, PREFIX + name))
+        return [self.digests["names"]]
 
     def stage(self, name: str, work: Callable[[], str], inputs: list[Any], made: Callable[[], str | None]) -> None:
         """Do a stage unless its record says that it was done from the same inputs, and what it made is still there.
@@ -486,6 +524,15 @@ class Stages:
         sizes = self.folder.add_controls()
         return "; ".join(f"{column} of {', '.join(f'{n:,}' for n in counts)} pairs" for column, counts in sizes.items())
 
+    def names(self) -> str:
+        """Do the stage: mark the pairs of the expert for class names."""
+        catalog, experts = self.folder.catalog, self.recipe.experts
+        prior = self.folder.mark_classes(experts.for_classes, experts.nearest)
+        return (
+            f"{len(prior.classnames)} class names are nearest to {len(prior.fine)} fine clusters of "
+            f"{len(catalog.select(mask=prior.column)):,} pairs"
+        )
+
     def train(self) -> str:
         """Do the stage: train all models."""
         jobs = self.folder.jobs
@@ -506,7 +553,8 @@ class Stages:
             "recipe": replace(self.recipe, train=self.recipe.train.decided()).plain(),
         }
         self.folder.write_bundle(name=self.recipe.name, lineage=lineage)
-        return f"seed and {self.folder.clustering.num_experts} experts, rule {self.recipe.evaluate.rule}"
+        named = " and one for class names" if self.recipe.experts.for_classes else ""
+        return f"seed and {self.folder.clustering.num_experts} experts{named}, rule {self.recipe.evaluate.rule}"
 
     def evaluate(self) -> str:
         """Do the stage: score all systems on the tasks."""

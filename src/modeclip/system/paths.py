@@ -113,6 +113,11 @@ class RunPaths:
         return self.folder / "results"
 
     @property
+    def names_answers(self) -> Path:
+        """The same of the question about the class names of an expert, which is no task of the run."""
+        return self.answers / "names"
+
+    @property
     def report(self) -> Path:
         """The page that shows the results."""
         return self.folder / "report.html"

@@ -26,12 +26,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from modeclip.clustering.class_selection import PREFIX, name_of
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.controls import CONTROL_COLUMNS
 from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import ALL, Selection
-from modeclip.errors import LIMIT, ModeclipError, check_between
+from modeclip.errors import LIMIT, ModeclipError, check_between, check_least
 from modeclip.models.blocks import freeze
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.models.clip import check_model, hollow_model, load_clip, save_clip
@@ -80,6 +81,12 @@ class ExpertsConfig:
     controls: tuple[Literal["random", "full", "one-step"], ...] = ()
     """Control mixtures with as many models as there are experts: ``random`` splits the data at random into the
     clusters' sizes, ``full`` trains on all data with other seeds, ``one-step`` clusters into experts directly."""
+    for_classes: tuple[str, ...] = ()
+    """Class names that are known beforehand, as files with one on each line or lists such as 'cat,dog': one expert for
+    the fine clusters nearest to them, trained for as long as the dense control. `train-experts` then trains it alone; a
+    recipe trains it beside all others and asks what it gains on held-out images of these names."""
+    nearest: int = 1
+    """Fine clusters that each of these class names takes. With more, the expert sees more pairs, each less often."""
     jobs: int = 2
     """Models that train at the same time, each in a process, or in as many as ``processes_per_job`` says."""
     threads_per_job: int = 1
@@ -95,6 +102,7 @@ class ExpertsConfig:
             )
         some = (1, MOST_PROCESSES)
         check_between("experts", self, jobs=some, threads_per_job=some, processes_per_job=some)
+        check_least("experts", self, nearest=1)
         if any(number < 0 for number in self.only):
             raise ModeclipError(f"experts.only: expected numbers of experts, 0 or more, got {min(self.only)}")
 
@@ -180,10 +188,22 @@ def plan_jobs(
     jobs = [] if parting.seed is None else [parting.seed]
     if not experts.only:
         jobs += _dense_controls(parting, num_experts * steps, experts)
+    if experts.for_classes:  # as long as the dense control, beside which it trains
+        jobs.append(names_job(parting, name_of(experts.for_classes)))
     roles: tuple[Role, ...] = ("expert", *(() if experts.only else experts.controls))
     for role in roles:
         jobs += [_member(parting, role, k, steps, experts) for k in numbers]
     return jobs
+
+
+def names_job(parting: Parting, name: str) -> TrainJob:
+    """Return the job of an expert for class names, whose pairs a column of the catalog marks.
+
+    Args:
+        parting: Where it leaves the seed.
+        name: Of the selection (`modeclip.clustering.class_selection`).
+    """
+    return replace(parting.branch("prior", name=f"expert-{name}"), mask=PREFIX + name)
 
 
 def part(

@@ -18,10 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from modeclip.errors import ModeclipError
 from modeclip.system.console import log
 from modeclip.system.files import to_json, write_atomically
-from modeclip.training.jobs import LOG_FILE
+from modeclip.training.jobs import LOG_FILE, TrainJob, TrainResult
 
 PROJECT = "modeclip"
 """Project in Weights & Biases, unless ``WANDB_PROJECT`` names another one."""
@@ -80,6 +82,16 @@ class Journal:
         """Write what is still held back."""
         for place in self._places:
             place.close()
+
+
+def training_seconds(job: TrainJob, result: TrainResult) -> float:
+    """Return how long a training took over all of its runs, as its log tells; without one, its last run."""
+    try:
+        lines = [json.loads(line) for line in (Path(job.folder) / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+        steps = np.diff([job.first_step, *(line["step"] for line in lines)])
+        return float(sum(steps * job.config.batch_size / [line["samples_per_second"] for line in lines]))
+    except (OSError, ValueError, LookupError, ZeroDivisionError):
+        return result.seconds
 
 
 def check_reports(report_to: Sequence[str]) -> None:
