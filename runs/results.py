@@ -21,6 +21,7 @@ from pathlib import Path
 
 import claims_report
 import curation_report
+import demo_report
 import findings
 import frontier
 import names_report
@@ -429,6 +430,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         **curation_tables(),
         **one_model_tables(),
         **{name: (lambda text=text: text) for name, text in subjects_report.tables(subjects).items()},
+        **{name: (lambda text=text: text) for name, text in demo_report.tables(HERE / "demo.jsonl").items()},
     }
 
 

@@ -1,34 +1,86 @@
-"""Which routing rule is best, and does the mixture beat a dense model of its cost? The demo over several seeds.
+"""What does the demo say over several seeds: what to train for its names, and which routing rule is best?
 
-Usage: python runs/rules_over_seeds.py [--seeds 0 1 2] [--out runs/seeds]
+Usage: python runs/rules_over_seeds.py [--seeds 0 1 2] [--out runs/seeds] [--record runs/demo.jsonl]
 
 A seed decides the clusters, the random start, the order of the samples and the crops. Every seed is a run folder of
-its own, resumable like any other; about ten minutes each on two cores. Prints a Markdown table: for each row of the
-result table its average accuracy (mean and standard deviation over the seeds), and its distance from the dense model
-at equal cost and from the uniform ensemble, with the half width of a 95 % t-interval over the seeds.
+its own, resumable like any other; about ten minutes each on two cores. Prints the decision over all seeds and a
+Markdown table: for each row of the result table its average accuracy (mean and standard deviation over the seeds), and
+its distance from the dense model at equal cost and from the uniform ensemble, with the half width of a 95 % t-interval
+over the seeds. The record has a line for each seed and one of the decision; `runs/results.py` makes the sentences of
+README.md and docs/ from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-from dataclasses import replace
-from datetime import UTC, datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
 
 from modeclip import load_recipe, run
+from modeclip.data.tasks.names import CLASS_NAMES
+from modeclip.evaluation.deciding import DENSE, OF_NAMES, Way, average_gains, caution, decide, gains_of
+from modeclip.evaluation.intervals import Outcome
+from modeclip.evaluation.results import read_predictions
+from modeclip.pipeline.known_names import ALL_NAMES, NAMES, REMEDY
 from modeclip.pipeline.recipe import demo_recipe
+from modeclip.system.paths import RunPaths
 
 
-def averages(seed: int, out: Path) -> dict[str, float]:
-    """Run the demo's recipe with a seed; return the average accuracy of each row in percent."""
+def run_seed(seed: int, out: Path) -> dict[str, Any]:
+    """Run the demo's recipe with a seed; return what its ``results.json`` holds."""
     recipe = load_recipe(demo_recipe())
     recipe = replace(recipe, cluster=replace(recipe.cluster, seed=seed), train=replace(recipe.train, seed=seed))
-    rows = run(recipe, out / f"seed-{seed}").results["models"]
+    return run(recipe, folder_of(seed, out)).results
+
+
+def folder_of(seed: int, out: Path) -> Path:
+    """Return the run folder of a seed."""
+    return out / f"seed-{seed}"
+
+
+def averages(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the average accuracy of each row in percent."""
+    rows = results["models"]
     return {f"{row['name']}, {row['rule']}" if row["rule"] else row["name"]: 100 * row["average"] for row in rows}
+
+
+def decision_over(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the decision over several seeds, with the intervals and the rule of `modeclip.evaluation.deciding`."""
+    first = runs[0]["decision"]
+    answers: dict[str, list[Outcome]] = {row["name"]: [] for row in first["rows"]}
+    elsewhere: dict[str, list[dict[str, Outcome]]] = {row["name"]: [] for row in first["rows"]}
+    for folder, results in zip(folders, runs, strict=True):
+        paths = RunPaths(folder=folder)
+        asked = {one.system: one.outcome for one in read_predictions(paths.names_answers)}
+        tasks: dict[str, dict[str, Outcome]] = {}
+        for one in read_predictions(paths.answers):
+            tasks.setdefault(one.system, {})[one.task] = one.outcome
+        for row in results["decision"]["rows"]:
+            answers[row["name"]].append(asked[row["model"]])
+            elsewhere[row["name"]].append(tasks[row["model"]])
+    ways = [Way(name=row["name"], title=row["title"], towers=row["towers"]) for row in first["rows"]]
+    gains = {CLASS_NAMES: gains_of(answers), ALL_NAMES: average_gains(elsewhere)}
+    verdict = decide(ways, gains[CLASS_NAMES], answers[DENSE], chance=first["chance"], measure=OF_NAMES, remedy=REMEDY)
+    rows = []
+    for number, way in enumerate(ways):
+        each = [results["decision"]["rows"][number] for results in runs]
+        rows.append(
+            each[0]
+            | {
+                "gain": {name: asdict(found[way.name]) for name, found in gains.items() if way.name in found},
+                "score": {name: float(np.mean([row["score"][name] for row in each])) for name in gains},
+                "seconds": float(np.mean([row["seconds"] for row in each])),
+            }
+        )
+    own = next(way for way in ways if way.name == NAMES)
+    said = caution(own, gains[ALL_NAMES][NAMES], verdict.choice)
+    return first | {"verdict": asdict(verdict), "caution": said, "rows": rows, "seeds": len(runs)}
 
 
 def difference(one: list[float], other: list[float]) -> str:
@@ -39,20 +91,37 @@ def difference(one: list[float], other: list[float]) -> str:
 
 
 def main() -> None:
-    """Run the seeds that are missing and print the table."""
+    """Run the seeds that are missing, print the decision and the table, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--record", type=Path, help="JSON lines; none is written by default.")
     arguments = parser.parse_args()
-    runs = [averages(seed, arguments.out) for seed in arguments.seeds]
-    columns = {name: [found[name] for found in runs] for name in runs[0]}
+    runs = [run_seed(seed, arguments.out) for seed in arguments.seeds]
+    rows = [averages(results) for results in runs]
+    columns = {name: [found[name] for found in rows] for name in rows[0]}
     dense, uniform = columns.get("dense-total", columns["dense"]), columns["mixture, uniform"]
-    date = datetime.now(UTC).date().isoformat()
-    print(f"\nseeds {arguments.seeds}, {date}, {platform.machine()}, accuracy in %\n")
+    decision = decision_over(runs, [folder_of(seed, arguments.out) for seed in arguments.seeds])
+    print(f"\nseeds {arguments.seeds}, {runs[0]['machine']['processor']}\n\n{decision['verdict']['sentence']}")
+    print(f"{decision['caution']}\n\naccuracy in %\n")
     print("| model | average | against dense at equal cost | against uniform |\n|---|---|---|---|")
     for name, values in columns.items():
         spread = f"{np.mean(values):.1f} (sd {np.std(values, ddof=1 if len(values) > 1 else 0):.1f})"
         print(f"| {name} | {spread} | {difference(values, dense)} | {difference(values, uniform)} |")
+    if arguments.record:
+        lines: list[dict[str, Any]] = [
+            {
+                **{name: results[name] for name in ("seed", "date", "machine", "decision")},
+                "average": found,
+                "stages": {
+                    path.stem: json.loads(path.read_text(encoding="utf-8"))["seconds"]
+                    for path in sorted(RunPaths(folder=folder_of(results["seed"], arguments.out)).stages.glob("*.json"))
+                },
+            }
+            for results, found in zip(runs, rows, strict=True)
+        ]
+        lines.append({"seeds": arguments.seeds, "decision": decision})
+        arguments.record.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
