@@ -58,9 +58,24 @@ class Law:
     """Standard deviation of the gain of a whole study (the mean of its seeds) around the line."""
 
     @property
-    def slopes(self) -> list[float]:
-        """Points of gain for each doubling."""
-        return [float(value) for value in self.weights[1:]]
+    def slopes(self) -> list[tuple[float, float]]:
+        """Points of gain for each doubling, and the half widths of their 95 % intervals."""
+        free = len(self.design) - len(self.weights)
+        errors = self.scatter * np.sqrt(np.diag(np.linalg.pinv(self.design.T @ self.design)))
+        halves = t.ppf(0.975, free) * errors if free > 0 else np.full(len(errors), np.nan)
+        return [(float(value), float(half)) for value, half in zip(self.weights[1:], halves[1:], strict=True)]
+
+    @property
+    def pays_from(self) -> float | None:
+        """Of a law with one feature: where, in what was measured, the mean gain is certain; None where nowhere."""
+        low, high = self.design[:, 1].min(), self.design[:, 1].max()
+        for feature in np.linspace(low, high, 400):
+            row = np.array([1.0, feature])
+            leverage = float(row @ np.linalg.pinv(self.design.T @ self.design) @ row)
+            half = t.ppf(0.975, len(self.design) - 2) * self.scatter * leverage**0.5
+            if row @ self.weights > half:
+                return float(feature)
+        return None
 
     def foresee(self, features: list[float]) -> tuple[float, float]:
         """Return the gain of a new study, and the half width of its 95 % interval."""
@@ -152,7 +167,7 @@ def laws_table(records: Records) -> str:
         law, errors = choose(records, kind)
         for name, error in errors.items():
             own = fit(name, inputs(records, name, gains_of(records, kind)))
-            slopes = ", ".join(f"{value:+.2f}" for value in own.slopes)
+            slopes = ", ".join(f"{value:+.2f}\u00a0\u00b1\u00a0{half:.2f}" for value, half in own.slopes)
             rows.append([kind, f"**{name}**" if name == law.name else name, slopes, f"{error:.2f}"])
     return table(["experts of", "law", "points for each doubling", "error on a study left out"], rows, words=2)
 
