@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from modeclip.data.wordnet import load_wordnet
+from modeclip.evaluation.frontier import SAMPLES_PER_FLOP
 from support import write_wordnet
 
 RUNS = Path(__file__).parents[2] / "runs"
@@ -25,13 +28,17 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     sys.path.insert(0, str(RUNS))
     import candidates
     import curation_report
+    import experiments
+    import frontier
     import results
     import subjects
     import subjects_report
+    import ways_report
 
     import curation
 
-    modules = (candidates, curation, curation_report, results, subjects, subjects_report)
+    modules = (candidates, curation, curation_report, experiments, frontier, results, subjects, subjects_report)
+    modules += (ways_report,)
     yield {module.__name__: module for module in modules}
     sys.path.remove(str(RUNS))
 
@@ -257,3 +264,81 @@ def test_gains_by_subject_leave_out_near_copies_and_have_two_intervals(
     assert report.both(report.gains(found, "wordnet", row)) == "+18.8\u00a0±\u00a079.4, 238.2"
     assert not report.is_certain(report.gains(found, "wordnet", row))
     assert report.is_certain(np.array([[9.9, 10.0], [10.1, 10.2]]))
+
+
+def test_law_of_the_gain_is_that_of_a_line_through_the_studies(scripts: dict[str, ModuleType]) -> None:
+    frontier, results = scripts["frontier"], scripts["results"]
+    records = results.Records(RUNS / "experiments.jsonl")
+    gains = frontier.gains_of(records, "images")
+    points = {name: (frontier.features_of(records, "fullness", name)[0], np.mean(gains[name])) for name in gains}
+    x, y = np.array(list(points.values())).T
+    slope, start = np.polyfit(x, y, 1)
+    law = frontier.fit("fullness", frontier.inputs(records, "fullness", gains))
+    np.testing.assert_allclose(law.weights, [start, slope], atol=1e-9)
+    wrong = []
+    for left_out in range(len(x)):
+        others = np.arange(len(x)) != left_out
+        wrong.append(y[left_out] - np.polyval(np.polyfit(x[others], y[others], 1), x[left_out]))
+    assert math.isclose(frontier.error_of(records, "fullness", gains), float(np.sqrt(np.mean(np.square(wrong)))))
+    # the interval of a line at its own points, by the textbook: s * sqrt(1 + 1 / n + (x - mean)^2 / Sxx)
+    spread = math.sqrt(float(np.sum((y - start - slope * x) ** 2)) / (len(x) - 2))
+    leverage = 1 / len(x) + (x[0] - x.mean()) ** 2 / float(np.sum((x - x.mean()) ** 2))
+    half = t.ppf(0.975, len(x) - 2) * spread * math.sqrt(1 + leverage)
+    np.testing.assert_allclose(law.foresee([x[0]]), (start + slope * x[0], half))
+
+
+def test_pilot_says_what_the_law_of_the_records_says(scripts: dict[str, ModuleType]) -> None:
+    frontier = scripts["frontier"]
+    law, _ = frontier.choose(frontier.Records(RUNS / "experiments.jsonl"), "images")
+    assert law.name == "fullness"
+    assert round(2**law.pays_from, 3) == SAMPLES_PER_FLOP
+
+
+def test_what_was_foreseen_was_written_down_before_it_was_measured(scripts: dict[str, ModuleType]) -> None:
+    frontier = scripts["frontier"]
+    lines = json.loads((RUNS / "frontier.json").read_text(encoding="utf-8"))
+    assert lines
+    records = frontier.Records(RUNS / "experiments.jsonl")
+    for line in lines:
+        assert line["study"] not in line["known"]
+        law, errors = frontier.choose(records, line["kind"], set(line["known"]))
+        gain, half = law.foresee(frontier.features_of(records, law.name, line["study"]))
+        assert (law.name, round(gain, 2), round(half, 2)) == (line["law"], line["gain"], line["half_width"])
+        assert {name: round(value, 2) for name, value in errors.items()} == line["errors"]
+
+
+def test_ways_are_in_the_order_of_their_gains_and_certain_ones_alone_are_bold(scripts: dict[str, ModuleType]) -> None:
+    results = scripts["results"]
+    lines = results.all_tables(results.Records(RUNS / "experiments.jsonl"))["ways"]().splitlines()[2:]
+    gains = [re.search(r"[+-][\d.]+(?=\u00a0)", line) for line in lines]
+    numbers = [float(found[0]) for found in gains if found]
+    assert len(numbers) == len(lines) > 10
+    assert numbers == sorted(numbers, reverse=True)
+    assert all(("**" in line) != ("not certain" in line) for line in lines)
+
+
+def test_batches_of_one_cluster_are_of_the_same_samples_as_random_ones(scripts: dict[str, ModuleType]) -> None:
+    experiments = scripts["experiments"]
+    study = next(study for study in experiments.read_studies()[1] if study.name == "batches")
+    names = [arm.name for arm in study.arms]
+    assert len(set(names)) == len(names)
+    assert all(arm.cost == experiments.PARTS for arm in study.arms)
+    whole = study.train.steps_per_part * experiments.PARTS * study.train.batch_size
+    workshop = experiments.Workshop.__new__(experiments.Workshop)
+    workshop.clustering = lambda arm, *_: (None, f"expert_{arm.encoder}")
+    job = experiments.TrainJob(
+        name="x",
+        folder="x",
+        catalog="x",
+        catalog_fingerprint="",
+        config=study.train,
+        first_step=16 * study.train.steps_per_part,
+        last_step=32 * study.train.steps_per_part,
+        first_share=0.5,
+        last_share=1.0,
+    )
+    for arm in study.arms:
+        made = workshop.in_batches(job, arm, study, 0)
+        assert made.last_step * made.config.batch_size == whole
+        assert made.first_step * made.config.batch_size * 2 == whole
+        assert made.config.groups == (f"expert_{arm.encoder}" if arm.kind == "pure" else None)
