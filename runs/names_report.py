@@ -54,10 +54,8 @@ def names_table(records: Records) -> str:
     """Return what each expert gains on its own set, the largest gain first."""
     by_kind = {kind: {one.task: one for one in read(records, kind)} for kind in KINDS}
     classes = dict(zip(records.data["tasks"], records.data["classes"], strict=True))
-    dense = {
-        name: float(np.mean([values[index] for values in records.equal(STUDY, PARTS).values()]))
-        for index, name in enumerate(records.data["tasks"])
-    }
+    levels = list(records.equal(STUDY, PARTS).values())
+    dense = dict(zip(records.data["tasks"], np.mean(levels, axis=0).tolist(), strict=True)) if levels else {}
     rows = []
     for task in sorted(by_kind["prior"], key=lambda task: -np.mean(by_kind["prior"][task].own)):
         cells = [task, f"{classes[task]:,}", f"{dense[task]:.1f}"]
@@ -94,7 +92,7 @@ def found(records: Records) -> str:
     if len(shared) > 1:
         apart = Gain([both["named"][task] - both["prior"][task] for task in shared])
         parts.append(f"- Against each other: named pairs {apart} against clusters, over {len(shared)} sets.")
-    return "\n".join(parts)
+    return "\n".join(parts) or "Not measured yet."
 
 
 def _seeds(counts: list[int]) -> str:
