@@ -10,6 +10,7 @@ from typing import Any
 from records import interval, table
 
 from modeclip.data.tasks.names import CLASS_NAMES
+from modeclip.evaluation.deciding import DENSE
 from modeclip.pipeline.known_names import ALL_NAMES, MIXTURE, NAMES
 
 Line = Mapping[str, Any]
@@ -73,9 +74,26 @@ def in_short(lines: Sequence[Line]) -> str:
     )
 
 
-def tables(path: Path) -> dict[str, str]:
+def short_in_short(lines: Sequence[Line]) -> str:
+    """Return what README says of the same question after a shorter training of smaller towers."""
+    decision = lines[-1]["decision"]
+    rows = {row["name"]: row for row in decision["rows"]}
+    own = rows[NAMES]
+    return (
+        f"With smaller towers and {own['samples']:,} samples in place of the demo's, the same expert stands at "
+        f"{points(own['gain'][CLASS_NAMES])} points on its names "
+        f"({100 * own['score'][CLASS_NAMES]:.1f} % against {100 * rows[DENSE]['score'][CLASS_NAMES]:.1f} %, "
+        f"{decision['seeds']} seeds)."
+    )
+
+
+def tables(long: Path, short: Path) -> dict[str, str]:
     """Return the blocks of the pages by their names; none where nothing is recorded yet."""
-    if not path.exists():
-        return {}
-    lines = read(path)
-    return {"demo": decision_table(lines), "demo-seeds": in_short(lines)}
+    found = {}
+    if long.exists():
+        lines = read(long)
+        found |= {"demo": decision_table(lines), "demo-seeds": in_short(lines)}
+    if short.exists():
+        lines = read(short)
+        found |= {"demo-short": decision_table(lines), "demo-short-brief": short_in_short(lines)}
+    return found

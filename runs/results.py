@@ -430,7 +430,10 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         **curation_tables(),
         **one_model_tables(),
         **{name: (lambda text=text: text) for name, text in subjects_report.tables(subjects).items()},
-        **{name: (lambda text=text: text) for name, text in demo_report.tables(HERE / "demo.jsonl").items()},
+        **{
+            name: (lambda text=text: text)
+            for name, text in demo_report.tables(HERE / "demo.jsonl", HERE / "demo_short.jsonl").items()
+        },
     }
 
 

@@ -1,6 +1,8 @@
 """What does the demo say over several seeds: what to train for its names, and which routing rule is best?
 
 Usage: python runs/rules_over_seeds.py [--seeds 0 1 2] [--out runs/seeds] [--record runs/demo.jsonl]
+       python runs/rules_over_seeds.py --model modeclip-icon-xs --samples 131072 --out runs/short \
+           --record runs/demo_short.jsonl
 
 A seed decides the clusters, the random start, the order of the samples and the crops. Every seed is a run folder of
 its own, resumable like any other; about ten minutes each on two cores. Prints the decision over all seeds and a
@@ -32,10 +34,11 @@ from modeclip.pipeline.recipe import demo_recipe
 from modeclip.system.paths import RunPaths
 
 
-def run_seed(seed: int, out: Path) -> dict[str, Any]:
-    """Run the demo's recipe with a seed; return what its ``results.json`` holds."""
+def run_seed(seed: int, out: Path, **train: Any) -> dict[str, Any]:
+    """Run the demo's recipe with a seed, and with other settings of the training; return its ``results.json``."""
     recipe = load_recipe(demo_recipe())
-    recipe = replace(recipe, cluster=replace(recipe.cluster, seed=seed), train=replace(recipe.train, seed=seed))
+    training = replace(recipe.train, seed=seed, **train)
+    recipe = replace(recipe, cluster=replace(recipe.cluster, seed=seed), train=training)
     return run(recipe, folder_of(seed, out)).results
 
 
@@ -95,9 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--model", help="Towers; those of the demo by default.")
+    parser.add_argument("--samples", type=int, help="Of the dense model; those of the demo by default.")
     parser.add_argument("--record", type=Path, help="JSON lines; none is written by default.")
     arguments = parser.parse_args()
-    runs = [run_seed(seed, arguments.out) for seed in arguments.seeds]
+    train = {name: value for name in ("model", "samples") if (value := getattr(arguments, name))}
+    runs = [run_seed(seed, arguments.out, **train) for seed in arguments.seeds]
     rows = [averages(results) for results in runs]
     columns = {name: [found[name] for found in rows] for name in rows[0]}
     dense, uniform = columns.get("dense-total", columns["dense"]), columns["mixture, uniform"]

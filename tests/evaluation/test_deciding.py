@@ -20,6 +20,7 @@ from modeclip.evaluation.deciding import (
     mean_outcome,
     recall_outcome,
 )
+from modeclip.evaluation.frontier import image_experts_pay_from, outlook
 from modeclip.evaluation.intervals import Interval, Outcome
 
 WAYS = (
@@ -171,3 +172,18 @@ def test_ways_of_other_seeds_are_refused() -> None:
         gains_of({DENSE: [outcome(0.3)] * 2, "images": [outcome(0.3)]})
     with pytest.raises(ModeclipError, match="dense"):
         gains_of({"images": [outcome(0.3)]})
+
+
+@pytest.mark.parametrize(
+    ("samples", "flops", "words"),
+    [
+        (131_072, 17_132_544, "from about 2,800,000 samples on with towers of this size"),
+        (131_072, 17_132_544, "21 times shorter"),
+        (2_000_000, 1_000_000, "not for want of length"),
+    ],
+)
+def test_outlook_says_how_far_a_trial_is_from_where_experts_of_images_gained(
+    samples: int, flops: int, words: str
+) -> None:
+    assert words in outlook(samples, flops)
+    assert (samples >= image_experts_pay_from(flops)) == ("as long as this one" in outlook(samples, flops))

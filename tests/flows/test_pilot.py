@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from modeclip.data.catalog import Catalog
+from modeclip.evaluation.frontier import SAMPLES_PER_FLOP
 from modeclip.mixture.bundle import load_bundle
+from modeclip.models.flops import count_flops
 from modeclip.pipeline import pilot as piloting
 from modeclip.training import trainer
 from support import encode_picture, noise_picture, parse_page, weights_of, write_pairs
@@ -105,6 +107,9 @@ def test_a_pilot_that_is_stopped_goes_on_to_the_same_numbers(
 
     page = parse_page(out / "pilot.html")
     assert result["verdict"]["sentence"] in page.text
+    flops, samples = count_flops(result["plan"]["model"], result["plan"]["caption_length"]), result["plan"]["samples"]
+    assert f"{SAMPLES_PER_FLOP * flops.training / samples:.2g} times shorter" in result["outlook"]
+    assert result["outlook"] in page.text
     assert all(row["title"] in page.text for row in result["rows"])
 
     # what is left of a pilot that was stopped later still: all is asked again, and the answers are the same

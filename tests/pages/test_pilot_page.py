@@ -35,6 +35,7 @@ def result() -> dict[str, Any]:
     plan = {"num_pairs": 800, "model": "modeclip-icon-xxs", "samples": 6400, "seeds": 3}
     return {
         "verdict": {"choice": "a", "certainty": "sure", "sentence": "Train <a>, sure."},
+        "outlook": "Later <more>.",
         "measure": "retrieval",
         "chance": {"retrieval": 0.01},
         "questions": {"retrieval": 150},
@@ -53,9 +54,21 @@ def test_page_holds_the_rows_and_the_sentence(result: dict[str, Any], tmp_path: 
     assert "Content-Security-Policy" in text
     assert "http" not in text.replace("http-equiv", "")
     root = parse_page(page)
-    for words in ("Train <a>, sure.", "Sure", "way <b>", "+2.0", "1,234", "2.33", "about 5,000", "trunk is left out"):
+    for words in (
+        "Train <a>, sure.",
+        "Later <more>.",
+        "Sure",
+        "way <b>",
+        "+2.0",
+        "1,234",
+        "2.33",
+        "about 5,000",
+        "trunk is left out",
+    ):
         assert words in root.text, words
     assert len(root.all("circle", class_="dot")) == 2
+    del result["outlook"]  # of an earlier version
+    assert "Later" not in parse_page(write_pilot(result, tmp_path)).text
 
 
 def test_a_way_is_drawn_by_what_its_interval_says(result: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ def pilot(
         print_json(result | {"page": page})
         return
     _print_rows(result)
-    print_lines(*result["notes"], result["verdict"]["sentence"], f"page: {page}")
+    said = [result["verdict"]["sentence"], *filter(None, [result.get("outlook")])]
+    print_lines(*result["notes"], *said, f"page: {page}")
 
 
 def _print_rows(result: dict[str, Any]) -> None:

@@ -10,11 +10,13 @@ Source: `runs/frontier.py`, which fits the line to `runs/experiments.jsonl`; a t
 
 from __future__ import annotations
 
+import math
+
 SAMPLES_PER_FLOP = 0.161
 """Samples for each floating-point operation of a training sample from which on the line's gain is certainly above 0."""
 
 
-def image_experts_pay_from(flops: float) -> float:
+def image_experts_pay_from(flops: int) -> float:
     """Return the samples from which on experts on clusters of images were seen to gain.
 
     Args:
@@ -23,7 +25,7 @@ def image_experts_pay_from(flops: float) -> float:
     return SAMPLES_PER_FLOP * flops
 
 
-def outlook(samples: float, flops: float) -> str:
+def outlook(samples: int, flops: int) -> str:
     """Return a sentence about what a longer training may change in the verdict on experts of images.
 
     Args:
@@ -33,11 +35,11 @@ def outlook(samples: float, flops: float) -> str:
     needed = image_experts_pay_from(flops)
     if samples >= needed:
         return (
-            "These towers have seen as much for their size as those on which experts on clusters of images were seen "
-            "to gain on icons (docs/results.md), so what the trial says of them stands for itself."
+            "On icons, experts on clusters of images were seen to gain after a training as long as this one for towers "
+            "of this size (docs/results.md): if they do not gain here, it is not for want of length."
         )
+    rounded = round(needed, 1 - math.floor(math.log10(needed)))
     return (
-        f"On icons, experts on clusters of images were seen to gain from about {needed:,.0f} samples on for towers of "
-        f"this size, {needed / samples:.2g} times this trial's (docs/results.md); what the trial says of them is said "
-        "of a short training."
+        f"On icons, experts on clusters of images were seen to gain from about {rounded:,.0f} samples on with towers "
+        f"of this size (docs/results.md); this trial is {needed / samples:.2g} times shorter."
     )

@@ -45,6 +45,7 @@ from modeclip.data.tasks.task import Task
 from modeclip.errors import ModeclipError
 from modeclip.evaluation.deciding import DENSE, OF_NAMES, decide, gains_of, mean_outcome, recall_outcome
 from modeclip.evaluation.evaluate import EvaluateConfig, evaluate
+from modeclip.evaluation.frontier import outlook
 from modeclip.evaluation.intervals import Outcome
 from modeclip.evaluation.results import read_predictions, write_results
 from modeclip.evaluation.systems import open_systems
@@ -488,6 +489,7 @@ class _Pilot:
             )
         return {
             "verdict": asdict(verdict),
+            "outlook": outlook(plan.samples, plan.flops().training) if IMAGES in {row.name for row in rows} else "",
             "measure": task.name,
             "chance": {one.name: _chance(one) for one in self.tasks},
             "questions": {one.name: len(one.texts) or len(one.images) for one in self.tasks},
