@@ -17,6 +17,8 @@ KINDS: Mapping[str, str] = {
     "named": "an expert of the pairs whose caption is a name",
 }
 """Kinds of arms, and what they train."""
+FEWEST_RANKED = 10
+"""Sets from which on a rank correlation is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +78,11 @@ def found(records: Records) -> str:
             others = Gain([float(np.mean(one.others)) for one in experts])
             seeds = sorted({len(one.own) for one in experts})
             better = sum(gain > 0 for gain in own.values)
-            rank = spearmanr([one.pairs for one in experts], own.values)
             verdict = "it helps" if own.is_certain and own.mean > 0 else "it does not help for certain"
-            spearman = f"Spearman {rank.statistic:+.2f}, p {rank.pvalue:.3f}"
-            narrow = "the number of pairs that the names choose says nothing certain of it"
-            if rank.pvalue < 0.05:
-                narrow = f"the fewer pairs the names choose, the {'more' if rank.statistic < 0 else 'less'} it gains"
             parts.append(
                 f"- **{words[0].upper()}{words[1:]}** stands at {own} points against the dense model of equal cost on "
                 f"its own set (95 % over {len(own.values)} sets, {_seeds(seeds)}), is better on {better} of them, and "
-                f"stands at {others} on the other sets: {verdict}; {narrow} ({spearman})."
+                f"stands at {others} on the other sets: {verdict}{_by_pairs(experts)}."
             )
     both = {kind: {one.task: float(np.mean(one.own)) for one in read(records, kind)} for kind in KINDS}
     shared = sorted(both["prior"].keys() & both["named"].keys())
@@ -93,6 +90,17 @@ def found(records: Records) -> str:
         apart = Gain([both["named"][task] - both["prior"][task] for task in shared])
         parts.append(f"- Against each other: named pairs {apart} against clusters, over {len(shared)} sets.")
     return "\n".join(parts) or "Not measured yet."
+
+
+def _by_pairs(experts: list[OnSet]) -> str:
+    """Return whether experts of fewer pairs gain more."""
+    if len(experts) < FEWEST_RANKED:
+        return ""
+    rank = spearmanr([one.pairs for one in experts], [float(np.mean(one.own)) for one in experts])
+    said = "the number of pairs that the names choose says nothing certain of it"
+    if rank.pvalue < 0.05:
+        said = f"the fewer pairs the names choose, the {'more' if rank.statistic < 0 else 'less'} it gains"
+    return f"; {said} (Spearman {rank.statistic:+.2f}, p {rank.pvalue:.3f})"
 
 
 def _seeds(counts: list[int]) -> str:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     import curation_report
     import experiments
     import frontier
+    import names_report
     import results
     import subjects
     import subjects_report
@@ -38,7 +39,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     import curation
 
     modules = (candidates, curation, curation_report, experiments, frontier, results, subjects, subjects_report)
-    modules += (ways_report,)
+    modules += (names_report, ways_report)
     yield {module.__name__: module for module in modules}
     sys.path.remove(str(RUNS))
 
@@ -342,3 +343,37 @@ def test_batches_of_one_cluster_are_of_the_same_samples_as_random_ones(scripts: 
         assert made.last_step * made.config.batch_size == whole
         assert made.first_step * made.config.batch_size * 2 == whole
         assert made.config.groups == (f"expert_{arm.encoder}" if arm.kind == "pure" else None)
+
+
+def test_centres_of_icon_sets_are_the_directions_of_their_mean_images(scripts: dict[str, ModuleType]) -> None:
+    vectors = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
+    sets = np.arange(50) % 3
+    found = scripts["experiments"].mean_of_sets(vectors, sets)
+    for number in range(3):
+        mean = np.mean([vector for vector, own in zip(vectors, sets, strict=True) if own == number], axis=0)
+        np.testing.assert_allclose(found[number], mean / math.sqrt(sum(value * value for value in mean)), rtol=1e-5)
+
+
+def test_experts_for_known_names_count_on_their_own_set(scripts: dict[str, ModuleType]) -> None:
+    report, arm = scripts["names_report"], scripts["experiments"].Arm
+    dense = {0: np.array([10.0, 20.0, 30.0]), 1: np.array([12.0, 20.0, 30.0])}
+    rows = {
+        "prior-a": {0: [14.0, 19.0, 28.0], 1: [14.0, 20.0, 29.0]},
+        "prior-b": {0: [9.0, 23.0, 30.0], 1: [11.0, 22.0, 30.0]},
+        "named-a": {0: [15.0, 10.0, 20.0]},
+    }
+    arms = tuple(arm(kind=name[:5], task=name[6:]) for name in rows)
+    records = SimpleNamespace(
+        studies={"names": SimpleNamespace(arms=arms)},
+        data={"tasks": ["a", "b", "c"], "classes": [3, 4, 5]},
+        equal=lambda *_: dense,
+        values=lambda _, name: {seed: {"tasks": tasks, "pairs": [500]} for seed, tasks in rows[name].items()},
+    )
+    a, b = report.read(records, "prior")
+    assert (a.own, a.others) == ([4.0, 2.0], [-1.5, -0.5])
+    assert (b.own, b.others) == ([3.0, 2.0], [-0.5, -0.5])
+    said = report.found(records)
+    assert all(words in said for words in ("stands at +2.8", "better on 2 of them", "stands at -0.8"))
+    lines = report.names_table(records).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| a", "| b"]
+    assert ["+3.0" in lines[0], "+5.0" in lines[0], "+2.5" in lines[1]] == [True] * 3
