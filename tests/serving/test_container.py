@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from modeclip.commands import runs
+from modeclip.pipeline.stages import RunResult
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +53,10 @@ def test_the_container_runs_as_a_user_and_takes_only_what_it_needs() -> None:
 def test_the_demo_ends_with_the_command_that_serves_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("modeclip.pipeline.stages.run", lambda *_: None)
+    decision = {"classnames": ["cat", "dog"], "rows": [], "expert": "expert-cat_dog"}
+    paths = {name: tmp_path / "my demo" / name for name in ("report", "bundle")}
+    result = RunResult(folder=tmp_path / "my demo", results={"decision": decision}, **paths)
+    monkeypatch.setattr("modeclip.pipeline.stages.run", lambda *_: result)
     for told_before in ("_print_first_use", "_print_run"):
         monkeypatch.setattr(runs, told_before, lambda _: None)
     runs.demo(tmp_path / "my demo")

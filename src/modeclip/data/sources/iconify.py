@@ -243,7 +243,8 @@ def _fetch(folder: Path) -> None:
             raise ModeclipError(f"npm cannot fetch {PACKAGE} {VERSION} ({lines[0]}); {advice}")
         with tarfile.open(archive) as tar:
             wanted = ("package/json/", "package/collections.json", "package/package.json")
-            tar.extractall(place, [member for member in tar if member.name.startswith(wanted)], filter="data")
+            options: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+            tar.extractall(place, [member for member in tar if member.name.startswith(wanted)], **options)
         with suppress(OSError):  # another process was quicker
             (Path(place) / "package").rename(folder)
 
