@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import curation_report
+import demo_report
 import names_report
 import numpy as np
 import one_model_report
@@ -17,6 +19,11 @@ import subjects_report
 from experiments import PARTS, base_arm
 from findings import EIGHT_IMAGES, IMAGE_ARM, Gain, at_equal_cost
 from records import Records, interval, table
+
+from modeclip.data.tasks.names import CLASS_NAMES
+from modeclip.pipeline.known_names import NAMES
+
+HERE = Path(__file__).parent
 
 Lines = Sequence[Mapping[str, Any]]
 ONE_MODEL = {
@@ -27,6 +34,8 @@ ONE_MODEL = {
     "distilled from the mixture": "one model distilled from the mixture",
 }
 """Cells of `runs/one_model.py`, and what the table calls them."""
+DEMOS = {"demo.jsonl": "`modeclip-icon`", "demo_short.jsonl": "`xs`"}
+"""Records of the demo's question, and the towers."""
 MORE = 1.05
 """What costs more than so many times the dense model says so."""
 
@@ -51,6 +60,7 @@ def rows_of(records: Records, subjects: subjects_report.Found, one_model: Lines,
     """Return the ways that have records, the largest gain first."""
     found = [
         *_known(records, subjects),
+        *_demo(),
         *_mixtures(records),
         *_batches(records),
         *_one_model(one_model),
@@ -86,6 +96,23 @@ def _known(records: Records, subjects: subjects_report.Found) -> Iterator[Row]:
         experts = names_report.read(records, kind)
         own = Gain([float(np.mean(one.own)) for one in experts])
         yield from _of(words, f"{len(experts)} icon sets, each on its own (interval over sets)", own)
+
+
+def _demo() -> Iterator[Row]:
+    """Yield what the expert for the demo's names does, at the demo's length and after a short training."""
+    for name, words in DEMOS.items():
+        if not (HERE / name).exists():
+            continue
+        decision = demo_report.read(HERE / name)[-1]["decision"]
+        row = next(row for row in decision["rows"] if row["name"] == NAMES)
+        mean, low, high = (100 * row["gain"][CLASS_NAMES][key] for key in ("mean", "low", "high"))
+        yield Row(
+            way=f"one expert for {len(decision['classnames'])} known names, on these names",
+            where=f"the demo's held-out sets, {words}, {row['samples'] / 1e6:.2f} million samples",
+            gain=f"{mean:+.1f}\u00a0({low:+.1f}\u00a0to\u00a0{high:+.1f})",
+            mean=mean,
+            is_certain=low > 0 or high < 0,
+        )
 
 
 def _mixtures(records: Records) -> Iterator[Row]:
