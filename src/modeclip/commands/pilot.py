@@ -9,7 +9,7 @@ from tyro.conf import OmitArgPrefixes, PositionalRequiredArgs, arg
 
 from modeclip.data.sources.options import DataConfig
 from modeclip.pipeline.pilot_plan import PilotConfig
-from modeclip.system.console import print_json, print_lines, print_table
+from modeclip.system.console import in_points, print_json, print_lines, print_table
 from modeclip.system.options import AsJson
 
 
@@ -41,9 +41,7 @@ def _print_rows(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         found = []
         for measure in measures:
-            gain = row["gain"].get(measure)
-            words = gain and f"{100 * gain['mean']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
-            found += [words or "", f"{100 * row['score'][measure]:.1f}"]
+            found += [in_points(row["gain"].get(measure)), f"{100 * row['score'][measure]:.1f}"]
         costs = (f"{row['cost']:.2f}", f"{row['seconds']:,.0f}", f"{row['towers']:.3g}", f"{row['megabytes']:.1f}")
         rows.append((row["title"], *found, *costs))
     heads = [head for measure in measures for head in (f"gain, {measure}", measure)]

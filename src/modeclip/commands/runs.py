@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from modeclip.system.console import log, print_json, print_lines, print_table
+from modeclip.system.console import in_points, log, print_json, print_lines, print_table
 from modeclip.system.files import read_json
 from modeclip.system.options import AsJson, UserEncoder
 from modeclip.system.paths import RunPaths
@@ -123,9 +123,7 @@ def _print_decision(decision: dict[str, Any], seed: int) -> None:
     for row in decision["rows"]:
         found = []
         for measure in measures:
-            gain = row["gain"].get(measure)
-            words = gain and f"{100 * gain['mean']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
-            found += [f"{100 * row['score'][measure]:.1f}", words or ""]
+            found += [f"{100 * row['score'][measure]:.1f}", in_points(row["gain"].get(measure))]
         costs = (f"{row['samples']:,}", f"{row['seconds']:,.0f}", f"{row['towers']:.3g}", f"{row['megabytes']:.1f}")
         rows.append((row["title"], *found, *costs))
     asked, total = decision["questions"].values()

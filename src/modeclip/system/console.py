@@ -16,7 +16,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -181,6 +181,16 @@ def print_json(content: Any) -> None:
     is_utf8 = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     text = to_json(content, indent=1, ensure_ascii=not is_utf8)
     print("\n".join(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", line) for line in text.split("\n")))
+
+
+def in_points(gain: Mapping[str, float] | None) -> str:
+    """Return a gain in percentage points with its interval, for a cell of a table; nothing where there is none.
+
+    Examples:
+        >>> in_points({"mean": 0.02, "low": -0.01, "high": 0.05})
+        '+2.0 (-1.0 to +5.0)'
+    """
+    return "" if gain is None else f"{100 * gain['mean']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
 
 
 def print_table(
