@@ -80,7 +80,8 @@ def short_in_short(lines: Sequence[Line]) -> str:
     rows = {row["name"]: row for row in decision["rows"]}
     own = rows[NAMES]
     return (
-        f"With smaller towers and {own['samples']:,} samples in place of the demo's, the same expert stands at "
+        f"With smaller towers and {own['samples']:,} samples in place of the demo's ([table and command]"
+        "(docs/results.md#the-demo)), the same expert stands at "
         f"{points(own['gain'][CLASS_NAMES])} points on its names "
         f"({100 * own['score'][CLASS_NAMES]:.1f} % against {100 * rows[DENSE]['score'][CLASS_NAMES]:.1f} %, "
         f"{decision['seeds']} seeds)."

@@ -1,8 +1,8 @@
 """From which length of training on experts on clusters of images were seen to pay, for towers of any size.
 
 The gain of four such experts over one dense model of equal cost rose with what towers of their size have seen: samples
-over the floating-point operations of a training sample. A line through it foresaw a training that it had not seen
-(docs/results.md, "When do experts pay?"). It was measured on icons with small towers. For other data it says whether a
+over the floating-point operations of a training sample (docs/results.md, "When do experts pay?"). The line through it
+rests on five trainings of small towers on icons and is not yet tested on another one. For other data it says whether a
 short trial can be expected to show a gain, not how large the gain will be.
 
 Source: `runs/frontier.py`, which fits the line to `runs/experiments.jsonl`; a test compares the number below with it.
