@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import subjects_report
-from costs import training_flops
-from experiments import PARTS, Arm, base_arm
+from experiments import PARTS, Arm, base_arm, training_flops
 from findings import Gain, holm
 from records import BY_SEED, Records, averages, interval, short, table
 from scipy.stats import spearmanr

@@ -5,25 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiments import PARTS, Study
+from experiments import PARTS, Study, training_flops
 from records import Records, against, averages, label, mean, plain_arms, short, table
 
 from modeclip.evaluation.intervals import Interval
 from modeclip.evaluation.scaling import MIN_SIZES, ScalingResult, fit_scaling, read_points
-from modeclip.models.flops import count_flops
-
-CAPTION_TOKENS = 10  # mean length to which a batch of icon names is cut
-
-
-@cache
-def training_flops(model: str) -> float:
-    """Return the floating-point operations of a training sample; counted once a model."""
-    return count_flops(model, CAPTION_TOKENS).training
 
 
 @dataclass(frozen=True, kw_only=True)

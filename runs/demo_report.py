@@ -1,4 +1,7 @@
-"""What `runs/rules_over_seeds.py` has recorded of the demo over several seeds, as a table and sentences."""
+"""What is recorded of the demo over several seeds, as tables and sentences.
+
+`runs/rules_over_seeds.py` has asked its recipe, `modeclip pilot` its pilot (docs/pilot.md has the command).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from records import interval, table
+from records import table
 
 from modeclip.data.tasks.names import CLASS_NAMES
 from modeclip.evaluation.deciding import DENSE
@@ -54,47 +57,38 @@ def facts(lines: Sequence[Line]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {' to '.join(days)}"
 
 
-def in_short(lines: Sequence[Line]) -> str:
-    """Return what README says of the demo over all seeds."""
-    decision, seeds = lines[-1]["decision"], lines[:-1]
-    ways = {row["name"]: row["gain"] for row in decision["rows"]}
-    names, mixture = ways[NAMES], ways[MIXTURE]
-    routed, uniform = ([line["average"][f"mixture, {rule}"] for line in seeds] for rule in ("per_class", "uniform"))
-    gain = interval([mine - other for mine, other in zip(routed, uniform, strict=True)])
-    best = [line["average"]["oracle"] for line in seeds]
+def pilot_in_short(result: Mapping[str, Any]) -> str:
+    """Return what README says of the demo's pilot over all seeds."""
+    own = next(row for row in result["rows"] if row["name"] == NAMES)["gain"]
+    others = [row["gain"][CLASS_NAMES] for row in result["rows"] if row["name"] not in {NAMES, DENSE}]
+    none = "no other way does" if all(gain["low"] <= 0 for gain in others) else "it is not alone"
     return (
-        f"Over {decision['seeds']} seeds (`python runs/rules_over_seeds.py`, [table and rule]"
-        f"(docs/results.md#the-demo)): one expert for the {len(decision['classnames'])} names stands at "
-        f"{points(names[CLASS_NAMES])} points on them against one dense model of the same cost, and at "
-        f"{points(names[ALL_NAMES])} where all names are asked; the mixture of four experts on clusters of captions at "
-        f"{points(mixture[CLASS_NAMES])} and {points(mixture[ALL_NAMES])}. Letting each class choose its experts "
-        f"(`per_class`, the default) stands at {'' if gain.startswith('-') else '+'}{gain} against equal weights, and "
-        f"reaches {sum(routed) / len(routed):.1f} % where the best expert of each task, chosen by the labels, reaches "
-        f"{sum(best) / len(best):.1f}."
+        f"One seed says at most *likely*. Over {result['plan']['seeds']} seeds the expert for the names gains "
+        f"{points(own[CLASS_NAMES])} points on them and {none} ([all rows](docs/pilot.md#on-the-built-in-icons)). It "
+        f"is worse on everything else, {points(own['retrieval'])} where any caption is searched, so ask it about its "
+        "names alone."
     )
 
 
-def short_in_short(lines: Sequence[Line]) -> str:
-    """Return what README says of the same question after a shorter training of smaller towers."""
-    decision = lines[-1]["decision"]
-    rows = {row["name"]: row for row in decision["rows"]}
-    own = rows[NAMES]
+def in_short(long: Sequence[Line], short: Sequence[Line]) -> str:
+    """Return what README says of the same expert at other lengths over all seeds."""
+    rows, brief = ({row["name"]: row for row in lines[-1]["decision"]["rows"]} for lines in (long, short))
     return (
-        f"With smaller towers and {own['samples']:,} samples in place of the demo's ([table and command]"
-        "(docs/results.md#the-demo)), the same expert stands at "
-        f"{points(own['gain'][CLASS_NAMES])} points on its names "
-        f"({100 * own['score'][CLASS_NAMES]:.1f} % against {100 * rows[DENSE]['score'][CLASS_NAMES]:.1f} %, "
-        f"{decision['seeds']} seeds)."
+        f"Another length may have another answer: trained as the models that searched above were, "
+        f"{rows[NAMES]['samples']:,} samples on larger towers, such an expert stands at "
+        f"{points(rows[NAMES]['gain'][CLASS_NAMES])} on whole icon sets that were held out, and the mixture itself at "
+        f"{points(rows[MIXTURE]['gain'][ALL_NAMES])} on all their names, against one dense model of the same cost; "
+        f"after {brief[NAMES]['samples']:,} samples the expert is at {points(brief[NAMES]['gain'][CLASS_NAMES])} there "
+        f"({long[-1]['decision']['seeds']} seeds, [both tables](docs/results.md#the-demo))."
     )
 
 
-def tables(long: Path, short: Path) -> dict[str, str]:
-    """Return the blocks of the pages by their names; none where nothing is recorded yet."""
-    found = {}
-    if long.exists():
-        lines = read(long)
-        found |= {"demo": decision_table(lines), "demo-seeds": in_short(lines)}
-    if short.exists():
-        lines = read(short)
-        found |= {"demo-short": decision_table(lines), "demo-short-brief": short_in_short(lines)}
-    return found
+def tables(long: Path, short: Path, pilot: Path) -> dict[str, str]:
+    """Return the blocks of the pages by their names."""
+    whole, brief = read(long), read(short)
+    return {
+        "demo": decision_table(whole),
+        "demo-short": decision_table(brief),
+        "demo-seeds": in_short(whole, brief),
+        "demo-pilot": pilot_in_short(json.loads(pilot.read_text(encoding="utf-8"))),
+    }

@@ -35,6 +35,7 @@ from modeclip.clustering.fitting import ClusterConfig, fit_embeddings
 from modeclip.data.indexing import index
 from modeclip.models.encoders import load_any_encoder
 from modeclip.models.encoders.text import fit_tfidf
+from modeclip.models.flops import count_flops
 from modeclip.pipeline.recipe import load_recipe
 from modeclip.system.console import log, make_progress
 from modeclip.training.batches import DecodedSample
@@ -45,6 +46,7 @@ from modeclip.training.trainer import train
 HERE = Path(__file__).parent
 PARTS = 32
 PARTINGS = (16, 27, 32)
+CAPTION_TOKENS = 10  # mean length to which a batch of icon names is cut
 MAIN = "main"  # the study that most tables are about
 KEPT: dict[int, DecodedSample] = {}  # what this process has read of the catalog
 
@@ -69,6 +71,11 @@ class Arm:
     """Whose class names ``prior`` and ``named`` are for; ``all``: those of all tasks."""
     batch: int = 0
     """Pairs in a batch from the parting on; 0: those of the study."""
+    trainable: str = "all"
+    """What is trained after the parting, as `TrainConfig` has it; cheaper samples are more samples, at the same
+    floating-point operations."""
+    rate: float = 1.0
+    """What the learning rate after the parting is multiplied by."""
 
     @property
     def is_single(self) -> bool:
@@ -95,6 +102,8 @@ class Arm:
             words += [f"m{self.fine}", self.encoder.partition(":")[0]]
         words += [f"p{self.part}"] if self.is_single else [f"p{self.part}", self.budget]
         words += [f"o{self.outside:g}"] if self.outside else []
+        words += [] if self.trainable == "all" else [self.trainable.replace(":", "")]
+        words += [] if self.rate == 1 else [f"r{self.rate:g}"]
         return "-".join(words + ([f"b{self.batch}"] if self.batch else []))
 
 
@@ -301,8 +310,11 @@ class Workshop:
         start = trunk[arm.part]
         left = (PARTS - arm.part) * study.train.steps_per_part
         steps = left // arm.experts if arm.budget == "matched" and not arm.is_single else left
+        steps = int(steps * training_flops(study.train.model) / training_flops(study.train.model, arm.trainable))
+        config = replace(start.config, trainable=arm.trainable, learning_rate=start.config.learning_rate * arm.rate)
         rest = replace(
             start,
+            config=config,
             first_step=start.last_step,
             last_step=start.last_step + steps,
             first_share=start.last_share,
@@ -340,6 +352,12 @@ class Workshop:
         if arm.kind == "pure":
             config = replace(config, groups=self.clustering(arm, study, seed)[1])
         return replace(job, config=config, first_step=job.first_step * factor, last_step=job.last_step * factor)
+
+
+@cache
+def training_flops(model: str, trainable: str = "all") -> int:
+    """Return the floating-point operations of a training sample; counted once a model and what is trained."""
+    return count_flops(model, CAPTION_TOKENS, trainable=trainable).training
 
 
 def mean_of_sets(vectors: np.ndarray, sets: np.ndarray) -> np.ndarray:

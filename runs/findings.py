@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import subjects_report
-from costs import CAPTION_TOKENS, laws_of, training_flops
-from experiments import PARTS, Arm, base_arm
+from costs import laws_of
+from experiments import CAPTION_TOKENS, PARTS, Arm, base_arm, training_flops
 from records import BY_SEED, Records, averages, interval, label, plain_arms, short, table
 from scipy.stats import ttest_1samp
 

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from costs import training_flops
-from experiments import base_arm
+from experiments import base_arm, training_flops
 from records import Records, averages, interval, short, table
 from scipy.stats import t
 

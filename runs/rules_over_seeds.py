@@ -1,4 +1,6 @@
-"""What does the demo say over several seeds: what to train for its names, and which routing rule is best?
+"""What does the demo's recipe say over several seeds: does an expert for known names pay, and which rule is best?
+
+One more expert is trained beside the recipe's models, for the names that the demo's pilot asks about.
 
 Usage: python runs/rules_over_seeds.py [--seeds 0 1 2] [--out runs/seeds] [--record runs/demo.jsonl]
        python runs/rules_over_seeds.py --model modeclip-icon-xs --samples 131072 --out runs/short \
@@ -25,20 +27,26 @@ import numpy as np
 from scipy.stats import t
 
 from modeclip import load_recipe, run
+from modeclip.commands.pilot import NAMES
 from modeclip.data.tasks.names import CLASS_NAMES
 from modeclip.evaluation.deciding import DENSE, OF_NAMES, Way, average_gains, caution, decide, gains_of
 from modeclip.evaluation.intervals import Outcome
 from modeclip.evaluation.results import read_predictions
-from modeclip.pipeline.known_names import ALL_NAMES, NAMES, REMEDY
+from modeclip.pipeline import known_names
+from modeclip.pipeline.known_names import ALL_NAMES, REMEDY
 from modeclip.pipeline.recipe import demo_recipe
 from modeclip.system.paths import RunPaths
+
+NEAREST = 4
+"""Clusters that each name takes: a quarter of the pairs; with one each, a tenth, the expert was worse (docs/log.md)."""
 
 
 def run_seed(seed: int, out: Path, **train: Any) -> dict[str, Any]:
     """Run the demo's recipe with a seed, and with other settings of the training; return its ``results.json``."""
     recipe = load_recipe(demo_recipe())
     training = replace(recipe.train, seed=seed, **train)
-    recipe = replace(recipe, cluster=replace(recipe.cluster, seed=seed), train=training)
+    experts = replace(recipe.experts, for_classes=tuple(NAMES.split(",")), nearest=NEAREST)
+    recipe = replace(recipe, cluster=replace(recipe.cluster, seed=seed), train=training, experts=experts)
     return run(recipe, folder_of(seed, out)).results
 
 
@@ -81,8 +89,8 @@ def decision_over(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) ->
                 "seconds": float(np.mean([row["seconds"] for row in each])),
             }
         )
-    own = next(way for way in ways if way.name == NAMES)
-    said = caution(own, gains[ALL_NAMES][NAMES], verdict.choice)
+    own = next(way for way in ways if way.name == known_names.NAMES)
+    said = caution(own, gains[ALL_NAMES][known_names.NAMES], verdict.choice)
     return first | {"verdict": asdict(verdict), "caution": said, "rows": rows, "seeds": len(runs)}
 
 

@@ -377,3 +377,26 @@ def test_experts_for_known_names_count_on_their_own_set(scripts: dict[str, Modul
     lines = report.names_table(records).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| a", "| b"]
     assert ["+3.0" in lines[0], "+5.0" in lines[0], "+2.5" in lines[1]] == [True] * 3
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def test_what_the_demo_says_beside_its_pilot_is_what_is_recorded(scripts: dict[str, ModuleType]) -> None:
+    """Over all seeds the expert for the names gains in the pilot and after short trainings, not after long ones."""
+    from modeclip.commands.pilot import LONGER, NAMES
+
+    pilot = json.loads((RUNS / "pilot.json").read_text(encoding="utf-8"))
+    long, short = (json.loads((RUNS / name).read_text().splitlines()[-1]) for name in scripts["results"].DEMO[:2])
+    gains = {row["name"]: row["gain"] for row in pilot["rows"]}
+    assert pilot["verdict"]["choice"] == "names"
+    assert pilot["verdict"]["certainty"] == "sure"
+    assert all(gain["class names"]["low"] <= 0 for name, gain in gains.items() if name not in {"names", "dense"})
+    at = {row["name"]: row for row in long["decision"]["rows"]}["names"]
+    brief = {row["name"]: row for row in short["decision"]["rows"]}["names"]
+    assert at["gain"]["class names"]["mean"] < 0
+    assert brief["gain"]["class names"]["low"] > 0
+    assert f"after {at['samples'] / brief['samples']:g} times the samples" in LONGER
+    assert brief["samples"] == pilot["plan"]["samples"]
+    assert pilot["command"].endswith(f"--classes '{NAMES}'")
+    assert [line["decision"]["classnames"] for line in (long, short)] == [NAMES.split(",")] * 2

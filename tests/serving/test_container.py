@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modeclip.commands import runs
+from modeclip.commands import pilot
 from modeclip.pipeline.stages import RunResult
 
 ROOT = Path(__file__).parents[2]
@@ -53,11 +53,11 @@ def test_the_container_runs_as_a_user_and_takes_only_what_it_needs() -> None:
 def test_the_demo_ends_with_the_command_that_serves_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    decision = {"classnames": ["cat", "dog"], "rows": [], "expert": "expert-cat_dog"}
     paths = {name: tmp_path / "my demo" / name for name in ("report", "bundle")}
-    result = RunResult(folder=tmp_path / "my demo", results={"decision": decision}, **paths)
+    result = RunResult(folder=tmp_path / "my demo", results={}, **paths)
     monkeypatch.setattr("modeclip.pipeline.stages.run", lambda *_: result)
-    for told_before in ("_print_first_use", "_print_run"):
-        monkeypatch.setattr(runs, told_before, lambda _: None)
-    runs.demo(tmp_path / "my demo")
+    monkeypatch.setattr("modeclip.pipeline.pilot.pilot", lambda *_: {"num_classes": 20})
+    for told_before in ("_print_first_use", "_print_pilot"):
+        monkeypatch.setattr(pilot, told_before, lambda *_: None)
+    pilot.demo(tmp_path / "my demo")
     assert capsys.readouterr().out.splitlines()[-1] == f"modeclip serve '{tmp_path / 'my demo'}'"

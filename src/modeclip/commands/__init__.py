@@ -25,7 +25,7 @@ from modeclip.system.options import call
 PIPE_CLOSED = 128 + 13
 """Exit code of a command whose reader has gone (SIGPIPE is 13), as shells give it."""
 COMMANDS = {
-    "demo": "runs",
+    "demo": "pilot",
     "run": "runs",
     "pilot": "pilot",
     "index": "data",

@@ -1,11 +1,7 @@
-"""The commands of whole runs: run a recipe, demo, and write a run's report again."""
+"""The commands of whole runs: run a recipe, and write a run's report again."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
-import webbrowser
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,25 +16,6 @@ from modeclip.system.paths import RunPaths
 if TYPE_CHECKING:
     from modeclip.pipeline.planning import RunPlan
     from modeclip.pipeline.stages import RunResult
-
-WORDS = ("umbrella", "shopping cart", "heart", "camera", "bicycle", "calendar")
-"""What the demo looks for, and what it tells apart."""
-
-
-def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"), *, as_json: AsJson = False) -> None:
-    """Run the whole method on real icons, from a recipe that ships with modeclip, and open the report."""
-    from modeclip.pipeline import stages
-    from modeclip.pipeline.recipe import demo_recipe, load_recipe
-
-    result = stages.run(load_recipe(demo_recipe()), out)
-    if as_json:
-        print_json(result.results)
-    else:
-        _print_first_use(out)
-        _print_run(result)
-        _print_commands(result)
-    if sys.stdout.isatty() and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-        webbrowser.open(RunPaths(folder=out).report.resolve().as_uri())
 
 
 def run(
@@ -81,26 +58,6 @@ def report(
     print_lines(write_report(folder, out) if out else rewrite_report(folder))
 
 
-def _print_first_use(out: Path) -> None:
-    """Print what words find among the held-out pictures, and what some of these show."""
-    from modeclip.pipeline.first_use import first_use
-
-    tried = first_use(RunPaths(folder=out), WORDS)
-    print_table(
-        f"what words find among {tried.pictures:,} pictures that no model has seen",
-        ["words", "expert", "first", "second", "third"],
-        [(one.words, f"{one.expert} {one.weight:.2f}", *one.captions) for one in tried.looked],
-    )
-    print_table(
-        "what a picture shows, which expert says so, and the captions that it was chosen for",
-        ["picture", "answer", "share", "expert", "captions near the answer"],
-        [
-            (one.picture, one.answer, f"{one.probability:.2f}", f"{one.expert} {one.weight:.2f}", ", ".join(one.near))
-            for one in tried.named
-        ],
-    )
-
-
 def _print_run(result: RunResult) -> None:
     """Print what was decided, where class names were asked for, else the table; and where all of it is."""
     decision = result.results.get("decision")
@@ -135,19 +92,6 @@ def _print_decision(decision: dict[str, Any], seed: int) -> None:
     columns = [head for measure in measures for head in (measure.replace(" ", "\n"), "gain")]
     print_table(title, ["way to train", *columns, "samples", "seconds", "towers", "MB"], rows)
     print_lines(decision["verdict"]["sentence"], decision["caution"])
-
-
-def _print_commands(result: RunResult) -> None:
-    """Print what to type after the demo: the same decision on one's own pairs, then what the models can do."""
-    folder, decision = shlex.quote(str(result.folder)), result.results["decision"]
-    names = shlex.quote(",".join(decision["classnames"]))
-    print_lines(
-        "next:",
-        "modeclip pilot YOUR_PAIRS --classes NAMES.txt --minutes 30",
-        f"modeclip classify {folder}/bundle PICTURE --expert {decision['expert']} --classes {names}",
-        f'modeclip search {folder}/held-out.index "a red umbrella" --sheet found.png',
-        f"modeclip serve {folder}",
-    )
 
 
 def _print_plan(plan: RunPlan, as_json: bool) -> None:
