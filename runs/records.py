@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiments import PARTS, Arm, Study, base_arm, read_studies
+from experiments import MAIN, PARTS, Arm, Study, base_arm, read_studies
 from scipy.stats import t
 
 TUNED_EVERY = 4  # every fourth task, by name, chooses settings; the others confirm them
@@ -28,7 +28,10 @@ class Records:
         self.data = self.values("data", "tasks")[0]
         self.tuned = np.arange(len(self.data["tasks"])) % TUNED_EVERY == 0
         self.confirmed = ~self.tuned & ~np.isin(self.data["tasks"], CHOSE_BEFORE)
-        self.studies = {study.name: study for study in read_studies()[1]}
+        studies = {study.name: study for study in read_studies()[1]}
+        rate = studies[MAIN].train.learning_rate
+        self.studies = {name: study for name, study in studies.items() if study.train.learning_rate == rate}
+        self.other_rates = {name: study for name, study in studies.items() if name not in self.studies}
 
     def values(self, study: str, row: str) -> dict[int, dict[str, Any]]:
         """Return the numbers of a row by seed."""

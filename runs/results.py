@@ -29,6 +29,7 @@ import noise_found
 import numpy as np
 import one_model_report
 import poisoning
+import small_report
 import subjects_report
 import ways_report
 from costs import headline_table, laws_of, scaling_lines, scaling_table, size_table
@@ -113,28 +114,6 @@ def controls_table(records: Records, study: str) -> str:
             cells.append([name, mean(found), against(found, mixture), against(found, dense), *mixed])
     columns = ["at equal cost", "average", "against MoDE-4", "against dense"]
     return table([*columns, "by log-probabilities, against MoDE-4", "against dense"], cells)
-
-
-def small_controls_table(records: Records, study: str) -> str:
-    """The same on the smallest towers, where experts of images gain: against what has no such clusters."""
-    arms = {
-        "MoDE-4 of images": base_arm(encoder="clip-image"),
-        "four groups of whole icon sets (routed as images are)": base_arm(encoder="clip-sets"),
-        "MoDE-4 of captions": base_arm(),
-        "Full-4 (uniform)": base_arm(kind="full"),
-        "Random-4 (uniform)": base_arm(kind="random"),
-    }
-    dense, images = records.equal(study, PARTS), arms["MoDE-4 of images"]
-    rows = [["dense", mean(dense), "", "", "", ""]] if dense else []
-    for name, arm in arms.items():
-        cells = []
-        for how in ("", "log"):
-            scores, best = records.mixed(study, arm, how), records.mixed(study, images, how)
-            cells += [against(scores, dense), against(best, scores) if arm != images else ""]
-        if scores := records.mixed(study, arm):
-            rows.append([name, mean(scores), *cells])
-    columns = ["at equal cost", "average", "against dense", "images against it"]
-    return table([*columns, "by log-probabilities, against dense", "images against it"], rows)
 
 
 def sweep_table(records: Records, study: str, arms: Mapping[str, Arm]) -> str:
@@ -405,7 +384,10 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "main": lambda: main_table(records, study),
         "regime": lambda: regime_table(records),
         "controls": lambda: controls_table(records, study),
-        "controls-small": lambda: small_controls_table(records, "quarter-xxxs"),
+        "controls-small": lambda: small_report.controls_table(records),
+        "shared-trunk": lambda: small_report.trunk_table(records),
+        "rates": lambda: small_report.rates_table(records),
+        "rates-found": lambda: small_report.rates_found(records),
         "batches": lambda: batches_table(records, "batches"),
         "frontier-laws": lambda: frontier.laws_table(records),
         "frontier-tests": lambda: frontier.tests_table(records),

@@ -57,7 +57,7 @@ def test_tables_are_those_of_the_records(scripts: dict[str, ModuleType], page: s
 def test_every_record_has_a_number_for_each_task(scripts: dict[str, ModuleType]) -> None:
     results = scripts["results"]
     records = results.Records(RUNS / "experiments.jsonl")
-    count, known = len(records.data["tasks"]), set(records.studies)
+    count, known = len(records.data["tasks"]), {*records.studies, *records.other_rates}
     keys = [(line["study"], line["seed"], line["row"]) for line in records.lines]
     assert len(set(keys)) == len(keys)
     assert {study for study, _, _ in keys} <= known | {"data"}
