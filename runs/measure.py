@@ -31,6 +31,7 @@ from typing import Any
 
 import candidates
 import numpy as np
+import routers
 from experiments import MAIN, PARTS, Arm, Study, Workshop, base_arm, read_studies
 
 from modeclip import Catalog
@@ -40,7 +41,7 @@ from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.evaluation.probing import ProbeConfig, ProbeResult, linear_probe
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
-from modeclip.mixture.rules import DEFAULT_TEMPERATURE, RULES, route
+from modeclip.mixture.rules import DEFAULT_TEMPERATURE, RULES, keep_best, route
 from modeclip.models.clip import load_clip, logit_scale_of, save_clip
 from modeclip.models.encoders import load_any_encoder
 from modeclip.models.feature_cache import FeatureCache
@@ -218,6 +219,8 @@ class Bench:
         if arm.kind != "mode":
             return rows
         rows.append((f"{arm.name} per_class", lambda: self._routed(arm, members)))
+        if self.study.name == routers.STUDY and arm == base_arm(encoder="clip-image"):
+            rows.append((f"{arm.name} routers", lambda: self._routers(arm, members)))
         if self.study.name == MAIN and replace(arm, experts=4, encoder="minilm") == base_arm():
             rows.append((f"{arm.name} negatives", lambda: self._negatives(arm)))
         if self.study.name == MAIN and replace(arm, budget="matched") in {base_arm(), base_arm(encoder="clip-image")}:
@@ -379,6 +382,28 @@ class Bench:
             for way, parts in ways.items():
                 hits = float(100 * (parts.sum(0).argmax(1) == task.labels).mean())
                 found.setdefault(way, []).append(round(hits, 3))
+        return found
+
+    def _routers(self, arm: Arm, members: list[Path]) -> Values:
+        """Weights of each image by the seed model's tower or by its patches alone, for all experts or the best few."""
+        exam, catalog, seed = self.exam, self.workshop.catalog, self.model(f"part-{arm.part}")
+        clustering, _ = self.workshop.clustering(arm, self.study, self.seed)
+        draw = np.random.default_rng(self.seed).permutation(len(catalog))[: routers.TAUGHT_ON]
+        taught = CatalogImages(catalog=catalog, rows=np.sort(draw))
+        vectors = image_features([ModelRef.of(seed.name, seed)], taught, exam.cache)[0]
+        centers = np.ascontiguousarray(clustering.fine_centers)
+        options = {"num_experts": arm.experts, "rule": "per_class", "temperature": DEFAULT_TEMPERATURE["per_class"]}
+        weights = route(np.ascontiguousarray(vectors), centers, clustering.expert_of_fine, **options).weights
+        distilled = routers.teach(routers.seed_features(seed, taught), weights)
+        by_tower, by_patches = self.weigh(arm), distilled(routers.seed_features(seed, exam.images))
+        found: Values = {}
+        tower = np.concatenate([by_tower(number) for number in range(len(exam.slices))])
+        found["same expert first"] = 100 * float((tower.argmax(1) == by_patches.argmax(1)).mean())
+        for way, given in (("tower", tower), ("patches", by_patches)):
+            for count in range(1, arm.experts + 1):
+                kept = keep_best(given, count, per_row=True)
+                hits = exam.hits(members, lambda number, kept=kept: kept[exam.slices[number]], per_image=True)
+                found[f"{way}, {count}"] = exam.tasks_of(hits)["tasks"]
         return found
 
     def _negatives(self, arm: Arm) -> Values:

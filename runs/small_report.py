@@ -1,0 +1,117 @@
+"""What was tried on the smallest towers: controls, experts that share a trunk, and other learning rates."""
+
+from __future__ import annotations
+
+import numpy as np
+from experiments import PARTS, base_arm, training_flops
+from findings import IMAGE_ARM, Gain
+from records import BY_SEED, Records, against, averages, mean, table
+
+STUDY = "quarter-xxxs"
+
+
+def controls_table(records: Records) -> str:
+    """Experts of images against what has no such clusters, all at equal cost."""
+    arms = {
+        "MoDE-4 of images": IMAGE_ARM,
+        "four groups of whole icon sets (routed as images are)": base_arm(encoder="clip-sets"),
+        "MoDE-4 of captions": base_arm(),
+        "Full-4 (uniform)": base_arm(kind="full"),
+        "Random-4 (uniform)": base_arm(kind="random"),
+    }
+    dense = records.equal(STUDY, PARTS)
+    rows = [["dense", mean(dense), "", "", "", ""]] if dense else []
+    for name, arm in arms.items():
+        cells = []
+        for how in ("", "log"):
+            scores, images = records.mixed(STUDY, arm, how), records.mixed(STUDY, IMAGE_ARM, how)
+            cells += [against(scores, dense), against(images, scores) if arm != IMAGE_ARM else ""]
+        if scores := records.mixed(STUDY, arm):
+            rows.append([name, mean(scores), *cells])
+    columns = ["at equal cost", "average", "against dense", "images against it"]
+    return table([*columns, "by log-probabilities, against dense", "images against it"], rows)
+
+
+def trunk_table(records: Records) -> str:
+    """Experts that part late, whole or on a shared trunk, at the same floating-point operations."""
+    study, dense = records.studies[STUDY], records.equal(STUDY, PARTS)
+    model, rows = study.train.model, []
+    for arm in study.arms:
+        if arm.kind == "mode" and arm.part == 24 and (scores := records.mixed(STUDY, arm)):
+            share = training_flops(model, arm.trainable) / training_flops(model)
+            samples = (PARTS - arm.part) / PARTS * study.train.samples / arm.experts / share
+            of = "images" if arm.encoder == "clip-image" else "captions"
+            what = "everything" if arm.trainable == "all" else f"`{arm.trainable}`"
+            cells = [f"{100 * share:.0f}", f"{samples / 1000:.0f}", mean(scores), against(scores, dense)]
+            rows.append([of, what, *cells, against(records.mixed(STUDY, arm, "log"), dense)])
+    columns = ["four experts of", "train", "a sample's FLOPs, %", "thousand samples each", "average", "against dense"]
+    return table([*columns, "by log-probabilities, against dense"], rows, words=2)
+
+
+def routers_table(records: Records) -> str:
+    """Experts of images routed by the seed model's tower, or by a router that costs none."""
+    dense = records.equal(STUDY, PARTS)
+    row, count = f"{IMAGE_ARM.name} routers", IMAGE_ARM.experts
+    whole = records.tasks(STUDY, row, f"tower, {count}")
+    rows = []
+    for way, towers in (("tower", 1), ("patches", 0)):
+        for kept in range(count, 0, -1):
+            if scores := records.tasks(STUDY, row, f"{way}, {kept}"):
+                words = {"tower": "the seed model's tower", "patches": "its patch embedding, distilled"}[way]
+                cells = [str(kept), str(kept + towers), mean(scores), against(scores, dense)]
+                rows.append([words, *cells, against(scores, whole) if kept < count or way != "tower" else ""])
+    columns = ["weights by", "experts an image", "image towers", "average", "against dense"]
+    return table([*columns, f"against the tower with {count}"], rows)
+
+
+def rates_table(records: Records) -> str:
+    """Dense models and experts of images by learning rate, on the tasks that choose and on the others."""
+    rows = []
+    for kind, rates in by_rate(records).items():
+        for rate, scores in rates.items():
+            cells = [mean(scores, records.tuned), mean(scores, ~records.tuned), mean(scores)]
+            rows.append([kind, rate, *cells])
+    return table(["", "learning rate", "tasks that choose", "other tasks", "all tasks"], rows, words=2)
+
+
+def by_rate(records: Records) -> dict[str, dict[str, BY_SEED]]:
+    """Return what each kind of model reaches with each learning rate that was measured."""
+    study = records.studies[STUDY]
+    base = study.train.learning_rate
+    dense = {f"{base:g}": records.equal(STUDY, PARTS)}
+    images = {f"{base:g}": records.mixed(STUDY, IMAGE_ARM)}
+    for name, other in records.other_rates.items():
+        dense[f"{other.train.learning_rate:g}"] = records.equal(name, PARTS)
+        images[f"{other.train.learning_rate:g}, seed model too"] = records.mixed(name, IMAGE_ARM)
+    for arm in study.arms:
+        if arm.rate != 1:
+            images[f"{base * arm.rate:g} from the parting on"] = records.mixed(STUDY, arm)
+    kinds = {"dense": dense, "MoDE-4 of images": images}
+    return {
+        kind: dict(sorted(((r, s) for r, s in rates.items() if s), key=lambda one: float(one[0].split()[0].strip(","))))
+        for kind, rates in kinds.items()
+    }
+
+
+def rates_found(records: Records) -> str:
+    """Return whether the verdict is another one with the rates that are best for each kind."""
+    best = {}
+    for kind, rates in by_rate(records).items():
+        if len(rates) < 2:
+            return "Not measured yet."
+        means = {rate: float(np.mean(list(averages(scores, records.tuned).values()))) for rate, scores in rates.items()}
+        best[kind] = max(means, key=lambda rate: means[rate])
+    found = by_rate(records)
+    dense, images = ({kind: scores[best[kind]] for kind, scores in found.items()}[kind] for kind in found)
+    gain, before = (
+        Gain.of(mine, theirs, ~records.tuned)
+        for mine, theirs in (
+            (images, dense),
+            (records.mixed(STUDY, IMAGE_ARM), records.equal(STUDY, PARTS)),
+        )
+    )
+    words = ", ".join(f"{rate} for {kind}" for kind, rate in best.items())
+    return (
+        f"Every fourth task chooses {words}. On the other tasks experts of images then stand at {gain} against the "
+        f"dense model, where both have the usual rate at {before}."
+    )
