@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import t
 
 from modeclip.data.wordnet import load_wordnet
@@ -32,6 +33,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     import frontier
     import names_report
     import results
+    import routers
     import subjects
     import subjects_report
     import ways_report
@@ -39,7 +41,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     import curation
 
     modules = (candidates, curation, curation_report, experiments, frontier, results, subjects, subjects_report)
-    modules += (names_report, ways_report)
+    modules += (names_report, routers, ways_report)
     yield {module.__name__: module for module in modules}
     sys.path.remove(str(RUNS))
 
@@ -400,3 +402,42 @@ def test_what_the_demo_says_beside_its_pilot_is_what_is_recorded(scripts: dict[s
     assert brief["samples"] == pilot["plan"]["samples"]
     assert pilot["command"].endswith(f"--classes '{NAMES}'")
     assert [line["decision"]["classnames"] for line in (long, short)] == [NAMES.split(",")] * 2
+
+
+# ---------------------------------------------------------------- a router without a tower
+
+
+def test_a_taught_router_gives_the_weights_that_it_was_taught(scripts: dict[str, ModuleType]) -> None:
+    """Weights that follow from two numbers are learned from a thousand examples; others are not invented."""
+    routers, draw = scripts["routers"], np.random.default_rng(0)
+    features = draw.normal(size=(2000, 6)) * [1, 5, 0.1, 1, 1, 1] + 3
+    logits = np.stack([(features[:, 0] - 3) * 2, (features[:, 1] - 3) / 2, np.zeros(2000)], 1)
+    weights = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    weigh = routers.teach(features[:1000], weights[:1000])
+    found = weigh(features[1000:])
+    np.testing.assert_allclose(found.sum(1), 1)
+    assert np.abs(found - weights[1000:]).mean() < 0.02
+    assert (found.argmax(1) == weights[1000:].argmax(1)).mean() > 0.95
+    noise = routers.teach(draw.normal(size=(1000, 2)), np.full((1000, 4), 0.25))(draw.normal(size=(50, 2)))
+    np.testing.assert_allclose(noise, 0.25, atol=0.02)
+
+
+def test_patch_features_are_those_of_each_patch(scripts: dict[str, ModuleType]) -> None:
+    from modeclip.models.clip import load_clip
+
+    routers, clip, draw = scripts["routers"], load_clip("modeclip-icon-xxxs", seed=0), np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(3)]
+    read = {"__len__": lambda _: len(pictures), "read": lambda _, rows: [pictures[row] for row in rows]}
+    found = routers.patch_features(clip, type("Pictures", (), read)())
+    conv, width = clip.model.visual.conv1, clip.model.visual.conv1.out_channels
+    kernel, size = conv.weight.detach().numpy().reshape(width, -1), conv.kernel_size[0]
+    for picture, row in zip(pictures, found, strict=True):
+        pixels = clip.preprocess(picture).numpy()
+        patches = [
+            kernel @ pixels[:, y : y + size, x : x + size].reshape(-1)
+            for y in range(0, 32, size)
+            for x in range(0, 32, size)
+        ]
+        values = np.stack(patches)
+        wanted = [values.mean(0), values.std(0, ddof=1), values.max(0), values.min(0)]
+        np.testing.assert_allclose(row, np.concatenate(wanted), rtol=1e-4, atol=1e-5)
