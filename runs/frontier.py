@@ -186,6 +186,22 @@ def tests_table(records: Records) -> str:
     return table(columns, rows, words=2)
 
 
+def tests_found(records: Records) -> str:
+    """Return how many trainings were as foreseen."""
+    lines = json.loads(PREDICTIONS.read_text(encoding="utf-8"))
+    inside = []
+    for line in lines:
+        if gains := gains_of(records, line["kind"]).get(line["study"]):
+            inside.append(abs(np.mean(gains) - line["gain"]) <= line["half_width"])
+    if not inside:
+        return "None of what was foreseen is measured yet."
+    return (
+        f"Of {len(inside)} gains that were foreseen before their training, {sum(inside)} lie in the interval that was "
+        f"written down{'' if len(inside) == len(lines) else f'; {len(lines) - len(inside)} are not measured yet'}. The "
+        "laws above are fitted with these trainings too."
+    )
+
+
 def main() -> None:
     """Print the laws and their tests; with ``--predict`` write down what they foresee."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

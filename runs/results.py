@@ -391,6 +391,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "rates-found": lambda: small_report.rates_found(records),
         "batches": lambda: batches_table(records, "batches"),
         "frontier-laws": lambda: frontier.laws_table(records),
+        "frontier-found": lambda: frontier.tests_found(records),
         "frontier-tests": lambda: frontier.tests_table(records),
         "ways": lambda: ways_report.ways_table(
             ways_report.rows_of(

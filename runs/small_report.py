@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from experiments import PARTS, base_arm, training_flops
-from findings import IMAGE_ARM, Gain
+from findings import IMAGE_ARM, QUARTER, Gain
 from records import BY_SEED, Records, against, averages, mean, table
-
-STUDY = "quarter-xxxs"
 
 
 def controls_table(records: Records) -> str:
@@ -19,14 +17,14 @@ def controls_table(records: Records) -> str:
         "Full-4 (uniform)": base_arm(kind="full"),
         "Random-4 (uniform)": base_arm(kind="random"),
     }
-    dense = records.equal(STUDY, PARTS)
+    dense = records.equal(QUARTER, PARTS)
     rows = [["dense", mean(dense), "", "", "", ""]] if dense else []
     for name, arm in arms.items():
         cells = []
         for how in ("", "log"):
-            scores, images = records.mixed(STUDY, arm, how), records.mixed(STUDY, IMAGE_ARM, how)
+            scores, images = records.mixed(QUARTER, arm, how), records.mixed(QUARTER, IMAGE_ARM, how)
             cells += [against(scores, dense), against(images, scores) if arm != IMAGE_ARM else ""]
-        if scores := records.mixed(STUDY, arm):
+        if scores := records.mixed(QUARTER, arm):
             rows.append([name, mean(scores), *cells])
     columns = ["at equal cost", "average", "against dense", "images against it"]
     return table([*columns, "by log-probabilities, against dense", "images against it"], rows)
@@ -34,29 +32,29 @@ def controls_table(records: Records) -> str:
 
 def trunk_table(records: Records) -> str:
     """Experts that part late, whole or on a shared trunk, at the same floating-point operations."""
-    study, dense = records.studies[STUDY], records.equal(STUDY, PARTS)
+    study, dense = records.studies[QUARTER], records.equal(QUARTER, PARTS)
     model, rows = study.train.model, []
     for arm in study.arms:
-        if arm.kind == "mode" and arm.part == 24 and (scores := records.mixed(STUDY, arm)):
+        if arm.kind == "mode" and arm.part == 24 and (scores := records.mixed(QUARTER, arm)):
             share = training_flops(model, arm.trainable) / training_flops(model)
             samples = (PARTS - arm.part) / PARTS * study.train.samples / arm.experts / share
             of = "images" if arm.encoder == "clip-image" else "captions"
             what = "everything" if arm.trainable == "all" else f"`{arm.trainable}`"
             cells = [f"{100 * share:.0f}", f"{samples / 1000:.0f}", mean(scores), against(scores, dense)]
-            rows.append([of, what, *cells, against(records.mixed(STUDY, arm, "log"), dense)])
+            rows.append([of, what, *cells, against(records.mixed(QUARTER, arm, "log"), dense)])
     columns = ["four experts of", "train", "a sample's FLOPs, %", "thousand samples each", "average", "against dense"]
     return table([*columns, "by log-probabilities, against dense"], rows, words=2)
 
 
 def routers_table(records: Records) -> str:
     """Experts of images routed by the seed model's tower, or by a router that costs none."""
-    dense = records.equal(STUDY, PARTS)
+    dense = records.equal(QUARTER, PARTS)
     row, count = f"{IMAGE_ARM.name} routers", IMAGE_ARM.experts
-    whole = records.tasks(STUDY, row, f"tower, {count}")
+    whole = records.tasks(QUARTER, row, f"tower, {count}")
     rows = []
     for way, towers in (("tower", 1), ("patches", 0)):
         for kept in range(count, 0, -1):
-            if scores := records.tasks(STUDY, row, f"{way}, {kept}"):
+            if scores := records.tasks(QUARTER, row, f"{way}, {kept}"):
                 words = {"tower": "the seed model's tower", "patches": "its patch embedding, distilled"}[way]
                 cells = [str(kept), str(kept + towers), mean(scores), against(scores, dense)]
                 rows.append([words, *cells, against(scores, whole) if kept < count or way != "tower" else ""])
@@ -76,16 +74,16 @@ def rates_table(records: Records) -> str:
 
 def by_rate(records: Records) -> dict[str, dict[str, BY_SEED]]:
     """Return what each kind of model reaches with each learning rate that was measured."""
-    study = records.studies[STUDY]
+    study = records.studies[QUARTER]
     base = study.train.learning_rate
-    dense = {f"{base:g}": records.equal(STUDY, PARTS)}
-    images = {f"{base:g}": records.mixed(STUDY, IMAGE_ARM)}
+    dense = {f"{base:g}": records.equal(QUARTER, PARTS)}
+    images = {f"{base:g}": records.mixed(QUARTER, IMAGE_ARM)}
     for name, other in records.other_rates.items():
         dense[f"{other.train.learning_rate:g}"] = records.equal(name, PARTS)
         images[f"{other.train.learning_rate:g}, seed model too"] = records.mixed(name, IMAGE_ARM)
     for arm in study.arms:
         if arm.rate != 1:
-            images[f"{base * arm.rate:g} from the parting on"] = records.mixed(STUDY, arm)
+            images[f"{base * arm.rate:g} from the parting on"] = records.mixed(QUARTER, arm)
     kinds = {"dense": dense, "MoDE-4 of images": images}
     return {
         kind: dict(sorted(((r, s) for r, s in rates.items() if s), key=lambda one: float(one[0].split()[0].strip(","))))
@@ -107,7 +105,7 @@ def rates_found(records: Records) -> str:
         Gain.of(mine, theirs, ~records.tuned)
         for mine, theirs in (
             (images, dense),
-            (records.mixed(STUDY, IMAGE_ARM), records.equal(STUDY, PARTS)),
+            (records.mixed(QUARTER, IMAGE_ARM), records.equal(QUARTER, PARTS)),
         )
     )
     words = ", ".join(f"{rate} for {kind}" for kind, rate in best.items())

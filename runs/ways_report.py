@@ -116,7 +116,12 @@ def _demo() -> Iterator[Row]:
 
 
 def _mixtures(records: Records) -> Iterator[Row]:
-    for study, where in (("main", "`xxs`, 3.1 passes"), ("long-xxxs", "`xxxs`, 18.7 passes")):
+    studies = {
+        "main": "`xxs`, 3.1 passes",
+        "long-xxxs": "`xxxs`, 18.7 passes",
+        "quarter-xxxs": "`xxxs`, 18.7 passes, a quarter of the pairs",
+    }
+    for study, where in studies.items():
         yield from _of("4 experts on clusters of images", where, at_equal_cost(records, study, IMAGE_ARM))
         yield from _of("8 experts on clusters of images", where, at_equal_cost(records, study, EIGHT_IMAGES))
         yield from _of("4 experts on clusters of captions", where, at_equal_cost(records, study, base_arm()))
@@ -124,6 +129,8 @@ def _mixtures(records: Records) -> Iterator[Row]:
         yield from _of("4 experts on clusters of captions, log-probabilities", where, logs)
         full = at_equal_cost(records, study, base_arm(kind="full"))
         yield from _of("4 models of all data, averaged", where, full)
+        sets = at_equal_cost(records, study, base_arm(encoder="clip-sets"))
+        yield from _of("4 experts on groups of whole icon sets", where, sets)
 
 
 def _batches(records: Records) -> Iterator[Row]:
