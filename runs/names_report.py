@@ -76,13 +76,12 @@ def found(records: Records) -> str:
         if experts := read(records, kind):
             own = Gain([float(np.mean(one.own)) for one in experts])
             others = Gain([float(np.mean(one.others)) for one in experts])
-            seeds = sorted({len(one.own) for one in experts})
             better = sum(gain > 0 for gain in own.values)
             verdict = "it helps" if own.is_certain and own.mean > 0 else "it does not help for certain"
             parts.append(
                 f"- **{words[0].upper()}{words[1:]}** stands at {own} points against the dense model of equal cost on "
-                f"its own set (95 % over {len(own.values)} sets, {_seeds(seeds)}), is better on {better} of them, and "
-                f"stands at {others} on the other sets: {verdict}{_by_pairs(experts)}."
+                f"its own set (95 % over {len(own.values)} sets, {seeds_of(experts)}), is better on {better} of them, "
+                f"and stands at {others} on the other sets: {verdict}{_by_pairs(experts)}."
             )
     both = {kind: {one.task: float(np.mean(one.own)) for one in read(records, kind)} for kind in KINDS}
     shared = sorted(both["prior"].keys() & both["named"].keys())
@@ -90,6 +89,28 @@ def found(records: Records) -> str:
         apart = Gain([both["named"][task] - both["prior"][task] for task in shared])
         parts.append(f"- Against each other: named pairs {apart} against clusters, over {len(shared)} sets.")
     return "\n".join(parts) or "Not measured yet."
+
+
+def in_short(records: Records) -> str:
+    """Return what README says of it; nothing where it is not measured."""
+    kinds = {kind: read(records, kind) for kind in KINDS}
+    if not all(kinds.values()):
+        return ""
+    own = {kind: Gain([float(np.mean(one.own)) for one in experts]) for kind, experts in kinds.items()}
+    prior, named = own["prior"], own["named"]
+    study = records.studies[STUDY]
+    passes = study.train.samples / records.data["pairs"]
+    return (
+        f"- on each of {len(prior.values)} held-out icon sets, none chosen, such an expert of the clusters nearest to "
+        f"the set's names stands at {prior}, and one of the pairs alone whose caption is one of the names at {named}, "
+        f"better on {sum(gain > 0 for gain in named.values)} of them, after {passes:.1f} passes over all pairs "
+        f"({seeds_of(kinds['named'])}, intervals over the sets, [each set](docs/results.md#on-every-set-none-chosen));"
+    )
+
+
+def seeds_of(experts: list[OnSet]) -> str:
+    """Return how many random seeds experts have, in words."""
+    return _seeds(sorted({len(one.own) for one in experts}))
 
 
 def _by_pairs(experts: list[OnSet]) -> str:

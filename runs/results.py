@@ -376,7 +376,9 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
     return {
         "facts": lambda: facts_table(records),
         "findings": lambda: f"\n{findings.findings(records)}\n",
-        "in-short": lambda: f"\n{subjects_report.in_short(subjects)}\n{findings.in_short(records)}\n",
+        "in-short": lambda: "\n".join(
+            ["", subjects_report.in_short(subjects), names_report.in_short(records), findings.in_short(records), ""]
+        ),
         "why-captions": lambda: f"\n{findings.why_captions(records)}\n",
         "known-names": lambda: f"\n{findings.known_names(records)}\n",
         "comparisons": lambda: findings.comparisons_table(records),

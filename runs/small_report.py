@@ -73,43 +73,47 @@ def rates_table(records: Records) -> str:
 
 
 def by_rate(records: Records) -> dict[str, dict[str, BY_SEED]]:
-    """Return what each kind of model reaches with each learning rate that was measured."""
+    """Return what each kind of model reaches with each learning rate, for the seeds that all of them have."""
     study = records.studies[QUARTER]
     base = study.train.learning_rate
     dense = {f"{base:g}": records.equal(QUARTER, PARTS)}
     images = {f"{base:g}": records.mixed(QUARTER, IMAGE_ARM)}
     for name, other in records.other_rates.items():
         dense[f"{other.train.learning_rate:g}"] = records.equal(name, PARTS)
-        images[f"{other.train.learning_rate:g}, seed model too"] = records.mixed(name, IMAGE_ARM)
+        images[f"{other.train.learning_rate:g}"] = records.mixed(name, IMAGE_ARM)
     for arm in study.arms:
         if arm.rate != 1:
             images[f"{base * arm.rate:g} from the parting on"] = records.mixed(QUARTER, arm)
     kinds = {"dense": dense, "MoDE-4 of images": images}
+    seeds = set.intersection(*(set(scores) for rates in kinds.values() for scores in rates.values() if scores))
     return {
-        kind: dict(sorted(((r, s) for r, s in rates.items() if s), key=lambda one: float(one[0].split()[0].strip(","))))
+        kind: {
+            rate: {seed: rates[rate][seed] for seed in sorted(seeds)}
+            for rate in sorted(rates, key=lambda rate: float(rate.split()[0]))
+            if rates[rate]
+        }
         for kind, rates in kinds.items()
     }
 
 
 def rates_found(records: Records) -> str:
     """Return whether the verdict is another one with the rates that are best for each kind."""
-    best = {}
-    for kind, rates in by_rate(records).items():
-        if len(rates) < 2:
-            return "Not measured yet."
-        means = {rate: float(np.mean(list(averages(scores, records.tuned).values()))) for rate, scores in rates.items()}
-        best[kind] = max(means, key=lambda rate: means[rate])
     found = by_rate(records)
-    dense, images = ({kind: scores[best[kind]] for kind, scores in found.items()}[kind] for kind in found)
-    gain, before = (
-        Gain.of(mine, theirs, ~records.tuned)
-        for mine, theirs in (
-            (images, dense),
-            (records.mixed(QUARTER, IMAGE_ARM), records.equal(QUARTER, PARTS)),
-        )
+    dense, images = found.values()
+    if min(len(dense), len(images)) < 2:
+        return "Not measured yet."
+
+    def best(rates: dict[str, BY_SEED]) -> str:
+        return max(rates, key=lambda rate: float(np.mean(list(averages(rates[rate], records.tuned).values()))))
+
+    usual = f"{records.studies[QUARTER].train.learning_rate:g}"
+    after, before = (
+        Gain.of(images[mine], dense[theirs], ~records.tuned)
+        for mine, theirs in ((best(images), best(dense)), (usual, usual))
     )
-    words = ", ".join(f"{rate} for {kind}" for kind, rate in best.items())
+    seeds = len(after.values)
     return (
-        f"Every fourth task chooses {words}. On the other tasks experts of images then stand at {gain} against the "
-        f"dense model, where both have the usual rate at {before}."
+        f"Every fourth task chooses {best(dense)} for the dense model and {best(images)} for experts of images. On the "
+        f"other tasks the experts then stand at {after} against the dense model; with the usual rate for both they "
+        f"stand at {before} there ({seeds} random seed{'s' if seeds > 1 else ''})."
     )

@@ -95,7 +95,9 @@ def _known(records: Records, subjects: subjects_report.Found) -> Iterator[Row]:
     for kind, words in names_report.KINDS.items():
         experts = names_report.read(records, kind)
         own = Gain([float(np.mean(one.own)) for one in experts])
-        yield from _of(words, f"{len(experts)} icon sets, each on its own (interval over sets)", own)
+        passes = records.studies[names_report.STUDY].train.samples / records.data["pairs"]
+        where = f"{len(experts)} icon sets, each on its own (interval over sets)"
+        yield from _of(words, f"{where}, `xxs`, {passes:.1f} passes, {names_report.seeds_of(experts)}", own)
 
 
 def _demo() -> Iterator[Row]:

@@ -60,6 +60,26 @@ def test_the_same_classes_write_nothing_anew(clustered: tuple[Catalog, Clusterin
     assert catalog.dataset.version > version
 
 
+def test_without_clusters_rows_are_those_whose_caption_is_a_name(clustered: tuple[Catalog, Clustering]) -> None:
+    catalog, clustering = clustered
+    captions = catalog.read(["caption"])["caption"].astype(str).tolist()
+    names = [captions[3].upper(), captions[7].replace(" ", "_"), "what no icon is called"]
+    selection = select_for_classes(catalog, clustering, names, name="called", count=0)
+    assert selection.fine.tolist() == []
+    wanted = [row for row, caption in enumerate(captions) if caption in {captions[3], captions[7]}]
+    assert mark_prior(catalog, selection) == len(wanted)
+    assert catalog.select(mask="prior_called").tolist() == wanted
+    version = catalog.dataset.version
+    again = select_for_classes(catalog, clustering, names[::-1], name="called", count=0)
+    assert mark_prior(catalog, again) == len(wanted)
+    assert catalog.dataset.version == version
+    other = select_for_classes(catalog, clustering, names[:1], name="called", count=0)
+    assert mark_prior(catalog, other) == captions.count(captions[3])
+    with pytest.raises(ModeclipError, match="no caption is one of the 1 class names; with nearest: 1"):
+        mark_prior(catalog, select_for_classes(catalog, clustering, ["nothing"], name="none", count=0))
+    assert "prior_none" not in catalog.columns
+
+
 def test_many_names_make_a_short_name(tmp_path: Path) -> None:
     many = ["arrow left", *(f"name {number}" for number in range(19))]
     assert name_of([",".join(many)]) == name_of(many) == "arrow_left_and_19_more"
@@ -88,8 +108,8 @@ def test_several_tasks_are_one_selection(clustered: tuple[Catalog, Clustering], 
     [
         ([], "a", 1, "prior a: there are no class names"),
         (["x"], "a b", 1, "prior 'a b'.*letters, digits and _"),
-        (["x"], "a", 9, "nearest: expected 1 to 8.*got 9"),
-        (["x"], "a", 0, "nearest: expected 1 to 8.*got 0"),
+        (["x"], "a", 9, "nearest: expected 0 to 8.*got 9"),
+        (["x"], "a", -1, "nearest: expected 0 to 8.*got -1"),
     ],
 )
 def test_mistakes(clustered: tuple[Catalog, Clustering], names: list[str], name: str, count: int, message: str) -> None:

@@ -2,11 +2,11 @@
 
 Method: the names are embedded by the encoder that embedded the captions, and each name takes its nearest fine clusters.
 One expert is trained on the rows of all of these clusters, which a column of booleans marks. Given the names of several
-tasks, it serves all of them.
+tasks, it serves all of them. Where a name takes no cluster, the rows are those whose caption is one of the names.
 
 Source: MoDE (arXiv 2404.16030) Sec. 5.5, Tables 8 and 17. How many clusters a name takes is our choice: 1, as in
-routing, unless more are asked for.
-Price: one distance for each name and fine cluster, then a pass over the column ``fine_cluster``.
+routing, unless another number is asked for. Rows by their captions are our own.
+Price: one distance for each name and fine cluster, then a pass over the column ``fine_cluster``; or one over captions.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from modeclip.clustering.distances import nearest_centers
 from modeclip.clustering.embedding import COLUMN
 from modeclip.data.catalog import Catalog
 from modeclip.data.prompts import is_file, read_classes
+from modeclip.data.tasks.names import are_names
 from modeclip.errors import ModeclipError
 from modeclip.models.encoders import load_encoder
 
@@ -43,7 +44,7 @@ class PriorSelection:
     classnames: tuple[str, ...]
     """The class names in their order, each once."""
     nearest: Int[np.ndarray, "L n"]
-    """Fine clusters of each class name, the nearest first."""
+    """Fine clusters of each class name, the nearest first; none where captions that are names are selected."""
     clustering: str
     """Digest of the clustering that the fine clusters belong to."""
 
@@ -60,7 +61,8 @@ class PriorSelection:
     @property
     def digest(self) -> str:
         """Hash of what decides which rows are selected, as hexadecimal digits."""
-        return sha256(f"{self.clustering} {self.fine.tolist()}".encode()).hexdigest()[:16]
+        decides = f"{self.clustering} {self.fine.tolist()}" if self.nearest.size else f"are {sorted(self.classnames)}"
+        return sha256(decides.encode()).hexdigest()[:16]
 
 
 def select_for_classes(
@@ -79,7 +81,7 @@ def select_for_classes(
         clustering: The clustering whose fine clusters are selected.
         classnames: Class names of one task or of several.
         name: Name of the selection, of letters, digits and ``_``.
-        count: Fine clusters for each class name, 1 or more.
+        count: Fine clusters for each class name; 0: captions that are one of the names are selected.
         encoder: Name of the catalog's encoder by whoever asks, which is needed if it is Python code.
 
     Raises:
@@ -89,10 +91,13 @@ def select_for_classes(
     names = tuple(dict.fromkeys(classnames))
     if not names:
         raise ModeclipError(f"prior {name}: there are no class names; give a file with one on each line")
-    if not 1 <= count <= clustering.num_fine:
-        raise ModeclipError(f"nearest: expected 1 to {clustering.num_fine}, the number of fine clusters, got {count}")
+    if not 0 <= count <= clustering.num_fine:
+        raise ModeclipError(f"nearest: expected 0 to {clustering.num_fine}, the number of fine clusters, got {count}")
     if not re.fullmatch(r"\w+", name):
         raise ModeclipError(f"prior {name!r}: expected a name of letters, digits and _")
+    if count == 0:
+        none = np.empty((len(names), 0), np.int64)
+        return PriorSelection(name=name, classnames=names, nearest=none, clustering=clustering.digest)
     facts = catalog.facts(COLUMN)
     if facts is None:
         raise ModeclipError(
@@ -108,20 +113,30 @@ def mark_prior(catalog: Catalog, selection: PriorSelection) -> int:
     """Add the column of a selection, unless the catalog has it, and return how many rows it marks.
 
     Raises:
-        ModeclipError: The rows are not assigned to this clustering.
+        ModeclipError: The rows are not assigned to this clustering, or no caption is one of the names.
     """
     if "fine_cluster" not in catalog.columns:
         raise ModeclipError(f"catalog {catalog.path!r} has no column fine_cluster: cluster its captions first")
     facts = {"prior": selection.digest, "fine": selection.fine.tolist(), "classes": len(selection.classnames)}
     has_it = selection.column in catalog.columns and catalog.facts(selection.column) == facts
     if not has_it:
-        catalog.add_columns(_marks(catalog, selection), facts)
+        marks = list(_marks(catalog, selection))
+        if not any(block[selection.column].any() for block in marks):
+            raise ModeclipError(
+                f"prior {selection.name}: no caption is one of the {len(selection.classnames):,} class names; with "
+                "nearest: 1 the clusters nearest to the names are taken"
+            )
+        catalog.add_columns(iter(marks), facts)
     return len(catalog.select(mask=selection.column))
 
 
 def _marks(catalog: Catalog, selection: PriorSelection) -> Iterator[dict[str, Bool[np.ndarray, " n"]]]:
-    for block in catalog.batches(["fine_cluster"]):
-        yield {selection.column: np.isin(block["fine_cluster"], selection.fine)}
+    if selection.nearest.size:
+        for block in catalog.batches(["fine_cluster"]):
+            yield {selection.column: np.isin(block["fine_cluster"], selection.fine)}
+    else:
+        for block in catalog.batches(["caption"]):
+            yield {selection.column: are_names(block["caption"].astype(str).tolist(), selection.classnames)}
 
 
 def read_names(sources: Sequence[str]) -> list[str]:

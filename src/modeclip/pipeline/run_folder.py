@@ -174,10 +174,11 @@ class RunFolder(RunPaths):
 
         Args:
             classes: Files of class names, or lists with commas; one expert is trained for all of them.
-            nearest: Fine clusters that each class name takes.
+            nearest: Fine clusters that each class name takes; 0: the pairs whose caption is one of the names.
 
         Raises:
-            ModeclipError: A file cannot be read, or the captions were not embedded by an encoder of texts.
+            ModeclipError: A file cannot be read, the captions were not embedded by an encoder of texts, or none of
+                them is a name where those that are were asked for.
         """
         names, name = read_names(classes), name_of(classes)
         prior = select_for_classes(self.catalog, self.clustering, names, name=name, count=nearest, encoder=self.encoder)

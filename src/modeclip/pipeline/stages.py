@@ -528,10 +528,10 @@ class Stages:
         """Do the stage: mark the pairs of the expert for class names."""
         catalog, experts = self.folder.catalog, self.recipe.experts
         prior = self.folder.mark_classes(experts.for_classes, experts.nearest)
-        return (
-            f"{len(prior.classnames)} class names are nearest to {len(prior.fine)} fine clusters of "
-            f"{len(catalog.select(mask=prior.column)):,} pairs"
-        )
+        pairs, names = f"{len(catalog.select(mask=prior.column)):,} pairs", f"{len(prior.classnames)} class names"
+        if not experts.nearest:
+            return f"{names} are the captions of {pairs}"
+        return f"{names} are nearest to {len(prior.fine)} fine clusters of {pairs}"
 
     def train(self) -> str:
         """Do the stage: train all models."""

@@ -86,7 +86,8 @@ class ExpertsConfig:
     the fine clusters nearest to them, trained for as long as the dense control. `train-experts` then trains it alone; a
     recipe trains it beside all others and asks what it gains on held-out images of these names."""
     nearest: int = 1
-    """Fine clusters that each of these class names takes. With more, the expert sees more pairs, each less often."""
+    """Fine clusters that each of these class names takes. With more, the expert sees more pairs, each less often; with
+    0 only the pairs whose caption is one of the names, in any case and with any signs."""
     jobs: int = 2
     """Models that train at the same time, each in a process, or in as many as ``processes_per_job`` says."""
     threads_per_job: int = 1
@@ -102,7 +103,7 @@ class ExpertsConfig:
             )
         some = (1, MOST_PROCESSES)
         check_between("experts", self, jobs=some, threads_per_job=some, processes_per_job=some)
-        check_least("experts", self, nearest=1)
+        check_least("experts", self, nearest=0)
         if any(number < 0 for number in self.only):
             raise ModeclipError(f"experts.only: expected numbers of experts, 0 or more, got {min(self.only)}")
 

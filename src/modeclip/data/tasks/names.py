@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.tasks.task import CatalogImages, Task
@@ -60,6 +60,17 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     """
     labels = match_classes(names, names)
     return [name for row, name in enumerate(names) if labels[row] in (-1, row)]
+
+
+def are_names(captions: Sequence[str], classnames: Sequence[str]) -> Bool[np.ndarray, " N"]:
+    """Tell which captions are one of the class names and nothing else, in any case and with any signs.
+
+    Examples:
+        >>> are_names(["Shopping-Cart", "a cart", "dog"], ["dog", "shopping cart"]).tolist()
+        [True, False, True]
+    """
+    known = {_words(name) for name in classnames} - {()}
+    return np.array([_words(caption) in known for caption in captions], bool)
 
 
 def match_classes(captions: Sequence[str], classnames: Sequence[str]) -> Int[np.ndarray, " N"]:
