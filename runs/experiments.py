@@ -48,6 +48,7 @@ PARTS = 32
 PARTINGS = (16, 27, 32)
 CAPTION_TOKENS = 10  # mean length to which a batch of icon names is cut
 MAIN = "main"  # the study that most tables are about
+QUARTER = "quarter-xxxs"  # the one that has the controls of experts of images
 KEPT: dict[int, DecodedSample] = {}  # what this process has read of the catalog
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import subjects_report
 from costs import laws_of
-from experiments import CAPTION_TOKENS, PARTS, Arm, base_arm, training_flops
+from experiments import CAPTION_TOKENS, PARTS, QUARTER, Arm, base_arm, training_flops
 from records import BY_SEED, Records, averages, interval, label, plain_arms, short, table
 from scipy.stats import ttest_1samp
 
@@ -22,8 +22,6 @@ from modeclip.models.flops import count_flops
 
 MINILM_LAYERS, MINILM_WIDTH, MINILM_TOKENS = 6, 384, 5
 """Layers and width of MiniLM; tokens of an icon's name with the two that stand around it."""
-QUARTER = "quarter-xxxs"
-"""The study that has the controls of experts of images."""
 IMAGE_ARM, EIGHT_IMAGES = base_arm(encoder="clip-image"), base_arm(encoder="clip-image", experts=8)
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import candidates
 import numpy as np
 import routers
-from experiments import MAIN, PARTS, Arm, Study, Workshop, base_arm, read_studies
+from experiments import MAIN, PARTS, QUARTER, Arm, Study, Workshop, base_arm, read_studies
 
 from modeclip import Catalog
 from modeclip.clustering.distances import nearest_centers
@@ -219,7 +219,7 @@ class Bench:
         if arm.kind != "mode":
             return rows
         rows.append((f"{arm.name} per_class", lambda: self._routed(arm, members)))
-        if self.study.name == routers.STUDY and arm == base_arm(encoder="clip-image"):
+        if self.study.name == QUARTER and arm == base_arm(encoder="clip-image"):
             rows.append((f"{arm.name} routers", lambda: self._routers(arm, members)))
         if self.study.name == MAIN and replace(arm, experts=4, encoder="minilm") == base_arm():
             rows.append((f"{arm.name} negatives", lambda: self._negatives(arm)))

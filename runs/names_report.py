@@ -110,7 +110,10 @@ def in_short(records: Records) -> str:
 
 def seeds_of(experts: list[OnSet]) -> str:
     """Return how many random seeds experts have, in words."""
-    return _seeds(sorted({len(one.own) for one in experts}))
+    counts = sorted({len(one.own) for one in experts})
+    if counts == [1]:
+        return "one random seed"
+    return f"{counts[0]} random seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} random seeds"
 
 
 def _by_pairs(experts: list[OnSet]) -> str:
@@ -122,10 +125,3 @@ def _by_pairs(experts: list[OnSet]) -> str:
     if rank.pvalue < 0.05:
         said = f"the fewer pairs the names choose, the {'more' if rank.statistic < 0 else 'less'} it gains"
     return f"; {said} (Spearman {rank.statistic:+.2f}, p {rank.pvalue:.3f})"
-
-
-def _seeds(counts: list[int]) -> str:
-    """Return how many random seeds the experts have."""
-    if counts == [1]:
-        return "one random seed"
-    return f"{counts[0]} random seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} random seeds"

@@ -388,7 +388,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "controls": lambda: controls_table(records, study),
         "controls-small": lambda: small_report.controls_table(records),
         "routers": lambda: small_report.routers_table(records),
-        "shared-trunk": lambda: small_report.trunk_table(records),
+        "trained-parts": lambda: small_report.parts_table(records),
         "rates": lambda: small_report.rates_table(records),
         "rates-found": lambda: small_report.rates_found(records),
         "batches": lambda: batches_table(records, "batches"),

@@ -19,10 +19,8 @@ from torch import Tensor
 from modeclip.data.tasks.task import CatalogImages
 from modeclip.models.clip import Clip, load_clip
 
-STUDY = "quarter-xxxs"
-"""Study whose experts of images are routed so."""
 TAUGHT_ON = 20_000
-"""Training images that a router learns from."""
+"""Images that a router learns from: of the sets that are trained on, whether or not a study trains on them."""
 HIDDEN = 64
 """Width of the network."""
 BATCH = 1024

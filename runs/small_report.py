@@ -1,10 +1,10 @@
-"""What was tried on the smallest towers: controls, experts that share a trunk, and other learning rates."""
+"""What was tried on the smallest towers: controls, routers, experts that train a part of them, learning rates."""
 
 from __future__ import annotations
 
 import numpy as np
-from experiments import PARTS, base_arm, training_flops
-from findings import IMAGE_ARM, QUARTER, Gain
+from experiments import PARTS, QUARTER, base_arm, training_flops
+from findings import IMAGE_ARM, Gain
 from records import BY_SEED, Records, against, averages, mean, table
 
 
@@ -30,8 +30,8 @@ def controls_table(records: Records) -> str:
     return table([*columns, "by log-probabilities, against dense", "images against it"], rows)
 
 
-def trunk_table(records: Records) -> str:
-    """Experts that part late, whole or on a shared trunk, at the same floating-point operations."""
+def parts_table(records: Records) -> str:
+    """Experts that part late and train all of the towers or a part, at the same floating-point operations."""
     study, dense = records.studies[QUARTER], records.equal(QUARTER, PARTS)
     model, rows = study.train.model, []
     for arm in study.arms:

@@ -16,7 +16,7 @@ import names_report
 import numpy as np
 import one_model_report
 import subjects_report
-from experiments import PARTS, base_arm
+from experiments import PARTS, QUARTER, base_arm
 from findings import EIGHT_IMAGES, IMAGE_ARM, Gain, at_equal_cost
 from records import Records, interval, table
 
@@ -121,7 +121,7 @@ def _mixtures(records: Records) -> Iterator[Row]:
     studies = {
         "main": "`xxs`, 3.1 passes",
         "long-xxxs": "`xxxs`, 18.7 passes",
-        "quarter-xxxs": "`xxxs`, 18.7 passes, a quarter of the pairs",
+        QUARTER: "`xxxs`, 18.7 passes, a quarter of the pairs",
     }
     for study, where in studies.items():
         yield from _of("4 experts on clusters of images", where, at_equal_cost(records, study, IMAGE_ARM))

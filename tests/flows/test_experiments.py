@@ -386,7 +386,7 @@ def test_experts_for_known_names_count_on_their_own_set(scripts: dict[str, Modul
 
 def test_what_the_demo_says_beside_its_pilot_is_what_is_recorded(scripts: dict[str, ModuleType]) -> None:
     """Over all seeds the expert for the names gains in the pilot and after short trainings, not after long ones."""
-    from modeclip.commands.pilot import LONGER, NAMES
+    from modeclip.commands.pilot import DEMO, LONGER, NAMES
 
     pilot = json.loads((RUNS / "pilot.json").read_text(encoding="utf-8"))
     long, short = (json.loads((RUNS / name).read_text().splitlines()[-1]) for name in scripts["results"].DEMO[:2])
@@ -399,8 +399,9 @@ def test_what_the_demo_says_beside_its_pilot_is_what_is_recorded(scripts: dict[s
     assert at["gain"]["class names"]["mean"] < 0
     assert brief["gain"]["class names"]["low"] > 0
     assert f"after {at['samples'] / brief['samples']:g} times the samples" in LONGER
-    assert brief["samples"] == pilot["plan"]["samples"]
-    assert pilot["command"].endswith(f"--classes '{NAMES}'")
+    assert brief["samples"] == pilot["plan"]["samples"] == DEMO.samples
+    settings = f"--model {DEMO.model} --samples {DEMO.samples} --pairs {DEMO.pairs} --classes '{DEMO.classes}'"
+    assert pilot["command"] == f"modeclip pilot icons --seeds 3 {settings}"
     assert [line["decision"]["classnames"] for line in (long, short)] == [NAMES.split(",")] * 2
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from modeclip.commands import pilot
+from modeclip.data.sources.options import DataConfig
+from modeclip.pipeline.pilot_plan import PilotConfig
 from modeclip.pipeline.stages import RunResult
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +58,18 @@ def test_the_demo_ends_with_the_command_that_serves_it(
     paths = {name: tmp_path / "my demo" / name for name in ("report", "bundle")}
     result = RunResult(folder=tmp_path / "my demo", results={}, **paths)
     monkeypatch.setattr("modeclip.pipeline.stages.run", lambda *_: result)
-    monkeypatch.setattr("modeclip.pipeline.pilot.pilot", lambda *_: {"num_classes": 20})
+    asked: list[tuple[str, Path]] = []
+
+    def tried(data: DataConfig, _: PilotConfig, folder: Path) -> dict[str, int]:
+        asked.append((data.source, folder))
+        return {"num_classes": 20}
+
+    monkeypatch.setattr("modeclip.pipeline.pilot.pilot", tried)
     for told_before in ("_print_first_use", "_print_pilot"):
         monkeypatch.setattr(pilot, told_before, lambda *_: None)
     pilot.demo(tmp_path / "my demo")
-    assert capsys.readouterr().out.splitlines()[-1] == f"modeclip serve '{tmp_path / 'my demo'}'"
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"modeclip serve '{tmp_path / 'my demo'}'"
+    assert said[0].startswith("what to train for 20 class names?")
+    assert pilot.LONGER in said
+    assert asked == [("icons", tmp_path / "my demo" / "pilot")]

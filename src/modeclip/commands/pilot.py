@@ -24,6 +24,8 @@ NAMES = (
     "book"
 )
 """Class names that the demo's pilot is for."""
+DEMO = PilotConfig(classes=NAMES, model="modeclip-icon-xs", samples=131_072, pairs=25_000, seeds=1)
+"""The demo's pilot: one seed of that of `runs/pilot.json`."""
 LONGER = (
     "Another length may have another answer: after 2.5 times the samples, on larger towers, an expert for these names "
     "gained nothing on these icons (docs/results.md, The demo). Ask it of your own pairs, at your own length."
@@ -58,8 +60,7 @@ def demo(out: Annotated[Path, arg(help="Folder of the run.")] = Path("runs/demo"
     from modeclip.pipeline.recipe import demo_recipe, load_recipe
 
     result, folder = stages.run(load_recipe(demo_recipe()), out), out / "pilot"
-    config = PilotConfig(classes=NAMES, model="modeclip-icon-xs", samples=131_072, pairs=25_000, seeds=1)
-    tried, page = run_pilot(DataConfig(source="icons"), config, folder), folder / PAGE_FILE
+    tried, page = run_pilot(DataConfig(source="icons"), DEMO, folder), folder / PAGE_FILE
     if as_json:
         print_json(result.results | {"pilot": tried})
     else:
