@@ -77,6 +77,8 @@ class Arm:
     floating-point operations."""
     rate: float = 1.0
     """What the learning rate after the parting is multiplied by."""
+    extra: int = 0
+    """Parts of a schedule of its own, with a warm-up, that follow the parting; 0: the rest of the seed model's."""
 
     @property
     def is_single(self) -> bool:
@@ -88,7 +90,7 @@ class Arm:
         """Parts of the schedule that all of its models have trained together, the seed model included."""
         if self.kind == "total":
             return self.parts
-        left = PARTS - self.part
+        left = self.extra or PARTS - self.part
         return self.part + (left if self.budget == "matched" or self.is_single else left * self.experts)
 
     @property
@@ -105,6 +107,7 @@ class Arm:
         words += [f"o{self.outside:g}"] if self.outside else []
         words += [] if self.trainable == "all" else [self.trainable.replace(":", "")]
         words += [] if self.rate == 1 else [f"r{self.rate:g}"]
+        words += [f"x{self.extra}"] if self.extra else []
         return "-".join(words + ([f"b{self.batch}"] if self.batch else []))
 
 
@@ -120,6 +123,11 @@ class Study:
     """Pairs drawn from all of them, which alone are trained on; 0: all."""
     partings: tuple[int, ...] = PARTINGS
     """Parts at which the state of the seed model is kept; the last is the dense model."""
+
+    @property
+    def embeds_at(self) -> int:
+        """The part at which the seed model embeds what is clustered by it, and routed by it, wherever experts part."""
+        return min(self.partings)
 
 
 def base_arm(**changes: Any) -> Arm:
@@ -209,7 +217,7 @@ class Workshop:
         """Return the clustering of an arm, of all pairs, and the column of its experts; made where it is missing."""
         spec, words = arm.encoder, [arm.encoder, f"m{arm.fine}", f"k{arm.experts}", f"s{seed}"]
         if spec.startswith("clip"):  # of the study's own seed model
-            spec, words = f"{spec}:{self.folder(study, seed) / f'part-{arm.part}'}", [study.name, *words]
+            spec, words = f"{spec}:{self.folder(study, seed) / f'part-{study.embeds_at}'}", [study.name, *words]
         name = "_".join(words).replace("-", "_")
         folder, column = self.out / "clusterings" / name, f"expert_{name}"
         config = ClusterConfig(num_fine=arm.fine, num_experts=arm.experts, seed=seed)
@@ -309,7 +317,7 @@ class Workshop:
             whole = replace(start, name=arm.name, folder=str(self.folder(study, seed) / arm.name), last_step=steps)
             return [replace(whole, last_share=1.0)]
         start = trunk[arm.part]
-        left = (PARTS - arm.part) * study.train.steps_per_part
+        left = (arm.extra or PARTS - arm.part) * study.train.steps_per_part
         steps = left // arm.experts if arm.budget == "matched" and not arm.is_single else left
         steps = int(steps * training_flops(study.train.model) / training_flops(study.train.model, arm.trainable))
         config = replace(start.config, trainable=arm.trainable, learning_rate=start.config.learning_rate * arm.rate)
@@ -318,7 +326,7 @@ class Workshop:
             config=config,
             first_step=start.last_step,
             last_step=start.last_step + steps,
-            first_share=start.last_share,
+            first_share=0.0 if arm.extra else start.last_share,
             last_share=1.0,
             start_from=start.folder,
             start_digest=start.digest,

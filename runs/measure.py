@@ -198,9 +198,12 @@ class Bench:
             for part in self.study.partings
         ]
         plan = [(name, make) for name, make in plan if self.finished(name)]
+        alone: list[Path] = []
         for arm in self.study.arms:
             if (members := self.members(arm)) is not None:
                 plan += self._arm_rows(arm, members)
+                alone += members if arm.is_single and arm.name not in self.recorded else []
+        self.exam.load(alone)  # together, so that the images are decoded once
         for row, make in plan:
             if row not in self.recorded:
                 yield row, make()
@@ -282,7 +285,7 @@ class Bench:
         """Return the class embeddings of each task by an arm's encoder."""
         spec = arm.encoder
         if spec.startswith("clip"):
-            spec = f"clip:{self.model(f'part-{arm.part}')}"
+            spec = f"clip:{self.model(f'part-{self.study.embeds_at}')}"
         if spec not in self._names:
             vectors = self.workshop.encoder(spec).encode(self.exam.names)
             self._names[spec] = [vectors[classes] for classes in self.exam.classes]
@@ -293,7 +296,7 @@ class Bench:
         clustering, _ = self.workshop.clustering(arm, self.study, self.seed)
         centers = clustering.fine_centers
         if arm.encoder in OF_IMAGES:  # an image's own vector by the seed; of clusters of both, their image half
-            visual = self.exam.load([self.model(f"part-{arm.part}")])[0][0]
+            visual = self.exam.load([self.model(f"part-{self.study.embeds_at}")])[0][0]
             embeddings = [visual[rows] for rows in self.exam.slices]
             if arm.encoder == "clip-both":
                 centers, embeddings = centers[:, -visual.shape[1] :], [rows * 0.5**0.5 for rows in embeddings]

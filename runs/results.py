@@ -33,7 +33,7 @@ import small_report
 import subjects_report
 import ways_report
 from costs import headline_table, laws_of, scaling_lines, scaling_table, size_table
-from experiments import MAIN, PARTS, Arm, base_arm
+from experiments import MAIN, PARTS, QUARTER, Arm, base_arm
 from records import BY_SEED, Records, against, averages, interval, label, mean, plain_arms, short, table
 
 from modeclip.mixture.rules import RULES
@@ -338,7 +338,7 @@ def batches_table(records: Records, study: str) -> str:
     dense, rows = records.equal(study, PARTS), []
     rows.append(["random", "", "", "256", mean(dense), "", ""])
     for arm in records.studies[study].arms:
-        if scores := records.tasks(study, arm.name):
+        if arm.kind in {"pure", "batch"} and (scores := records.tasks(study, arm.name)):
             same = records.tasks(study, f"batch-p{arm.part}-b{arm.batch}") if arm.batch else dense
             of = {"minilm": "captions", "clip-image": "images"}[arm.encoder] if arm.kind == "pure" else ""
             what = [f"of one cluster of {of}", str(arm.experts)] if of else ["random", ""]
@@ -391,7 +391,9 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "trained-parts": lambda: small_report.parts_table(records),
         "rates": lambda: small_report.rates_table(records),
         "rates-found": lambda: small_report.rates_found(records),
+        "finished": lambda: small_report.finished_table(records),
         "batches": lambda: batches_table(records, "batches"),
+        "batches-small": lambda: batches_table(records, QUARTER),
         "frontier-laws": lambda: frontier.laws_table(records),
         "frontier-found": lambda: frontier.tests_found(records),
         "frontier-tests": lambda: frontier.tests_table(records),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from experiments import PARTS, QUARTER, base_arm, training_flops
+from experiments import PARTS, QUARTER, Arm, Study, base_arm, training_flops
 from findings import IMAGE_ARM, Gain
 from records import BY_SEED, Records, against, averages, mean, table
 
@@ -33,17 +33,51 @@ def controls_table(records: Records) -> str:
 def parts_table(records: Records) -> str:
     """Experts that part late and train all of the towers or a part, at the same floating-point operations."""
     study, dense = records.studies[QUARTER], records.equal(QUARTER, PARTS)
-    model, rows = study.train.model, []
+    rows = []
     for arm in study.arms:
         if arm.kind == "mode" and arm.part == 24 and (scores := records.mixed(QUARTER, arm)):
-            share = training_flops(model, arm.trainable) / training_flops(model)
-            samples = (PARTS - arm.part) / PARTS * study.train.samples / arm.experts / share
-            of = "images" if arm.encoder == "clip-image" else "captions"
-            what = "everything" if arm.trainable == "all" else f"`{arm.trainable}`"
-            cells = [f"{100 * share:.0f}", f"{samples / 1000:.0f}", mean(scores), against(scores, dense)]
-            rows.append([of, what, *cells, against(records.mixed(QUARTER, arm, "log"), dense)])
+            share = training_flops(study.train.model, arm.trainable) / training_flops(study.train.model)
+            cells = [f"{100 * share:.0f}", thousands(study, arm), mean(scores), against(scores, dense)]
+            rows.append([of(arm), trains(arm), *cells, against(records.mixed(QUARTER, arm, "log"), dense)])
     columns = ["four experts of", "train", "a sample's FLOPs, %", "thousand samples each", "average", "against dense"]
     return table([*columns, "by log-probabilities, against dense"], rows, words=2)
+
+
+def finished_table(records: Records) -> str:
+    """What a finished model gains when it goes on, as it is, as copies or as experts, at the same operations."""
+    study = records.studies[QUARTER]
+    arms = [arm for arm in study.arms if arm.extra]
+    alone = next(arm for arm in arms if arm.experts == 1)
+    finished, one = records.equal(QUARTER, PARTS), records.mixed(QUARTER, alone)
+    rows = [["the finished model", "", "", mean(finished), "", "", ""]] if one else []
+    for arm in arms:
+        if scores := records.mixed(QUARTER, arm):
+            copies = "four models on all pairs (uniform)"
+            name = (
+                "one model on all pairs" if arm == alone else copies if arm.kind == "full" else f"experts of {of(arm)}"
+            )
+            cells = [thousands(study, arm), mean(scores), against(scores, finished)]
+            pairs = ((scores, one), (records.mixed(QUARTER, arm, "log"), one))
+            rows.append([name, trains(arm), *cells, *("" if arm == alone else against(*pair) for pair in pairs)])
+    columns = ["what goes on", "trains", "thousand samples each", "average", "against the finished model"]
+    return table([*columns, "against one model that goes on", "by log-probabilities, against it"], rows, words=2)
+
+
+def of(arm: Arm) -> str:
+    """Return what an arm's clusters are made of."""
+    return "images" if arm.encoder == "clip-image" else "captions"
+
+
+def trains(arm: Arm) -> str:
+    """Return what an arm trains."""
+    return "everything" if arm.trainable == "all" else f"`{arm.trainable}`"
+
+
+def thousands(study: Study, arm: Arm) -> str:
+    """Return how many thousand samples each model of an arm sees after the parting."""
+    share = training_flops(study.train.model, arm.trainable) / training_flops(study.train.model)
+    parts = arm.extra or PARTS - arm.part
+    return f"{parts / PARTS * study.train.samples / arm.experts / share / 1000:.0f}"
 
 
 def routers_table(records: Records) -> str:

@@ -44,14 +44,14 @@ class FeatureCache:
         """Open a cache.
 
         Args:
-            folder: Where the files are; None: a temporary folder, which is removed with this object.
+            folder: Where the files are, made with the first of them; None: a temporary folder, which is removed with
+                this object.
             pool: Where models come from; None: a pool of its own, which holds as many as fit.
         """
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="modeclip-features-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             _remove_old_parts(folder)
         self.folder = folder
         self.pool = ModelPool() if pool is None else pool
@@ -89,6 +89,7 @@ class FeatureCache:
 
         try:
             with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
                 yield write
                 maps.pop().flush()
                 with part.open("r+b") as file:
