@@ -125,8 +125,6 @@ def alone(folder: Path, pictures: Pictures) -> np.ndarray:
     return torch.cat(rows).numpy()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (50, 40)])
-@pytest.mark.parametrize("batch_size", [4, 100])
 def test_a_folder_is_made_with_its_first_file(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "features")
     assert not cache.has("some", 2) and not cache.folder.exists()
@@ -135,6 +133,8 @@ def test_a_folder_is_made_with_its_first_file(tmp_path: Path) -> None:
     assert cache.read("some", 2).tolist() == [[1, 0], [0, 1]]
 
 
+@pytest.mark.parametrize("size", [(32, 32), (50, 40)])
+@pytest.mark.parametrize("batch_size", [4, 100])
 def test_images_are_what_open_clip_alone_makes_of_them(
     folders: list[Path], sources: list[ModelRef], size: tuple[int, int], batch_size: int
 ) -> None:
