@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from experiments import PARTS, QUARTER, Arm, Study, base_arm, training_flops
 from findings import IMAGE_ARM, Gain
@@ -61,6 +63,58 @@ def finished_table(records: Records) -> str:
             rows.append([name, trains(arm), *cells, *("" if arm == alone else against(*pair) for pair in pairs)])
     columns = ["what goes on", "trains", "thousand samples each", "average", "against the finished model"]
     return table([*columns, "against one model that goes on", "by log-probabilities, against it"], rows, words=2)
+
+
+def finished_found(records: Records) -> str:
+    """Return what gains when a finished model goes on."""
+    arms = [arm for arm in records.studies[QUARTER].arms if arm.extra]
+    one = records.mixed(QUARTER, next(arm for arm in arms if arm.experts == 1))
+    gains = {}
+    for arm in arms:
+        if arm.experts > 1:
+            name = "four copies" if arm.kind == "full" else f"experts of {of(arm)}"
+            for how, words in {"": "", "log": ", log-probabilities"}.items():
+                what = f"{name}{'' if arm.trainable == 'all' else f' that train {trains(arm)}'}{words}"
+                gains[what] = Gain.of(records.mixed(QUARTER, arm, how), one)
+    return sorted_out(gains, "one model that goes on")
+
+
+def batches_found(records: Records) -> str:
+    """Return which batches of one cluster change a dense model, against random batches of their size."""
+    gains = {}
+    for arm in records.studies[QUARTER].arms:
+        if arm.kind == "pure":
+            size = f" of {arm.batch}" if arm.batch else ""
+            what = f"batches{size} of one of {arm.experts} clusters of {of(arm)} from part {arm.part} on"
+            same = records.equal(QUARTER, PARTS)
+            if arm.batch:
+                same = records.tasks(QUARTER, f"batch-p{arm.part}-b{arm.batch}")
+            gains[what] = Gain.of(records.tasks(QUARTER, arm.name), same)
+    return sorted_out(gains, "random batches of their size")
+
+
+def sorted_out(gains: Mapping[str, Gain], opponent: str) -> str:
+    """Return which of several gains are certain, over at least two seeds."""
+    measured = {what: gain for what, gain in gains.items() if len(gain.values) > 1}
+    if not measured:
+        return "Not measured yet."
+    seeds = sorted({len(gain.values) for gain in measured.values()})
+    sure = [what for what, gain in measured.items() if gain.is_certain]
+    parts = []
+    for words, sign in (("Better", 1), ("Worse", -1)):
+        chosen = [f"{what} ({measured[what]})" for what in sure if sign * measured[what].mean > 0]
+        if chosen:
+            parts.append(f"{words} than {opponent} for certain: {'; '.join(chosen)}.")
+    open_ones = [gain.mean for what, gain in measured.items() if what not in sure]
+    if open_ones:
+        rest = "all" if not sure else "the other"
+        spread = f"{min(open_ones):+.1f} to {max(open_ones):+.1f}" if len(open_ones) > 1 else f"{open_ones[0]:+.1f}"
+        parts.append(f"Of {rest} {len(open_ones)} nothing is certain ({spread} points, {_count(seeds)} seeds).")
+    return " ".join(parts)
+
+
+def _count(seeds: Sequence[int]) -> str:
+    return str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
 
 
 def of(arm: Arm) -> str:

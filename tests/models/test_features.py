@@ -127,7 +127,8 @@ def alone(folder: Path, pictures: Pictures) -> np.ndarray:
 
 def test_a_folder_is_made_with_its_first_file(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "features")
-    assert not cache.has("some", 2) and not cache.folder.exists()
+    assert not cache.has("some", 2)
+    assert not cache.folder.exists()
     with cache.writer("some", 2) as write:
         write(slice(0, 2), np.eye(2, dtype=np.float32))
     assert cache.read("some", 2).tolist() == [[1, 0], [0, 1]]

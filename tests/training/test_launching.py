@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
 import support
 from modeclip.errors import ModeclipError
+from modeclip.system.devices import visible_gpus
 from modeclip.system.files import holder_of
+from modeclip.training import launching
+from modeclip.training.distributed import World
 from modeclip.training.jobs import EngineConfig, TrainConfig, TrainJob, TrainResult
 from modeclip.training.launching import commands_for, run_jobs
 from modeclip.training.status import job_status
@@ -174,6 +178,69 @@ def test_a_job_that_another_process_trains_is_waited_for_until_that_one_is_dead(
     told = rf"job: process {holder.pid} of .+, since 20.+ is training it, at step 0 of 1 \(0.0 %\); waiting until"
     assert re.match(told, lines[0])
     assert not [line for line in lines[1:] if "is training it" in line]
+
+
+@pytest.mark.slow
+def test_a_job_is_no_part_of_the_group_that_its_caller_is_in(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a script of Slurm with several tasks a job that took itself for one of them would wait for the others."""
+    slurm = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7"}
+    for name, value in (slurm | {"SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost"}).items():
+        monkeypatch.setenv(name, value)
+    assert World.of_environment().size == 2
+    assert run_jobs([make_job(catalog, tmp_path / "job", 1)], 1)["job"].samples == 8
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "processes", "expected"),
+    [
+        ([], 2, 1, [None, None]),
+        (["0"], 2, 1, ["0", "0"]),
+        (["4", "GPU-a1", "6"], 5, 1, ["4", "GPU-a1", "6", "4", "GPU-a1"]),
+        (["0", "1", "2", "3", "4"], 8, 2, ["0,1", "2,3"]),
+        (["0", "1"], 2, 2, ["0,1"]),
+    ],
+)
+def test_jobs_divide_the_gpus(
+    gpus: list[str],
+    workers: int,
+    processes: int,
+    expected: list[str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many jobs as may run at a time; then one ends, and the next takes its place and its GPUs."""
+    given = list[str | None]()
+
+    def start(_module: str, _words: list[str], environment: dict[str, str | None], _output: IO[bytes]) -> Any:
+        given.append(environment.get("CUDA_VISIBLE_DEVICES"))
+        return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    monkeypatch.setattr(launching, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(launching, "start_tied", start)
+    runner = launching._Here(workers, processes)
+    while runner.is_free():
+        runner.start(make_job(tmp_path / "none.lance", tmp_path / f"job-{len(given)}"))
+    assert given == expected
+    first = runner.running["job-0"].process
+    assert first.stdin
+    first.stdin.write(b"\n")
+    first.stdin.flush()
+    first.wait()
+    assert list(runner.ended()) == ["job-0"]
+    runner.start(make_job(tmp_path / "none.lance", tmp_path / "next"))
+    assert given[-1] == expected[0]
+    assert not runner.is_free()
+    runner.stop()
+
+
+def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a1")
+    assert visible_gpus() == ["3", "GPU-a1"]
 
 
 LAUNCHER = """

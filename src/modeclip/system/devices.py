@@ -46,6 +46,15 @@ def choose_device(wanted: str = "auto") -> torch.device:
     return device
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; none without CUDA."""
+    import torch
+
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(count)] if given is None else given.split(",")[:count]
+
+
 def leave_a_core(is_left: bool) -> None:
     """Have PyTorch compute on all cores in this thread, or on all but one, at least one.
 

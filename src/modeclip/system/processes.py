@@ -33,7 +33,7 @@ def tied(module: str, *words: str) -> list[str]:
 
 
 def start_tied(
-    module: str, words: Sequence[str], environment: Mapping[str, str], output: IO[bytes]
+    module: str, words: Sequence[str], environment: Mapping[str, str | None], output: IO[bytes]
 ) -> subprocess.Popen[bytes]:
     """Start a module in a process that ends when this one does, in a session of its own, where no Ctrl-C reaches it.
 
@@ -42,12 +42,13 @@ def start_tied(
     Args:
         module: Module of Python that is run as a program.
         words: Its arguments.
-        environment: Variables besides those of this process.
+        environment: Variables that differ from those of this process; None: such as the new one does not have.
         output: Where both its outputs go.
     """
+    changed = {**os.environ, **environment, PARENT_VARIABLE: str(os.getpid())}
     return subprocess.Popen(
         [sys.executable, *tied(module, *words)],
-        env=os.environ | environment | {PARENT_VARIABLE: str(os.getpid())},
+        env={name: value for name, value in changed.items() if value is not None},
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,

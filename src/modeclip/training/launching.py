@@ -8,6 +8,9 @@ jobs save a checkpoint first. When it is killed, so are they (`modeclip.system.p
 then the same call goes on from their last checkpoints. A job that another process trains, on this machine or on another
 one, is waited for until it is done or that process is gone.
 
+Jobs on this machine divide its GPUs: each process gets one that the fewest others use. What a launcher such as Slurm
+has said of the calling process is not passed on, since a job is no part of that process's group.
+
 Price: a process for each job, which imports torch anew (two seconds), and a look at the jobs' files five times a
 second.
 """
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +35,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from modeclip.errors import ModeclipError
 from modeclip.system.console import console, log, make_progress
+from modeclip.system.devices import visible_gpus
 from modeclip.system.files import Holder, holder_of, write_atomically
 from modeclip.system.processes import PARENT_VARIABLE, start_tied, tied
 from modeclip.training.jobs import ERRORS_FILE, JOB_FILE, TrainJob, TrainResult, remove_damage
@@ -47,6 +52,8 @@ TRAINER = "modeclip.training.trainer"
 """Module that trains the job of a file when it is run as a program."""
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a job that was asked to end and has saved a checkpoint."""
+OF_LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""What variables begin with that say which of several processes one is."""
 
 
 @runtime_checkable
@@ -229,14 +236,18 @@ class _Here:
     """Processes of this machine."""
 
     def __init__(self, workers: int, processes: int) -> None:
-        self.workers, self.processes = workers, processes
+        self.gpus, self.processes = visible_gpus(), processes
+        groups = len(self.gpus) // processes if processes > 1 and self.gpus else workers
+        self.workers = max(1, min(workers, groups))  # processes that train one model together share no GPU
         self.running: dict[str, JobProcess] = {}
 
     def is_free(self) -> bool:
         return len(self.running) < self.workers
 
     def start(self, job: TrainJob) -> None:
-        self.running[job.name] = start_job(job, self.processes)
+        used = Counter(gpu for started in self.running.values() for gpu in started.gpus)
+        chosen = sorted(self.gpus, key=lambda gpu: used[gpu])[: self.processes]
+        self.running[job.name] = start_job(job, self.processes, chosen)
 
     def ended(self) -> dict[str, str]:
         over = [name for name, started in self.running.items() if started.process.poll() is not None]
@@ -359,6 +370,8 @@ class JobProcess:
     """The process itself."""
     output: IO[bytes]
     """What it prints, in a file without a name, so that nothing stays behind when this process is killed."""
+    gpus: tuple[str, ...] = ()
+    """GPUs that it was given, as ``CUDA_VISIBLE_DEVICES`` names them; none: those of this process."""
 
     def end(self) -> str:
         """Wait for its end and return what went wrong, or an empty line; ``errors.txt`` keeps all that it printed."""
@@ -380,20 +393,23 @@ class JobProcess:
         return f"{job.name}: training ended early: {lines[-1]} (more in {path}); run again to continue"
 
 
-def start_job(job: TrainJob, processes: int = 1) -> JobProcess:
+def start_job(job: TrainJob, processes: int = 1, gpus: Sequence[str] = ()) -> JobProcess:
     """Start the process of a job; it ends when this one does.
 
     Args:
         job: What to train; its file is written.
         processes: Number of processes that train it together under torchrun.
+        gpus: GPUs that they may use, as ``CUDA_VISIBLE_DEVICES`` names them; none: those of this process.
     """
     module, words = TRAINER, [str(job.save())]
     if processes > 1:
         module, words = __name__, [*_torchrun(processes), *tied(module, *words)]
     (Path(job.folder) / ERRORS_FILE).unlink(missing_ok=True)
     output = tempfile.TemporaryFile(dir=job.folder)  # noqa: SIM115 (it is read when the process has ended)
-    process = start_tied(module, words, {"OMP_NUM_THREADS": str(job.threads)}, output)
-    return JobProcess(job=job, process=process, output=output)
+    environment: dict[str, str | None] = {name: None for name in os.environ if name.startswith(OF_LAUNCHERS)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    process = start_tied(module, words, environment | {"OMP_NUM_THREADS": str(job.threads)}, output)
+    return JobProcess(job=job, process=process, output=output, gpus=tuple(gpus))
 
 
 def _torchrun(processes: int) -> list[str]:
