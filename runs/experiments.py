@@ -243,12 +243,19 @@ class Workshop:
         return np.unique(self.catalog.read(["group"])["group"].astype(str), return_inverse=True)[1]
 
     def random_column(self, arm: Arm, study: Study, seed: int) -> str:
-        """Return the column of a random split in the sizes of an arm's clusters."""
+        """Return the column of a random split in the sizes of an arm's clusters, within the pairs of the study."""
         _, column = self.clustering(arm, study, seed)
-        name = column.replace("expert_", "random_", 1)
+        sample = self.sample_column(study)
+        name = "_".join([column.replace("expert_", "random_", 1), *([sample] if sample else [])])
         if name not in self.catalog.columns:
             experts = self.catalog.read([column])[column]
-            self.catalog.add_columns({name: np.random.default_rng(seed).permutation(experts)})
+            drawn = np.random.default_rng(seed)
+            if sample:
+                rows = np.flatnonzero(self.catalog.read([sample])[sample])
+                experts[rows] = drawn.permutation(experts[rows])
+            else:
+                experts = drawn.permutation(experts)
+            self.catalog.add_columns({name: experts})
         return name
 
     def sample_column(self, study: Study) -> str | None:

@@ -1,8 +1,8 @@
 """What the records of `runs/experiments.jsonl` say in words, with every number computed from them.
 
-`runs/results.py` writes these paragraphs into docs/results.md, so no number in them can differ from the tables. A
-sentence that calls one thing better than another says so only while the interval of their difference leaves 0 out:
-`verdict` chooses the words.
+`runs/results.py` writes these paragraphs into docs/results.md, so no number in them can differ from the tables. Where
+an interval decides between two words, the code chooses (`Gain.is_certain`); the other words are those of the records of
+the day, and a reader sees the intervals beside them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def comparisons(records: Records) -> list[tuple[str, str, Gain]]:
     """Return all mixtures that were compared with the dense model of their cost over several seeds."""
     found = []
     for study in records.studies.values():
-        for arm in [*plain_arms(study), *(arm for arm in study.arms if arm.kind == "full")]:
+        for arm in (arm for arm in study.arms if arm.kind in {"mode", "random", "full"} and not arm.extra):
             gain = at_equal_cost(records, study.name, arm)
             if len(gain.values) > 1:
                 pairs = study.pairs or records.data["pairs"]
@@ -103,6 +103,25 @@ def comparisons_table(records: Records) -> str:
         for (where, name, gain), p in sorted(zip(found, corrected, strict=True), key=lambda one: one[1])
     ]
     return table(["towers and pairs", "models", "gain at equal cost", "p", "p (Holm)"], rows)
+
+
+def left_by_holm(records: Records) -> str:
+    """Return which of all comparisons at equal cost are certain after a correction for their number."""
+    found = comparisons(records)
+    corrected = holm([gain for _, _, gain in found])
+    said = [f"{name} on {where} ({gain}, p {p:.3f})" for (where, name, gain), p in zip(found, corrected, strict=True)]
+    left = [words for words, p in zip(said, corrected, strict=True) if p < 0.05]
+    if left:
+        return (
+            f"**Of {len(found)} comparisons at equal cost, Holm's correction for their number leaves these:** "
+            f"{'; '.join(left)}. All others might be chance in so many looks (table below)."
+        )
+    best = said[int(np.argmin(corrected))]
+    return (
+        f"**Of {len(found)} comparisons at equal cost none is certain after Holm's correction for their number**; the "
+        f"nearest is {best}. The intervals on this page are those of one comparison each: they hold for a question "
+        "that was asked before, not for the best of many rows (table below)."
+    )
 
 
 def clustering_cost_table(records: Records) -> str:
@@ -170,13 +189,6 @@ def findings(records: Records) -> str:
             ("xs", "`xs`"),
         )
     ]
-    found = comparisons(records)
-    corrected = holm([gain for _, _, gain in found])
-    left = [
-        f"{name} on {where.split(', ')[0]} ({gain})"
-        for (where, name, gain), p in zip(found, corrected, strict=True)
-        if p < 0.05
-    ]
     own = {
         name: Gain.of(records.mixed("main", arm), records.tasks("main", "part-32"))
         for name, arm in {
@@ -238,9 +250,7 @@ def findings(records: Records) -> str:
             f"at "
             f"{four}, eight at {eight}. At inference a mixture of images runs the seed model's image tower beside the "
             "experts'.",
-            f"**Of {len(found)} comparisons at equal cost, Holm's correction for their number leaves these:** "
-            f"{'; '.join(left)}. All others, four experts of images among them, might be chance in so many looks "
-            "(table below).",
+            left_by_holm(records),
             f"{image_controls(records)} On `xxs` at 3.1 passes, where it is {seen}, it is {far} without held-out "
             f"images that have a near-copy in training, and four models of all data stand at {full} "
             f"([below](#tasks-of-a-subject-each)): it is neither copies nor their number there. On tasks of a subject "

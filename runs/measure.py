@@ -1,4 +1,4 @@
-"""Measure the models that `runs/experiments.py` has trained: every number of docs/results.md, as lines of JSON.
+"""Measure the models that `runs/experiments.py` has trained, for docs/results.md, as lines of JSON.
 
 Usage: python runs/measure.py [--out runs/experiments] [--records runs/experiments.jsonl]
 
@@ -33,6 +33,7 @@ import candidates
 import numpy as np
 import routers
 from experiments import MAIN, PARTS, QUARTER, Arm, Study, Workshop, base_arm, read_studies
+from records import is_exam
 
 from modeclip import Catalog
 from modeclip.clustering.distances import nearest_centers
@@ -605,10 +606,12 @@ def main() -> None:
             file.flush()
             log(f"{study}, seed {seed}: {row}")
 
-        if ("data", 0) not in recorded:
-            names, counts = [task.name for task in exam.tasks], [len(task.labels) for task in exam.tasks]
-            facts = {"pairs": len(workshop.catalog), "tasks": names, "images": counts}
-            write("data", 0, "tasks", facts | {"classes": [len(classes) for classes in exam.classes]})
+        known_exams = [record["values"] for record in map(json.loads, lines) if is_exam(record)]
+        names, counts = [task.name for task in exam.tasks], [len(task.labels) for task in exam.tasks]
+        facts = {"pairs": len(workshop.catalog), "tasks": names, "images": counts}
+        facts["classes"] = [len(classes) for classes in exam.classes]
+        if facts not in known_exams:
+            write("data", 0, f"tasks of {sum(counts)} images" if known_exams else "tasks", facts)
         if arguments.rates and "rates" not in recorded.get(("data", 0), set()):
             write("data", 0, "rates", tower_rates(workshop, studies))
         for study, seed in [(every, number) for every in studies for number in every.seeds]:

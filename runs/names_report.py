@@ -28,6 +28,8 @@ class OnSet:
     task: str
     pairs: float
     """Pairs that it was trained on after the seed model."""
+    dense: list[float]
+    """What the dense model of equal cost reaches on its own set, in percent."""
     own: list[float]
     """Gain over the dense model of equal cost on its own set, in points."""
     others: list[float]
@@ -45,6 +47,7 @@ def read(records: Records, kind: str) -> list[OnSet]:
             on_set = OnSet(
                 task=arm.task,
                 pairs=float(np.mean([rows[seed]["pairs"][0] for seed in seeds])),
+                dense=[float(dense[seed][own][0]) for seed in seeds],
                 own=[float(gain[own][0]) for gain in gains],
                 others=[float(gain[~own].mean()) for gain in gains],
             )
@@ -55,12 +58,10 @@ def read(records: Records, kind: str) -> list[OnSet]:
 def names_table(records: Records) -> str:
     """Return what each expert gains on its own set, the largest gain first."""
     by_kind = {kind: {one.task: one for one in read(records, kind)} for kind in KINDS}
-    classes = dict(zip(records.data["tasks"], records.data["classes"], strict=True))
-    levels = list(records.equal(STUDY, PARTS).values())
-    dense = dict(zip(records.data["tasks"], np.mean(levels, axis=0).tolist(), strict=True)) if levels else {}
+    classes = dict(zip(records.asked["tasks"], records.asked["classes"], strict=True))
     rows = []
     for task in sorted(by_kind["prior"], key=lambda task: -np.mean(by_kind["prior"][task].own)):
-        cells = [task, f"{classes[task]:,}", f"{dense[task]:.1f}"]
+        cells = [task, f"{classes[task]:,}", f"{np.mean(by_kind['prior'][task].dense):.1f}"]
         for kind in KINDS:
             one = by_kind[kind].get(task)
             cells += [f"{one.pairs:,.0f}", f"{np.mean(one.own):+.1f}"] if one else ["", ""]

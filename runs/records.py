@@ -15,6 +15,15 @@ from scipy.stats import t
 TUNED_EVERY = 4  # every fourth task, by name, chooses settings; the others confirm them
 CHOSE_BEFORE = ("lucide", "heroicons")  # the demo's tasks among them: the default rule was first chosen there
 BY_SEED = Mapping[int, np.ndarray]
+OF = {
+    "clip-image": " of images",
+    "clip-sets": " of whole icon sets",
+    "clip-both": " of images and captions",
+    "clip": " of captions by the seed model",
+    "tfidf": " of captions by TF-IDF",
+    "minilm-set": " of captions with their set's name",
+}
+"""What tables call the clusters of an encoder other than MiniLM of captions."""
 
 
 class Records:
@@ -26,6 +35,9 @@ class Records:
         for line in self.lines:
             self._found.setdefault((line["study"], line["row"]), {})[line["seed"]] = line["values"]
         self.data = self.values("data", "tasks")[0]
+        """What was asked first, images that training has too among it."""
+        self.asked = next(line["values"] for line in reversed(self.lines) if is_exam(line))
+        """What is asked now, without such images."""
         self.tuned = np.arange(len(self.data["tasks"])) % TUNED_EVERY == 0
         self.confirmed = ~self.tuned & ~np.isin(self.data["tasks"], CHOSE_BEFORE)
         studies = {study.name: study for study in read_studies()[1]}
@@ -53,6 +65,11 @@ class Records:
             return self.tasks(study, f"{arm.name} mixing", "logarithms of probabilities")
         rule = how or ("per_class" if arm.kind == "mode" else "uniform")
         return self.tasks(study, f"{arm.name} {rule}")
+
+
+def is_exam(line: Mapping[str, Any]) -> bool:
+    """Tell whether a record says what was asked."""
+    return line["study"] == "data" and line["row"].startswith("tasks")
 
 
 def interval(values: Sequence[float]) -> str:
@@ -92,10 +109,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1)
 
 
 def label(arm: Arm) -> str:
-    """Return what a table calls an arm of several models."""
-    kind = "Full" if arm.kind == "full" else "MoDE"
-    of = " of images" if arm.encoder == "clip-image" else ""
-    return f"{kind}-{arm.experts}{of}, {arm.budget}, parted at {arm.part}"
+    """Return what a table calls an arm of several models, by all in which it differs from the usual ones."""
+    kind = {"full": "Full", "random": "Random"}.get(arm.kind, "MoDE")
+    words = [f"{kind}-{arm.experts}{OF.get(arm.encoder, '')}", arm.budget, f"parted at {arm.part}"]
+    words += [] if arm.fine == base_arm().fine else [f"M = {arm.fine:,}"]
+    words += [f"{100 * arm.outside:g} % from outside"] if arm.outside else []
+    words += [] if arm.trainable == "all" else [f"`{arm.trainable}`"]
+    words += [] if arm.rate == 1 else [f"{arm.rate:g} times the learning rate"]
+    return ", ".join(words)
 
 
 def plain_arms(study: Study) -> list[Arm]:

@@ -348,6 +348,21 @@ def batches_table(records: Records, study: str) -> str:
     return table([*columns, "against random ones of that size", "against dense"], rows)
 
 
+def copies_asked(records: Records) -> str:
+    """Return which studies were asked images that training has too."""
+    before, now = np.array(records.data["images"]), np.array(records.asked["images"])
+    copies, names = before - now, records.data["tasks"]
+    if not copies.any():
+        return ""
+    dense = [line for line in records.lines if line["row"] == f"part-{PARTS}"]
+    with_copies = dict.fromkeys(line["study"] for line in dense if "hits" not in line["values"])
+    most = [f"{names[task]} {copies[task]} of {before[task]}" for task in np.argsort(-copies, kind="stable")[:4]]
+    return (
+        f" In the studies {', '.join(f'`{study}`' for study in with_copies)} {copies.sum()} of the images are in "
+        f"training too, most of them in {', '.join(most)}; the others are asked without them."
+    )
+
+
 def facts_table(records: Records) -> str:
     """Return where and when the records were made."""
     lines = [line for line in records.lines if "machine" in line]
@@ -355,9 +370,11 @@ def facts_table(records: Records) -> str:
     days = sorted({line["date"] for line in lines})
     where = "; ".join(f"{machine}, one thread a model, torch {torch}" for machine, torch in places)
     data, when = records.data, " to ".join(dict.fromkeys([days[0], days[-1]]))
+    clean = sum(records.asked["images"])
+    without = f"{clean:,} without those that training has too, " if clean < sum(data["images"]) else ""
     return (
-        f"{data['pairs']:,} pairs; {len(data['tasks'])} tasks, {sum(data['images']):,} images, "
-        f"{min(data['classes']):,} to {max(data['classes']):,} classes; {where}; {when}."
+        f"{data['pairs']:,} pairs; {len(data['tasks'])} tasks, {sum(data['images']):,} images, {without}"
+        f"{min(data['classes']):,} to {max(data['classes']):,} classes; {where}; {when}.{copies_asked(records)}"
     )
 
 

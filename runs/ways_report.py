@@ -1,4 +1,4 @@
-"""Every way to train that was tried against one dense model of its cost, in one table: what should I try first?
+"""Ways to train that were tried against one dense model of their cost, in one table: what should I try first?
 
 The rows come from the records of all studies: experts, subjects, batches, one model out of many, curation.
 """
@@ -37,7 +37,7 @@ ONE_MODEL = {
 DEMOS = {"demo.jsonl": "`modeclip-icon`", "demo_short.jsonl": "`xs`"}
 """Records of the demo's question, and the towers."""
 MORE = 1.05
-"""What costs more than so many times the dense model says so."""
+"""What costs more than so many times the dense model, or less than its inverse, says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,14 @@ class Row:
     gain: str
     mean: float
     is_certain: bool
+    cost: float = 1.0
+    """What it costs, the dense model's cost being 1."""
 
     @property
     def verdict(self) -> str:
-        """Say whether it pays."""
-        return ("gains" if self.mean > 0 else "loses") if self.is_certain else "not certain"
+        """Say whether it pays, and at which cost if it is another."""
+        words = ("gains" if self.mean > 0 else "loses") if self.is_certain else "not certain"
+        return words + ("" if 1 / MORE < self.cost < MORE else f", at {self.cost:.2f} times the cost")
 
 
 def rows_of(records: Records, subjects: subjects_report.Found, one_model: Lines, curation: Lines) -> list[Row]:
@@ -75,9 +78,9 @@ def ways_table(rows: list[Row]) -> str:
     return table(["way to train", "measured on", "points", "verdict"], cells, words=2)
 
 
-def _of(way: str, where: str, gain: Gain) -> Iterator[Row]:
+def _of(way: str, where: str, gain: Gain, cost: float = 1.0) -> Iterator[Row]:
     if len(gain.values) > 1:
-        yield Row(way=way, where=where, gain=str(gain), mean=gain.mean, is_certain=gain.is_certain)
+        yield Row(way=way, where=where, gain=str(gain), mean=gain.mean, is_certain=gain.is_certain, cost=cost)
 
 
 def _known(records: Records, subjects: subjects_report.Found) -> Iterator[Row]:
@@ -131,6 +134,8 @@ def _mixtures(records: Records) -> Iterator[Row]:
         yield from _of("4 experts on clusters of captions, log-probabilities", where, logs)
         full = at_equal_cost(records, study, base_arm(kind="full"))
         yield from _of("4 models of all data, averaged", where, full)
+        late = at_equal_cost(records, study, base_arm(encoder="clip-image", part=24))
+        yield from _of("4 experts on clusters of images, parted at 24", where, late)
         sets = at_equal_cost(records, study, base_arm(encoder="clip-sets"))
         yield from _of("4 experts on groups of whole icon sets", where, sets)
 
@@ -151,9 +156,8 @@ def _one_model(lines: Lines) -> Iterator[Row]:
     flops = {cell: np.mean([values["flops"] for values in of.values()]) for cell, of in found.items()}
     for cell, words in ONE_MODEL.items():
         times = flops.get(cell, 1.0) / flops.get(one_model_report.EQUAL_COST, 1.0)
-        words += f" ({times:.2f} times the cost)" if times > MORE else ""
         gains = one_model_report.gains(lines, cell, "tasks", one_model_report.EQUAL_COST)
-        yield from _of(words, "`xs`, from a base of 0.52 million samples", Gain(gains))
+        yield from _of(words, "`xs`, from a base of 0.52 million samples", Gain(gains), float(times))
 
 
 def _curated(lines: Lines) -> Iterator[Row]:

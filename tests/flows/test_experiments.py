@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -322,10 +323,11 @@ def test_ways_are_in_the_order_of_their_gains_and_certain_ones_alone_are_bold(sc
 
 def test_batches_of_one_cluster_are_of_the_same_samples_as_random_ones(scripts: dict[str, ModuleType]) -> None:
     experiments = scripts["experiments"]
-    study = next(study for study in experiments.read_studies()[1] if study.name == "batches")
+    study = next(study for study in experiments.read_studies()[1] if study.name == experiments.QUARTER)
+    arms = [arm for arm in study.arms if arm.kind in {"pure", "batch"}]
     names = [arm.name for arm in study.arms]
     assert len(set(names)) == len(names)
-    assert all(arm.cost == experiments.PARTS for arm in study.arms)
+    assert all(arm.cost == experiments.PARTS for arm in arms)
     whole = study.train.steps_per_part * experiments.PARTS * study.train.batch_size
     workshop = experiments.Workshop.__new__(experiments.Workshop)
     workshop.clustering = lambda arm, *_: (None, f"expert_{arm.encoder}")
@@ -340,11 +342,32 @@ def test_batches_of_one_cluster_are_of_the_same_samples_as_random_ones(scripts: 
         first_share=0.5,
         last_share=1.0,
     )
-    for arm in study.arms:
+    for arm in arms:
         made = workshop.in_batches(job, arm, study, 0)
         assert made.last_step * made.config.batch_size == whole
         assert made.first_step * made.config.batch_size * 2 == whole
         assert made.config.groups == (f"expert_{arm.encoder}" if arm.kind == "pure" else None)
+
+
+def test_a_random_split_of_a_study_has_the_sizes_of_the_clusters_among_its_pairs(
+    scripts: dict[str, ModuleType],
+) -> None:
+    """Also where the pairs of the study and the split are drawn with the same seed."""
+    experiments = scripts["experiments"]
+    study = next(study for study in experiments.read_studies()[1] if study.name == experiments.QUARTER)
+    columns = {"expert_a": np.sort(np.random.default_rng(1).integers(0, 4, 400)).astype(np.int32)}
+    catalog = SimpleNamespace(columns=columns, read=lambda names: {name: columns[name].copy() for name in names})
+    catalog.add_columns = columns.update
+    workshop = experiments.Workshop.__new__(experiments.Workshop)
+    workshop.clustering = lambda *_: (None, "expert_a")
+    columns["sample"] = np.random.default_rng(0).permutation(400) < 100
+    workshop.sample_column = lambda study: "sample" if study.pairs else None
+    workshop.__class__ = type("Made", (experiments.Workshop,), {"catalog": catalog})
+    for pairs in (0, 100):
+        name = workshop.random_column(experiments.base_arm(kind="random"), replace(study, pairs=pairs), 0)
+        chosen = columns["sample"] if pairs else np.ones(400, bool)
+        assert np.bincount(columns[name][chosen]).tolist() == np.bincount(columns["expert_a"][chosen]).tolist()
+        assert (columns[name] != columns["expert_a"]).any()
 
 
 def test_centres_of_icon_sets_are_the_directions_of_their_mean_images(scripts: dict[str, ModuleType]) -> None:
@@ -367,7 +390,8 @@ def test_experts_for_known_names_count_on_their_own_set(scripts: dict[str, Modul
     arms = tuple(arm(kind=name[:5], task=name[6:]) for name in rows)
     records = SimpleNamespace(
         studies={"names": SimpleNamespace(arms=arms)},
-        data={"tasks": ["a", "b", "c"], "classes": [3, 4, 5]},
+        data={"tasks": ["a", "b", "c"], "classes": [6, 7, 8]},
+        asked={"tasks": ["a", "b", "c"], "classes": [3, 4, 5]},
         equal=lambda *_: dense,
         values=lambda _, name: {seed: {"tasks": tasks, "pairs": [500]} for seed, tasks in rows[name].items()},
     )
@@ -377,7 +401,7 @@ def test_experts_for_known_names_count_on_their_own_set(scripts: dict[str, Modul
     said = report.found(records)
     assert all(words in said for words in ("stands at +2.8", "better on 2 of them", "stands at -0.8"))
     lines = report.names_table(records).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| a", "| b"]
+    assert [line.split(" | ")[:3] for line in lines] == [["| a", "3", "11.0"], ["| b", "4", "20.0"]]
     assert ["+3.0" in lines[0], "+5.0" in lines[0], "+2.5" in lines[1]] == [True] * 3
 
 

@@ -1,4 +1,4 @@
-"""From which length of training on experts on clusters of images were seen to pay, for towers of any size.
+"""From which length of training on experts on clusters of images should pay, by a line through what was measured.
 
 The gain of four such experts over one dense model of equal cost rose with what towers of their size have seen: samples
 over the floating-point operations of a training sample (docs/results.md, "When do experts pay?"). The line through it
@@ -17,7 +17,7 @@ SAMPLES_PER_FLOP = 0.19
 
 
 def image_experts_pay_from(flops: int) -> float:
-    """Return the samples from which on experts on clusters of images were seen to gain.
+    """Return the samples from which on experts on clusters of images gain by the line.
 
     Args:
         flops: Floating-point operations of a training sample, forward and backward (`modeclip.models.flops`).
@@ -35,11 +35,11 @@ def outlook(samples: int, flops: int) -> str:
     needed = image_experts_pay_from(flops)
     if samples >= needed:
         return (
-            "On icons, experts on clusters of images were seen to gain after a training as long as this one for towers "
-            "of this size (docs/results.md): if they do not gain here, it is not for want of length."
+            "By a line through six trainings on icons, experts on clusters of images gain after a training as long as "
+            "this one for towers of this size (docs/results.md): if they do not here, it is not for want of length."
         )
     rounded = round(needed, 1 - math.floor(math.log10(needed)))
     return (
-        f"On icons, experts on clusters of images were seen to gain from about {rounded:,.0f} samples on with towers "
-        f"of this size (docs/results.md); this trial is {needed / samples:.2g} times shorter."
+        f"By a line through six trainings on icons, experts on clusters of images gain from about {rounded:,.0f} "
+        f"samples on with towers of this size (docs/results.md); this trial is {needed / samples:.2g} times shorter."
     )
