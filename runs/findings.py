@@ -334,11 +334,12 @@ def in_short(records: Records) -> str:
         f"about that cost they stand at {four} and {eight}. On a quarter of the pairs four gain "
         f"{at_equal_cost(records, QUARTER, IMAGE_ARM).size}, and {controlled.size} on four models of all data, so it "
         "is the clusters that gain;",
-        f"experts on clusters of captions stand at {at_equal_cost(records, 'long-xxxs', main)} there and at "
-        f"{at_equal_cost(records, 'main', main)} on larger towers after 3.1 passes;",
+        f"experts on clusters of captions stand at {at_equal_cost(records, 'long-xxxs', main)} on those small "
+        f"towers and at {at_equal_cost(records, 'main', main)} on larger ones after 3.1 passes;",
         f"against the dense model on its own, shorter schedule, which is the paper's comparison, four experts of "
         f"captions gain "
-        f"{own.size}, and `per_class` gains {rule.size} on uniform weights where the published rules gain nothing.",
+        f"{own.size}, and `per_class`, our rule that weighs the experts for each class name, gains {rule.size} on "
+        f"uniform weights where the published rules gain nothing.",
     )
     return "\n".join(f"- {point}" for point in points)
 

@@ -121,7 +121,8 @@ def brief(lines: Lines) -> str:
     }
     text = (
         f"From a small CLIP of {base} % on held-out icon sets, {seeds} seeds, in points against one dense model that "
-        f"cost as many operations as base and DMU together ({dense} %): {'; '.join(ways)}. Sparse upcycling trains all "
+        f"cost as many operations as that CLIP and its multiplet upcycling (DMU) together ({dense} %): "
+        f"{'; '.join(ways)}. Sparse upcycling trains all "
         f"of the model and costs {costs[SPARSE] / costs[EQUAL_COST]:.2f} times that."
     )
     if gains(lines, SPARSE, "tasks", SPARSE_COST):

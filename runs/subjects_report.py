@@ -71,13 +71,16 @@ def both(points: np.ndarray) -> str:
     """Return a mean gain with its intervals over the seeds and over the tasks."""
     if not points.size:
         return ""
-    seeds, tasks = points.mean(axis=1), points.mean(axis=0)
-    halves = [
-        t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-        for values in (seeds, tasks)
+    return f"{points.mean():+.1f}\u00a0±\u00a0" + ", ".join(f"{half:.1f}" for half in half_widths(points))
+
+
+def half_widths(points: np.ndarray) -> list[float]:
+    """Return the half widths of a mean's 95 % intervals over the seeds and over the tasks, where there are several."""
+    return [
+        float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+        for values in (points.mean(axis=1), points.mean(axis=0))
         if len(values) > 1
     ]
-    return f"{points.mean():+.1f}\u00a0±\u00a0" + ", ".join(f"{half:.1f}" for half in halves)
 
 
 def marked(points: np.ndarray) -> str:
@@ -157,12 +160,16 @@ def in_short(found: Found) -> str:
     gained = known(found)
     own, others = (np.stack([each[side] for each in gained.values()], axis=1) for side in (0, 1))
     *most, last = gained
+
+    def said(points: np.ndarray) -> str:
+        seeds, subjects = half_widths(points)
+        return f"±\u00a0{seeds:.1f} over {len(points)} seeds, ±\u00a0{subjects:.1f} over the subjects"
+
     verb = "does not beat" if own.mean() <= 0 else "beats" if is_certain(own) else "may beat"
     return (
         f"- **one expert for names that are known beforehand {verb} a dense model of the same cost**: by "
-        f"{both(own).lstrip('+')} points on {', '.join(most)} and {last}, the {len(gained)} largest subjects of the "
-        f"held-out icons (intervals over {len(own)} seeds and over the subjects); on other subjects it stands at "
-        f"{both(others)};"
+        f"{own.mean():.1f} points ({said(own)}) on {', '.join(most)} and {last}, the {len(gained)} largest subjects of "
+        f"the held-out icons; on other subjects it stands at {others.mean():+.1f} ({said(others)});"
     )
 
 

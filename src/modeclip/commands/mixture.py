@@ -17,6 +17,7 @@ from modeclip.mixture.explain import flag, warning
 from modeclip.mixture.extending import ExtendConfig
 from modeclip.mixture.rules import RULES, Mix
 from modeclip.system.console import busy, log, print_json, print_lines, print_table
+from modeclip.system.devices import choose_device
 from modeclip.system.options import AsJson, CatalogPath, Mask, MaxMemory, Ray, UserEncoder, Where, to_bytes
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def classify(
     mix: Annotated[
         Mix, arg(help="What is weighted and summed: the experts' cosines or log-probabilities.")
     ] = "cosines",
+    device: Annotated[str, arg(help="Where it computes: auto, cpu, cuda.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Name the class of each picture, by the experts that the class names are routed to.
@@ -166,7 +168,7 @@ def classify(
             route_by_prompts=route_by_prompts,
             rule=rule,
             temperature=temperature,
-        )
+        ).to(choose_device(device))
     domain = task.route.domain
     flags = {} if task.route.per_image else {reason.name: reason for reason in task.explain()}
     if words := warning(names, domain):

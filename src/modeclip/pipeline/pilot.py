@@ -206,10 +206,10 @@ class _Pilot:
         if not path.is_file():
             data, wanted = self.data, self.config.wanted_pairs
             opened = open_source(data)
+            if data.holdout == "image" and not opened.draws_images:
+                data = replace(data, holdout="similar")  # but small drawings have similar hashes without being copies
             if not data.holdout_fraction:
-                # small drawings have similar hashes without being copies, and chains of them
-                unit = "similar" if data.holdout == "image" and not opened.draws_images else data.holdout
-                data = replace(data, holdout_fraction=HELD_FRACTION, holdout_seed=self.config.seed, holdout=unit)
+                data = replace(data, holdout_fraction=HELD_FRACTION, holdout_seed=self.config.seed)
             found = sample_source(opened, wanted, seconds=6 * self.config.minutes, seed=self.config.seed)
             result = index(data, self.out, replace=True, source=found.source)
             write_json(
