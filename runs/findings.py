@@ -297,7 +297,8 @@ def findings(records: Records) -> str:
             f"expert's batch ({np.mean(of_captions):.3f} with captions, {np.mean(of_images):.3f} with images). The "
             f"paper means "
             "images that fit another pair's caption: by the scores of the dense model itself they are no fewer in an "
-            "expert's batches ([below](#tasks-of-a-subject-each)), but these are the scores of weak models.",
+            "expert's batches ([below](#tasks-of-a-subject-each)), but these are the scores of weak "
+            "models, which do not tell a hard negative from a false one.",
             f"**Experts that part at 27 of 32, as published, change nothing** (`paper` {late}): with 6 % of the "
             f"learning rate "
             "left they stay what the seed model is.",

@@ -201,7 +201,8 @@ def rates_found(records: Records) -> str:
     )
     seeds = len(after.values)
     return (
-        f"Every fourth task chooses {best(dense)} for the dense model and {best(images)} for experts of images. On the "
+        f"Every fourth task chooses {best(dense)} of {len(dense)} for the dense model and {best(images)} of "
+        f"{len(images)} for experts of images. On the "
         f"other tasks the experts then stand at {after} against the dense model; with the usual rate for both they "
         f"stand at {before} there ({seeds} random seed{'s' if seeds > 1 else ''})."
     )
