@@ -408,6 +408,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "trained-parts": lambda: small_report.parts_table(records),
         "rates": lambda: small_report.rates_table(records),
         "rates-found": lambda: small_report.rates_found(records),
+        "last-blocks": small_report.last_blocks,
         "finished": lambda: small_report.finished_table(records),
         "finished-found": lambda: small_report.finished_found(records),
         "batches": lambda: batches_table(records, "batches"),

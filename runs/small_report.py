@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from experiments import PARTS, QUARTER, Arm, Study, base_arm, training_flops
+from experiments import HERE, PARTS, QUARTER, Arm, Study, base_arm, training_flops
 from findings import IMAGE_ARM, Gain
 from records import BY_SEED, Records, against, averages, mean, table
 
@@ -43,6 +44,26 @@ def parts_table(records: Records) -> str:
             rows.append([of(arm), trains(arm), *cells, against(records.mixed(QUARTER, arm, "log"), dense)])
     columns = ["four experts of", "train", "a sample's FLOPs, %", "thousand samples each", "average", "against dense"]
     return table([*columns, "by log-probabilities, against dense"], rows, words=2)
+
+
+def last_blocks() -> str:
+    """Return what experts gain that train the last block of towers of two, by the pilot's record."""
+    pilot = json.loads((HERE / "pilot.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row["gain"] for row in pilot["rows"]}
+
+    def said(name: str) -> str:
+        parts = []
+        for question, words in (("class names", "class names"), ("retrieval", "retrieval")):
+            mean, low, high = (100 * rows[name][question][key] for key in ("mean", "low", "high"))
+            parts.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) points of {words}")
+        return " and ".join(parts)
+
+    plan = pilot["plan"]
+    where = f"`{plan['model']}`, {plan['num_pairs']:,} pairs, {plan['samples']:,} samples, {plan['seeds']} seeds"
+    return (
+        f"`last:1` on towers of two blocks ({where}, parted half way, `runs/pilot.json`): experts of images stand at "
+        f"{said('trunk')} against the dense model of equal cost, whole ones of the same clusters at {said('images')}."
+    )
 
 
 def finished_table(records: Records) -> str:
