@@ -248,7 +248,7 @@ class Workshop:
         sample = self.sample_column(study)
         name = "_".join([column.replace("expert_", "random_", 1), *([sample] if sample else [])])
         if name not in self.catalog.columns:
-            experts = self.catalog.read([column])[column]
+            experts = np.array(self.catalog.read([column])[column])
             drawn = np.random.default_rng(seed)
             if sample:
                 rows = np.flatnonzero(self.catalog.read([sample])[sample])

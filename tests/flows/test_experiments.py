@@ -354,9 +354,15 @@ def test_a_random_split_of_a_study_has_the_sizes_of_the_clusters_among_its_pairs
 ) -> None:
     """Also where the pairs of the study and the split are drawn with the same seed."""
     experiments = scripts["experiments"]
+
+    def fixed(values: np.ndarray) -> np.ndarray:
+        values = values.copy()
+        values.setflags(write=False)  # as a catalog gives them
+        return values
+
     study = next(study for study in experiments.read_studies()[1] if study.name == experiments.QUARTER)
     columns = {"expert_a": np.sort(np.random.default_rng(1).integers(0, 4, 400)).astype(np.int32)}
-    catalog = SimpleNamespace(columns=columns, read=lambda names: {name: columns[name].copy() for name in names})
+    catalog = SimpleNamespace(columns=columns, read=lambda names: {name: fixed(columns[name]) for name in names})
     catalog.add_columns = columns.update
     workshop = experiments.Workshop.__new__(experiments.Workshop)
     workshop.clustering = lambda *_: (None, "expert_a")
