@@ -26,6 +26,8 @@ class OnSet:
     """What an expert for the names of a set does, a number for each random seed."""
 
     task: str
+    seeds: list[int]
+    """The random seeds."""
     pairs: float
     """Pairs that it was trained on after the seed model."""
     dense: list[float]
@@ -46,6 +48,7 @@ def read(records: Records, kind: str) -> list[OnSet]:
             gains = [np.array(rows[seed]["tasks"]) - dense[seed] for seed in seeds]
             on_set = OnSet(
                 task=arm.task,
+                seeds=seeds,
                 pairs=float(np.mean([rows[seed]["pairs"][0] for seed in seeds])),
                 dense=[float(dense[seed][own][0]) for seed in seeds],
                 own=[float(gain[own][0]) for gain in gains],
@@ -81,15 +84,37 @@ def found(records: Records) -> str:
             verdict = "it helps" if own.is_certain and own.mean > 0 else "it does not help for certain"
             parts.append(
                 f"- **{words[0].upper()}{words[1:]}** stands at {own} points against the dense model of equal cost on "
-                f"its own set (95 % over {len(own.values)} sets, {seeds_of(experts)}), is better on {better} of them, "
+                f"its own set (95 % over {len(own.values)} sets, {over_seeds(experts)}), is better on {better} of "
+                "them, "
                 f"and stands at {others} on the other sets: {verdict}{_by_pairs(experts)}."
             )
-    both = {kind: {one.task: float(np.mean(one.own)) for one in read(records, kind)} for kind in KINDS}
-    shared = sorted(both["prior"].keys() & both["named"].keys())
-    if len(shared) > 1:
-        apart = Gain([both["named"][task] - both["prior"][task] for task in shared])
-        parts.append(f"- Against each other: named pairs {apart} against clusters, over {len(shared)} sets.")
+    if len(apart := apart_by_set(records)) > 1:
+        parts.append(
+            f"- Against each other, in the seeds that both have: named pairs {Gain(apart)} against clusters, over "
+            f"{len(apart)} sets."
+        )
     return "\n".join(parts) or "Not measured yet."
+
+
+def apart_by_set(records: Records) -> list[float]:
+    """Return by how much named pairs are better than clusters on each set, in the seeds that both have."""
+    prior, named = ({one.task: dict(zip(one.seeds, one.own, strict=True)) for one in read(records, k)} for k in KINDS)
+    both = {
+        task: [gain - prior[task][seed] for seed, gain in own.items() if seed in prior[task]]
+        for task, own in named.items()
+        if task in prior
+    }
+    return [float(np.mean(gains)) for gains in both.values() if gains]
+
+
+def over_seeds(experts: list[OnSet]) -> str:
+    """Return over how many random seeds experts were trained, and what the mean over the sets is in each."""
+    by_seed: dict[int, list[float]] = {}
+    for one in experts:
+        for seed, gain in zip(one.seeds, one.own, strict=True):
+            by_seed.setdefault(seed, []).append(gain)
+    whole = [float(np.mean(gains)) for gains in by_seed.values() if len(gains) == len(experts)]
+    return seeds_of(experts) + (f", {Gain(whole)} over them" if len(whole) > 1 else "")
 
 
 def in_short(records: Records) -> str:
@@ -103,9 +128,10 @@ def in_short(records: Records) -> str:
     passes = study.train.samples / records.data["pairs"]
     return (
         f"- on each of {len(prior.values)} held-out icon sets, none chosen, such an expert of the clusters nearest to "
-        f"the set's names stands at {prior}, and one of the pairs alone whose caption is one of the names at {named}, "
-        f"better on {sum(gain > 0 for gain in named.values)} of them, after {passes:.1f} passes over all pairs "
-        f"({seeds_of(kinds['named'])}, intervals over the sets, [each set](docs/results.md#on-every-set-none-chosen));"
+        f"the set's names stands at {prior} ({seeds_of(kinds['prior'])}), and one of the pairs alone whose caption is "
+        f"one of the names at {named} ({seeds_of(kinds['named'])}), better on {sum(g > 0 for g in named.values)} of "
+        f"them, after {passes:.1f} passes over all pairs (intervals over the sets, "
+        "[each set](docs/results.md#on-every-set-none-chosen));"
     )
 
 
