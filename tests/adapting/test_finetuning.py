@@ -276,6 +276,21 @@ def test_same_call_again_is_done(model: str, tuned: FinetuneResult, catalog: Cat
     assert weights.stat().st_mtime_ns == before
 
 
+def test_settings_of_the_checks_and_damaged_notes_train_anew(model: str, catalog: Catalog, tmp_path: Path) -> None:
+    config, out = replace(CONFIG, epochs=1, checks=1, patience=1, alphas=1), tmp_path / "out"
+    first = finetune(model, catalog, config, out=out)
+    for other in (replace(config, tolerance=0.5), replace(config, alphas=2), replace(config, checks=2, patience=3)):
+        again = finetune(model, catalog, other, out=out)
+        assert again.digest != first.digest
+        assert again.steps == again.planned_steps == first.steps
+        assert again.checks[-1] == first.checks[-1]
+    weights = (out / "open_clip_model.safetensors").read_bytes()
+    (out / "notes.json").write_text("{")
+    (out / "finetune.json").unlink()
+    assert finetune(model, catalog, other, out=out) == again
+    assert (out / "open_clip_model.safetensors").read_bytes() == weights
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=11),
     st.sampled_from([0.0, 0.1, 0.25, 1.0]),

@@ -62,6 +62,7 @@ from modeclip.training.jobs import (
     TrainConfig,
     TrainJob,
     check_trainable,
+    prepare,
 )
 from modeclip.training.trainer import train
 
@@ -275,6 +276,10 @@ def finetune(
             _warn(done.warnings)
             return done
         notes = _Notes.open(out / NOTES_FILE, digest)
+        if notes is None:  # what may be trained here was checked with other settings
+            prepare(job, "never")
+            notes = _Notes(out / NOTES_FILE, digest, [], {})
+            notes.save()
         task = own_task(chosen, split, config.captions)
         warnings = warnings_of(split, task, job.last_step)
         _warn(warnings)
@@ -384,16 +389,15 @@ class _Notes:
     """A 0 or 1 for each image, by alpha and task."""
 
     @classmethod
-    def open(cls, path: Path, digest: str) -> _Notes:
+    def open(cls, path: Path, digest: str) -> _Notes | None:
+        """Return the notes of a fine-tuning; None where there are none of it."""
         try:
-            notes = read_json(path, NotesContent, "all is scored again")
+            notes = read_json(path, NotesContent, "the model is trained again")
         except DamagedError as error:
             if path.exists():
                 log(str(error))
-            notes = NotesContent(digest="", checks=[], found={})
-        if notes["digest"] != digest:
-            return cls(path, digest, [], {})
-        return cls(path, digest, notes["checks"], notes["found"])
+            return None
+        return cls(path, digest, notes["checks"], notes["found"]) if notes["digest"] == digest else None
 
     def save(self) -> None:
         content = {"digest": self.digest, "checks": self.checks, "found": self.found}
