@@ -16,6 +16,7 @@ from modeclip.clustering.fitting import count_pairs
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import ALL, Selection
 from modeclip.errors import ModeclipError
+from modeclip.models.clip import load_clip, save_clip
 from modeclip.training.batches import job_rows
 from modeclip.training.experts import (
     ExpertsConfig,
@@ -29,7 +30,7 @@ from modeclip.training.experts import (
 )
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from modeclip.training.status import status
-from support import mark_done, with_weights
+from support import mark_done, weights_of, with_weights
 
 TRAIN = TrainConfig(model="modeclip-icon", samples=32 * 8 * 10, batch_size=8)
 
@@ -189,11 +190,26 @@ def test_a_checkpoint_and_a_pretrained_model_as_the_seed(tmp_path: Path) -> None
 def test_a_pretrained_seed_is_exported_to_stand_in(tmp_path: Path) -> None:
     start = with_weights("modeclip-icon-xxxs", tmp_path)
     folder = seed_model(tmp_path, TRAIN, ExpertsConfig(start=start))
-    assert folder == tmp_path / "seed"
+    assert folder.parent == tmp_path
     assert {path.name for path in folder.iterdir()} >= {"open_clip_config.json", "open_clip_model.safetensors"}
     before = (folder / "open_clip_model.safetensors").stat().st_mtime_ns
     assert seed_model(tmp_path, TRAIN, ExpertsConfig(start=start)) == folder
     assert (folder / "open_clip_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_exported_seed_is_that_of_its_start(tmp_path: Path) -> None:
+    """Not that of an earlier start, nor a seed that was trained here, nor what the start's file held before."""
+    folder = tmp_path / "models"
+    save_clip(load_clip("modeclip-icon-xxxs", seed=9), folder / "seed")
+    starts = [with_weights("modeclip-icon-xxxs", tmp_path, seed) for seed in (0, 1)]
+    files = [Path(start.partition("@")[2]) for start in starts]
+
+    def exported(start: str) -> bytes:
+        return weights_of(seed_model(folder, TRAIN, ExpertsConfig(start=start)))
+
+    assert [exported(start) for start in starts] == [file.read_bytes() for file in files]
+    files[0].write_bytes(files[1].read_bytes())
+    assert exported(starts[0]) == files[1].read_bytes()
 
 
 def test_fingerprint_follows_pairs_clusters_and_weights(catalog: Catalog, tmp_path: Path) -> None:

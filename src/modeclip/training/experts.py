@@ -35,7 +35,7 @@ from modeclip.data.selection import ALL, Selection
 from modeclip.errors import LIMIT, ModeclipError, check_between, check_least
 from modeclip.models.blocks import freeze
 from modeclip.models.checkpoints import checkpoint_files
-from modeclip.models.clip import check_model, hollow_model, load_clip, save_clip
+from modeclip.models.clip import PARITY_FILE, check_model, hollow_model, load_clip, save_clip
 from modeclip.system.files import hash_file, holder_of
 from modeclip.training.batches import select_rows
 from modeclip.training.choosing import with_model
@@ -292,7 +292,8 @@ def _given(rest: TrainJob, train: TrainConfig, experts: ExpertsConfig) -> TrainJ
 def seed_model(folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Path:
     """Return the model folder of the seed, which stands in for missing experts.
 
-    A seed that is given as a checkpoint or a specification is exported to the folder first.
+    A seed that is given as a checkpoint or a specification is exported to a folder of its own there first, whose name
+    has a hash of it.
 
     Args:
         folder: Folder of the models.
@@ -302,10 +303,13 @@ def seed_model(folder: Path, train: TrainConfig, experts: ExpertsConfig) -> Path
     own, start = folder / job_name("seed"), experts.start
     if start is None or (Path(start) / JOB_FILE).is_file():
         return own if start is None else Path(start)
-    if not own.is_dir():
-        spec = f"{train.model.partition('@')[0]}@{start}" if start.endswith(".pt") else start
-        save_clip(load_clip(spec), own)
-    return own
+    spec = f"{train.model.partition('@')[0]}@{start}" if start.endswith(".pt") else start
+    file = Path(spec.partition("@")[2])
+    content = [spec, *_weights(spec), *([hash_file(file)] if file.is_file() else [])]
+    given = own.with_name(f"{own.name}-{_join(content)}")
+    if not (given / PARITY_FILE).is_file():  # it is written last
+        save_clip(load_clip(spec), given)
+    return given
 
 
 def fingerprint_of(catalog: Catalog, clustering: Clustering | None, model: str) -> str:
