@@ -26,6 +26,7 @@ from modeclip.errors import ModeclipError
 from modeclip.evaluation.systems import open_systems
 from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.manifest import Lineage
+from modeclip.models.clip import load_clip
 from modeclip.models.pool import ModelRef
 from modeclip.pipeline.run_folder import RunFolder
 from modeclip.system.options import call
@@ -293,6 +294,18 @@ def test_a_model_as_the_start_stands_in_for_missing_experts(clustered: Path, tmp
     job = TrainJob.load(copy / "models" / "expert-0" / "job.json")
     assert (job.first_step, job.first_share, job.last_share, job.start_from) == (0, 0.0, 1.0, None)
     assert [expert.folder for expert in load_bundle(copy / "bundle").experts] == ["expert-0", "seed"]
+
+
+def test_a_checkpoint_as_the_start_is_of_the_model_that_fits_the_pairs(clustered: Path, tmp_path: Path) -> None:
+    """No model is named: the plan's is the one that the seed is exported as."""
+    clip = load_clip("modeclip-icon", seed=0)
+    torch.save({"epoch": 1, "name": "x", "state_dict": clip.model.state_dict()}, tmp_path / "epoch_1.pt")
+    copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
+    folder = RunFolder(folder=copy, experts=ExpertsConfig(start=str(tmp_path / "epoch_1.pt"), only=(1,)))
+    assert folder.training.model == "auto"
+    assert {job.config.model for job in folder.jobs} == {"modeclip-icon"}
+    seed = load_clip(folder.seed).model.state_dict()
+    assert all(torch.equal(value, seed[name]) for name, value in clip.model.state_dict().items())
 
 
 def test_a_bundle_tells_the_selection_in_words_that_can_be_read_back(

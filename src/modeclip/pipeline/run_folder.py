@@ -309,7 +309,8 @@ class RunFolder(RunPaths):
     @property
     def seed(self) -> Path:
         """The model folder of the seed, trained here or given."""
-        return seed_model(self.models, self.training, self.experts)
+        train = replace(self.training, model=self.members[0].config.model)  # the training may leave it to the pairs
+        return seed_model(self.models, train, self.experts)
 
     def evaluate(self, name: str, *, batch_size: int = 512, knowledge: Sequence[str] = ()) -> dict[str, Any]:
         """Score the finished models on the held-out tasks and write ``results.json`` and ``results``.
