@@ -378,6 +378,46 @@ def test_paths_count_from_the_recipe(small_run: Path, tmp_path: Path) -> None:
     assert recipe.train.model == f"{tmp_path}/models/seed"
 
 
+def test_paths_in_every_section_count_from_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those in lists and behind a word; what the settings say in words is none, whatever lies there."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    place = tmp_path / "mine"
+    for folder in ("seeds/s", "filter", "align", "exact", "wordnet", "openai", "tfidf", "cat"):
+        (place / folder).mkdir(parents=True)
+    (place / "wiki.jsonl").write_text(json.dumps({"word": "cat", "pos": "noun", "senses": []}) + "\n")
+    (place / "weights.pt").write_bytes(b"")
+    (place / "words.txt").write_text("cat\ndog\n")
+    recipe = place / "r.yaml"
+    recipe.write_text(
+        "data: {source: pairs}\nembed: {encoder: tfidf}\ntrain: {model: modeclip-icon@weights.pt}\n"
+        f"experts: {{start: seeds/s, for_classes: [words.txt, 'cat', '{','.join('abcdef' * 50)}']}}\n"
+        "evaluate: {knowledge: [wiki.jsonl]}\n"
+        "curate:\n- {method: align, tasks: [filter], model: filter}\n- {method: duplicates, by: exact}\n"
+        "- {method: klite, knowledge: [wordnet, wiki.jsonl, 'wordnet:wordnet']}\n"
+        "- {method: metaclip, entries: 'corpus:words.txt', wordnet: wordnet}\n"
+        "- {method: dfn, filter: filter, learner: ViT-B-32@openai, score: learnability, train: {model: seeds/s}}\n"
+    )
+    found = load_recipe(recipe)
+    assert (found.embed.encoder, found.train.model) == ("tfidf", f"modeclip-icon@{place}/weights.pt")
+    assert found.experts.start == f"{place}/seeds/s"
+    assert found.experts.for_classes[:2] == (f"{place}/words.txt", "cat")
+    assert found.evaluate.knowledge == (f"{place}/wiki.jsonl",)
+    assert [step.flat() for step in found.curate] == [
+        {"method": "align", "tasks": [f"{place}/filter"], "model": f"{place}/filter"},
+        {"method": "duplicates", "by": "exact"},
+        {"method": "klite", "knowledge": ["wordnet", f"{place}/wiki.jsonl", f"wordnet:{place}/wordnet"]},
+        {"method": "metaclip", "entries": f"corpus:{place}/words.txt", "wordnet": f"{place}/wordnet"},
+        {
+            "method": "dfn",
+            "filter": f"{place}/filter",
+            "learner": "ViT-B-32@openai",
+            "score": "learnability",
+            "train": {"model": f"{place}/seeds/s"},
+        },
+    ]
+
+
 def test_everybody_may_read_a_run_who_may_read_new_files(small_run: Path, tmp_path: Path) -> None:
     (tmp_path / "new").touch()
     permissions = (tmp_path / "new").stat().st_mode & 0o777

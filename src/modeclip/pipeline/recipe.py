@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from hashlib import sha256
 from importlib.resources import files
@@ -29,6 +31,18 @@ from modeclip.system.files import (
 from modeclip.system.paths import RunPaths, expand_homes, home_path
 from modeclip.training.experts import ExpertsConfig
 from modeclip.training.jobs import TrainConfig
+
+PLACES = (
+    "clean", "data", "encoder", "entries", "filter", "for_classes", "knowledge", "learner", "model", "start", "targets",
+    "tasks", "titles", "wordnet"
+)  # fmt: skip
+"""Settings that may name files and folders, apart from the source's own (`modeclip.data.sources.relative_to`)."""
+WORDS = ("auto", "corpus", "minilm", "simcse", "tfidf", "wordnet")
+"""What such a setting says that is no path, whatever lies beside the recipe."""
+PLACE = re.compile(
+    rf"((?:(?:corpus|wordnet|retrieval|local-dir|{'|'.join(PREFIXES)}):)?(?:[^=@#:/]+[=@])?)([^#]+)(#.*)?", re.DOTALL
+)
+"""What may stand around a path: ``corpus:PATH``, ``NAME@PATH``, ``NAME=PATH``, ``PATH#where``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,21 +142,17 @@ def load_recipe(path: Path) -> Recipe:
         raise ModeclipError(
             f"recipe {path}: no valid YAML ({' '.join(str(error).split())}); correct that line"
         ) from None
-    if isinstance(content, dict):
-        content.setdefault("name", path.stem)
-        for section, name in (("train", "model"), ("embed", "encoder")):
-            if isinstance(content.get(section), dict) and isinstance(content[section].get(name), str):
-                content[section][name] = _folder_beside(path, content[section][name])
-        experts = content.get("experts")
-        if isinstance(experts, dict) and isinstance(experts.get("for_classes"), list):
-            experts["for_classes"] = _beside(path, experts["for_classes"])
-        for step in content["curate"] if isinstance(content.get("curate"), list) else []:
-            for name, value in step.items() if isinstance(step, dict) else []:
-                step[name] = _beside(path, value)
     try:
+        if isinstance(content, dict):
+            content.setdefault("name", path.stem)
+            for name in ("embed", "curate", "train", "experts", "evaluate"):
+                if name in content:
+                    content[name] = _from_folder(path.parent, content[name])
         recipe = parse_recipe(content)
     except ModeclipError as error:
         raise ModeclipError(f"recipe {path}: {error}") from None
+    except RecursionError:
+        raise ModeclipError(f"recipe {path}: a part holds itself (an alias of YAML); write it out") from None
     return replace(recipe, data=relative_to(recipe.data, path.parent))
 
 
@@ -207,21 +217,46 @@ def hash_of(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _folder_beside(recipe: Path, value: str) -> str:
-    """Return the name of a model with its path taken from the recipe's folder, if it is a folder there."""
-    prefixes = ("local-dir:", *(f"{known}:" for known in PREFIXES))
+def find_place(name: str, value: str, folder: Path = Path()) -> tuple[str, Path, str] | None:
+    """Return the file or folder that a setting names, between what stands before and behind it; None if none is there.
+
+    Args:
+        name: Of the setting.
+        value: Of the setting, or one of its values.
+        folder: What a path that is not absolute counts from.
+
+    Examples:
+        >>> find_place("entries", "corpus:/dev/null"), find_place("entries", "corpus")
+        (('corpus:', PosixPath('/dev/null'), ''), None)
+    """
     value = expand_homes(value)
-    prefix = next((known for known in prefixes if value.startswith(known)), "")
-    folder = recipe.parent / value.removeprefix(prefix)
-    return f"{prefix}{folder}" if folder.is_dir() else value
+    parts = PLACE.fullmatch(value)
+    if name not in PLACES or parts is None or (value in WORDS and name != value):
+        return None
+    for before, path, behind in (("", value, ""), parts.groups("")):
+        with suppress(OSError, ValueError):  # too long for a path, or with signs that none has
+            if _is_meant(name, before, folder / path):
+                return before, folder / path, behind
+    return None
 
 
-def _beside(recipe: Path, value: Any) -> Any:
-    """Return a setting with its path taken from the recipe's folder, if there is something of that name there."""
+def _is_meant(name: str, before: str, place: Path) -> bool:
+    """Tell whether a place is there and of the kind that a setting names."""
+    if before.endswith("@") or name == "for_classes":
+        return place.is_file()
+    return place.is_dir() if name in {"encoder", "model"} else place.exists()
+
+
+def _from_folder(folder: Path, value: Any, name: str = "") -> Any:
+    """Return a setting, or a section, with the paths in it taken from a folder, where something of that name lies."""
+    if isinstance(value, dict):
+        return {key: _from_folder(folder, one, str(key)) for key, one in value.items()}
     if isinstance(value, list):
-        return [_beside(recipe, one) for one in value]
-    is_there = isinstance(value, str) and value and (recipe.parent / expand_homes(value)).exists()
-    return str(recipe.parent / expand_homes(value)) if is_there else value
+        return [_from_folder(folder, one, name) for one in value]
+    if not isinstance(value, str) or name not in PLACES:
+        return value
+    found = find_place(name, value, folder)
+    return expand_homes(value) if found is None else "".join(map(str, found))
 
 
 def _check_fields(section: type, content: dict[str, Any], place: tuple[str, ...]) -> None:
