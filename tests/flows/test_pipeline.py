@@ -27,13 +27,16 @@ from tests.data.test_knowledge import gloss, word, write_dump
 
 from modeclip.data.catalog import Catalog
 from modeclip.data.indexing import index
+from modeclip.data.sources import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.mode import MoDE
+from modeclip.models.clip import load_clip, save_clip
 from modeclip.pipeline import run_folder
 from modeclip.pipeline import stages as pipeline_stages
 from modeclip.pipeline.planning import plan_run
 from modeclip.pipeline.recipe import Recipe, load_recipe, parse_recipe
-from modeclip.pipeline.stages import run
+from modeclip.pipeline.stages import Stages, open_run, run
+from modeclip.system.files import hash_file
 from modeclip.training.batches import job_rows
 from modeclip.training.costs import Measurement
 from modeclip.training.jobs import TrainJob
@@ -416,6 +419,60 @@ def test_paths_in_every_section_count_from_the_recipe(tmp_path: Path, monkeypatc
             "train": {"model": f"{place}/seeds/s"},
         },
     ]
+
+
+def test_a_curation_notices_what_its_methods_read(
+    pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "entries").mkdir()
+    words = [tmp_path / name for name in ("plain.txt", "corpus.txt", "entries/en.txt", "wiki.jsonl")]
+    for file in words:
+        file.write_text('{"word": "cat"}\n')
+    filters = [tmp_path / "filter", tmp_path / "weights"]
+    for seed, filter_folder in enumerate(filters):
+        save_clip(load_clip("modeclip-icon-xxxs", seed=seed), filter_folder)
+    file = tmp_path / "file.safetensors"
+    shutil.copy(filters[0] / WEIGHTS, file)
+    index(DataConfig(source=str(pair_folder)), tmp_path / "clean")
+    steps = [
+        {"method": "metaclip", "entries": str(words[0])},
+        {"method": "metaclip", "column": "corpus", "entries": f"corpus:{words[1]}"},
+        {"method": "metaclip", "column": "folder", "entries": str(words[2].parent), "language_column": "language"},
+        {"method": "klite", "knowledge": ["wordnet", str(words[3])]},
+        {"method": "dfn", "filter": str(filters[0])},
+        {"method": "dfn", "column": "file", "filter": f"modeclip-icon-xxxs@{file}"},
+        {"method": "dfn", "column": "clean", "clean": str(tmp_path / "clean"), "train": {"model": str(filters[1])}},
+    ]
+    recipe = parse_recipe({"name": "a", "data": {"source": "x"}, "curate": steps})
+
+    def stage(_stages: Stages, _name: str, _work: object, inputs: list[object], _made: object) -> None:
+        raise ModeclipError(json.dumps(inputs))
+
+    def inputs(recipe: Recipe) -> list[object]:
+        stages = Stages(recipe, open_run(recipe, tmp_path / "run"))
+        stages.digests["embed"] = "embedded"
+        with pytest.raises(ModeclipError) as found:
+            stages.curate_stage()
+        return list(json.loads(str(found.value)))
+
+    def noticed(change: Callable[[], object]) -> bool:
+        before = inputs(recipe)
+        change()
+        return inputs(recipe) != before
+
+    monkeypatch.setattr(Stages, "stage", stage)
+
+    assert not noticed(lambda: None)
+    for text in words:
+        assert noticed(lambda text=text: text.write_text('{"word": "dog"}\n')), text
+    for weights in (filters[0] / WEIGHTS, file):
+        assert noticed(lambda weights=weights: shutil.copy(filters[1] / WEIGHTS, weights)), weights
+    assert noticed(lambda: save_clip(load_clip("modeclip-icon-xxxs", seed=2), filters[1]))
+    data = DataConfig(source=str(write_pairs(tmp_path / "one", [encode_picture(noise_picture(99))], ["cat"])))
+    assert noticed(lambda: index(data, tmp_path / "clean", replace=True))
+    for step, files in ((steps[0], {str(words[0]): hash_file(words[0])}), ({"method": "duplicates", "eps": 0.1}, {})):
+        before = [[step], files, "embedded"]  # in earlier versions
+        assert inputs(parse_recipe({"name": "a", "data": {"source": "x"}, "curate": [step]})) == before
 
 
 def test_everybody_may_read_a_run_who_may_read_new_files(small_run: Path, tmp_path: Path) -> None:

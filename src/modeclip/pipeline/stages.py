@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -49,10 +49,11 @@ from modeclip.data.sources import DataSource, open_source, source_state
 from modeclip.data.storage import missing_fragments, open_dataset
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.mixture.bundle import EDITS
-from modeclip.models.clip import check_model
+from modeclip.models.clip import CONFIG_FILE, check_model
 from modeclip.models.deltas import WEIGHTS_FILE
 from modeclip.models.encoders import IMAGE_PREFIXES, check_trusted
-from modeclip.pipeline.recipe import CurateStep, Recipe, hash_of, plain_of, write_recipe
+from modeclip.models.pool import ModelRef
+from modeclip.pipeline.recipe import CurateStep, Recipe, find_place, hash_of, plain_of, write_recipe
 from modeclip.pipeline.run_folder import EDITED, RunFolder
 from modeclip.system.console import log
 from modeclip.system.devices import PeakMemory, return_memory
@@ -60,6 +61,7 @@ from modeclip.system.files import (
     FileNote,
     find_damage,
     hash_file,
+    hash_folder,
     note_files,
     only_process,
     read_json,
@@ -339,8 +341,7 @@ class Stages:
         if not steps:
             (self.folder.stages / "curate.json").unlink(missing_ok=True)
             return []
-        files = [Path(value) for step in steps for value in step.settings.values() if isinstance(value, str)]
-        inputs = [[step.flat() for step in steps], {str(file): hash_file(file) for file in files if file.is_file()}]
+        inputs = [[step.flat() for step in steps], hash_places(steps)]
         made = partial(Made(self.folder).columns, *(f"{step.name}_kept" for step in steps))
         self.stage("curate", self.curate, [*inputs, self.digests["embed"]], made)
         probability, captions = curated_columns(Catalog.open(self.folder.catalog_path), steps)
@@ -569,6 +570,41 @@ class Stages:
         from modeclip.pages.run_report import write_report
 
         return str(write_report(self.folder.folder))
+
+
+def hash_places(steps: Sequence[CurateStep]) -> dict[str, str]:
+    """Return a hash of what methods of curation read apart from their pairs, by its path: files, models, catalogs."""
+    found = {}
+    for name, value in (text for step in steps for text in _texts(step.settings)):
+        place = find_place(name, value)
+        if place is not None and (digest := _hash_place(name, place[1])):
+            found[str(place[1])] = digest
+    return found
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts of a setting, at any depth, each with the name of its setting."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _texts(one, key)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one, name)
+
+
+def _hash_place(name: str, place: Path) -> str | None:
+    """Return a hash of what a setting names; None for a folder of pictures, whose files are not read for it."""
+    if place.is_file():
+        return hash_file(place)
+    if (place / CONFIG_FILE).is_file():
+        return ModelRef.of(name, place).digest
+    if name in {"entries", "knowledge", "model", "wordnet"}:
+        return hash_folder(place)
+    with suppress(ModeclipError):
+        return Catalog.open(place, verify=False).fingerprint
+    return None
 
 
 def curated_columns(catalog: Catalog, steps: Sequence[CurateStep]) -> tuple[str | None, str | None]:
