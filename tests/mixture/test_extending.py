@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from modeclip.data.selection import Selection
 from modeclip.data.sources.options import DataConfig
 from modeclip.errors import ModeclipError
 from modeclip.mixture.assigning import AssignConfig, assign
-from modeclip.mixture.bundle import load_bundle
+from modeclip.mixture.bundle import Bundle, RoutingConfig, load_bundle
 from modeclip.mixture.extending import (
     ExtendConfig,
     continue_job,
@@ -34,10 +35,12 @@ from modeclip.mixture.extending import (
     fit_new_clusters,
     new_expert_job,
 )
+from modeclip.mixture.manifest import Expert
+from modeclip.models.checkpoints import Checkpoint, save_checkpoint
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows, select_rows
-from modeclip.training.jobs import TrainJob
-from support import Python, encode_picture, weights_of
+from modeclip.training.jobs import TrainConfig, TrainJob
+from support import Python, encode_picture, make_job, mark_done, weights_of
 
 DISHES = [
     f"{style} {dish} with {side}"
@@ -214,6 +217,37 @@ def test_jobs_without_a_checkpoint_at_hand_start_from_the_weights(
     assert (given.start_from, given.name, given.mask) == (str(other.resolve()), "expert-2", "novel")
     with pytest.raises(ModeclipError, match="has experts 0 to 1, got 2"):
         continue_job(alone, 2, more, tmp_path / "job", ExtendConfig())
+
+
+def test_a_new_expert_trains_what_the_others_did_and_as_long(tmp_path: Path) -> None:
+    """From the seed's job, which trained whole; of a divided budget it gets what each of the first experts got."""
+    train = TrainConfig(model="modeclip-icon-xxxs", samples=32 * 8 * 4, batch_size=8)
+    pairs = catalog_of(tmp_path / "pairs", DISHES[:8])
+    seed = make_job(pairs, tmp_path / "run" / "models" / "seed", train, name="seed", role="seed")
+    mark_done(seed)
+    save_checkpoint(Path(seed.folder), Checkpoint(step=1, digest=seed.digest, model={}, optimizer={}, facts={}), 1)
+    recipe = {"train": asdict(replace(train, trainable="ffn")), "experts": {"budget": "matched"}}
+    bundle = Bundle(
+        path=tmp_path / "run" / "bundle",
+        encoder="tfidf",
+        routing=RoutingConfig(),
+        fine_centers=np.eye(3, dtype=np.float32),
+        expert_of_fine=np.arange(3),
+        experts=tuple(Expert(name=f"expert-{k}", folder=f"expert-{k}", size=9) for k in range(2)),
+        lineage={"recipe": recipe, "jobs": {"seed": seed.digest}},
+    )
+    job = new_expert_job(bundle, pairs, tmp_path / "job", ExtendConfig())
+    assert (job.start_from, job.config.trainable) == (seed.folder, "ffn")
+    assert job.last_step - job.first_step == 5 * 4 // 2
+    added = Expert(name="expert-2", folder="expert-2", size=9)
+    edits = [
+        {"action": "replace", "expert": "expert-0", "job": "x"},
+        {"action": "add", "expert": "expert-2", "job": "y"},
+    ]
+    grown = replace(bundle, experts=(*bundle.experts, added), lineage={**bundle.lineage, "edits": edits})
+    again = new_expert_job(grown, pairs, tmp_path / "job", ExtendConfig())
+    assert again.name == "expert-3"
+    assert again.last_step - again.first_step == job.last_step - job.first_step
 
 
 def test_new_clusters_are_as_dense_as_the_old(bundle: Path, dishes: Catalog, old: Catalog) -> None:

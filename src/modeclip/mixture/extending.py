@@ -404,6 +404,9 @@ def _job_from(
     name = job_name(role, index)
     start = _job_at_hand(bundle, name, config.start)
     settings = start.config if start is not None else _settings(bundle)
+    if role == "seed":  # which trained whole, as the experts of the bundle may not have
+        trained = bundle.lineage.get("recipe", {}).get("train") or {}
+        settings = replace(settings, trainable=trained.get("trainable", settings.trainable))
     settings = replace(
         settings,
         batch_size=config.batch_size or settings.batch_size,
@@ -479,10 +482,11 @@ def _settings(bundle: Bundle) -> TrainConfig:
 
 
 def _expert_samples(bundle: Bundle, config: TrainConfig) -> int:
-    """Return how many samples each expert of the bundle saw after the seed."""
+    """Return how many samples each expert saw after the seed that the bundle was made with."""
     steps = config.steps_per_part * (config.total_parts - config.seed_parts)
     if bundle.lineage.get("recipe", {}).get("experts", {}).get("budget") == "matched":
-        steps = max(1, steps // bundle.num_experts)
+        num_added = sum(edit["action"] == "add" for edit in bundle.edits)
+        steps = max(1, steps // (bundle.num_experts - num_added))
     return steps * config.batch_size
 
 
