@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from modeclip.clustering.embedding import EmbedConfig, embed
+from modeclip.clustering.fitting import ClusterConfig, cluster
 from modeclip.data.catalog import Catalog
 from modeclip.data.selection import Selection
 from modeclip.errors import ModeclipError
@@ -152,13 +155,25 @@ def test_an_empty_selection_and_what_is_not_there_are_refused(atlas: Atlas) -> N
 
 
 def test_the_table_has_places_captions_and_pictures(atlas: Atlas, places: Places, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     table, catalog = pq.read_table(atlas.write_table(tmp_path / "atlas.parquet")), atlas.catalog
     assert table["text"].to_pylist() == catalog.captions()
     np.testing.assert_array_equal(np.column_stack([table["x"], table["y"]]), places.pairs)
     rows = np.array([0, len(catalog) - 1])
     assert [table["image"][int(row)].as_py()["bytes"] for row in rows] == catalog.encoded_images(rows)
+
+
+def test_of_several_experts_of_a_pair_the_first_is_shown(icons_catalog: Path, tmp_path: Path) -> None:
+    shutil.copytree(icons_catalog, tmp_path / "catalog.lance")
+    embed(Catalog.open(tmp_path), EmbedConfig(encoder="tfidf", dimension=8))
+    config = ClusterConfig(num_fine=6, num_experts=3, num_iterations=3, overlap=2)
+    cluster(Catalog.open(tmp_path), config).save(tmp_path / "clusters")
+    atlas = Atlas(tmp_path)
+    experts = atlas.catalog.read(["expert"])["expert"]
+    assert experts.shape[1] == 2
+    assert [pair["expert"] for pair in atlas.pairs([5, 0, 7])] == experts[[5, 0, 7], 0].tolist()
+    assert np.frombuffer(atlas.colour("expert")[1], np.uint8).tolist() == experts[:, 0].tolist()
+    table = pq.read_table(atlas.write_table())
+    assert table["expert"].to_pylist() == [f"expert {number}" for number in experts[:, 0]]
 
 
 def test_numbers_and_texts_become_colours() -> None:

@@ -182,7 +182,7 @@ class Atlas:
             raise unknown("colour of the atlas", name, list(known))
         step = _step(len(catalog))
         if name == "expert":
-            experts = catalog.read(["expert"])["expert"]
+            experts = _first_experts(catalog.read(["expert"])["expert"])
             legend: Json = {"categories": [f"expert {card.index}" for card in result.experts]}
             return legend | {"kind": "expert"}, experts[::step].astype(np.uint8).tobytes()
         values = places.novelty if name == "novelty" else catalog.read([name])[name]
@@ -228,12 +228,13 @@ class Atlas:
         if not rows:
             return []
         read = catalog.read(["key", "caption", "expert", "fine_cluster"], np.array(rows))
+        experts = _first_experts(read["expert"])
         return [
             {
                 "row": row,
                 "key": read["key"][place],
                 "caption": read["caption"][place] or "",
-                "expert": int(read["expert"][place]),
+                "expert": int(experts[place]),
                 "cluster": int(read["fine_cluster"][place]),
                 "novelty": float(places.novelty[row]),
                 "place": places.pairs[row].tolist(),
@@ -345,7 +346,7 @@ class Atlas:
                 places.pairs[rows, 0],
                 places.pairs[rows, 1],
                 read["caption"],
-                [f"expert {number}" for number in read["expert"].tolist()],
+                [f"expert {number}" for number in _first_experts(read["expert"]).tolist()],
                 [words[number] for number in read["fine_cluster"].tolist()],
                 places.novelty[rows],
                 read["key"],
@@ -371,6 +372,11 @@ TABLE_SCHEMA = pa.schema(
 
 class TakenError(ModeclipError):
     """A selection of this name exists."""
+
+
+def _first_experts(values: Int[np.ndarray, "n *K"]) -> Int[np.ndarray, " n"]:
+    """Return the expert of each pair, the first one where the clustering gave it several."""
+    return values if values.ndim == 1 else values[:, 0]
 
 
 def _stamp(*paths: Path) -> Stamp:
