@@ -195,6 +195,18 @@ def test_pairs_that_are_not_selected_are_not_run(bundle: Path, catalog: Catalog,
     assert (weights[~is_selected] == 0).all()
 
 
+def test_a_selection_keeps_its_vectors_when_all_pairs_have_some(bundle: Path, catalog: Catalog, tmp_path: Path) -> None:
+    config, chosen = replace(CONFIG, rule="paper", samples=32), Selection(where=("caption < 'f'",))
+
+    def student(name: str, selection: Selection) -> Distilled:
+        own = Catalog.open(catalog.path)
+        return distill(bundle, own, config, student=MODEL, out=tmp_path / name, selection=selection)
+
+    first, every = student("some", chosen), student("all", Selection())
+    assert every.vectors.columns != first.vectors.columns
+    assert student("some", chosen) == first
+
+
 def test_a_clip_moe_teaches_and_learns(catalog: Catalog, tmp_path: Path) -> None:
     base = load_clip(MODEL, seed=0)
     other = {name: value * 1.1 if ".mlp." in name else value for name, value in base.model.state_dict().items()}

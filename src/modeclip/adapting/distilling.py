@@ -400,11 +400,14 @@ class TeacherWork(Work):
 
     @classmethod
     def of(cls, teacher: Teacher, catalog: Catalog, config: DistillConfig, selection: Selection) -> TeacherWork:
-        """Return the work that makes a teacher's columns for selected pairs; those of all pairs, if they are there."""
+        """Return the work that makes a teacher's columns for selected pairs.
+
+        Where they are not there, but those of all pairs are, it is these.
+        """
         precision = resolve_precision(config.engine.precision)
         instead = None if config.captions is None else [config.captions, catalog.facts(config.captions)]
         facts = {"format": FORMAT, **teacher.identity(), "precision": precision, "captions": instead, "selection": {}}
-        work = cls(
+        whole = cls(
             teacher=teacher,
             catalog=catalog.path,
             captions=config.captions,
@@ -413,11 +416,12 @@ class TeacherWork(Work):
             stem=_stem(facts),
             facts=facts,
         )
-        if selection.is_all or work.is_done(catalog):
-            return work
+        if selection.is_all:
+            return whole
         facts = {**facts, "selection": selection.facts(catalog)}
         bits = np.packbits(selection.mask_of(catalog)).tobytes()
-        return replace(work, facts=facts, stem=_stem(facts), selected=bits)
+        part = replace(whole, facts=facts, stem=_stem(facts), selected=bits)
+        return whole if whole.is_done(catalog) and not part.is_done(catalog) else part
 
     @property
     def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
