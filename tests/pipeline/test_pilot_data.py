@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from modeclip.data.samples import DAMAGED_SHARD, NO_CAPTION, Sample, Skipped
-from modeclip.data.sources import DataSource, SourcePart
+from modeclip.data.indexing import index
+from modeclip.data.samples import DAMAGED_SHARD, NO_CAPTION, NOT_UTF8, Sample, Skipped
+from modeclip.data.sources import DataConfig, DataSource, SourcePart, open_source
 from modeclip.data.tasks.names import match_classes
 from modeclip.pipeline import pilot_data
 from modeclip.pipeline.pilot_data import sample_source
+from support import encode_picture, noise_picture, write_pairs
 
 
 def made_of(*sizes: int) -> tuple[DataSource, list[str]]:
@@ -50,6 +54,16 @@ def test_a_sample_has_as_many_pairs_as_wanted_from_all_parts_and_is_the_same_aga
     skipped = [item for part in found.source.parts for item in part.read() if isinstance(item, Skipped)]
     assert [item.key for item in skipped if item.cause == DAMAGED_SHARD] == ["part 0", "part 1"]
     assert 520 < len(skipped) < 680  # what cannot be used has its share
+
+
+def test_names_that_are_not_utf8_are_left_to_the_index(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "own", [encode_picture(noise_picture(n)) for n in range(4)], ["a", "b", "c", "d"])
+    for path in (tmp_path / "own").glob("*0.*"):
+        os.rename(path, os.fsencode(path.parent) + b"/caf\xe9" + os.fsencode(path.suffix))  # noqa: PTH104
+    data = DataConfig.from_flat({"source": str(tmp_path / "own"), "max_skipped_fraction": 0.5})
+    found = sample_source(open_source(data), 10, seconds=1e6, seed=0)
+    result = index(data, tmp_path / "out", source=found.source)
+    assert (result.num_samples, result.skipped) == (3, {NOT_UTF8: 1})
 
 
 def test_a_small_source_is_taken_whole() -> None:

@@ -98,7 +98,8 @@ def _first(part: SourcePart, number: int) -> Iterator[Sample | Skipped]:
 
 def _draw(part: SourcePart, key: str, seed: int) -> int:
     """Return a number of 64 bits that a pair is drawn by, the smallest first."""
-    digest = hashlib.blake2b(f"{part.name} {key}".encode(), digest_size=8, key=seed.to_bytes(8))
+    name = f"{part.name} {key}".encode(errors="surrogatepass")  # a file's name that is not UTF-8: index tells of it
+    digest = hashlib.blake2b(name, digest_size=8, key=seed.to_bytes(8))
     return int.from_bytes(digest.digest())
 
 
