@@ -56,6 +56,27 @@ def test_a_sample_has_as_many_pairs_as_wanted_from_all_parts_and_is_the_same_aga
     assert 520 < len(skipped) < 680  # what cannot be used has its share
 
 
+def test_the_draws_are_kept_as_plain_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that each takes 8 bytes, not those of a Python object."""
+
+    class Draw(int):
+        alive = most = 0
+
+        def __init__(self, _: int) -> None:
+            Draw.alive += 1
+            Draw.most = max(Draw.most, Draw.alive)
+
+        def __del__(self) -> None:
+            Draw.alive -= 1
+
+    source, _ = made_of(2000)
+    wanted = keys(sample_source(source, 600, seconds=1e6, seed=0).source)
+    draw = pilot_data._draw
+    monkeypatch.setattr(pilot_data, "_draw", lambda *asked: Draw(draw(*asked)))
+    assert keys(sample_source(source, 600, seconds=1e6, seed=0).source) == wanted
+    assert 0 < Draw.most < 10
+
+
 def test_names_that_are_not_utf8_are_left_to_the_index(tmp_path: Path) -> None:
     write_pairs(tmp_path / "own", [encode_picture(noise_picture(n)) for n in range(4)], ["a", "b", "c", "d"])
     for path in (tmp_path / "own").glob("*0.*"):

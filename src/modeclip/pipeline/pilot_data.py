@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,7 +63,7 @@ def sample_source(source: DataSource, wanted: int, *, seconds: float, seed: int)
     """
     end, order = time.monotonic() + seconds, np.random.default_rng(seed).permutation(len(source.parts)).tolist()
     items: dict[int, Callable[[], Iterable[Sample | Skipped]]] = {}
-    draws, in_whole_parts, num_whole, size = list[int](), 0, 0, 0
+    draws, in_whole_parts, num_whole, size = array("Q"), 0, 0, 0
     with progress("look at the source", None, "pairs") as advance:
         for place in order:
             part, kept, number = source.parts[place], list[Sample | Skipped](), 0
@@ -84,7 +85,11 @@ def sample_source(source: DataSource, wanted: int, *, seconds: float, seed: int)
     num_parts = len(source.parts)
     is_counted = num_whole == num_parts
     expected = round(in_whole_parts * num_parts / num_whole) if num_whole else len(draws)
-    limit = sorted(draws)[wanted - 1] if len(draws) > wanted else 2**64
+    limit = 2**64
+    if len(draws) > wanted:
+        ordered = np.frombuffer(draws, np.uint64)
+        ordered.partition(wanted - 1)  # in their place
+        limit = int(ordered[wanted - 1])
     parts = tuple(_drawn(source.parts[place], items[place], limit, seed) for place in sorted(items))
     return SampledSource(
         source=replace(source, parts=parts), num_pairs=max(expected, len(draws)), is_counted=is_counted
