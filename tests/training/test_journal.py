@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from modeclip.errors import ModeclipError
-from modeclip.training.journal import Journal, check_reports
+from modeclip.training.jobs import TrainConfig, TrainResult
+from modeclip.training.journal import Journal, check_reports, training_seconds
+from support import make_job
 
 REPORT = """
 import sys
@@ -47,6 +49,18 @@ def report(folder: Path, *words: str, **environment: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("rate", [None, 0.0, "none"])
+def test_a_training_whose_log_tells_no_rate_took_its_last_run(tmp_path: Path, rate: object) -> None:
+    job = make_job("catalog.lance", tmp_path, TrainConfig(batch_size=8))
+    result = TrainResult(digest=job.digest, samples=16, rows=16, seconds=5.0)
+    told = [{"step": 1, "samples_per_second": 2.0}, {"step": 2, "samples_per_second": 4.0}]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in told))
+    assert training_seconds(job, result) == 8 / 2 + 8 / 4
+    told[1]["samples_per_second"] = rate  # type: ignore[assignment]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in told))
+    assert training_seconds(job, result) == 5.0
 
 
 def test_lines_carry_rate_and_wait(tmp_path: Path) -> None:

@@ -88,9 +88,10 @@ def training_seconds(job: TrainJob, result: TrainResult) -> float:
     """Return how long a training took over all of its runs, as its log tells; without one, its last run."""
     try:
         lines = [json.loads(line) for line in (Path(job.folder) / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-        steps = np.diff([job.first_step, *(line["step"] for line in lines)])
-        return float(sum(steps * job.config.batch_size / [line["samples_per_second"] for line in lines]))
-    except (OSError, ValueError, LookupError, ZeroDivisionError):
+        steps = np.diff([job.first_step, *(line["step"] for line in lines)]).tolist()
+        samples = [count * job.config.batch_size for count in steps]
+        return float(sum(n / line["samples_per_second"] for n, line in zip(samples, lines, strict=True)))
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):  # a rate may be null, or 0.0 by rounding
         return result.seconds
 
 
