@@ -93,7 +93,11 @@ def train_experts(
     routing: Annotated[OmitArgPrefixes[RoutingConfig], arg(name="bundle")],
     plan: Annotated[bool, arg(help="Say what the training costs, and stop.")] = False,
     commands: Annotated[
-        bool, arg(help="Print a command for each model, for any machine that sees the folder.")
+        bool,
+        arg(
+            help="Make the folder ready, as --resume says, and print a command for each model, for any machine that "
+            "sees the folder."
+        ),
     ] = False,
     ray: Annotated[
         bool, arg(help="Train on the Ray cluster of RAY_ADDRESS, or one that runs here, or a new one.")
