@@ -177,6 +177,7 @@ def test_an_extension_takes_as_many_samples_as_the_experts_did(
     expert = TrainJob.load(with_seed / "models" / "expert-1" / "job.json")
     assert expert.last_step - expert.first_step == steps
     assert load_bundle(with_seed / "bundle").lineage["recipe"]["experts"]["budget"] == budget
+    assert load_bundle(with_seed / "bundle").lineage["recipe"]["train"]["learning_rate"] is not None
     pairs = shutil.copytree(icons_catalog, tmp_path / "more" / "catalog.lance").parent
     bundle, out = with_seed / "bundle", tmp_path / "out"
     capsys.readouterr()
@@ -303,7 +304,8 @@ def test_a_checkpoint_as_the_start_is_of_the_model_that_fits_the_pairs(clustered
     copy = shutil.copytree(clustered, tmp_path / "copy", ignore=shutil.ignore_patterns("models", "bundle"))
     folder = RunFolder(folder=copy, experts=ExpertsConfig(start=str(tmp_path / "epoch_1.pt"), only=(1,)))
     assert folder.training.model == "auto"
-    assert {job.config.model for job in folder.jobs} == {"modeclip-icon"}
+    assert {job.config.model for job in folder.jobs} == {"modeclip-icon"} == {folder.decided.model}
+    assert {job.config.learning_rate for job in folder.members} == {folder.decided.learning_rate} != {None}
     seed = load_clip(folder.seed).model.state_dict()
     assert all(torch.equal(value, seed[name]) for name, value in clip.model.state_dict().items())
 

@@ -294,7 +294,7 @@ class RunFolder(RunPaths):
         Raises:
             ModeclipError: The seed is not trained yet.
         """
-        recipe = {"train": asdict(self.training), "experts": asdict(self.experts)}
+        recipe = {"train": asdict(self.decided), "experts": asdict(self.experts)}
         if not self.selection.is_all:
             recipe["selection"] = asdict(self.selection)
         return assemble_bundle(
@@ -309,8 +309,13 @@ class RunFolder(RunPaths):
     @property
     def seed(self) -> Path:
         """The model folder of the seed, trained here or given."""
-        train = replace(self.training, model=self.members[0].config.model)  # the training may leave it to the pairs
-        return seed_model(self.models, train, self.experts)
+        return seed_model(self.models, self.decided, self.experts)
+
+    @property
+    def decided(self) -> TrainConfig:
+        """The training with the model and the learning rate that the plan chose, where it leaves them open."""
+        planned = self.members[0].config
+        return replace(self.training, model=planned.model, learning_rate=planned.learning_rate)
 
     def evaluate(self, name: str, *, batch_size: int = 512, knowledge: Sequence[str] = ()) -> dict[str, Any]:
         """Score the finished models on the held-out tasks and write ``results.json`` and ``results``.
