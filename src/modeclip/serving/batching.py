@@ -41,7 +41,7 @@ class Counts:
     refused: int = 0
 
 
-@dataclass
+@dataclass(eq=False)  # two requests may ask for the same, in arrays that have no one truth value
 class _Request(Generic[Item, Result]):
     items: Sequence[Item]
     answer: asyncio.Future[list[Result]] = field(repr=False)
