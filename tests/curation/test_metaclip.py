@@ -270,6 +270,7 @@ def test_metadata_from_wordnet_and_from_the_captions(tmp_path: Path) -> None:
         ({"t": 1.0, "tail_share": 0.5}, "give one of them"),
         ({"seed": -1}, "metaclip.seed"),
         ({"min_count": 0}, "metaclip.min_count"),
+        ({"min_pmi": math.nan}, "metaclip.min_pmi: expected a finite number, got nan"),
         ({"titles": "a.tsv"}, "titles are added to a corpus"),
         ({"language_column": "language"}, "unknown column .* 'language'"),
         ({"language_column": "caption"}, "column 'caption' holds string, no names of languages"),

@@ -325,6 +325,7 @@ def test_a_note_that_lacks_something_is_one_line(own: Path, index: Index, name: 
         (["{index}", "arrow", "--expert", "expert-77"], "expert-77"),
         (["{index}", "arrow", "--image", "{tmp}/none.png"], "no such file"),
         (["{index}", "arrow", "--image-weight", "2"], "must lie in [0, 1]"),
+        (["{index}", "arrow", "--negative-weight", "nan"], "--negative-weight: expected a finite number, 0 or more"),
         (["{index}", "--hybrid", "--image", "{tmp}/a.png"], "needs a text"),
         (["{tmp}/nothing", "arrow"], "no index at"),
         (["remove", "{index}"], "no --where condition"),

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class MetadataConfig:
 
     def __post_init__(self) -> None:
         check_least("metaclip", self, min_count=1, min_views=0, max_entries=1)
+        if not math.isfinite(self.min_pmi):
+            raise ModeclipError(f"metaclip.min_pmi: expected a finite number, got {self.min_pmi}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,8 +58,8 @@ class Query:
                 raise ModeclipError(f"search: {name} is empty; write what the images should show")
         if not 0 <= self.image_weight <= 1:
             raise ModeclipError(f"image_weight must lie in [0, 1], got {self.image_weight}")
-        if self.negative_weight < 0:
-            raise ModeclipError(f"negative_weight: expected 0 or more, got {self.negative_weight}")
+        if not 0 <= self.negative_weight < math.inf:
+            raise ModeclipError(f"negative_weight: expected a finite number, 0 or more, got {self.negative_weight}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
