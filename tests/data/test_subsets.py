@@ -161,6 +161,12 @@ def test_halves_that_repeat_do_not_mislead(catalog: Catalog, wanted):
     assert match.num_unknown == len(wanted - set(CROWDED))
 
 
+def test_a_list_lies_in_the_home_folder(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_uids("~/s.npy", uids_of(catalog, np.array([4, 9])))
+    assert np.flatnonzero(uid_mask(catalog, "~/s.npy")).tolist() == [4, 9]
+
+
 def test_a_list_goes_out_and_comes_in_again(catalog: Catalog, texts: list[str], tmp_path: Path):
     rows = np.array([9, 4, 30, 5, 3])
     assert format_uids(uids_of(catalog, rows)) == [texts[row].lower() for row in rows]

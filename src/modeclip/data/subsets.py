@@ -64,6 +64,7 @@ def read_uids(path: Path | str) -> Uids:
     Raises:
         ModeclipError: The file is missing or does not hold such a list.
     """
+    path = home_path(path)
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
