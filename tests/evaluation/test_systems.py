@@ -16,6 +16,7 @@ from modeclip.data.tasks.task import CatalogImages, Task, catalog_tasks
 from modeclip.evaluation import systems as systems_module
 from modeclip.evaluation.systems import System, TrainedModel, count_samples
 from modeclip.mixture.router import Route, RouteRequest
+from modeclip.models.clip import load_clip, save_clip
 from modeclip.models.feature_cache import FeatureCache
 from modeclip.training.jobs import Role
 
@@ -58,6 +59,13 @@ def test_another_router_is_evaluated(
     assert np.array_equal(answers[0], np.where(is_odd & per_image, answers[2], answers[1]))
     weights = results[0].provenance["weights"]
     assert weights["expert-1"] == pytest.approx(is_odd.mean() if per_image else 0)
+
+
+@pytest.mark.parametrize("name", ["dense={}", "{}"])
+def test_a_folder_with_a_number_sign_is_no_expert(tmp_path: Path, name: str) -> None:
+    save_clip(load_clip("modeclip-icon-xxxs", seed=0), tmp_path / "h#1")
+    [system] = open_systems([name.format(tmp_path / "h#1")])
+    assert [ref.spec for ref in system.models] == [str(tmp_path / "h#1")]
 
 
 def test_a_model_that_several_continue_counts_once(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from modeclip.data.tasks.task import Images, Task
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import Bundle, RoutingConfig, hash_clusters, load_bundle
 from modeclip.mixture.explain import Domain
-from modeclip.mixture.manifest import MANIFEST_FILE, SEED
+from modeclip.mixture.manifest import MANIFEST_FILE, SEED, split_expert
 from modeclip.mixture.mode import MoDE
 from modeclip.mixture.router import ClusterRouter, Router, RouteRequest
 from modeclip.mixture.rules import RULES
@@ -200,7 +200,7 @@ def open_systems(
         spec = spec.partition("=")[2] if _is_named(spec) else spec
         if not spec.strip():
             raise ModeclipError(f"evaluate: model {name!r} is empty; give a bundle, a model folder or NAME@TAG")
-        place, _, member = spec.partition("#")
+        place, member = split_expert(spec)
         if not member and not _is_bundle(place):
             ref = ModelRef.of(name, spec, seed=0 if random_weights else None)
             systems.append(System(name=name, models=(ref,), samples=samples_of(Path(spec))))
@@ -289,7 +289,7 @@ def _is_bundle(place: str) -> bool:
 
 def _is_named(spec: str) -> bool:
     """Whether a specification starts with a name of its own; the ``=`` may also be part of a folder's name."""
-    return "=" in spec and not Path(spec.partition("#")[0]).exists()
+    return "=" in spec and not Path(split_expert(spec)[0]).exists()
 
 
 def _names(specs: Sequence[str]) -> list[str]:
@@ -305,7 +305,7 @@ def _names(specs: Sequence[str]) -> list[str]:
             names.append(spec.partition("=")[0])
             continue
         parts = [part for part in spec.removeprefix("local-dir:").split("/") if part] or [spec]
-        length = 2 if parts[-1].partition("#")[0] == "bundle" and len(parts) > 1 else 1
+        length = 2 if split_expert(parts[-1])[0] == "bundle" and len(parts) > 1 else 1
         others = [other for other in specs if other != spec]
         while length < len(parts) and any(_ends_alike(other, parts[-length:]) for other in others):
             length += 1

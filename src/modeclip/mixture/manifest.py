@@ -52,6 +52,21 @@ _DIRECTIONS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)
 """Characters that turn the direction of text, so that a name reads as another."""
 
 
+def split_expert(spec: str) -> tuple[str, str]:
+    """Return the bundle and the expert of ``BUNDLE#expert-1``, "" where none is named.
+
+    A folder that exists under the whole name has a ``#`` in its own.
+
+    Examples:
+        >>> split_expert("runs/#1/bundle#expert-1"), split_expert("ViT-B-32@openai")
+        (('runs/#1/bundle', 'expert-1'), ('ViT-B-32@openai', ''))
+    """
+    if "#" not in spec or Path(spec.removeprefix("local-dir:")).exists():
+        return spec, ""
+    place, _, member = spec.rpartition("#")
+    return place, member
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expert:
     """One data expert as the manifest lists it."""

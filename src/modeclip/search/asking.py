@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import load_bundle
-from modeclip.mixture.manifest import MANIFEST_FILE
+from modeclip.mixture.manifest import MANIFEST_FILE, split_expert
 from modeclip.mixture.mode import MoDE
 from modeclip.models.clip import Clip, encode_image, encode_text, without_gradients
 from modeclip.models.pool import ModelPool, ModelRef
@@ -82,7 +82,7 @@ class SearchModel:
             ModeclipError: There is no such model, it has no weights, or not even one member fits.
         """
         spec, device = expand_homes(str(spec)), str(choose_device(device))
-        place, _, member = spec.partition("#")
+        place, member = split_expert(spec)
         pool = ModelPool(max_bytes=max_memory, device=device)
         if (Path(place) / MANIFEST_FILE).is_file():
             bundle = load_bundle(place, encoder=encoder, trust_encoder=trust_encoder)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from modeclip.errors import ModeclipError, in_one_line, unknown
-from modeclip.mixture.manifest import MANIFEST_FILE
+from modeclip.mixture.manifest import MANIFEST_FILE, split_expert
 from modeclip.search.asking import SearchModel
 from modeclip.search.exact import TOGETHER
 from modeclip.search.index import INDEX_FILE, Index
@@ -76,7 +76,7 @@ class Source:
         Raises:
             ModeclipError: There is no such model or index, or an index is of another model.
         """
-        place = Path(self.model.partition("#")[0])
+        place = Path(split_expert(self.model)[0])
         if self.is_bundle and not (place / MANIFEST_FILE).is_file():
             raise ModeclipError(f"bundle {place}: {MANIFEST_FILE} is missing; get the bundle again")
         model = SearchModel.open(
@@ -93,7 +93,7 @@ class Source:
 
     def state(self) -> State:
         """Return what lies on disk; whatever changes it was written anew. In an object store nobody looks."""
-        folder = Path(self.model.partition("#")[0])
+        folder = Path(split_expert(self.model)[0])
         watched = [folder / MANIFEST_FILE] if (folder / MANIFEST_FILE).is_file() else []
         if not watched and folder.is_dir():
             watched = sorted(path for path in folder.iterdir() if path.is_file())
@@ -442,7 +442,7 @@ def open_service(
         name=resolved.parent.name if resolved.name == "bundle" else resolved.name,
         model=expand_homes(str(model)),
         run=paths.folder if is_run else None,
-        is_bundle=(Path(expand_homes(str(model)).partition("#")[0]) / MANIFEST_FILE).is_file(),
+        is_bundle=(Path(split_expert(expand_homes(str(model)))[0]) / MANIFEST_FILE).is_file(),
         indexes=named,
         device=device,
         encoder=encoder,
