@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeclip.clustering.novelty import FineQuantiles, NearCaptions
+from modeclip.commands import load_command
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import Bundle, load_bundle, save_bundle
 from modeclip.mixture.bundle_edits import NewClusters, add_expert, replace_expert
+from modeclip.system.options import call
 from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 from support import weights_of
 
@@ -159,6 +161,22 @@ def test_a_missing_expert_arrives(bundle: Path, models: Path) -> None:
     wanted = {"action": "fill in", "expert": "expert-1", "job": expert_job(1).digest, "pairs": 90, "catalog": "icons"}
     assert wanted.items() <= edit.items()
     assert edit["forced"] is False
+
+
+def test_several_experts_are_put_there_or_none(bundle: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fits = f"expert-1={models / 'expert-1'}"
+    for other, message in (
+        ("bad=B", "--put bad=B: expected an expert and a folder"),
+        ("expert-0=nowhere", "expert nowhere: open_clip_config.json is missing"),
+        ("expert-9=nowhere", "expected an expert of 0 to 2, got 9"),
+        ("expert-1=nowhere", "--put expert-1=nowhere: expert-1 is given twice"),
+    ):
+        with pytest.raises(ModeclipError, match=message):
+            call(load_command("bundle"), [str(bundle), "--put", fits, other])
+        assert not load_bundle(bundle).edits
+    call(load_command("bundle"), [str(bundle), "--put", fits, f"expert-0={models / 'expert-0'}"])
+    assert [edit["expert"] for edit in load_bundle(bundle).edits] == ["expert-1", "expert-0"]
+    assert "expert-1" in capsys.readouterr().out
 
 
 def test_an_expert_is_replaced_again_and_again(bundle: Path, tmp_path: Path) -> None:

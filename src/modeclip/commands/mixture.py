@@ -287,12 +287,17 @@ def bundle(
 ) -> None:
     """Show what a bundle consists of and where it came from; replace or fill in experts."""
     from modeclip.mixture.bundle import check_files, load_bundle
-    from modeclip.mixture.bundle_edits import replace_expert
+    from modeclip.mixture.bundle_edits import replace_experts
     from modeclip.mixture.manifest import SEED
 
+    models: dict[int, Path] = {}
     for text in put:
         number, folder = _parse_put(text)
-        replace_expert(bundle, number, folder, force=force)
+        if number in models:
+            raise ModeclipError(f"--put {text}: expert-{number} is given twice; give one model for it")
+        models[number] = folder
+    if models:
+        replace_experts(bundle, models, force=force)
     opened = load_bundle(bundle)
     check_files(opened)
     if as_json:

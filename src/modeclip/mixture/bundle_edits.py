@@ -138,8 +138,7 @@ def replace_expert(
     with only_process(_own(folder)), writing(folder):
         bundle = load_bundle(folder)
         check_files(bundle)
-        if not 0 <= expert < bundle.num_experts:
-            raise ModeclipError(f"bundle {folder}: expected an expert of 0 to {bundle.num_experts - 1}, got {expert}")
+        _check_number(bundle, expert)
         old = bundle.experts[expert]
         action = "replace" if old.folder != SEED else "fill in"
         entry = _entry(bundle, expert, model, action, note, force)
@@ -147,6 +146,25 @@ def replace_expert(
         new = replace(old, folder=place, size=old.size if size is None else size)
         experts = (*bundle.experts[:expert], new, *bundle.experts[expert + 1 :])
         return _commit(bundle, experts, entry, {place})
+
+
+def replace_experts(folder: Path, models: Mapping[int, Path], *, force: bool = False) -> None:
+    """Put other models in the places of several experts, as `replace_expert` does; of none, if one does not fit.
+
+    Args:
+        folder: Folder of the bundle.
+        models: The model of each expert by its index.
+        force: As for `replace_expert`.
+
+    Raises:
+        ModeclipError: As for `replace_expert`.
+    """
+    bundle = load_bundle(_own(folder))
+    for expert, model in models.items():
+        _check_number(bundle, expert)
+        _check_model(bundle, expert, model, force)
+    for expert, model in models.items():
+        replace_expert(folder, expert, model, force=force)
 
 
 def check_model_fits(bundle: Bundle, model: Path) -> None:
@@ -221,13 +239,22 @@ def _own(folder: Path) -> Path:
     return folder
 
 
+def _check_number(bundle: Bundle, expert: int) -> None:
+    if not 0 <= expert < bundle.num_experts:
+        raise ModeclipError(f"bundle {bundle.path}: expected an expert of 0 to {bundle.num_experts - 1}, got {expert}")
+
+
+def _check_model(bundle: Bundle, expert: int, model: Path, force: bool) -> None:
+    check_model_fits(bundle, model)
+    if not force:
+        check_origin(bundle, expert, model)
+
+
 def _entry(
     bundle: Bundle, expert: int, model: Path, action: str, note: Mapping[str, Any] | None, force: bool
 ) -> dict[str, Any]:
     """Check a model and return what the lineage will say of the edit."""
-    check_model_fits(bundle, model)
-    if not force:
-        check_origin(bundle, expert, model)
+    _check_model(bundle, expert, model, force)
     entry: dict[str, Any] = {
         "action": action,
         "expert": job_name("expert", expert),
