@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 
 from modeclip.errors import DamagedError, ModeclipError
 from modeclip.system.files import (
+    PART_SECONDS,
     find_damage,
     hash_files,
     hash_folder,
@@ -71,7 +73,44 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path) -> 
     path.write_text("old")
     with pytest.raises(FileNotFoundError), replacing(path) as part:
         part.unlink()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_json(tmp_path / "folder", {})
+    (tmp_path / "folder").rmdir()
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_a_file_that_several_write_at_once_is_always_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write_often(number: int) -> None:
+        for _ in range(50):
+            write_json(path, [number] * 1000)
+            assert len(set(read_json(path, list[int], ""))) == 1
+            with replacing(path) as part:
+                part.write_text(json.dumps([number] * 500))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_often, range(4)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_file(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from modeclip.system.files import replacing\n"
+        "with replacing(Path(sys.argv[1])):\n    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], check=False)
+    [left] = tmp_path.iterdir()
+    elsewhere = tmp_path / "file.00000000-1-00000000.part"  # of another machine
+    elsewhere.touch()
+    with replacing(tmp_path / "long") as part:
+        write_json(tmp_path / "file", {})
+        assert set(tmp_path.iterdir()) == {part, elsewhere, tmp_path / "file"}
+        assert not left.exists()
+    os.utime(elsewhere, (0, time.time() - PART_SECONDS - 1))
+    write_json(tmp_path / "file", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "long"}
 
 
 @dataclass(frozen=True, kw_only=True)

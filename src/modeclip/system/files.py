@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import threading
 import time
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, BinaryIO, TypeVar
+from uuid import uuid4
 
 from typing_extensions import TypedDict
 
@@ -50,6 +52,10 @@ HEARTBEAT_SECONDS = 10.0
 """Time between two signs of life of the process at work in a folder, which other machines see."""
 SILENCE_SECONDS = 120.0
 """Time without a sign of life after which a process of another machine counts as dead."""
+PART_SECONDS = 86_400.0
+"""Time without a write after which a half-written file of another machine counts as left behind."""
+_PART = re.compile(r".+\.([0-9a-f]{8})-([1-9]\d{0,8})-[0-9a-f]{8}\.part")
+"""Name of a half-written file: which machine and which process writes it."""
 
 
 @contextmanager
@@ -76,9 +82,13 @@ def writing(path: Path | str) -> Iterator[None]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file as a whole: a reader sees the old content or the new one, never a part. Text is UTF-8."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    part = _own_part(path)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def to_json(content: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
@@ -154,8 +164,7 @@ def replacing(path: Path) -> Iterator[Path]:
     The file gets the permissions that a new file gets here (the umask), also where a library makes it private to its
     owner, as safetensors does. After an error nothing is left of it.
     """
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
+    part = _own_part(path)
     try:
         part.touch()
         permissions = part.stat().st_mode & 0o777
@@ -167,6 +176,42 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def _own_part(path: Path) -> Path:
+    """Return where to write what takes the place of a file; no other process or thread writes there.
+
+    What killed processes have left behind in the folder is removed.
+    """
+    with suppress(OSError):  # there is no such folder, as whoever writes into it will say, or others remove it too
+        for left in path.parent.iterdir():
+            if (found := _PART.fullmatch(left.name)) and _is_left_behind(left, found[1], int(found[2])):
+                left.unlink()
+    return path.with_name(f"{path.name}.{_machine()}-{os.getpid()}-{uuid4().hex[:8]}.part")
+
+
+def _is_left_behind(part: Path, machine: str, process: int) -> bool:
+    """Say whether nobody writes a half-written file any more."""
+    if machine != _machine():
+        return time.time() - part.stat().st_mtime > PART_SECONDS
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
+
+
+@cache
+def _machine() -> str:
+    """Return 8 digits that tell this run of this machine, or this container, from any other with the same processes."""
+    own = Holder.here()
+    try:
+        processes = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+    except OSError:  # not Linux
+        processes = ""
+    return sha256(f"{own.machine} {own.boot} {processes}".encode()).hexdigest()[:8]
 
 
 def _flush(path: Path) -> None:
