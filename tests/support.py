@@ -56,6 +56,14 @@ def noise_picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def transparent_drawing() -> tuple[Image.Image, Image.Image]:
+    """Return a black square on a transparent ground, and the same in RGB on a white one."""
+    drawing, expected = Image.new("RGBA", (16, 16)), Image.new("RGB", (16, 16), "white")
+    for picture in (drawing, expected):
+        picture.paste("black", (4, 4, 12, 12))
+    return drawing, expected
+
+
 def png_bomb() -> bytes:
     """Return a PNG of a few bytes that says it has 20,000 by 20,000 pixels."""
 

@@ -22,6 +22,7 @@ from modeclip.data.images import (
     hash_image,
     map_in_order,
     measure_image,
+    to_rgb,
 )
 from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE, UNSCALABLE, Sample
 from support import encode_picture
@@ -51,12 +52,12 @@ def test_what_is_transparent_becomes_white(mode):
         drawing = Image.new("P", (2, 1))
         drawing.putpalette([0, 0, 0, 0, 0, 0])
         drawing.putpixel((1, 0), 1)
-        data = encode_picture(drawing, transparency=b"\x00\xff")
+        drawing.info["transparency"] = b"\x00\xff"
     else:
-        data = encode_picture(drawing.convert(mode))
-    pixels = decode_image(data)
-    assert pixels.mode == "RGB"
-    assert [pixels.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 0)]
+        drawing = drawing.convert(mode)
+    for pixels in (decode_image(encode_picture(drawing)), to_rgb(drawing)):
+        assert pixels.mode == "RGB"
+        assert [pixels.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 0)]
 
 
 def test_sixteen_bits_keep_their_shades():

@@ -25,6 +25,7 @@ from modeclip.data.catalog import Catalog
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import check_files, load_bundle, save_bundle
 from modeclip.mixture.rules import RULES
+from support import transparent_drawing
 
 CLASSES = ["heart", "arrow left", "bell", "book", "an unheard-of thing"]
 
@@ -113,6 +114,11 @@ def test_expert_without_weight_is_not_loaded(bundle: Path) -> None:
     mode = MoDE.load(bundle)
     mode.task(CLASSES, rule="top1").encode_text(CLASSES)
     assert len(mode.pool) == 1
+
+
+def test_what_is_transparent_in_a_picture_is_white(mode: MoDE) -> None:
+    found, expected = mode.task(CLASSES, templates=["{}"]).classify(transparent_drawing())
+    assert found == expected
 
 
 @pytest.mark.parametrize("rule", ["paper", "per_class"])

@@ -20,7 +20,7 @@ from modeclip.search import index as index_module
 from modeclip.search.asking import SearchModel, encode_query
 from modeclip.search.index import INDEX_FILE, Index
 from modeclip.search.query import Query, SearchConfig
-from support import noise_picture, with_weights
+from support import noise_picture, transparent_drawing, with_weights
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,11 @@ def test_a_picture_finds_itself_and_pulls_a_text(index: Index, catalog: Catalog)
     assert [hit.row for hit in index.search(Query(text="arrow", image=picture, image_weight=0.0), count=9).hits] == [
         hit.row for hit in words
     ]
+
+
+def test_what_is_transparent_in_a_picture_is_white(index: Index) -> None:
+    found, expected = (encode_query(index.model, Query(image=picture)) for picture in transparent_drawing())
+    np.testing.assert_allclose(found.parts[0][1], expected.parts[0][1], atol=1e-6)
 
 
 def test_what_is_not_wanted_goes_down(index: Index, catalog: Catalog) -> None:

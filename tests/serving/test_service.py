@@ -25,8 +25,8 @@ from PIL import Image
 from modeclip import MoDE, ModeclipError
 from modeclip.search.index import INDEX_FILE, Index
 from modeclip.serving import Client
-from modeclip.serving.client import ServiceError
-from support import encode_picture, noise_picture
+from modeclip.serving.client import ServiceError, _data_url
+from support import encode_picture, noise_picture, transparent_drawing
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -392,6 +392,11 @@ def test_a_missing_extra_is_one_line(
     done = modeclip_command("serve", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert 'pip install "modeclip[serve]"' in done.stderr
+
+
+def test_a_client_sends_what_is_transparent_as_white() -> None:
+    drawing, expected = transparent_drawing()
+    assert _data_url(drawing) == _data_url(expected)
 
 
 def test_a_client_has_the_methods_of_the_mixture(server: Server, mode: MoDE, served_run: Path) -> None:

@@ -93,9 +93,23 @@ def decode_image(data: bytes, exif: Exif = "apply") -> Image.Image:
         Exception: The bytes cannot be decoded; ``cause_of`` names the cause.
     """
     image = Image.open(io.BytesIO(data))
-    rgb = _to_rgb(image)
+    rgb = to_rgb(image)
     turn = _turn_of(image) if exif == "apply" else None
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture in RGB on a white ground; greys of more than 8 bits are scaled.
+
+    Raises:
+        UnscalableError: It has greys of more than 8 bits and no finite value.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _to_grey(image).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -121,7 +135,7 @@ def measure_image(data: bytes, exif: Exif = "apply") -> tuple[int, int]:
     image = Image.open(io.BytesIO(data))
     width, height = image.size
     image.draft("RGB", (1, 1))  # a JPEG is still read to its end, but decoded at an eighth of its size
-    _to_rgb(image)
+    to_rgb(image)
     if exif == "apply" and _turn_of(image) in _SIDEWAYS:
         return height, width
     return width, height
@@ -137,19 +151,10 @@ def as_stored(data: bytes) -> bytes:
         if _turn_of(image) is None:
             return data
         buffer = io.BytesIO()
-        _to_rgb(image).save(buffer, "PNG", compress_level=1)
+        to_rgb(image).save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
     except Exception:  # whoever decodes it has the same, and says so
         return data
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _to_grey(image).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 # ---------------------------------------------------------------- EXIF orientation

@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from modeclip.data.images import to_rgb
 from modeclip.data.prompts import check_templates, fill
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.explain import ClassReason, Domain
@@ -201,7 +202,7 @@ class RoutedClip(nn.Module):
         if isinstance(images, Tensor):
             batch, pictures = images, []
         else:
-            pictures = [image.convert("RGB") for image in images]
+            pictures = [to_rgb(image) for image in images]
             batch = first.images(pictures).to(self.logit_scale.device)
         if self.route.per_image:
             seen = pictures or _pictures(batch, first.model.visual)

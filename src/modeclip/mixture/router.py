@@ -27,6 +27,7 @@ from jaxtyping import Float
 
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.novelty import FineQuantiles
+from modeclip.data.images import to_rgb
 from modeclip.data.prompts import check_texts
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import Bundle, RoutingConfig
@@ -333,5 +334,5 @@ class ClusterRouter:
 
 def _as_png(picture: Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
+    to_rgb(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

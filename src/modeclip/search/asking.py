@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from modeclip.data.images import to_rgb
 from modeclip.errors import ModeclipError, unknown
 from modeclip.mixture.bundle import load_bundle
 from modeclip.mixture.manifest import MANIFEST_FILE, split_expert
@@ -212,7 +213,7 @@ def encode_query(model: SearchModel, query: Query) -> Asked:
     texts = texts_of(query)
     weights = model.weigh(texts, query.expert) if texts else np.empty((0, len(model.refs)))
     vectors = model.encode_texts(texts, weights) if texts else np.empty((0, sum(model.sizes)), np.float32)
-    picture = None if query.image is None else model.encode_images([query.image.convert("RGB")])[0]
+    picture = None if query.image is None else model.encode_images([to_rgb(query.image)])[0]
     return join_parts(model, query, weights, vectors, picture)
 
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from jaxtyping import Float
 
+from modeclip.data.images import to_rgb
 from modeclip.errors import ModeclipError
 from modeclip.mixture.bundle import RoutingConfig
 from modeclip.mixture.explain import ClassReason, NearCluster
@@ -357,7 +358,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 def _data_url(picture: Image) -> str:
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG", compress_level=1)
+    to_rgb(picture).save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
