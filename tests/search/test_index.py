@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from modeclip import Catalog, MoDE, ModeclipError
+from modeclip.data.selection import Selection
 from modeclip.models.clip import encode_image, encode_text
 from modeclip.search import approximate as approximate_module
 from modeclip.search import index as index_module
@@ -187,6 +188,28 @@ def test_removed_images_come_back_when_they_are_added(own: Path, catalog: Catalo
     again = Index.open(own, index.model).search("arrow", count=1000)
     scores = {hit.row: hit.score for hit in again.hits}
     assert scores == pytest.approx({hit.row: hit.score for hit in before.hits}, abs=1e-6)
+
+
+def test_a_removal_keeps_what_was_changed_since_the_index_was_opened(own: Path, catalog: Catalog) -> None:
+    groups, opened = catalog.read(["expert"])["expert"], Index.open(own)
+    first, second = catalog.read(["key"], np.flatnonzero(groups == 0)[:2])["key"]
+    assert opened.remove((f"key = '{first}'",)) == 1
+    assert opened.remove((f"key = '{second}'",)) == 1
+    with pytest.raises(ModeclipError, match="has no pair"):
+        opened.remove((f"key = '{first}'",))
+    assert len(Index.open(own, opened.model)) == len(catalog) - 2
+    Index.open(own, opened.model).add(catalog, selection=Selection(where=(f"key = '{first}'",)))
+    assert opened.remove(("expert=0",)) == int((groups == 0).sum()) - 1
+    with pytest.raises(ModeclipError, match=f"remove all {int((groups != 0).sum()):,} images"):
+        opened.remove(("expert != 0",))
+
+
+def test_an_addition_keeps_how_the_index_answers_now(own: Path, catalog: Catalog) -> None:
+    opened = Index.open(own)
+    Index.build(catalog, opened.model, own, SearchConfig(recall=0.5))
+    opened.remove(("expert=0",))
+    assert opened.add(catalog).num_new > 0
+    assert Index.open(own, opened.model).config.recall == 0.5
 
 
 def test_a_changed_image_is_encoded_anew(tmp_path: Path, bundle: str) -> None:

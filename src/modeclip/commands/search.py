@@ -147,10 +147,11 @@ def remove(index: IndexPath, *, where: Where = (), as_json: AsJson = False) -> N
 
     opened = Index.open(index)
     count = opened.remove(where)
+    left = len(Index.open(index, opened.model))
     if as_json:
-        print_json({"removed": count, "images": len(opened) - count})
+        print_json({"removed": count, "images": left})
         return
-    print_lines(f"removed {count:,} images, {len(opened) - count:,} are left")
+    print_lines(f"removed {count:,} images, {left:,} are left")
 
 
 def choose(words: Sequence[str]) -> tuple[Callable[..., Any], list[str], str]:

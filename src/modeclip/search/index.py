@@ -149,17 +149,13 @@ class Index:
         """
         folder, config = _place(folder), config or SearchConfig()
         model = model if isinstance(model, SearchModel) else SearchModel.open(model)
-        if state(join(folder, INDEX_FILE)):
-            index = cls.open(folder, model)
-        elif _holds_more(folder):
+        if not state(join(folder, INDEX_FILE)) and _holds_more(folder):
             raise ModeclipError(
                 f"--out {folder}: expected an index or an empty folder, found other files; choose another"
             )
-        else:
-            index = None
         if not is_url(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
-        _add(folder, index, model, catalog, config, selection, ray)
+        _add(folder, model, catalog, config, selection, ray)
         return cls.open(folder, model)
 
     @classmethod
@@ -279,7 +275,7 @@ class Index:
 
         The opened index goes on as it was: open it again to see what was added.
         """
-        return _add(self.folder, self, self.model, catalog, self.config, selection, ray)
+        return _add(self.folder, self.model, catalog, None, selection, ray)
 
     def remove(self, where: Sequence[str]) -> int:
         """Remove the images for which all conditions hold, and return how many; open the index again to see it.
@@ -289,20 +285,21 @@ class Index:
         """
         if not where:
             raise ModeclipError("search remove: no --where condition given; expected at least one")
-        chosen = self._chosen(where)
-        assert chosen is not None
-        count = int(chosen.sum())
-        if count == len(self):
-            raise ModeclipError(
-                f"index {self.folder}: that would remove all {count:,} images; delete the folder instead"
-            )
         with _alone(self.folder):
-            dataset = _latest(self.folder, self._content["version"])
-            keys = self._take(["key"], np.flatnonzero(chosen))["key"].to_pylist()
+            now = Index.open(self.folder, self.model)  # it may have changed since this one was opened
+            chosen = now._chosen(where)
+            assert chosen is not None
+            count = int(chosen.sum())
+            if count == len(now):
+                raise ModeclipError(
+                    f"index {self.folder}: that would remove all {count:,} images; delete the folder instead"
+                )
+            dataset = _latest(self.folder, now._content["version"])
+            keys = now._take(["key"], np.flatnonzero(chosen))["key"].to_pylist()
             for start in range(0, count, ROWS_AT_ONCE):
                 words = ", ".join("'" + key.replace("'", "''") + "'" for key in keys[start : start + ROWS_AT_ONCE])
                 dataset.delete(f"key IN ({words})")
-            _finish(self.folder, dataset, self.model, self._content)
+            _finish(self.folder, dataset, self.model, now._content)
         return count
 
     def search(
@@ -582,21 +579,25 @@ def _alone(folder: str) -> Iterator[None]:
 
 def _add(
     folder: str,
-    index: Index | None,
     model: SearchModel,
     catalog: Catalog,
-    config: SearchConfig,
+    config: SearchConfig | None,
     selection: Selection,
     ray: bool,
 ) -> Added:
-    """Encode what the index lacks of a catalog, and write it; a new index where there is none."""
+    """Encode what the index lacks of a catalog, and write it; a new index where there is none.
+
+    Without a config the index answers as before.
+    """
     with _alone(folder):
-        content: dict[str, Any] = (
-            {"format": FORMAT, "catalogs": [], "version": 0} if index is None else _read_note(folder)
-        )
+        is_new = config is not None and not state(join(folder, INDEX_FILE))
+        index = None if is_new else Index.open(folder, model)
+        content: dict[str, Any] = {"format": FORMAT, "catalogs": [], "version": 0}
+        content |= {} if index is None else index._content
+        before = content.get("config")
         content["model"] = {"spec": model.spec, "names": list(model.names), **model.facts()}
-        content["config"] = asdict(config)
-        dataset = _latest(folder, content["version"]) if index is not None else None
+        content["config"] = before if config is None else asdict(config)
+        dataset = None if index is None else _latest(folder, content["version"])
         chosen, counts = _missing(catalog, selection, dataset)
         if chosen.any():
             path = catalog.path if is_url(catalog.path) else str(Path(catalog.path).resolve())
@@ -619,7 +620,7 @@ def _add(
             encoded.forget()
         elif dataset is None:
             raise ModeclipError(f"catalog {catalog.path!r} has no pair to search; index some, or select others")
-        elif content.get("config") != index._content.get("config"):  # type: ignore[union-attr]
+        elif content["config"] != before:
             _finish(folder, dataset, model, content)
         return Added(**counts, num_rows=int(dataset.count_rows()))
 
