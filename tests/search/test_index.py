@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from modeclip import Catalog, MoDE, ModeclipError
+from modeclip.data.indexing import index as make_catalog
 from modeclip.data.selection import Selection
+from modeclip.data.sources import DataConfig
 from modeclip.models.clip import encode_image, encode_text
 from modeclip.search import approximate as approximate_module
 from modeclip.search import index as index_module
 from modeclip.search.asking import SearchModel, encode_query
 from modeclip.search.index import INDEX_FILE, Index
 from modeclip.search.query import Query, SearchConfig
-from support import noise_picture, transparent_drawing, with_weights
+from support import encode_picture, noise_picture, transparent_drawing, with_weights, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +215,6 @@ def test_an_addition_keeps_how_the_index_answers_now(own: Path, catalog: Catalog
 
 
 def test_a_changed_image_is_encoded_anew(tmp_path: Path, bundle: str) -> None:
-    from modeclip.data.indexing import index as make_catalog
-    from modeclip.data.sources import DataConfig
-
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(6):
@@ -229,6 +228,38 @@ def test_a_changed_image_is_encoded_anew(tmp_path: Path, bundle: str) -> None:
     assert (added.num_new, added.num_changed, added.num_same, added.num_rows) == (0, 1, 5, 6)
     best = Index.open(tmp_path / "index").search(Query(image=noise_picture(99)), count=2).hits[0]
     assert (best.caption, round(best.score, 2)) == ("noise 3", 1.0)
+
+
+def test_images_in_other_rows_than_before_are_found_again(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_pairs(
+        tmp_path / "pictures",
+        [encode_picture(noise_picture(number)) for number in range(6)],
+        [f"noise {number}" for number in range(6)],
+    )
+    make_catalog(DataConfig.from_flat({"source": str(folder)}), tmp_path / "data")
+    index = Index.build(Catalog.open(tmp_path / "data"), bundle, tmp_path / "index")
+    for file in folder.glob("001.*"):
+        file.unlink()
+    make_catalog(DataConfig.from_flat({"source": str(folder)}), tmp_path / "data", replace=True)
+    hits = {hit.caption: hit for hit in index.search("noise", count=6).hits}
+    with pytest.raises(ModeclipError, match=r"data/catalog.lance has the pair .* in another row.* search add "):
+        index.pictures([hits["noise 5"]])
+    with pytest.raises(ModeclipError, match=r"search add "):
+        index.encoded_picture(hits["noise 4"].number)
+    with pytest.raises(ModeclipError, match=r"no longer has the pair .*; give modeclip search remove .* --where \"key"):
+        index.pictures([hits["noise 1"]])
+    with monkeypatch.context() as patched:
+        patched.setattr(index_module, "decode_image", None)  # nothing is encoded anew
+        added = index.add(Catalog.open(tmp_path / "data"))
+    assert (added.num_new, added.num_changed, added.num_moved, added.num_same, added.num_rows) == (0, 0, 4, 1, 6)
+    index = Index.open(tmp_path / "index", index.model)
+    for number in (0, 2, 3, 4, 5):
+        [hit] = index.search(Query(image=noise_picture(number)), count=1).hits
+        assert (hit.caption, round(hit.score, 2)) == (f"noise {number}", 1.0)
+        assert np.array_equal(np.asarray(index.pictures([hit])[0]), np.asarray(noise_picture(number)))
+    assert index.add(Catalog.open(tmp_path / "data")).num_same == 5
 
 
 def test_a_build_that_was_stopped_goes_on_and_ends_the_same(

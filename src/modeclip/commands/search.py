@@ -198,6 +198,6 @@ def _print_found(found: Found) -> None:
 
 def _added(added: Added) -> str:
     return (
-        f"{added.num_new:,} images are new, {added.num_changed:,} have changed, {added.num_same:,} were there; "
-        f"the index has {added.num_rows:,}"
+        f"{added.num_new:,} images are new, {added.num_changed:,} have changed, {added.num_moved:,} lie in other rows, "
+        f"{added.num_same:,} were there; the index has {added.num_rows:,}"
     )

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -393,9 +394,11 @@ class Index:
         if path not in self._opened:
             self._opened[path] = Catalog.open(path)
         catalog = self._opened[path]
-        if row[0] >= len(catalog) or catalog.read(["key"], row)["key"][0] != pair["key"]:
+        try:
+            _check_places(self.folder, catalog, row, [pair["key"]])
+        except ModeclipError:
             del self._opened[path]
-            raise ModeclipError(_moved(self.folder, path, pair["key"]))
+            raise
         return catalog.encoded_images(row)[0]
 
     def pictures(self, hits: Sequence[Hit]) -> list[Image]:
@@ -408,10 +411,8 @@ class Index:
         for path in dict.fromkeys(hit.catalog for hit in hits):
             places = [place for place, hit in enumerate(hits) if hit.catalog == path]
             catalog, rows = Catalog.open(path), np.array([hits[place].row for place in places])
-            keys = catalog.read(["key"], rows)["key"]
-            for place, key, picture in zip(places, keys, catalog.images(rows), strict=True):
-                if key != hits[place].key:
-                    raise ModeclipError(_moved(self.folder, path, hits[place].key))
+            _check_places(self.folder, catalog, rows, [hits[place].key for place in places])
+            for place, picture in zip(places, catalog.images(rows), strict=True):
                 found[place] = picture
         return found
 
@@ -598,11 +599,12 @@ def _add(
         content["model"] = {"spec": model.spec, "names": list(model.names), **model.facts()}
         content["config"] = before if config is None else asdict(config)
         dataset = None if index is None else _latest(folder, content["version"])
-        chosen, counts = _missing(catalog, selection, dataset)
-        if chosen.any():
-            path = catalog.path if is_url(catalog.path) else str(Path(catalog.path).resolve())
-            if path not in content["catalogs"]:
-                content["catalogs"].append(path)
+        path = catalog.path if is_url(catalog.path) else str(Path(catalog.path).resolve())
+        catalogs = list(dict.fromkeys([*content["catalogs"], path]))
+        number = catalogs.index(path)
+        chosen, moved, counts = _missing(catalog, selection, dataset, number)
+        if chosen.any() or moved:
+            content["catalogs"] = catalogs
             work = EncodeImages(
                 spec=model.spec,
                 facts={"work": "search", **model.facts()},
@@ -614,8 +616,9 @@ def _add(
                 work._model = model
             encoded = map_fragments(catalog, work, "encode images", ray=ray, selected=chosen)
             schema = _schema(catalog, sum(model.sizes)) if dataset is None else dataset.schema
-            batches = _batches(catalog, encoded, schema, content["catalogs"].index(path))
-            dataset = _write(folder, dataset, schema, batches, has_old=counts["num_changed"] > 0)
+            batches = _batches(catalog, chain(_vectors_at(dataset, moved), encoded), schema, number)
+            has_old = counts["num_changed"] + counts["num_moved"] > 0
+            dataset = _write(folder, dataset, schema, batches, has_old=has_old)
             _finish(folder, dataset, model, content)
             encoded.forget()
         elif dataset is None:
@@ -625,35 +628,67 @@ def _add(
         return Added(**counts, num_rows=int(dataset.count_rows()))
 
 
-def _moved(folder: str, path: str, key: str) -> str:
-    return (
-        f"index {folder}: {path} has another pair where {key!r} was when it was indexed; give modeclip search add"
-        f" {folder} {path}"
-    )
+def _check_places(folder: str, catalog: Catalog, rows: Int[np.ndarray, " n"], keys: Sequence[str]) -> None:
+    """Raise unless a catalog has the pairs of an index where they were when they were indexed."""
+    found = catalog.read(["key"], np.minimum(rows, len(catalog) - 1))["key"]
+    for row, key, other in zip(rows.tolist(), keys, found.tolist(), strict=True):
+        if row < len(catalog) and key == other:
+            continue
+        word = "key = '" + key.replace("'", "''") + "'"
+        is_there = len(catalog.select(key=key)) > 0
+        remedy = f"add {folder} {catalog.path}" if is_there else f'remove {folder} --where "{word}"'
+        raise ModeclipError(
+            f"index {folder}: {catalog.path} {'has' if is_there else 'no longer has'} the pair {key!r}"
+            f"{' in another row' if is_there else ''} since it was indexed again; give modeclip search {remedy}"
+        )
 
 
-def _missing(catalog: Catalog, selection: Selection, dataset: Any) -> tuple[Bool[np.ndarray, " N"], dict[str, int]]:
-    """Return which rows of a catalog an index lacks or has otherwise, and the counts."""
-    known: dict[str, bytes | None] = {}
+def _missing(
+    catalog: Catalog, selection: Selection, dataset: Any, number: int
+) -> tuple[Bool[np.ndarray, " N"], dict[int, int], dict[str, int]]:
+    """Compare an index with a catalog, which is its catalog of a number.
+
+    Returns:
+        Which rows of the catalog the index lacks or has otherwise; those that it has as of another row, with their
+        positions in the index; and the counts.
+    """
+    known: dict[str, int] = {}
     if dataset is not None:
-        for batch in dataset.to_batches(columns=["key", "digest"]):
-            known |= dict(zip(batch["key"].to_pylist(), batch["digest"].to_pylist(), strict=True))
+        old = dataset.to_table(columns=["key", "digest", "catalog", "row"])
+        known = {key: place for place, key in enumerate(old["key"].to_pylist())}
+        digests, numbers, places = (old[name].to_pylist() for name in ("digest", "catalog", "row"))
     rows = selection.rows(catalog)
     pairs = catalog.read(["key", "digest"], rows)
     chosen = np.zeros(len(catalog), bool)
-    counts = {"num_new": 0, "num_changed": 0, "num_same": 0, "num_doubled": 0}
+    moved: dict[int, int] = {}
+    counts = {"num_new": 0, "num_changed": 0, "num_moved": 0, "num_same": 0, "num_doubled": 0}
     seen = set[str]()
     for row, key, digest in zip(rows.tolist(), pairs["key"].tolist(), pairs["digest"].tolist(), strict=True):
         if key in seen:
             counts["num_doubled"] += 1
             continue
         seen.add(key)
-        kind = "new" if key not in known else "same" if known[key] == digest else "changed"
+        place = known.get(key)
+        if place is None:
+            kind = "new"
+        elif digests[place] != digest:
+            kind = "changed"
+        elif numbers[place] == number and places[place] != row:
+            kind, moved[row] = "moved", place
+        else:
+            kind = "same"
         counts[f"num_{kind}"] += 1
-        chosen[row] = kind != "same"
+        chosen[row] = kind in ("new", "changed")
     if counts["num_doubled"]:
         log(f"{counts['num_doubled']:,} pairs have the key of an earlier pair of {catalog.path}; they are left out")
-    return chosen, counts
+    return chosen, moved, counts
+
+
+def _vectors_at(dataset: Any, moved: Mapping[int, int]) -> Iterator[dict[str, Shaped[np.ndarray, "..."]]]:
+    """Yield rows of a catalog with their vectors, which an index has at some positions."""
+    if moved:
+        column = dataset.take(list(moved.values()), columns=[VECTOR])[VECTOR].combine_chunks()
+        yield {"rows": np.array(list(moved)), VECTOR: np.asarray(column.flatten()).reshape(len(moved), -1)}
 
 
 def _schema(catalog: Catalog, dimension: int) -> pa.Schema:

@@ -125,6 +125,8 @@ class Added:
     """Images that the index did not have."""
     num_changed: int
     """Images that it had with another content under the same key."""
+    num_moved: int
+    """Images that lie in another row of their catalog than before; they are not encoded anew."""
     num_same: int
     """Images that it had as they are."""
     num_doubled: int
