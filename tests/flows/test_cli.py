@@ -118,6 +118,14 @@ WORDS_THAT_DO_NOT_FIT = {
     "train a --micro-batch most": "--micro-batch: expected a whole number or auto, got 'most'",
     "train a --batch_size many": "--batch-size: expected a whole number, got 'many'",
     "train-experts a --only one": "--only: expected a whole number each, got 'one'",
+    "search remove x --where caption=bird --where key<'020'": "--where: given 2 times, expected once; .* one --where",
+    "uids x --out y --where=a --where b": "--where: given 2 times",
+    "evaluate x --tasks a --tasks b": "--tasks: given 2 times",
+    "evaluate x --tasks a --rule eq6 --rule paper --rule=top1": "--rule: given 3 times",
+    "classify x y --template {} --template a": "--template: given 2 times",
+    "bundle x --put expert-0=a --put expert-1=b": "--put: given 2 times",
+    "search x --not a --not b": "--not: given 2 times",
+    "train-experts x --only 1 --only 2": "--only: given 2 times",
     "--verbose": "unknown option '--verbose'; known: --help, --version",
 }
 

@@ -11,9 +11,11 @@ import functools
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from dataclasses import is_dataclass, replace
+from itertools import takewhile
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
@@ -86,6 +88,7 @@ def call(command: Callable[..., Any], words: Sequence[str], prog: str | None = N
     """
     words = [expand_homes(word) for word in words]
     parser = _Parser(command, words, prog or command.__name__)
+    parser.check_repeated()
     try:
         with _reporting(parser.refuse), worded(parser.in_flags):
             return parser.run(words)
@@ -127,7 +130,17 @@ class _Parser:
     @functools.cached_property
     def flags(self) -> dict[str, str]:
         """The option of each field of the command's configs and of each other parameter; the name of what has none."""
-        return {name: flag if flag in self.options else name.upper() for name, flag in _flags_of(self.command)}
+        return {name: flag if flag in self.options else name.upper() for name, flag, _ in _flags_of(self.command)}
+
+    def check_repeated(self) -> None:
+        """Raise for an option of several values that is given again, since only the last ones would count."""
+        options = [word for word in takewhile("--".__ne__, self.words) if word.startswith("--")]
+        given = Counter(option.partition("=")[0].replace("_", "-") for option in options)
+        for _, flag, kind in _flags_of(self.command):
+            if given[flag] > 1 and _takes_several(kind):
+                raise ModeclipError(
+                    f"{flag}: given {given[flag]} times, expected once; give all its values behind one {flag} (A B)"
+                )
 
     def in_flags(self, text: str, *, bare: bool = False) -> str:
         """Return a text in which the fields of recipes are called by the options of this command, if it has them.
@@ -187,15 +200,20 @@ def _reporting(refuse: Callable[[Any], None]) -> AbstractContextManager[None]:
     return nullcontext() if hook is None else hook(refuse)
 
 
-def _flags_of(owner: Callable[..., Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name and the option of each parameter of a command, or each field of a config, and of those in it."""
+def _flags_of(owner: Callable[..., Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield name, option and type of each parameter of a command, or each field of a config, and of those in it."""
     for name, hint in get_type_hints(owner, include_extras=True).items():
         kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _flags_of(kind)
         else:
             own = next((mark.name for mark in marks if getattr(mark, "name", None)), None)
-            yield name, f"--{own or name.replace('_', '-')}"
+            yield name, f"--{own or name.replace('_', '-')}", kind
+
+
+def _takes_several(kind: Any) -> bool:
+    """Say whether an option of a type takes any number of values."""
+    return get_origin(kind) in (tuple, list) or any(get_origin(one) in (tuple, list) for one in get_args(kind))
 
 
 def _name_of(argument: Any) -> str:
