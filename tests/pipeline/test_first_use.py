@@ -6,11 +6,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from modeclip.data.catalog import Catalog
+from modeclip.errors import ModeclipError
+from modeclip.mixture.bundle_edits import replace_expert
 from modeclip.mixture.mode import MoDE
-from modeclip.pipeline.first_use import first_use
+from modeclip.pipeline.first_use import first_use, held_out_index
+from modeclip.search.index import Index
 from modeclip.serving.service import open_service
 from modeclip.system.paths import RunPaths
 
@@ -53,3 +57,38 @@ def test_words_and_pictures_are_answered_as_by_the_mixture(small_run: Path, tmp_
         "held-out": len(tasks),
     }
     service.close()
+
+
+def test_an_edited_bundle_is_searched_with_the_models_that_it_has(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """modeclip builds its own indexes anew; one that was built otherwise stays."""
+    paths = RunPaths(folder=Path(shutil.copytree(small_run, tmp_path / "run")))
+    held_out_index(paths)
+    open_service(paths.folder).close()
+    own = Path(shutil.copytree(paths.index, tmp_path / "own"))
+    opened = Index.open(paths.held_out_index)
+    before = opened.search("heart").hits
+    replace_expert(paths.bundle, 0, paths.bundle / "expert-1", force=True)
+
+    capsys.readouterr()
+    service = open_service(paths.folder)
+    assert {name: len(index) for name, index in service.indexes.items()} == {
+        "run": len(Catalog.open(paths.catalog_path)),
+        "held-out": len(opened),
+    }
+    service.close()
+    assert capsys.readouterr().err.count("bundle has changed: encode the images of ") == 2
+    assert opened.search("heart").hits == before  # what was opened before goes on
+
+    replace_expert(paths.bundle, 0, small_run / "bundle" / "expert-0", force=True)
+    assert len(held_out_index(paths)) == len(opened)
+    assert "bundle has changed: encode the images of " in capsys.readouterr().err
+
+    replace_expert(paths.bundle, 0, paths.bundle / "expert-1", force=True)
+    with pytest.raises(ModeclipError, match=r"own: was built with another model"):
+        open_service(paths.folder, indexes=[own])
+    shutil.rmtree(paths.index)
+    Index.build(Catalog.open(paths.catalog_path), str(small_run / "bundle"), paths.index)
+    with pytest.raises(ModeclipError, match=r"run/index: was built with another model"):
+        open_service(paths.folder)

@@ -16,8 +16,9 @@ import numpy as np
 from modeclip.data.catalog import Catalog
 from modeclip.mixture.mode import MoDE
 from modeclip.search.asking import SearchModel
-from modeclip.search.index import Index
+from modeclip.search.index import Index, drop_outdated
 from modeclip.search.query import Query
+from modeclip.system.console import log
 from modeclip.system.paths import RunPaths
 
 HITS = 3
@@ -83,7 +84,10 @@ def first_use(paths: RunPaths, words: tuple[str, ...]) -> FirstUse:
 
 def held_out_index(paths: RunPaths) -> Index:
     """Return the index of a run's held-out pictures, built or brought up to date."""
-    return Index.build(Catalog.open(paths.tasks_path), SearchModel.open(paths.bundle), paths.held_out_index)
+    model = SearchModel.open(paths.bundle)
+    if drop_outdated(paths.held_out_index, paths.tasks_path, model):
+        log(f"{paths.bundle} has changed: encode the images of {paths.tasks_path} into {paths.held_out_index}")
+    return Index.build(Catalog.open(paths.tasks_path), model, paths.held_out_index)
 
 
 def _look(index: Index, words: str) -> Looked:

@@ -81,6 +81,10 @@ ROWS_AT_ONCE = 8192
 _AGAIN = "give the same modeclip search build command again"
 
 
+class OtherModelError(ModeclipError):
+    """An index was built with another model, or with what its model was before."""
+
+
 @dataclass(kw_only=True)
 class EncodeImages(Statistic):
     """Encodes the images of a block; every process opens the model itself."""
@@ -179,7 +183,8 @@ class Index:
             device: As for `SearchModel.open`.
 
         Raises:
-            ModeclipError: There is no index, it is half built, its model is gone, or the model has changed since.
+            OtherModelError: It was built with another model, or the model has changed since.
+            ModeclipError: There is no index, it is half built, or its model is gone.
         """
         folder = _place(folder)
         if not state(join(folder, INDEX_FILE)):
@@ -209,13 +214,13 @@ class Index:
             for name, old, new in zip(names, digests, [*model.digests, *[""] * len(digests)], strict=False)
             if old != new
         ]:
-            raise ModeclipError(
+            raise OtherModelError(
                 f"index {folder}: was built with another model than {model.spec} is ({'; '.join(differing)}); "
                 "build the index again in another folder, or give the model that it was built with"
             )
         own = {name: value for name, value in model.facts().items() if name != "digests"}
         if "rule" in content["model"] and own != {name: content["model"].get(name) for name in own}:
-            raise ModeclipError(
+            raise OtherModelError(
                 f"index {folder}: its images were weighed by {content['model']['rule']} at temperature"
                 f" {content['model'].get('temperature')}, but {model.spec} weighs by {own.get('rule')} at"
                 f" {own.get('temperature')} now; build the index again in another folder"
@@ -511,6 +516,29 @@ class Index:
     def _take(self, columns: Sequence[str], rows: Int[np.ndarray, " n"]) -> pa.Table:
         table: pa.Table = self._dataset.take(rows.tolist(), columns=list(columns))
         return table
+
+
+def drop_outdated(folder: Path, catalog: Path, model: SearchModel) -> bool:
+    """Drop an index that modeclip has built of a catalog itself, if its model has changed since; say whether it did.
+
+    What opened it goes on, and `Index.build` builds it anew.
+
+    Raises:
+        ModeclipError: The index cannot be opened, or is another one: of another model or catalog, or with settings.
+    """
+    if not (folder / INDEX_FILE).is_file():
+        return False
+    try:
+        Index.open(folder, model)
+    except OtherModelError:
+        content = _read_note(str(folder))
+        is_own = content["catalogs"] == [str(catalog.resolve())] and content["config"] == asdict(SearchConfig())
+        if not is_own or Path(content["model"]["spec"]).resolve() != Path(model.spec).resolve():
+            raise
+        with _alone(str(folder)):
+            (folder / INDEX_FILE).unlink(missing_ok=True)
+        return True
+    return False
 
 
 def _check_wanted(count: int, least_strength: float) -> None:

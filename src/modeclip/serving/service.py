@@ -25,7 +25,7 @@ from modeclip.errors import ModeclipError, in_one_line, unknown
 from modeclip.mixture.manifest import MANIFEST_FILE, split_expert
 from modeclip.search.asking import SearchModel
 from modeclip.search.exact import TOGETHER
-from modeclip.search.index import INDEX_FILE, Index
+from modeclip.search.index import INDEX_FILE, Index, drop_outdated
 from modeclip.search.query import Asked, Found
 from modeclip.serving.answers import Answers
 from modeclip.serving.batching import Batcher
@@ -413,7 +413,8 @@ def open_service(
 
     Args:
         what: The folder of a run, a bundle, a model folder, or the name of a model.
-        indexes: Folders of indexes of the same model; none: that of the run, which is built if it is not there.
+        indexes: Folders of indexes of the same model; none: that of the run, which is built if it is not there, and
+            built anew if the bundle has changed.
         limits: What clients may ask.
         device: As for `SearchModel.open`.
         encoder: As for `SearchModel.open`.
@@ -450,22 +451,24 @@ def open_service(
         max_memory=max_memory,
     )
     if is_run and not named and paths.catalog_path.is_dir():
-        built = {source.name: str(_index_of_run(source, paths))}
-        if (paths.held_out_index / INDEX_FILE).is_file():
-            built[paths.held_out_index.stem] = str(paths.held_out_index)
-        source = replace(source, indexes=built)
+        built = {source.name: paths.index}
+        _build_own(source, paths.catalog_path, paths.index)
+        if paths.held_out_index.is_dir():
+            built[paths.held_out_index.stem] = paths.held_out_index
+            _build_own(source, paths.tasks_path, paths.held_out_index)
+        source = replace(source, indexes={name: str(folder) for name, folder in built.items()})
     return Service(source, limits or Limits(), dimension=dimension)
 
 
-def _index_of_run(source: Source, paths: RunPaths) -> Path:
-    """Return the index of a run's pairs, built if it is not there or was not finished."""
+def _build_own(source: Source, catalog: Path, folder: Path) -> None:
+    """Build an index of a run's pairs if it is not there, was not finished, or is of what the bundle was before."""
     from modeclip.data.catalog import Catalog
 
-    folder = paths.index
+    model = SearchModel.open(
+        source.model, device=source.device, encoder=source.encoder, trust_encoder=source.trust_encoder
+    )
+    is_outdated = drop_outdated(folder, catalog, model)
     if not (folder / INDEX_FILE).is_file():
-        log(f"first start: encode the images of {paths.catalog_path} into {folder}")
-        model = SearchModel.open(
-            source.model, device=source.device, encoder=source.encoder, trust_encoder=source.trust_encoder
-        )
-        Index.build(Catalog.open(paths.catalog_path), model, folder)
-    return folder
+        why = f"{source.model} has changed" if is_outdated else "first start"
+        log(f"{why}: encode the images of {catalog} into {folder}")
+        Index.build(Catalog.open(catalog), model, folder)
