@@ -107,6 +107,7 @@ def evaluate(
     from modeclip.evaluation.systems import open_systems
     from modeclip.models.clip import imagenet_words
     from modeclip.models.feature_cache import FeatureCache
+    from modeclip.system.files import writing
 
     if not tasks:
         raise ModeclipError("evaluate: no task given; give --tasks with folders, tables, catalogs or published names")
@@ -135,6 +136,8 @@ def evaluate(
         random_weights=random_weights,
         encoder=encoder,
     )
+    with writing(kept.folder):  # a place that cannot be written to is found now, not after all the work
+        kept.folder.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
 
     def keep(found: list[Result]) -> None:
