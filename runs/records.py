@@ -118,6 +118,7 @@ def label(arm: Arm) -> str:
     words += [f"{100 * arm.outside:g} % from outside"] if arm.outside else []
     words += [] if arm.trainable == "all" else [f"`{arm.trainable}`"]
     words += [] if arm.rate == 1 else [f"{arm.rate:g} times the learning rate"]
+    words += [f"{arm.extra} parts more"] if arm.extra else []
     return ", ".join(words)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from experiments import HERE, PARTS, QUARTER, Arm, Study, base_arm, training_flops
-from findings import IMAGE_ARM, Gain
+from findings import IMAGE_ARM, Gain, at_equal_cost
 from records import BY_SEED, Records, against, averages, mean, table
 
 
@@ -88,15 +88,13 @@ def finished_table(records: Records) -> str:
 
 def finished_found(records: Records) -> str:
     """Return what gains when a finished model goes on."""
-    arms = [arm for arm in records.studies[QUARTER].arms if arm.extra]
-    one = records.mixed(QUARTER, next(arm for arm in arms if arm.experts == 1))
     gains = {}
-    for arm in arms:
-        if arm.experts > 1:
+    for arm in records.studies[QUARTER].arms:
+        if arm.extra and arm.experts > 1:
             name = "four copies" if arm.kind == "full" else f"experts of {of(arm)}"
             for how, words in {"": "", "log": ", log-probabilities"}.items():
                 what = f"{name}{'' if arm.trainable == 'all' else f' that train {trains(arm)}'}{words}"
-                gains[what] = Gain.of(records.mixed(QUARTER, arm, how), one)
+                gains[what] = at_equal_cost(records, QUARTER, arm, how)
     return sorted_out(gains, "one model that goes on")
 
 

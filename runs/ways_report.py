@@ -17,7 +17,7 @@ import numpy as np
 import one_model_report
 import subjects_report
 from experiments import PARTS, QUARTER, base_arm
-from findings import EIGHT_IMAGES, IMAGE_ARM, Gain, at_equal_cost
+from findings import EIGHT_IMAGES, FINISHED_IMAGES, IMAGE_ARM, Gain, at_equal_cost
 from records import Records, interval, table
 
 from modeclip.data.tasks.names import CLASS_NAMES
@@ -136,6 +136,8 @@ def _mixtures(records: Records) -> Iterator[Row]:
         yield from _of("4 models of all data, averaged", where, full)
         late = at_equal_cost(records, study, base_arm(encoder="clip-image", part=24))
         yield from _of("4 experts on clusters of images, parted at 24", where, late)
+        on = at_equal_cost(records, study, FINISHED_IMAGES)
+        yield from _of("a finished model that goes on as 4 experts on clusters of images", where, on)
         sets = at_equal_cost(records, study, base_arm(encoder="clip-sets"))
         yield from _of("4 experts on groups of whole icon sets", where, sets)
 
