@@ -315,7 +315,7 @@ def test_a_bundle_tells_the_selection_in_words_that_can_be_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(folder=tmp_path, selection=Selection(where=("width > 0 AND site = 'x'",), mask="m_kept"))
-    folder.__dict__["members"] = [SimpleNamespace(config=TrainConfig())]  # no model is needed
+    folder.__dict__["members"] = [SimpleNamespace(config=TrainConfig(), role="expert", start_digest="")]
     told: dict[str, Any] = {}
     monkeypatch.setattr(
         "modeclip.pipeline.run_folder.assemble_bundle", lambda *_, **more: told.update(more) or tmp_path
