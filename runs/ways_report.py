@@ -143,14 +143,14 @@ def _mixtures(records: Records) -> Iterator[Row]:
 
 
 def _batches(records: Records) -> Iterator[Row]:
-    dense = records.equal("batches", PARTS)
-    for arm in records.studies["batches"].arms:
-        if arm.kind == "pure" and arm.part == 16 and not arm.batch:
-            of = "images" if arm.encoder == "clip-image" else "captions"
-            gain = Gain.of(records.tasks("batches", arm.name), dense)
-            yield from _of(
-                f"one dense model, batches of one of {arm.experts} clusters of {of}", "`xxs`, 3.1 passes", gain
-            )
+    studies = {"batches": "`xxs`, 3.1 passes", QUARTER: "`xxxs`, 18.7 passes, a quarter of the pairs"}
+    for study, where in studies.items():
+        dense = records.equal(study, PARTS)
+        for arm in records.studies[study].arms:
+            if arm.kind == "pure" and arm.part == 16 and not arm.batch:
+                of = "images" if arm.encoder == "clip-image" else "captions"
+                gain = Gain.of(records.tasks(study, arm.name), dense)
+                yield from _of(f"one dense model, batches of one of {arm.experts} clusters of {of}", where, gain)
 
 
 def _one_model(lines: Lines) -> Iterator[Row]:

@@ -11,12 +11,17 @@ import signal
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT
+SPINS = "10000"
+"""How often a thread of GNU's OpenMP looks for work before it sleeps, some ten microseconds. It looks 300,000 times by
+default, and so takes a core from the thread that it waits for where other programs run (``benchmarks/busy.py``)."""
 
 
 def main() -> None:
     """Run the command line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, _interrupt)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when PyTorch is imported
     from modeclip.commands import main as run
 
     run()

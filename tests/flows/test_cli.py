@@ -17,6 +17,7 @@ from typing import Annotated
 import pytest
 from tyro.conf import arg
 
+from modeclip import __main__ as entry
 from modeclip.__main__ import _interrupt
 from modeclip.commands import COMMANDS, PIPE_CLOSED, load_command, main, read_summaries
 from modeclip.errors import in_one_line
@@ -464,3 +465,17 @@ def test_mistakes_in_other_arguments(
     }
     for words, message in mistakes.items():
         assert re.search(message, fails(capsys, *words))
+
+
+def test_threads_wait_briefly_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeclip.commands.main", lambda: None)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    entry.main()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    entry.main()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    entry.main()
+    assert os.environ["GOMP_SPINCOUNT"] == entry.SPINS
