@@ -12,8 +12,8 @@ from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT
 SPINS = "10000"
-"""How often a thread of GNU's OpenMP looks for work before it sleeps, some ten microseconds. It looks 300,000 times by
-default, and so takes a core from the thread that it waits for where other programs run (``benchmarks/busy.py``)."""
+"""How often a thread of GNU's OpenMP looks for work before it sleeps. By default it looks 300,000 times, and so takes a
+core from the thread that it waits for where other programs run (``benchmarks/busy.py``)."""
 
 
 def main() -> None:
