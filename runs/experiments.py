@@ -294,9 +294,15 @@ class Workshop:
         return name
 
     def trunk(self, study: Study, seed: int) -> dict[int, TrainJob]:
-        """Return the jobs of the seed model by the part at which they end; the last is the dense model."""
-        config, jobs, before = replace(study.train, seed=seed), {}, None
-        for part in study.partings:
+        """Return the jobs of the seed model by the part at which they end.
+
+        Those of `Study.partings` are one training. A part between them at which an arm parts is a training of its own
+        from the one before, so that an arm that is added later leaves the trainings alone that are there.
+        """
+        config, jobs = replace(study.train, seed=seed), {}
+        between = {arm.part for arm in study.arms if arm.kind != "total"} - set(study.partings)
+        for part in (*study.partings, *sorted(between)):
+            before = jobs[max(earlier)] if (earlier := [known for known in study.partings if known < part]) else None
             first = 0 if before is None else before.last_step
             job = TrainJob(
                 name=f"part-{part}",
@@ -312,7 +318,7 @@ class Workshop:
                 start_digest="" if before is None else before.digest,
                 mask=self.sample_column(study),
             )
-            jobs[part] = before = job
+            jobs[part] = job
         return jobs
 
     def jobs(self, arm: Arm, study: Study, seed: int) -> list[TrainJob]:

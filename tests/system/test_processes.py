@@ -23,7 +23,9 @@ time.sleep(600)
 CHILD = """
 import sys, time
 from pathlib import Path
-Path(sys.argv[1]).write_text(" ".join(sys.argv[1:]))
+unfinished = Path(sys.argv[1] + ".part")
+unfinished.write_text(" ".join(sys.argv[1:]))
+unfinished.rename(sys.argv[1])  # there at once, with all of its words
 time.sleep(600)
 """
 
