@@ -407,7 +407,7 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "routers": lambda: small_report.routers_table(records),
         "trained-parts": lambda: small_report.parts_table(records),
         "rates": lambda: small_report.rates_table(records),
-        "rates-found": lambda: small_report.rates_found(records),
+        "rates-found": lambda: f"\n{small_report.rates_found(records)}\n",
         "last-blocks": small_report.last_blocks,
         "finished": lambda: small_report.finished_table(records),
         "finished-found": lambda: small_report.finished_found(records),

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from experiments import HERE, PARTS, QUARTER, Arm, Study, base_arm, training_flops
 from findings import IMAGE_ARM, Gain, at_equal_cost
-from records import BY_SEED, Records, against, averages, mean, table
+from records import BY_SEED, Records, against, averages, mean, short, table
+
+WITH_RATES: Mapping[str, Arm] = {QUARTER: IMAGE_ARM, "names": base_arm(encoder="clip-image", part=20)}
+"""Studies that were trained with other learning rates too, and the experts there."""
 
 
 def controls_table(records: Records) -> str:
@@ -38,12 +41,13 @@ def parts_table(records: Records) -> str:
     study, dense = records.studies[QUARTER], records.equal(QUARTER, PARTS)
     rows = []
     for arm in study.arms:
-        if arm.kind == "mode" and arm.part == 24 and (scores := records.mixed(QUARTER, arm)):
+        parts_late = study.embeds_at < arm.part < PARTS
+        if arm.kind == "mode" and parts_late and (scores := records.mixed(QUARTER, arm)):
             share = training_flops(study.train.model, arm.trainable) / training_flops(study.train.model)
-            cells = [f"{100 * share:.0f}", thousands(study, arm), mean(scores), against(scores, dense)]
+            cells = [str(arm.part), f"{100 * share:.0f}", thousands(study, arm), mean(scores), against(scores, dense)]
             rows.append([of(arm), trains(arm), *cells, against(records.mixed(QUARTER, arm, "log"), dense)])
-    columns = ["four experts of", "train", "a sample's FLOPs, %", "thousand samples each", "average", "against dense"]
-    return table([*columns, "by log-probabilities, against dense"], rows, words=2)
+    columns = ["four experts of", "train", "parted at", "a sample's FLOPs, %", "thousand samples each", "average"]
+    return table([*columns, "against dense", "by log-probabilities, against dense"], rows, words=2)
 
 
 def last_blocks() -> str:
@@ -172,27 +176,33 @@ def routers_table(records: Records) -> str:
 def rates_table(records: Records) -> str:
     """Dense models and experts of images by learning rate, on the tasks that choose and on the others."""
     rows = []
-    for kind, rates in by_rate(records).items():
-        for rate, scores in rates.items():
-            cells = [mean(scores, records.tuned), mean(scores, ~records.tuned), mean(scores)]
-            rows.append([kind, rate, *cells])
-    return table(["", "learning rate", "tasks that choose", "other tasks", "all tasks"], rows, words=2)
+    for study, arm in WITH_RATES.items():
+        for kind, rates in by_rate(records, study, arm).items():
+            for rate, scores in rates.items():
+                cells = [mean(scores, records.tuned), mean(scores, ~records.tuned), mean(scores)]
+                rows.append([short(records.studies[study]), kind, rate, *cells])
+    columns = ["towers", "models", "learning rate", "tasks that choose", "other tasks", "all tasks"]
+    return table(columns, rows, words=3)
 
 
-def by_rate(records: Records) -> dict[str, dict[str, BY_SEED]]:
-    """Return what each kind of model reaches with each learning rate, for the seeds that all of them have."""
-    study = records.studies[QUARTER]
+def by_rate(records: Records, name: str, images: Arm) -> dict[str, dict[str, BY_SEED]]:
+    """Return what each kind of model of a study reaches with each rate, for the seeds that all of them have."""
+    study = records.studies[name]
     base = study.train.learning_rate
-    dense = {f"{base:g}": records.equal(QUARTER, PARTS)}
-    images = {f"{base:g}": records.mixed(QUARTER, IMAGE_ARM)}
-    for name, other in records.other_rates.items():
-        dense[f"{other.train.learning_rate:g}"] = records.equal(name, PARTS)
-        images[f"{other.train.learning_rate:g}"] = records.mixed(name, IMAGE_ARM)
+    kinds: dict[str, dict[str, BY_SEED]] = {
+        "dense": {f"{base:g}": records.equal(name, PARTS)},
+        "MoDE-4 of images": {f"{base:g}": records.mixed(name, images)},
+    }
+    for other_name, other in records.other_rates.items():
+        if other_name.startswith(f"{name}-r"):
+            rate = f"{other.train.learning_rate:g}"
+            kinds["dense"][rate] = records.equal(other_name, PARTS)
+            kinds["MoDE-4 of images"][rate] = records.mixed(other_name, images)
     for arm in study.arms:
         if arm.rate != 1:
-            images[f"{base * arm.rate:g} from the parting on"] = records.mixed(QUARTER, arm)
-    kinds = {"dense": dense, "MoDE-4 of images": images}
-    seeds = set.intersection(*(set(scores) for rates in kinds.values() for scores in rates.values() if scores))
+            kinds["MoDE-4 of images"][f"{base * arm.rate:g} from the parting on"] = records.mixed(name, arm)
+    measured = [set(scores) for rates in kinds.values() for scores in rates.values() if scores]
+    seeds = set.intersection(*measured) if measured else set()
     return {
         kind: {
             rate: {seed: rates[rate][seed] for seed in sorted(seeds)}
@@ -204,24 +214,32 @@ def by_rate(records: Records) -> dict[str, dict[str, BY_SEED]]:
 
 
 def rates_found(records: Records) -> str:
-    """Return whether the verdict is another one with the rates that are best for each kind."""
-    found = by_rate(records)
-    dense, images = found.values()
-    if min(len(dense), len(images)) < 2:
-        return "Not measured yet."
+    """Return whether the verdict is another one with the rates that are best for each kind, a line for each size."""
+    said = []
+    for study, arm in WITH_RATES.items():
+        dense, images = by_rate(records, study, arm).values()
+        if min(len(dense), len(images)) > 1:
+            said.append(f"- {_best_rates(records, study, dense, images)}")
+    return "\n".join(said) or "Not measured yet."
 
+
+def _best_rates(records: Records, study: str, dense: dict[str, BY_SEED], images: dict[str, BY_SEED]) -> str:
     def best(rates: dict[str, BY_SEED]) -> str:
         return max(rates, key=lambda rate: float(np.mean(list(averages(rates[rate], records.tuned).values()))))
 
-    usual = f"{records.studies[QUARTER].train.learning_rate:g}"
+    def largest(rates: dict[str, BY_SEED]) -> str:
+        rate, most = (float(words.split()[0]) for words in (best(rates), list(rates)[-1]))
+        return " (the largest)" if rate == most else ""
+
+    usual = f"{records.studies[study].train.learning_rate:g}"
     after, before = (
         Gain.of(images[mine], dense[theirs], ~records.tuned)
         for mine, theirs in ((best(images), best(dense)), (usual, usual))
     )
     seeds = len(after.values)
     return (
-        f"Every fourth task chooses {best(dense)} of {len(dense)} for the dense model and {best(images)} of "
-        f"{len(images)} for experts of images. On the "
+        f"`{short(records.studies[study])}`: every fourth task chooses {best(dense)} of {len(dense)} for the dense "
+        f"model{largest(dense)} and {best(images)} of {len(images)} for experts of images{largest(images)}. On the "
         f"other tasks the experts then stand at {after} against the dense model; with the usual rate for both they "
         f"stand at {before} there ({seeds} random seed{'s' if seeds > 1 else ''})."
     )

@@ -134,8 +134,9 @@ def _mixtures(records: Records) -> Iterator[Row]:
         yield from _of("4 experts on clusters of captions, log-probabilities", where, logs)
         full = at_equal_cost(records, study, base_arm(kind="full"))
         yield from _of("4 models of all data, averaged", where, full)
-        late = at_equal_cost(records, study, base_arm(encoder="clip-image", part=24))
-        yield from _of("4 experts on clusters of images, parted at 24", where, late)
+        for part in (24, 27):
+            late = at_equal_cost(records, study, base_arm(encoder="clip-image", part=part))
+            yield from _of(f"4 experts on clusters of images, parted at {part}", where, late)
         on = at_equal_cost(records, study, FINISHED_IMAGES)
         yield from _of("a finished model that goes on as 4 experts on clusters of images", where, on)
         sets = at_equal_cost(records, study, base_arm(encoder="clip-sets"))
