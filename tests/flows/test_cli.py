@@ -20,6 +20,7 @@ from tyro.conf import arg
 from modeclip import __main__ as entry
 from modeclip.__main__ import _interrupt
 from modeclip.commands import COMMANDS, PIPE_CLOSED, load_command, main, read_summaries
+from modeclip.curation.curating import METHODS
 from modeclip.errors import in_one_line
 from modeclip.system.console import log, print_json, print_lines, print_table
 from modeclip.system.options import call
@@ -48,6 +49,14 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert line.startswith("modeclip: error: ")
     return line
+
+
+def test_the_reference_has_every_command() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    told = re.findall(r"<!-- help: (.+) -->", page)
+    methods = [f"curate {name}" for name in (*METHODS, "compare")]
+    assert set(told) == {"modeclip", *COMMANDS, *methods, "search build", "search add", "search remove"}
+    assert re.findall(r"^## (.+)", page, re.MULTILINE) == list(dict.fromkeys(name.split()[0] for name in told[1:]))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

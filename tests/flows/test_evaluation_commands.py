@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from modeclip.evaluation.results import read_predictions, read_results
+from support import plain_png
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -53,6 +54,22 @@ def test_two_runs_are_compared_by_their_mixtures(
     assert empty.returncode == 2
     assert "no predictions" in empty.stderr
     assert "modeclip run" in empty.stderr
+
+
+def test_evaluate_says_where_the_router_can_only_guess(
+    small_run: Path, modeclip_command: Command, tmp_path: Path
+) -> None:
+    strange = {"nucleophilic substitution of a benzene ring", "the enthalpy of formation of methane"}
+    for task, names in {"chemistry": strange, "icons": {"heart", "book"}}.items():
+        for shade, name in enumerate(sorted(names)):
+            (tmp_path / task / name).mkdir(parents=True)
+            (tmp_path / task / name / "0.png").write_bytes(plain_png(shade))
+    tasks = ("--tasks", tmp_path / "chemistry", tmp_path / "icons", "--out", tmp_path / "out")
+    done = modeclip_command("evaluate", small_run / "bundle", *tasks)
+    assert done.returncode == 0, done.stderr
+    [said] = [line for line in " ".join(done.stdout.split()).split(". ") if "out of domain" in line]
+    assert "chemistry is out of domain: 2 of 2 names lie farther from their nearest caption" in said
+    assert "icons is out of domain" not in said
 
 
 def test_a_run_keeps_the_answers_of_every_row_of_its_table(small_run: Path, other_run: Path) -> None:

@@ -51,6 +51,7 @@ def test_a_task_is_out_if_a_quarter_of_its_names_are_and_no_single_one_of_severa
         "domain": {
             "distance": pytest.approx((0.9 * num_out + 0.1 * (total - num_out)) / total),
             "quantile": pytest.approx((num_out + 0.125 * (total - num_out)) / total),
+            "nearest": "centre",
             "names_out": num_out,
             "names": total,
         },

@@ -339,6 +339,36 @@ def test_routing_shows_weights_classes_and_entropy(page: Element) -> None:
     assert len(task.one("svg").all("circle")) == 7
 
 
+@pytest.mark.parametrize(
+    ("nearest", "words"),
+    [
+        ({"nearest": "caption"}, "farther from their nearest caption than 90% of the captions from theirs"),
+        ({"nearest": "centre"}, "farther from their nearest cluster than 95% of its captions"),
+        ({}, "farther from the captions than nearly all captions"),
+    ],
+)
+def test_a_task_out_of_domain_is_told_by_the_rule_that_flagged_it(
+    run: Path, nearest: dict[str, str], words: str
+) -> None:
+    domain = {"distance": 0.9, "quantile": 0.97, "names_out": 12, "names": 30} | nearest
+    routing = make_results()["routing"][TASKS[0]] | {"out_of_domain": True, "domain": domain}
+    edit(run, routing={TASKS[0]: routing})
+    said = parse_page(write_report(run)).one("article", data_task=TASKS[0]).text
+    assert f"Out of domain: 12 of 30 class names lie {words}, so the router can only guess." in said
+
+
+def test_the_expert_for_class_names_has_a_colour(run: Path) -> None:
+    name = "expert-pets_food"
+    edit(run, models=[*make_results()["models"], make_model(name, SEED_SAMPLES + EXPERT_SAMPLES, 0.4)])
+    (run / "models" / name).mkdir()
+    shutil.copy(run / "models" / "expert-0" / "log.jsonl", run / "models" / name / "log.jsonl")
+    written = write_report(run)
+    page = parse_page(written)
+    tones = {node.attributes["class"].split()[-1] for node in page.all("path", data_line=name)}
+    assert tones == {"m-prior"}
+    assert ".m-prior { --tone: " in written.read_text(encoding="utf-8")
+
+
 def test_sheets_show_each_experts_own_pictures(whole: Path, page: Element) -> None:
     catalog = Catalog.open(whole / "catalog.lance")
     for expert in range(NUM_EXPERTS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import socket
@@ -292,6 +293,44 @@ def test_a_model_in_training_is_shown_until_it_is_trained(open_page: Callable[..
         done.write_text(content)
     expect(page.locator(".lead")).to_contain_text("all trained")  # without a reload
     expect(page.locator(".state.running")).to_have_count(0)
+
+
+@pytest.mark.parametrize("has_equal_cost", [True, False])
+def test_the_headline_is_that_of_the_report(
+    open_page: Callable[..., Page], server: Server, has_equal_cost: bool
+) -> None:
+    """The mixture against the dense model of its cost, not against the cheaper one that the results name first."""
+    path = server.run / "results.json"
+    before = path.read_text()
+
+    def row(name: str, kind: str, samples: int, average: float, **more: object) -> dict[str, object]:
+        return {"name": name, "kind": kind, "samples": samples, "average": average} | {
+            "interval": [average - 0.02, average + 0.02],
+            **more,
+        }
+
+    versus = {"difference": -0.05, "interval": [-0.08, -0.02]} if has_equal_cost else None
+    rows = [
+        row("dense", "dense", 1000, 0.30),
+        *([row("dense-total", "dense", 4000, 0.40)] if has_equal_cost else []),
+        row("mixture", "mixture", 4000, 0.35, rule="per_class", default=True, versus_dense_total=versus),
+        row("oracle", "bound", 4000, 0.60),
+    ]
+    path.write_text(json.dumps(json.loads(before) | {"models": rows}))
+    try:
+        tiles = open_page("#/runs").locator(".tile")
+        tiles.first.wait_for()
+        said = {
+            title: " ".join(more.split()) for title, _, more in (t.partition("\n") for t in tiles.all_inner_texts())
+        }
+    finally:
+        path.write_text(before)
+    best = "dense-total" if has_equal_cost else "mixture"
+    assert said.pop("Best of all rows").endswith(best)  # labels choose the oracle
+    assert said.pop("Mixture, rule per_class").startswith("35.0 %")
+    wanted = {"Dense model of equal cost": "40.0 %", "Mixture against dense": "−5.0 points 95 %: −8.0 to −2.0"}
+    assert set(said) == (set(wanted) if has_equal_cost else set())
+    assert all(said[title].startswith(words) for title, words in wanted.items() if has_equal_cost)
 
 
 def test_the_tour_has_four_steps_at_the_first_visit(open_page: Callable[..., Page]) -> None:

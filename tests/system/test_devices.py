@@ -1,10 +1,15 @@
-"""The memory that a stage is said to take, against memory taken on purpose."""
+"""Devices that are there or not, and the memory that a stage is said to take, against memory taken on purpose."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+
+import pytest
+
+from modeclip.errors import ModeclipError
+from modeclip.system.devices import choose_device
 
 MEASURE = """
 import json, subprocess, sys, time
@@ -21,6 +26,15 @@ with PeakMemory() as peak:
     del own
 print(json.dumps([peak.gb - before, memory_gb() - before]))
 """
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(name: str) -> None:
+    with pytest.raises(ModeclipError, match=f"^device '{name}': this machine has no .*give --device cpu$"):
+        choose_device(name)
+    with pytest.raises(ModeclipError, match="expected auto, cpu, cuda or cuda:1, got 'gpu'"):
+        choose_device("gpu")
+    assert choose_device("cpu").type == "cpu"
 
 
 def test_peak_counts_a_process_and_its_children() -> None:

@@ -163,7 +163,9 @@ def evaluate(
         print_json(content | {"failed": problems})
     else:
         hidden = {system.name for system in systems if not system.is_given}
-        _print_results([result for result in results if result.system not in hidden], means)
+        shown = [result for result in results if result.system not in hidden]
+        _print_results(shown, means)
+        _print_guesses(shown)
         print_lines(f"results: {out}")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -285,6 +287,22 @@ def _print_results(results: Sequence[Result], means: Sequence[Average]) -> None:
         of_system = {mean.system: mean for mean in means if (mean.kind, mean.group) == (kind, group)}
         systems = dict.fromkeys(result.system for result in own)
         print_table(*_result_table(own, [of_system[system] for system in systems]), in_parts=True)
+
+
+def _print_guesses(results: Sequence[Result]) -> None:
+    """Print of which tasks a router has no captions that are near, each once."""
+    from modeclip.mixture.explain import far_from
+
+    guessed: dict[str, Result] = {}
+    for result in results:
+        if result.provenance.get("out_of_domain"):
+            guessed.setdefault(result.task.name, result)
+    for name, result in guessed.items():
+        domain = result.provenance["domain"]
+        print_lines(
+            f"{name} is out of domain: {domain['names_out']:,} of {domain['names']:,} names lie farther from "
+            f"{far_from(domain.get('nearest'))}, so the router of {result.system} can only guess"
+        )
 
 
 def _result_table(results: Sequence[Result], means: Sequence[Average]) -> tuple[str, list[str], list[list[str]]]:

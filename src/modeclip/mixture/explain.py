@@ -90,10 +90,11 @@ class Domain:
         own = slice(place, place + 1)
         return replace(self, distance=self.distance[own], quantile=self.quantile[own], out=self.out[own])
 
-    def to_json(self) -> dict[str, float | int]:
-        """Return what the flag of the task rests on: mean distance, mean quantile, names that are out of domain."""
+    def to_json(self) -> dict[str, float | int | str]:
+        """Return what the flag of the task rests on: mean distance, to what, mean quantile, names out of domain."""
         return {
             "distance": float(self.distance.mean()),
+            "nearest": self.nearest,
             "quantile": float(self.quantile.mean()),
             "names_out": int(self.out.sum()),
             "names": len(self.out),
@@ -120,13 +121,23 @@ def warning(names: Sequence[str], domain: Domain | None) -> str:
     far = [name for name, out in zip(names, domain.out.tolist(), strict=True) if out]
     some = ", ".join(map(repr, far[:3])) + (", ..." if len(far) > 3 else "")
     start = "out of domain: " if domain.is_out else ""
-    than = f"caption than {FAR_FROM_CAPTIONS:.0%} of the captions from theirs"
-    if domain.nearest == "centre":
-        than = f"cluster than {FAR:.0%} of its captions"
     return (
-        f"{start}{len(far):,} of {len(names):,} names lie farther from their nearest {than}, so the router can only "
-        f"guess: {some}"
+        f"{start}{len(far):,} of {len(names):,} names lie farther from {far_from(domain.nearest)}, so the router can "
+        f"only guess: {some}"
     )
+
+
+def far_from(nearest: str | None) -> str:
+    """Say what a name that is out of domain is far from, after "farther from".
+
+    Args:
+        nearest: ``Domain.nearest``; None for results of an earlier version, which do not tell.
+    """
+    if nearest is None:
+        return "the captions than nearly all captions"
+    if nearest == "centre":
+        return f"their nearest cluster than {FAR:.0%} of its captions"
+    return f"their nearest caption than {FAR_FROM_CAPTIONS:.0%} of the captions from theirs"
 
 
 @dataclass(frozen=True, kw_only=True)

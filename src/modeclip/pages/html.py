@@ -290,4 +290,6 @@ def label(name: str) -> str:
 def _tone_of(name: str) -> str:
     """Return the class of ``page.css`` that colours a model."""
     role, index = role_of(name)
+    if role == "prior":  # the expert for class names, whatever it is called
+        return "m-prior"
     return f"e{index}" if role == "expert" else "m-" + family_of(name).replace(" ", "-")

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.fitting import CARDS_FILE
 from modeclip.errors import DamagedError, ModeclipError
-from modeclip.mixture.explain import flag
+from modeclip.mixture.explain import far_from, flag
 from modeclip.pages.charts import Axis, draw_curves, draw_gains, draw_map, neighbour_plane
 from modeclip.pages.html import embed_picture, family_of, is_control, write_page
 from modeclip.system.files import read_json
@@ -275,6 +275,7 @@ def build_tasks(results: Json, atlas: Json | None) -> list[Json]:
                 **flag(None),  # a run of an earlier version does not tell
                 **task,
                 **routing,
+                "far_from": far_from((routing.get("domain") or {}).get("nearest")),
                 "shares": shares.tolist() if cards else [],
                 "shown": [
                     {**classes[index], "cluster": cards.get(classes[index]["nearest_fine"])} for index in indices

@@ -46,6 +46,8 @@ MOST_EXPERTS = 64
 """Experts that have a colour in the style sheet; more share the colour of the last."""
 MOST_ROWS = 200
 """Pairs that are described at once."""
+RESULT_FIELDS = ("name", "kind", "rule", "default", "average", "interval", "samples", "versus_dense_total")
+"""What the page is told of each row of a run's results."""
 CHECK_FOLDER = "check"
 """Folder of the run that the data check is written to."""
 
@@ -276,6 +278,7 @@ class Board:
 
 def describe_run(run: Path, board: Board) -> Json:
     """Return how far a run is: its stages, its models, its pages, and the headline of its results."""
+    from modeclip.pages.run_report import find_headline
     from modeclip.pipeline.stages import STAGES, read_record
     from modeclip.system.files import read_json
 
@@ -294,8 +297,9 @@ def describe_run(run: Path, board: Board) -> Json:
     if paths.results.is_file():
         try:
             table = read_json(paths.results, dict[str, Any], "evaluate again (modeclip evaluate)")
+            opponent = find_headline(table["models"])["dense"]
             results = [
-                {name: model.get(name) for name in ("name", "rule", "default", "average", "interval", "samples")}
+                {name: model.get(name) for name in RESULT_FIELDS} | {"is_opponent": model is opponent}
                 for model in table["models"]
             ]
         except (ModeclipError, KeyError) as error:

@@ -31,7 +31,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """Return the device to compute on; ``auto`` is the GPU if there is one.
 
     Raises:
-        ModeclipError: PyTorch does not know the name, or there is no GPU.
+        ModeclipError: PyTorch does not know the name, or this machine has no such device.
     """
     import torch
 
@@ -41,9 +41,21 @@ def choose_device(wanted: str = "auto") -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         raise ModeclipError(f"device: expected auto, cpu, cuda or cuda:1, got {wanted!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModeclipError(f"device {wanted!r}: this machine has no GPU that PyTorch can use; give --device cpu")
+    if not _computes(device):
+        what = "no GPU" if device.type == "cuda" else "no such device"
+        raise ModeclipError(f"device {wanted!r}: this machine has {what} that PyTorch can use; give --device cpu")
     return device
+
+
+@cache
+def _computes(device: torch.device) -> bool:
+    """Whether a number can be put on a device and read back: ``mps``, ``xpu`` and ``meta`` are names on any machine."""
+    import torch
+
+    try:
+        return bool(torch.ones(1, device=device).item() == 1)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
 
 
 def visible_gpus() -> list[str]:

@@ -43,16 +43,18 @@ export function open(place, start) {
   }
 
   function results(rows) {
-    const mixture = rows.find(row => row.default), dense = rows.find(row => row.name.startsWith("dense"));
+    const mixture = rows.find(row => row.default), dense = rows.find(row => row.is_opponent), versus = mixture?.versus_dense_total;
     if (!rows.length) return "";
+    const best = rows.filter(row => row.kind !== "bound").reduce((best, row) => row.average > best.average ? row : best);  // labels choose the bounds
     const tile = (title, row, more) => row ? h("div", { class: "tile" }, h("h3", {}, title), h("p", {}, h("b", {}, (100 * row.average).toFixed(1)), " %"), h("p", {}, more ?? `95 %: ${(100 * row.interval[0]).toFixed(1)} to ${(100 * row.interval[1]).toFixed(1)}`)) : null;
-    return h("div", { class: "tiles" }, tile(`Mixture, rule ${mixture?.rule}`, mixture), tile("Dense model", dense), tile("Best of all rows", rows.reduce((best, row) => row.average > best.average ? row : best), rows.reduce((best, row) => row.average > best.average ? row : best).name),
-      mixture && dense ? h("div", { class: "tile" }, h("h3", {}, "Mixture against dense"), h("p", {}, h("b", {}, `${mixture.average >= dense.average ? "+" : "−"}${Math.abs(100 * (mixture.average - dense.average)).toFixed(1)}`), " points"), h("p", {}, "zero-shot accuracy on held-out tasks")) : null);
+    return h("div", { class: "tiles" }, tile(`Mixture, rule ${mixture?.rule}`, mixture), tile("Dense model of equal cost", dense), tile("Best of all rows", best, best.name),
+      versus ? h("div", { class: "tile" }, h("h3", {}, "Mixture against dense"), h("p", {}, h("b", {}, points(versus.difference)), " points"), h("p", {}, `95 %: ${versus.interval.map(points).join(" to ")}`)) : null);
   }
 
+  const points = share => `${share < 0 ? "−" : "+"}${Math.abs(100 * share).toFixed(1)}`;
   const models = rows => h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Models" }, h("table", { class: "texts" },
     h("thead", {}, h("tr", {}, ["Model", "State", "Done", "Step", "Samples/s", "Loss", "Time left"].map(name => h("th", { scope: "col" }, name)))),
-    h("tbody", {}, rows.map(row => h("tr", { class: /^expert-\d+$/.test(row.name) ? `e${row.name.slice(7)}` : `m-${row.name}` },
+    h("tbody", {}, rows.map(row => h("tr", { class: /^expert-\d+$/.test(row.name) ? `e${row.name.slice(7)}` : row.name.startsWith("expert-") ? "m-prior" : `m-${row.name}` },
       h("th", { scope: "row" }, h("i", { class: "key" }), row.name), h("td", {}, h("span", { class: `state ${row.state}` }, row.state), row.note ? h("small", {}, ` ${row.note}`) : null),
       h("td", {}, h("progress", { max: 1, value: row.share, "aria-label": `${row.name}: ${percent(row.share)} done` }), ` ${percent(row.share)}`), h("td", {}, `${thousands(row.step)} / ${thousands(row.last_step)}`),
       h("td", {}, row.samples_per_second === null ? "" : thousands(row.samples_per_second)), h("td", {}, row.loss === null || row.loss === undefined ? "" : row.loss.toFixed(4)), h("td", {}, row.seconds_left === null ? "" : duration(row.seconds_left)))))));
