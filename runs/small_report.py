@@ -186,7 +186,7 @@ def rates_table(records: Records) -> str:
 
 
 def by_rate(records: Records, name: str, images: Arm) -> dict[str, dict[str, BY_SEED]]:
-    """Return what each kind of model of a study reaches with each rate, for the seeds that all of them have."""
+    """Return what each kind of model of a study reaches with each rate, the lowest first, by seed."""
     study = records.studies[name]
     base = study.train.learning_rate
     kinds: dict[str, dict[str, BY_SEED]] = {
@@ -201,14 +201,8 @@ def by_rate(records: Records, name: str, images: Arm) -> dict[str, dict[str, BY_
     for arm in study.arms:
         if arm.rate != 1:
             kinds["MoDE-4 of images"][f"{base * arm.rate:g} from the parting on"] = records.mixed(name, arm)
-    measured = [set(scores) for rates in kinds.values() for scores in rates.values() if scores]
-    seeds = set.intersection(*measured) if measured else set()
     return {
-        kind: {
-            rate: {seed: rates[rate][seed] for seed in sorted(seeds)}
-            for rate in sorted(rates, key=lambda rate: float(rate.split()[0]))
-            if rates[rate]
-        }
+        kind: {rate: rates[rate] for rate in sorted(rates, key=lambda rate: float(rate.split()[0])) if rates[rate]}
         for kind, rates in kinds.items()
     }
 
@@ -217,10 +211,16 @@ def rates_found(records: Records) -> str:
     """Return whether the verdict is another one with the rates that are best for each kind, a line for each size."""
     said = []
     for study, arm in WITH_RATES.items():
-        dense, images = by_rate(records, study, arm).values()
+        dense, images = (_with_all_seeds(rates) for rates in by_rate(records, study, arm).values())
         if min(len(dense), len(images)) > 1:
             said.append(f"- {_best_rates(records, study, dense, images)}")
     return "\n".join(said) or "Not measured yet."
+
+
+def _with_all_seeds(rates: dict[str, BY_SEED]) -> dict[str, BY_SEED]:
+    """Return the rates that have as many seeds as any: one that a first seed shows to be far off gets no others."""
+    most = max((len(scores) for scores in rates.values()), default=0)
+    return {rate: scores for rate, scores in rates.items() if len(scores) == most}
 
 
 def _best_rates(records: Records, study: str, dense: dict[str, BY_SEED], images: dict[str, BY_SEED]) -> str:
