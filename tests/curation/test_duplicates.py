@@ -260,6 +260,21 @@ def test_what_balance_draws_depends_on_pairs_and_seed_alone(embedded: Catalog, t
     assert kept(curate(other, DuplicatesConfig(by="balanced", kept_fraction=0.4, seed=1), dry_run=True)) != first
 
 
+def test_balance_draws_anew_among_pairs_that_metaclip_has_drawn(tmp_path: Path) -> None:
+    words = ["plow" if number % 10 == 0 else "dog" for number in range(1500)]
+    picture = noise_picture(0, (4, 4))
+    catalog = write(tmp_path / "pool", [pair(f"{n:04}", f"a {word} {n}", picture) for n, word in enumerate(words)])
+    catalog.add_columns({"caption_embedding": np.ones((1500, 4), np.float16)})
+    (tmp_path / "entries.txt").write_text("dog\nplow\n")
+    curate(catalog, "metaclip", entries=str(tmp_path / "entries.txt"), t=150)
+    catalog, selection = Catalog.open(catalog.path), Selection(mask="metaclip_kept")
+    given, is_plow = catalog.read(["metaclip_kept"])["metaclip_kept"], np.array(words) == "plow"
+    curated = curate(catalog, "duplicates", by="balanced", kept_fraction=0.5, clusters=1, selection=selection)
+    stays = curated.column("kept")
+    shares = [stays[given & some].sum() / (given & some).sum() for some in (is_plow, ~is_plow)]
+    assert all(0.33 < share < 0.67 for share in shares)  # 4 standard deviations
+
+
 def test_clusters_of_their_own_hold_all_pairs_once(embedded: Catalog) -> None:
     selected = np.arange(300) % 3 > 0
     pairs = cluster_pairs(embedded, selected, model=None, num_clusters=7, seed=0)

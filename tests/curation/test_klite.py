@@ -92,7 +92,18 @@ def test_a_share_of_the_pairs_is_drawn_for_each_pair_alone(tmp_path: Path, wordn
         curated = curate(catalog, KliteConfig(knowledge=(wordnet,), share=share, seed=seed), dry_run=True)
         is_new = [text is not None for text in curated.column("caption")]
         keys, captions = [one["key"] for one in pairs], [one["caption"] for one in pairs]
-        assert is_new == (draw(seed, keys, captions) < share).tolist()
+        assert is_new == (draw(seed, keys, captions, purpose="klite") < share).tolist()
+
+
+def test_the_share_is_met_among_pairs_that_metaclip_has_drawn(tmp_path: Path, wordnet: str) -> None:
+    (tmp_path / "entries.txt").write_text("dog\n")
+    catalog = write(tmp_path / "c.lance", [pair(n, f"a dog and {n}") for n in range(800)])
+    curate(catalog, "metaclip", entries=str(tmp_path / "entries.txt"), t=200)
+    catalog = Catalog.open(catalog.path)
+    found = curate(catalog, "klite", knowledge=wordnet, share=0.5, selection=Selection(mask="metaclip_kept"))
+    texts = found.column("caption")[catalog.select(mask="metaclip_kept")]
+    assert 150 < len(texts) < 250
+    assert 0.35 < sum(text is not None for text in texts) / len(texts) < 0.65  # 4 standard deviations
 
 
 def test_counts_are_those_of_the_selection_and_a_changed_dictionary_counts_anew(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ from modeclip.system.paths import is_url
 
 Kind = Literal["exact", "perceptual", "semantic", "density", "balanced"]
 """What counts as a duplicate."""
+PURPOSE = "balanced"
+"""What balanced draws for; part of its facts."""
 BY_IMAGE: tuple[Kind, ...] = ("exact", "perceptual")
 BY_SHARE: tuple[Kind, ...] = ("density", "balanced")
 DROPPED = 1
@@ -543,13 +545,14 @@ def _choose_by_cluster(config: DuplicatesConfig, context: Context) -> _Found:
     else:
         kept = equal_sizes_by_level(sizes, pairs.parents[filled], total)
         identity = catalog.read(["key", "caption"], pairs.rows)
-        drawn = draw(config.seed, identity["key"].tolist(), [caption or "" for caption in identity["caption"]])
+        captions = [caption or "" for caption in identity["caption"]]
+        drawn = draw(config.seed, identity["key"].tolist(), captions, purpose=PURPOSE)
         order = np.lexsort((pairs.rows, drawn, label))
     place = np.arange(len(order)) - np.repeat(pairs.ends[filled] - sizes, sizes)  # of each pair in its cluster
     return _Found(
         dropped=pairs.rows[order[place >= np.repeat(kept, sizes)]],
         columns={},
-        facts=pairs.facts,
+        facts=pairs.facts if is_dense else pairs.facts | {"purpose": PURPOSE},
         tables=(_clusters_table(filled, sizes, kept, further),),
         charts=(
             Curve(

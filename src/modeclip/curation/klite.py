@@ -39,6 +39,8 @@ CACHED = 1 << 17
 """Captions whose phrases a process keeps."""
 FORMAT = 1
 """Part of the facts; raise it when other phrases are found."""
+PURPOSE = "klite"
+"""What the pairs with a new caption are drawn for; part of the facts of the captions."""
 _TOKEN = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 """A word, with hyphens and apostrophes inside it, or a sign."""
 NOUNS, ADJECTIVES = ("NN0", "NN1", "NN2", "NP0"), ("AJ0", "AJC", "AJS", "VVN")
@@ -215,13 +217,14 @@ class Explain(Work):
         """What decides the captions."""
         counted = hashlib.blake2b(self.keys.tobytes() + self.counts.tobytes(), digest_size=16).hexdigest()
         decided = {"format": FORMAT, "counts": counted, "dictionaries": self.dictionaries}
-        return decided | {"share": self.share, "seed": self.seed}
+        return decided | {"share": self.share, "seed": self.seed, "purpose": PURPOSE}
 
     def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> dict[str, Shaped[np.ndarray, " n"]]:
         """Write the captions of a block."""
         captions = [caption or "" for caption in block["caption"]]
         written = np.full(len(captions), None, object)
-        for place in np.flatnonzero(draw(self.seed, block["key"].tolist(), captions) < self.share).tolist():
+        drawn = draw(self.seed, block["key"].tolist(), captions, purpose=PURPOSE)
+        for place in np.flatnonzero(drawn < self.share).tolist():
             if entry := self.rarest(captions[place]):
                 written[place] = explained(captions[place], entry.phrase, entry.definition)
         return {f"{self.name}_cause": np.zeros(len(captions), np.uint8), f"{self.name}_caption": written}

@@ -423,7 +423,7 @@ class _Images(Statistic):
         keys, captions = block["key"].tolist(), [caption or "" for caption in block["caption"].tolist()]
         same = [digest or key.encode() for digest, key in zip(block["digest"].tolist(), keys, strict=True)]
         image = [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little", signed=True) for one in same]
-        return {"image": np.array(image, np.int64), "order": draw(self.seed, ["choice"] * len(keys), keys, captions)}
+        return {"image": np.array(image, np.int64), "order": draw(self.seed, keys, captions, purpose="choice")}
 
     def merge(self, parts: Sequence[Arrays]) -> Arrays:
         """Join blocks."""

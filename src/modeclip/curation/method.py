@@ -147,7 +147,7 @@ class Decided(Work):
         return {name: values[block[POSITION]] for name, values in self.values.items()}
 
 
-def draw(seed: int, *identities: Sequence[str]) -> Float[np.ndarray, " n"]:
+def draw(seed: int, *identities: Sequence[str], purpose: str | None = None) -> Float[np.ndarray, " n"]:
     """Return a random number in [0, 1) for each pair, which depends on the seed and on the pair alone.
 
     So a draw is the same in whatever order, blocks and processes pairs are looked at, and whatever pairs are added.
@@ -155,12 +155,16 @@ def draw(seed: int, *identities: Sequence[str]) -> Float[np.ndarray, " n"]:
     Args:
         seed: Decides all draws.
         identities: What identifies the pairs, such as their keys and their captions, each of length n.
+        purpose: What is drawn. Draws for different purposes are independent at the same seed; with the same purpose,
+            pairs that an earlier draw has kept are those with small numbers in a later one.
 
     Examples:
         >>> bool((draw(0, ["a", "b"]) == draw(0, ["b", "a"])[::-1]).all())
         True
     """
     state = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8)
+    if purpose is not None:
+        state.update(len(purpose.encode()).to_bytes(8, "little") + purpose.encode())
     numbers = np.empty(len(identities[0]), np.uint64)
     for place, identity in enumerate(zip(*identities, strict=True)):
         one = state.copy()
