@@ -172,6 +172,21 @@ def test_a_task_that_comes_later_is_left_without_what_is_trained_on(tmp_path: Pa
         index(config, tmp_path / "other")
 
 
+def test_images_that_are_not_opened_are_on_one_side_too(tmp_path: Path) -> None:
+    """Without `check_images` the pairs of a task are known by their bytes as well, whichever comes first."""
+    source = Path(write_table(tmp_path / "data", [(n, "a") for n in range(20)]))
+    task = write_classes(tmp_path / "flowers", PICTURES[15:25])
+    result = index(DataConfig(source=str(source), tasks=(task,), check_images=False), tmp_path / "out")
+    assert (result.num_samples, result.tasks) == (15, {"flowers": (2, 10)})
+    assert result.skipped == {COPY_OF_HELD_OUT: 5}
+    assert set(Catalog.open(tmp_path / "out").read(["width"])["width"]) == {0}  # they are not decoded
+    index(DataConfig(source=str(source), check_images=False), tmp_path / "later")
+    assert set(sides(tmp_path / "later")[0]) == {None}
+    result = index(DataConfig(source=str(source), tasks=(task,), check_images=False), tmp_path / "later")
+    assert (result.num_samples, result.tasks) == (20, {"flowers": (2, 5)})
+    assert result.skipped == {COPY_OF_TRAINED: 5}
+
+
 # ---------------------------------------------------------------- groups
 
 
@@ -244,6 +259,25 @@ def test_a_group_that_is_held_out_does_not_take_an_image_that_is_trained_on_alre
     train, held = sides(tmp_path / "out")
     assert (len(train), len(held)) == (7, 2)
     assert not set(train) & set(held)
+
+
+@pytest.mark.parametrize("holdout", ["group=site", "similar"])
+def test_a_file_that_is_spelled_another_way_is_on_the_side_of_its_copies(tmp_path: Path, holdout: str) -> None:
+    """A table names `20.png`, and the file is `20.PNG`, as indexing finds it."""
+    rows = [(n, f"place {n % 8}") for n in range(20)] + [(n, f"place {(n + 1) % 8}") for n in range(20)]
+    source = Path(write_table(tmp_path / "data", rows))
+    for number in range(20, 40):
+        (source.parent / f"{number}.png").unlink()
+        copy = noise_picture(number - 20, (12, 12))
+        if holdout == "similar":
+            copy = copy.resize((24, 24), Image.Resampling.NEAREST)
+        (source.parent / f"{number}.PNG").write_bytes(encode_picture(copy))
+    index(DataConfig(source=str(source), holdout=holdout, holdout_fraction=0.4), tmp_path / "out")
+    captions = [Catalog.open(tmp_path / "out" / f"{name}.lance").captions() for name in ("catalog", "tasks")]
+    train, held = ({int(caption.split()[-1]) % 20 for caption in some} for some in captions)
+    assert train
+    assert held
+    assert not train & held
 
 
 # ---------------------------------------------------------------- near-duplicates

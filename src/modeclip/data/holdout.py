@@ -20,6 +20,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, islice, pairwise
 
 import numpy as np
@@ -27,12 +28,13 @@ from jaxtyping import Bool, Int, UInt64
 from PIL import Image
 
 from modeclip.data.catalog import Catalog
-from modeclip.data.images import Examined, decode_image, hash_image, map_in_order
+from modeclip.data.images import Examined, Exif, decode_image, hash_image, map_in_order
 from modeclip.data.samples import COPY_OF_HELD_OUT, COPY_OF_TRAINED, Sample
 from modeclip.data.sources import DataConfig, DataSource
 from modeclip.data.sources.options import HOLDOUT_UNITS, parse_holdout
 from modeclip.errors import unknown
 from modeclip.system.console import log, progress
+from modeclip.system.paths import other_spelling
 
 HOLDOUT = "holdout"
 """Name of the task that held-out pairs form."""
@@ -144,12 +146,12 @@ class Sides:
             raise unknown("column for data.holdout", self._column, ["group", *source.extra.names])
         of_tasks = _samples(tasks)
         if self._unit == "similar" and (self._fraction or tasks):
-            self._find_similar(_samples([source]), of_tasks, catalog, held)
+            self._find_similar(_samples([source]), of_tasks, catalog, held, config.exif)
             return
-        self._kept.update(digest for _, digest, _ in _hash(of_tasks, "hash the images of tasks"))
+        self._kept.update(digest for _, digest, _ in hash_samples(of_tasks, "hash the images of tasks"))
         if by_group:
             may_be = (sample for sample in _samples([source]) if self._is_group_drawn(sample) is not False)
-            for sample, digest, _ in _hash(may_be, "hash held-out groups"):
+            for sample, digest, _ in hash_samples(may_be, "hash held-out groups"):
                 if self._is_drawn(sample, digest):
                     self._kept.add(digest)
             self._kept.update(digest for digest, _ in _known(held, is_task=True))
@@ -197,12 +199,19 @@ class Sides:
         return is_drawn(f"group {value}".encode(), self._fraction, self._seed)
 
     def _find_similar(
-        self, new: Iterator[Sample], of_tasks: Iterator[Sample], catalog: Catalog | None, held: Catalog | None
+        self,
+        new: Iterator[Sample],
+        of_tasks: Iterator[Sample],
+        catalog: Catalog | None,
+        held: Catalog | None,
+        exif: Exif,
     ) -> None:
         """Give every image its side: that of the group of similar images to which it belongs."""
         trained, kept = dict(_known(catalog)), dict(_known(held, is_task=True))
-        tasks = {digest: value for _, digest, value in _hash(of_tasks, "hash the images of tasks", dhashes=True)}
-        found = {digest: value for _, digest, value in _hash(new, "hash the images of the source", dhashes=True)}
+        tasks, found = (
+            {digest: value for _, digest, value in hash_samples(samples, f"hash the images of {what}", dhashes=exif)}
+            for samples, what in ((of_tasks, "tasks"), (new, "the source"))
+        )
         hash_of = tasks | found | trained | kept
         digests = sorted(hash_of)
         groups = group_similar(np.array([hash_of[digest] for digest in digests], np.uint64))
@@ -236,18 +245,25 @@ def _samples(sources: Iterable[DataSource]) -> Iterator[Sample]:
     return (item for source in sources for part in source.parts for item in part.read() if isinstance(item, Sample))
 
 
-def _hash(samples: Iterator[Sample], title: str, *, dhashes: bool = False) -> Iterator[tuple[Sample, bytes, int]]:
+def hash_samples(
+    samples: Iterator[Sample], title: str, *, dhashes: Exif | None = None
+) -> Iterator[tuple[Sample, bytes, int]]:
     """Yield samples with the digests of their images and, if wanted, their dHashes, in order.
 
     What cannot be read or decoded is left out here: it is counted when the pairs themselves are read.
+
+    Args:
+        samples: They name the images.
+        title: Title of the progress bar.
+        dhashes: Whether images are turned upright before their dHashes are made; None: 0 stands for the dHashes.
     """
 
     def hash_some(some: Sequence[Sample]) -> list[tuple[Sample, bytes, int]]:
         found = []
         for sample in some:
             try:
-                data = sample.read()
-                found.append((sample, hash_image(data), dhash(decode_image(data)) if dhashes else 0))
+                data = _read(sample)
+                found.append((sample, hash_image(data), dhash(decode_image(data, dhashes)) if dhashes else 0))
             except Exception:  # Pillow's decoders raise nearly anything on damaged bytes
                 continue
         return found
@@ -261,6 +277,17 @@ def _hash(samples: Iterator[Sample], title: str, *, dhashes: bool = False) -> It
         for found in map_in_order(pool, hash_some, blocks, 2 * threads):
             advance(len(found))
             yield from found
+
+
+def _read(sample: Sample) -> bytes:
+    """Return the image of a sample, whose file may be spelled another way than it is named, as for indexing."""
+    try:
+        return sample.read()
+    except (FileNotFoundError, NotADirectoryError):
+        found = other_spelling(sample.path or "")
+        if found is None:
+            raise
+        return replace(sample, path=found).read()
 
 
 def _known(catalog: Catalog | None, *, is_task: bool = False) -> Iterator[tuple[bytes, int]]:

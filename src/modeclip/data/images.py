@@ -303,13 +303,14 @@ class Examined:
     """The encoded image, if it is to be kept."""
 
 
-def examine(sample: Sample, keep: bool = False, exif: Exif = "apply") -> Examined:
+def examine(sample: Sample, keep: bool = False, exif: Exif = "apply", *, decode: bool = True) -> Examined:
     """Read an image and decode it to its last byte; a failure is a cause, never an exception.
 
     Args:
         sample: Names the image.
         keep: Keep the encoded image even where the sample refers to a file.
         exif: Whether width and height are those of the image turned upright.
+        decode: Without it the image is only read and hashed, and its size stays unknown.
     """
     try:
         data = sample.read()
@@ -317,7 +318,7 @@ def examine(sample: Sample, keep: bool = False, exif: Exif = "apply") -> Examine
             return Examined(sample, SHORT_FILE, f"{len(data)} of {sample.size} bytes")
         if not data:
             return Examined(sample, EMPTY)
-        width, height = measure_image(data, exif)
+        width, height = measure_image(data, exif) if decode else (0, 0)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         return Examined(sample, cause_of(error), re.sub(r" ?<_io[^>]*>", "", str(error)))
     return Examined(sample, "", "", width, height, hash_image(data), data if keep or sample.path is None else None)

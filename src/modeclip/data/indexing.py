@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +29,7 @@ import pyarrow as pa
 from typing_extensions import TypedDict
 
 from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, SETTINGS, Catalog
-from modeclip.data.holdout import DHASH, HOLDOUT, Sides
+from modeclip.data.holdout import DHASH, HOLDOUT, Sides, hash_samples
 from modeclip.data.images import Examined, examine, map_in_order, strict_pillow
 from modeclip.data.samples import (
     COMPRESSED_SHARD,
@@ -131,12 +131,11 @@ def index(
             work = _Indexing(config, source, tasks, paths, replace)
             work.read_parts()
             catalog, num_added = work.commit()
-            captions, images = Distinct(), Distinct()
-            for batch in catalog.batches(["caption", "digest"], 1 << 16):
+            captions = Distinct()
+            for batch in catalog.batches(["caption"], 1 << 16):
                 captions.add_all(batch["caption"])
-                images.add_all(digest.hex() for digest in batch["digest"] if tasks and digest is not None)
             if tasks:
-                work.index_tasks(tasks, captions, images)
+                work.index_tasks(tasks, captions, _images_in(catalog))
             elif replace and not work.num_held:
                 remove_dataset(paths[1])
     finally:
@@ -509,6 +508,18 @@ def _chain(fingerprint: str, identity: tuple[Any, ...]) -> str:
     return hashlib.blake2b(repr((fingerprint, *identity)).encode(), digest_size=16).hexdigest()
 
 
+def _images_in(catalog: Catalog) -> Distinct:
+    """Return the digests of a catalog's images, as hexadecimal digits; those that it does not have are computed."""
+    images, unknown, start = Distinct(), [np.empty(0, np.int64)], 0
+    for batch in catalog.batches(["digest"], 1 << 16):
+        images.add_all(digest.hex() for digest in batch["digest"] if digest is not None)
+        unknown.append(start + np.flatnonzero([digest is None for digest in batch["digest"]]))
+        start += len(batch["digest"])
+    samples = chain.from_iterable(catalog.samples(np.concatenate(unknown)))
+    images.add_all(digest.hex() for _, digest, _ in hash_samples(samples, "hash images that were not opened"))
+    return images
+
+
 def _task_sizes(path: str) -> dict[str, tuple[int, int]]:
     """Return the number of classes and of images of each task in a catalog; none if there is no catalog."""
     captions: defaultdict[str, Distinct] = defaultdict(Distinct)
@@ -562,19 +573,21 @@ def check_all(stream: Iterator[Sample | Skipped], config: DataConfig, in_memory:
 
 
 def _check(sample: Sample, config: DataConfig) -> Examined | Skipped:
-    """Read and decode one image, unless the user wants it unopened."""
+    """Read and decode one image, unless the user wants it unopened; where there are tasks it is hashed all the same."""
     try:
         "".join((sample.key, sample.caption, sample.path or "")).encode()
     except UnicodeEncodeError as error:
         return Skipped(ascii(sample.key), NOT_UTF8, f"{error.reason} in {error.object!a}")
-    if not config.check_images and not config.copy_images and sample.image is None and not config.holdout_fraction:
+    decode = config.check_images or config.copy_images or sample.image is not None or config.holdout_fraction > 0
+    if not decode and not config.tasks:
         found = other_form(sample.path or "")
         if found:
             return Examined(dataclasses.replace(sample, path=found), detail=sample.path or "")
         return Examined(sample)
-    seen = examine(sample, keep=config.copy_images, exif=config.exif)
+    seen = examine(sample, keep=config.copy_images, exif=config.exif, decode=decode)
     if seen.cause == MISSING and sample.path and (found := other_spelling(sample.path)):
-        seen = examine(dataclasses.replace(sample, path=found), keep=config.copy_images, exif=config.exif)
+        again = dataclasses.replace(sample, path=found)
+        seen = examine(again, keep=config.copy_images, exif=config.exif, decode=decode)
         seen = seen if seen.cause else dataclasses.replace(seen, detail=sample.path)
     return Skipped(sample.key, seen.cause, seen.detail or sample.path or "") if seen.cause else seen
 

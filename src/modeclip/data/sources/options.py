@@ -50,7 +50,8 @@ class DataConfig:
     sets, the task is left without an image that is trained on."""
     check_images: bool = True
     """Decode every image once, so that damaged ones are left out and counted. Without it images in files are not
-    opened: that saves the time to read them, but sizes are 0, hashes are missing and damage shows later."""
+    opened: that saves the time to read them, but sizes are 0, hashes are missing and damage shows later. Where there
+    are tasks images are read and hashed all the same, and with holdout_fraction decoded too."""
     exif: Exif = "apply"
     """Turn images upright as their EXIF data say (apply), or leave them as their pixels are stored (ignore), which is
     what open_clip and CLIP_benchmark do."""
