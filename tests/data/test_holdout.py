@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,25 @@ def test_a_task_that_comes_later_is_left_without_what_is_trained_on(tmp_path: Pa
     config = DataConfig(source=source, tasks=(f"holdout={task}",), holdout_fraction=0.1)
     with pytest.raises(ModeclipError, match=r"'holdout' is the task of data\.holdout_fraction: give NAME=FOLDER"):
         index(config, tmp_path / "other")
+
+
+def test_held_out_pairs_of_a_changed_shard_leave_from_behind_those_of_a_task(tmp_path: Path) -> None:
+    shards = [[(n, n) for n in range(15)], [(n, n) for n in range(15, 30)]]
+    config = DataConfig(source=write_shards(tmp_path / "data", shards[:1]), holdout_fraction=0.4)
+    task = write_classes(tmp_path / "flowers", PICTURES[30:40])
+    index(replace(config, tasks=(task,)), tmp_path / "out")
+    write_shards(tmp_path / "data", shards)
+    index(config, tmp_path / "out")  # whose held-out pairs come behind those of the task
+    (tmp_path / "data" / "00001.tar").unlink()
+    write_shards(tmp_path / "data", [shards[0], [(n, n + 100) for n in range(15, 23)]])
+    index(config, tmp_path / "out")
+    index(config, tmp_path / "anew")
+    for name in ("catalog", "tasks"):
+        found = Catalog.open(tmp_path / "out" / f"{name}.lance")
+        anew = Catalog.open(tmp_path / "anew" / f"{name}.lance")
+        rows = np.arange(len(found)) if name == "catalog" else found.select(task="holdout")
+        assert sorted(found.captions(rows)) == sorted(anew.captions())
+        assert len(found) - len(rows) == (0 if name == "catalog" else 10)
 
 
 def test_images_that_are_not_opened_are_on_one_side_too(tmp_path: Path) -> None:

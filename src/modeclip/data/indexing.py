@@ -233,7 +233,7 @@ class _Indexing:
         for reading in self.readings:  # what is read again is counted again
             causes -= Counter(reading["skipped"] if reading["name"] in again else {})
         self.skips = Skips(config, causes)
-        self.dropped = [self._rows_of(self.changed, side) for side in (0, 1)]
+        self.dropped = [self._rows_of(self.changed, side, each) for side, each in enumerate(old)]
         known = None
         if any(part.name in self.sources for part in self.parts):
             known = Distinct()
@@ -334,15 +334,20 @@ class _Indexing:
             if reading["name"] not in self.changed
         ]
 
-    def _rows_of(self, names: set[str], side: int) -> list[range]:
-        """Return the rows that some parts have in one of the catalogs."""
+    def _rows_of(self, names: set[str], side: int, catalog: Catalog | None) -> list[range]:
+        """Return the rows that some parts have in one of the catalogs; those of tasks may lie between them."""
         found, start = [], 0
         for reading in self.readings:
             end = start + reading["rows"][side]
             if reading["name"] in names and end > start:
                 found.append(range(start, end))
             start = end
-        return found
+        if not side or not found or catalog is None:
+            return found
+        held = catalog.select(task=HOLDOUT)  # in the order of the readings
+        rows = np.concatenate([held[some.start : some.stop] for some in found])
+        parts = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        return [range(int(part[0]), int(part[-1]) + 1) for part in parts]
 
     @property
     def num_held(self) -> int:
