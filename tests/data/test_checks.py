@@ -21,7 +21,6 @@ from PIL import Image
 
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.data.checks import (
-    CHANGED,
     DUPLICATE_CAPTIONS,
     DUPLICATE_IMAGES,
     DUPLICATE_KEYS,
@@ -44,7 +43,7 @@ from modeclip.data.checks import (
     count_repeats,
 )
 from modeclip.data.indexing import IndexNote, index
-from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, Sample
+from modeclip.data.samples import BOMB, CHANGED, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, Sample
 from modeclip.data.sources import DataConfig
 from modeclip.data.sources.icons import read_icons
 from modeclip.data.storage import FileWriter, Ledger, create
@@ -133,10 +132,27 @@ def test_each_kind_of_damage_to_an_image_has_its_cause(tmp_path: Path, icons):
     (folder / "007.png").write_bytes(icons[6])
     (folder / "008.png").write_bytes(plain_png(0, (33, 40)))
     found = counts(check(catalog, CheckConfig(duplicate_images=True)))
-    assert found == {MISSING: 1, EMPTY: 1, UNDECODABLE: 2, BOMB: 1, CHANGED: 1, DUPLICATE_IMAGES: 2}
+    assert found == {MISSING: 1, EMPTY: 1, UNDECODABLE: 2, BOMB: 1, CHANGED: 2, DUPLICATE_IMAGES: 2}
     causes = {tile.row: tile.cause for tile in read_tiles(catalog, np.arange(10))}
     expected = {1: UNDECODABLE, 2: UNDECODABLE, 3: BOMB, 4: EMPTY, 5: MISSING}
     assert causes == {row: expected.get(row, "") for row in range(10)}
+
+
+def test_an_image_with_other_bytes_of_the_same_size_has_changed_until_all_is_indexed_again(tmp_path: Path, icons):
+    folder = write_pairs(tmp_path / "data", icons[:6], [f"caption {n}" for n in range(6)])
+    catalog = catalog_of(folder)
+    (folder / "004.png").write_bytes(icons[7])
+    (finding,) = check(catalog).findings
+    assert (finding.what, finding.count) == (CHANGED, 1)
+    assert "row 4" in finding.first
+    assert "--replace" in finding.advice
+    with pytest.raises(ModeclipError, match="has changed.*index again with --replace"):
+        catalog.images(np.array([4]))
+    out = Path(catalog.path).parent
+    index(DataConfig(source=str(folder)), out)  # which knows the key
+    assert counts(check(Catalog.open(out))) == {CHANGED: 1}
+    index(DataConfig(source=str(folder)), out, replace=True)
+    assert check(Catalog.open(out)).findings == ()
 
 
 def test_images_in_the_row_can_be_damaged_too(tmp_path: Path, icons):

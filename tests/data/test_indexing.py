@@ -452,6 +452,25 @@ def test_what_a_damaged_shard_held_is_counted_and_too_much_stops(tmp_path: Path,
     assert sorted(found, key=repr) == sorted(anew, key=repr)
 
 
+def test_of_a_damaged_shard_whose_samples_have_several_captions_all_lost_pairs_are_counted(tmp_path: Path, icons):
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        members: list[tuple[str, bytes]] = []
+        for icon in icons[20 * number : 20 * number + 20]:
+            texts = [[name, f"{name} {icon.caption}"] for name in ("alt", "title", "text")]
+            members += [(f"{icon.key}.png", icon.image), (f"{icon.key}.json", json.dumps({"texts": texts}).encode())]
+        (tmp_path / "data" / f"{number}.tar").write_bytes(tar_of(members))
+    (tmp_path / "data" / "sizes.json").write_text(json.dumps({"0.tar": 20, "1.tar": 20}))
+    shard = tmp_path / "data" / "1.tar"
+    shard.write_bytes(shard.read_bytes()[:12000])
+    config = DataConfig(source=str(tmp_path / "data"))
+    with pytest.raises(ModeclipError, match=r"more than data.max_skipped_fraction.*tar shard is damaged"):
+        index(config, tmp_path / "out")
+    result = index(dataclasses.replace(config, max_skipped_fraction=1.0), tmp_path / "out")
+    assert 60 < result.num_samples < 120
+    assert result.num_samples + result.skipped[DAMAGED_SHARD] == 120
+
+
 def test_rows_of_a_new_part_with_a_known_image_are_added(tmp_path: Path, icons):
     write_folder(tmp_path / "data", icons[:2])
     image = next(path.name for path in sorted((tmp_path / "data").iterdir()) if path.suffix == ".png")

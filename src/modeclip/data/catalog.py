@@ -434,7 +434,7 @@ class Catalog:
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
                 raise ModeclipError(
                     f"image of {key!r} (path {path}): {cause_of(error)}; it was whole when"
-                    f" {self.path!r} was indexed: bring the file back or index again"
+                    f" {self.path!r} was indexed: bring the file back, or index again with --replace"
                 ) from error
         return results
 

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Int
 from modeclip.data.catalog import Catalog
 from modeclip.data.images import examine_all, strict_pillow
 from modeclip.data.indexing import SKIPPED, IndexNote
-from modeclip.data.samples import BOMB, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE, UNSCALABLE
+from modeclip.data.samples import BOMB, CHANGED, EMPTY, MISSING, SHORT_FILE, UNDECODABLE, UNREADABLE, UNSCALABLE
 from modeclip.data.storage import Ledger
 from modeclip.errors import check_between, check_least
 from modeclip.system.console import progress
@@ -55,7 +55,6 @@ _HALF_OCTAVES = tuple(sorted({float(round(2 ** (k / 2))) for k in range(29)}))
 _ASPECTS = tuple(round(2 ** (k / 4 - 1 / 8), 4) for k in range(-12, 14))
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
-CHANGED = "image has another size than when it was indexed"
 DUPLICATE_KEYS = "key occurs more than once"
 DUPLICATE_CAPTIONS = "caption occurs more than once"
 FREQUENT_CAPTION = "one caption is that of more than 1 % of the pairs"
@@ -73,21 +72,21 @@ LEFT_OUT = "only a part of the source is indexed"
 STOPPED = "an index was stopped"
 
 KINDS = {
-    MISSING: (ERROR, "restore the file, or index again"),
-    SHORT_FILE: (ERROR, "restore the whole file, or index again"),
-    EMPTY: (ERROR, "restore the image, or index again"),
+    MISSING: (ERROR, "restore the file, or index again with --replace"),
+    SHORT_FILE: (ERROR, "restore the whole file, or index again with --replace"),
+    EMPTY: (ERROR, "restore the image, or index again with --replace"),
     UNREADABLE: (ERROR, "check the permissions and the disk"),
-    UNDECODABLE: (ERROR, "restore the image, or index again, which leaves it out"),
-    UNSCALABLE: (ERROR, "save it with 8 bits, or index again, which leaves it out"),
-    BOMB: (ERROR, "index again, which leaves it out, or make the image smaller"),
-    CHANGED: (ERROR, "the file was overwritten: index again"),
+    UNDECODABLE: (ERROR, "restore the image, or index again with --replace, which leaves it out"),
+    UNSCALABLE: (ERROR, "save it with 8 bits, or index again with --replace, which leaves it out"),
+    BOMB: (ERROR, "index again with --replace, which leaves it out"),
+    CHANGED: (ERROR, "the file was overwritten: restore it, or index again with --replace"),
     NOT_FINITE: (ERROR, "embed again"),
     NOT_UNIT: (ERROR, "embed again with unit vectors"),
     STOPPED: (WARNING, "give the same modeclip index again, which finishes it"),
     DUPLICATE_KEYS: (WARNING, "give each pair its own key: id lists cannot tell these apart"),
     ZERO: (WARNING, "choose an encoder that knows these words; such pairs are equally far from every cluster"),
     FREQUENT_CAPTION: (WARNING, "balance or filter: equal captions are false negatives of each other"),
-    EMPTY_CAPTION: (WARNING, "index again: pairs without a caption are left out"),
+    EMPTY_CAPTION: (WARNING, "index again with --replace: pairs without a caption are left out"),
     LONG_CAPTION: (WARNING, "put what matters first, or choose a model with a longer context"),
     MOJIBAKE: (WARNING, "repair the encoding at the source, for example with ftfy.fix_text"),
     UNPRINTABLE: (WARNING, "clean the captions at the source"),
@@ -444,14 +443,17 @@ def _decode_images(catalog: Catalog, config: CheckConfig, found: Findings, find_
     hashes, origin = np.empty(total if find_repeats else 0, np.int64), np.empty(total if find_repeats else 0, np.int64)
     whole = 0
     with strict_pillow(), progress("check images", total, "images") as advance:
-        blocks = catalog.samples(rows, extra=("width", "height"))
+        known = [name for name in ("width", "height", "digest") if name in catalog.columns]
+        blocks = catalog.samples(rows, extra=known)
         numbers = range(total) if rows is None else rows.tolist()
         for row, seen in zip(numbers, examine_all(blocks, config.threads, catalog.exif), strict=True):
             advance(1)
             sample, what, detail = seen.sample, seen.cause, seen.detail
-            sides = sample.extra["width"], sample.extra["height"]
+            sides, digest = (sample.extra["width"], sample.extra["height"]), sample.extra.get("digest")
             if not what and sides not in ((0, 0), (seen.width, seen.height)):
                 what, detail = CHANGED, f"{seen.width} x {seen.height}, was {sides[0]} x {sides[1]}"
+            elif not what and digest not in (None, seen.digest):
+                what, detail = CHANGED, "it has other bytes than when it was indexed"
             if what in (MISSING, SHORT_FILE, EMPTY) and (sample.path is not None or sample.size == 0):
                 what = ""  # _look_at_files has counted it
             if what:

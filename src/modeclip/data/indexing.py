@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, SETTINGS, Catalog
 from modeclip.data.holdout import DHASH, HOLDOUT, Sides, hash_samples
@@ -182,6 +182,8 @@ class Reading(TypedDict):
     """What was skipped, by cause."""
     lost: str
     """Cause for which pairs of it are missing; "" if it was read to its end."""
+    further: NotRequired[int]
+    """Pairs of both kinds that are a further caption of their sample; earlier versions did not count them."""
 
 
 class IndexNote(TypedDict):
@@ -304,15 +306,18 @@ class _Indexing:
         """
         parts = {part.name: part for part in self.parts}
         new = [reading for note in self.notes for reading in note["readings"]]
-        sizes = [_size_of(reading) for reading in [*self._kept_readings(), *new] if not reading["lost"]]
-        sizes = [size for size in sizes if size]
+        readings = [*self._kept_readings(), *new]
+        sizes = [size for reading in readings if not reading["lost"] and (size := _size_of(reading))]
+        num_pairs = sum(_size_of(reading) - bool(reading["lost"]) for reading in readings)
+        num_samples = num_pairs - sum(reading.get("further", 0) for reading in readings)
         for reading in new:
             cause, found = reading["lost"], _size_of(reading)
             if not cause:
                 continue
-            known = parts[reading["name"]].num_pairs()
+            known = parts[reading["name"]].num_samples()
             if known is not None:
-                expected, source = known, "as what lies beside it or its own index says"
+                expected = round(known * num_pairs / num_samples) if num_samples > 0 else known
+                source = "as what lies beside it or its own index says"
             elif cause in (MISSING_SHARD, MISSING_TABLE):
                 continue
             elif sizes:
@@ -424,10 +429,15 @@ class _Indexing:
     def _read_part(self, part: SourcePart, advance: Advance) -> tuple[Reading, bool]:
         """Write the rows of one part; return what it gave, and whether it exists."""
         is_there, respelled = True, list[tuple[str, str]]()
-        reading, before = Reading(name=part.name, rows=[0, 0], skipped={}, lost=""), Counter(self.skips.causes)
+        reading = Reading(name=part.name, rows=[0, 0], skipped={}, lost="", further=0)
+        before, first, number = Counter(self.skips.causes), "", 0
         for item in check_all(part.read(), self.config, self.source.draws_images):
             advance(1)
             self.skips.num_seen += 1
+            key = item.key if isinstance(item, Skipped) else item.sample.key
+            is_further = key == f"{first}#{number + 1}"
+            first, number = (first, number + 1) if is_further else (key, 0)
+            reading["further"] += is_further
             if isinstance(item, Skipped):
                 self.skips.add(item)
                 if item.key == part.name:
@@ -444,6 +454,7 @@ class _Indexing:
             more = {DHASH: self.sides.dhash_of(item)}
             is_new = self.writers[side == HOLDOUT].add(item, side, more, may_be_known=not part.state)
             reading["rows"][side == HOLDOUT] += is_new
+            reading["further"] -= is_further and not is_new
         if respelled:
             detail, path = respelled[0]
             log(

@@ -174,7 +174,7 @@ def open_shards(config: SourceConfig) -> DataSource:
             name=shard,
             state=state,
             read=partial(read_shard, shard, group, options, extra),
-            num_pairs=partial(known_size, shard),
+            num_samples=partial(known_size, shard),
         )
         for shard, state, group in zip(shards, found, folders_below(shards), strict=True)
     )

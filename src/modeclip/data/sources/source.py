@@ -61,8 +61,9 @@ class SourcePart:
     """Size and time of change, or etag. It is "" where the part may grow and pairs are compared by key (folders)."""
     read: Callable[[], Iterator[Sample | Skipped]]
     """Streams its pairs, always in the same order. A damaged part ends with a ``Skipped`` whose key is ``name``."""
-    num_pairs: Callable[[], int | None] = lambda: None
-    """Tells how many pairs a part should hold that cannot be read to its end; None if nothing says so."""
+    num_samples: Callable[[], int | None] = lambda: None
+    """Tells how many samples, each with one caption or more, a part should hold that cannot be read to its end; None if
+    nothing says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
