@@ -146,7 +146,7 @@ def test_an_image_with_other_bytes_of_the_same_size_has_changed_until_all_is_ind
     assert (finding.what, finding.count) == (CHANGED, 1)
     assert "row 4" in finding.first
     assert "--replace" in finding.advice
-    with pytest.raises(ModeclipError, match="has changed.*index again with --replace"):
+    with pytest.raises(ModeclipError, match=r"has changed.*index again with --replace"):
         catalog.images(np.array([4]))
     out = Path(catalog.path).parent
     index(DataConfig(source=str(folder)), out)  # which knows the key

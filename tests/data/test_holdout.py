@@ -287,11 +287,11 @@ def test_a_file_that_is_spelled_another_way_is_on_the_side_of_its_copies(tmp_pat
     rows = [(n, f"place {n % 8}") for n in range(20)] + [(n, f"place {(n + 1) % 8}") for n in range(20)]
     source = Path(write_table(tmp_path / "data", rows))
     for number in range(20, 40):
-        (source.parent / f"{number}.png").unlink()
-        copy = noise_picture(number - 20, (12, 12))
+        (source.parent / f"{number}.png").rename(source.parent / f"{number}.PNG")
         if holdout == "similar":
-            copy = copy.resize((24, 24), Image.Resampling.NEAREST)
-        (source.parent / f"{number}.PNG").write_bytes(encode_picture(copy))
+            picture = smooth_picture(number)
+            (source.parent / f"{number - 20}.png").write_bytes(encode_picture(picture))
+            (source.parent / f"{number}.PNG").write_bytes(encode_picture(picture.resize((48, 48))))
     index(DataConfig(source=str(source), holdout=holdout, holdout_fraction=0.4), tmp_path / "out")
     captions = [Catalog.open(tmp_path / "out" / f"{name}.lance").captions() for name in ("catalog", "tasks")]
     train, held = ({int(caption.split()[-1]) % 20 for caption in some} for some in captions)

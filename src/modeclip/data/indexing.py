@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from modeclip.data.catalog import CATALOG, FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, SETTINGS, Catalog
 from modeclip.data.holdout import DHASH, HOLDOUT, Sides, hash_samples

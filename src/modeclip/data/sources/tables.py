@@ -810,7 +810,10 @@ def _open_arrow(
     refuse_addresses(columns.image, value, first)
     parts = tuple(
         SourcePart(
-            name=file, state=state, read=partial(read_arrow, file, group, columns), num_samples=partial(table_size, file)
+            name=file,
+            state=state,
+            read=partial(read_arrow, file, group, columns),
+            num_samples=partial(table_size, file),
         )
         for file, state, group in zip(files, found, folders_below(files), strict=True)
     )
