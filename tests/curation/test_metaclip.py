@@ -209,6 +209,25 @@ def test_one_caption_of_an_image_is_chosen(tmp_path: Path, entries: str) -> None
     assert found[199].tolist() == [1, 1, 0]
 
 
+def test_one_caption_is_chosen_of_an_image_whose_digest_is_unknown(tmp_path: Path, entries: str) -> None:
+    table = rows_of(0, 60, captions=["cat", "cat bird", "bird"] * 20)
+    columns = {
+        "key": pa.array([f"k{n // 3}" + f"#{n % 3}" * (n % 3 > 0) for n in range(60)]),
+        "path": pa.array([f"shard {n // 30}.tar" for n in range(60)]),
+        "offset": pa.array([n // 3 % 10 * 512 for n in range(60)]),
+        "digest": pa.array([None] * 60, pa.binary(16)),
+    }
+    for name, values in columns.items():
+        kind = table.schema.field(name)
+        table = table.set_column(table.schema.names.index(name), kind, values.cast(kind.type))
+    writer = FileWriter(str(tmp_path / "c.lance"), table.schema, max_rows=25)
+    writer.write(table)
+    create(str(tmp_path / "c.lance"), writer.schema.with_metadata(METADATA), writer.finish())
+    catalog, config = Catalog.open(tmp_path / "c.lance"), MetaclipConfig(entries=entries, t=1000, one_caption=True)
+    cause = np.reshape(column(curate(catalog, config), "cause"), (20, 3))
+    assert ((cause == 0).sum(1) == 1).all()
+
+
 def test_the_curve_says_what_other_t_would_keep(tmp_path: Path, entries: str) -> None:
     captions = make_captions(300)
     catalog = write(tmp_path / "c.lance", captions)

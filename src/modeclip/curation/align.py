@@ -42,7 +42,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int64, Shaped, UInt8, UInt64
 
 from modeclip.clustering.distances import assign_nearest
-from modeclip.curation.counting import Counts, add_counts, hash_text, in_ranges
+from modeclip.curation.counting import Counts, add_counts, hash_images, hash_text, in_ranges
 from modeclip.curation.method import Context, Decided, Histogram, Prepared, Table
 from modeclip.data.catalog import Catalog
 from modeclip.data.checksums import SIDE_FOLDER
@@ -330,20 +330,6 @@ class Owners(Statistic):
         """Leave out pairs that occur twice."""
         image, text = _distinct(*(np.concatenate([part[name] for part in parts]) for name in ("image", "text")))
         return {"image": image, "text": text}
-
-
-def hash_images(block: dict[str, Shaped[np.ndarray, "n *_"]]) -> UInt64[np.ndarray, " n"]:
-    """Return a hash of each image: of its bytes or, where these are not known, of where it is."""
-    columns = (block["digest"], block["path"], block["offset"].tolist(), block["key"])
-    return np.array(
-        [
-            int.from_bytes(digest[:8], "little")
-            if digest is not None
-            else hash_text(f"{path} {offset}" if path else key)
-            for digest, path, offset, key in zip(*columns, strict=True)
-        ],
-        np.uint64,
-    )
 
 
 def hash_captions(captions: Shaped[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:

@@ -23,6 +23,20 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
+def hash_images(block: dict[str, Shaped[np.ndarray, "n *_"]]) -> UInt64[np.ndarray, " n"]:
+    """Return a hash of each image: of its bytes or, where these are not known, of where it is."""
+    columns = (block["digest"], block["path"], block["offset"].tolist(), block["key"])
+    return np.array(
+        [
+            int.from_bytes(digest[:8], "little")
+            if digest is not None
+            else hash_text(f"{path} {offset}" if path else key)
+            for digest, path, offset, key in zip(*columns, strict=True)
+        ],
+        np.uint64,
+    )
+
+
 class Counts(Statistic):
     """A statistic that counts keys: ``keys`` ascending, each once, and ``counts``."""
 

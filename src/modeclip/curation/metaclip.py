@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt64
 
+from modeclip.curation.counting import hash_images
 from modeclip.curation.matching import Matcher, Matches, is_possible
 from modeclip.curation.metadata import (
     Metadata,
@@ -410,7 +411,7 @@ class _Images(Statistic):
     """Tells which pairs have the same image, and puts them into an order that is drawn."""
 
     seed: int
-    inputs = ("key", "caption", "digest")
+    inputs = ("key", "caption", "digest", "path", "offset")
     unit = "pairs"
 
     @property
@@ -421,9 +422,7 @@ class _Images(Statistic):
     def __call__(self, block: dict[str, Shaped[np.ndarray, "n *_"]]) -> Arrays:
         """Return a number for each image, and one for each pair that is drawn."""
         keys, captions = block["key"].tolist(), [caption or "" for caption in block["caption"].tolist()]
-        same = [digest or key.encode() for digest, key in zip(block["digest"].tolist(), keys, strict=True)]
-        image = [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little", signed=True) for one in same]
-        return {"image": np.array(image, np.int64), "order": draw(self.seed, keys, captions, purpose="choice")}
+        return {"image": hash_images(block).view(np.int64), "order": draw(self.seed, keys, captions, purpose="choice")}
 
     def merge(self, parts: Sequence[Arrays]) -> Arrays:
         """Join blocks."""
