@@ -137,6 +137,18 @@ def test_rows_outside_of_the_selection_are_neither_counted_nor_decided_about(cat
     assert set(catalog.select(mask="second_kept").tolist()) < set(kept)
 
 
+def test_a_mask_that_was_replaced_decides_anew(tmp_path: Path) -> None:
+    captions, mask = ["x"] * ROWS, np.arange(ROWS) % 2 == 0  # whose mean length is the same in both halves
+    catalog = write_catalog(tmp_path / "c.lance", captions)
+    for some in (mask, ~mask):
+        catalog = Catalog.open(catalog.path)
+        catalog.add_columns({"good": some})
+        curated = curate(Catalog.open(catalog.path), Shortest(), selection=Selection(mask="good"))
+        assert causes(curated) == expected_causes(captions, np.flatnonzero(some).tolist())
+        assert curated.num_computed == ROWS
+    assert curate(Catalog.open(catalog.path), Shortest(), selection=Selection(mask="good")).num_computed == 0
+
+
 def test_pairs_that_are_added_are_counted_alone_and_decide_anew(catalog: Catalog, tmp_path: Path) -> None:
     from modeclip.data.storage import FileWriter, append
 

@@ -228,6 +228,20 @@ def test_one_caption_is_chosen_of_an_image_whose_digest_is_unknown(tmp_path: Pat
     assert ((cause == 0).sum(1) == 1).all()
 
 
+def test_languages_that_were_replaced_are_counted_anew(tmp_path: Path, entries: str) -> None:
+    catalog = write(tmp_path / "c.lance", ["cat", "dog"] * 50, size=30)
+    config = MetaclipConfig(entries=entries, t=1000, language_column="lang")
+    for languages in (["en"] * 100, ["en"] * 60 + ["de"] * 40, ["de"] * 40 + ["en"] * 60):
+        catalog = Catalog.open(catalog.path)
+        catalog.add_columns({"lang": np.array(languages, object)})
+        curated = curate(Catalog.open(catalog.path), config)
+        shown = {row[0]: row[1] for row in curated.prepared.tables[0].rows}
+        number = str(languages.count("en"))
+        assert shown == ({"en": "60", "de": "40"} if "de" in languages else {"en": number})
+        assert curated.num_computed == 100  # the counts of the last two are the same
+    assert curate(Catalog.open(catalog.path), config).num_computed == 0
+
+
 def test_the_curve_says_what_other_t_would_keep(tmp_path: Path, entries: str) -> None:
     captions = make_captions(300)
     catalog = write(tmp_path / "c.lance", captions)

@@ -6,6 +6,7 @@ any moment, the same call goes on: statistics of finished fragments and decided 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from modeclip.curation.method import KEPT, MAX_CAUSES, OUTSIDE, Context, Method,
 from modeclip.data.catalog import Catalog
 from modeclip.data.mapping import POSITION, Work, map_blocks, map_columns
 from modeclip.data.selection import Selection
+from modeclip.data.storage import files_with
 from modeclip.errors import ModeclipError, unknown
 from modeclip.system.files import only_process
 from modeclip.system.paths import is_url
@@ -176,8 +178,9 @@ def curate(
             raise ValueError(f"{method.method}: at most {MAX_CAUSES} causes, got {len(prepared.causes)}")
         facts = {"format": FORMAT, "name": name, "method": method.method, "config": asdict(cast(Any, method))}
         facts |= {"selection": chosen_by, "causes": list(prepared.causes), "decided_by": prepared.work.facts}
-        facts = json.loads(json.dumps(facts))  # as they are read back, with lists for tuples
         bits = None if selected is None else np.packbits(selected)
+        facts |= _content(catalog, prepared.work, bits)
+        facts = json.loads(json.dumps(facts))  # as they are read back, with lists for tuples
         decision = _Decision(name=name, work=prepared.work, bits=bits, facts=facts)
         _check_columns(catalog, decision)
         if dry_run:
@@ -250,6 +253,16 @@ def _scatter(
         whole[:] = np.nan
     whole[chosen] = values
     return whole
+
+
+def _content(catalog: Catalog, work: Work, bits: UInt8[np.ndarray, " _"] | None) -> dict[str, str]:
+    """Return hashes of what may be another under the same name: the rows that are selected, columns that were added."""
+    found = {} if bits is None else {"selected": hashlib.blake2b(bits.tobytes(), digest_size=16).hexdigest()}
+    added = [name for name in work.inputs if name in catalog.columns and catalog.facts(name) is not None]
+    if added:
+        files = json.dumps(sorted(files_with(catalog.dataset, added).items()))
+        found["columns"] = hashlib.blake2b(files.encode(), digest_size=16).hexdigest()
+    return found
 
 
 def _check_columns(catalog: Catalog, decision: _Decision) -> None:

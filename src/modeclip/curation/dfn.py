@@ -399,7 +399,8 @@ def embed_pairs(
     facts = {"model": _identity(model, seed), "selection": selection}
     statistic = PairVectors(model=model, seed=seed, facts=facts)
     found = map_fragments(catalog, statistic, f"embed pairs with {model}", ray=ray, selected=selected)
-    return found.rows("images"), found.rows("texts"), _hash([facts, catalog.fingerprint])
+    rows = [] if selected is None else [hashlib.blake2b(np.packbits(selected).tobytes(), digest_size=16).hexdigest()]
+    return found.rows("images"), found.rows("texts"), _hash([facts, catalog.fingerprint, *rows])
 
 
 @dataclass(frozen=True, kw_only=True)

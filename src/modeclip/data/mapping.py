@@ -30,6 +30,7 @@ from modeclip.data.catalog import Catalog, to_table
 from modeclip.data.storage import (
     NEW,
     Ledger,
+    files_with,
     missing_fragments,
     only_writer,
     read_column_file,
@@ -190,8 +191,8 @@ def map_fragments(
             raise ValueError(f"selected: expected {len(catalog):,} rows, got {len(selected):,}")
         ends = np.cumsum(list(rows.values()))
         chosen = {part: np.packbits(selected[end - rows[part] : end]) for part, end in zip(rows, ends, strict=True)}
-    files = {part.fragment_id: part.data_files()[0].path for part in catalog.dataset.get_fragments()}
-    states = {part: _hash([files[part], chosen[part].tobytes().hex() if chosen else ""]) for part in rows}
+    files = files_with(catalog.dataset, ("key", *statistic.inputs))  # the file with the keys has all of the pair
+    states = {part: _hash([*files[part], chosen[part].tobytes().hex() if chosen else ""]) for part in rows}
     digest = _hash([statistic.inputs, statistic.facts])
     ledger = Ledger(catalog.path, f"fragments-{digest}", tuple[str, str])
     task = _Partial(catalog.path, statistic, ledger, digest, states, chosen)
@@ -295,7 +296,7 @@ class _Partial:
     ledger: Ledger[tuple[str, str]]
     plan: str
     states: dict[int, str]
-    """A hash of each fragment's pairs and of which of them are selected."""
+    """A hash of each fragment's pairs and columns that are read, and of which of its rows are selected."""
     chosen: dict[int, UInt8[np.ndarray, " _"]] = field(repr=False)
     """The selected rows of each fragment as bits; empty: all are."""
 

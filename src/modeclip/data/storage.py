@@ -485,6 +485,15 @@ def remove_hidden(dataset: Any) -> None:
         dataset.drop_columns(left)
 
 
+def files_with(dataset: Any, names: Sequence[str]) -> dict[int, list[str]]:
+    """Return for each fragment the names of its data files that hold some columns; replaced columns have new files."""
+    wanted = {field.id() for field in dataset.lance_schema.fields() if field.name() in names}
+    return {
+        fragment.fragment_id: [str(file.path) for file in fragment.data_files() if wanted.intersection(file.fields)]
+        for fragment in dataset.get_fragments()
+    }
+
+
 def missing_fragments(dataset: Any, names: Sequence[str]) -> set[int]:
     """Return the fragments without values in these columns, which were appended after the columns were made."""
     wanted = {field.id() for field in dataset.lance_schema.fields() if field.name() in names}
