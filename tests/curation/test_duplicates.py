@@ -260,6 +260,13 @@ def test_what_balance_draws_depends_on_pairs_and_seed_alone(embedded: Catalog, t
     assert kept(curate(other, DuplicatesConfig(by="balanced", kept_fraction=0.4, seed=1), dry_run=True)) != first
 
 
+def test_pairs_outside_of_the_selection_are_copies_of_no_row(tmp_path: Path) -> None:
+    catalog = write(tmp_path / "pool", [pair(f"{n:02}", f"{n:02}", noise_picture(n % 3, (4, 4))) for n in range(12)])
+    catalog.add_columns({"good": np.arange(12) >= 6})
+    curated = curate(Catalog.open(catalog.path), "duplicates", selection=Selection(mask="good"))
+    assert curated.column("of").tolist() == [-1] * 9 + [6, 7, 8]
+
+
 def test_balance_draws_anew_among_pairs_that_metaclip_has_drawn(tmp_path: Path) -> None:
     words = ["plow" if number % 10 == 0 else "dog" for number in range(1500)]
     picture = noise_picture(0, (4, 4))
@@ -301,6 +308,15 @@ def test_image_vectors_of_a_model_are_kept_beside_the_catalog(tmp_path: Path, mo
 
 
 # ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("config", [DuplicatesConfig(pixels=True), DuplicatesConfig(by="perceptual")])
+def test_an_image_that_does_not_decode_is_named(tmp_path: Path, config: DuplicatesConfig) -> None:
+    pairs = [pair(key, key, smooth(place)) for place, key in enumerate("abc")]
+    pairs[1] |= {"image": None, "path": str(tmp_path / "b.png"), "size": 12, "width": 0, "height": 0, "digest": None}
+    (tmp_path / "b.png").write_bytes(b"not an image")
+    with pytest.raises(ModeclipError, match=r"image of 'b' \(path .*b\.png\): image does not decode; .*--replace"):
+        curate(write(tmp_path / "pool", pairs), config, dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -245,12 +245,14 @@ class _Decision(Work):
 def _scatter(
     name: str, values: Shaped[np.ndarray, "m *_"], chosen: Bool[np.ndarray, " n"]
 ) -> Shaped[np.ndarray, "n *_"]:
-    """Bring the values of a column to the chosen rows; the others have none, and the probability 0."""
+    """Bring the values of a column to the chosen rows; the others have none, the probability 0, and the row -1."""
     whole = np.zeros((len(chosen), *values.shape[1:]), values.dtype)
     if values.dtype.kind == "O":
         whole[:] = None
     elif values.dtype.kind == "f" and not name.endswith("_probability"):
         whole[:] = np.nan
+    elif name.endswith("_of"):
+        whole[:] = -1
     whole[chosen] = values
     return whole
 

@@ -43,7 +43,7 @@ from modeclip.curation.method import KEPT, Context, Curve, Decided, Histogram, P
 from modeclip.curation.semdedup import find_near_copies, nearest_before
 from modeclip.data.catalog import Catalog
 from modeclip.data.holdout import dhash, similar_pairs
-from modeclip.data.images import Exif, decode_image, hash_image
+from modeclip.data.images import Exif, cause_of, decode_image, hash_image
 from modeclip.data.mapping import IMAGE, Statistic, concatenate, map_fragments
 from modeclip.errors import ModeclipError, check_between, check_least
 from modeclip.system.files import remove, replacing
@@ -51,8 +51,8 @@ from modeclip.system.paths import is_url
 
 Kind = Literal["exact", "perceptual", "semantic", "density", "balanced"]
 """What counts as a duplicate."""
-PURPOSE = "balanced"
-"""What balanced draws for; part of its facts."""
+FORMAT = 2
+"""Part of the facts; raise it when the same settings start to decide otherwise."""
 BY_IMAGE: tuple[Kind, ...] = ("exact", "perceptual")
 BY_SHARE: tuple[Kind, ...] = ("density", "balanced")
 DROPPED = 1
@@ -169,7 +169,7 @@ class DuplicatesConfig:
         values: dict[str, np.ndarray] = {f"{context.name}_cause": whole}
         for name, column in found.columns.items():
             values[f"{context.name}_{name}"] = column
-        facts = {"pairs": context.catalog.fingerprint, **found.facts}
+        facts = {"format": FORMAT, "pairs": context.catalog.fingerprint, **found.facts}
         return Prepared(
             work=Decided(values=values, facts=facts),
             causes=(CAUSES[self.by],),
@@ -250,7 +250,7 @@ class _Pixels(Statistic):
     """Hashes of decoded images, as a statistic that is kept beside the catalog."""
 
     facts: dict[str, Any]
-    inputs = (IMAGE,)
+    inputs = (IMAGE, "key", "path")
     unit = "images"
     merge = staticmethod(concatenate)
 
@@ -260,7 +260,7 @@ class _Pixels(Statistic):
         def of(image: Image.Image) -> np.ndarray:
             return np.frombuffer(hash_image(f"{image.size}".encode() + image.tobytes()), np.uint8)
 
-        return {"hash": _of_images(block[IMAGE], self.facts["exif"], of, 16)}
+        return {"hash": _of_images(block, self.facts["exif"], of, 16)}
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class _Pictures(Statistic):
     """dHashes and small grey pictures of images, as a statistic that is kept beside the catalog."""
 
     facts: dict[str, Any]
-    inputs = (IMAGE,)
+    inputs = (IMAGE, "key", "path")
     unit = "images"
     merge = staticmethod(concatenate)
 
@@ -279,15 +279,29 @@ class _Pictures(Statistic):
             grey = image.convert("L").resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BOX)
             return np.frombuffer(dhash(image).to_bytes(8) + grey.tobytes(), np.uint8)
 
-        return {"picture": _of_images(block[IMAGE], self.facts["exif"], of, 8 + PICTURE_SIDE**2)}
+        return {"picture": _of_images(block, self.facts["exif"], of, 8 + PICTURE_SIDE**2)}
 
 
 def _of_images(
-    encoded: Shaped[np.ndarray, " n"], exif: Exif, of: Callable[[Image.Image], np.ndarray], width: int
+    block: dict[str, Shaped[np.ndarray, " n"]], exif: Exif, of: Callable[[Image.Image], np.ndarray], width: int
 ) -> UInt8[np.ndarray, "n _"]:
-    """Decode images in threads, and return the bytes that are made of each."""
+    """Decode images in threads, and return the bytes that are made of each.
+
+    Raises:
+        ModeclipError: An image does not decode.
+    """
+
+    def of_one(key: str, path: str | None, data: bytes) -> np.ndarray:
+        try:
+            return of(decode_image(data, exif))
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            raise ModeclipError(
+                f"image of {key!r} (path {path}): {cause_of(error)}; restore it, or give modeclip index with --replace"
+                " and check_images, which leaves it out"
+            ) from error
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = list(pool.map(lambda data: of(decode_image(data, exif)), encoded))
+        found = list(pool.map(of_one, block["key"], block["path"], block[IMAGE]))
     return np.stack(found) if found else np.empty((0, width), np.uint8)
 
 
@@ -546,13 +560,13 @@ def _choose_by_cluster(config: DuplicatesConfig, context: Context) -> _Found:
         kept = equal_sizes_by_level(sizes, pairs.parents[filled], total)
         identity = catalog.read(["key", "caption"], pairs.rows)
         captions = [caption or "" for caption in identity["caption"]]
-        drawn = draw(config.seed, identity["key"].tolist(), captions, purpose=PURPOSE)
+        drawn = draw(config.seed, identity["key"].tolist(), captions, purpose="balanced")
         order = np.lexsort((pairs.rows, drawn, label))
     place = np.arange(len(order)) - np.repeat(pairs.ends[filled] - sizes, sizes)  # of each pair in its cluster
     return _Found(
         dropped=pairs.rows[order[place >= np.repeat(kept, sizes)]],
         columns={},
-        facts=pairs.facts if is_dense else pairs.facts | {"purpose": PURPOSE},
+        facts=pairs.facts,
         tables=(_clusters_table(filled, sizes, kept, further),),
         charts=(
             Curve(
