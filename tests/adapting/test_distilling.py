@@ -27,6 +27,7 @@ from modeclip.mixture.mode import MoDE
 from modeclip.models.clip import assemble_clip, encode_image, encode_text, load_clip, save_clip
 from modeclip.models.encoders import load_encoder
 from modeclip.models.encoders.text import fit_tfidf
+from modeclip.system.files import only_process
 from modeclip.training.jobs import AugmentConfig, EngineConfig
 from support import Python, weights_of
 
@@ -132,6 +133,8 @@ def test_another_student_runs_no_teacher_and_the_same_again_nothing(
     assert (other.vectors.columns, other.vectors.computed) == (done.vectors.columns, 0)
     assert other.num_pairs == len(chosen.rows(catalog)) < done.num_pairs
     with pytest.raises(ModeclipError, match=r"trained with other settings: loss was 'reinforced', now 'mse'"):
+        distill(bundle, catalog, replace(CONFIG, loss="mse"), student=MODEL, out=done.folder)
+    with only_process(Path(done.folder)), pytest.raises(ModeclipError, match=r"is training with other settings .*loss"):
         distill(bundle, catalog, replace(CONFIG, loss="mse"), student=MODEL, out=done.folder)
 
 

@@ -256,6 +256,7 @@ def test_train_of_a_part_continues_a_seed_as_its_expert_does(
     ("words", "message"),
     [
         (("{run}/models/seed/job.json", "--samples", "9000"), r"job\.json.*all settings.*without options"),
+        (("{run}/models/seed/job.json", "--threads", "2"), r"job\.json.*all settings.*without options"),
         (("{run}", "--where", "expert"), "--where 'expert'.*COLUMN=VALUE.*expert=3"),
         (("{run}", "--where", "expert="), "--where 'expert='.*COLUMN=VALUE"),
         (("{run}", "--resume", "ViT-B-32"), "--resume ViT-B-32: .*latest, never, .*finished job"),

@@ -354,6 +354,42 @@ def test_a_finished_job_of_an_earlier_version_has_no_notes_of_its_files(
     del done["files"]
     (tmp_path / "whole" / "done.json").write_text(json.dumps(done))
     assert TrainResult.read(job) is not None
+def test_a_folder_in_which_another_job_is_trained_is_refused_at_once(catalog: Path, tmp_path: Path) -> None:
+    before, job = (make_job(catalog, tmp_path / "job", replace(CONFIG, seed=seed)) for seed in (0, 1))
+    before.save()
+    for resume in ("latest", "never"):
+        with (
+            only_process(tmp_path / "job"),
+            pytest.raises(
+                ModeclipError, match=r"is training with other settings .*seed was 0, now 1; .*choose another"
+            ),
+        ):
+            train(job, resume=resume)
+    assert TrainJob.load(tmp_path / "job" / "job.json") == before
+
+
+def test_what_another_job_has_trained_in_the_meantime_stays(catalog: Path, tmp_path: Path) -> None:
+    before, job = (make_job(catalog, tmp_path / "job", replace(CONFIG, seed=seed)) for seed in (0, 1))
+    is_held = threading.Event()
+
+    def hold() -> None:
+        with only_process(tmp_path / "job"):
+            is_held.set()
+            time.sleep(1)
+            support.mark_done(before)
+
+    (tmp_path / "job").mkdir()
+    other = threading.Thread(target=hold)
+    other.start()
+    is_held.wait()
+    with pytest.raises(ModeclipError, match="trained with other settings: seed was 0, now 1"):
+        train(job, resume="latest")
+    other.join()
+    assert TrainJob.load(tmp_path / "job" / "job.json") == before
+    assert train(replace(job, last_step=1), resume="never").samples == 32
+    assert TrainJob.load(tmp_path / "job" / "job.json").config.seed == 1
+
+
 
 
 def test_expert_without_its_seed(catalog: Path, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ from modeclip.training.jobs import (
     EngineConfig,
     TrainJob,
     TrainResult,
+    check_free,
     prepare,
 )
 from modeclip.training.objectives import losses_of
@@ -219,8 +220,7 @@ def distill(
         log(f"distill: {job.folder} is done")
         return done
     vectors = teach(catalog, work, ray=ray)
-    job.save()
-    result = train(job)
+    result = train(job, resume="latest")
     losses = losses_of_job(job)
     distilled = Distilled(
         folder=job.folder,
@@ -266,6 +266,7 @@ def plan_distillation(
     job = _make_job(start, work.stem, catalog, config, place, selection)
     job_rows(job, catalog)  # what cannot be trained on is told before the teacher runs
     job = replace(job, pairs=hash_pairs(job, catalog))
+    check_free(job)
     prepare(job)
     return job, work
 

@@ -19,6 +19,7 @@ from modeclip.training.jobs import TrainConfig, TrainJob, TrainResult
 
 RunPath = Positional[Annotated[Path, arg(help="Folder of a run, with catalog.lance and clusters/.")]]
 RESUME = "latest: go on from this folder's own checkpoint; never: train anew"
+OUT = Path("model")
 WITHOUT_DENSE = ExpertsConfig(dense=False, dense_total=False)
 """The experts alone: the command trains the dense models, which belong to a recipe, only on request."""
 
@@ -28,7 +29,7 @@ def train(
         Annotated[str, arg(help="A catalog, or the job.json of a model, which holds all its settings.")]
     ],
     training: OmitArgPrefixes[TrainConfig],
-    out: Annotated[Path, arg(help="Folder of the model.")] = Path("model"),
+    out: Annotated[Path, arg(help="Folder of the model.")] = OUT,
     where: Where = (),
     mask: Mask = None,
     resume: Annotated[
@@ -42,12 +43,12 @@ def train(
     from modeclip.data.catalog import Catalog
     from modeclip.data.selection import Selection
     from modeclip.pipeline.run_folder import single_job
-    from modeclip.training.jobs import prepare
     from modeclip.training.trainer import train as train_job
 
+    way: str | None = None
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if source.endswith(".json"):
-        if (training, where, mask, resume) != (TrainConfig(), (), None, "latest"):
+        if (training, out, where, mask, resume, threads) != (TrainConfig(), OUT, (), None, "latest", 1):
             raise ModeclipError(
                 f"train: {source} holds all settings of its model; give it without options, or give a catalog"
             )
@@ -67,10 +68,8 @@ def train(
             start=_check_start(start),
             threads=threads,
         )
-        if is_first:  # the others wait for it when they meet
-            prepare(job, "never" if resume == "never" else "latest")
-            job.save()
-    result = train_job(job)
+        way = "never" if resume == "never" else "latest"
+    result = train_job(job, resume=way if is_first else None)  # the others wait for it when they meet
     if not is_first:
         return
     if as_json:

@@ -27,7 +27,7 @@ from modeclip.data.selection import ALL, Selection
 from modeclip.errors import LIMIT, DamagedError, ModeclipError, check_above_zero, check_between, check_least, unknown
 from modeclip.models.checkpoints import checkpoint_files
 from modeclip.system.console import log
-from modeclip.system.files import FileNote, find_damage, read_json, remove, write_json
+from modeclip.system.files import FileNote, find_damage, holder_of, read_json, remove, write_json
 from modeclip.training.objectives import losses_of
 from modeclip.training.objectives.objective import DISTILLING
 
@@ -565,6 +565,23 @@ def prepare(job: TrainJob, resume: str = "latest") -> None:
             f"{folder} holds a model that was trained with other settings: {', '.join(changes(before, job))}; "
             "give the same settings, or --resume never to train anew (train-experts: --resume stale keeps what still "
             "fits), or another folder"
+        )
+
+
+def check_free(job: TrainJob) -> None:
+    """Raise if another process is at work on another job in a job's folder; one with the same job can be waited for.
+
+    Raises:
+        ModeclipError: There is one, or the folder's job file is damaged.
+    """
+    folder = Path(job.folder)
+    if (holder := holder_of(folder)) is None or not (folder / JOB_FILE).is_file():
+        return
+    before = TrainJob.load(folder / JOB_FILE)
+    if before.digest != job.digest:
+        raise ModeclipError(
+            f"{folder}: {holder} is training with other settings in this folder: {', '.join(changes(before, job))}; "
+            "wait for it, stop it, or choose another"
         )
 
 

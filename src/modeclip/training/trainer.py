@@ -57,7 +57,16 @@ from modeclip.system.files import note_files, only_process, write_json, writing
 from modeclip.system.processes import PARENT_VARIABLE, end_with_parent
 from modeclip.training.batches import DecodedSample, Feed, Order, job_rows, read_groups, read_probability
 from modeclip.training.distributed import World, leave_processes, place_like, whole
-from modeclip.training.jobs import DONE_FILE, ERRORS_FILE, JOB_FILE, TrainJob, TrainResult, remove_damage
+from modeclip.training.jobs import (
+    DONE_FILE,
+    ERRORS_FILE,
+    JOB_FILE,
+    TrainJob,
+    TrainResult,
+    check_free,
+    prepare,
+    remove_damage,
+)
 from modeclip.training.journal import Journal
 from modeclip.training.objectives import make_objective
 from modeclip.training.preflight import preflight
@@ -80,7 +89,12 @@ Visit = Callable[[Clip, int], bool]
 
 
 def train(
-    job: TrainJob, *, visit_every: int = 0, visit: Visit | None = None, kept: dict[int, DecodedSample] | None = None
+    job: TrainJob,
+    *,
+    resume: str | None = None,
+    visit_every: int = 0,
+    visit: Visit | None = None,
+    kept: dict[int, DecodedSample] | None = None,
 ) -> TrainResult:
     """Train a job to its end, from its last checkpoint if it has one.
 
@@ -89,19 +103,24 @@ def train(
         visit_every: Steps between two calls of ``visit``. 0 calls it after the last step only.
         visit: Looks at the model while it trains and may end the job early.
         kept: Samples that several jobs of one process share, by row, if their catalog and tokenizer are the same. It
+        resume: Make the folder fit for the job in this way (`prepare`), and write the job's file, once no other
+            process is at work there. None: both is done.
             is filled here, so that each row is read once; see ``train.engine.keep_pictures_gb``.
 
     Raises:
-        ModeclipError: The job cannot work (too few rows, unknown model, loss not finite), or another process trains it.
+        ModeclipError: The job cannot work (too few rows, unknown model, loss not finite), another process trains it, or
+            with ``resume`` the folder holds another job.
     """
     import torch
 
-    finished = TrainResult.read(job)
+    finished = None if resume == "never" else TrainResult.read(job)
     if finished is not None:
         return finished
     folder, started = Path(job.folder), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     world = World.of_environment()
+    if resume is not None:
+        check_free(job)
     if TORCHRUN_VARIABLE in os.environ:  # so that no rank waits for others when torchrun itself was killed
         end_with_parent(os.getppid())
     if world.size > 1 and visit is not None:
@@ -113,6 +132,9 @@ def train(
         finished = TrainResult.read(job) if world.size == 1 else None
         if finished is not None:  # by the process that this one has waited for
             return finished
+        if resume is not None:
+            prepare(job, resume)
+            job.save()
         if world.is_first:
             remove_damage(job)
             drop_damaged(folder)
