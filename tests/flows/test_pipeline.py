@@ -35,11 +35,13 @@ from modeclip.pipeline import run_folder
 from modeclip.pipeline import stages as pipeline_stages
 from modeclip.pipeline.planning import plan_run
 from modeclip.pipeline.recipe import Recipe, load_recipe, parse_recipe
+from modeclip.pipeline.run_folder import single_job
 from modeclip.pipeline.stages import Stages, open_run, run
 from modeclip.system.files import hash_file
 from modeclip.training.batches import job_rows
 from modeclip.training.costs import Measurement
-from modeclip.training.jobs import TrainJob
+from modeclip.training.jobs import TrainConfig, TrainJob, prepare
+from modeclip.training.trainer import train
 from support import WEIGHTS, Python, can_mount, encode_picture, noise_picture, python, weights_of, write_pairs
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -684,3 +686,39 @@ def test_a_run_prints_what_is_compared_and_says_what_it_left_out(
     assert len(names) == len(results["models"]) - len(left_out) + 2  # with the majority class and chance
     assert {"seed", "best single", "mixture, uniform", "mixture, per_class *", "chance"} <= set(names)
     assert f"{len(left_out)} more rows" in printed
+
+
+@pytest.mark.usefixtures("trains_here")
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_given_seed_that_was_trained_anew_is_in_the_bundle_and_the_results(
+    pair_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], is_edited: bool
+) -> None:
+    start, out = tmp_path / "given", tmp_path / "run"
+    config = TrainConfig(model="modeclip-icon-xxxs", samples=64, batch_size=8, total_parts=4, seed_parts=2)
+    index(recipe_of(pair_folder, {}).data, tmp_path)
+    recipe = recipe_of(
+        pair_folder, {"experts": {"start": str(start), "dense": False, "dense_total": False, "controls": []}}
+    )
+    bundles = []
+    for seed in (0, 5):
+        job = single_job(Catalog.open(tmp_path), start, replace(config, seed=seed))
+        prepare(job, "never")
+        job.save()
+        train(job)
+        capfd.readouterr()
+        run(recipe, out)
+        said = capfd.readouterr().err
+        manifest = json.loads((out / "bundle" / "mode.json").read_text())
+        bundles.append(manifest["sha256"])
+        if is_edited:
+            manifest["lineage"]["edits"] = [{"action": "replace", "expert": "expert-0", "job": None}]
+            (out / "bundle" / "mode.json").write_text(json.dumps(manifest))
+    assert "train     done: " not in said
+    assert "evaluate  done: " not in said
+    assert "report    done: " not in said
+    assert ("bundle    done: " in said) == is_edited
+    changed = {name for name in bundles[0] if bundles[0][name] != bundles[1][name] and name.endswith("safetensors")}
+    assert changed == (set() if is_edited else {f"{name}/{WEIGHTS}" for name in ("seed", "expert-0", "expert-1")})
+    capfd.readouterr()
+    run(recipe, out)
+    assert capfd.readouterr().err.count(" done: ") == 7

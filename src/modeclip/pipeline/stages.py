@@ -48,7 +48,7 @@ from modeclip.data.selection import ALL, Selection
 from modeclip.data.sources import DataSource, open_source, source_state
 from modeclip.data.storage import missing_fragments, open_dataset
 from modeclip.errors import DamagedError, ModeclipError
-from modeclip.mixture.bundle import EDITS
+from modeclip.mixture.bundle import EDITS, is_bundled
 from modeclip.models.clip import CONFIG_FILE, check_model
 from modeclip.models.deltas import WEIGHTS_FILE
 from modeclip.models.encoders import IMAGE_PREFIXES, check_trusted
@@ -400,7 +400,7 @@ class Stages:
         """
         self.digests[name] = digest = hash_of([STAGE_FORMAT, name, plain_of(inputs)])
         path = self.folder.stages / f"{name}.json"
-        record = self.read_record(name)
+        record = before = self.read_record(name)
         is_mended = record is not None and self.remove_damaged(name, record)
         if record is not None and record["digest"] == digest and not is_mended and (state := made()) is not None:
             if "made" not in record:  # an earlier version wrote it
@@ -429,6 +429,9 @@ class Stages:
         )
         if (state := made()) is not None:
             record["made"] = state
+        if name in {"train", "bundle"} and (before is None or before.get("made") != state):
+            for later in ("evaluate", "report"):  # of the models before, which the same settings have made
+                (path.parent / f"{later}.json").unlink(missing_ok=True)
         record["check"] = hash_record(record)
         write_json(path, record, indent=2)
         return_memory()
@@ -654,11 +657,17 @@ class Made:
         return hash_of({job.name: job.digest for job in jobs}) if all(done) else None
 
     def bundle(self) -> str | None:
-        """Return the state of the bundle: which models are in it, or that a user has changed it since."""
+        """Return the state of the bundle: which models are in it, or that a user has changed it since.
+
+        One that lacks a model of the run as it is now, such as an expert of a seed that was trained anew, is none.
+        """
         lineage = self.run.lineage
-        if not lineage:
+        if not lineage or lineage.get(EDITS):
+            return EDITED if lineage else None
+        jobs = lineage.get("jobs") or {}
+        if any(jobs.get(job.name) != job.digest for job in self.run.jobs if is_bundled(job)):
             return None
-        return EDITED if lineage.get(EDITS) else hash_of([lineage.get("jobs"), lineage.get("stages")])
+        return hash_of([lineage.get("jobs"), lineage.get("stages")])
 
     def results(self) -> str | None:
         """Return the state of the table of results."""
