@@ -9,9 +9,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +29,7 @@ from modeclip.errors import ModeclipError
 from modeclip.models.clip import Clip, load_clip
 from modeclip.system.files import only_process
 from modeclip.system.processes import PARENT_VARIABLE
+from modeclip.training import gradients
 from modeclip.training.batches import Feed, batch_rows, job_rows
 from modeclip.training.jobs import (
     AugmentConfig,
@@ -36,7 +40,7 @@ from modeclip.training.jobs import (
     find_job_damage,
     learning_rate_at,
 )
-from modeclip.training.trainer import FAILED_BATCH_FILE, train
+from modeclip.training.trainer import FAILED_BATCH_FILE, _Learner, _Pauses, train
 from support import Python
 
 CONFIG = TrainConfig(
@@ -214,19 +218,103 @@ def test_killed_process_leaves_what_its_job_continues_from(catalog: Path, tmp_pa
     assert support.weights_of(tmp_path / "killed") == support.weights_of(whole)
 
 
-def test_sigterm_saves_before_it_ends(catalog: Path, tmp_path: Path) -> None:
-    def ask(clip: Clip, step: int) -> bool:
+@contextmanager
+def handled(number: signal.Signals, handler: signal.Handlers | Callable[..., object]) -> Iterator[None]:
+    before = signal.signal(number, handler)  # a test may run where it is ignored
+    try:
+        yield
+        assert signal.getsignal(number) == handler, "a training leaves it as it was"
+    finally:
+        signal.signal(number, before)
+
+
+def signalling(number: signal.Signals, times: int = 1) -> Callable[[Clip, int], bool]:
+    """Return a visit that sends this process a signal at step 3."""
+
+    def visit(clip: Clip, step: int) -> bool:
         del clip
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(times if step == 3 else 0):
+            os.kill(os.getpid(), number)
         return False
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        train(make_job(catalog, tmp_path / "job"), visit_every=1, visit=ask)
-    assert ended.value.code == 128 + signal.SIGTERM
+    return visit
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_before_it_ends(catalog: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with (
+        handled(number, signal.default_int_handler),
+        pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as ended,
+    ):
+        train(make_job(catalog, tmp_path / "job"), visit_every=1, visit=signalling(number))
+    assert getattr(ended.value, "code", 128 + signal.SIGINT) == 128 + number
     assert str(newest(tmp_path / "job")).endswith("step-000000003.safetensors")
-    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_ctrl_c_does_not_wait(catalog: Path, tmp_path: Path) -> None:
+    with handled(signal.SIGINT, signal.default_int_handler), pytest.raises(KeyboardInterrupt):
+        train(make_job(catalog, tmp_path / "job"), visit_every=1, visit=signalling(signal.SIGINT, times=2))
+    assert newest(tmp_path / "job") is None
+
+
+def test_signals_are_left_alone_where_they_are_ignored_and_outside_the_main_thread(
+    catalog: Path, tmp_path: Path
+) -> None:
+    with handled(signal.SIGHUP, signal.SIG_IGN):
+        job = make_job(catalog, tmp_path / "job", last_step=4)
+        assert train(job, visit_every=1, visit=signalling(signal.SIGHUP)).samples == 4 * 32
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(train, make_job(catalog, tmp_path / "other", last_step=1)).result().samples == 32
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, [7, 14, 21, 28, 35]), (2, [10, 20, 30, 40])])
+def test_processes_that_share_a_job_save_at_the_first_look_behind_an_interval(
+    tmp_path: Path, world_size: int, expected: list[int]
+) -> None:
+    config = replace(CONFIG, engine=EngineConfig(save_every="7steps"))
+    learner: Any = _Learner.__new__(_Learner)  # without its model
+    learner.job, learner.rows, learner.probability = make_job(tmp_path, tmp_path / "job", config), range(64), None
+    learner.step, learner.save = 0, lambda: None
+    pauses, saved = _Pauses(learner), []
+    for learner.step in range(1, 41) if world_size == 1 else range(10, 41, 10):  # several look every 10 steps alone
+        if pauses._is_due():
+            pauses.save()
+            saved.append(learner.step)
+    assert saved == expected
+
+
+def test_a_job_goes_on_with_the_micro_batch_that_is_asked_for_now(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was found is kept for a job that finds it itself; any other is that of the present settings."""
+    used: set[int] = set()
+    found: list[int] = []
+    own = gradients.backward
+
+    def backward(*words: Any, micro_batch: int, **more: Any) -> Any:
+        used.add(micro_batch)
+        return own(*words, micro_batch=micro_batch, **more)
+
+    def find(*_: object) -> int:
+        found.append(16)
+        return 16
+
+    monkeypatch.setattr(gradients, "backward", backward)
+    monkeypatch.setattr(gradients, "find_micro_batch", find)
+    for step, asked, expected in ((3, 0, 32), (5, 8, 8), (7, "auto", 16), (9, "auto", 16), (11, 4, 4)):
+        engine = EngineConfig(precision="32-true", save_every="1steps", micro_batch=asked)  # type: ignore[arg-type]
+
+        def kill(clip: Clip, now: int, last: int = step) -> bool:
+            del clip
+            if now == last:
+                raise Killed
+            return False
+
+        used.clear()
+        with pytest.raises(Killed):
+            train(make_job(catalog, tmp_path / "job", replace(CONFIG, engine=engine)), visit_every=1, visit=kill)
+        assert used == {expected}
+    assert found == [16]
 
 
 def test_second_process_in_the_same_folder_gives_up(
@@ -264,6 +352,42 @@ def test_a_job_of_several_waits_for_the_process_that_was_quicker_to_begin(
     is_held.wait()
     assert train(job).samples == (1 if by_whom == "the other" else 32)
     other.join()
+
+
+def test_a_folder_in_which_another_job_is_trained_is_refused_at_once(catalog: Path, tmp_path: Path) -> None:
+    before, job = (make_job(catalog, tmp_path / "job", replace(CONFIG, seed=seed)) for seed in (0, 1))
+    before.save()
+    for resume in ("latest", "never"):
+        with (
+            only_process(tmp_path / "job"),
+            pytest.raises(
+                ModeclipError, match=r"is training with other settings .*seed was 0, now 1; .*choose another"
+            ),
+        ):
+            train(job, resume=resume)
+    assert TrainJob.load(tmp_path / "job" / "job.json") == before
+
+
+def test_what_another_job_has_trained_in_the_meantime_stays(catalog: Path, tmp_path: Path) -> None:
+    before, job = (make_job(catalog, tmp_path / "job", replace(CONFIG, seed=seed)) for seed in (0, 1))
+    is_held = threading.Event()
+
+    def hold() -> None:
+        with only_process(tmp_path / "job"):
+            is_held.set()
+            time.sleep(1)
+            support.mark_done(before)
+
+    (tmp_path / "job").mkdir()
+    other = threading.Thread(target=hold)
+    other.start()
+    is_held.wait()
+    with pytest.raises(ModeclipError, match="trained with other settings: seed was 0, now 1"):
+        train(job, resume="latest")
+    other.join()
+    assert TrainJob.load(tmp_path / "job" / "job.json") == before
+    assert train(replace(job, last_step=1), resume="never").samples == 32
+    assert TrainJob.load(tmp_path / "job" / "job.json").config.seed == 1
 
 
 def test_finished_job_is_not_trained_again(catalog: Path, tmp_path: Path) -> None:
@@ -354,42 +478,6 @@ def test_a_finished_job_of_an_earlier_version_has_no_notes_of_its_files(
     del done["files"]
     (tmp_path / "whole" / "done.json").write_text(json.dumps(done))
     assert TrainResult.read(job) is not None
-def test_a_folder_in_which_another_job_is_trained_is_refused_at_once(catalog: Path, tmp_path: Path) -> None:
-    before, job = (make_job(catalog, tmp_path / "job", replace(CONFIG, seed=seed)) for seed in (0, 1))
-    before.save()
-    for resume in ("latest", "never"):
-        with (
-            only_process(tmp_path / "job"),
-            pytest.raises(
-                ModeclipError, match=r"is training with other settings .*seed was 0, now 1; .*choose another"
-            ),
-        ):
-            train(job, resume=resume)
-    assert TrainJob.load(tmp_path / "job" / "job.json") == before
-
-
-def test_what_another_job_has_trained_in_the_meantime_stays(catalog: Path, tmp_path: Path) -> None:
-    before, job = (make_job(catalog, tmp_path / "job", replace(CONFIG, seed=seed)) for seed in (0, 1))
-    is_held = threading.Event()
-
-    def hold() -> None:
-        with only_process(tmp_path / "job"):
-            is_held.set()
-            time.sleep(1)
-            support.mark_done(before)
-
-    (tmp_path / "job").mkdir()
-    other = threading.Thread(target=hold)
-    other.start()
-    is_held.wait()
-    with pytest.raises(ModeclipError, match="trained with other settings: seed was 0, now 1"):
-        train(job, resume="latest")
-    other.join()
-    assert TrainJob.load(tmp_path / "job" / "job.json") == before
-    assert train(replace(job, last_step=1), resume="never").samples == 32
-    assert TrainJob.load(tmp_path / "job" / "job.json").config.seed == 1
-
-
 
 
 def test_expert_without_its_seed(catalog: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import signal
 import time
 from bisect import bisect_right
 from collections import deque
@@ -717,10 +718,12 @@ class _Pieces:
 
 
 def _start_worker(_: int) -> None:
-    """Make a worker compute in one thread and end with the trainer."""
+    """Make a worker compute in one thread and end with the trainer, which may save a checkpoint first."""
     import torch
 
     end_with_owner()
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C and a closed terminal reach it too
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

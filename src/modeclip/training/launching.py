@@ -50,8 +50,8 @@ MAX_RETRIES = 3
 """How often Ray repeats a job whose worker died, so that a job which kills its workers is given up."""
 TRAINER = "modeclip.training.trainer"
 """Module that trains the job of a file when it is run as a program."""
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a job that was asked to end and has saved a checkpoint."""
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGHUP)
+"""Exit codes of a job that was asked to end and has saved a checkpoint; it ignores Ctrl-C."""
 OF_LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What variables begin with that say which of several processes one is."""
 
@@ -327,7 +327,7 @@ def _train_on_ray(job: TrainJob, processes: int) -> str:
         started.process.wait(PATIENCE_SECONDS)
         raise
     trouble = started.end()
-    if code < 0 or code == STOPPED:
+    if code < 0 or code in STOPPED:
         raise ChildProcessError(trouble or f"{job.name}: training was stopped; run again to continue")
     return trouble
 
@@ -383,7 +383,7 @@ class JobProcess:
         self.process.stdin.close()
         if code == 0 and TrainResult.read(job) is not None:
             return ""
-        if code in (STOPPED, -signal.SIGTERM):  # the latter if it had not begun yet
+        if code in (*STOPPED, -signal.SIGTERM):  # the latter if it had not begun yet
             return f"{job.name}: training was stopped; run again to continue"
         if code < 0 or not lines:
             lines.append(f"killed by signal {-code}" if code < 0 else f"exit code {code}")
@@ -444,7 +444,7 @@ def main(words: Sequence[str]) -> None:
         codes = [failure.exitcode for failure in error.failures.values()]
         raise SystemExit(2 if 2 in codes else 1) from None
     except SignalException:
-        raise SystemExit(STOPPED) from None
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 if __name__ == "__main__":

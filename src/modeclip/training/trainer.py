@@ -28,6 +28,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -82,6 +83,8 @@ LOCK_PATIENCE_SECONDS = 30.0
 """How long to wait for another process in the folder. Whoever runs several jobs waits until that one has ended."""
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 """Environment variable that torchrun sets for the processes that it starts."""
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a training to end, where they are not ignored: SIGINT is Ctrl-C, SIGHUP a closed terminal."""
 FAILED_BATCH_FILE = "failed-batch.json"
 """File of a job's folder that names the pairs of the batch whose loss was not finite."""
 Visit = Callable[[Clip, int], bool]
@@ -100,11 +103,11 @@ def train(
 
     Args:
         job: What to train.
+        resume: Make the folder fit for the job in this way (`prepare`), and write the job's file, once no other
+            process is at work there. None: both is done.
         visit_every: Steps between two calls of ``visit``. 0 calls it after the last step only.
         visit: Looks at the model while it trains and may end the job early.
         kept: Samples that several jobs of one process share, by row, if their catalog and tokenizer are the same. It
-        resume: Make the folder fit for the job in this way (`prepare`), and write the job's file, once no other
-            process is at work there. None: both is done.
             is filled here, so that each row is read once; see ``train.engine.keep_pictures_gb``.
 
     Raises:
@@ -116,11 +119,11 @@ def train(
     finished = None if resume == "never" else TrainResult.read(job)
     if finished is not None:
         return finished
+    if resume is not None:
+        check_free(job)
     folder, started = Path(job.folder), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     world = World.of_environment()
-    if resume is not None:
-        check_free(job)
     if TORCHRUN_VARIABLE in os.environ:  # so that no rank waits for others when torchrun itself was killed
         end_with_parent(os.getppid())
     if world.size > 1 and visit is not None:
@@ -129,12 +132,12 @@ def train(
         )
     patience = math.inf if PARENT_VARIABLE in os.environ else LOCK_PATIENCE_SECONDS
     with only_process(folder, patience) if world.is_first else nullcontext():
-        finished = TrainResult.read(job) if world.size == 1 else None
-        if finished is not None:  # by the process that this one has waited for
-            return finished
         if resume is not None:
             prepare(job, resume)
             job.save()
+        finished = TrainResult.read(job) if world.size == 1 else None
+        if finished is not None:  # by the process that this one has waited for
+            return finished
         if world.is_first:
             remove_damage(job)
             drop_damaged(folder)
@@ -398,7 +401,9 @@ class _Learner:
             for key, value in self.optimizer.optimizer.state[parameter].items()
         }
         if self.world.is_first:
-            facts = {"micro_batch": self.micro_batch, "precision": self.fabric._precision.state_dict()}
+            facts: dict[str, Any] = {"precision": self.fabric._precision.state_dict()}
+            if self.job.config.engine.micro_batch == "auto":
+                facts["found_micro_batch"] = self.micro_batch
             state = Checkpoint(step=self.step, digest=self.job.digest, model=model, optimizer=optimizer, facts=facts)
             save_checkpoint(Path(self.job.folder), state, self.job.config.engine.keep_checkpoints)
         self.fabric.barrier()
@@ -429,7 +434,8 @@ class _Learner:
                 }
         if start.digest == self.job.digest:
             self.step = start.step
-            self.micro_batch = int(start.facts.get("micro_batch", 0)) or self.micro_batch
+            if self.job.config.engine.micro_batch == "auto":
+                self.micro_batch = int(start.facts.get("found_micro_batch", 0))
         precision: Mapping[str, Any] = start.facts.get("precision") or {}
         if precision:
             self.fabric._precision.load_state_dict(dict(precision))
@@ -497,7 +503,10 @@ def save_interval(job_seconds: float, save_seconds: float) -> float:
 
 
 class _Pauses:
-    """Saves the learner when a checkpoint is due, and before it ends the job where SIGTERM asks for that."""
+    """Saves the learner when a checkpoint is due, and before it ends the job where one of `ENDING` asks for that.
+
+    A second Ctrl-C does what it does without a training, for whoever does not want to wait for the checkpoint.
+    """
 
     def __init__(self, learner: _Learner) -> None:
         number, unit = learner.job.config.engine.save_interval()
@@ -510,22 +519,29 @@ class _Pauses:
         self._begun_at, self._first_step = time.monotonic(), learner.step
         self._saved_at = self._begun_at
         self._saved_step: int | None = None
-        self._is_asked = False
+        self._asked = 0
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Pauses:
-        self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        if threading.current_thread() is threading.main_thread():  # no other may take signals
+            for number in ENDING:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: it is not Python's to take
+                    self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def take(self) -> None:
-        """Save if it is time to, and leave if one of the processes was asked to end."""
-        must_end, must_save = self._agree(self._is_asked, self._is_due())
-        if must_end or must_save:
+        """Save if it is time to, and leave if one of the processes was asked to end, by which signal tells how."""
+        ending, must_save = self._agree(self._asked, self._is_due())
+        if ending or must_save:
             self.save()
-        if must_end:
-            raise SystemExit(128 + signal.SIGTERM)
+        if ending == signal.SIGINT:
+            raise KeyboardInterrupt
+        if ending:
+            raise SystemExit(128 + ending)
 
     def save(self) -> None:
         """Save the present step, unless it is saved."""
@@ -542,22 +558,24 @@ class _Pauses:
             return now - self._saved_at >= save_interval(each * (job.last_step - job.first_step), self._save_seconds)
         if not self._steps:
             return now - self._saved_at >= self._seconds
-        before = self._learner.step - 1 if self._saved_step is None else self._saved_step
+        before = self._first_step if self._saved_step is None else self._saved_step
         return self._learner.step // self._steps != before // self._steps
 
-    def _agree(self, must_end: bool, must_save: bool) -> tuple[bool, bool]:
-        """Return what any process wants; of saving, what the first one wants, since clocks differ."""
+    def _agree(self, asked: int, must_save: bool) -> tuple[int, bool]:
+        """Return the highest signal of all processes, 0 for none; of saving, what the first wants: clocks differ."""
         learner = self._learner
         if learner.world.size == 1:
-            return must_end, must_save
+            return asked, must_save
         import torch
 
-        asked = [float(must_end), float(must_save and learner.world.is_first)]
-        found: Any = learner.fabric.all_reduce(torch.tensor(asked, device=learner.fabric.device), reduce_op="max")
-        return bool(found[0]), bool(found[1])
+        own = [float(asked), float(must_save and learner.world.is_first)]
+        found: Any = learner.fabric.all_reduce(torch.tensor(own, device=learner.fabric.device), reduce_op="max")
+        return int(found[0]), bool(found[1])
 
-    def _on_sigterm(self, *_: object) -> None:
-        self._is_asked = True
+    def _on_signal(self, number: int, _: object) -> None:
+        self._asked = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
 
 
 def main(path: str) -> None:
