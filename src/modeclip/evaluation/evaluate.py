@@ -46,7 +46,7 @@ from modeclip.evaluation.probing import ProbeConfig, linear_probe
 from modeclip.evaluation.results import Result
 from modeclip.evaluation.retrieval import retrieve
 from modeclip.evaluation.similarity import Similarity
-from modeclip.evaluation.systems import BEST_SINGLE, ORACLE, System, Weights
+from modeclip.evaluation.systems import BEST_SINGLE, ORACLE, System, Weights, is_equal_cost
 from modeclip.mixture.bundle import RoutingConfig
 from modeclip.mixture.explain import flag
 from modeclip.mixture.router import ClusterRouter
@@ -551,8 +551,8 @@ def run_table(systems: Sequence[System], tasks: Sequence[Task], results: Sequenc
         if "entropy" in result.provenance:
             entropies.setdefault(result.system, {})[result.task.name] = result.provenance["entropy"]
     default = next(system for system in systems if system.is_default)
-    dense = [s for s in systems if s.name == "dense-total" or (s.name, s.samples) == ("dense", default.samples)]
-    equal_cost = max(dense, key=lambda system: len(system.name), default=None)
+    dense = {system.name: system for system in systems if is_equal_cost(system.name, system.samples, default.samples)}
+    equal_cost = dense.get("dense-total", dense.get("dense"))
     rows = []
     for system in systems:
         own = outcomes[system.name]

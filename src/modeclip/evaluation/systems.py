@@ -455,6 +455,21 @@ def run_systems(
     return [*singles, *bounds, *mixtures, *controls]
 
 
+def is_equal_cost(name: str, samples: int | None, mixture_samples: int | None) -> bool:
+    """Tell whether a model is the dense one that has cost what the mixture has, or a division's remainder more.
+
+    Args:
+        name: Of the model: ``dense-total`` is trained for it, and ``dense`` serves where it has cost enough.
+        samples: What it has cost.
+        mixture_samples: What the mixture has cost under its default rule.
+
+    Examples:
+        >>> is_equal_cost("dense", 960, 958), is_equal_cost("dense", 960, 1410), is_equal_cost("seed", 960, 958)
+        (True, False, False)
+    """
+    return name == "dense-total" or (name == "dense" and (samples or 0) >= (mixture_samples or 0))
+
+
 def count_samples(used: Sequence[TrainedModel], models: Sequence[TrainedModel]) -> int:
     """Return the samples that training some models has taken, each model that they continue counted once."""
     return sum(model.samples for model in models_behind(used, models))

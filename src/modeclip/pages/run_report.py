@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 from modeclip.clustering.clusters import Clustering
 from modeclip.clustering.fitting import CARDS_FILE
 from modeclip.errors import DamagedError, ModeclipError
+from modeclip.evaluation.systems import is_equal_cost
 from modeclip.mixture.explain import far_from, flag
 from modeclip.pages.charts import Axis, draw_curves, draw_gains, draw_map, neighbour_plane
 from modeclip.pages.html import embed_picture, family_of, is_control, write_page
@@ -139,8 +140,8 @@ def find_headline(models: Sequence[Json]) -> Json:
         verdict = "win" if low > 0 else "loss" if high < 0 else "tie"
     uniform = next((model for model in mixtures if model["rule"] == "uniform"), None)
     cost = (mixture or {}).get("samples")
-    of_its_cost = [m for m in models if m["name"] == "dense-total" or (m["name"], m["samples"]) == ("dense", cost)]
-    dense = max(of_its_cost, key=lambda model: len(model["name"]), default=None)
+    of_its_cost = {model["name"]: model for model in models if is_equal_cost(model["name"], model["samples"], cost)}
+    dense = of_its_cost.get("dense-total", of_its_cost.get("dense"))
     random = next((model for model in models if family_of(model["name"]) == "random"), None)
     found = {"mixture": mixture, "dense": dense, "uniform": uniform, "random": random}
     return {**found, "versus": versus, "verdict": verdict}

@@ -271,7 +271,7 @@ def _given(rest: TrainJob, train: TrainConfig, experts: ExpertsConfig) -> TrainJ
         fresh = replace(rest, config=replace(train, model=start).decided(), start_from=None, start_digest="")
         return replace(fresh, first_step=0, last_step=num_steps, first_share=0.0)
     seed = TrainJob.load(path / JOB_FILE)
-    if TrainResult.read(seed) is None:
+    if TrainResult.read(replace(seed, folder=start)) is None:  # where it is now, copied or moved
         raise ModeclipError(
             f"experts.start: the job in {path} is not finished; train it first: modeclip train {path / JOB_FILE}"
         )
@@ -481,16 +481,30 @@ def _read_digest(path: Path) -> str:
 
 
 def _dense_controls(parting: Parting, mixture_steps: int, experts: ExpertsConfig) -> list[TrainJob]:
-    """Return the dense models that the mixture is compared with, the longer one first."""
+    """Return the dense models that the mixture is compared with, the longer one first.
+
+    With the budget ``matched`` the dense control has the mixture's cost, or what its division left over more. A second
+    model for that cost stays where an earlier version has trained one.
+    """
     jobs = []
-    same = parting.seed is not None and experts.dense and mixture_steps == parting.num_steps
-    if experts.dense_total and not same:
+    if experts.dense_total:
         whole = parting.branch("dense-total", steps=mixture_steps)
         if parting.seed is not None:  # its schedule has that length from its start
             begun = replace(whole, first_step=0, first_share=0.0)
             whole = replace(begun, start_from=None, start_digest="")
-        jobs.append(whole)
+        if not experts.dense or mixture_steps > parting.num_steps or _is_trained(whole):
+            jobs.append(whole)
     return [*jobs, parting.branch("dense")] if experts.dense else jobs
+
+
+def _is_trained(job: TrainJob) -> bool:
+    """Tell whether the folder of a job that is not pinned yet holds its model."""
+    folder = Path(job.folder)
+    try:
+        before = TrainJob.load(folder / JOB_FILE)
+    except ModeclipError:  # missing or damaged
+        return False
+    return (folder / DONE_FILE).is_file() and replace(before, pairs="").digest == replace(job, pairs="").digest
 
 
 def _member(parting: Parting, role: Role, k: int, steps: int, experts: ExpertsConfig) -> TrainJob:
