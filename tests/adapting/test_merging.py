@@ -31,7 +31,8 @@ from modeclip.data.indexing import index
 from modeclip.data.sources.options import DataConfig
 from modeclip.data.tasks.task import catalog_tasks
 from modeclip.errors import ModeclipError
-from modeclip.mixture.bundle import save_bundle
+from modeclip.mixture.bundle import Bundle, RoutingConfig, save_bundle
+from modeclip.mixture.manifest import Expert
 from modeclip.models.clip import load_clip, save_clip
 from modeclip.training.jobs import TrainConfig
 from support import make_job, weights_of, with_weights
@@ -352,6 +353,41 @@ def test_models_of_different_seeds_are_refused(
     assert check_seeds([("tuned", str(tuned)), ("b", str(experts[1]))]) is True
     with pytest.raises(ModeclipError, match="different seeds"):
         check_seeds([("tuned", str(tuned)), ("c", str(stranger))])
+
+
+@pytest.mark.parametrize(
+    ("edits", "is_known"),
+    [
+        ([("stranger", True)], False),
+        ([("stranger", True), ("it", False)], False),
+        ([("stranger", True), ("seed", False)], True),
+        ([("seed", False)], True),
+    ],
+)
+def test_an_expert_that_was_forced_into_a_bundle_is_no_relative(
+    tmp_path: Path, edits: list[tuple[str, bool]], is_known: bool
+) -> None:
+    """Its folder has another name than the expert that it replaces; what continues it is none either."""
+    starts = {"stranger": "other", "seed": "of the seed", "it": "of edit 0"}
+    done = [
+        {"expert": "expert-1", "forced": forced, "start": starts[start], "job": f"of edit {number}"}
+        for number, (start, forced) in enumerate(edits)
+    ]
+    place = f"expert-1-edit{len(edits)}"
+    bundle = Bundle(
+        path=tmp_path,
+        encoder="tfidf",
+        routing=RoutingConfig(),
+        fine_centers=np.eye(2, dtype=np.float32),
+        expert_of_fine=np.arange(2),
+        experts=(Expert(name="expert-0", folder="seed", size=9), Expert(name="expert-1", folder=place, size=9)),
+        lineage={"jobs": {"seed": "of the seed"}, "edits": done},
+        manifest={"sha256": {f"{folder}/{WEIGHTS}": folder for folder in ("seed", place)}},
+    )
+    replaced, seed = (Ancestry._in_bundle(bundle, folder) for folder in (place, "seed"))
+    assert (replaced.is_whole, bool(replaced.known & seed.known)) == (is_known, is_known)
+    assert f"of edit {len(edits) - 1}" in replaced.known
+    assert (seed.is_whole, seed.known) == (True, {"seed", "of the seed"})
 
 
 def test_where_nothing_tells_of_the_seed_a_line_says_so(

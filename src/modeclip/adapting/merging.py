@@ -376,14 +376,19 @@ class Ancestry:
     @classmethod
     def _in_bundle(cls, bundle: Bundle, folder: str) -> Ancestry:
         """Return the ancestry of a model in a bundle; all of them continued its seed, unless one was forced in."""
-        own = {bundle.weights_hash(folder), bundle.job_digest(folder)}
-        if any(edit.get("forced") for edit in bundle.edits if edit.get("expert") == folder):
+        experts = {expert.folder: expert.name for expert in (*bundle.experts, *bundle.class_experts)}
+        name = experts.get(folder, folder) if folder != SEED else SEED  # a replaced expert's folder has another name
+        own, seed = ({bundle.weights_hash(f), bundle.job_digest(n)} for f, n in ((folder, name), (SEED, SEED)))
+        is_forced = False
+        for edit in bundle.edits:
+            if edit.get("expert") == name:  # one that was not forced in continues the seed, or what was there before
+                is_forced = edit.get("forced") or (is_forced and edit.get("start") not in seed - {None})
+        if is_forced:
             return cls(known=frozenset(filter(None, own)))
         recipe = bundle.lineage.get("recipe")
         start = str((recipe.get("train") or {}).get("model", "")) if isinstance(recipe, dict) else ""
         published = {start} if "@" in start or start.startswith("hf-hub:") else set()
-        own |= {bundle.weights_hash(SEED), bundle.job_digest(SEED)} | published
-        return cls(known=frozenset(filter(None, own)), is_whole=True)
+        return cls(known=frozenset(filter(None, own | seed | published)), is_whole=True)
 
 
 def _spec_of(model: str) -> str:
