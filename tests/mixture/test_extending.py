@@ -39,7 +39,7 @@ from modeclip.mixture.manifest import Expert
 from modeclip.models.checkpoints import Checkpoint, save_checkpoint
 from modeclip.system.options import call
 from modeclip.training.batches import job_rows, select_rows
-from modeclip.training.jobs import TrainConfig, TrainJob
+from modeclip.training.jobs import TrainConfig, TrainJob, learning_rate_at
 from support import Python, encode_picture, make_job, mark_done, weights_of
 
 DISHES = [
@@ -248,6 +248,52 @@ def test_a_new_expert_trains_what_the_others_did_and_as_long(tmp_path: Path) -> 
     again = new_expert_job(grown, pairs, tmp_path / "job", ExtendConfig())
     assert again.name == "expert-3"
     assert again.last_step - again.first_step == job.last_step - job.first_step
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+@pytest.mark.parametrize(
+    ("given", "share"), [(None, 27 / 32), ("job", 0.0), ("ViT-B-32@openai", 0.0), ("x.pt", 27 / 32)]
+)
+def test_an_expert_goes_on_at_the_rate_that_it_started_with(
+    tmp_path: Path, given: str | None, share: float, has_checkpoint: bool
+) -> None:
+    """Experts of a published or of a finished model had a whole schedule: the highest rate, behind a warm-up."""
+    train = TrainConfig(model="modeclip-icon-xxxs", samples=32 * 8 * 4, batch_size=8).decided()
+    pairs = catalog_of(tmp_path / "pairs", DISHES[:8])
+    pairs.add_columns({"expert": np.zeros(8, np.int32), "novel": np.zeros(8, bool)}, facts={"made": "here"})
+    path = tmp_path / "run" / "bundle"
+    (path / "expert-0").mkdir(parents=True)
+    if given == "job":
+        given = str(tmp_path / "given")
+        mark_done(make_job(pairs, tmp_path / "given", train))
+    jobs = {}
+    if has_checkpoint:
+        folder = tmp_path / "run" / "models" / "expert-0"
+        expert = make_job(pairs, folder, train, role="expert", index=0, first_share=share)
+        mark_done(expert)
+        checkpoint = Checkpoint(step=1, digest=expert.digest, model={}, optimizer={}, facts={})
+        save_checkpoint(folder, checkpoint, 1)
+        jobs = {"expert-0": expert.digest}
+    bundle = Bundle(
+        path=path,
+        encoder="tfidf",
+        routing=RoutingConfig(),
+        fine_centers=np.eye(2, dtype=np.float32),
+        expert_of_fine=np.zeros(2, np.int64),
+        experts=(Expert(name="expert-0", folder="expert-0", size=9),),
+        lineage={"recipe": {"train": asdict(train), "experts": {"start": given}}, "jobs": jobs},
+        manifest={"sha256": {}},
+    )
+    job = continue_job(bundle, 0, pairs, tmp_path / "job", ExtendConfig(samples=800))
+    assert (job.start_from is not None) == has_checkpoint
+    highest = max(map(job.learning_rate, range(job.first_step, job.last_step)))
+    warmed = train.highest_rate if share == 0 else learning_rate_at(share, train)
+    assert highest == pytest.approx(warmed, rel=1e-3)
+    if not has_checkpoint:
+        return
+    shutil.rmtree(folder / "checkpoints")  # from the weights; their job still tells the rate
+    alone = continue_job(bundle, 0, pairs, tmp_path / "job", ExtendConfig(samples=800))
+    assert (alone.start_from, alone.config.learning_rate) == (None, pytest.approx(warmed))
 
 
 def test_new_clusters_are_as_dense_as_the_old(bundle: Path, dishes: Catalog, old: Catalog) -> None:

@@ -8,7 +8,7 @@ fitted to the novel captions, with about as many pairs in each as in the bundle.
 
 Schedule: with optimizer state, the learning rate starts where the experts' part of the schedule started (5.96 % of the
 highest rate in the paper) and falls to 0. From weights alone, AdamW has no moments yet, so a warm-up leads to that rate
-first.
+first. Experts that had a schedule of their own, as those of a published model have, are continued by a whole one.
 
 Everything is resumable: the folder keeps what was decided, the job keeps its checkpoints, and the bundle's lineage
 tells what is done.
@@ -20,6 +20,7 @@ Price: that of the training; once, the embeddings of at most two million novel c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,11 +47,13 @@ from modeclip.system.files import only_process, read_json, write_json, writing
 from modeclip.system.paths import RunPaths
 from modeclip.training.batches import select_rows
 from modeclip.training.jobs import (
+    JOB_FILE,
     MOST_PROCESSES,
     Role,
     TrainConfig,
     TrainJob,
     TrainResult,
+    brings_weights,
     job_name,
     learning_rate_at,
 )
@@ -414,7 +417,7 @@ def _job_from(
         probability=settings.probability if settings.probability in catalog.columns else None,  # else of other pairs
         captions=settings.captions if settings.captions in catalog.columns else None,
     )
-    share = settings.seed_parts / settings.total_parts
+    share = start.first_share if start is not None and role == "expert" else _first_share(bundle, settings)
     job = TrainJob(
         name=name,
         role=role,
@@ -443,10 +446,29 @@ def _job_from(
         raise ModeclipError(
             f"bundle {bundle.path}: has no {place} to start from; give --start with the folder of its job"
         )
-    settings = replace(
-        settings, model=str((bundle.path / place).resolve()), learning_rate=learning_rate_at(share, settings)
-    )
+    rate = learning_rate_at(max(share, settings.warmup_fraction), settings)  # at 0, the highest: there is a warm-up
+    settings = replace(settings, model=str((bundle.path / place).resolve()), learning_rate=rate)
     return replace(job, config=settings, start_digest=bundle.weights_hash(place) or "")
+
+
+def _first_share(bundle: Bundle, settings: TrainConfig) -> float:
+    """Return the share of the learning-rate schedule that was done when the bundle's experts started.
+
+    Their jobs tell, where they are beside the bundle. Else the lineage does, but for a start that is not there any
+    more, which is taken for the end of the seed's part.
+    """
+    for name, digest in bundle.lineage.get("jobs", {}).items():
+        with suppress(ModeclipError):  # missing or damaged
+            job = TrainJob.load(RunPaths(folder=bundle.path.parent).models / name / JOB_FILE)
+            if job.role == "expert" and job.digest == digest:
+                return job.first_share
+    given = (bundle.lineage.get("recipe", {}).get("experts") or {}).get("start")
+    if given is not None and (Path(given) / JOB_FILE).is_file():
+        last_share = TrainJob.load(Path(given) / JOB_FILE).last_share
+        return last_share if last_share < 1 else 0.0
+    if given is not None and not given.endswith(".pt") and brings_weights(given):
+        return 0.0
+    return settings.seed_parts / settings.total_parts
 
 
 def _job_at_hand(bundle: Bundle, name: str, given: str | None) -> TrainJob | None:
