@@ -15,10 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.factory import _find_checkpoint_in_dir
 
 from modeclip.errors import ModeclipError
 from modeclip.models import pool as pool_module
-from modeclip.models.clip import load_clip, save_clip
+from modeclip.models.checkpoints import write_tensors
+from modeclip.models.clip import PREFERRED_WEIGHTS, chosen_weights, load_clip, save_clip
 from modeclip.models.pool import ModelPool, ModelRef
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -121,6 +123,32 @@ def test_reference_reads_no_weights_and_counts_what_they_take(bundle: Path) -> N
     assert inside.digest == ModelRef.of("x", bundle / "expert-0").digest
     assert not clip.model.training
     assert "parity.json" not in inside.file_hashes
+
+
+def test_models_differ_whatever_their_weights_are_called(tmp_path: Path) -> None:
+    pool = ModelPool()
+    for name in ("model.safetensors", "pytorch_model.bin", "epoch_3.pth"):
+        refs = []
+        for seed in range(2):
+            clip, folder = load_clip("modeclip-icon-xxs", seed=seed), tmp_path / f"{name}-{seed}"
+            save_clip(clip, folder)
+            (folder / WEIGHTS).unlink()
+            if name.endswith(".safetensors"):
+                write_tensors(folder / name, clip.model.state_dict())
+            else:
+                torch.save(clip.model.state_dict(), folder / name)
+            refs.append(ModelRef.of(name, folder))
+            assert refs[-1].num_bytes >= (folder / name).stat().st_size
+        assert refs[0].digest != refs[1].digest
+        assert pool.get(refs[0]) is not pool.get(refs[1])
+
+
+def test_weights_are_chosen_as_open_clip_does(tmp_path: Path) -> None:
+    names = [*PREFERRED_WEIGHTS, "delta.safetensors", "a.bin", "z.safetensors", "open_clip_notes.bin", "b.pth"]
+    assert chosen_weights(tmp_path) is None
+    for name in reversed(names):
+        (tmp_path / name).touch()
+        assert str(chosen_weights(tmp_path)) == _find_checkpoint_in_dir(tmp_path)
 
 
 def test_damaged_file_is_named_when_its_model_is_loaded(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

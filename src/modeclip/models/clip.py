@@ -60,6 +60,17 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = CLIP_CONFIG
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # of the files that open_clip takes from a model folder
+PREFERRED_WEIGHTS = (
+    WEIGHTS_FILE,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+"""Files that open_clip takes before any other, in its order (``open_clip.factory``)."""
 PARITY_FILE = "parity.json"
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 """Largest difference between features of unit norm that counts as rounding, by the type of the weights in memory."""
@@ -697,9 +708,18 @@ def _refuse_difference(parity: dict[str, Any], folder: Path) -> None:
         )
 
 
+def chosen_weights(folder: Path) -> Path | None:
+    """Return the file whose weights open_clip loads from a model folder; None: it has none."""
+    found = sorted(path for path in folder.glob("*") if path.suffix in WEIGHTS_SUFFIXES)
+    found.sort(key=lambda path: path.suffix != ".safetensors")
+    preferred = [path for path in found if path.name in PREFERRED_WEIGHTS]
+    preferred.sort(key=lambda path: PREFERRED_WEIGHTS.index(path.name))
+    return next(iter([*preferred, *found]), None)
+
+
 def _check_folder(folder: Path) -> None:
     """Check a folder's settings, and that it has weights; without, open_clip would start a model at random."""
-    has_weights = any(path.suffix in WEIGHTS_SUFFIXES for path in folder.glob("*"))
+    has_weights = chosen_weights(folder) is not None
     for file, is_there in ((CONFIG_FILE, (folder / CONFIG_FILE).is_file()), (WEIGHTS_FILE, has_weights)):
         if not is_there:
             raise ModeclipError(f"model folder {folder}: {file} is missing; expected a folder as open_clip saves it")

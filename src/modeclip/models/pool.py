@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from modeclip.errors import ModeclipError
-from modeclip.models.clip import CONFIG_FILE, Clip, load_clip
+from modeclip.models.clip import CONFIG_FILE, Clip, chosen_weights, load_clip
 from modeclip.models.deltas import (
     DELTA_FILE,
     WEIGHTS_FILE,
@@ -94,8 +94,7 @@ class ModelRef:
         folder = Path(spec.removeprefix("local-dir:"))
         if not (folder / CONFIG_FILE).is_file():
             return replace(cls.of_clip(name, spec, load_clip(spec, seed=seed)), seed=seed)
-        parts = sorted(path for path in folder.iterdir() if _is_part(path.name))
-        return cls._of_files(name, spec, folder, hash_files(folder, parts))
+        return cls._of_files(name, spec, folder, hash_files(folder, _parts_of(folder)))
 
     @classmethod
     def of_clip(cls, name: str, spec: str | Path, clip: Clip) -> ModelRef:
@@ -367,11 +366,17 @@ def _bytes_of(folder: Path) -> tuple[int, dict[str, int]]:
     except ModeclipError:  # another format, or damaged: loading will tell
         if is_delta(folder):
             raise
-        return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and _is_part(path.name)), {}
+        return sum(path.stat().st_size for path in _parts_of(folder) if path.is_file()), {}
+
+
+def _parts_of(folder: Path) -> list[Path]:
+    """Return what decides what the model of a folder answers; weights may have any name that open_clip takes."""
+    weights = None if is_delta(folder) else chosen_weights(folder)
+    return sorted(path for path in folder.iterdir() if path == weights or _is_part(path.name))
 
 
 def _is_part(file: str) -> bool:
-    """Whether a file of a model folder decides what the model answers: settings, weights, tokenizer."""
+    """Whether a file of a model folder, by its name, decides what the model answers: settings, weights, tokenizer."""
     return file == DELTA_FILE or file.startswith(
         ("open_clip", "token", "special_tokens", "vocab", "merges", "added_tokens", "spiece")
     )
