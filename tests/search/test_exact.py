@@ -54,6 +54,18 @@ def test_several_queries_are_each_answered_alone() -> None:
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("factor", [1e6, 1e30, 1e-30, 0.0])
+@pytest.mark.filterwarnings("error")
+def test_queries_of_any_length_find_the_same(factor: float) -> None:
+    """Float16 ends at 65,504, and a sum of parts that are divided by a small spread is longer than that."""
+    rows = Rows(unit_rows(700, 24, 2).astype(np.float16))
+    queries = unit_rows(2, 24, 3).astype(np.float32)
+    for some in (queries[:1], queries):
+        expected = rows.best(some, 5)[0] if factor else np.tile(np.arange(5), (len(some), 1))
+        np.testing.assert_array_equal(rows.best(np.float32(factor) * some, 5)[0], expected)
+
+
+@pytest.mark.usefixtures("way")
 def test_of_equal_rows_the_first_comes_first() -> None:
     vectors = np.tile(unit_rows(3, 24, 4).astype(np.float16), (300, 1))
     found, _ = Rows(vectors).best(vectors[1:2].astype(np.float32), 4)

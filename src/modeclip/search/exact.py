@@ -103,18 +103,17 @@ class Rows:
     def _best_in_half(
         self, queries: Tensor, count: int, allowed: Bool[np.ndarray, " N"] | None
     ) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
-        ranked = (
-            torch.mm(queries.half(), self._half.T)
-            if len(queries) > 1
-            else torch.mv(self._half, queries[0].half())[None]
-        )
+        # of norm 1, so that nothing overflows: float16 ends at 65,504
+        scaled = queries / queries.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        unit = torch.nn.functional.normalize(scaled, dim=1)
+        ranked = torch.mm(unit.half(), self._half.T) if len(unit) > 1 else torch.mv(self._half, unit[0].half())[None]
         found: list[np.ndarray] = []
         values: list[np.ndarray] = []
         for query, scores in zip(queries, ranked, strict=True):
             if allowed is not None:
                 scores[~torch.from_numpy(allowed)] = -torch.inf
             least = float(torch.topk(scores, count).values[-1])
-            bound = 2 * ROUNDING * float(query.norm()) * self._norm
+            bound = 2 * ROUNDING * self._norm
             rows = torch.nonzero(scores >= least - bound).flatten()
             places, own = _largest((self._half[rows].float() @ query)[None], count)
             found.append(rows.numpy()[places[0]])
