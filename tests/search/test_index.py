@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -17,6 +18,7 @@ from modeclip import Catalog, MoDE, ModeclipError
 from modeclip.data.indexing import index as make_catalog
 from modeclip.data.selection import Selection
 from modeclip.data.sources import DataConfig
+from modeclip.errors import DamagedError
 from modeclip.models.clip import encode_image, encode_text
 from modeclip.search import approximate as approximate_module
 from modeclip.search import index as index_module
@@ -262,6 +264,121 @@ def test_images_in_other_rows_than_before_are_found_again(
     assert index.add(Catalog.open(tmp_path / "data")).num_same == 5
 
 
+def noise_pairs(folder: Path, numbers: Sequence[int]) -> Catalog:
+    """Make a catalog of noise pictures, 000.png and so on, whose captions have their numbers."""
+    pictures = write_pairs(
+        folder / "pictures",
+        [encode_picture(noise_picture(number)) for number in numbers],
+        [f"noise {number}" for number in numbers],
+    )
+    make_catalog(DataConfig.from_flat({"source": str(pictures)}), folder / "data")
+    return Catalog.open(folder / "data")
+
+
+def test_images_of_two_catalogs_may_have_the_same_keys(tmp_path: Path, bundle: str) -> None:
+    one, other = noise_pairs(tmp_path / "one", range(3)), noise_pairs(tmp_path / "other", [0, 7, 8])
+    index = Index.build(one, bundle, tmp_path / "index")
+    added = index.add(other)
+    assert (added.num_new, added.num_changed, added.num_same, added.num_rows) == (2, 0, 1, 5)  # 000.png is in both
+    index = Index.open(tmp_path / "index", index.model)
+    for number in (1, 2, 7, 8):
+        [hit] = index.search(Query(image=noise_picture(number)), count=1).hits
+        assert (hit.caption, round(hit.score, 2)) == (f"noise {number}", 1.0)
+        assert np.array_equal(np.asarray(index.pictures([hit])[0]), np.asarray(noise_picture(number)))
+    for catalog in (one, other):
+        assert index.add(catalog).num_same == 3
+    assert index.remove(("caption = 'noise 7'",)) == 1
+    left = Index.open(tmp_path / "index", index.model).search("noise", count=9).hits
+    assert {hit.caption for hit in left} == {f"noise {number}" for number in (0, 1, 2, 8)}
+
+
+def test_captions_and_columns_that_change_are_brought_up_to_date(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = noise_pairs(tmp_path, range(4))
+    catalog.add_columns({"score": np.array([0.5, np.nan, 0.5, 0.5], np.float32)})
+    model = Index.build(Catalog.open(catalog.path), bundle, tmp_path / "index").model
+    (tmp_path / "pictures" / "002.txt").write_text("umbrella", encoding="utf-8")
+    make_catalog(DataConfig.from_flat({"source": str(tmp_path / "pictures")}), tmp_path / "data", replace=True)
+    catalog = Catalog.open(tmp_path / "data")
+    catalog.add_columns({"score": np.array([0.5, np.nan, 0.5, 0.5], np.float32)})
+    monkeypatch.setattr(index_module, "decode_image", None)  # nothing is encoded anew
+    added = Index.open(tmp_path / "index", model).add(Catalog.open(catalog.path))
+    assert (added.num_new, added.num_changed, added.num_edited, added.num_same) == (0, 0, 1, 3)
+    index = Index.open(tmp_path / "index", model)
+    assert "umbrella" in {hit.caption for hit in index.search("umbrella", count=4).hits}
+    assert index.search("umbrella", count=4, hybrid=True).hits[0].caption == "umbrella"
+    Catalog.open(catalog.path).add_columns({"place": np.arange(4)})
+    index = Index.build(Catalog.open(catalog.path), model, tmp_path / "index")
+    assert [hit.caption for hit in index.search("noise", where=("place = 3",)).hits] == ["noise 3"]
+    assert index.add(Catalog.open(catalog.path)).num_same == 4
+
+
+def test_an_index_is_moved_with_what_it_was_made_from(tmp_path: Path, bundle: str) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(bundle, home / "bundle")
+    shutil.copytree(Path(noise_pairs(tmp_path, range(3)).path).parent, home / "data")
+    catalog = Catalog.open(home / "data")
+    with contextlib.chdir(home):
+        Index.build(catalog, "bundle#expert-1", "index")
+    (tmp_path / "away").mkdir()
+    moved = home.rename(tmp_path / "away" / "moved")
+    for _ in ("as it is written now", "as it was written before"):
+        index = Index.open(moved / "index")
+        assert index.catalogs == [str((moved / "data" / "catalog.lance").resolve())]
+        [hit] = index.search(Query(image=noise_picture(2)), count=1).hits
+        assert np.array_equal(np.asarray(index.pictures([hit])[0]), np.asarray(noise_picture(2)))
+        assert index.add(Catalog.open(moved / "data")).num_same == 3
+        (moved / "data" / "catalog.lance").rename(moved / "catalog.lance")  # where a run has it
+        (moved / "data").rmdir()
+        (moved / "data").symlink_to(moved)
+        content = json.loads((moved / "index" / INDEX_FILE).read_text())
+        del content["places"], content["model"]["place"]
+        (moved / "index" / INDEX_FILE).write_text(json.dumps(content))
+    (moved / "index").rename(tmp_path / "index")
+    with pytest.raises(ModeclipError, match="home/bundle"):
+        Index.open(tmp_path / "index")
+
+
+def test_images_that_are_all_alike_are_searched(tmp_path: Path, bundle: str) -> None:
+    pictures = write_pairs(tmp_path / "pictures", [encode_picture(noise_picture(0))] * 3, ["a", "b", "c"])
+    make_catalog(DataConfig.from_flat({"source": str(pictures)}), tmp_path / "data")
+    index = Index.build(Catalog.open(tmp_path / "data"), bundle, tmp_path / "index")
+    hits = index.search(Query(text="a heart", image=noise_picture(3)), count=2).hits
+    assert len(hits) == 2
+    assert all(abs(hit.height) < 0.01 and 0 <= hit.strength <= 1 for hit in hits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"heights": [0.0] * 7}, {"heights": None}, {"catalogs": []}, {"config": {"exact": 1}}, {"model": []}],
+    ids=str,
+)
+def test_a_note_that_is_damaged_is_one_line(own: Path, index: Index, change: dict[str, object]) -> None:
+    content = json.loads((own / INDEX_FILE).read_text())
+    (own / INDEX_FILE).write_text(json.dumps(content | change))
+    with pytest.raises(DamagedError, match=f"{next(iter(change))}|index.json has no"):
+        Index.open(own, index.model)
+
+
+def test_rows_of_another_catalog_than_the_note_has_are_one_line(own: Path, index: Index) -> None:
+    content = json.loads((own / INDEX_FILE).read_text())
+    (own / INDEX_FILE).write_text(json.dumps(content | {"catalogs": [], "places": []}))
+    with pytest.raises(DamagedError, match="its rows are of more; delete the folder and give the same"):
+        Index.open(own, index.model)
+
+
+def test_rows_that_are_damaged_are_one_line(own: Path, index: Index, catalog: Catalog) -> None:
+    for path in (own / "images.lance" / "data").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for work in (
+        lambda: Index.open(own, index.model).search("arrow"),
+        lambda: Index.open(own, index.model).add(catalog),
+    ):
+        with pytest.raises(DamagedError, match=r"images\.lance cannot be read .*delete the folder and give the same"):
+            work()
+
+
 def test_a_build_that_was_stopped_goes_on_and_ends_the_same(
     tmp_path: Path, catalog: Catalog, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,7 +476,9 @@ def test_an_index_of_another_model_says_which(own: Path, small_run: Path, tmp_pa
     with pytest.raises(ModeclipError, match=rf"another model than .*\({other.names[0]} has the hash 0+, expected"):
         Index.open(own, other)
     content = json.loads((own / INDEX_FILE).read_text())
-    (own / INDEX_FILE).write_text(json.dumps(content | {"model": content["model"] | {"spec": str(tmp_path / "gone")}}))
+    (own / INDEX_FILE).write_text(
+        json.dumps(content | {"model": content["model"] | {"spec": str(tmp_path / "gone"), "place": ""}})
+    )
     with pytest.raises(ModeclipError, match="gone"):
         Index.open(own)
 
@@ -432,5 +551,10 @@ def test_the_command_builds_searches_and_draws(
     table = modeclip_command("search", index, "arrow", "--not", "left", "--count", "3").stdout
     assert "strength" in table
     assert found["hits"][0]["caption"][:20] in modeclip_command("search", index, "arrow", "--count", "3").stdout
+    done = modeclip_command("search", "remove", index, "--where", "expert=0", "--encoder", "tfidf")
+    assert "unknown option" not in done.stderr
+    (tmp_path / "build").mkdir()
+    with contextlib.chdir(tmp_path):  # a folder of this name is no index
+        assert modeclip_command("search", "build", catalog.path, "--model", bundle, "--out", index).returncode == 0
     again = modeclip_command("search", "add", index, catalog.path)
     assert "0 images are new" in again.stdout

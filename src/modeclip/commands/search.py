@@ -141,11 +141,18 @@ def add(
     print_lines(_added(added))
 
 
-def remove(index: IndexPath, *, where: Where = (), as_json: AsJson = False) -> None:
+def remove(
+    index: IndexPath,
+    *,
+    where: Where = (),
+    encoder: UserEncoder = None,
+    trust_encoder: Trust = False,
+    as_json: AsJson = False,
+) -> None:
     """Remove the images from an index for which conditions hold; the catalog keeps them."""
     from modeclip.search.index import Index
 
-    opened = Index.open(index)
+    opened = Index.open(index, encoder=encoder, trust_encoder=trust_encoder)
     count = opened.remove(where)
     left = len(Index.open(index, opened.model))
     if as_json:
@@ -157,9 +164,14 @@ def remove(index: IndexPath, *, where: Where = (), as_json: AsJson = False) -> N
 def choose(words: Sequence[str]) -> tuple[Callable[..., Any], list[str], str]:
     """Return what does the work of ``modeclip search`` with some words, its words, and what help calls it."""
     others: dict[str, Callable[..., Any]] = {"build": build, "add": add, "remove": remove}
-    if words and words[0] in others and not Path(words[0]).is_dir():
+    if words and words[0] in others and not _is_index(words[0]):
         return others[words[0]], list(words[1:]), f"modeclip search {words[0]}"
     return search, list(words), "modeclip search"
+
+
+def _is_index(folder: str) -> bool:
+    """Whether a folder holds an index, or the rows of one that is half built, as `modeclip.search.index` names them."""
+    return any(Path(folder, name).exists() for name in ("index.json", "images.lance"))
 
 
 def _write_sheet(index: Index, found: Found, path: Path) -> None:
@@ -199,5 +211,5 @@ def _print_found(found: Found) -> None:
 def _added(added: Added) -> str:
     return (
         f"{added.num_new:,} images are new, {added.num_changed:,} have changed, {added.num_moved:,} lie in other rows, "
-        f"{added.num_same:,} were there; the index has {added.num_rows:,}"
+        f"{added.num_edited:,} have other columns, {added.num_same:,} were there; the index has {added.num_rows:,}"
     )

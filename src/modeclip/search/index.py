@@ -1,7 +1,8 @@
 """The index: a Lance dataset with a row per image, its vector in float16, and the columns that searches filter by.
 
     INDEX/
-      index.json       format, model and its digests, catalogs, how strong known pairs are, the version of the dataset
+      index.json       format, model and its digests, catalogs, how strong known pairs are, the version of the dataset;
+                       where model and catalogs lie, from here and as a whole path
       candidates-V.faiss    of a large index: faiss's, of the dataset's version V
       images.lance     key, caption, path, digest, numbers and texts of the catalog, vector (D float16)
 
@@ -26,6 +27,7 @@ Source: MoDE (arXiv 2404.16030) Sec. 3.4 for the score; reciprocal rank fusion: 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, Shaped
 
 from modeclip.data.catalog import Catalog
@@ -44,6 +47,7 @@ from modeclip.data.mapping import IMAGE, POSITION, Statistic, concatenate, map_f
 from modeclip.data.selection import ALL, Selection
 from modeclip.data.storage import KEEP_VERSIONS, exists
 from modeclip.errors import DamagedError, ModeclipError, unknown
+from modeclip.mixture.manifest import split_expert
 from modeclip.search.approximate import Approximate, Candidates, build_approximate, faiss_is_there
 from modeclip.search.asking import SearchModel, encode_query
 from modeclip.search.exact import Rows
@@ -72,6 +76,8 @@ FIXED = {
 LEFT_OUT = {"image", "offset", "size", VECTOR, *FIXED}
 SAMPLE = 4096
 """Rows that the spread of a query's scores is measured on."""
+LEAST_SPREAD = 1e-4
+"""Spread of the scores of a query of norm 1 that float16 alone makes of equal images, somewhat rounded up."""
 KNOWN_PAIRS = 512
 """Captions that the strength of hits is measured by."""
 LEVELS = 101
@@ -201,10 +207,9 @@ class Index:
         content = _read_note(folder)
         if content.get("format") != FORMAT:
             raise ModeclipError(f"index {folder} has format {content.get('format')}, expected {FORMAT}; build it again")
-        if missing := [name for name in CONTENT if name not in content]:
-            raise DamagedError(f"index {folder}: {INDEX_FILE} has no {missing[0]}; delete the folder and {_AGAIN}")
+        _check_note(folder, content)
         try:
-            named = content["model"]["spec"]
+            named = _found_model(folder, content["model"])
             digests, names = content["model"]["digests"], content["model"]["names"]
             model = model or SearchModel.open(named, device=device, encoder=encoder, trust_encoder=trust_encoder)
         except (KeyError, TypeError) as error:
@@ -225,13 +230,15 @@ class Index:
                 f" {content['model'].get('temperature')}, but {model.spec} weighs by {own.get('rule')} at"
                 f" {own.get('temperature')} now; build the index again in another folder"
             )
-        try:
-            return cls(folder, content, model)
-        except (OSError, ValueError) as error:
+        with _reading_rows(folder):
+            index = cls(folder, content, model)
+            numbers = index._dataset.to_table(columns=["catalog"])["catalog"].unique().to_pylist()
+        if not set(numbers) <= set(range(len(content["catalogs"]))):
             raise DamagedError(
-                f"index {folder}: {ROWS_FOLDER} cannot be read ({' '.join(str(error).split())[:200]}); delete the"
-                f" folder and {_AGAIN}"
-            ) from error
+                f"index {folder}: {INDEX_FILE} names {len(content['catalogs'])} catalogs, but its rows are of more; "
+                f"delete the folder and {_AGAIN}"
+            )
+        return index
 
     def __len__(self) -> int:
         return int(self._dataset.count_rows())
@@ -260,7 +267,8 @@ class Index:
     @cached_property
     def rows(self) -> Rows:
         """All vectors, in memory."""
-        column = self._dataset.to_table(columns=[VECTOR])[VECTOR].combine_chunks()
+        with self._reading():
+            column = self._dataset.to_table(columns=[VECTOR])[VECTOR].combine_chunks()
         return Rows(np.asarray(column.flatten()).reshape(len(column), -1))
 
     @cached_property
@@ -271,8 +279,7 @@ class Index:
         try:
             return Candidates.of_bytes(read_bytes(path) if is_url(path) else Path(path).read_bytes())
         except (OSError, RuntimeError) as error:
-            if _read_note(self.folder).get("version") != self._content["version"]:
-                raise ModeclipError(f"index {self.folder}: it has changed since it was opened; open it again") from None
+            self._check_unchanged()
             reason = " ".join(str(error).split())[:200]
             raise DamagedError(f"{path}: it cannot be read ({reason}); delete {self.folder} and {_AGAIN}") from error
 
@@ -301,10 +308,12 @@ class Index:
                     f"index {self.folder}: that would remove all {count:,} images; delete the folder instead"
                 )
             dataset = _latest(self.folder, now._content["version"])
-            keys = now._take(["key"], np.flatnonzero(chosen))["key"].to_pylist()
-            for start in range(0, count, ROWS_AT_ONCE):
-                words = ", ".join("'" + key.replace("'", "''") + "'" for key in keys[start : start + ROWS_AT_ONCE])
-                dataset.delete(f"key IN ({words})")
+            pairs = now._take(["key", "catalog"], np.flatnonzero(chosen)).to_pylist()
+            for number in range(len(now.catalogs)):
+                keys = [pair["key"] for pair in pairs if pair["catalog"] == number]
+                for start in range(0, len(keys), ROWS_AT_ONCE):
+                    words = ", ".join("'" + key.replace("'", "''") + "'" for key in keys[start : start + ROWS_AT_ONCE])
+                    dataset.delete(f"catalog = {number} AND key IN ({words})")
             _finish(self.folder, dataset, self.model, now._content)
         return count
 
@@ -400,7 +409,7 @@ class Index:
             self._opened[path] = Catalog.open(path)
         catalog = self._opened[path]
         try:
-            _check_places(self.folder, catalog, row, [pair["key"]])
+            self._check_places(catalog, pair["catalog"], row, [pair["key"]])
         except ModeclipError:
             del self._opened[path]
             raise
@@ -416,7 +425,7 @@ class Index:
         for path in dict.fromkeys(hit.catalog for hit in hits):
             places = [place for place, hit in enumerate(hits) if hit.catalog == path]
             catalog, rows = Catalog.open(path), np.array([hits[place].row for place in places])
-            _check_places(self.folder, catalog, rows, [hits[place].key for place in places])
+            self._check_places(catalog, self.catalogs.index(path), rows, [hits[place].key for place in places])
             for place, picture in zip(places, catalog.images(rows), strict=True):
                 found[place] = picture
         return found
@@ -449,7 +458,7 @@ class Index:
     def _spread(self, vector: Float[np.ndarray, " D"]) -> tuple[float, float]:
         """Return mean and standard deviation of a query's scores over the index."""
         scores = self._sample @ vector
-        return float(scores.mean()), float(scores.std()) or 1.0
+        return float(scores.mean()), float(_spread_of(scores, np.linalg.norm(vector)))
 
     @cached_property
     def _sample(self) -> Float[np.ndarray, "n D"]:
@@ -495,9 +504,9 @@ class Index:
         self, rows: Int[np.ndarray, " n"], text: str, chosen: Bool[np.ndarray, " N"] | None
     ) -> Int[np.ndarray, " m"]:
         """Join a ranking by vectors with one by the words of captions: sum of 1 / (60 + rank)."""
-        words = self._dataset.to_table(
-            columns=["_rowoffset", "_score"], full_text_query=text, limit=None if chosen is not None else FUSED_FROM
-        )
+        limit = None if chosen is not None else FUSED_FROM
+        with self._reading():
+            words = self._dataset.to_table(columns=["_rowoffset", "_score"], full_text_query=text, limit=limit)
         ranked = np.asarray(words["_rowoffset"], np.int64)
         if chosen is not None:
             ranked = ranked[chosen[ranked]][:FUSED_FROM]
@@ -513,8 +522,38 @@ class Index:
             return None
         return Selection(where=tuple(where)).mask_of(Catalog(self._dataset, self.folder))
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with _reading_rows(self.folder):
+                yield
+        except DamagedError:
+            self._check_unchanged()
+            raise
+
+    def _check_unchanged(self) -> None:
+        """Raise if what was opened is no longer there, since the index was changed twice or built anew."""
+        if _read_note(self.folder).get("version") != self._content["version"]:
+            raise ModeclipError(f"index {self.folder}: it has changed since it was opened; open it again") from None
+
+    def _check_places(self, catalog: Catalog, number: int, rows: Int[np.ndarray, " n"], keys: Sequence[str]) -> None:
+        """Raise unless the catalog of a number has the pairs of the index where they were when they were indexed."""
+        found = catalog.read(["key"], np.minimum(rows, len(catalog) - 1))["key"]
+        for row, key, other in zip(rows.tolist(), keys, found.tolist(), strict=True):
+            if row < len(catalog) and key == other:
+                continue
+            word = "key = '" + key.replace("'", "''") + "'"
+            word += f" AND catalog = {number}" if len(self.catalogs) > 1 else ""
+            is_there = len(catalog.select(key=key)) > 0
+            remedy = f"add {self.folder} {catalog.path}" if is_there else f'remove {self.folder} --where "{word}"'
+            raise ModeclipError(
+                f"index {self.folder}: {catalog.path} {'has' if is_there else 'no longer has'} the pair {key!r}"
+                f"{' in another row' if is_there else ''} since it was indexed again; give modeclip search {remedy}"
+            )
+
     def _take(self, columns: Sequence[str], rows: Int[np.ndarray, " n"]) -> pa.Table:
-        table: pa.Table = self._dataset.take(rows.tolist(), columns=list(columns))
+        with self._reading():
+            table: pa.Table = self._dataset.take(rows.tolist(), columns=list(columns))
         return table
 
 
@@ -533,12 +572,39 @@ def drop_outdated(folder: Path, catalog: Path, model: SearchModel) -> bool:
     except OtherModelError:
         content = _read_note(str(folder))
         is_own = content["catalogs"] == [str(catalog.resolve())] and content["config"] == asdict(SearchConfig())
-        if not is_own or Path(content["model"]["spec"]).resolve() != Path(model.spec).resolve():
+        if not is_own or Path(_found_model(str(folder), content["model"])).resolve() != Path(model.spec).resolve():
             raise
         with _alone(str(folder)):
             (folder / INDEX_FILE).unlink(missing_ok=True)
         return True
     return False
+
+
+def _check_note(folder: str, content: Mapping[str, Any]) -> None:
+    """Raise unless ``index.json`` holds what it must, as far as it can be told without the rows."""
+    if missing := [name for name in CONTENT if name not in content]:
+        raise DamagedError(f"index {folder}: {INDEX_FILE} has no {missing[0]}; delete the folder and {_AGAIN}")
+    heights, wrong = content["heights"], ""
+    if not isinstance(heights, list) or len(heights) != LEVELS or not all(isinstance(each, float) for each in heights):
+        wrong = f"heights: expected {LEVELS} numbers, got {str(heights)[:60]}"
+    try:
+        SearchConfig(**content["config"])
+    except (TypeError, ValueError) as error:
+        wrong = f"config: {error}"
+    if wrong:
+        raise DamagedError(f"index {folder}: {INDEX_FILE}: {wrong}; delete the folder and {_AGAIN}")
+
+
+@contextmanager
+def _reading_rows(folder: str) -> Iterator[None]:
+    """Turn whatever Lance and Arrow raise for rows that are damaged or gone into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DamagedError(
+            f"index {folder}: {ROWS_FOLDER} cannot be read ({' '.join(str(error).split())[:200]}); delete the"
+            f" folder and {_AGAIN}"
+        ) from error
 
 
 def _check_wanted(count: int, least_strength: float) -> None:
@@ -564,14 +630,64 @@ def _holds_more(folder: str) -> bool:
 
 
 def _read_note(folder: str) -> dict[str, Any]:
-    """Return what ``index.json`` says; errors as for `read_json`."""
+    """Return what ``index.json`` says, with catalogs where they lie now; errors as for `read_json`."""
     path = join(folder, INDEX_FILE)
-    if not is_url(path):
-        return read_json(Path(path), dict[str, Any], _AGAIN)
+    if is_url(path):
+        try:
+            content = parse_json(read_bytes(path), dict[str, Any])
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path}: damaged ({' '.join(str(error).split())}); {_AGAIN}") from None
+    else:
+        content = read_json(Path(path), dict[str, Any], _AGAIN)
+    if "catalogs" not in content:
+        return content
     try:
-        return parse_json(read_bytes(path), dict[str, Any])
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{path}: damaged ({' '.join(str(error).split())}); {_AGAIN}") from None
+        named = list(map(str, content["catalogs"]))
+        places = content.get("places", [""] * len(named))  # an earlier modeclip has noted none
+        return content | {"catalogs": [_found_place(folder, *each) for each in zip(places, named, strict=True)]}
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: catalogs are damaged ({error}); delete the folder and {_AGAIN}") from None
+
+
+def _from(folder: str, path: str) -> str:
+    """Return where a file or folder of this machine lies from an index of this machine; empty: it is elsewhere."""
+    if is_url(folder) or is_url(path) or not Path(path).exists():
+        return ""
+    return os.path.relpath(Path(path).resolve(), Path(folder).resolve())
+
+
+def _found_place(folder: str, place: str, path: str) -> str:
+    """Return the path of what an index was made from, which may have moved together with it.
+
+    Args:
+        folder: The index.
+        place: Where it lay from the index, as `_from` says it; empty: nobody has noted it.
+        path: Its path as a whole.
+    """
+    if is_url(folder) or is_url(path):
+        return path
+    # what lies beside the index is looked at last, and for an index of an earlier modeclip alone
+    beside = "" if place or Path(path).exists() else f"../{Path(path).name}"
+    found = Path(folder, place or beside or ".").resolve()
+    return str(found) if (place or beside) and found.exists() else path
+
+
+def _found_model(folder: str, about: Mapping[str, Any]) -> str:
+    """Return the specification of the model of an index, as `_found_place` returns a path."""
+    path, member = split_expert(about["spec"])
+    if ":" not in path and "@" not in path:
+        path = _found_place(folder, about.get("place", ""), path)
+    return f"{path}#{member}" if member else path
+
+
+def _whole_spec(spec: str) -> str:
+    """Return the specification of a model with its path as a whole, if it is a folder or has a file of weights."""
+    place, member = split_expert(spec)
+    end, path = f"#{member}" if member else "", Path(place.removeprefix("local-dir:"))
+    if path.exists():
+        return f"{path.resolve()}{end}"
+    name, _, file = place.partition("@")
+    return f"{name}@{Path(file).resolve()}" if file and Path(file).is_file() else spec
 
 
 def _write_file(path: str, content: bytes) -> None:
@@ -624,13 +740,15 @@ def _add(
         content: dict[str, Any] = {"format": FORMAT, "catalogs": [], "version": 0}
         content |= {} if index is None else index._content
         before = content.get("config")
-        content["model"] = {"spec": model.spec, "names": list(model.names), **model.facts()}
+        spec = _whole_spec(model.spec)
+        place = _from(folder, split_expert(spec)[0])
+        content["model"] = {"spec": spec, "place": place, "names": list(model.names), **model.facts()}
         content["config"] = before if config is None else asdict(config)
         dataset = None if index is None else _latest(folder, content["version"])
         path = catalog.path if is_url(catalog.path) else str(Path(catalog.path).resolve())
-        catalogs = list(dict.fromkeys([*content["catalogs"], path]))
+        catalogs = content["catalogs"] + ([] if path in content["catalogs"] else [path])
         number = catalogs.index(path)
-        chosen, moved, counts = _missing(catalog, selection, dataset, number)
+        chosen, moved, counts = _missing(folder, catalog, selection, dataset, number)
         if chosen.any() or moved:
             content["catalogs"] = catalogs
             work = EncodeImages(
@@ -643,9 +761,11 @@ def _add(
             if not ray:
                 work._model = model
             encoded = map_fragments(catalog, work, "encode images", ray=ray, selected=chosen)
-            schema = _schema(catalog, sum(model.sizes)) if dataset is None else dataset.schema
+            schema = _schema(catalog, sum(model.sizes))
+            if dataset is not None:
+                dataset, schema = _with_columns(dataset, schema)
             batches = _batches(catalog, chain(_vectors_at(dataset, moved), encoded), schema, number)
-            has_old = counts["num_changed"] + counts["num_moved"] > 0
+            has_old = counts["num_changed"] + len(moved) > 0
             dataset = _write(folder, dataset, schema, batches, has_old=has_old)
             _finish(folder, dataset, model, content)
             encoded.forget()
@@ -656,39 +776,28 @@ def _add(
         return Added(**counts, num_rows=int(dataset.count_rows()))
 
 
-def _check_places(folder: str, catalog: Catalog, rows: Int[np.ndarray, " n"], keys: Sequence[str]) -> None:
-    """Raise unless a catalog has the pairs of an index where they were when they were indexed."""
-    found = catalog.read(["key"], np.minimum(rows, len(catalog) - 1))["key"]
-    for row, key, other in zip(rows.tolist(), keys, found.tolist(), strict=True):
-        if row < len(catalog) and key == other:
-            continue
-        word = "key = '" + key.replace("'", "''") + "'"
-        is_there = len(catalog.select(key=key)) > 0
-        remedy = f"add {folder} {catalog.path}" if is_there else f'remove {folder} --where "{word}"'
-        raise ModeclipError(
-            f"index {folder}: {catalog.path} {'has' if is_there else 'no longer has'} the pair {key!r}"
-            f"{' in another row' if is_there else ''} since it was indexed again; give modeclip search {remedy}"
-        )
-
-
 def _missing(
-    catalog: Catalog, selection: Selection, dataset: Any, number: int
+    folder: str, catalog: Catalog, selection: Selection, dataset: Any, number: int
 ) -> tuple[Bool[np.ndarray, " N"], dict[int, int], dict[str, int]]:
     """Compare an index with a catalog, which is its catalog of a number.
 
     Returns:
-        Which rows of the catalog the index lacks or has otherwise; those that it has as of another row, with their
-        positions in the index; and the counts.
+        Which rows of the catalog the index lacks or has with another image; those whose image it has, but as of
+        another row or with other columns, with their positions in the index; and the counts.
     """
-    known: dict[str, int] = {}
+    known: dict[tuple[int, str], int] = {}
+    elsewhere = set[tuple[str, bytes]]()
     if dataset is not None:
-        old = dataset.to_table(columns=["key", "digest", "catalog", "row"])
-        known = {key: place for place, key in enumerate(old["key"].to_pylist())}
-        digests, numbers, places = (old[name].to_pylist() for name in ("digest", "catalog", "row"))
+        with _reading_rows(folder):
+            old = dataset.to_table(columns=["key", "digest", "catalog", "row"])
+        keys, digests, numbers, places = (old[name].to_pylist() for name in ("key", "digest", "catalog", "row"))
+        known = {pair: place for place, pair in enumerate(zip(numbers, keys, strict=True))}
+        elsewhere = set(zip(keys, digests, strict=True))
     rows = selection.rows(catalog)
     pairs = catalog.read(["key", "digest"], rows)
     chosen = np.zeros(len(catalog), bool)
     moved: dict[int, int] = {}
+    same: dict[int, int] = {}
     counts = {"num_new": 0, "num_changed": 0, "num_moved": 0, "num_same": 0, "num_doubled": 0}
     seen = set[str]()
     for row, key, digest in zip(rows.tolist(), pairs["key"].tolist(), pairs["digest"].tolist(), strict=True):
@@ -696,27 +805,80 @@ def _missing(
             counts["num_doubled"] += 1
             continue
         seen.add(key)
-        place = known.get(key)
+        place = known.get((number, key))
         if place is None:
-            kind = "new"
+            kind = "same" if (key, digest) in elsewhere else "new"  # another catalog has this very image
         elif digests[place] != digest:
             kind = "changed"
-        elif numbers[place] == number and places[place] != row:
+        elif places[place] != row:
             kind, moved[row] = "moved", place
         else:
-            kind = "same"
+            kind, same[row] = "same", place
         counts[f"num_{kind}"] += 1
         chosen[row] = kind in ("new", "changed")
     if counts["num_doubled"]:
         log(f"{counts['num_doubled']:,} pairs have the key of an earlier pair of {catalog.path}; they are left out")
-    return chosen, moved, counts
+    edited = _edited(folder, catalog, dataset, same)
+    counts["num_same"] -= len(edited)
+    counts["num_edited"] = len(edited)
+    return chosen, moved | edited, counts
+
+
+def _edited(folder: str, catalog: Catalog, dataset: Any, pairs: Mapping[int, int]) -> dict[int, int]:
+    """Return those rows of a catalog, with their positions in an index, of which the index has other columns."""
+    if not pairs:
+        return {}
+    names = [name for name in _own_columns(catalog, dataset.schema) if name not in {"key", "digest"}]
+    if set(_schema(catalog, 1).names) - set(dataset.schema.names):
+        return dict(pairs)
+    rows, places, found = list(pairs), list(pairs.values()), dict[int, int]()
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        new = catalog.dataset.take(rows[part], columns=names)
+        with _reading_rows(folder):
+            old = dataset.take(places[part], columns=names)
+        differs = np.zeros(len(new), bool)
+        for name in names:
+            one, other = _cast(new[name], dataset.schema.field(name), catalog), old[name].combine_chunks()
+            if pa.types.is_float16(one.type):  # which Arrow cannot compare
+                one, other = one.cast(pa.float32()), other.cast(pa.float32())
+            equal = pc.fill_null(pc.equal(one, other), False)
+            both = pc.and_(pc.is_null(one, nan_is_null=True), pc.is_null(other, nan_is_null=True))
+            differs |= ~np.asarray(pc.or_(equal, both))
+        found |= {rows[start + place]: places[start + place] for place in np.flatnonzero(differs).tolist()}
+    return found
+
+
+def _own_columns(catalog: Catalog, schema: pa.Schema) -> list[str]:
+    """Return the columns of an index that it takes from a catalog as they are."""
+    made = {"catalog", "row", VECTOR}
+    return [
+        name for name in schema.names if name not in made and name in catalog.columns and name not in catalog.damaged
+    ]
+
+
+def _cast(column: pa.ChunkedArray, item: pa.Field, catalog: Catalog) -> pa.Array:
+    """Return a column of a catalog in the type that the index has it in.
+
+    Raises:
+        ModeclipError: It cannot be.
+    """
+    try:
+        return column.combine_chunks().cast(item.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ModeclipError(
+            f"catalog {catalog.path}: column {item.name!r} has the type {column.type}, and the index has it as "
+            f"{item.type}; build the index in another folder"
+        ) from None
 
 
 def _vectors_at(dataset: Any, moved: Mapping[int, int]) -> Iterator[dict[str, Shaped[np.ndarray, "..."]]]:
     """Yield rows of a catalog with their vectors, which an index has at some positions."""
-    if moved:
-        column = dataset.take(list(moved.values()), columns=[VECTOR])[VECTOR].combine_chunks()
-        yield {"rows": np.array(list(moved)), VECTOR: np.asarray(column.flatten()).reshape(len(moved), -1)}
+    rows, places = list(moved), list(moved.values())
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        column = dataset.take(places[part], columns=[VECTOR])[VECTOR].combine_chunks()
+        yield {"rows": np.array(rows[part]), VECTOR: np.asarray(column.flatten()).reshape(len(column), -1)}
 
 
 def _schema(catalog: Catalog, dimension: int) -> pa.Schema:
@@ -728,6 +890,13 @@ def _schema(catalog: Catalog, dimension: int) -> pa.Schema:
     ]
     fixed = [pa.field(name, kind) for name, kind in FIXED.items()]
     return pa.schema([*fixed, *plain, pa.field(VECTOR, pa.list_(pa.float16(), dimension))])
+
+
+def _with_columns(dataset: Any, schema: pa.Schema) -> tuple[Any, pa.Schema]:
+    """Give an index the columns of a schema that it lacks, without values, and return it with its own schema."""
+    if new := [item for item in schema if item.name not in dataset.schema.names]:
+        dataset.add_columns(pa.schema(new))
+    return dataset, dataset.schema
 
 
 def _is_plain(kind: pa.DataType) -> bool:
@@ -745,21 +914,18 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 def _batches(catalog: Catalog, encoded: Any, schema: pa.Schema, number: int) -> Iterator[pa.RecordBatch]:
     """Yield the rows of the index for what was encoded of a catalog."""
-    own = [name for name in schema.names if name not in {"catalog", "row", VECTOR} and name in catalog.columns]
+    own = _own_columns(catalog, schema)
     for arrays in encoded:
         for start in range(0, len(arrays["rows"]), ROWS_AT_ONCE):
             rows = arrays["rows"][start : start + ROWS_AT_ONCE]
             vectors = arrays[VECTOR][start : start + ROWS_AT_ONCE]
             table = catalog.dataset.take(rows.tolist(), columns=own)
-            values = {name: table[name].combine_chunks() for name in own}
+            values = {name: _cast(table[name], schema.field(name), catalog) for name in own}
             values["catalog"] = pa.array(np.full(len(rows), number, np.int16))
             values["row"] = pa.array(rows)
             flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
             values[VECTOR] = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-            columns = [
-                values[item.name].cast(item.type) if item.name in values else pa.nulls(len(rows), item.type)
-                for item in schema
-            ]
+            columns = [values[item.name] if item.name in values else pa.nulls(len(rows), item.type) for item in schema]
             yield pa.record_batch(columns, schema=schema)
 
 
@@ -772,7 +938,7 @@ def _write(folder: str, dataset: Any, schema: pa.Schema, batches: Iterator[pa.Re
         mode: Literal["create", "overwrite"] = "overwrite" if stopped else "create"
         return lance.write_dataset(reader, place, mode=mode, enable_stable_row_ids=True)
     if has_old:
-        dataset.merge_insert("key").when_matched_update_all().when_not_matched_insert_all().execute(reader)
+        dataset.merge_insert(["catalog", "key"]).when_matched_update_all().when_not_matched_insert_all().execute(reader)
         return dataset
     return lance.write_dataset(reader, dataset, mode="append")
 
@@ -805,6 +971,7 @@ def _finish(folder: str, dataset: Any, model: SearchModel, content: Mapping[str,
             facts = replace(found[0], file=f"{CANDIDATES_PREFIX}{dataset.version}.faiss")
             _write_file(join(folder, facts.file), found[1].to_bytes())
             new["approximate"] = asdict(facts)
+    new["places"] = [_from(folder, catalog) for catalog in new["catalogs"]]
     _write_file(join(folder, INDEX_FILE), to_json(new, indent=2).encode())
     dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
     # the one before stays for those who have opened it
@@ -819,6 +986,14 @@ def _some_captions(index: Index) -> tuple[Int[np.ndarray, " n"], list[str]]:
     return rows[kept], [captions[place] for place in kept]
 
 
+def _spread_of(
+    scores: Float[np.ndarray, " n *Q"], norms: Float[np.ndarray, " *Q"] | np.floating[Any]
+) -> Float[np.ndarray, " *Q"]:
+    """Return the standard deviation of the scores of queries with some norms; 1 where the images are all alike."""
+    spread = scores.std(axis=0)
+    return np.where(spread > LEAST_SPREAD * norms, spread, 1.0)
+
+
 def _known_heights(index: Index) -> list[float]:
     """Return the quantiles of how high captions are with their own images; 0 where there are no captions."""
     rows, texts = _some_captions(index)
@@ -828,6 +1003,6 @@ def _known_heights(index: Index) -> list[float]:
     column = index._take([VECTOR], rows)[VECTOR].combine_chunks()
     images = np.asarray(column.flatten()).reshape(len(rows), -1).astype(np.float32)
     scores = index._sample @ vectors.T
-    spread = scores.std(axis=0)
-    heights = ((images * vectors).sum(axis=1) - scores.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    spread = _spread_of(scores, np.linalg.norm(vectors, axis=1))
+    heights = ((images * vectors).sum(axis=1) - scores.mean(axis=0)) / spread
     return [float(value) for value in np.quantile(heights, np.linspace(0, 1, LEVELS))]

@@ -124,11 +124,13 @@ class Added:
     num_new: int
     """Images that the index did not have."""
     num_changed: int
-    """Images that it had with another content under the same key."""
+    """Images that it had with another content under the same key of the catalog."""
     num_moved: int
     """Images that lie in another row of their catalog than before; they are not encoded anew."""
+    num_edited: int
+    """Images whose caption or other columns have changed; they are not encoded anew."""
     num_same: int
-    """Images that it had as they are."""
+    """Images that it had as they are, of this catalog or under the same key of another."""
     num_doubled: int
     """Pairs whose key an earlier pair of the same catalog has; they are left out."""
     num_rows: int
