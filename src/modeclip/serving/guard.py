@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import random
@@ -37,7 +38,6 @@ OPEN = re.compile(r"/(?:health|ready|ping|site/.*)?")
 """Paths that take no key: what watches a service, and the page, which asks for the key itself."""
 CALM = re.compile(r"/(?:health|ready|ping|metrics|site/.*)?")
 """Paths that are answered however many requests wait."""
-HERE = frozenset({"localhost", "127.0.0.1", "::1"})
 BYTES_AT_ONCE = 16
 """All requests under way may hold so many times the bytes of the largest one."""
 KINDS = {
@@ -54,6 +54,14 @@ RETRY_SECONDS = 5.0
 """When to come again where nothing better is known."""
 GONE = 499
 """Status in logs and metrics for a client that did not wait for its answer."""
+
+
+def is_local(host: str) -> bool:
+    """Say whether an address, or the name of a host, is this machine's own, which no other machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Guard:
@@ -167,7 +175,7 @@ class Guard:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             name = ""
-        if self._is_local and name not in HERE:
+        if self._is_local and not is_local(name):
             raise RefusedError(
                 f"the service answers to localhost and 127.0.0.1, not to {host[:100]!r}; start it with --host to serve"
                 " other machines",

@@ -84,12 +84,18 @@ class Limits:
                     f"{what}[{number}] has {len(text):,} letters, expected at most {self.max_letters:,}", 413
                 )
 
-    def check_classes(self, classes: Sequence[str], templates: Sequence[str]) -> None:
-        """Refuse a list of classes that is empty, too long, or names one twice."""
+    def check_classes(self, classes: Sequence[str], templates: Sequence[str], own: Sequence[str] = ()) -> None:
+        """Refuse a list of classes that is empty, or too long with the templates of a request.
+
+        Args:
+            classes: The classes.
+            templates: Prompts that the client gives.
+            own: Prompts of the model, which are filled where the client gives none.
+        """
         if not classes:
             raise RefusedError("classes: expected at least one name, got none", 422)
         self.check_texts("templates", templates)
-        self.check_texts("classes", classes, self.max_classes // max(1, len(templates)))
+        self.check_texts("classes", classes, self.max_classes // max(1, len(templates or own)))
 
     def check_distinct(self, classes: Sequence[str]) -> None:
         """Refuse a list of classes that names one twice, whose probability would be split."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import ipaddress
 import logging
 import signal
 import socket
@@ -24,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from modeclip.errors import ModeclipError
 from modeclip.serving.app import create_app
-from modeclip.serving.guard import error_body, new_request_id
+from modeclip.serving.guard import error_body, is_local, new_request_id
 from modeclip.serving.service import Service
 from modeclip.system.console import log
 
@@ -58,14 +57,6 @@ def bind(host: str, port: int) -> socket.socket:
         reason = (error.strerror or "refused").lower()
         raise ModeclipError(f"--host {host} --port {port}: {reason}; give another host or port") from None
     return place
-
-
-def is_local(host: str) -> bool:
-    """Say whether only this machine can ask a service at an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def address_of(place: socket.socket) -> str:
