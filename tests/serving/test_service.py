@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,11 +23,15 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from modeclip import MoDE, ModeclipError
 from modeclip.search.index import INDEX_FILE, Index
 from modeclip.serving import Client
+from modeclip.serving.app import create_app
 from modeclip.serving.client import ServiceError, _data_url
+from modeclip.serving.limits import Limits
+from modeclip.serving.service import open_service
 from support import encode_picture, noise_picture, transparent_drawing
 
 if TYPE_CHECKING:
@@ -348,6 +354,108 @@ def test_a_service_from_its_first_start_to_its_end(
     assert code == 0
     assert "under way is answered" in errors
     assert "Traceback" not in errors
+
+
+@pytest.fixture
+def indexed(small_run: Path, made_once: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run with its index, served in this process before, that may be changed."""
+
+    def fill(out: Path) -> None:
+        shutil.copytree(small_run, out)
+        open_service(out).close()
+
+    return Path(shutil.copytree(made_once("indexed", fill), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("is_outdated", [False, True])
+def test_a_run_is_served_where_it_was_moved(indexed: Path, tmp_path: Path, is_outdated: bool) -> None:
+    index = indexed / "index" / INDEX_FILE
+    content = json.loads(index.read_text())
+    if is_outdated:
+        content["model"]["digests"][0] = "0" * 64
+        index.write_text(json.dumps(content))
+    moved = indexed.rename(tmp_path / "moved")
+    service = open_service(moved)
+    assert service.indexes["moved"].catalogs == [str(moved / "catalog.lance")]
+    answer = TestClient(create_app(service, look=False)).get("/pictures/moved/5?size=64")
+    assert answer.status_code == 200, answer.text
+    service.close()
+
+
+def test_the_model_before_is_let_go(indexed: Path) -> None:
+    """Also the first, which the collector leaves alone, and one that a request asks while it is replaced."""
+    service = open_service(indexed, limits=Limits(timeout_seconds=1e-3))
+    before = weakref.ref(service.answers)
+    gc.collect()
+    gc.freeze()
+    assert service.reload()
+    assert before() is None
+    assert gc.get_freeze_count() > 0
+    asked = service.answers
+    before = weakref.ref(asked)
+    assert service.reload()
+    assert before() is asked
+    del asked
+    assert not service.reload(always=False)
+    assert before() is None
+    service.close()
+
+
+def test_what_is_damaged_is_said_and_mended(indexed: Path) -> None:
+    service = open_service(indexed)
+    note = indexed / "index" / INDEX_FILE
+    rows = max((indexed / "index" / "images.lance" / "data").iterdir(), key=lambda path: path.stat().st_size)
+    whole, whole_rows = note.read_text(), rows.read_bytes()
+    noise = np.random.default_rng(0).bytes(len(whole_rows) - 2100)
+    damages = {
+        "heights": (json.dumps(json.loads(whole) | {"heights": [0.0]}), whole_rows),
+        "config": (json.dumps(json.loads(whole) | {"config": {"exact": 1}}), whole_rows),
+        "images.lance": (whole, whole_rows[: len(whole_rows) // 2]),
+        "": (whole, whole_rows[:100] + noise + whole_rows[-2000:]),
+    }
+    for words, (text, content) in damages.items():
+        rows.write_bytes(content)
+        note.write_text(f"{text} ")
+        assert not service.reload(always=False)
+        assert service.trouble
+        assert words in service.trouble
+        assert "\n" not in service.trouble
+        rows.write_bytes(whole_rows)
+        note.write_text(whole)
+        assert service.reload(always=False)
+        assert service.trouble == ""
+    service.close()
+
+
+def test_a_tag_is_that_of_one_picture(indexed: Path) -> None:
+    def ask(tag: str = "", number: int = 5) -> httpx.Response:
+        service = open_service(indexed)
+        client = TestClient(create_app(service, look=False))
+        answer = client.get(f"/pictures/run/{number}?size=64", headers={"if-none-match": tag} if tag else {})
+        service.close()
+        return answer
+
+    first = ask()
+    assert ask(first.headers["etag"]).status_code == 304
+    index = Index.open(indexed / "index")
+    index.remove([f"key = '{index.read([2], ['key'])[0]['key']}'"])
+    other = ask(first.headers["etag"])
+    assert other.status_code == 200
+    assert other.content != first.content
+    assert ask(first.headers["etag"], 4).status_code == 304
+
+
+def test_prompts_of_the_model_count_and_addresses_of_this_machine_are_its_own(small_run: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(small_run / "bundle", tmp_path / "bundle"))
+    manifest = bundle / "mode.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"templates": ["a {}", "one {}", "{}"]}))
+    app = create_app(open_service(bundle, limits=Limits(max_classes=30)), look=False, is_local=True)
+    client = TestClient(app, base_url="http://127.0.1.1")
+    for number, status in ((10, 200), (20, 413)):
+        body = {"images": [data_url(PICTURES[0])], "classes": [f"thing {place}" for place in range(number)]}
+        assert client.post("/classify", json=body).status_code == status
+        assert client.post("/route", json={"classes": body["classes"]}).status_code == 200  # routed by names alone
+    assert TestClient(app, base_url="http://rebound.example").get("/health").status_code == 403
 
 
 def _ask_in_vain(service: Server) -> None:

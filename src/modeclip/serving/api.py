@@ -74,7 +74,7 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
     async def classify(body: ClassifyRequest) -> Response:
         """Name the classes of pictures, as the mixture is routed to these classes."""
         now = service.now
-        service.limits.check_classes(body.classes, body.templates)
+        service.limits.check_classes(body.classes, body.templates, now.answers.templates)
         service.limits.check_distinct(body.classes)
         weights = None
         if now.answers.model.per_image and any(value is not None for value in body.routing().values()):
@@ -233,11 +233,11 @@ def api_router(service: Service, metrics: Metrics) -> APIRouter:
         """Return a picture of an index, as it is or with ``size`` pixels along its longer side."""
         if size is not None and not 1 <= size <= MOST_SIDE:
             raise RefusedError(f"size: expected 1 to {MOST_SIDE:,} pixels, got {size}", 422)
-        now = service.now
-        _, opened = now.index(index)
+        _, opened = service.now.index(index)
         if not 0 <= number < len(opened):
             raise RefusedError(f"index {index}: expected a number from 0 to {len(opened) - 1:,}, got {number}", 404)
-        tag = f'"{now.number}-{number}-{size or 0}"'
+        (pair,) = await service.read_rows(opened, [number], ["digest"])
+        tag = f'"{pair["digest"].hex()}-{size or 0}"'
         headers = {"etag": tag, "cache-control": "private, max-age=60", "x-content-type-options": "nosniff"}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)

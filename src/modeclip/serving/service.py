@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -155,6 +156,7 @@ class Service:
         self.trouble = ""
         """Why what lies on disk is not what answers; empty: it is."""
         self._state, self._lock = source.state(), Lock()
+        self._before: tuple[weakref.ref[Answers], float] | None = None
         self._readers = ThreadPoolExecutor(2, "pictures")
         self._searchers = ThreadPoolExecutor(2, "search")
         self.search_batches = Batcher[Wanted, Found](
@@ -209,24 +211,35 @@ class Service:
             always: Do it although nothing has changed, and nothing was wrong.
         """
         with self._lock:
-            state = self.source.state()
-            if not always and state == self._state and not self.trouble:
-                return False
+            self._let_go()
             try:
-                answers, indexes = self.source.open(self.limits)
-                answers.try_out(stay=self.source.max_memory is None)
-            except (ModeclipError, OSError) as error:
-                trouble = in_one_line(error) if isinstance(error, OSError) else str(error)
+                state = self.source.state()
+                if not always and state == self._state and not self.trouble:
+                    return False
+                answers, indexes = _guarded(self.source.open, self.limits)
+                _guarded(answers.try_out, stay=self.source.max_memory is None)
+            except Exception as error:  # what libraries raise for damaged files must not end the watcher
+                trouble = in_one_line(error) if isinstance(error, OSError) else " ".join(str(error).split())
+                trouble = trouble or type(error).__name__
                 if trouble != self.trouble:
                     log(f"not reloaded, the service goes on with what it has: {trouble}")
                 self.trouble = trouble
                 return False
             self._state, self.trouble, before = state, "", self.now
             self.now = Snapshot(answers=answers, indexes=indexes, number=before.number + 1, opened=time.time())
+            self._before = weakref.ref(before.answers), time.monotonic() + self.limits.timeout_seconds
             del before
-            gc.collect()  # the model before, unless a request still asks it
+            _collect()  # the model before, unless a request still asks it
             log(f"reloaded {self.source.model}")
             return True
+
+    def _let_go(self) -> None:
+        """Free the model before, if a request still asked it when it was replaced: by now none does."""
+        if self._before is None or time.monotonic() < self._before[1]:
+            return
+        before, self._before = self._before[0], None
+        if before() is not None:
+            _collect()
 
     # ---------------------------------------------------------------- pictures
 
@@ -334,10 +347,19 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, _guarded, work, *given)
 
 
-def _guarded(work: Callable[..., Result], *given: Any) -> Result:
+def _collect() -> None:
+    """Free what nobody asks any more, the model that `modeclip.serving.server.serve` has frozen among it."""
+    is_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if is_frozen:
+        gc.freeze()
+
+
+def _guarded(work: Callable[..., Result], *given: Any, **options: Any) -> Result:
     """Do some work, and refuse the request if a library ends it in a way that is none of Python's."""
     try:
-        return work(*given)
+        return work(*given, **options)
     except Exception:
         raise
     except BaseException as error:  # a panic of a library in Rust
