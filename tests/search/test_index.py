@@ -323,18 +323,21 @@ def test_an_index_is_moved_with_what_it_was_made_from(tmp_path: Path, bundle: st
         Index.build(catalog, "bundle#expert-1", "index")
     (tmp_path / "away").mkdir()
     moved = home.rename(tmp_path / "away" / "moved")
-    for _ in ("as it is written now", "as it was written before"):
+
+    def check(place: Path) -> None:
         index = Index.open(moved / "index")
-        assert index.catalogs == [str((moved / "data" / "catalog.lance").resolve())]
+        assert index.catalogs == [str(place)]
         [hit] = index.search(Query(image=noise_picture(2)), count=1).hits
         assert np.array_equal(np.asarray(index.pictures([hit])[0]), np.asarray(noise_picture(2)))
-        assert index.add(Catalog.open(moved / "data")).num_same == 3
-        (moved / "data" / "catalog.lance").rename(moved / "catalog.lance")  # where a run has it
-        (moved / "data").rmdir()
-        (moved / "data").symlink_to(moved)
-        content = json.loads((moved / "index" / INDEX_FILE).read_text())
-        del content["places"], content["model"]["place"]
-        (moved / "index" / INDEX_FILE).write_text(json.dumps(content))
+        assert index.add(Catalog.open(place)).num_same == 3
+
+    check(moved / "data" / "catalog.lance")
+    # an index of an earlier modeclip has whole paths alone; what lies beside it, as in a run, is found all the same
+    (moved / "data" / "catalog.lance").rename(moved / "catalog.lance")
+    content = json.loads((moved / "index" / INDEX_FILE).read_text())
+    del content["places"], content["model"]["place"]
+    (moved / "index" / INDEX_FILE).write_text(json.dumps(content))
+    check(moved / "catalog.lance")
     (moved / "index").rename(tmp_path / "index")
     with pytest.raises(ModeclipError, match="home/bundle"):
         Index.open(tmp_path / "index")
