@@ -336,7 +336,7 @@ def test_a_service_from_its_first_start_to_its_end(
     index.write_text(whole.replace(json.loads(whole)["model"]["digests"][0], "0" * 64))
     wait("/health", lambda health: "has the hash" in str(health["trouble"]))
     assert service.ask("/search", text="heart", count=1).status_code == 200
-    done = modeclip_command("serve", run, "--port", 0)
+    done = modeclip_command("serve", run / "bundle", "--index", run / "index", "--port", 0)  # a run builds its own anew
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "has the hash" in done.stderr
     assert "expected 000000000000" in done.stderr
