@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from modeclip.data.catalog import FINGERPRINT, FORMAT, FORMAT_VERSION, PAIR_COLUMNS, Catalog
 from modeclip.data.images import hash_image
 from modeclip.data.indexing import index
+from modeclip.data.selection import Selection
 from modeclip.data.sources import DataConfig
 from modeclip.data.storage import NEW, FileWriter, append, create, only_writer
 from modeclip.errors import ModeclipError
@@ -307,7 +308,23 @@ def test_columns_remember_what_made_them(catalog: Catalog):
     catalog.add_columns({"v": np.zeros((NUM_ROWS, 2), np.float16)}, facts={"encoder": "minilm"})
     catalog.add_columns({"w": np.zeros(NUM_ROWS)})
     opened = Catalog.open(catalog.path)
-    assert [opened.facts(name) for name in ("v", "w", "caption")] == [{"encoder": "minilm"}, {}, None]
+    assert [opened.facts(name) for name in ("v", "caption")] == [{"encoder": "minilm"}, None]
+
+
+def test_a_column_of_a_user_is_known_by_its_values(catalog: Catalog):
+    values, words = np.arange(NUM_ROWS, dtype=np.int64) % 7 == 0, [f"word {n}" for n in range(NUM_ROWS)]
+    found = []
+    for part in (NUM_ROWS, 7, 10):  # however they are given
+        catalog.add_columns(
+            {"good": values[start : start + part], "w": pa.array(words[start : start + part])}
+            for start in range(0, NUM_ROWS, part)
+        )
+        found.append(catalog.facts("good"))
+    assert found[0] == found[1] == found[2] == catalog.facts("w")
+    chosen = Selection(mask="good").facts(catalog)
+    catalog.add_columns({"good": ~values})
+    assert catalog.facts("good") != found[0]
+    assert Selection(mask="good").facts(catalog) != chosen
 
 
 def test_rows_added_later_have_no_values_until_the_stage_is_run_again(catalog: Catalog):

@@ -12,6 +12,7 @@ part of the rows at a time; ``read`` holds what it returns.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -447,7 +448,8 @@ class Catalog:
             values: An array with a value for each row by the column's name: numpy of shape (N,), or (N, D) for vectors,
                 or pyarrow. Or a stream of such dictionaries for consecutive parts of the rows; only one of them is in
                 memory at a time.
-            facts: What is to be recorded about the columns, as ``facts`` returns it.
+            facts: What is to be recorded about the columns, as ``facts`` returns it. None: a hash of the values, so
+                that what was made of a column (a selection by it, a training) is outdated when it is replaced.
 
         Raises:
             ModeclipError: The disk is full, or another process is writing to the catalog.
@@ -456,15 +458,18 @@ class Catalog:
         dataset, parts = self._dataset, ([values] if isinstance(values, Mapping) else values)
         tables = _cut((to_table(part) for part in parts), [part.physical_rows for part in dataset.get_fragments()])
         files: dict[int, str] = {}
+        content = hashlib.blake2b(digest_size=16)
         with writing(self.path), only_writer(self.path):
             try:
                 for fragment, table in zip(dataset.get_fragments(), tables, strict=True):
+                    if facts is None:
+                        content.update(_serialized(table))
                     files[fragment.fragment_id] = write_column_file(self.path, table, NEW)
                     schema = table.schema
             except BaseException:
                 remove_files(self.path, files.values())
                 raise
-            self.show(schema, files, facts or {})
+            self.show(schema, files, {"content": content.hexdigest()} if facts is None else facts)
 
     def show(self, schema: pa.Schema, files: Mapping[int, str], facts: Mapping[str, Any]) -> None:
         """Turn files that ``write_column_file`` wrote, one for each fragment, into columns.
@@ -597,6 +602,15 @@ def _equal(column: pa.Array, value: pa.Scalar) -> Bool[np.ndarray, " n"]:
         inside = pc.equal(pc.list_flatten(column.fill_null([None] * column.type.list_size)), value)
         return np.asarray(np.asarray(inside.fill_null(False)).reshape(len(column), -1).any(1))
     return np.asarray(pc.equal(column, value).fill_null(False))
+
+
+def _serialized(table: pa.Table) -> pa.Buffer:
+    """Return a table as Arrow's stream of bytes, which is the same for the same values however they were cut."""
+    fresh = table.take(np.arange(len(table))).combine_chunks()  # a slice keeps offsets and bits of its neighbours
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(fresh)
+    return sink.getvalue()
 
 
 def _cut(tables: Iterator[pa.Table], sizes: Iterable[int]) -> Iterator[pa.Table]:

@@ -18,6 +18,7 @@ Price: one pass over the embeddings, and the map of the centres (`neighbour_plan
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import shlex
@@ -297,7 +298,8 @@ class Atlas:
                 raise TakenError(f"name {name!r}: there is a selection of this name; choose another, or replace it")
         if not chosen.any():
             raise ModeclipError("nothing is selected: draw around some points, or add a cluster")
-        catalog.add_columns({name: chosen}, {MADE_HERE: {"pairs": int(chosen.sum())}})
+        rows = hashlib.blake2b(np.packbits(chosen).tobytes(), digest_size=16).hexdigest()
+        catalog.add_columns({name: chosen}, {MADE_HERE: {"pairs": int(chosen.sum()), "rows": rows}})
         folder, out = (shlex.quote(str(path)) for path in (self.paths.folder, f"{self.paths.folder}-{name}"))
         return {
             "name": name,
