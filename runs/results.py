@@ -394,7 +394,13 @@ def all_tables(records: Records) -> dict[str, Callable[[], str]]:
         "facts": lambda: facts_table(records),
         "findings": lambda: f"\n{findings.findings(records)}\n",
         "in-short": lambda: "\n".join(
-            ["", subjects_report.in_short(subjects), names_report.in_short(records), findings.in_short(records), ""]
+            [
+                "",
+                subjects_report.in_short(subjects),
+                names_report.in_short(records),
+                findings.in_short(records, small_report.tuned(records)),
+                "",
+            ]
         ),
         "why-captions": lambda: f"\n{findings.why_captions(records)}\n",
         "known-names": lambda: f"\n{findings.known_names(records)}\n",

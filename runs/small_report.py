@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from experiments import HERE, PARTS, QUARTER, Arm, Study, base_arm, training_flops
@@ -207,39 +208,63 @@ def by_rate(records: Records, name: str, images: Arm) -> dict[str, dict[str, BY_
     }
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What experts of images gain on a dense model, each with the learning rate that is best for it."""
+
+    rates: tuple[str, str]
+    """The rate of the dense model and that of the experts, which every fourth task chooses."""
+    tried: tuple[list[str], list[str]]
+    """The rates that each was trained with in all seeds, the lowest first."""
+    after: Gain
+    """On the other tasks."""
+    before: Gain
+    """The same with the usual rate for both."""
+
+    @classmethod
+    def of(cls, records: Records, study: str) -> Tuned | None:
+        """Choose the rates of a study; None where it was trained with one rate only."""
+        dense, images = (_with_all_seeds(rates) for rates in by_rate(records, study, WITH_RATES[study]).values())
+        if min(len(dense), len(images)) < 2:
+            return None
+
+        def best(rates: dict[str, BY_SEED]) -> str:
+            return max(rates, key=lambda rate: float(np.mean(list(averages(rates[rate], records.tuned).values()))))
+
+        usual = f"{records.studies[study].train.learning_rate:g}"
+        chosen = (best(dense), best(images))
+        after, before = (
+            Gain.of(images[mine], dense[theirs], ~records.tuned) for theirs, mine in (chosen, (usual, usual))
+        )
+        return cls(rates=chosen, tried=(list(dense), list(images)), after=after, before=before)
+
+    def __str__(self) -> str:
+        """Return it in two sentences."""
+        said = []
+        for rate, rates in zip(self.rates, self.tried, strict=True):
+            is_largest = float(rate.split()[0]) == float(rates[-1].split()[0])
+            said.append(f"{rate}{' (the largest)' if is_largest else ''} of {len(rates)}")
+        seeds = len(self.after.values)
+        return (
+            f"every fourth task chooses {said[0]} for the dense model and {said[1]} for experts of images. On the "
+            f"other tasks the experts then stand at {self.after} against the dense model; with the usual rate for both they "
+            f"stand at {self.before} there ({seeds} random seed{'s' if seeds > 1 else ''})."
+        )
+
+
 def rates_found(records: Records) -> str:
     """Return whether the verdict is another one with the rates that are best for each kind, a line for each size."""
-    said = []
-    for study, arm in WITH_RATES.items():
-        dense, images = (_with_all_seeds(rates) for rates in by_rate(records, study, arm).values())
-        if min(len(dense), len(images)) > 1:
-            said.append(f"- {_best_rates(records, study, dense, images)}")
-    return "\n".join(said) or "Not measured yet."
+    found = {short(records.studies[study]): Tuned.of(records, study) for study in WITH_RATES}
+    return "\n".join(f"- `{size}`: {one}" for size, one in found.items() if one) or "Not measured yet."
+
+
+def tuned(records: Records) -> str:
+    """Return what README says of rates in brackets behind the gain of experts of images on a quarter of the pairs."""
+    found = Tuned.of(records, QUARTER)
+    return f" ({found.after} with a learning rate chosen for each)" if found else ""
 
 
 def _with_all_seeds(rates: dict[str, BY_SEED]) -> dict[str, BY_SEED]:
     """Return the rates that have as many seeds as any: one that a first seed shows to be far off gets no others."""
     most = max((len(scores) for scores in rates.values()), default=0)
     return {rate: scores for rate, scores in rates.items() if len(scores) == most}
-
-
-def _best_rates(records: Records, study: str, dense: dict[str, BY_SEED], images: dict[str, BY_SEED]) -> str:
-    def best(rates: dict[str, BY_SEED]) -> str:
-        return max(rates, key=lambda rate: float(np.mean(list(averages(rates[rate], records.tuned).values()))))
-
-    def largest(rates: dict[str, BY_SEED]) -> str:
-        rate, most = (float(words.split()[0]) for words in (best(rates), list(rates)[-1]))
-        return " (the largest)" if rate == most else ""
-
-    usual = f"{records.studies[study].train.learning_rate:g}"
-    after, before = (
-        Gain.of(images[mine], dense[theirs], ~records.tuned)
-        for mine, theirs in ((best(images), best(dense)), (usual, usual))
-    )
-    seeds = len(after.values)
-    return (
-        f"`{short(records.studies[study])}`: every fourth task chooses {best(dense)} of {len(dense)} for the dense "
-        f"model{largest(dense)} and {best(images)} of {len(images)} for experts of images{largest(images)}. On the "
-        f"other tasks the experts then stand at {after} against the dense model; with the usual rate for both they "
-        f"stand at {before} there ({seeds} random seed{'s' if seeds > 1 else ''})."
-    )
