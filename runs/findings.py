@@ -341,8 +341,8 @@ def in_short(records: Records, tuned: str = "") -> str:
         f"these are small and have seen every pair {passes:.1f} times, eight by {image8.size}; against larger dense "
         f"towers of "
         f"about that cost they stand at {four} and {eight}. On a quarter of the pairs four gain "
-        f"{at_equal_cost(records, QUARTER, IMAGE_ARM).size}{tuned}, and {controlled.size} on four models of all data, so "
-        f"it is the clusters that gain; where a finished model goes on, four of them stand at "
+        f"{at_equal_cost(records, QUARTER, IMAGE_ARM).size}{tuned}, and {controlled.size} on four models of all data, "
+        f"so it is the clusters that gain; where a finished model goes on, four of them stand at "
         f"{at_equal_cost(records, QUARTER, FINISHED_IMAGES)} against that model alone;",
         f"experts on clusters of captions stand at {at_equal_cost(records, 'long-xxxs', main)} on those small "
         f"towers and at {at_equal_cost(records, 'main', main)} on larger ones after 3.1 passes;",

@@ -247,8 +247,8 @@ class Tuned:
         seeds = len(self.after.values)
         return (
             f"every fourth task chooses {said[0]} for the dense model and {said[1]} for experts of images. On the "
-            f"other tasks the experts then stand at {self.after} against the dense model; with the usual rate for both they "
-            f"stand at {self.before} there ({seeds} random seed{'s' if seeds > 1 else ''})."
+            f"other tasks the experts then stand at {self.after} against the dense model; with the usual rate for both "
+            f"they stand at {self.before} there ({seeds} random seed{'s' if seeds > 1 else ''})."
         )
 
 
