@@ -178,7 +178,8 @@ def rates_table(records: Records) -> str:
     """Dense models and experts of images by learning rate, on the tasks that choose and on the others."""
     rows = []
     for study, arm in WITH_RATES.items():
-        for kind, rates in by_rate(records, study, arm).items():
+        kinds = by_rate(records, study, arm)
+        for kind, rates in kinds.items() if any(len(rates) > 1 for rates in kinds.values()) else ():
             for rate, scores in rates.items():
                 cells = [mean(scores, records.tuned), mean(scores, ~records.tuned), mean(scores)]
                 rows.append([short(records.studies[study]), kind, rate, *cells])
