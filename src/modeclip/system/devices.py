@@ -41,17 +41,23 @@ def choose_device(wanted: str = "auto") -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         raise ModeclipError(f"device: expected auto, cpu, cuda or cuda:1, got {wanted!r}") from None
-    if not _computes(device):
-        what = "no GPU" if device.type == "cuda" else "no such device"
+    if not _is_there(device):
+        what = "no GPU" if device.type == "cuda" and not torch.cuda.is_available() else "no such device"
         raise ModeclipError(f"device {wanted!r}: this machine has {what} that PyTorch can use; give --device cpu")
     return device
 
 
 @cache
-def _computes(device: torch.device) -> bool:
-    """Whether a number can be put on a device and read back: ``mps``, ``xpu`` and ``meta`` are names on any machine."""
+def _is_there(device: torch.device) -> bool:
+    """Whether this machine has a device; ``mps``, ``xpu`` and ``meta`` are names that PyTorch knows on any machine.
+
+    GPUs are counted, not used: a process that has used one cannot be forked any more, and a full one is there all the
+    same.
+    """
     import torch
 
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     try:
         return bool(torch.ones(1, device=device).item() == 1)
     except (RuntimeError, AssertionError, NotImplementedError):
